@@ -1,0 +1,20 @@
+# docker build -t tdm-serve . && docker run -p 8000:8000 tdm-serve
+FROM python:3.11-slim
+
+# PyTorch's CPU wheel index, where the default index serves CUDA builds.
+ARG TORCH_INDEX_URL=
+
+WORKDIR /app
+RUN pip install --no-cache-dir ${TORCH_INDEX_URL:+--index-url $TORCH_INDEX_URL} torch==2.13.0
+COPY pyproject.toml README.md LICENSE ./
+COPY tdm_runtime tdm_runtime
+COPY serving serving
+COPY training training
+COPY checkpoints checkpoints
+RUN pip install --no-cache-dir --editable . && useradd --create-home tdm
+USER tdm
+ENV RAY_USAGE_STATS_ENABLED=0
+EXPOSE 8000
+HEALTHCHECK --start-period=60s CMD python -c "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/ready')"
+# Inside a container the container's network is the boundary.
+CMD ["tdm-serve", "--host", "0.0.0.0"]

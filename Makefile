@@ -1,0 +1,50 @@
+# make serve   set everything up and start the server with the playground on 127.0.0.1:8000
+# make test    set everything up and run the tests
+# make check   format, lint, types, import contracts
+#
+# Where the package index serves PyTorch with CUDA and you want the CPU build, name PyTorch's CPU index:
+#   make serve TORCH_INDEX_URL=...
+
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCH_INDEX_URL ?=
+SERVE_ARGS ?=
+TEST_ARGS ?=
+export RAY_USAGE_STATS_ENABLED = 0
+
+.PHONY: serve test check format clean
+
+serve: $(VENV)/.installed
+	$(BIN)/tdm-serve $(SERVE_ARGS)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/pytest $(TEST_ARGS)
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.torch: $(BIN)/python
+	$(BIN)/pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) torch==2.13.0
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info
