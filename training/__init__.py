@@ -1,0 +1,1 @@
+"""Teacher, TDM student and the checkpoint that the runtime serves."""

@@ -1,0 +1,152 @@
+"""A training loop that can be killed at any moment and resumes exactly where it stood.
+
+Randomness is counted, not carried: step n draws from a generator seeded by (seed, stage, n), so
+the state on disk is weights, optimizer and the step number alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+STATE_FILE = "state.pt"
+LOG_FILE = "log.jsonl"
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """Length and housekeeping of one training stage."""
+
+    steps: int
+    """Optimizer iterations in all, those before a resume counted in."""
+    seed: int = 0
+    """Of data order, noise and dropout."""
+    save_every_s: float = 120.0
+    """Seconds between two states on disk; the last state is always written."""
+    log_every: int = 50
+    """Iterations between two lines of the log."""
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """Everything a stage changes while it trains."""
+
+    modules: Mapping[str, nn.Module]
+    optimizers: Mapping[str, torch.optim.Optimizer]
+
+
+def step_generator(seed: int, stage: str, step: int) -> torch.Generator:
+    """Return the generator of one iteration: a function of its three arguments alone.
+
+    torch's CPU generator reads the low 32 bits of a seed. The odd multiplier keeps those of any
+    two steps of a stage apart.
+    """
+    key = zlib.crc32(f"{seed}:{stage}".encode())
+    return torch.Generator().manual_seed((key + step * 2654435761) % 2**32)
+
+
+def run_loop(
+    folder: Path,
+    stage: str,
+    config: LoopConfig,
+    trainable: Trainable,
+    train_step: Callable[[int, torch.Generator], Mapping[str, float]],
+    evaluate: Callable[[], Mapping[str, float]] | None = None,
+    evaluate_every: int = 1000,
+) -> None:
+    """Call `train_step(step, generator)` until `config.steps`, resuming from `folder` where a state lies.
+
+    Args:
+        train_step: one iteration; returns the numbers to log.
+        evaluate: slower measurements, logged every `evaluate_every` iterations and at the end.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    first = _load_state(folder, trainable)
+    saved_at = started_at = time.monotonic()
+    for step in range(first, config.steps):
+        numbers = dict(train_step(step, step_generator(config.seed, stage, step)))
+        done = step + 1
+        is_last = done == config.steps
+        if evaluate is not None and (done % evaluate_every == 0 or is_last):
+            numbers.update(evaluate())
+            is_logged = True
+        else:
+            is_logged = done % config.log_every == 0 or is_last
+        if is_logged:
+            seconds = (time.monotonic() - started_at) / (done - first)
+            _log(folder, {"stage": stage, "step": done, "s_per_step": seconds, **numbers})
+        if is_last or time.monotonic() - saved_at > config.save_every_s:
+            _save_state(folder, trainable, done)
+            saved_at = time.monotonic()
+
+
+def learning_rate_at(step: int, steps: int, peak: float, warmup: int = 100, floor: float = 0.02) -> float:
+    """Linear warm-up, then a cosine to `floor` times the peak."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    cosine = 0.5 * (1.0 + float(torch.cos(torch.tensor(progress * torch.pi))))
+    return peak * (floor + (1.0 - floor) * cosine)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    """Set every group's rate to `value` times the group's own `lr_scale` (1 where it has none)."""
+    for group in optimizer.param_groups:
+        group["lr"] = value * group.get("lr_scale", 1.0)
+
+
+@torch.no_grad()
+def update_ema(average: nn.Module, current: nn.Module, step: int, decay: float) -> None:
+    """Move `average` towards `current`; early steps use a shorter memory so that the start is forgotten."""
+    weight = 1.0 - min(decay, (1.0 + step) / (10.0 + step))
+    for target, source in zip(average.parameters(), current.parameters(), strict=True):
+        target.lerp_(source.to(target.dtype), weight)
+
+
+def descend(optimizer: torch.optim.Optimizer, loss: Tensor, clip_norm: float = 1.0) -> float:
+    """Backpropagate, clip the gradient norm, update. Returns the norm before clipping."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters, clip_norm))
+    optimizer.step()
+    return norm
+
+
+def _save_state(folder: Path, trainable: Trainable, step: int) -> None:
+    state = {
+        "step": step,
+        "modules": {name: module.state_dict() for name, module in trainable.modules.items()},
+        "optimizers": {name: optimizer.state_dict() for name, optimizer in trainable.optimizers.items()},
+    }
+    partial = folder / f"{STATE_FILE}.partial"
+    torch.save(state, partial)
+    os.replace(partial, folder / STATE_FILE)
+
+
+def _load_state(folder: Path, trainable: Trainable) -> int:
+    file = folder / STATE_FILE
+    if not file.is_file():
+        return 0
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    for name, module in trainable.modules.items():
+        module.load_state_dict(state["modules"][name])
+    for name, optimizer in trainable.optimizers.items():
+        optimizer.load_state_dict(state["optimizers"][name])
+    return int(state["step"])
+
+
+def _log(folder: Path, row: Mapping[str, object]) -> None:
+    rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}
+    line = json.dumps(rounded)
+    print(line, flush=True)
+    with (folder / LOG_FILE).open("a", encoding="utf-8") as log:
+        log.write(line + "\n")
