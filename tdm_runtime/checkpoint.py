@@ -1,0 +1,155 @@
+"""Open a checkpoint folder: diffusers layout, safetensors only, every weight file hashed.
+
+Whatever is wrong with a folder is said here, before the first request, with what to do about it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from tdm_runtime.errors import CheckpointError, RecipeError
+from tdm_runtime.recipe import RECIPE_FILE, Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+Model = TypeVar("Model")
+
+WEIGHT_FILES = (
+    "unet/diffusion_pytorch_model.safetensors",
+    "vae/diffusion_pytorch_model.safetensors",
+    "text_encoder/model.safetensors",
+)
+OTHER_FILES = (
+    "model_index.json",
+    "unet/config.json",
+    "vae/config.json",
+    "text_encoder/config.json",
+    "tokenizer/tokenizer.json",
+    "tokenizer/tokenizer_config.json",
+)
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+DEFAULT_CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "tdm-emoji"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder that was checked and may be loaded."""
+
+    folder: Path
+    recipe: Recipe
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over the recipe, which itself holds the hash of every weight file."""
+        return file_sha256(self.folder / RECIPE_FILE)
+
+    def load_unet(self) -> UNet2DConditionModel:
+        """Load the denoiser, float32, eval mode."""
+        from diffusers import UNet2DConditionModel
+
+        unet: UNet2DConditionModel = self._load("unet", UNet2DConditionModel.from_pretrained)
+        self._check_step_condition(unet.config.time_cond_proj_dim)
+        return unet.float().eval()
+
+    def load_vae(self) -> AutoencoderKL:
+        """Load the autoencoder, float32, eval mode."""
+        from diffusers import AutoencoderKL
+
+        vae: AutoencoderKL = self._load("vae", AutoencoderKL.from_pretrained)
+        return vae.float().eval()
+
+    def load_text_encoder(self) -> tuple[CLIPTokenizer, CLIPTextModel]:
+        """Load tokenizer and text model, float32, eval mode."""
+        from transformers import CLIPTextModel, CLIPTokenizer
+
+        tokenizer: CLIPTokenizer = self._load("tokenizer", CLIPTokenizer.from_pretrained)
+        model: CLIPTextModel = self._load("text_encoder", CLIPTextModel.from_pretrained)
+        positions = model.config.max_position_embeddings
+        if tokenizer.model_max_length != positions:
+            raise CheckpointError(
+                f"{self.folder}: the tokenizer cuts at {tokenizer.model_max_length} tokens and the text encoder has "
+                f"{positions} positions; set model_max_length in tokenizer_config.json to {positions}"
+            )
+        return tokenizer, model.float().eval()
+
+    def _load(self, part: str, load: Callable[[Path], Model]) -> Model:
+        try:
+            return load(self.folder / part)
+        except Exception as error:  # the libraries raise many kinds; all mean the same to a user
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise CheckpointError(
+                f"{self.folder / part} cannot be loaded: {reason}; restore the folder from its source"
+            ) from error
+
+    def _check_step_condition(self, dim: int | None) -> None:
+        if (self.recipe.step_condition == "timestep_cond") != (dim is not None):
+            raise RecipeError(
+                f"{self.folder}: the recipe's step_condition is {self.recipe.step_condition!r} but the unet's "
+                f"time_cond_proj_dim is {dim}; recipe and weights are not of one training run"
+            )
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Check a folder's completeness, its recipe and the hash of every weight file.
+
+    Raises:
+        CheckpointError: naming the file and what to do.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder; give the folder of a checkpoint that has {RECIPE_FILE}")
+    pickles = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.suffix in PICKLE_SUFFIXES)
+    if pickles:
+        raise CheckpointError(
+            f"{folder} holds pickled weights ({', '.join(pickles[:3])}), which can run code when read; "
+            "convert them to safetensors and remove them"
+        )
+    recipe = load_recipe(folder)
+    if missing := [name for name in (*WEIGHT_FILES, *OTHER_FILES) if not (folder / name).is_file()]:
+        raise CheckpointError(f"{folder} lacks {', '.join(missing)}; restore the folder from its source")
+    if unlisted := [name for name in WEIGHT_FILES if name not in recipe.files]:
+        raise RecipeError(
+            f"{folder / RECIPE_FILE} has no sha256 for {', '.join(unlisted)}; publish the checkpoint anew"
+        )
+    for name, expected in recipe.files.items():
+        _check_hash(folder, name, expected)
+    _check_model_index(folder)
+    return Checkpoint(folder, recipe)
+
+
+def _check_hash(folder: Path, name: str, expected: str) -> None:
+    file = folder / name
+    if not file.resolve().is_relative_to(folder.resolve()):
+        raise RecipeError(f"{folder / RECIPE_FILE} lists {name!r}, which lies outside the checkpoint folder")
+    if not file.is_file():
+        raise CheckpointError(f"{file} is missing; restore the folder from its source")
+    actual = file_sha256(file)
+    if actual != expected:
+        raise CheckpointError(
+            f"{file} is damaged or of another checkpoint: its sha256 is {actual[:12]}..., the recipe says "
+            f"{expected[:12]}...; restore the file from the checkpoint's source (with git: `git checkout -- {file}`)"
+        )
+
+
+def _check_model_index(folder: Path) -> None:
+    file = folder / "model_index.json"
+    try:
+        index = json.loads(file.read_text(encoding="utf-8"))
+        denoiser = index["unet"][1]
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error!r}); restore the folder from its source") from None
+    if denoiser != "UNet2DConditionModel":
+        raise CheckpointError(f"{file} names the denoiser {denoiser!r}; this version serves UNet2DConditionModel")
+
+
+def file_sha256(file: Path) -> str:
+    """Hex sha256 of a file."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

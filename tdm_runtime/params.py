@@ -1,0 +1,77 @@
+"""What one picture is asked for with. Every value is checked here, and only here."""
+
+from __future__ import annotations
+
+import unicodedata
+from dataclasses import dataclass
+
+from tdm_runtime.errors import InvalidRequestError
+from tdm_runtime.recipe import Recipe
+
+MAX_PROMPT_CHARACTERS = 2000
+MAX_SEED = 2**32 - 1
+"""torch's CPU generator reads 32 bits of a seed: a larger one would repeat a smaller one's picture."""
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """One picture, fully determined: the same values give the same picture.
+
+    Raises:
+        InvalidRequestError: naming the value, the limit and the remedy.
+    """
+
+    prompt: str
+    seed: int
+    """0..2^32 - 1."""
+    num_inference_steps: int
+    width: int
+    """Pixels."""
+    height: int
+    """Pixels."""
+
+    def __post_init__(self) -> None:
+        _check_prompt(self.prompt)
+        if type(self.seed) is not int or not 0 <= self.seed <= MAX_SEED:
+            raise InvalidRequestError(
+                f"seed is {_shown(self.seed)}; it must be a whole number from 0 to {MAX_SEED}", param="seed"
+            )
+
+    def check_against(self, recipe: Recipe) -> None:
+        """Check what depends on the checkpoint.
+
+        Raises:
+            InvalidRequestError: a step count or size that the checkpoint was not trained for.
+        """
+        steps = self.num_inference_steps
+        if type(steps) is not int or steps not in recipe.timesteps:
+            counts = ", ".join(map(str, recipe.step_counts))
+            raise InvalidRequestError(
+                f"num_inference_steps is {_shown(steps)}; {recipe.name} serves {counts}", param="num_inference_steps"
+            )
+        if (self.width, self.height) not in recipe.native_sizes:
+            sizes = ", ".join(f"{width}x{height}" for width, height in recipe.native_sizes)
+            raise InvalidRequestError(
+                f"size is {_shown(f'{self.width}x{self.height}')}; {recipe.name} makes {sizes}", param="size"
+            )
+
+
+def _check_prompt(prompt: object) -> None:
+    if not isinstance(prompt, str):
+        raise InvalidRequestError(f"prompt is {_shown(prompt)}; it must be a string", param="prompt")
+    if len(prompt) > MAX_PROMPT_CHARACTERS:
+        raise InvalidRequestError(
+            f"prompt has {len(prompt)} characters; at most {MAX_PROMPT_CHARACTERS} are read, shorten it", param="prompt"
+        )
+    if any(unicodedata.category(character) == "Cs" or character == "\0" for character in prompt):
+        raise InvalidRequestError(
+            "prompt holds a NUL or half a surrogate pair; send valid Unicode text", param="prompt"
+        )
+    if not prompt.strip():
+        raise InvalidRequestError("prompt is empty; say what the picture should show", param="prompt")
+
+
+def _shown(value: object) -> str:
+    """A value as a message may repeat it: short, however long it came."""
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

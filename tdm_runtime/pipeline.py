@@ -1,0 +1,37 @@
+"""The reference: one picture, one loop, nothing shared. `DiffusionEngine` must equal it."""
+
+from __future__ import annotations
+
+import torch
+
+from tdm_runtime.decoder import Pixels
+from tdm_runtime.errors import NotFiniteError
+from tdm_runtime.loaded_model import LoadedModel
+from tdm_runtime.noise import initial_noise
+from tdm_runtime.params import SamplingParams
+from tdm_runtime.sampler import apply_step, gather_rows
+
+
+@torch.inference_mode()
+def generate(model: LoadedModel, params: SamplingParams) -> Pixels:
+    """Make one picture, uint8 [H, W, 3].
+
+    Raises:
+        InvalidRequestError: the checkpoint does not serve these parameters.
+        NotFiniteError: the model produced NaN or infinity.
+    """
+    params.check_against(model.recipe)
+    table = model.recipe.step_tables[params.num_inference_steps]
+    device = model.denoiser.device
+    prompt_embeds = model.text_encoder.encode(params.prompt).prompt_embeds[None]
+    step_counts = torch.tensor([params.num_inference_steps], device=device)
+    latents = table.initial_scale * initial_noise(params.seed, (1, *model.latent_shape(params))).to(device)
+    denoised = torch.zeros_like(latents)
+    for step_index in range(table.num_inference_steps):
+        rows = gather_rows([(table, step_index)], device)
+        model_output = model.denoiser(latents, rows[:, 0], step_counts, prompt_embeds)
+        latents, denoised = apply_step(rows, latents, model_output, denoised)
+    if not torch.isfinite(latents).all():
+        raise NotFiniteError("the model produced NaN or infinity for this request; no picture was made")
+    picture: Pixels = model.decoder.decode(latents)[0]
+    return picture
