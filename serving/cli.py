@@ -1,0 +1,122 @@
+"""`tdm-serve`: start Ray, the replica and the HTTP front on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import secrets
+import signal
+import socket
+import sys
+import threading
+from pathlib import Path
+
+from serving.config import ServerConfig
+from tdm_runtime.checkpoint import DEFAULT_CHECKPOINT, open_checkpoint
+from tdm_runtime.engine import EngineConfig
+from tdm_runtime.errors import CheckpointError
+
+USAGE_ERROR = 2
+
+
+def parse_arguments(arguments: list[str] | None = None) -> ServerConfig:
+    """Read the command line; exits with status 2 on a mistake."""
+    defaults, engine = ServerConfig(), EngineConfig()
+    parser = argparse.ArgumentParser(prog="tdm-serve", description="Serve a few-step diffusion checkpoint over HTTP.")
+    parser.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT, help="checkpoint folder (%(default)s)")
+    parser.add_argument("--host", default=defaults.host, help="address to listen on (%(default)s)")
+    parser.add_argument("--port", type=int, default=defaults.port, help="(%(default)s)")
+    parser.add_argument(
+        "--max-batch-size", type=int, default=engine.max_batch_size, help="pictures in one denoiser call (%(default)s)"
+    )
+    parser.add_argument(
+        "--max-live", type=int, default=engine.max_live, help="pictures accepted and unanswered (%(default)s)"
+    )
+    parser.add_argument("--threads", type=int, default=defaults.threads, help="denoiser CPU threads, 0 = all")
+    given = parser.parse_args(arguments)
+    try:
+        return ServerConfig(
+            checkpoint=given.checkpoint.resolve(),
+            host=given.host,
+            port=given.port,
+            engine=EngineConfig(max_batch_size=given.max_batch_size, max_live=given.max_live),
+            threads=given.threads,
+        )
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the server until SIGINT or SIGTERM. Returns the exit status."""
+    config = parse_arguments(arguments)
+    try:
+        open_checkpoint(config.checkpoint)
+        check_port(config.host, config.port)
+    except (CheckpointError, OSError) as error:
+        print(f"tdm-serve: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    return serve_until(config, stop)
+
+
+def check_port(host: str, port: int) -> None:
+    """Fail with a sentence where the address cannot be listened on.
+
+    Raises:
+        OSError: naming the address and what to do.
+    """
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise OSError(f"cannot listen on {host}:{port} ({error.strerror}); choose another with --port") from None
+
+
+def prepare_environment() -> None:
+    """What Ray reads when it is imported, here and in its own processes.
+
+    Nothing is reported home. Ray's internal ports listen on every interface, so they want a token
+    that only this server's processes know.
+    """
+    os.environ |= {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+    }
+
+
+def serve_until(config: ServerConfig, stop: threading.Event) -> int:
+    """Start everything, wait for `stop`, let accepted requests finish."""
+    prepare_environment()
+    import ray
+    from ray import serve
+    from ray.serve.schema import LoggingConfig
+
+    from serving.deployment import build_application
+
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    ray.init(include_dashboard=False, logging_level=logging.WARNING, log_to_driver=False)
+    try:
+        serve.start(
+            http_options={"host": config.host, "port": config.port},
+            logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
+        )
+        serve.run(build_application(config), name="images", route_prefix="/")
+        print(f"ready: http://{config.host}:{config.port} (playground), /v1/images/generations (API)", flush=True)
+        stop.wait()
+        print("stopping: accepted requests finish, then the server exits", flush=True)
+    except Exception as error:
+        print(f"tdm-serve: the server could not start: {error}", file=sys.stderr)
+        return 1
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,36 @@
+"""The server's settings: frozen, checked where they are made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tdm_runtime.checkpoint import DEFAULT_CHECKPOINT
+from tdm_runtime.engine import EngineConfig
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """One server process and its replica."""
+
+    checkpoint: Path = DEFAULT_CHECKPOINT
+    """Folder in diffusers layout with a tdm_recipe.json."""
+    host: str = "127.0.0.1"
+    """Address to listen on; the server has no authentication, so others only behind something that has."""
+    port: int = 8000
+    engine: EngineConfig = EngineConfig()
+    threads: int = 0
+    """CPU threads of the denoiser; 0 takes every core this process may use."""
+    request_timeout_s: float = 60.0
+    """A request that is not answered by then is cancelled and gets 504."""
+    body_timeout_s: float = 10.0
+    """Time a client has to send its body."""
+    max_body_bytes: int = 64 * 1024
+    drain_timeout_s: float = 20.0
+    """On SIGTERM, time for accepted requests to finish."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.port <= 65535:
+            raise ValueError(f"port is {self.port}; it must be from 1 to 65535")
+        if self.threads < 0:
+            raise ValueError(f"threads is {self.threads}; give a number of cores, or 0 for all of them")

@@ -1,0 +1,50 @@
+"""The service as a Ray Serve deployment."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve import Application
+
+from serving.config import ServerConfig
+
+
+@serve.deployment(name="images", max_ongoing_requests=4096, max_queued_requests=-1, ray_actor_options={"num_cpus": 1})
+@serve.ingress()
+class ImageDeployment:
+    """One replica: one service, one engine thread. Admission is the engine's own, so Ray queues nothing."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        import torch
+
+        from serving.service import ImageService
+
+        logging.getLogger("serving").setLevel(logging.INFO)
+        # Ray sets OMP_NUM_THREADS to the CPUs it reserved for the actor; the denoiser may use them all.
+        torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
+        self.service = ImageService(config)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        from serving.http import build_app
+
+        return build_app(self.service)
+
+    def check_health(self) -> None:
+        """Asked by Ray; a replica whose engine died is replaced."""
+        if not self.service.is_ready:
+            raise RuntimeError("the engine's thread is not running")
+
+    async def __del__(self) -> None:
+        """Called by Ray once accepted requests are done."""
+        if hasattr(self, "service"):
+            await asyncio.to_thread(self.service.close)
+
+
+def build_application(config: ServerConfig) -> Application:
+    """Return the Serve application."""
+    deployment: serve.Deployment = ImageDeployment
+    return deployment.options(graceful_shutdown_timeout_s=config.drain_timeout_s).bind(config)

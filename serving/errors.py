@@ -1,0 +1,57 @@
+"""Every failure as the OpenAI API shapes it: {"error": {message, type, param, code}}."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from fastapi.responses import JSONResponse
+
+from tdm_runtime.errors import GenerationError, InvalidRequestError, NotFiniteError, OverloadedError
+
+
+@dataclass
+class APIError(Exception):
+    """A failure on its way to the client."""
+
+    status: int
+    message: str
+    type: str = "invalid_request_error"
+    param: str | None = None
+    code: str | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__init__(self.message)
+
+    def to_response(self) -> JSONResponse:
+        body = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        return JSONResponse({"error": body}, self.status, self.headers)
+
+
+def invalid(message: str, param: str | None, code: str, status: int = 400) -> APIError:
+    """The client's mistake: sending it again changes nothing."""
+    return APIError(status, message, param=param, code=code, headers={"x-should-retry": "false"})
+
+
+def from_exception(error: Exception) -> APIError:
+    """Map what the runtime raises; anything unforeseen becomes a 500 that tells nothing of the inside."""
+    if isinstance(error, APIError):
+        return error
+    if isinstance(error, InvalidRequestError):
+        return invalid(str(error), error.param, error.code)
+    if isinstance(error, OverloadedError):
+        headers = {
+            "retry-after": str(math.ceil(error.retry_after_s)),
+            "retry-after-ms": str(math.ceil(1e3 * error.retry_after_s)),
+        }
+        return APIError(429, str(error), "rate_limit_error", code="queue_full", headers=headers)
+    if isinstance(error, TimeoutError):
+        return APIError(504, "the request was not answered in time and was cancelled", "server_error", code="timeout")
+    if isinstance(error, NotFiniteError):
+        # The same request would fail again: its noise is a function of its seed.
+        headers = {"x-should-retry": "false"}
+        return APIError(500, str(error), "server_error", code="not_finite", headers=headers)
+    if isinstance(error, GenerationError):
+        return APIError(500, str(error), "server_error", code="generation_failed")
+    return APIError(500, "internal error; the request was not at fault", "server_error", code="internal_error")

@@ -1,0 +1,165 @@
+"""The images API behind the routes: an engine, a codec, metrics. Knows nothing of HTTP or Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from serving.config import ServerConfig
+from serving.metrics import ServerMetrics
+from serving.schema import (
+    GeneratedImage,
+    ImageRequest,
+    ImageResponse,
+    ImageTimings,
+    InputTokenDetails,
+    ModelCard,
+    ModelList,
+    Usage,
+)
+from tdm_runtime.codec import describe_parameters, encode_image
+from tdm_runtime.engine import DiffusionEngine
+from tdm_runtime.loaded_model import LoadedModel, load_model
+from tdm_runtime.params import SamplingParams
+from tdm_runtime.recipe import RECIPE_FILE
+from tdm_runtime.sample import Picture
+
+
+class ImageService:
+    """One model and its engine."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        self.config = config
+        self.metrics = ServerMetrics()
+        self.model: LoadedModel = load_model(config.checkpoint)
+        self.engine = DiffusionEngine(self.model, config.engine, self.metrics.observe_batch)
+        self.metrics.watch(self.engine)
+        self._created = int((config.checkpoint / RECIPE_FILE).stat().st_mtime)
+        self.engine.start()
+        warm_up(self.engine)
+
+    @property
+    def is_ready(self) -> bool:
+        return self.engine.is_healthy
+
+    def close(self) -> None:
+        """Finish what was accepted, then stop."""
+        self.engine.close()
+
+    def models(self) -> ModelList:
+        recipe = self.model.recipe
+        card = ModelCard(
+            id=recipe.name,
+            created=self._created,
+            sizes=[f"{width}x{height}" for width, height in recipe.native_sizes],
+            step_counts=list(recipe.step_counts),
+            default_steps=recipe.default_steps,
+            backend=self.model.denoiser.name,
+            digest=self.model.digest,
+        )
+        return ModelList(data=[card])
+
+    async def generate(self, request: ImageRequest) -> ImageResponse:
+        """Make a request's pictures.
+
+        Cancelling this coroutine, or one picture's failure, cancels its pictures at the next step boundary.
+
+        Raises:
+            InvalidRequestError, APIError: the request's mistake.
+            OverloadedError: the queue is full.
+            GenerationError: a picture failed.
+            TimeoutError: not done within `request_timeout_s`.
+        """
+        started_s = time.monotonic()
+        params = request.to_sampling_params(self.model.recipe)
+        futures = self.engine.submit_all(params)
+        try:
+            async with asyncio.timeout(self.config.request_timeout_s):
+                pictures = await asyncio.gather(*map(asyncio.wrap_future, futures))
+        finally:
+            for future in futures:
+                future.cancel()  # a finished one is not changed by this
+        encoding_s = time.monotonic()
+        images = await asyncio.to_thread(self._encode, pictures, request)
+        ended_s = time.monotonic()
+        timings = self._timings(pictures, 1e3 * (ended_s - encoding_s), 1e3 * (ended_s - started_s))
+        self.metrics.observe_request(timings)
+        self.metrics.steps_used.labels(params[0].num_inference_steps).inc(len(pictures))
+        return ImageResponse(
+            created=int(time.time()),
+            data=images,
+            model=self.model.recipe.name,
+            output_format=request.output_format,
+            size=f"{params[0].width}x{params[0].height}",
+            usage=self._usage(pictures),
+            timings=timings,
+            warnings=_warnings(pictures[0]),
+        )
+
+    def _encode(self, pictures: Sequence[Picture], request: ImageRequest) -> list[GeneratedImage]:
+        images = []
+        for picture in pictures:
+            params = picture.params
+            text = describe_parameters(params, self.model.recipe, self.model.digest) if request.metadata else None
+            encoded = encode_image(
+                picture.pixels, request.output_format, compression=request.output_compression, parameters=text
+            )
+            b64_json = base64.b64encode(encoded).decode("ascii")
+            images.append(
+                GeneratedImage(b64_json=b64_json, seed=params.seed, num_inference_steps=params.num_inference_steps)
+            )
+        return images
+
+    def _usage(self, pictures: Sequence[Picture]) -> Usage:
+        first = pictures[0]
+        text_tokens = min(first.num_tokens, first.max_tokens)
+        _, height, width = self.model.latent_shape(first.params)
+        output_tokens = height * width * len(pictures)
+        return Usage(
+            input_tokens=text_tokens,
+            input_tokens_details=InputTokenDetails(text_tokens=text_tokens),
+            output_tokens=output_tokens,
+            total_tokens=text_tokens + output_tokens,
+        )
+
+    @staticmethod
+    def _timings(pictures: Sequence[Picture], encode_ms: float, total_ms: float) -> ImageTimings:
+        slowest = max((picture.timings for picture in pictures), key=lambda t: t.queue_ms + sum(t.steps_ms))
+        return ImageTimings(
+            queue_ms=slowest.queue_ms,
+            text_ms=slowest.text_ms,
+            steps_ms=slowest.steps_ms,
+            decode_ms=slowest.decode_ms,
+            encode_ms=encode_ms,
+            total_ms=total_ms,
+        )
+
+
+def warm_up(engine: DiffusionEngine) -> None:
+    """Run every size, step count and power-of-two batch once, so that no request pays for a first time.
+
+    Raises:
+        TDMError: the model cannot make a picture; better now than at the first request.
+    """
+    recipe = engine.model.recipe
+    for width, height in recipe.native_sizes:
+        for steps in recipe.step_counts:
+            size = min(2 ** (steps - 1), engine.config.max_batch_size, engine.config.max_live)
+            params = [SamplingParams("warm-up", seed, steps, width, height) for seed in range(size)]
+            for future in engine.submit_all(params):
+                future.result()
+
+
+def _warnings(picture: Picture) -> list[str]:
+    if picture.num_tokens <= picture.max_tokens:
+        return []
+    return [f"the prompt has {picture.num_tokens} tokens; the model read the first {picture.max_tokens}"]
+
+
+def check_static_files(folder: Path) -> None:
+    """Fail at start where the playground's files are missing."""
+    if missing := [name for name in ("index.html", "playground.js", "playground.css") if not (folder / name).is_file()]:
+        raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}; reinstall the package")
