@@ -9,9 +9,9 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tdm_runtime.errors import CheckpointError, RecipeError
 from tdm_runtime.recipe import RECIPE_FILE, Recipe, load_recipe
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
-Model = TypeVar("Model")
+Part = TypeVar("Part")
 
 WEIGHT_FILES = (
     "unet/diffusion_pytorch_model.safetensors",
@@ -55,7 +55,7 @@ class Checkpoint:
         """Load the denoiser, float32, eval mode."""
         from diffusers import UNet2DConditionModel
 
-        unet: UNet2DConditionModel = self._load("unet", UNet2DConditionModel.from_pretrained)
+        unet: UNet2DConditionModel = self._load_model("unet", UNet2DConditionModel)
         self._check_step_condition(unet.config.time_cond_proj_dim)
         return unet.float().eval()
 
@@ -63,7 +63,7 @@ class Checkpoint:
         """Load the autoencoder, float32, eval mode."""
         from diffusers import AutoencoderKL
 
-        vae: AutoencoderKL = self._load("vae", AutoencoderKL.from_pretrained)
+        vae: AutoencoderKL = self._load_model("vae", AutoencoderKL)
         return vae.float().eval()
 
     def load_text_encoder(self) -> tuple[CLIPTokenizer, CLIPTextModel]:
@@ -71,7 +71,7 @@ class Checkpoint:
         from transformers import CLIPTextModel, CLIPTokenizer
 
         tokenizer: CLIPTokenizer = self._load("tokenizer", CLIPTokenizer.from_pretrained)
-        model: CLIPTextModel = self._load("text_encoder", CLIPTextModel.from_pretrained)
+        model: CLIPTextModel = self._load_model("text_encoder", CLIPTextModel)
         positions = model.config.max_position_embeddings
         if tokenizer.model_max_length != positions:
             raise CheckpointError(
@@ -80,7 +80,17 @@ class Checkpoint:
             )
         return tokenizer, model.float().eval()
 
-    def _load(self, part: str, load: Callable[[Path], Model]) -> Model:
+    def _load_model(self, part: str, model_class: Any) -> Any:
+        """Load weights that are all there and all used: the libraries would fill gaps with random numbers."""
+        model, report = self._load(part, partial(model_class.from_pretrained, output_loading_info=True))
+        if strangers := sorted({*report["missing_keys"], *report["unexpected_keys"]}):
+            raise CheckpointError(
+                f"{self.folder / part / 'config.json'} does not describe the weights beside it: {len(strangers)} "
+                f"tensors are missing or left over ({strangers[0]}, ...); restore the folder from its source"
+            )
+        return model
+
+    def _load(self, part: str, load: Callable[[Path], Part]) -> Part:
         try:
             return load(self.folder / part)
         except Exception as error:  # the libraries raise many kinds; all mean the same to a user
@@ -105,7 +115,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; give the folder of a checkpoint that has {RECIPE_FILE}")
-    pickles = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.suffix in PICKLE_SUFFIXES)
+    pickles = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.suffix.lower() in PICKLE_SUFFIXES)
     if pickles:
         raise CheckpointError(
             f"{folder} holds pickled weights ({', '.join(pickles[:3])}), which can run code when read; "
@@ -114,9 +124,12 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     recipe = load_recipe(folder)
     if missing := [name for name in (*WEIGHT_FILES, *OTHER_FILES) if not (folder / name).is_file()]:
         raise CheckpointError(f"{folder} lacks {', '.join(missing)}; restore the folder from its source")
-    if unlisted := [name for name in WEIGHT_FILES if name not in recipe.files]:
+    # Shards and their index count too: the libraries would read them in place of the files listed.
+    weights = {*WEIGHT_FILES, *(str(file.relative_to(folder)) for file in folder.rglob("*.safetensors*"))}
+    if unlisted := sorted(weights - set(recipe.files)):
         raise RecipeError(
-            f"{folder / RECIPE_FILE} has no sha256 for {', '.join(unlisted)}; publish the checkpoint anew"
+            f"{folder / RECIPE_FILE} has no sha256 for {', '.join(unlisted[:3])}; publish the checkpoint anew, "
+            "or remove what does not belong to it"
         )
     for name, expected in recipe.files.items():
         _check_hash(folder, name, expected)
@@ -130,7 +143,10 @@ def _check_hash(folder: Path, name: str, expected: str) -> None:
         raise RecipeError(f"{folder / RECIPE_FILE} lists {name!r}, which lies outside the checkpoint folder")
     if not file.is_file():
         raise CheckpointError(f"{file} is missing; restore the folder from its source")
-    actual = file_sha256(file)
+    try:
+        actual = file_sha256(file)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read ({error.strerror}); make it readable") from None
     if actual != expected:
         raise CheckpointError(
             f"{file} is damaged or of another checkpoint: its sha256 is {actual[:12]}..., the recipe says "
@@ -143,7 +159,7 @@ def _check_model_index(folder: Path) -> None:
     try:
         index = json.loads(file.read_text(encoding="utf-8"))
         denoiser = index["unet"][1]
-    except (ValueError, KeyError, IndexError, TypeError) as error:
+    except (OSError, ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read ({error!r}); restore the folder from its source") from None
     if denoiser != "UNet2DConditionModel":
         raise CheckpointError(f"{file} names the denoiser {denoiser!r}; this version serves UNet2DConditionModel")

@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import cast
 
+from transformers.utils.logging import disable_progress_bar
+
 from tdm_runtime.checkpoint import DEFAULT_CHECKPOINT
 from tdm_runtime.codec import ImageFormat, describe_parameters, encode_image
 from tdm_runtime.errors import TDMError
@@ -35,6 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"the output {given.output} ends in none of {', '.join(FORMATS)}")
     if not given.output.resolve().parent.is_dir():
         parser.error(f"the folder of {given.output} does not exist")
+    disable_progress_bar()  # of weights that load in a moment
     try:
         model = load_model(given.checkpoint)
         recipe = model.recipe
@@ -52,7 +55,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     elapsed_ms = 1e3 * (time.monotonic() - started_s)
     text = describe_parameters(params, recipe, model.digest)
-    given.output.write_bytes(encode_image(pixels, cast(ImageFormat, image_format), parameters=text))
+    try:
+        given.output.write_bytes(encode_image(pixels, cast(ImageFormat, image_format), parameters=text))
+    except OSError as error:
+        print(f"tdm-generate: {given.output} cannot be written: {error.strerror}", file=sys.stderr)
+        return 2
     print(f"{given.output}: {params.num_inference_steps} steps, seed {params.seed}, {elapsed_ms:.0f} ms")
     return 0
 

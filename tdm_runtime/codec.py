@@ -13,6 +13,7 @@ from tdm_runtime.params import SamplingParams
 from tdm_runtime.recipe import Recipe
 
 ImageFormat = Literal["png", "webp", "jpeg"]
+EXIF_IFD = 0x8769
 EXIF_USER_COMMENT = 0x9286
 
 
@@ -35,14 +36,18 @@ def encode_image(
         # Level 1 costs a tenth of the default's time for a few percent of size.
         picture.save(stream, "PNG", pnginfo=chunks, compress_level=1)
         return stream.getvalue()
-    exif = Image.Exif()
-    if parameters is not None:
-        exif.get_ifd(0x8769)[EXIF_USER_COMMENT] = b"UNICODE\0" + parameters.encode("utf-16-be")
+    exif = b"" if parameters is None else _exif(parameters)
     if image_format == "webp":
         picture.save(stream, "WEBP", quality=compression, lossless=compression == 100, exif=exif)
     else:
         picture.save(stream, "JPEG", quality=max(1, compression), subsampling=0, exif=exif)
     return stream.getvalue()
+
+
+def _exif(comment: str) -> bytes:
+    exif = Image.Exif()
+    exif.get_ifd(EXIF_IFD)[EXIF_USER_COMMENT] = b"UNICODE\0" + comment.encode("utf-16-be")
+    return exif.tobytes()
 
 
 def describe_parameters(params: SamplingParams, recipe: Recipe, digest: str) -> str:

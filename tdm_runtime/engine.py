@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -39,10 +39,15 @@ class EngineConfig:
     patience_s: float = 30.0
     """Deadline, after arrival, of samples that have none of their own: only an order, nothing is dropped at it."""
 
+    def __post_init__(self) -> None:
+        for name in ("max_batch_size", "max_live"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+
 
 @dataclass
 class EngineStats:
-    """Counters since the start, written by the engine's threads only."""
+    """Counters since the start. A picture is counted before its future is resolved."""
 
     steps: int = 0
     """Denoiser calls."""
@@ -76,8 +81,9 @@ class DiffusionEngine:
         self._scheduler: StepScheduler[Sample] = StepScheduler(config.max_batch_size)
         self._arrivals: list[Sample] = []
         self._order = itertools.count()
-        self._unanswered = 0
+        self._unanswered: set[Sample] = set()
         self._wake = threading.Condition()
+        """Guards `_arrivals`, `_unanswered` and what is counted of them."""
         self._is_closing = False
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run_forever, name="diffusion-engine", daemon=True)
@@ -97,6 +103,7 @@ class DiffusionEngine:
         if self._thread.ident is not None:
             self._thread.join()
         self._decoding.shutdown(wait=True)
+        self._fail_unanswered("the engine was closed before it started; send the request to another replica")
 
     def __enter__(self) -> DiffusionEngine:
         self.start()
@@ -113,7 +120,7 @@ class DiffusionEngine:
     @property
     def num_live(self) -> int:
         """Samples accepted and not yet answered."""
-        return self._unanswered
+        return len(self._unanswered)
 
     def submit(self, params: SamplingParams, deadline_s: float | None = None) -> Future[Picture]:
         """Accept one picture.
@@ -140,14 +147,14 @@ class DiffusionEngine:
         with self._wake:
             if self._is_closing or self._failure is not None:
                 raise OverloadedError("the engine is stopping; send the request to another replica", retry_after_s=1.0)
-            if self._unanswered + len(samples) > self.config.max_live:
+            if self.num_live + len(samples) > self.config.max_live:
                 self.stats.refused += len(samples)
                 raise OverloadedError(
-                    f"{self._unanswered} pictures are queued and at most {self.config.max_live} may be; "
+                    f"{self.num_live} pictures are queued and at most {self.config.max_live} may be; "
                     f"{len(samples)} more do not fit, retry later or ask for fewer",
                     retry_after_s=self._seconds_to_drain(),
                 )
-            self._unanswered += len(samples)
+            self._unanswered.update(samples)
             self._arrivals.extend(samples)
             self._wake.notify()
         return [sample.future for sample in samples]
@@ -158,13 +165,13 @@ class DiffusionEngine:
             table=self.model.recipe.step_tables[params.num_inference_steps],
             bucket=self.model.latent_shape(params),
             urgency=(due_s, next(self._order)),
-            submitted_s=now_s,
+            waiting_since_s=now_s,
         )
 
     def _seconds_to_drain(self) -> float:
         """Expected time until half of the queue is served."""
         steps_each = max(self.model.recipe.step_counts)
-        calls = self._unanswered * steps_each / self.config.max_batch_size
+        calls = self.num_live * steps_each / self.config.max_batch_size
         return max(0.1, 0.5 * calls * self.stats.step_s)
 
     # -- the engine's thread ------------------------------------------------------------------
@@ -183,7 +190,9 @@ class DiffusionEngine:
                 self.step()
         except BaseException as error:
             logger.exception("the engine's thread died")
-            self._fail_everything(error)
+            with self._wake:
+                self._failure = error
+            self._fail_unanswered("the engine stopped unexpectedly; retry on another replica")
 
     def _wait_for_work(self) -> bool:
         """Block until there is a sample to run. False when closing and none is left."""
@@ -210,17 +219,18 @@ class DiffusionEngine:
         if sample.prompt is not None:
             return True
         started_s = time.monotonic()
-        sample.timings.queue_ms = 1e3 * (started_s - sample.submitted_s)
+        sample.timings.queue_ms = 1e3 * (started_s - sample.waiting_since_s)
         try:
             sample.prompt = self.model.text_encoder.encode(sample.params.prompt)
+            noise = initial_noise(sample.params.seed, sample.bucket)
+            sample.latents = (sample.table.initial_scale * noise).to(self.model.denoiser.device)
+            sample.denoised = torch.zeros_like(sample.latents)
         except Exception as error:
             self._leave(sample)
             self._answer(sample, _as_tdm_error(error))
             return False
-        noise = initial_noise(sample.params.seed, sample.bucket)
-        sample.latents = (sample.table.initial_scale * noise).to(self.model.denoiser.device)
-        sample.denoised = torch.zeros_like(sample.latents)
-        sample.timings.text_ms = 1e3 * (time.monotonic() - started_s)
+        sample.waiting_since_s = time.monotonic()
+        sample.timings.text_ms = 1e3 * (sample.waiting_since_s - started_s)
         return True
 
     def _run(self, batch: list[Sample]) -> list[Tensor | TDMError]:
@@ -256,7 +266,9 @@ class DiffusionEngine:
         seconds = time.monotonic() - started_s
         self._count_step(len(batch), seconds)
         for sample in alive:
+            sample.timings.queue_ms += 1e3 * (started_s - sample.waiting_since_s)
             sample.timings.steps_ms.append(1e3 * seconds)
+            sample.waiting_since_s = started_s + seconds
         if finished:
             self._decoding.submit(self._decode, finished)
 
@@ -295,18 +307,21 @@ class DiffusionEngine:
     # -- the decoder's thread -----------------------------------------------------------------
 
     def _decode(self, samples: list[Sample]) -> None:
-        """Turn latents of one shape into pictures and answer."""
-        started_s = time.monotonic()
+        """Turn latents of one shape into pictures and answer. Where that fails each sample is tried once alone."""
         try:
             pixels = self.model.decoder.decode(_stacked([s.latents for s in samples]))
         except Exception as error:
+            if len(samples) == 1:
+                self._answer(samples[0], _as_tdm_error(error))
+                return
+            logger.warning("decoding %d failed (%s); each is tried alone", len(samples), type(error).__name__)
             for sample in samples:
-                self._answer(sample, _as_tdm_error(error))
+                self._decode([sample])
             return
-        decode_ms = 1e3 * (time.monotonic() - started_s)
+        ended_s = time.monotonic()
         for sample, picture in zip(samples, pixels, strict=True):
             assert sample.prompt is not None
-            sample.timings.decode_ms = decode_ms
+            sample.timings.decode_ms = 1e3 * (ended_s - sample.waiting_since_s)
             self._answer(
                 sample,
                 Picture(sample.params, picture, sample.timings, sample.prompt.num_tokens, sample.prompt.max_tokens),
@@ -315,28 +330,30 @@ class DiffusionEngine:
     # -- any of the engine's threads ----------------------------------------------------------
 
     def _answer(self, sample: Sample, outcome: Picture | TDMError) -> None:
-        """Resolve a sample's future, exactly once."""
+        """Resolve a sample's future, exactly once: whoever comes second is ignored."""
         with self._wake:
-            self._unanswered -= 1
-        try:
-            if isinstance(outcome, Picture):
-                sample.future.set_result(outcome)
-                self.stats.finished += 1
-            elif not isinstance(outcome, CancelledError):
-                sample.future.set_exception(outcome)
-                self.stats.failed += 1
-            else:
+            if sample not in self._unanswered:
+                return
+            self._unanswered.remove(sample)
+            is_wanted = sample.future.set_running_or_notify_cancel()  # from here on it cannot be cancelled
+            if not is_wanted:
                 self.stats.cancelled += 1
-        except InvalidStateError:  # the caller cancelled in between
-            self.stats.cancelled += 1
+            elif isinstance(outcome, Picture):
+                self.stats.finished += 1
+            else:
+                self.stats.failed += 1
+        if not is_wanted:
+            return
+        if isinstance(outcome, Picture):
+            sample.future.set_result(outcome)
+        else:
+            sample.future.set_exception(outcome)
 
-    def _fail_everything(self, error: BaseException) -> None:
+    def _fail_unanswered(self, message: str) -> None:
         with self._wake:
-            self._failure = error
-            samples = [*self._scheduler.live(), *self._arrivals]
-            self._arrivals = []
+            samples = list(self._unanswered)
         for sample in samples:
-            self._answer(sample, GenerationError("the engine stopped unexpectedly; retry on another replica"))
+            self._answer(sample, GenerationError(message))
 
 
 def _stacked(tensors: Sequence[Tensor | None]) -> Tensor:

@@ -49,10 +49,11 @@ class SamplingParams:
             raise InvalidRequestError(
                 f"num_inference_steps is {_shown(steps)}; {recipe.name} serves {counts}", param="num_inference_steps"
             )
-        if (self.width, self.height) not in recipe.native_sizes:
+        size = (self.width, self.height)
+        if any(type(side) is not int for side in size) or size not in recipe.native_sizes:
             sizes = ", ".join(f"{width}x{height}" for width, height in recipe.native_sizes)
             raise InvalidRequestError(
-                f"size is {_shown(f'{self.width}x{self.height}')}; {recipe.name} makes {sizes}", param="size"
+                f"size is {_shown(self.width)}x{_shown(self.height)}; {recipe.name} makes {sizes}", param="size"
             )
 
 
@@ -73,5 +74,8 @@ def _check_prompt(prompt: object) -> None:
 
 def _shown(value: object) -> str:
     """A value as a message may repeat it: short, however long it came."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to print whole numbers of more than 4300 digits
+        text = f"a {type(value).__name__} too long to show"
     return text if len(text) <= 40 else f"{text[:37]}..."

