@@ -5,7 +5,7 @@
 # Where the package index serves PyTorch with CUDA and you want the CPU build, name PyTorch's CPU index:
 #   make serve TORCH_INDEX_URL=...
 
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH_INDEX_URL ?=

@@ -83,7 +83,7 @@ def main() -> int:
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}\n")
     for steps in given.num_inference_steps:
         prompts = [
-            f"a {SUBJECTS[n % len(SUBJECTS)]} on a {BACKGROUNDS[n % len(BACKGROUNDS)]} background, number {n} of {steps}"
+            f"a {SUBJECTS[n % len(SUBJECTS)]} on {BACKGROUNDS[n % len(BACKGROUNDS)]}, number {n} of {steps}"
             for n in range(given.num_warmups + given.num_prompts)
         ]
         measurements = [ask(connection, prompt, steps) for prompt in prompts]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import secrets
 import signal
 import socket
@@ -34,6 +35,9 @@ def parse_arguments(arguments: list[str] | None = None) -> ServerConfig:
         "--max-live", type=int, default=engine.max_live, help="pictures accepted and unanswered (%(default)s)"
     )
     parser.add_argument("--threads", type=int, default=defaults.threads, help="denoiser CPU threads, 0 = all")
+    parser.add_argument(
+        "--log-level", choices=["info", "warning", "error"], default=defaults.log_level, help="(%(default)s)"
+    )
     given = parser.parse_args(arguments)
     try:
         return ServerConfig(
@@ -42,6 +46,7 @@ def parse_arguments(arguments: list[str] | None = None) -> ServerConfig:
             port=given.port,
             engine=EngineConfig(max_batch_size=given.max_batch_size, max_live=given.max_live),
             threads=given.threads,
+            log_level=given.log_level,
         )
     except ValueError as error:
         parser.error(str(error))
@@ -56,10 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (CheckpointError, OSError) as error:
         print(f"tdm-serve: {error}", file=sys.stderr)
         return USAGE_ERROR
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    return serve_until(config, stop)
+    return serve_until_signalled(config)
 
 
 def check_port(host: str, port: int) -> None:
@@ -84,34 +86,42 @@ def prepare_environment() -> None:
     """
     os.environ |= {
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_DEDUP_LOGS": "0",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
     }
 
 
-def serve_until(config: ServerConfig, stop: threading.Event) -> int:
-    """Start everything, wait for `stop`, let accepted requests finish."""
+def reason_of(error: Exception) -> str:
+    """What went wrong in the replica, without Ray's account of how it came to know."""
+    causes = re.findall(r"tdm_runtime\.errors\.\w+: (.+)", str(error))
+    return causes[-1] if causes else str(error)
+
+
+def serve_until_signalled(config: ServerConfig) -> int:
+    """Start everything, wait for SIGINT or SIGTERM, let accepted requests finish."""
     prepare_environment()
     import ray
     from ray import serve
-    from ray.serve.schema import LoggingConfig
 
-    from serving.deployment import build_application
+    from serving.deployment import QUIET, build_application
 
+    print(f"starting {config.checkpoint.name} on {config.host}:{config.port}", flush=True)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    ray.init(include_dashboard=False, logging_level=logging.WARNING, log_to_driver=False)
+    ray.init(include_dashboard=False, logging_level=logging.WARNING, log_to_driver=True)
+    # After Ray, which takes the signals for itself when it starts.
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
     try:
-        serve.start(
-            http_options={"host": config.host, "port": config.port},
-            logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
-        )
+        serve.start(http_options={"host": config.host, "port": config.port}, logging_config=QUIET)
         serve.run(build_application(config), name="images", route_prefix="/")
         print(f"ready: http://{config.host}:{config.port} (playground), /v1/images/generations (API)", flush=True)
         stop.wait()
         print("stopping: accepted requests finish, then the server exits", flush=True)
     except Exception as error:
-        print(f"tdm-serve: the server could not start: {error}", file=sys.stderr)
-        return 1
+        print(f"tdm-serve: the server could not start: {reason_of(error)}", file=sys.stderr)
+        return USAGE_ERROR
     finally:
         serve.shutdown()
         ray.shutdown()

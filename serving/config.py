@@ -28,6 +28,8 @@ class ServerConfig:
     max_body_bytes: int = 64 * 1024
     drain_timeout_s: float = 20.0
     """On SIGTERM, time for accepted requests to finish."""
+    log_level: str = "warning"
+    """Of the server's own messages; `info` adds a line a request, never with its prompt."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.port <= 65535:

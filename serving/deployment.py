@@ -9,11 +9,23 @@ import os
 from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
+from ray.serve.schema import LoggingConfig
 
 from serving.config import ServerConfig
 
+QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
+"""Ray's own messages; the server logs its requests itself."""
 
-@serve.deployment(name="images", max_ongoing_requests=4096, max_queued_requests=-1, ray_actor_options={"num_cpus": 1})
+
+@serve.deployment(
+    name="images",
+    max_ongoing_requests=4096,
+    max_queued_requests=-1,
+    # What a constructor refuses once it refuses again: a checkpoint does not mend itself.
+    max_constructor_retry_count=1,
+    ray_actor_options={"num_cpus": 1},
+    logging_config=QUIET,
+)
 @serve.ingress()
 class ImageDeployment:
     """One replica: one service, one engine thread. Admission is the engine's own, so Ray queues nothing."""
@@ -23,7 +35,7 @@ class ImageDeployment:
 
         from serving.service import ImageService
 
-        logging.getLogger("serving").setLevel(logging.INFO)
+        set_up_logging(config.log_level)
         # Ray sets OMP_NUM_THREADS to the CPUs it reserved for the actor; the denoiser may use them all.
         torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
         self.service = ImageService(config)
@@ -42,6 +54,20 @@ class ImageDeployment:
         """Called by Ray once accepted requests are done."""
         if hasattr(self, "service"):
             await asyncio.to_thread(self.service.close)
+
+
+def set_up_logging(level: str) -> None:
+    """Our loggers to stderr, which Ray shows in the server's terminal; the libraries' progress bars nowhere."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    for name in ("serving", "tdm_runtime"):
+        logger = logging.getLogger(name)
+        logger.addHandler(handler)
+        logger.setLevel(level.upper())
+        logger.propagate = False
 
 
 def build_application(config: ServerConfig) -> Application:

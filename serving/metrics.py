@@ -26,7 +26,9 @@ class ServerMetrics:
         )
         self.step_seconds = self._seconds("tdm_step_seconds", "One denoiser call.")
         self.stages = {
-            "queue_ms": self._seconds("tdm_queue_seconds", "Waiting for the denoiser, before the first step and between steps."),
+            "queue_ms": self._seconds(
+                "tdm_queue_seconds", "Waiting for the denoiser, before the first step and between steps."
+            ),
             "text_ms": self._seconds("tdm_text_encode_seconds", "Prompt to embeddings."),
             "decode_ms": self._seconds("tdm_decode_seconds", "Latents to pixels."),
             "encode_ms": self._seconds("tdm_image_encode_seconds", "Pixels to a file."),

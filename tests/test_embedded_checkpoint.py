@@ -42,7 +42,13 @@ def test_captions_of_the_training_kind_are_drawn(model: LoadedModel, scorer: Sco
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
 @pytest.mark.parametrize(
     ("prompt", "hue_degrees"),
-    [("a red heart", 0), ("a yellow heart", 50), ("a green heart", 110), ("a blue heart", 215), ("a purple heart", 285)],
+    [
+        ("a red heart", 0),
+        ("a yellow heart", 50),
+        ("a green heart", 110),
+        ("a blue heart", 215),
+        ("a purple heart", 285),
+    ],
 )
 def test_a_coloured_heart_has_its_colour(model: LoadedModel, steps: int, prompt: str, hue_degrees: int) -> None:
     picture = generate(model, SamplingParams(prompt, 3, steps, 64, 64))

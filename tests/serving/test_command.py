@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from serving.cli import main
+from tdm_runtime.recipe import RECIPE_FILE
+from tests.serving.conftest import free_port
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
@@ -42,6 +47,18 @@ def test_a_port_in_use(capsys: pytest.CaptureFixture[str]) -> None:
         taken.listen()
         port = taken.getsockname()[1]
         assert f"127.0.0.1:{port}" in refusal(capsys, "--port", str(port))
+
+
+def test_what_only_loading_shows(checkpoint_folder: Path, tmp_path: Path) -> None:
+    """A recipe that contradicts the weights is found by the replica, and the command says so and ends."""
+    folder = shutil.copytree(checkpoint_folder, tmp_path / "contradiction")
+    recipe = json.loads((folder / RECIPE_FILE).read_text())
+    (folder / RECIPE_FILE).write_text(json.dumps(recipe | {"step_condition": "none"}))
+    command = [sys.executable, "-m", "serving.cli", "--port", str(free_port()), "--checkpoint", str(folder)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert ended.returncode == 2
+    assert "tdm-serve: the server could not start: " in ended.stderr
+    assert "recipe and weights are not of one training run" in ended.stderr
 
 
 @pytest.mark.parametrize(
