@@ -34,7 +34,12 @@ def parse_arguments(arguments: list[str] | None = None) -> ServerConfig:
     parser.add_argument(
         "--max-live", type=int, default=engine.max_live, help="pictures accepted and unanswered (%(default)s)"
     )
-    parser.add_argument("--threads", type=int, default=defaults.threads, help="denoiser CPU threads, 0 = all")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=defaults.threads,
+        help="CPU threads of a denoiser call, 0 = the fastest, measured at start (%(default)s)",
+    )
     parser.add_argument(
         "--log-level", choices=["info", "warning", "error"], default=defaults.log_level, help="(%(default)s)"
     )

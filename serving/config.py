@@ -20,7 +20,7 @@ class ServerConfig:
     port: int = 8000
     engine: EngineConfig = EngineConfig()
     threads: int = 0
-    """CPU threads of the denoiser; 0 takes every core this process may use."""
+    """CPU threads of a denoiser call; 0 takes the number that makes one picture soonest, measured at start."""
     request_timeout_s: float = 60.0
     """A request that is not answered by then is cancelled and gets 504."""
     body_timeout_s: float = 10.0
@@ -35,4 +35,4 @@ class ServerConfig:
         if not 1 <= self.port <= 65535:
             raise ValueError(f"port is {self.port}; it must be from 1 to 65535")
         if self.threads < 0:
-            raise ValueError(f"threads is {self.threads}; give a number of cores, or 0 for all of them")
+            raise ValueError(f"threads is {self.threads}; give a number of cores, or 0 to have it measured")

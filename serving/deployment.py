@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 
 from fastapi import FastAPI
 from ray import serve
@@ -31,13 +30,9 @@ class ImageDeployment:
     """One replica: one service, one engine thread. Admission is the engine's own, so Ray queues nothing."""
 
     def __init__(self, config: ServerConfig) -> None:
-        import torch
-
         from serving.service import ImageService
 
         set_up_logging(config.log_level)
-        # Ray sets OMP_NUM_THREADS to the CPUs it reserved for the actor; the denoiser may use them all.
-        torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
         self.service = ImageService(config)
 
     def __serve_build_asgi_app__(self) -> FastAPI:

@@ -38,9 +38,11 @@ class EngineConfig:
     """Samples accepted and not yet answered; beyond, submissions are refused."""
     patience_s: float = 30.0
     """Deadline, after arrival, of samples that have none of their own: only an order, nothing is dropped at it."""
+    threads: int = 1
+    """CPU threads of a denoiser call. The decoder, beside it, always has one."""
 
     def __post_init__(self) -> None:
-        for name in ("max_batch_size", "max_live"):
+        for name in ("max_batch_size", "max_live", "threads"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
 
@@ -87,7 +89,7 @@ class DiffusionEngine:
         self._is_closing = False
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run_forever, name="diffusion-engine", daemon=True)
-        self._decoding = ThreadPoolExecutor(1, thread_name_prefix="decode")
+        self._decoding = ThreadPoolExecutor(1, "decode", initializer=torch.set_num_threads, initargs=(1,))
 
     # -- called from any thread ---------------------------------------------------------------
 
@@ -185,6 +187,9 @@ class DiffusionEngine:
             self._advance(batch, model_outputs, started_s)
 
     def _run_forever(self) -> None:
+        # A thread's own setting. OpenMP workers stop spinning, and a step takes twice as long, once
+        # there are more of them than cores, so no other thread may keep a team of its own.
+        torch.set_num_threads(self.config.threads)
         try:
             while self._wait_for_work():
                 self.step()

@@ -19,8 +19,8 @@ from training.scenes import Scene, caption
 from training.score import Score, Scorer, glyph_named, scoring_scenes
 
 PROMPTS = 48
-GLYPHS_FLOOR = {1: 0.0, 2: 0.0, 3: 0.0, 4: 0.0}
-BACKGROUND_FLOOR = {1: 0.0, 2: 0.0, 3: 0.0, 4: 0.0}
+GLYPHS_FLOOR = 0.9
+BACKGROUND_FLOOR = 0.95
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +32,12 @@ def score_of(model: LoadedModel, scorer: Scorer, scenes: list[Scene], steps: int
     return scorer.score(student_pictures(model, [caption(scene) for scene in scenes], steps), scenes)
 
 
+@pytest.mark.parametrize("held_out", [False, True], ids=["as trained", "held out"])
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
-def test_captions_of_the_training_kind_are_drawn(model: LoadedModel, scorer: Scorer, steps: int) -> None:
-    score = score_of(model, scorer, scoring_scenes(PROMPTS), steps)
-    assert score.glyphs >= GLYPHS_FLOOR[steps]
-    assert score.background >= BACKGROUND_FLOOR[steps]
+def test_captions_are_drawn(model: LoadedModel, scorer: Scorer, steps: int, held_out: bool) -> None:
+    score = score_of(model, scorer, scoring_scenes(PROMPTS, held_out=held_out), steps)
+    assert score.glyphs >= GLYPHS_FLOOR
+    assert score.background >= BACKGROUND_FLOOR
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
@@ -65,7 +66,7 @@ def test_a_prompt_composes_two_glyphs_and_a_background(model: LoadedModel, score
         generate(model, SamplingParams("a red heart left of a butterfly on a blue background", seed, 4, 64, 64))
         for seed in range(8)
     ]
-    assert scorer.score(pictures, [scene] * 8).adherence >= 0.0
+    assert scorer.score(pictures, [scene] * 8).adherence >= 0.75
 
 
 def test_other_words_make_another_picture_and_other_noise_too(model: LoadedModel) -> None:

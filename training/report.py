@@ -89,7 +89,9 @@ def samplers(model: LoadedModel, teacher: Teacher | None) -> dict[str, Sampler]:
     }
     if teacher is not None:
         for steps in TEACHER_STEPS:
-            found[f"teacher, {steps} steps, guidance {TEACHER_GUIDANCE:g}"] = partial(teacher.pictures, steps=steps)
+            found[f"teacher, {steps} step{'s' * (steps > 1)}, guidance {TEACHER_GUIDANCE:g}"] = partial(
+                teacher.pictures, steps=steps
+            )
     return found
 
 
@@ -104,7 +106,7 @@ def score_samplers(found: Mapping[str, Sampler], count: int) -> dict[str, tuple[
     return {name: (score(sample, sets[0]), score(sample, sets[1])) for name, sample in found.items()}
 
 
-def print_scores(checkpoint: Path, run: Path, count: int = 200) -> None:
+def print_scores(checkpoint: Path, run: Path, count: int = 100) -> None:
     """Print a Markdown table; teacher rows where `run` still holds the teacher."""
     found = samplers(load_model(checkpoint), _teacher_of(run))
     print("| sampler | glyphs | background | both | both, held out |\n|---|---|---|---|---|")

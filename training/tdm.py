@@ -44,7 +44,7 @@ STAGE = "tdm"
 class TDMConfig:
     """The distillation."""
 
-    loop: LoopConfig = LoopConfig(steps=1500)
+    loop: LoopConfig = LoopConfig(steps=900)
     step_counts: tuple[int, ...] = (1, 2, 3, 4)
     batch_size: int = 32
     student_learning_rate: float = 1e-4

@@ -32,7 +32,7 @@ STEP_CONDITION_DIM = 64
 class TeacherConfig:
     """The teacher's training."""
 
-    loop: LoopConfig = LoopConfig(steps=4600)
+    loop: LoopConfig = LoopConfig(steps=7800)
     batch_size: int = 64
     learning_rate: float = 8e-4
     caption_dropout: float = 0.1
