@@ -46,7 +46,9 @@ def student_pictures(model: LoadedModel, prompts: Sequence[str], steps: int, fir
     """Pictures as the engine serves them, uint8 [H, W, 3], seeds counting up."""
     width, height = model.recipe.native_sizes[0]
     params = [SamplingParams(text, first_seed + n, steps, width, height) for n, text in enumerate(prompts)]
-    with DiffusionEngine(model, EngineConfig(max_batch_size=16, max_live=len(params))) as engine:
+    with DiffusionEngine(
+        model, EngineConfig(max_batch_size=16, max_live=len(params), threads=torch.get_num_threads())
+    ) as engine:
         return [future.result().pixels for future in engine.submit_all(params)]
 
 
