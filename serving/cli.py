@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from pathlib import Path
 
 from serving.config import ServerConfig
@@ -103,6 +104,17 @@ def reason_of(error: Exception) -> str:
     return causes[-1] if causes else str(error)
 
 
+def drain(timeout_s: float) -> None:
+    """Let the replica answer what it accepted, for at most `timeout_s`."""
+    from ray import serve
+
+    try:
+        serve.get_app_handle("images").drain.remote().result(timeout_s=timeout_s)
+        time.sleep(0.2)  # the last answers are still on their way through Ray's proxy
+    except TimeoutError:
+        print(f"tdm-serve: requests were still running after {timeout_s:g} s and are lost", file=sys.stderr)
+
+
 def serve_until_signalled(config: ServerConfig) -> int:
     """Start everything, wait for SIGINT or SIGTERM, let accepted requests finish."""
     prepare_environment()
@@ -124,6 +136,7 @@ def serve_until_signalled(config: ServerConfig) -> int:
         print(f"ready: http://{config.host}:{config.port} (playground), /v1/images/generations (API)", flush=True)
         stop.wait()
         print("stopping: accepted requests finish, then the server exits", flush=True)
+        drain(config.drain_timeout_s)
     except Exception as error:
         print(f"tdm-serve: the server could not start: {reason_of(error)}", file=sys.stderr)
         return USAGE_ERROR

@@ -42,8 +42,12 @@ class ImageDeployment:
 
     def check_health(self) -> None:
         """Asked by Ray; a replica whose engine died is replaced."""
-        if not self.service.is_ready:
+        if not self.service.engine.is_healthy:
             raise RuntimeError("the engine's thread is not running")
+
+    async def drain(self) -> None:
+        """Called by `tdm-serve` before it stops."""
+        await self.service.drain()
 
     async def __del__(self) -> None:
         """Called by Ray once accepted requests are done."""

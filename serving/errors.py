@@ -34,6 +34,11 @@ def invalid(message: str, param: str | None, code: str, status: int = 400) -> AP
     return APIError(status, message, param=param, code=code, headers={"x-should-retry": "false"})
 
 
+def not_ready(message: str) -> APIError:
+    """No pictures can be made now; another replica may."""
+    return APIError(503, message, "server_error", code="not_ready", headers={"retry-after": "1"})
+
+
 def from_exception(error: Exception) -> APIError:
     """Map what the runtime raises; anything unforeseen becomes a 500 that tells nothing of the inside."""
     if isinstance(error, APIError):

@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.config import ServerConfig
-from serving.errors import APIError, from_exception, invalid
+from serving.errors import APIError, from_exception, invalid, not_ready
 from serving.schema import ImageRequest, ImageResponse, ImageTimings, ModelCard, ModelList, parse_image_request
 from serving.service import ImageService, check_static_files
 
@@ -82,7 +82,7 @@ def _add_operation_routes(app: FastAPI, service: ImageService) -> None:
         """Whether pictures can be made."""
         if service.is_ready:
             return JSONResponse({"status": "ready"})
-        raise APIError(503, "the engine is not running", "server_error", code="not_ready", headers={"retry-after": "1"})
+        raise not_ready("the server is stopping, or its engine is not running")
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -125,6 +125,7 @@ class EdgeMiddleware:
         request_id = repr(Headers(scope=scope).get("x-request-id", "-")[:64])
         started_s = time.monotonic()
         status = 0
+        self.service.num_active += 1
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
@@ -145,6 +146,7 @@ class EdgeMiddleware:
             response = answer_error(error, self.service, request_id)
             await response(scope, receive, send_with_headers)
         finally:
+            self.service.num_active -= 1
             self.service.metrics.requests.labels(status).inc()
             elapsed_ms = 1e3 * (time.monotonic() - started_s)
             logger.info("%s %s %d %.1f ms %s", scope["method"], scope["path"][:80], status, elapsed_ms, request_id)

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from serving.config import ServerConfig
+from serving.errors import not_ready
 from serving.metrics import ServerMetrics
 from serving.schema import (
     GeneratedImage,
@@ -46,12 +47,22 @@ class ImageService:
         self.engine = DiffusionEngine(self.model, engine_config, self.metrics.observe_batch)
         self.metrics.watch(self.engine)
         self._created = int((config.checkpoint / RECIPE_FILE).stat().st_mtime)
+        self.num_active = 0
+        """HTTP requests not yet answered, counted by the HTTP edge."""
+        self._is_draining = False
         self.engine.start()
         warm_up(self.engine)
 
     @property
     def is_ready(self) -> bool:
-        return self.engine.is_healthy
+        """Whether new requests are taken."""
+        return self.engine.is_healthy and not self._is_draining
+
+    async def drain(self) -> None:
+        """Refuse pictures with 503 from here on; return when every accepted request is answered."""
+        self._is_draining = True
+        while self.num_active:
+            await asyncio.sleep(0.01)
 
     def close(self) -> None:
         """Finish what was accepted, then stop."""
@@ -81,6 +92,8 @@ class ImageService:
             GenerationError: a picture failed.
             TimeoutError: not done within `request_timeout_s`.
         """
+        if self._is_draining:
+            raise not_ready("the server is stopping; send the request to another")
         started_s = time.monotonic()
         params = request.to_sampling_params(self.model.recipe)
         futures = self.engine.submit_all(params)
