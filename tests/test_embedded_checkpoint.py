@@ -7,11 +7,14 @@ worse checkpoint or a broken sampler falls through them, not another machine's r
 from __future__ import annotations
 
 import colorsys
+from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 
 from tdm_runtime.loaded_model import LoadedModel
+from tdm_runtime.noise import initial_noise
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.pipeline import generate
 from training.report import student_pictures
@@ -21,6 +24,8 @@ from training.score import Score, Scorer, glyph_named, scoring_scenes
 PROMPTS = 48
 GLYPHS_FLOOR = 0.9
 BACKGROUND_FLOOR = 0.95
+K_EFFECT_FLOOR = 0.05
+"""Root mean square in the model output, whose spread is about 1."""
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +72,17 @@ def test_a_prompt_composes_two_glyphs_and_a_background(model: LoadedModel, score
         for seed in range(8)
     ]
     assert scorer.score(pictures, [scene] * 8).adherence >= 0.75
+
+
+@torch.inference_mode()
+def test_the_student_reads_k(model: LoadedModel) -> None:
+    """From the same noise, each step count takes another first step (TDM, sec. 3.2)."""
+    counts = list(model.recipe.step_counts)
+    prompt_embeds = model.text_encoder.encode("a red heart").prompt_embeds.expand(len(counts), -1, -1)
+    noise = initial_noise(0, (4, 16, 16)).expand(len(counts), -1, -1, -1)
+    outputs = model.denoiser(noise, torch.full((len(counts),), 999.0), torch.tensor(counts), prompt_embeds)
+    for first, second in pairwise(outputs):
+        assert (first - second).square().mean().sqrt().item() > K_EFFECT_FLOOR
 
 
 def test_other_words_make_another_picture_and_other_noise_too(model: LoadedModel) -> None:
