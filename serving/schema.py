@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from serving.errors import APIError, invalid
 from tdm_runtime.codec import ImageFormat
+from tdm_runtime.errors import shown
 from tdm_runtime.params import MAX_PROMPT_CHARACTERS, MAX_SEED, SamplingParams
 from tdm_runtime.recipe import Recipe
 
@@ -144,10 +145,8 @@ def _from_validation(error: ValidationError) -> APIError:
     if first["type"] == "extra_forbidden":
         known = ", ".join(ImageRequest.model_fields)
         return invalid(f"{param[:64]!r} is not a parameter; known are {known}", param[:64], "unknown_parameter")
-    shown = repr(first["input"])
-    shown = shown if len(shown) <= 40 else f"{shown[:37]}..."
     reason = first["msg"][:1].lower() + first["msg"][1:]
-    return invalid(f"{param} is {shown}; {reason}", param, "invalid_value")
+    return invalid(f"{param} is {shown(first['input'])}; {reason}", param, "invalid_value")
 
 
 class GeneratedImage(BaseModel):

@@ -33,6 +33,7 @@ from tdm_runtime.params import SamplingParams
 from tdm_runtime.pipeline import generate
 from tdm_runtime.recipe import RECIPE_FILE
 from tdm_runtime.sample import Picture
+from tdm_runtime.text_encoder import PromptEmbedding
 
 
 class ImageService:
@@ -117,7 +118,7 @@ class ImageService:
             size=f"{params[0].width}x{params[0].height}",
             usage=self._usage(pictures),
             timings=timings,
-            warnings=_warnings(pictures[0]),
+            warnings=_warnings(pictures[0].prompt),
         )
 
     def _encode(self, pictures: Sequence[Picture], request: ImageRequest) -> list[GeneratedImage]:
@@ -136,7 +137,7 @@ class ImageService:
 
     def _usage(self, pictures: Sequence[Picture]) -> Usage:
         first = pictures[0]
-        text_tokens = min(first.num_tokens, first.max_tokens)
+        text_tokens = min(first.prompt.num_tokens, first.prompt.max_tokens)
         _, height, width = self.model.latent_shape(first.params)
         output_tokens = height * width * len(pictures)
         return Usage(
@@ -193,10 +194,10 @@ def warm_up(engine: DiffusionEngine) -> None:
                 future.result()
 
 
-def _warnings(picture: Picture) -> list[str]:
-    if picture.num_tokens <= picture.max_tokens:
+def _warnings(prompt: PromptEmbedding) -> list[str]:
+    if not prompt.is_truncated:
         return []
-    return [f"the prompt has {picture.num_tokens} tokens; the model read the first {picture.max_tokens}"]
+    return [f"the prompt has {prompt.num_tokens} tokens; the model read the first {prompt.max_tokens}"]
 
 
 def check_static_files(folder: Path) -> None:

@@ -27,6 +27,9 @@ from tdm_runtime.step_scheduler import StepScheduler
 
 logger = logging.getLogger(__name__)
 
+Stepped = tuple[Tensor, Tensor]
+"""A sample's next latents and its denoised estimate, [C, H, W] each."""
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -183,8 +186,8 @@ class DiffusionEngine:
         batch = self._schedule()
         if batch:
             started_s = time.monotonic()
-            model_outputs = self._run(batch)
-            self._advance(batch, model_outputs, started_s)
+            outcomes = self._run(batch)
+            self._advance(batch, outcomes, started_s)
 
     def _run_forever(self) -> None:
         # A thread's own setting. OpenMP workers stop spinning, and a step takes twice as long, once
@@ -238,67 +241,54 @@ class DiffusionEngine:
         sample.timings.text_ms = 1e3 * (sample.waiting_since_s - started_s)
         return True
 
-    def _run(self, batch: list[Sample]) -> list[Tensor | TDMError]:
-        """Call the denoiser. Where the call fails each sample is tried once alone, so that only the culprit fails."""
+    def _run(self, batch: list[Sample]) -> list[Stepped | TDMError]:
+        """Compute each sample's step. Where that fails each is tried once alone, so that only the culprit fails."""
         try:
-            return list(self._denoise(batch))
+            return self._compute(batch)
         except Exception as error:
             if len(batch) == 1:
                 return [_as_tdm_error(error)]
             logger.warning("a batch of %d failed (%s); each is tried alone", len(batch), type(error).__name__)
             return [self._run([sample])[0] for sample in batch]
 
-    def _denoise(self, batch: list[Sample]) -> Tensor:
-        """Return the model output, [B, C, H, W]."""
+    @torch.inference_mode()
+    def _compute(self, batch: list[Sample]) -> list[Stepped | TDMError]:
+        """One denoiser call and one fused solver update."""
         device = self.model.denoiser.device
         rows = gather_rows([(s.table, s.step_index) for s in batch], device)
         step_counts = torch.tensor([s.params.num_inference_steps for s in batch], device=device)
         prompt_embeds = torch.stack([s.prompt.prompt_embeds for s in batch if s.prompt is not None])
-        return self.model.denoiser(_stacked([s.latents for s in batch]), rows[:, 0], step_counts, prompt_embeds)
+        latents = _stacked([s.latents for s in batch])
+        model_output = self.model.denoiser(latents, rows[:, 0], step_counts, prompt_embeds)
+        latents, denoised = apply_step(rows, latents, model_output, _stacked([s.denoised for s in batch]))
+        is_finite = torch.isfinite(latents).flatten(1).all(1).tolist()
+        return [
+            (latents[n], denoised[n])
+            if is_finite[n]
+            else NotFiniteError("the model produced NaN or infinity; no picture was made")
+            for n in range(len(batch))
+        ]
 
-    def _advance(self, batch: list[Sample], outputs: list[Tensor | TDMError], started_s: float) -> None:
-        """Apply the solver, let the finished and the failed leave."""
-        alive: list[Sample] = []
-        model_outputs: list[Tensor | None] = []
-        for sample, output in zip(batch, outputs, strict=True):
-            if isinstance(output, TDMError):
-                self._leave(sample)
-                self._answer(sample, output)
-            else:
-                alive.append(sample)
-                model_outputs.append(output)
-        finished = self._update(alive, model_outputs) if alive else []
+    def _advance(self, batch: list[Sample], outcomes: list[Stepped | TDMError], started_s: float) -> None:
+        """Move each sample on; the finished and the failed leave."""
         seconds = time.monotonic() - started_s
-        self._count_step(len(batch), seconds)
-        for sample in alive:
+        finished = []
+        for sample, outcome in zip(batch, outcomes, strict=True):
+            if isinstance(outcome, TDMError):
+                self._leave(sample)
+                self._answer(sample, outcome)
+                continue
+            sample.latents, sample.denoised = outcome
+            sample.step_index += 1
             sample.timings.queue_ms += 1e3 * (started_s - sample.waiting_since_s)
             sample.timings.steps_ms.append(1e3 * seconds)
             sample.waiting_since_s = started_s + seconds
-        if finished:
-            self._decoding.submit(self._decode, finished)
-
-    @torch.inference_mode()
-    def _update(self, samples: list[Sample], model_outputs: list[Tensor | None]) -> list[Sample]:
-        """One fused solver update. Returns the samples that took their last step."""
-        rows = gather_rows([(s.table, s.step_index) for s in samples], self.model.denoiser.device)
-        latents, denoised = apply_step(
-            rows,
-            _stacked([s.latents for s in samples]),
-            _stacked(model_outputs),
-            _stacked([s.denoised for s in samples]),
-        )
-        is_finite = torch.isfinite(latents).flatten(1).all(1).tolist()
-        finished = []
-        for n, sample in enumerate(samples):
-            sample.latents, sample.denoised = latents[n], denoised[n]
-            sample.step_index += 1
-            if not is_finite[n]:
-                self._leave(sample)
-                self._answer(sample, NotFiniteError("the model produced NaN or infinity; no picture was made"))
-            elif sample.is_finished:
+            if sample.is_finished:
                 self._leave(sample)
                 finished.append(sample)
-        return finished
+        self._count_step(len(batch), seconds)
+        if finished:
+            self._decoding.submit(self._decode, finished)
 
     def _leave(self, sample: Sample) -> None:
         self._scheduler.remove(sample)
@@ -329,7 +319,7 @@ class DiffusionEngine:
             sample.timings.decode_ms = 1e3 * (ended_s - sample.waiting_since_s)
             self._answer(
                 sample,
-                Picture(sample.params, picture, sample.timings, sample.prompt.num_tokens, sample.prompt.max_tokens),
+                Picture(sample.params, picture, sample.timings, sample.prompt),
             )
 
     # -- any of the engine's threads ----------------------------------------------------------

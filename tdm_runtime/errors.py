@@ -55,3 +55,12 @@ class OverloadedError(TDMError):
         super().__init__(message)
         self.retry_after_s = retry_after_s
         """Seconds after which the queue is expected to have room."""
+
+
+def shown(value: object) -> str:
+    """A value as a message may repeat it: short, however long it came."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to print whole numbers of more than 4300 digits
+        text = f"a {type(value).__name__} too long to show"
+    return text if len(text) <= 40 else f"{text[:37]}..."

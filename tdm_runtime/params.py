@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 from dataclasses import dataclass
 
-from tdm_runtime.errors import InvalidRequestError
+from tdm_runtime.errors import InvalidRequestError, shown
 from tdm_runtime.recipe import Recipe
 
 MAX_PROMPT_CHARACTERS = 2000
@@ -34,7 +34,7 @@ class SamplingParams:
         _check_prompt(self.prompt)
         if type(self.seed) is not int or not 0 <= self.seed <= MAX_SEED:
             raise InvalidRequestError(
-                f"seed is {_shown(self.seed)}; it must be a whole number from 0 to {MAX_SEED}", param="seed"
+                f"seed is {shown(self.seed)}; it must be a whole number from 0 to {MAX_SEED}", param="seed"
             )
 
     def check_against(self, recipe: Recipe) -> None:
@@ -47,19 +47,19 @@ class SamplingParams:
         if type(steps) is not int or steps not in recipe.timesteps:
             counts = ", ".join(map(str, recipe.step_counts))
             raise InvalidRequestError(
-                f"num_inference_steps is {_shown(steps)}; {recipe.name} serves {counts}", param="num_inference_steps"
+                f"num_inference_steps is {shown(steps)}; {recipe.name} serves {counts}", param="num_inference_steps"
             )
         size = (self.width, self.height)
         if any(type(side) is not int for side in size) or size not in recipe.native_sizes:
             sizes = ", ".join(f"{width}x{height}" for width, height in recipe.native_sizes)
             raise InvalidRequestError(
-                f"size is {_shown(self.width)}x{_shown(self.height)}; {recipe.name} makes {sizes}", param="size"
+                f"size is {shown(self.width)}x{shown(self.height)}; {recipe.name} makes {sizes}", param="size"
             )
 
 
 def _check_prompt(prompt: object) -> None:
     if not isinstance(prompt, str):
-        raise InvalidRequestError(f"prompt is {_shown(prompt)}; it must be a string", param="prompt")
+        raise InvalidRequestError(f"prompt is {shown(prompt)}; it must be a string", param="prompt")
     if len(prompt) > MAX_PROMPT_CHARACTERS:
         raise InvalidRequestError(
             f"prompt has {len(prompt)} characters; at most {MAX_PROMPT_CHARACTERS} are read, shorten it", param="prompt"
@@ -70,12 +70,3 @@ def _check_prompt(prompt: object) -> None:
         )
     if not prompt.strip():
         raise InvalidRequestError("prompt is empty; say what the picture should show", param="prompt")
-
-
-def _shown(value: object) -> str:
-    """A value as a message may repeat it: short, however long it came."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python refuses to print whole numbers of more than 4300 digits
-        text = f"a {type(value).__name__} too long to show"
-    return text if len(text) <= 40 else f"{text[:37]}..."

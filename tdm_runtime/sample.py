@@ -36,10 +36,7 @@ class Picture:
     pixels: Pixels
     """uint8 [H, W, 3]."""
     timings: Timings
-    num_tokens: int
-    """Of the prompt."""
-    max_tokens: int
-    """What the text encoder read of them."""
+    prompt: PromptEmbedding
 
 
 @dataclass(eq=False)

@@ -6,14 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from tdm_runtime.decoder import Decoder
+from tdm_runtime.decoder import Decoder, Pixels
 from tdm_runtime.engine import DiffusionEngine, EngineConfig
 from tdm_runtime.loaded_model import LoadedModel, load_model
 from tdm_runtime.noise import initial_noise
@@ -27,7 +25,6 @@ from training.tdm import Denoised
 from training.teacher import SCHEDULE
 from training.text import tokenize
 
-Pixels = NDArray[np.uint8]
 TEACHER_STEPS = (1, 2, 4, 25)
 TEACHER_GUIDANCE = 3.0
 GRID_PROMPTS = (

@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from tdm_runtime.decoder import Pixels
 from training.glyphs import Glyph, load_glyphs, render_glyphs
 from training.scenes import BACKGROUNDS, Placement, Scene, render, sample_scene
 
-Pixels = NDArray[np.uint8]
 ATLAS_FILE = Path(__file__).with_name("glyphs.webp")
 ATLAS_CELL_PX = 64
 ATLAS_COLUMNS = 16

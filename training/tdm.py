@@ -34,7 +34,7 @@ from training.losses import (
 )
 from training.precision import autocast
 from training.scenes import caption, sample_scene
-from training.teacher import SCHEDULE, STEP_CONDITION_DIM
+from training.teacher import SCHEDULE, STEP_CONDITION_DIM, levels_at
 from training.text import tokenize
 
 STAGE = "tdm"
@@ -84,13 +84,6 @@ class Denoised:
         alphas, sigmas = levels_at(timesteps)
         x_0: Tensor = alphas * x - sigmas * output.float()
         return x_0
-
-
-def levels_at(timesteps: Tensor) -> tuple[Tensor, Tensor]:
-    """alpha and sigma, float32 [B, 1, 1, 1] each; a timestep of -1 is the clean end."""
-    levels = SCHEDULE.levels(timesteps.double().numpy())
-    alphas, sigmas = (torch.from_numpy(v).float().view(-1, 1, 1, 1) for v in (levels.alphas, levels.sigmas))
-    return alphas, sigmas
 
 
 @dataclass(frozen=True)

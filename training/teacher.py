@@ -135,6 +135,13 @@ def train_teacher(folder: Path, autoencoder_folder: Path, config: TeacherConfig)
     save_teacher(folder, averages["unet"], averages["text_encoder"], tokenizer)
 
 
+def levels_at(timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    """alpha and sigma, float32 [B, 1, 1, 1] each; a timestep of -1 is the clean end."""
+    levels = SCHEDULE.levels(timesteps.double().numpy())
+    alphas, sigmas = (torch.from_numpy(v).float().view(-1, 1, 1, 1) for v in (levels.alphas, levels.sigmas))
+    return alphas, sigmas
+
+
 def denoising_loss(
     unet: UNet2DConditionModel, text_encoder: CLIPTextModel, latents: Tensor, ids: Tensor, generator: torch.Generator
 ) -> Tensor:
@@ -146,9 +153,7 @@ def denoising_loss(
     """
     timesteps = torch.randint(SCHEDULE.num_train_timesteps, (len(latents),), generator=generator)
     noise = torch.randn(latents.shape, generator=generator)
-    levels = SCHEDULE.levels(timesteps.double().numpy())
-    alphas = torch.from_numpy(levels.alphas).float().view(-1, 1, 1, 1)
-    sigmas = torch.from_numpy(levels.sigmas).float().view(-1, 1, 1, 1)
+    alphas, sigmas = levels_at(timesteps)
     with autocast():
         prompt_embeds = text_encoder(ids).last_hidden_state
         output = unet(alphas * latents + sigmas * noise, timesteps, prompt_embeds).sample

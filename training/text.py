@@ -6,7 +6,7 @@ import json
 import random
 
 import torch
-from tokenizers import Tokenizer, models, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -27,7 +27,7 @@ def train_tokenizer(glyphs: tuple[Glyph, ...]) -> CLIPTokenizer:
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.normalizer = stock.backend_tokenizer.normalizer
     bpe.pre_tokenizer = stock.backend_tokenizer.pre_tokenizer
-    bytes_alphabet = [chr(c) for c in _byte_level_alphabet()]
+    bytes_alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY_SIZE,
         special_tokens=SPECIAL_TOKENS + bytes_alphabet + [f"{c}</w>" for c in bytes_alphabet],
@@ -38,12 +38,6 @@ def train_tokenizer(glyphs: tuple[Glyph, ...]) -> CLIPTokenizer:
     model = json.loads(bpe.to_str())["model"]
     merges = [tuple(pair) if isinstance(pair, list) else tuple(pair.split(" ")) for pair in model["merges"]]
     return CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=MAX_TOKENS)
-
-
-def _byte_level_alphabet() -> list[int]:
-    """Code points that stand for the 256 bytes in a byte-level BPE (GPT-2's printable mapping)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    return printable + [256 + n for n in range(256 - len(printable))]
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:

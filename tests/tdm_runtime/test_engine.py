@@ -685,7 +685,7 @@ def test_a_picture_tells_how_much_of_the_prompt_was_read(model: LoadedModel, mak
     futures = engine.submit_all([short, replace(short, prompt="a red apple " * 50)])
     run_dry(engine)
     cut, whole = futures[1].result(TIMEOUT_S), futures[0].result(TIMEOUT_S)
-    assert whole.num_tokens <= whole.max_tokens == cut.max_tokens < cut.num_tokens
+    assert whole.prompt.num_tokens <= whole.prompt.max_tokens == cut.prompt.max_tokens < cut.prompt.num_tokens
 
 
 def test_counters_add_up(model: LoadedModel, make_engine: MakeEngine) -> None:

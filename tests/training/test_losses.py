@@ -16,7 +16,8 @@ from training.losses import (
     pseudo_huber,
     revised_samples,
 )
-from training.tdm import build_recipe, draw_places, levels_at
+from training.tdm import build_recipe, draw_places
+from training.teacher import levels_at
 
 TABLES = build_recipe((1, 2, 3, 4)).step_tables
 
