@@ -43,6 +43,8 @@ class DiffusionSchedule:
     """Rescale so that the last timestep is pure noise (Lin et al. 2024, "Common Diffusion Noise Schedules...")."""
     min_alpha_cumprod: float = 0.0
     """Squared signal never falls below this. diffusers' Euler and DPM-Solver++ keep 2**-24 after the rescale."""
+    snr_shift_scale: float = 1.0
+    """Divides the signal-to-noise ratio of every timestep, before the rescale. CogVideoX-2b has 3, CogVideoX-5b 1."""
 
     def __post_init__(self) -> None:
         kinds = get_args(BetaSchedule)
@@ -54,6 +56,8 @@ class DiffusionSchedule:
         rescale, floor = self.rescale_zero_terminal_snr, self.min_alpha_cumprod
         _require("rescale_zero_terminal_snr", rescale, isinstance(rescale, bool), "true or false")
         _require("min_alpha_cumprod", floor, _is_number(floor) and 0 <= floor < 1, "in [0, 1)")
+        scale = self.snr_shift_scale
+        _require("snr_shift_scale", scale, _is_number(scale) and 0 < scale <= 1000, "in (0, 1000]")
 
     @property
     def max_timestep(self) -> int:
@@ -64,6 +68,9 @@ class DiffusionSchedule:
     def alphas_cumprod(self) -> Array:
         """Squared signal scale per timestep, shape [T]."""
         alphas_cumprod = np.cumprod(1.0 - self._betas())
+        if self.snr_shift_scale != 1.0:
+            scale = self.snr_shift_scale
+            alphas_cumprod = alphas_cumprod / (scale + (1.0 - scale) * alphas_cumprod)
         if self.rescale_zero_terminal_snr:
             root = np.sqrt(alphas_cumprod)
             root = (root - root[-1]) * root[0] / (root[0] - root[-1])
@@ -120,6 +127,10 @@ class FlowSchedule:
     def shifted(self, sigmas: Array) -> Array:
         """Apply the shift to unshifted sigmas in [0, 1]."""
         return self.shift * sigmas / (1.0 + (self.shift - 1.0) * sigmas)
+
+    def unshifted(self, sigmas: Array) -> Array:
+        """Undo `shifted`."""
+        return sigmas / (self.shift - (self.shift - 1.0) * sigmas)
 
     def levels(self, timesteps: Array) -> NoiseLevels:
         """Noise levels at timesteps in [0, T]; they are sigma * T, so already shifted."""

@@ -77,7 +77,7 @@ def load_recipe(folder: Path) -> Recipe:
     except FileNotFoundError:
         raise RecipeError(
             f"{file} is missing: a checkpoint says there how it must be sampled; "
-            "`tdm-train publish` writes it, see docs/checkpoints.md"
+            "`tdm-train` writes it, see docs/checkpoints.md"
         ) from None
     except OSError as error:
         raise RecipeError(f"{file} cannot be read ({error})") from None

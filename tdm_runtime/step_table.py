@@ -102,12 +102,12 @@ def build_step_table(
     if np.any(current.sigmas == 0):
         raise RecipeError(f"no step can start at timestep {timesteps[-1]:g}, where the schedule has no noise")
     with np.errstate(divide="ignore", invalid="ignore"):
-        p, q = _denoise_columns(prediction_type, current)
+        p, q = denoise_columns(prediction_type, current)
         a, b, c = _solver_columns(solver, current, following)
     return StepTable(timesteps.copy(), p, q, a, b, c, initial_scale)
 
 
-def _denoise_columns(prediction_type: PredictionType, level: NoiseLevels) -> tuple[Array, Array]:
+def denoise_columns(prediction_type: PredictionType, level: NoiseLevels) -> tuple[Array, Array]:
     """p and q: from latents and model output to the denoised estimate of x_0."""
     alpha, sigma = level.alphas, level.sigmas
     if prediction_type == "epsilon":  # x_0 = (x - sigma eps) / alpha

@@ -17,9 +17,9 @@ from tdm_runtime.loaded_model import LoadedModel
 from tdm_runtime.noise import initial_noise
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.pipeline import generate
-from training.report import student_pictures
-from training.scenes import Scene, caption
-from training.score import Score, Scorer, glyph_named, scoring_scenes
+from training.emoji.report import student_pictures
+from training.emoji.scenes import Scene, caption
+from training.emoji.score import Score, Scorer, glyph_named, scoring_scenes
 
 PROMPTS = 48
 GLYPHS_FLOOR = 0.9

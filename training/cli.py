@@ -1,58 +1,240 @@
-"""`tdm-train`: the stages from nothing to a served checkpoint. Each resumes where it was killed.
+"""`tdm-train`: distil few-step students, prove the method, and make the embedded checkpoint.
 
-tdm-train autoencoder && tdm-train teacher && tdm-train tdm && tdm-train publish
-tdm-train score && tdm-train grid --output docs/grid.png
+Embedded model:  tdm-train emoji                      everything from glyphs to a served checkpoint
+                 tdm-train emoji teacher              one stage; each resumes where it was killed
+                 tdm-train score | wrong-k | grid | ablate     measure it
+Your own model:  tdm-train embed --base DIR --prompts FILE --output DIR
+                 tdm-train distill --preset sd15 --base DIR --embeddings DIR --output DIR
+                 tdm-train preset sd15                every setting with its value, as TOML
+The method:      tdm-train proof                      on a mixture whose scores are exact
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from tdm_runtime.checkpoint import DEFAULT_CHECKPOINT
-from training.autoencoder import AutoencoderConfig, train_autoencoder
+from tdm_runtime.errors import TDMError
+from training.config import config_as_toml, load_config
+from training.finetune import FinetuneConfig
 from training.loop import LoopConfig
-from training.publish import publish
-from training.report import draw_grid, print_scores
-from training.tdm import TDMConfig, train_tdm
-from training.teacher import TeacherConfig, train_teacher
+from training.presets import PRESETS
 
-STAGES = ("autoencoder", "teacher", "tdm", "publish", "score", "grid")
+EMOJI_STAGES = ("autoencoder", "teacher", "decoder", "student", "publish")
+DEFAULT_RUN = Path("runs/emoji")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one stage. Returns the exit status."""
-    parser = argparse.ArgumentParser(prog="tdm-train", description=__doc__.split("\n", 1)[0])
-    parser.add_argument("stage", choices=STAGES)
-    parser.add_argument("--run", type=Path, default=Path("runs/emoji"), help="working folder (%(default)s)")
-    parser.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT, help="what publish writes, score reads")
-    parser.add_argument("--output", type=Path, default=Path("grid.png"), help="what grid writes (%(default)s)")
-    parser.add_argument("--steps", type=int, help="iterations, in place of the stage's own")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (%(default)s)")
-    given = parser.parse_args(arguments)
+    """Run one command. Returns the exit status: 2 for what the caller can mend."""
+    given = _parser().parse_args(arguments)
     torch.set_num_threads(given.threads)
-    autoencoder, teacher, tdm = (given.run / stage for stage in ("autoencoder", "teacher", "tdm"))
-
-    def loop(default: LoopConfig) -> LoopConfig:
-        return LoopConfig(steps=given.steps or default.steps, seed=given.seed)
-
-    if given.stage == "autoencoder":
-        train_autoencoder(autoencoder, AutoencoderConfig(loop=loop(AutoencoderConfig.loop)))
-    elif given.stage == "teacher":
-        train_teacher(teacher, autoencoder, TeacherConfig(loop=loop(TeacherConfig.loop)))
-    elif given.stage == "tdm":
-        train_tdm(tdm, teacher, TDMConfig(loop=loop(TDMConfig.loop)))
-    elif given.stage == "publish":
-        publish(given.checkpoint, autoencoder, teacher, tdm)
-    elif given.stage == "score":
-        print_scores(given.checkpoint, given.run)
-    else:
-        draw_grid(given.checkpoint, given.run, given.output)
+    try:
+        _COMMANDS[given.command](given)
+    except (TDMError, ValueError, FileNotFoundError) as error:
+        print(f"tdm-train: {error}", file=sys.stderr)
+        return 2
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tdm-train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (%(default)s)")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    emoji = commands.add_parser("emoji", help="make the embedded checkpoint, or one of its stages")
+    emoji.add_argument("stage", nargs="?", choices=EMOJI_STAGES, help="only this one; by default all in order")
+    emoji.add_argument("--steps", type=int, help="iterations, in place of the stage's own")
+    emoji.add_argument("--seed", type=int, default=0)
+    for name, help_text in (
+        ("score", "table of the checkpoint's scores beside its teacher's"),
+        ("wrong-k", "table of the checkpoint told a step count that it does not take"),
+        ("grid", "picture of prompts by samplers"),
+    ):
+        commands.add_parser(name, help=help_text)
+    for name in ("emoji", "score", "wrong-k", "grid"):
+        command = commands.choices[name]
+        command.add_argument("--run", type=Path, default=DEFAULT_RUN, help="working folder (%(default)s)")
+        command.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT)
+    commands.choices["grid"].add_argument("--output", type=Path, default=Path("grid.png"))
+
+    ablate = commands.add_parser("ablate", help="the paper's ablations on the emoji model")
+    ablate.add_argument("--run", type=Path, default=DEFAULT_RUN)
+    ablate.add_argument("--output", type=Path, default=Path("runs/ablation"))
+    ablate.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    ablate.add_argument("--variants", nargs="+", help="only these")
+    ablate.add_argument("--print", action="store_true", help="print the table of what is done")
+
+    proof = commands.add_parser("proof", help="every variant on the Gaussian mixture")
+    proof.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+
+    preset = commands.add_parser("preset", help="print a preset with every setting, as TOML")
+    preset.add_argument("name", choices=sorted(PRESETS))
+
+    embed = commands.add_parser("embed", help="encode a prompt file once, for big text encoders")
+    embed.add_argument("--prompts", type=Path, required=True, help='JSONL, {"prompt": ...} a line')
+    encode = commands.add_parser("encode", help="encode a picture for each prompt, for what learns from data")
+    encode.add_argument("--images", type=Path, required=True, help='folder, or JSONL with "image" on each line')
+    for command in (embed, encode):
+        command.add_argument("--base", type=Path, required=True, help="diffusers folder")
+        command.add_argument("--output", type=Path, required=True, help="folder of the embeddings")
+        command.add_argument("--preset", choices=sorted(PRESETS), required=True, help="for the size")
+
+    finetune = commands.add_parser("finetune", help="fine-tune a teacher first (TDM-unify-SFT)")
+    finetune.add_argument("--base", type=Path, required=True, help="diffusers folder")
+    finetune.add_argument("--embeddings", type=Path, required=True, help="of `embed` and `encode`")
+    finetune.add_argument("--output", type=Path, required=True, help="its folder base/ can be distilled")
+    finetune.add_argument("--steps", type=int, default=FinetuneConfig.steps)
+    finetune.add_argument("--learning-rate", type=float, default=FinetuneConfig.learning_rate)
+
+    distil = commands.add_parser("distill", help="distil a diffusers model")
+    distil.add_argument("--preset", choices=sorted(PRESETS), required=True)
+    distil.add_argument("--config", type=Path, help="TOML of settings that differ from the preset's")
+    distil.add_argument("--base", type=Path, required=True, help="diffusers folder of the teacher")
+    distil.add_argument("--embeddings", type=Path, required=True, help="what `tdm-train embed` wrote")
+    distil.add_argument("--student", type=Path, help="student to start from: an earlier stage, or an LCM")
+    distil.add_argument("--output", type=Path, required=True)
+    return parser
+
+
+def _emoji(given: argparse.Namespace) -> None:
+    stages = [given.stage] if given.stage else EMOJI_STAGES
+    for stage in stages:
+        _EMOJI[stage](given)
+
+
+def _autoencoder(given: argparse.Namespace) -> None:
+    from training.emoji.autoencoder import AutoencoderConfig, train_autoencoder
+
+    config = AutoencoderConfig()
+    train_autoencoder(given.run / "autoencoder", replace(config, loop=_loop(config.loop, given)))
+
+
+def _teacher(given: argparse.Namespace) -> None:
+    from training.emoji.teacher import TeacherConfig, train_teacher
+
+    config = TeacherConfig()
+    train_teacher(given.run / "teacher", given.run / "autoencoder", replace(config, loop=_loop(config.loop, given)))
+
+
+def _decoder(given: argparse.Namespace) -> None:
+    from training.emoji.autoencoder import DecoderConfig, train_decoder
+
+    config = DecoderConfig()
+    train_decoder(given.run / "decoder", given.run / "autoencoder", replace(config, loop=_loop(config.loop, given)))
+
+
+def _student(given: argparse.Namespace) -> None:
+    from training.emoji.student import EMOJI, train_student
+
+    config = replace(EMOJI, seed=given.seed, steps=given.steps or EMOJI.steps)
+    train_student(given.run / "student", given.run / "teacher", config, given.run / "autoencoder")
+
+
+def _publish(given: argparse.Namespace) -> None:
+    from training.publish import publish
+
+    publish(given.checkpoint, given.run / "decoder", given.run / "teacher", given.run / "student")
+
+
+def _loop(loop: LoopConfig, given: argparse.Namespace) -> LoopConfig:
+    return replace(loop, seed=given.seed, steps=given.steps or loop.steps)
+
+
+def _score(given: argparse.Namespace) -> None:
+    from training.emoji.report import print_scores
+
+    print_scores(given.checkpoint, given.run)
+
+
+def _wrong_k(given: argparse.Namespace) -> None:
+    from training.emoji.report import print_wrong_step_counts
+
+    print_wrong_step_counts(given.checkpoint)
+
+
+def _grid(given: argparse.Namespace) -> None:
+    from training.emoji.grid import draw_grid
+
+    draw_grid(given.checkpoint, given.run, given.output)
+
+
+def _ablate(given: argparse.Namespace) -> None:
+    from training.emoji.ablation import VARIANTS, print_ablation, run_ablation
+
+    if unknown := sorted(set(given.variants or ()) - set(VARIANTS)):
+        raise ValueError(f"unknown variants {unknown}; known are {list(VARIANTS)}")
+    if given.print:
+        print_ablation(given.run, given.output)
+    else:
+        run_ablation(given.run, given.output, given.seeds, given.variants or tuple(VARIANTS))
+
+
+def _proof(given: argparse.Namespace) -> None:
+    from training.mixture import print_proof
+
+    print_proof(given.seeds)
+
+
+def _preset(given: argparse.Namespace) -> None:
+    print(config_as_toml(PRESETS[given.name]), end="")
+
+
+def _embed(given: argparse.Namespace) -> None:
+    from training.prompts import embed_prompts
+
+    preset = PRESETS[given.preset]
+    embed_prompts(given.base, given.prompts, given.output, preset.width, preset.height)
+
+
+def _encode(given: argparse.Namespace) -> None:
+    from training.latents import encode_latents
+
+    preset = PRESETS[given.preset]
+    encode_latents(given.base, given.images, given.output, preset.width, preset.height)
+
+
+def _finetune(given: argparse.Namespace) -> None:
+    from training.backbones import finetune_backbone
+
+    config = FinetuneConfig(steps=given.steps, learning_rate=given.learning_rate)
+    finetune_backbone(given.output, given.base, given.embeddings, config)
+
+
+def _distill(given: argparse.Namespace) -> None:
+    from training.backbones import train_backbone
+
+    config = load_config(PRESETS[given.preset], given.config)
+    train_backbone(given.output, given.base, given.embeddings, config, student_folder=given.student)
+
+
+_EMOJI: Mapping[str, Callable[[argparse.Namespace], None]] = {
+    "autoencoder": _autoencoder,
+    "teacher": _teacher,
+    "decoder": _decoder,
+    "student": _student,
+    "publish": _publish,
+}
+_COMMANDS: Mapping[str, Callable[[argparse.Namespace], None]] = {
+    "emoji": _emoji,
+    "score": _score,
+    "wrong-k": _wrong_k,
+    "grid": _grid,
+    "ablate": _ablate,
+    "proof": _proof,
+    "preset": _preset,
+    "embed": _embed,
+    "encode": _encode,
+    "finetune": _finetune,
+    "distill": _distill,
+}
 
 
 if __name__ == "__main__":

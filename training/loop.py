@@ -7,7 +7,10 @@ the state on disk is weights, optimizer and the step number alone.
 from __future__ import annotations
 
 import json
+import math
 import os
+import resource
+import sys
 import time
 import zlib
 from collections.abc import Callable, Mapping
@@ -16,9 +19,17 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
+
+from tdm_runtime.errors import TDMError
 
 STATE_FILE = "state.pt"
 LOG_FILE = "log.jsonl"
+MIB = 2**20
+
+
+class TrainingDivergedError(TDMError):
+    """A loss or gradient is NaN or infinite; the last state on disk is from before."""
 
 
 @dataclass(frozen=True)
@@ -59,33 +70,66 @@ def run_loop(
     config: LoopConfig,
     trainable: Trainable,
     train_step: Callable[[int, torch.Generator], Mapping[str, float]],
-    evaluate: Callable[[], Mapping[str, float]] | None = None,
+    evaluate: Callable[[int], Mapping[str, float]] | None = None,
     evaluate_every: int = 1000,
+    *,
+    is_main: bool = True,
 ) -> None:
     """Call `train_step(step, generator)` until `config.steps`, resuming from `folder` where a state lies.
 
     Args:
         train_step: one iteration; returns the numbers to log.
-        evaluate: slower measurements, logged every `evaluate_every` iterations and at the end.
+        evaluate: slower measurements or pictures, given the iterations done, every `evaluate_every`
+            iterations and at the end.
+        is_main: whether this process writes log and states.
+
+    Raises:
+        TrainingDivergedError: a logged number is not finite.
     """
     folder.mkdir(parents=True, exist_ok=True)
     first = _load_state(folder, trainable)
     saved_at = started_at = time.monotonic()
+    bar = tqdm(total=config.steps, initial=first, desc=stage, disable=not (is_main and sys.stderr.isatty()))
     for step in range(first, config.steps):
         numbers = dict(train_step(step, step_generator(config.seed, stage, step)))
+        check_finite(stage, step, numbers)
         done = step + 1
+        bar.update()
         is_last = done == config.steps
+        is_logged = done % config.log_every == 0 or is_last
         if evaluate is not None and (done % evaluate_every == 0 or is_last):
-            numbers.update(evaluate())
+            numbers.update(evaluate(done))
             is_logged = True
-        else:
-            is_logged = done % config.log_every == 0 or is_last
-        if is_logged:
+        if is_logged and is_main:
             seconds = (time.monotonic() - started_at) / (done - first)
-            _log(folder, {"stage": stage, "step": done, "s_per_step": seconds, **numbers})
-        if is_last or time.monotonic() - saved_at > config.save_every_s:
+            memory = {"peak_memory_mib": peak_memory_mib()}
+            _log(folder, {"stage": stage, "step": done, "s_per_step": seconds, **memory, **numbers})
+        if is_main and (is_last or time.monotonic() - saved_at > config.save_every_s):
             _save_state(folder, trainable, done)
             saved_at = time.monotonic()
+    bar.close()
+
+
+def check_finite(stage: str, step: int, numbers: Mapping[str, float]) -> None:
+    """Stop before a broken state is written.
+
+    Raises:
+        TrainingDivergedError: naming the step and every number.
+    """
+    if all(math.isfinite(value) for value in numbers.values()):
+        return
+    shown = ", ".join(f"{name} {value:g}" for name, value in numbers.items())
+    raise TrainingDivergedError(
+        f"{stage} diverged at iteration {step}: {shown}. The last state on disk is from before; "
+        "lower the learning rates or guidance_scale and start again to resume from it"
+    )
+
+
+def peak_memory_mib() -> float:
+    """Most memory used so far: of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / MIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def learning_rate_at(step: int, steps: int, peak: float, warmup: int = 100, floor: float = 0.02) -> float:
@@ -115,10 +159,20 @@ def descend(optimizer: torch.optim.Optimizer, loss: Tensor, clip_norm: float = 1
     """Backpropagate, clip the gradient norm, update. Returns the norm before clipping."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters, clip_norm))
-    optimizer.step()
+    return clipped_update(optimizer, clip_norm)
+
+
+def clipped_update(optimizer: torch.optim.Optimizer, clip_norm: float) -> float:
+    """Clip the gradient norm and update, unless the norm is not finite. Returns the norm before clipping."""
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters_of(optimizer), clip_norm))
+    if math.isfinite(norm):
+        optimizer.step()
     return norm
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Everything an optimizer changes."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def _save_state(folder: Path, trainable: Trainable, step: int) -> None:
@@ -147,6 +201,6 @@ def _load_state(folder: Path, trainable: Trainable) -> int:
 def _log(folder: Path, row: Mapping[str, object]) -> None:
     rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}
     line = json.dumps(rounded)
-    print(line, flush=True)
+    tqdm.write(line)
     with (folder / LOG_FILE).open("a", encoding="utf-8") as log:
         log.write(line + "\n")

@@ -1,7 +1,9 @@
-"""The losses of Trajectory Distribution Matching, as pure functions.
+"""The losses of Trajectory Distribution Matching and of its baselines, as pure functions.
 
-Legend: B samples, C H W latent axes. x_m is the student's sample on its trajectory, x_tau the same
-diffused further to timestep tau, x_0 a clean estimate. "Eq." is the TDM paper.
+Legend: B samples, d elements each. x_m is the student's sample on its trajectory, x_tau the same
+diffused further to timestep tau, x_0 the student's clean estimate. `real` and `fake` are the
+teacher's and the fake score's estimates of x_0 at x_tau: a score is s = -(x_tau - alpha_tau x_0) /
+sigma_tau^2, so s_real - s_fake = alpha_tau / sigma_tau^2 (real - fake). "Eq." is the TDM paper.
 """
 
 from __future__ import annotations
@@ -10,15 +12,18 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import relu
 
 HUBER_C_PER_ROOT_DIM = 0.00054
+"""Of iCT (Song and Dhariwal 2024), on the norm of a sample."""
+ELEMENTWISE_HUBER_C = 1e-3
 IMPORTANCE_CLIP = 20.0
 SNR_CLIP = 5.0
 
 
 @dataclass(frozen=True)
 class ForwardKernel:
-    """q(x_tau | x_m) and q(x_tau | x_0), each scale shaped [B, 1, 1, 1]."""
+    """q(x_tau | x_m) and q(x_tau | x_0), each level shaped [B, 1, 1, ...]."""
 
     alpha_tau: Tensor
     sigma_tau: Tensor
@@ -39,37 +44,80 @@ class ForwardKernel:
         """Draw x_tau ~ q(x_tau | x_m)."""
         return self.scale * x_m + self.beta * noise
 
+    def diffuse_clean(self, x_0: Tensor, noise: Tensor) -> Tensor:
+        """Draw x_tau ~ q(x_tau | x_0)."""
+        return self.alpha_tau * x_0 + self.sigma_tau * noise
 
-def importance_weight(kernel: ForwardKernel, x_tau: Tensor, x_0: Tensor, noise: Tensor) -> Tensor:
-    """q(x_tau | x_0) / q(x_tau | x_m) of the fake score's loss (sec. 3.1), tempered. Shape [B].
+
+def per_sample(x: Tensor) -> Tensor:
+    """Mean over all but the first axis, [B]."""
+    return x.flatten(1).mean(1)
+
+
+def like_levels(values: Tensor, like: Tensor) -> Tensor:
+    """[B] -> [B, 1, 1, ...]."""
+    return values.view(-1, *[1] * (like.ndim - 1))
+
+
+# ---- the fake score ------------------------------------------------------------------------------
+
+
+def importance_weight(
+    kernel: ForwardKernel, x_tau: Tensor, x_0: Tensor, noise: Tensor, *, exact: bool = False
+) -> Tensor:
+    """q(x_tau | x_0) / q(x_tau | x_m) of the fake score's loss (sec. 3.1). Shape [B].
 
     The exact ratio of two Gaussians in d dimensions under- or overflows (log-weights around -1000
-    at d = 1024), so the exponent is averaged over dimensions instead of summed, and clipped. The
-    ratio's factor that depends on tau alone is left to the weight omega_tau.
+    at d = 1024). So by default it is tempered: the exponent is averaged over dimensions instead of
+    summed, clipped to [1/20, 20], and the factor that depends on tau alone is left to omega_tau.
+
+    Args:
+        exact: the ratio itself, for few dimensions.
     """
     noise_from_clean = (x_tau - kernel.alpha_tau * x_0) / kernel.sigma_tau
-    exponent = 0.5 * (noise.square().flatten(1).mean(1) - noise_from_clean.square().flatten(1).mean(1))
+    exponent = 0.5 * (per_sample(noise.square()) - per_sample(noise_from_clean.square()))
+    if exact:
+        of_tau_alone = (kernel.beta / kernel.sigma_tau).flatten()
+        return (exponent * noise[0].numel()).exp() * of_tau_alone ** noise[0].numel()
     return exponent.exp().clamp(1.0 / IMPORTANCE_CLIP, IMPORTANCE_CLIP)
 
 
 def fake_score_loss(kernel: ForwardKernel, denoised: Tensor, x_0: Tensor, weight: Tensor) -> Tensor:
-    """Denoising loss of the fake score, Eq. (7) with importance weights. Scalar.
+    """Denoising loss of the fake score, Eq. (7), with importance weights. Scalar.
 
     omega_tau = 1 + min(SNR, 5): the v-prediction weight, clipped at the clean end (Hang et al. 2023).
 
     Args:
         denoised: the fake score's estimate of x_0 at (x_tau, tau, K).
         x_0: the student's clean estimate, no gradient.
-        weight: [B], from `importance_weight`.
+        weight: [B], from `importance_weight`, or ones.
     """
     snr = (kernel.alpha_tau / kernel.sigma_tau).square().flatten()
-    error = (denoised - x_0).square().flatten(1).mean(1)
-    loss: Tensor = (weight * (1.0 + snr.clamp_max(SNR_CLIP)) * error).mean()
+    loss: Tensor = (weight * (1.0 + snr.clamp_max(SNR_CLIP)) * per_sample((denoised - x_0).square())).mean()
     return loss
 
 
+def trajectory_score_loss(kernel: ForwardKernel, denoised: Tensor, x_tau: Tensor, noise: Tensor) -> Tensor:
+    """Denoising score matching against q(x_tau | x_m) itself (Vincent 2011). Scalar. Not in the paper.
+
+    Its optimum is the score of the diffused trajectory distribution p_{theta, tau | t_i} that Eq. (5)
+    asks for; Eq. (7)'s is the score of diffused clean samples. The target score is -noise / beta;
+    weighted by beta^2, the loss is the error in units of noise and stays finite where beta vanishes.
+    """
+    score = -(x_tau - kernel.alpha_tau * denoised) / kernel.sigma_tau**2
+    return (kernel.beta * score + noise).square().mean()
+
+
+# ---- the generator -------------------------------------------------------------------------------
+
+
+def revised_samples(x_m: Tensor, real: Tensor, fake: Tensor) -> Tensor:
+    """x~_m of Eq. (6), with lambda_tau = sigma_tau^2 / alpha_tau, so scores become clean estimates."""
+    return x_m + (real - fake)
+
+
 def pseudo_huber(x_m: Tensor, revised: Tensor) -> Tensor:
-    """Generator loss, Eq. (11): sqrt(||x_m - sg(x~_m)||^2 + c^2) - c, c = 0.00054 sqrt(d). Scalar.
+    """Surrogate loss, Eq. (11): sqrt(||x_m - sg(x~_m)||^2 + c^2) - c, c = 0.00054 sqrt(d). Scalar.
 
     Args:
         x_m: with gradient.
@@ -81,14 +129,77 @@ def pseudo_huber(x_m: Tensor, revised: Tensor) -> Tensor:
     return loss
 
 
-def revised_samples(x_m: Tensor, real: Tensor, fake: Tensor) -> Tensor:
-    """x~_m of Eq. (6), with lambda_tau = sigma_tau^2 / alpha_tau, so scores become clean estimates.
+def elementwise_pseudo_huber(x_m: Tensor, revised: Tensor, x_0: Tensor, real: Tensor) -> Tensor:
+    """Pseudo-Huber on every element, sqrt(e^2 + c^2) - c with c = 0.001, under DMD's normalisation. Scalar."""
+    error = x_m - revised.detach()
+    c = ELEMENTWISE_HUBER_C
+    return (per_sample(torch.sqrt(error.square() + c * c) - c) / dmd_norm(x_0, real)).mean()
 
-    s_phi - s_psi = alpha_tau / sigma_tau^2 (x_0^real - x_0^fake).
+
+def normalised_l2(x_m: Tensor, revised: Tensor, x_0: Tensor, real: Tensor) -> Tensor:
+    """Eq. (6) with the normalisation of DMD (Yin et al. 2024, eq. 8): Table 5's "w/o surrogate". Scalar."""
+    return (0.5 * per_sample((x_m - revised.detach()).square()) / dmd_norm(x_0, real)).mean()
+
+
+def dmd_norm(x_0: Tensor, real: Tensor) -> Tensor:
+    """Mean |x_0 - real| of each sample, [B], no gradient."""
+    return per_sample((x_0 - real).detach().abs()).clamp_min(1e-4)
+
+
+def fisher_divergence(real: Tensor, fake: Tensor, x_0: Tensor, alpha: float = 1.0) -> Tensor:
+    """Fisher divergence in place of reverse KL (Table 8), by score identity (SiD, Zhou et al. 2024, eq. 23). Scalar.
+
+    Gradient flows through x_tau into both networks, whose weights are fixed, and into x_0: more
+    expensive by two backward passes.
+
+    Args:
+        real, fake: at x_tau, which depends on the student.
+        x_0: with gradient.
+        alpha: weight of the plain squared difference that is subtracted; 1 to 1.2 in SiD.
     """
-    return x_m + (real - fake)
+    gap = real - fake
+    identity = gap * (fake - x_0) + (1.0 - alpha) * gap.square()
+    loss: Tensor = (per_sample(identity) / dmd_norm(x_0, real)).mean()
+    return loss
 
 
 def guided(conditional: Tensor, unconditional: Tensor, guidance_scale: float) -> Tensor:
     """Classifier-free guidance."""
     return unconditional + guidance_scale * (conditional - unconditional)
+
+
+# ---- the discriminator of TDM-unify-GAN (Eq. 16) -------------------------------------------------
+
+
+def discriminator_loss(of_real: Tensor, of_student: Tensor) -> Tensor:
+    """Hinge loss of logits [B, ...] (Lim and Ye 2017). Scalar."""
+    return relu(1.0 - of_real).mean() + relu(1.0 + of_student).mean()
+
+
+def adversarial_loss(of_student: Tensor) -> Tensor:
+    """ADVLoss of Eq. (16): the student wants its diffused samples taken for real ones. Scalar."""
+    return -of_student.mean()
+
+
+# ---- baselines -----------------------------------------------------------------------------------
+
+
+def consistency_scalings(timesteps: Tensor, like: Tensor, sigma_data: float = 0.5) -> tuple[Tensor, Tensor]:
+    """c_skip and c_out of a latent consistency model (Luo et al. 2023): 1 and 0 at the clean end.
+
+    Args:
+        timesteps: [B] on the grid 0..T; LCM scales them by 10.
+    """
+    scaled = like_levels(timesteps.to(like.device, torch.float32) * 10.0, like)
+    norm = scaled.square() + sigma_data**2
+    return sigma_data**2 / norm, scaled / norm.sqrt()
+
+
+def consistency_loss(estimate: Tensor, target: Tensor) -> Tensor:
+    """Pseudo-Huber between a consistency function at two neighbouring timesteps, Eq. (10). Scalar."""
+    return pseudo_huber(estimate, target)
+
+
+def denoising_loss(output: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of a model output: how teachers are trained and fine-tuned. Scalar."""
+    return (output.float() - target).square().mean()

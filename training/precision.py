@@ -1,10 +1,16 @@
-"""One place that decides the arithmetic of training, which runs on the CPU."""
+"""One place that decides the arithmetic of training."""
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
+Precision = Literal["bf16", "fp32"]
 
-def autocast() -> torch.autocast:
+
+def autocast(device: torch.device | str = "cpu", precision: Precision = "bf16") -> torch.autocast:
     """bf16 where the processor has instructions for it (about twice as fast), fp32 elsewhere."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_avx512_bf16_supported())
+    kind = torch.device(device).type
+    can = torch.cuda.is_bf16_supported() if kind == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    return torch.autocast(kind, torch.bfloat16, enabled=precision == "bf16" and can)

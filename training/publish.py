@@ -13,7 +13,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from tdm_runtime.checkpoint import WEIGHT_FILES, file_sha256, open_checkpoint
 from tdm_runtime.noise_schedule import DiffusionSchedule
 from tdm_runtime.recipe import RECIPE_FILE, Recipe
-from training.tdm import TDMConfig, build_recipe
+from training.emoji.student import build_recipe
 
 
 def write_checkpoint(
@@ -41,12 +41,12 @@ def write_checkpoint(
     open_checkpoint(folder)
 
 
-def publish(folder: Path, autoencoder: Path, teacher: Path, tdm: Path) -> None:
+def publish(folder: Path, autoencoder: Path, teacher: Path, student: Path) -> None:
     """Assemble the checkpoint from the stages' folders."""
     write_checkpoint(
         folder,
-        build_recipe(TDMConfig.step_counts),
-        UNet2DConditionModel.from_pretrained(tdm / "unet"),
+        build_recipe(),
+        UNet2DConditionModel.from_pretrained(student / "unet"),
         AutoencoderKL.from_pretrained(autoencoder / "vae"),
         CLIPTextModel.from_pretrained(teacher / "text_encoder"),
         CLIPTokenizer.from_pretrained(teacher / "tokenizer"),

@@ -1,38 +1,47 @@
-"""UNet2DConditionModel (Stable Diffusion family and the embedded checkpoint)."""
+"""UNet2DConditionModel (Stable Diffusion 1 and 2, SDXL, and the embedded checkpoint)."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from tdm_runtime.step_condition import embed_step_count
+from tdm_runtime.models.conditioning import Conditioning
+from tdm_runtime.models.denoiser import Denoiser, require, require_outputs
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
 
-class UNetDenoiser(nn.Module):
-    """A UNet as every backend and exporter sees it: four tensors in, one out."""
+class UNetDenoiser(Denoiser):
+    """K goes in by the UNet's own `timestep_cond`, so stock pipelines can run the checkpoint too."""
 
-    def __init__(self, unet: UNet2DConditionModel) -> None:
-        super().__init__()
-        self.unet = unet
-        self.condition_dim: int | None = unet.config.time_cond_proj_dim
-        self.latent_channels: int = unet.config.in_channels
+    timestep_embedding_name = "time_embedding"
 
-    def forward(self, latents: Tensor, timesteps: Tensor, step_counts: Tensor, prompt_embeds: Tensor) -> Tensor:
-        """Predict the model output.
+    def __init__(self, model: UNet2DConditionModel) -> None:
+        super().__init__(model)
+        require_outputs(model, (self.latent_channels,))
 
-        Args:
-            latents: [B, C, H, W].
-            timesteps: float [B].
-            step_counts: [B], each sample's K; unread where the UNet has no input for it.
-            prompt_embeds: [B, L, D].
-
-        Returns:
-            [B, C, H, W], of the recipe's prediction type.
-        """
-        condition = None if self.condition_dim is None else embed_step_count(step_counts, self.condition_dim)
-        output: Tensor = self.unet(latents, timesteps, prompt_embeds, timestep_cond=condition, return_dict=False)[0]
+    def predict(self, latents: Tensor, timesteps: Tensor, condition: Tensor | None, prompt: Conditioning) -> Tensor:
+        """latents [B, C, H, W]; SDXL (`addition_embed_type` "text_time") reads pooled_prompt_embeds and time_ids."""
+        added = None
+        if self.model.config.addition_embed_type == "text_time":
+            added = {
+                "text_embeds": require("pooled_prompt_embeds", prompt.pooled_prompt_embeds, "SDXL"),
+                "time_ids": require("time_ids", prompt.time_ids, "SDXL"),
+            }
+        output: Tensor = self.model(
+            latents,
+            timesteps,
+            prompt.prompt_embeds,
+            timestep_cond=condition,
+            added_cond_kwargs=added,
+            encoder_attention_mask=prompt.attention_mask,
+            return_dict=False,
+        )[0]
         return output
+
+    def add_step_condition(self, dim: int = 256) -> None:
+        """As every family, and registered in the config: save_pretrained and from_pretrained keep it."""
+        super().add_step_condition(dim)
+        self.model.register_to_config(time_cond_proj_dim=self.condition_dim)

@@ -29,8 +29,8 @@ from tdm_runtime.params import SamplingParams
 from tdm_runtime.pipeline import generate
 from tdm_runtime.sample import Picture
 from tdm_runtime.text_encoder import PromptEmbedding, TextEncoder
+from training.emoji.student import build_recipe
 from training.publish import write_checkpoint
-from training.tdm import build_recipe
 
 MAX_LEVELS_APART = 2
 """Of 255: batched sums round otherwise than those of one sample."""
@@ -81,7 +81,7 @@ def tiny_model(checkpoint_folder: Path, tmp_path_factory: pytest.TempPathFactory
                 eos_token_id=tokenizer.eos_token_id,
             )
         )
-    recipe = replace(build_recipe((1, 2, 3, 4)), solver="dpmsolver++", native_sizes=((16, 16), (24, 16)))
+    recipe = replace(build_recipe(), solver="dpmsolver++", native_sizes=((16, 16), (24, 16)))
     write_checkpoint(folder, recipe, unet, vae, text_model, tokenizer)
     return load_model(folder, device="cpu")
 

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    CogVideoXDDIMScheduler,
+    CogVideoXDPMScheduler,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
@@ -77,6 +79,26 @@ def test_min_alpha_cumprod_is_what_diffusers_keeps_of_the_signal(scheduler_class
     ours = DiffusionSchedule("scaled_linear", 0.0001, 0.02, rescale_zero_terminal_snr=True, min_alpha_cumprod=2.0**-24)
     assert ours.alphas_cumprod[-1] == theirs.alphas_cumprod[-1].item() == 2.0**-24
     np.testing.assert_allclose(ours.alphas_cumprod, theirs.alphas_cumprod.double().numpy(), rtol=6e-5)
+
+
+@pytest.mark.parametrize("scheduler_class", [CogVideoXDDIMScheduler, CogVideoXDPMScheduler])
+@pytest.mark.parametrize("is_rescaled", [False, True])
+@pytest.mark.parametrize("scale", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear"])
+def test_the_snr_shift_is_the_one_of_cogvideox(
+    beta_schedule: BetaSchedule, scale: float, is_rescaled: bool, scheduler_class: type
+) -> None:
+    theirs = scheduler_class(
+        beta_schedule=beta_schedule, snr_shift_scale=scale, rescale_betas_zero_snr=is_rescaled
+    ).alphas_cumprod
+    ours = DiffusionSchedule(beta_schedule, rescale_zero_terminal_snr=is_rescaled, snr_shift_scale=scale)
+    rtol = 1e-9 if theirs.dtype == torch.float64 else 6e-5
+    np.testing.assert_allclose(ours.alphas_cumprod, theirs.double().numpy(), rtol=rtol, atol=1e-8)
+
+
+def test_the_snr_shift_divides_the_signal_to_noise_ratio() -> None:
+    plain, shifted = DiffusionSchedule().alphas_cumprod, DiffusionSchedule(snr_shift_scale=3.0).alphas_cumprod
+    np.testing.assert_allclose(shifted / (1 - shifted), plain / (1 - plain) / 3.0, rtol=1e-10)
 
 
 @pytest.mark.parametrize("schedule", [DiffusionSchedule(), DiffusionSchedule(rescale_zero_terminal_snr=True)])
@@ -168,6 +190,10 @@ def test_spaced_timesteps_fall_and_stay_within_the_schedule(spacing: Spacing, to
         ("rescale_zero_terminal_snr", 1),
         ("min_alpha_cumprod", -0.1),
         ("min_alpha_cumprod", 1.0),
+        ("snr_shift_scale", 0.0),
+        ("snr_shift_scale", math.inf),
+        ("snr_shift_scale", "3"),
+        ("snr_shift_scale", True),
     ],
 )
 def test_a_diffusion_schedule_refuses(field: str, value: object) -> None:

@@ -14,7 +14,7 @@ from tdm_runtime.loaded_model import LoadedModel
 from tdm_runtime.noise import initial_noise
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.pipeline import generate
-from training.tdm import TDMConfig, build_recipe
+from training.emoji.student import EMOJI, build_recipe
 
 MAX_FOLDER_BYTES = 25 * 10**6
 
@@ -39,12 +39,12 @@ def test_the_embedded_checkpoint_is_small_and_whole(checkpoint_folder: Path) -> 
     files = [file for file in checkpoint_folder.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) < MAX_FOLDER_BYTES
     recipe = open_checkpoint(checkpoint_folder).recipe
-    assert recipe.step_counts == TDMConfig.step_counts
+    assert recipe.step_counts == EMOJI.step_counts
     assert all(file_sha256(checkpoint_folder / name) == sha for name, sha in recipe.files.items())
 
 
 def test_training_and_serving_sample_by_the_same_table(checkpoint_folder: Path) -> None:
-    served, trained = open_checkpoint(checkpoint_folder).recipe, build_recipe(TDMConfig.step_counts)
+    served, trained = open_checkpoint(checkpoint_folder).recipe, build_recipe()
     assert served.timesteps == trained.timesteps
     assert served.noise_schedule == trained.noise_schedule
     assert (served.solver, served.prediction_type) == (trained.solver, trained.prediction_type)

@@ -7,9 +7,9 @@ import random
 import numpy as np
 import pytest
 
-from training.glyphs import load_glyphs
-from training.scenes import BACKGROUNDS, Scene, caption, sample_scene
-from training.score import Scorer, glyph_named, nearest_background, scoring_scenes
+from training.emoji.glyphs import load_glyphs
+from training.emoji.scenes import BACKGROUNDS, Scene, caption, sample_scene
+from training.emoji.score import Scorer, glyph_named, nearest_background, scoring_scenes
 
 GLYPHS = load_glyphs()
 SCENES = [sample_scene(GLYPHS, 0, index) for index in range(300)]

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from training.glyphs import Glyph
+from training.emoji.glyphs import Glyph
 
 BACKGROUNDS: Mapping[str, tuple[int, int, int]] = {
     "white": (255, 255, 255),

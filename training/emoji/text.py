@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from training.glyphs import Glyph
-from training.scenes import BACKGROUNDS, caption, sample_scene
+from training.emoji.glyphs import Glyph
+from training.emoji.scenes import BACKGROUNDS, caption, sample_scene
 
 MAX_TOKENS = 32
 VOCABULARY_SIZE = 1536

@@ -1,14 +1,19 @@
-"""Prompt adherence, exactly: is the named glyph where the caption says, on the background it says?
+"""Prompt adherence and fidelity, exactly: is what the caption says there, and how near is it to the drawing?
 
-A picture is cut at the places the scene names; each cut is compared with every glyph of the atlas
+Adherence: a picture is cut at the places the scene names; each cut is compared with every glyph of the atlas
 drawn the same way. A picture adheres when each cut is nearest to the right glyph and the border has
 the right colour. On drawn scenes this scores 100%, on shuffled captions 0%.
+
+Fidelity: a caption settles its scene up to a small jitter, so the picture is compared, pixel by
+pixel, with the scene drawn at every jitter, and the nearest drawing counts. It goes on telling
+samplers apart where adherence is full.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +21,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tdm_runtime.decoder import Pixels
-from training.glyphs import Glyph, load_glyphs, render_glyphs
-from training.scenes import BACKGROUNDS, Placement, Scene, render, sample_scene
+from training.emoji.glyphs import Glyph, load_glyphs, render_glyphs
+from training.emoji.scenes import BACKGROUNDS, Placement, Scene, render, sample_scene
 
 ATLAS_FILE = Path(__file__).with_name("glyphs.webp")
 ATLAS_CELL_PX = 64
@@ -25,6 +30,11 @@ ATLAS_COLUMNS = 16
 COMPARED_PX = 16
 """Cuts are compared at this size, so that sharpness and a pixel's shift count little."""
 SHIFTS_PX = (-2, 0, 2)
+JITTER_SHIFTS = (-0.0125, 0.0, 0.0125)
+"""Shares of the side. With the scales they reach nearly every whole-pixel drawing that a jittered scene may be."""
+JITTER_SCALES = (0.965, 0.983, 1.0, 1.017, 1.035)
+LEAST_SQUARE_ERROR = 1.0
+"""Mean, in uint8 steps. Nearer pictures count as this near, 48.1 dB, so that a mean over pictures stays finite."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +46,8 @@ class Score:
     background: float
     adherence: float
     """Both."""
+    psnr_db: float
+    """Mean over the pictures of the peak signal-to-noise ratio to the nearest drawing, decibels, at most 48.1."""
 
 
 def write_atlas(file: Path = ATLAS_FILE) -> None:
@@ -78,6 +90,7 @@ class Scorer:
         self.atlas = atlas or load_atlas()
         self._names = sorted(self.atlas)
         self._references: dict[tuple[int, str], NDArray[np.float32]] = {}
+        self._drawn_scenes: dict[tuple[Scene, int], Pixels] = {}
 
     def score(self, pictures: Sequence[Pixels], scenes: Sequence[Scene]) -> Score:
         """Score uint8 [H, W, 3] pictures, one a scene."""
@@ -87,14 +100,28 @@ class Scorer:
             for picture, scene in zip(pictures, scenes, strict=True)
         ]  # fmt: skip
         hits = np.array(rows)
-        return Score(float(hits[:, 0].mean()), float(hits[:, 1].mean()), float(hits.all(1).mean()))
+        fidelity = [self.psnr_db(picture, scene) for picture, scene in zip(pictures, scenes, strict=True)]
+        return Score(
+            float(hits[:, 0].mean()), float(hits[:, 1].mean()), float(hits.all(1).mean()), float(np.mean(fidelity))
+        )
+
+    def psnr_db(self, picture: Pixels, scene: Scene) -> float:
+        """Peak signal-to-noise ratio of a uint8 [H, H, 3] picture to the nearest drawing of its scene, decibels."""
+        side_px = picture.shape[0]
+        errors = np.square(self._drawings(scene, side_px) - picture.astype(np.float32)).mean(axis=(1, 2, 3))
+        return float(10.0 * np.log10(255.0**2 / max(LEAST_SQUARE_ERROR, float(errors.min()))))
+
+    def _drawings(self, scene: Scene, side_px: int) -> Pixels:
+        """A scene at every jitter, uint8 [N, H, W, 3]. Kept: a scene is scored for many samplers."""
+        key = (scene, side_px)
+        if key not in self._drawn_scenes:
+            self._drawn_scenes[key] = np.stack([self.draw(drawn, side_px) for drawn in jittered(scene, side_px)])
+        return self._drawn_scenes[key]
 
     def nearest_glyph(self, picture: Pixels, placement: Placement, scene: Scene) -> str:
         """Name of the glyph that the picture shows at a placement."""
-        side_px = picture.shape[0]
-        box_px = round(placement.side * side_px)
+        left, top, box_px = placed_box(placement, picture.shape[0])
         references = self._drawn(box_px, scene.background)
-        left, top = (round(c * side_px - box_px / 2) for c in placement.center)
         best = np.full(len(self._names), np.inf)
         source = Image.fromarray(picture)
         for dx in SHIFTS_PX:
@@ -119,6 +146,22 @@ class Scorer:
     def draw(self, scene: Scene, side_px: int = 64) -> Pixels:
         """The picture that a scene asks for."""
         return render(scene, self.atlas, side_px)
+
+
+def placed_box(placement: Placement, side_px: int) -> tuple[int, int, int]:
+    """Left, top and side of a glyph in whole pixels, as `render` places it."""
+    box_px = round(placement.side * side_px)
+    left, top = (round(c * side_px - box_px / 2) for c in placement.center)
+    return left, top, box_px
+
+
+def jittered(scene: Scene, side_px: int) -> list[Scene]:
+    """The scene at every jitter that draws another picture at this size."""
+    found = {}
+    for x, y, scale in product(JITTER_SHIFTS, JITTER_SHIFTS, JITTER_SCALES):
+        moved = replace(scene, jitter=(x, y, scale))
+        found[tuple(placed_box(placement, side_px) for placement in moved.placements())] = moved
+    return list(found.values())
 
 
 def nearest_background(picture: Pixels) -> str:

@@ -15,16 +15,22 @@ from numpy.lib.format import open_memmap
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from tdm_runtime.models.conditioning import Conditioning
+from tdm_runtime.models.unet import UNetDenoiser
 from tdm_runtime.noise_schedule import DiffusionSchedule
-from training.autoencoder import SceneRenderer
+from training.emoji.autoencoder import SceneRenderer
+from training.emoji.scenes import caption, sample_scene
+from training.emoji.text import build_text_encoder, tokenize, train_tokenizer
 from training.loop import LoopConfig, Trainable, descend, learning_rate_at, run_loop, set_learning_rate, update_ema
+from training.methods.finetune import finetuning_loss
 from training.precision import autocast
-from training.scenes import caption, sample_scene
-from training.text import build_text_encoder, tokenize, train_tokenizer
+from training.roles import CleanEstimator
+from training.trajectory import Coordinates
 
 STAGE = "teacher"
 SCHEDULE = DiffusionSchedule(beta_schedule="squaredcos_cap_v2")
 """The cosine schedule suits 16x16 latents and ends in nearly pure noise, so backgrounds are free."""
+COORDINATES = Coordinates(SCHEDULE, "v_prediction")
 STEP_CONDITION_DIM = 64
 
 
@@ -32,7 +38,7 @@ STEP_CONDITION_DIM = 64
 class TeacherConfig:
     """The teacher's training."""
 
-    loop: LoopConfig = LoopConfig(steps=7800)
+    loop: LoopConfig = LoopConfig(steps=11000)
     batch_size: int = 64
     learning_rate: float = 8e-4
     caption_dropout: float = 0.1
@@ -107,6 +113,7 @@ def train_teacher(folder: Path, autoencoder_folder: Path, config: TeacherConfig)
     scenes = LatentScenes(folder, autoencoder, config.scenes, config.loop.seed)
     tokenizer = train_tokenizer(scenes.renderer.glyphs)
     unet, text_encoder = build_unet(), build_text_encoder(tokenizer)
+    model = CleanEstimator(UNetDenoiser(unet), COORDINATES)
     modules = {"unet": unet, "text_encoder": text_encoder}
     averages = {name: copy.deepcopy(module).eval().requires_grad_(False) for name, module in modules.items()}
     parameters = [*unet.parameters(), *text_encoder.parameters()]
@@ -116,10 +123,9 @@ def train_teacher(folder: Path, autoencoder_folder: Path, config: TeacherConfig)
         set_learning_rate(optimizer, learning_rate_at(step, config.loop.steps, config.learning_rate))
         indices = torch.randint(scenes.count, (config.batch_size,), generator=generator).tolist()
         latents, captions = scenes.batch(indices, caption_seed=step)
-        is_dropped = torch.rand(config.batch_size, generator=generator) < config.caption_dropout
-        captions = ["" if drop else text for text, drop in zip(captions, is_dropped.tolist(), strict=True)]
-        ids = tokenize(tokenizer, captions)
-        loss = denoising_loss(unet, text_encoder, latents, ids, generator)
+        with autocast():
+            prompts, empty = (Conditioning(text_encoder(tokenize(tokenizer, c))[0]) for c in (captions, [""]))
+        loss = finetuning_loss(model, latents, prompts, empty, config.caption_dropout, generator)
         norm = descend(optimizer, loss)
         for name, module in modules.items():
             update_ema(averages[name], module, step, config.ema_decay)
@@ -133,32 +139,6 @@ def train_teacher(folder: Path, autoencoder_folder: Path, config: TeacherConfig)
         train_step,
     )
     save_teacher(folder, averages["unet"], averages["text_encoder"], tokenizer)
-
-
-def levels_at(timesteps: Tensor) -> tuple[Tensor, Tensor]:
-    """alpha and sigma, float32 [B, 1, 1, 1] each; a timestep of -1 is the clean end."""
-    levels = SCHEDULE.levels(timesteps.double().numpy())
-    alphas, sigmas = (torch.from_numpy(v).float().view(-1, 1, 1, 1) for v in (levels.alphas, levels.sigmas))
-    return alphas, sigmas
-
-
-def denoising_loss(
-    unet: UNet2DConditionModel, text_encoder: CLIPTextModel, latents: Tensor, ids: Tensor, generator: torch.Generator
-) -> Tensor:
-    """Mean squared error of v = alpha noise - sigma x_0 at uniform timesteps (Salimans and Ho 2022).
-
-    Args:
-        latents: [B, 4, H, W], unit spread.
-        ids: [B, L] token ids.
-    """
-    timesteps = torch.randint(SCHEDULE.num_train_timesteps, (len(latents),), generator=generator)
-    noise = torch.randn(latents.shape, generator=generator)
-    alphas, sigmas = levels_at(timesteps)
-    with autocast():
-        prompt_embeds = text_encoder(ids).last_hidden_state
-        output = unet(alphas * latents + sigmas * noise, timesteps, prompt_embeds).sample
-    loss: Tensor = (output.float() - (alphas * noise - sigmas * latents)).square().mean()
-    return loss
 
 
 def save_teacher(

@@ -1,0 +1,72 @@
+"""What a denoiser is told about the prompt, for a batch of samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Conditioning:
+    """The text side of a batch. Fields that a family does not read stay None."""
+
+    prompt_embeds: Tensor
+    """[B, L, D]."""
+    pooled_prompt_embeds: Tensor | None = None
+    """[B, P]; SDXL and SD3."""
+    attention_mask: Tensor | None = None
+    """[B, L], 1 where a token is read and 0 where it is padding; PixArt."""
+    time_ids: Tensor | None = None
+    """[B, 6]: original height, width, crop top, left, target height, width, in pixels; SDXL."""
+
+    def __len__(self) -> int:
+        return len(self.prompt_embeds)
+
+    def __getitem__(self, index: Tensor | slice) -> Conditioning:
+        """The samples at an index tensor [N], a mask [B] or a slice; always a batch."""
+        prompt_embeds, *rest = self.tensors()
+        return Conditioning(prompt_embeds[index], *(None if t is None else t[index] for t in rest))
+
+    def tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """The fields in the order of a denoiser's `forward`."""
+        return self.prompt_embeds, self.pooled_prompt_embeds, self.attention_mask, self.time_ids
+
+    @classmethod
+    def cat(cls, first: Conditioning, second: Conditioning) -> Conditioning:
+        """One batch, `first` before `second`.
+
+        Raises:
+            ValueError: a field is given by one of the two only.
+        """
+        joined: list[Tensor | None] = []
+        for field, a, b in zip(fields(cls), first.tensors(), second.tensors(), strict=True):
+            if (a is None) != (b is None):
+                raise ValueError(
+                    f"{field.name} is given by the {'second' if a is None else 'first'} conditioning only; "
+                    "encode both with the same text encoders"
+                )
+            joined.append(None if a is None or b is None else torch.cat([a, b]))
+        prompt_embeds, *rest = joined
+        assert prompt_embeds is not None
+        return cls(prompt_embeds, *rest)
+
+    def expand(self, count: int) -> Conditioning:
+        """A batch of one, repeated without a copy.
+
+        Raises:
+            ValueError: the batch is not of one sample.
+        """
+        if len(self) != 1:
+            raise ValueError(
+                f"a batch of one can be expanded, this one has {len(self)} samples; index one with [i:i+1]"
+            )
+        prompt_embeds, *rest = self.tensors()
+        repeated = (None if t is None else t.expand(count, *t.shape[1:]) for t in rest)
+        return Conditioning(prompt_embeds.expand(count, *prompt_embeds.shape[1:]), *repeated)
+
+    def to(self, device: torch.device | str) -> Conditioning:
+        """The same on another device."""
+        prompt_embeds, *rest = self.tensors()
+        return Conditioning(prompt_embeds.to(device), *(None if t is None else t.to(device) for t in rest))

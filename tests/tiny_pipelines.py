@@ -1,0 +1,118 @@
+"""Whole pipeline folders of the real classes at a tiny size: denoiser, text encoders, tokenizers, VAE, scheduler."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, AutoencoderKLCogVideoX
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+from tests.tiny_models import POOLED_DIM, TEXT_DIM, TINY_MODELS
+from training.base_model import PIPELINES
+
+CLASS_NAMES = {layout.family: name for name, layout in PIPELINES.items()}
+SCHEDULERS: Mapping[str, Callable[[], Any]] = {
+    "sd": lambda: diffusers.PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+    "sdxl": lambda: diffusers.EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction"
+    ),
+    "pixart": lambda: diffusers.DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02),
+    "sd3": lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+    "cogvideox": lambda: diffusers.CogVideoXDDIMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction"),
+}
+
+
+@cache
+def clip_tokenizer() -> CLIPTokenizer:
+    """One token a letter."""
+    specials = ["<|startoftext|>", "<|endoftext|>"]
+    letters = [letter + end for letter in string.ascii_lowercase for end in ("", "</w>")]
+    vocabulary = {token: number for number, token in enumerate(specials + letters)}
+    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=12)
+
+
+def clip_model(model_class: Any, width: int, projection_dim: int = POOLED_DIM) -> Any:
+    tokenizer = clip_tokenizer()
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=12,
+        projection_dim=projection_dim,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(0)
+    return model_class(config).eval()
+
+
+def t5_parts() -> tuple[T5Tokenizer, T5EncoderModel]:
+    specials = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
+    tokenizer = T5Tokenizer(vocab=specials + [(letter, -3.0) for letter in string.ascii_lowercase], extra_ids=0)
+    config = T5Config(vocab_size=64, d_model=TEXT_DIM, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    torch.manual_seed(0)
+    return tokenizer, T5EncoderModel(config).eval()
+
+
+def text_parts(family: str) -> dict[str, Any]:
+    if family == "sd":
+        return {"tokenizer": clip_tokenizer(), "text_encoder": clip_model(CLIPTextModel, TEXT_DIM)}
+    if family == "sdxl":
+        first, second = clip_model(CLIPTextModel, 8), clip_model(CLIPTextModelWithProjection, 8)
+        tokenizer = clip_tokenizer()
+        return {"tokenizer": tokenizer, "text_encoder": first, "tokenizer_2": tokenizer, "text_encoder_2": second}
+    tokenizer, encoder = t5_parts()
+    if family != "sd3":
+        return {"tokenizer": tokenizer, "text_encoder": encoder}
+    clips = {f"text_encoder{n}": clip_model(CLIPTextModelWithProjection, 8, POOLED_DIM // 2) for n in ("", "_2")}
+    tokenizers = {f"tokenizer{n}": clip_tokenizer() for n in ("", "_2")}
+    return {**clips, **tokenizers, "text_encoder_3": encoder, "tokenizer_3": tokenizer}
+
+
+def build_vae(family: str) -> Any:
+    if family == "cogvideox":
+        return AutoencoderKLCogVideoX(
+            down_block_types=("CogVideoXDownBlock3D",) * 4,
+            up_block_types=("CogVideoXUpBlock3D",) * 4,
+            block_out_channels=(4, 4, 4, 4),
+            latent_channels=4,
+            layers_per_block=1,
+            norm_num_groups=2,
+        )
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(4, 4, 4, 4),
+        norm_num_groups=2,
+        latent_channels=4,
+    )
+
+
+def build_pipeline(family: str) -> Any:
+    name = CLASS_NAMES[family]  # type: ignore[index]
+    switches: dict[str, Any] = {}
+    if family == "sd":
+        switches = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return getattr(diffusers, name)(
+        **{PIPELINES[name].part: TINY_MODELS[family]()},
+        **text_parts(family),
+        **switches,
+        vae=build_vae(family),
+        scheduler=SCHEDULERS[family](),
+    )

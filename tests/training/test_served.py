@@ -1,0 +1,67 @@
+"""What the trainer writes, the runtime serves: the same picture as the trainer's own sampler makes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from tdm_runtime.decoder import Decoder
+from tdm_runtime.loaded_model import LoadedModel, load_model
+from tdm_runtime.noise import initial_noise
+from tdm_runtime.params import SamplingParams
+from tdm_runtime.pipeline import generate
+from training.distill import Distiller
+from training.emoji.autoencoder import build_autoencoder
+from training.emoji.glyphs import load_glyphs
+from training.emoji.student import EMOJI, ScenePrompts, build_distiller
+from training.emoji.teacher import build_unet, save_teacher
+from training.emoji.text import build_text_encoder, train_tokenizer
+from training.loop import step_generator
+from training.publish import publish
+from training.student_files import save_denoiser
+
+PROMPT, SEED = "a red heart on a blue background", 11
+ROUNDING = 3
+"""Levels of 255 that float16 weights may change."""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Distiller, LoadedModel]:
+    """Ten iterations from a random teacher, and what is served of them."""
+    run = tmp_path_factory.mktemp("run")
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(load_glyphs())
+    save_teacher(run / "teacher", build_unet(), build_text_encoder(tokenizer), tokenizer)
+    build_autoencoder().save_pretrained(run / "decoder" / "vae")
+    distiller = build_distiller(replace(EMOJI, batch_size=4, steps=10, precision="fp32"), run / "teacher")
+    for step in range(10):
+        distiller.train_step(step, step_generator(0, "served", step))
+    save_denoiser(distiller.average, run / "student")  # type: ignore[arg-type]
+    publish(run / "checkpoint", run / "decoder", run / "teacher", run / "student")
+    return distiller, load_model(run / "checkpoint")
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+def test_the_served_picture_is_the_trainers(trained: tuple[Distiller, LoadedModel], steps: int) -> None:
+    distiller, model = trained
+    prompts = distiller.run.prompts
+    assert isinstance(prompts, ScenePrompts)
+    latents = distiller.sample(initial_noise(SEED, (1, 4, 16, 16)), steps, prompts.encode([PROMPT]))
+    assert isinstance(model.decoder, Decoder)
+    expected = model.decoder.decode(latents)[0]
+    served = generate(model, SamplingParams(PROMPT, SEED, steps, 64, 64))
+    assert np.abs(served.astype(int) - expected.astype(int)).max() <= ROUNDING
+
+
+def test_ten_iterations_moved_it(trained: tuple[Distiller, LoadedModel]) -> None:
+    distiller, _ = trained
+    prompts = distiller.run.prompts
+    noise = initial_noise(SEED, (1, 4, 16, 16))
+    with torch.no_grad():
+        x, timesteps = noise, torch.tensor([999.0])
+        teacher = distiller.roles.teacher(x, timesteps, prompts.empty(), None)
+        student = distiller.roles.student(x, timesteps, prompts.empty(), torch.tensor([1]))
+    assert not torch.equal(teacher, student)

@@ -1,0 +1,88 @@
+"""Distillations of tiny random models of the real classes, without folders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from tdm_runtime.models import Conditioning, denoiser_for
+from tdm_runtime.noise_schedule import DiffusionSchedule, FlowSchedule, NoiseSchedule
+from tdm_runtime.step_table import PredictionType
+from tests.tiny_models import TINY_MODELS, TINY_SHAPES, tiny_conditioning
+from training.backbones import build_roles, coordinates_of
+from training.base_model import BaseModel, Family
+from training.config import DistillConfig
+from training.distill import Distiller, Run
+from training.loop import step_generator
+from training.processes import Processes
+
+PROMPTS = 8
+NOISE: Mapping[Family, tuple[NoiseSchedule, PredictionType]] = {
+    "sd": (DiffusionSchedule(), "epsilon"),
+    "sdxl": (DiffusionSchedule(), "v_prediction"),
+    "pixart": (DiffusionSchedule("linear", 0.0001, 0.02), "epsilon"),
+    "sd3": (FlowSchedule(shift=3.0), "flow_prediction"),
+    "cogvideox": (DiffusionSchedule(rescale_zero_terminal_snr=True, snr_shift_scale=3.0), "v_prediction"),
+}
+UNIFY = DistillConfig(
+    steps=3,
+    batch_size=4,
+    guidance_scale=2.0,
+    student_learning_rate=1e-3,
+    fake_learning_rate=2e-3,
+    precision="fp32",
+    width=64,
+    height=64,
+)
+"""TDM-unify, at rates that move a tiny model within an iteration."""
+LORA = replace(UNIFY, lora_rank=2, lora_alpha=4.0)
+"""Alpha is not the rank: whoever forgets it is found out."""
+
+
+class TinyPrompts:
+    """Random prompts of a family and, where asked for, random latents."""
+
+    def __init__(self, family: str, *, has_latents: bool = False) -> None:
+        self._rows, self._empty = tiny_conditioning(family, PROMPTS), tiny_conditioning(family, 1, seed=1)
+        self._shape = TINY_SHAPES[family] if has_latents else None
+
+    def conditioning(self, numbers: range) -> Conditioning:
+        return self._rows[torch.tensor([n % PROMPTS for n in numbers])]
+
+    def empty(self) -> Conditioning:
+        return self._empty
+
+    def latents(self, numbers: range) -> Tensor | None:
+        if self._shape is None:
+            return None
+        draws = [torch.randn(self._shape, generator=step_generator(0, "latents", n)) for n in numbers]
+        return torch.stack(draws)
+
+
+def tiny_base(family: Family) -> BaseModel:
+    """A teacher with random weights, the same on every call."""
+    return BaseModel(family, denoiser_for(TINY_MODELS[family]()), *NOISE[family], 8, 4)
+
+
+def tiny_distiller(family: Family, config: DistillConfig, *, has_latents: bool = False) -> Distiller:
+    """A distillation at its start."""
+    base, processes = tiny_base(family), Processes()
+    coordinates = coordinates_of(base, config)
+    roles = build_roles(base, coordinates, config, processes.device)
+    prompts = TinyPrompts(family, has_latents=has_latents)
+    return Distiller(Run(roles, coordinates, prompts, TINY_SHAPES[family], config), processes)
+
+
+def iterate(distiller: Distiller, count: int) -> list[dict[str, float]]:
+    """The first iterations of a run; their numbers."""
+    return [distiller.train_step(n, step_generator(distiller.config.seed, "tdm", n)) for n in range(count)]
+
+
+def weights_of(distiller: Distiller) -> dict[str, Tensor]:
+    """Copies of everything that is trained, by role and name."""
+    modules = {"student": distiller.roles.module("student"), "fake": distiller.roles.module("fake")}
+    modules["average"] = distiller.average
+    return {f"{role}.{name}": p.detach().clone() for role, m in modules.items() for name, p in m.named_parameters()}

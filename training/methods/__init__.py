@@ -1,0 +1,1 @@
+"""One file a method: pure functions that turn a part of a batch into a loss."""

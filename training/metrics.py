@@ -1,0 +1,95 @@
+"""Distances between sets of pictures, as pure functions of their features.
+
+Legend: N and M pictures, D features each, float64; P prompts, S seeds of each.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Features = NDArray[np.float64]
+
+
+def frechet_distance(first: Features, second: Features) -> float:
+    """Squared Frechet distance of the Gaussians fitted to two sets (Heusel et al. 2017, eq. 6).
+
+    |m1 - m2|^2 + tr(C1 + C2 - 2 (C1^1/2 C2 C1^1/2)^1/2), 0 for identical sets. Small sets read too
+    high, so compare numbers at equal N and M only.
+
+    Args:
+        first: [N, D], N at least 2.
+        second: [M, D], M at least 2.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    _check_pair(first, second, least=2)
+    c1, c2 = (np.atleast_2d(np.cov(features, rowvar=False)) for features in (first, second))
+    # The product inside the root is symmetric, unlike C1 C2, so its eigenvalues are real and stable.
+    root = _square_root(c1)
+    eigenvalues = np.linalg.eigvalsh(root @ c2 @ root)
+    overlap = np.sqrt(np.clip(eigenvalues, 0.0, None)).sum()
+    gap = first.mean(0) - second.mean(0)
+    return max(0.0, float(gap @ gap + np.trace(c1) + np.trace(c2) - 2.0 * overlap))
+
+
+def diversity(features: Features) -> float:
+    """Mean Euclidean distance between two seeds of one prompt, averaged over the prompts.
+
+    Args:
+        features: [P, S, D], S at least 2.
+
+    Raises:
+        ValueError: the shape does not fit.
+    """
+    if features.ndim != 3 or features.shape[1] < 2:
+        raise ValueError(f"features must be [P, S, D] with S at least 2, got {list(features.shape)}")
+    first, second = np.triu_indices(features.shape[1], k=1)
+    return float(np.linalg.norm(features[:, first] - features[:, second], axis=-1).mean())
+
+
+def coverage(real: Features, generated: Features, neighbours: int = 5) -> float:
+    """Share of the real pictures with a generated one nearby: how many modes are kept (Naeem et al. 2020, eq. 4).
+
+    "Nearby" is within the distance to the real picture's own `neighbours`-th nearest real one.
+
+    Args:
+        real: [N, D], N above `neighbours`.
+        generated: [M, D], M at least 1.
+
+    Returns:
+        0..1; two sets of one distribution read about 1 - 2 ** -neighbours where M = N.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    _check_pair(real, generated, least=1)
+    if not 1 <= neighbours < len(real):
+        raise ValueError(f"neighbours is {neighbours}, and {len(real)} real pictures allow 1..{len(real) - 1}")
+    radii = np.sort(_distances(real, real), axis=1)[:, neighbours]  # column 0 is the picture itself
+    return float((_distances(real, generated).min(axis=1) <= radii).mean())
+
+
+def _distances(first: Features, second: Features) -> Features:
+    """Euclidean, [N, M]."""
+    squares = (first**2).sum(1)[:, None] + (second**2).sum(1) - 2.0 * first @ second.T
+    distances: Features = np.sqrt(np.clip(squares, 0.0, None))
+    return distances
+
+
+def _square_root(covariance: Features) -> Features:
+    """The symmetric root of a symmetric matrix; eigenvalues that rounding made negative count as 0."""
+    values, vectors = np.linalg.eigh(covariance)
+    root: Features = (vectors * np.sqrt(np.clip(values, 0.0, None))) @ vectors.T
+    return root
+
+
+def _check_pair(first: Features, second: Features, least: int) -> None:
+    for features in (first, second):
+        if features.ndim != 2 or len(features) < least:
+            raise ValueError(
+                f"features must be [N, D] with N at least {least}, got {list(features.shape)}; give more pictures"
+            )
+    if first.shape[1] != second.shape[1]:
+        raise ValueError(f"the sets have {first.shape[1]} and {second.shape[1]} features; use one network for both")

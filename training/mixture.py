@@ -1,0 +1,220 @@
+"""A case with a known answer: a Gaussian mixture in the plane, whose scores are exact at every timestep.
+
+The teacher is the mixture's own posterior mean E[x_0 | x_t]; student and fake score are the same
+plus a small network that starts at zero. So whatever distance remains after distillation is the
+method's, not the teacher's. Latents are [B, 2, 1, 1]; there are no prompts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import mean
+
+import torch
+from torch import Tensor, nn
+
+from tdm_runtime.models.conditioning import Conditioning
+from tdm_runtime.noise_schedule import DiffusionSchedule
+from tdm_runtime.step_condition import embed_step_count
+from training.config import DistillConfig
+from training.distill import Distiller, Run
+from training.loop import step_generator
+from training.presets import as_dmd2
+from training.roles import SeparateRoles
+from training.trajectory import Coordinates, places_at, roll_out
+
+COORDINATES = Coordinates(DiffusionSchedule(beta_schedule="squaredcos_cap_v2"), "sample")
+CONDITION_DIM = 32
+HIDDEN = 128
+PROJECTIONS = 64
+SAMPLES = 8192
+"""Of each set when a distance is measured."""
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Weights [N], means [N, 2] and one standard deviation."""
+
+    weights: Tensor
+    means: Tensor
+    std: float
+
+    def sample(self, count: int, generator: torch.Generator) -> Tensor:
+        """[B, 2, 1, 1]."""
+        component = torch.multinomial(self.weights, count, replacement=True, generator=generator)
+        x = self.means[component] + self.std * torch.randn(count, 2, generator=generator)
+        return x.view(count, 2, 1, 1)
+
+    def nearest(self, x: Tensor) -> Tensor:
+        """Index of the nearest component of each sample, [B]."""
+        return torch.cdist(x.flatten(1), self.means).argmin(1)
+
+    def posterior_mean(self, x: Tensor, alphas: Tensor, sigmas: Tensor) -> Tensor:
+        """E[x_0 | x_t = x], [B, 2]. x [B, 2]; alphas, sigmas [B, 1]."""
+        variance = (alphas * self.std) ** 2 + sigmas**2
+        offset = x[:, None, :] - alphas[:, None] * self.means
+        log_share = self.weights.log() - offset.square().sum(2) / (2 * variance)
+        gain = (alphas * self.std**2 / variance)[:, None]
+        return (log_share.softmax(1)[:, :, None] * (self.means + gain * offset)).sum(1)
+
+
+def ring(components: int = 6, radius: float = 1.3, std: float = 0.12) -> Mixture:
+    """Components on a circle, the first three times as heavy as the last: unequal modes are easy to lose."""
+    angles = torch.arange(components) * (2 * math.pi / components)
+    weights = torch.linspace(3.0, 1.0, components)
+    means = radius * torch.stack([angles.cos(), angles.sin()], 1)
+    return Mixture(weights / weights.sum(), means, std)
+
+
+class MixtureDenoiser(nn.Module):
+    """The exact posterior mean plus a correction that starts at zero; K enters as in the real models."""
+
+    def __init__(self, mixture: Mixture) -> None:
+        super().__init__()
+        self.mixture = mixture
+        self.first = nn.Linear(2 + 2 * 8, HIDDEN)
+        self.cond_proj = nn.Linear(CONDITION_DIM, HIDDEN, bias=False)
+        self.rest = nn.Sequential(nn.SiLU(), nn.Linear(HIDDEN, HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, HIDDEN), nn.SiLU())
+        self.last = nn.Linear(HIDDEN, 2)
+        for layer in (self.cond_proj, self.last):
+            nn.init.zeros_(layer.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, latents: Tensor, timesteps: Tensor, step_counts: Tensor | None, *_: Tensor | None) -> Tensor:
+        """Estimate of x_0, shaped as latents [B, 2, 1, 1]."""
+        x = latents.flatten(1)
+        alphas, sigmas = (level.flatten(1) for level in COORDINATES.levels(timesteps, latents))
+        exact = self.mixture.posterior_mean(x, alphas, sigmas)
+        angles = (timesteps / 1000.0)[:, None] * (math.pi * 2.0 ** torch.arange(8))
+        hidden = self.first(torch.cat([x, angles.sin(), angles.cos()], 1))
+        if step_counts is not None:
+            hidden = hidden + self.cond_proj(embed_step_count(step_counts, CONDITION_DIM))
+        estimate: Tensor = exact + self.last(self.rest(hidden))
+        return estimate.view_as(latents)
+
+
+class NoPrompts:
+    """Every prompt is the same nothing; real samples are the mixture's."""
+
+    def __init__(self, mixture: Mixture) -> None:
+        self.mixture = mixture
+
+    def conditioning(self, numbers: range) -> Conditioning:
+        return Conditioning(torch.zeros(len(numbers), 1, 1))
+
+    def empty(self) -> Conditioning:
+        return Conditioning(torch.zeros(1, 1, 1))
+
+    def latents(self, numbers: range) -> Tensor | None:
+        return self.mixture.sample(len(numbers), torch.Generator().manual_seed(numbers.start))
+
+
+DEFAULT = DistillConfig(
+    steps=1500,
+    batch_size=512,
+    guidance_scale=1.0,
+    student_learning_rate=1e-3,
+    fake_learning_rate=2e-3,
+    final_lr_share=0.02,
+    warmup_steps=20,
+    ema_decay=0.99,
+    condition_lr_scale=1.0,
+    precision="fp32",
+)
+"""TDM-unify on the mixture."""
+
+
+def build_distiller(config: DistillConfig, mixture: Mixture | None = None) -> Distiller:
+    """A distillation of the mixture, at its start."""
+    torch.manual_seed(config.seed)
+    mixture = mixture or ring()
+    roles = SeparateRoles(MixtureDenoiser(mixture), COORDINATES, precision=config.precision)
+    return Distiller(Run(roles, COORDINATES, NoPrompts(mixture), (2, 1, 1), config))
+
+
+def sliced_wasserstein(first: Tensor, second: Tensor) -> float:
+    """Sliced 2-Wasserstein distance of two sets of equal size, [B, 2, 1, 1] each, in the data's units."""
+    angles = torch.arange(PROJECTIONS) * (math.pi / PROJECTIONS)
+    directions = torch.stack([angles.cos(), angles.sin()])
+    a, b = ((x.flatten(1) @ directions).sort(0).values for x in (first, second))
+    return float((a - b).square().mean().sqrt())
+
+
+@dataclass(frozen=True)
+class Distances:
+    """Of a K-step student."""
+
+    data: float
+    """Sliced Wasserstein distance of its samples to the data."""
+    trajectory: float
+    """Mean over its inner timesteps t_i of the distance of x_{t_i} to diffused data; 0 for K = 1."""
+    modes: float
+    """Total variation between its shares of components and the mixture's weights, 0..1."""
+
+
+@torch.no_grad()
+def measure(distiller: Distiller, step_count: int, seed: int = 10_000) -> Distances:
+    """Compare a student with the truth."""
+    generator = torch.Generator().manual_seed(seed)
+    denoiser = distiller.roles.teacher.denoiser
+    assert isinstance(denoiser, MixtureDenoiser)
+    mixture, conditioning = denoiser.mixture, Conditioning(torch.zeros(SAMPLES, 1, 1))
+    noise, data = torch.randn(SAMPLES, 2, 1, 1, generator=generator), mixture.sample(SAMPLES, generator)
+    renoise = torch.randn(SAMPLES, step_count, 2, 1, 1, generator=generator)
+    final = distiller.sample(
+        noise, step_count, conditioning, renoise if distiller.config.rollout == "stochastic" else None
+    )
+    inner = []
+    for row in range(1, step_count):
+        places = places_at(distiller.trajectories, torch.full((SAMPLES,), step_count), torch.full((SAMPLES,), row))
+        with distiller.averaged_student() as student:
+            x = roll_out(
+                student,
+                distiller.trajectories,
+                noise,
+                places,
+                conditioning,
+                tells_k=distiller.config.told != "nobody",
+            ).x
+        alphas, sigmas = COORDINATES.levels(places.timestep, data)
+        inner.append(sliced_wasserstein(x, alphas * data + sigmas * torch.randn(data.shape, generator=generator)))
+    shares = mixture.nearest(final).bincount(minlength=len(mixture.weights)) / SAMPLES
+    modes = 0.5 * float((shares - mixture.weights).abs().sum())
+    return Distances(sliced_wasserstein(final, data), sum(inner) / max(1, len(inner)), modes)
+
+
+def prove(config: DistillConfig = DEFAULT) -> dict[int, Distances]:
+    """Distil the mixture and measure every K."""
+    distiller = build_distiller(config)
+    for step in range(config.steps):
+        distiller.train_step(step, step_generator(config.seed, "mixture", step))
+    return {k: measure(distiller, k) for k in config.step_counts}
+
+
+VARIANTS: Mapping[str, DistillConfig] = {
+    "TDM-unify": DEFAULT,
+    "one fake score for every K (Eq. 9)": replace(DEFAULT, told="student"),
+    "K told to nobody": replace(DEFAULT, told="nobody"),
+    "no importance sampling": replace(DEFAULT, fake_target="clean"),
+    "exact importance weights": replace(DEFAULT, fake_target="importance_exact"),
+    "trajectory score": replace(DEFAULT, fake_target="trajectory_score"),
+    "reverse intervals": replace(DEFAULT, interval="reverse"),
+    "plain L2, DMD normalisation": replace(DEFAULT, generator_loss="normalised_l2"),
+    "matching clean samples": replace(DEFAULT, matching="clean"),
+    "Fisher divergence": replace(DEFAULT, generator_loss="fisher", student_learning_rate=2e-4, fake_updates=2),
+    "DMD2": replace(as_dmd2(DEFAULT), fake_updates=5),
+}
+"""The method, and what the paper says is worse."""
+
+
+def print_proof(seeds: Sequence[int] = (0, 1, 2), step_counts: Sequence[int] = (1, 2, 3, 4)) -> None:
+    """Distil every variant and print a Markdown table of means over seeds."""
+    columns = " | ".join(f"K = {k}" for k in step_counts)
+    print(f"| variant | {columns} | inner steps, K = 4 | modes lost, K = 4 |\n|{'---|' * (len(step_counts) + 3)}")
+    for name, config in {"at the start (the teacher at K steps)": replace(DEFAULT, steps=0), **VARIANTS}.items():
+        found = [prove(replace(config, seed=seed)) for seed in seeds]
+        data = " | ".join(f"{mean(d[k].data for d in found):.2f}" for k in step_counts)
+        inner, modes = (mean(getattr(d[4], field) for d in found) for field in ("trajectory", "modes"))
+        print(f"| {name} | {data} | {inner:.2f} | {modes:.2f} |", flush=True)

@@ -1,0 +1,164 @@
+"""Distillations by name: the paper's hyper-parameters (App. D), and what turns one into a baseline.
+
+Three sources are named below. "paper" is TDM (App. D). "demo" is its public demo and checkpoints.
+"ours" are choices that neither states: `ema_decay`, `accumulation` and checkpointing (both change
+memory and time, not the result), and whatever is marked so. A preset for one K tells K to nobody:
+there is nothing to tell apart, and stock pipelines then need no input for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from training.config import DistillConfig
+
+SD15 = DistillConfig(
+    steps=20_000,
+    batch_size=256,
+    accumulation=8,
+    step_counts=(1, 2, 3, 4),
+    student_learning_rate=2e-6,
+    fake_learning_rate=2e-5,
+    guidance_scale=3.5,
+)
+"""TDM-unify on Stable Diffusion 1.5, all weights. Paper: every number, 512 pixels being the model's."""
+
+SD15_4STEP = replace(SD15, steps=3_000, step_counts=(4,), told="nobody")
+"""TDM for 4 steps on Stable Diffusion 1.5. Paper: "within 3k iterations for specific 4-step training"."""
+
+SD15_LORA = replace(
+    SD15_4STEP,
+    batch_size=64,
+    accumulation=2,
+    lora_rank=64,
+    lora_alpha=64.0,
+    student_learning_rate=1e-4,
+    fake_learning_rate=4e-4,
+)
+"""TDM-LoRA (Table 2): 4 steps, for any model that was fine-tuned from the base.
+
+Paper: iterations and guidance, as 4 steps on Stable Diffusion 1.5. Demo: the rank; and that LoRA
+needs a rate near 1e-4, 2e-6 moving nothing. Ours: the batch size, the fake score's rate, and alpha,
+which is the rank so that readers with and without alpha agree.
+"""
+
+SDXL_512 = DistillConfig(
+    steps=1_000,
+    batch_size=64,
+    accumulation=8,
+    step_counts=(4,),
+    told="nobody",
+    student_learning_rate=1e-6,
+    fake_learning_rate=5e-6,
+    guidance_scale=8.0,
+    gradient_checkpointing=True,
+    width=512,
+    height=512,
+)
+"""First stage of 4 steps on SDXL, all weights, 512 pixels. Paper: every number."""
+
+SDXL_1024 = replace(SDXL_512, accumulation=16, width=1024, height=1024)
+"""Second stage, at 1024 pixels: the student goes on from the first stage (`student_folder`), the
+fake score starts from the pretrained SDXL again. Paper: every number, and the new fake score."""
+
+PIXART_512 = DistillConfig(
+    steps=500,
+    batch_size=32,
+    accumulation=2,
+    step_counts=(4,),
+    told="nobody",
+    student_learning_rate=2e-6,
+    fake_learning_rate=2e-5,
+    guidance_scale=3.5,
+)
+"""4 steps on PixArt-alpha, all weights, 512 pixels. Paper: every number."""
+
+PIXART_1024 = replace(PIXART_512, accumulation=8, gradient_checkpointing=True, width=1024, height=1024)
+"""The same at 1024 pixels. Paper: every number, which it states for both sizes at once."""
+
+SD3 = DistillConfig(
+    steps=3_000,
+    batch_size=32,
+    accumulation=8,
+    step_counts=(4,),
+    told="nobody",
+    guidance_scale=7.0,
+    student_learning_rate=1e-4,
+    fake_learning_rate=4e-4,
+    lora_rank=32,
+    lora_alpha=64.0,
+    gradient_checkpointing=True,
+    width=1024,
+    height=1024,
+    flow_shift=6.0,
+)
+"""4 steps on Stable Diffusion 3, LoRA, flow matching. The paper has no numbers for it.
+
+Demo: flow shift 6, 1024 pixels, that two adapters share the base, and rank and alpha (of the
+SD3.5 checkpoint). diffusers: the guidance, its pipeline's default. Ours: the rest.
+"""
+
+COGVIDEOX = DistillConfig(
+    steps=2_000,
+    batch_size=8,
+    accumulation=8,
+    step_counts=(4,),
+    timesteps={4: (999.0, 856.0, 665.0, 399.0)},
+    told="nobody",
+    guidance_scale=6.0,
+    student_learning_rate=1e-4,
+    fake_learning_rate=4e-4,
+    lora_rank=64,
+    lora_alpha=64.0,
+    gradient_checkpointing=True,
+    width=720,
+    height=480,
+    frames=49,
+)
+"""4 steps on CogVideoX-2b, LoRA, 49 frames. The paper has a result (Table 4) and no numbers.
+
+Demo: the timesteps (even spacing makes worse video), size and frames, and that LoRA needs a rate
+near 1e-4. diffusers: the guidance, its pipeline's default. Ours: the rest.
+"""
+
+PRESETS: Mapping[str, DistillConfig] = {
+    "sd15": SD15,
+    "sd15-4step": SD15_4STEP,
+    "sd15-lora": SD15_LORA,
+    "sdxl-512": SDXL_512,
+    "sdxl-1024": SDXL_1024,
+    "pixart": PIXART_512,
+    "pixart-1024": PIXART_1024,
+    "sd3": SD3,
+    "cogvideox": COGVIDEOX,
+}
+"""By the name that a command takes; each is described at its constant."""
+
+
+def as_dmd2(config: DistillConfig) -> DistillConfig:
+    """The same run by DMD2 (Yin et al. 2024): clean estimates matched over all noise levels, one fake score.
+
+    Source: App. F.1 for the ten updates of the fake score, "other hyper-parameters remain consistent";
+    DMD2 for the rest. Its discriminator is `adversarial_weight`, which is left as it is.
+    """
+    return replace(
+        config,
+        method="tdm",
+        rollout="stochastic",
+        matching="clean",
+        interval="full",
+        told="nobody",
+        fake_updates=10,
+        generator_loss="normalised_l2",
+        fake_target="clean",
+    )
+
+
+def as_lcm(config: DistillConfig) -> DistillConfig:
+    """The same run by latent consistency distillation (Luo et al. 2023), whole copies on real latents.
+
+    Raises:
+        ConfigError: the config trains LoRA adapters.
+    """
+    return replace(config, method="lcm", interval="full", told="nobody", adversarial_weight=0.0)
