@@ -16,12 +16,15 @@ from pathlib import Path
 
 import torch
 
+from tdm_runtime.decoder import Decoder
 from tdm_runtime.models import Denoiser
 from tdm_runtime.noise_schedule import FlowSchedule
-from training.base_model import BaseModel, Family, load_base_model
+from training.base_model import BaseModel, Family, family_of, load_base_model
 from training.config import ConfigError, DistillConfig, config_as_toml
 from training.distill import Distiller, Run, distill
 from training.finetune import FinetuneConfig, finetune
+from training.latents import load_latent_encoder
+from training.plot import SampleGrid, plot_log
 from training.processes import Processes
 from training.prompts import EmbeddedPrompts
 from training.roles import ATTENTION_PROJECTIONS, CleanEstimator, LoraRoles, Roles, SeparateRoles
@@ -37,6 +40,7 @@ from training.student_files import (
 from training.trajectory import Coordinates
 
 CONFIG_FILE = "config.toml"
+GRID_PROMPTS = 4
 LORA_TARGETS: Mapping[Family, tuple[str, ...]] = {
     "sd": ATTENTION_PROJECTIONS,
     "sdxl": ATTENTION_PROJECTIONS,
@@ -76,10 +80,26 @@ def train_backbone(
     if distiller.processes.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG_FILE).write_text(config_as_toml(config), encoding="utf-8")
-    distill(folder, distiller)
+    grid = sample_grid(folder, base_folder, distiller) if config.grid_every else None
+    distill(folder, distiller, None if grid is None else grid.draw)
     written = save_student(distiller, folder, name) if distiller.processes.is_main else []
+    if distiller.processes.is_main:
+        plot_log(folder)
     distiller.processes.wait()
     return written
+
+
+def sample_grid(folder: Path, base_folder: Path, distiller: Distiller) -> SampleGrid:
+    """Pictures of the first prompts, decoded by the base's VAE into `folder/samples`.
+
+    Raises:
+        ConfigError: the base makes clips.
+    """
+    if family_of(base_folder) == "cogvideox":
+        raise ConfigError(f"grid_every is {distiller.config.grid_every} and {base_folder} makes clips; set it to 0")
+    decoder = Decoder(load_latent_encoder(base_folder, str(distiller.device)).vae, distiller.device)
+    conditioning = distiller.run.prompts.conditioning(range(GRID_PROMPTS)).to(distiller.device)
+    return SampleGrid(folder / "samples", distiller, conditioning, decoder.decode)
 
 
 def build_backbone_distiller(

@@ -13,6 +13,7 @@ import diffusers
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+from PIL import Image
 from torch import Tensor
 
 from tdm_runtime.errors import CheckpointError
@@ -22,11 +23,12 @@ from tdm_runtime.recipe import load_recipe
 from tests.tiny_models import TINY_MODELS, TINY_SHAPES, tiny_conditioning
 from tests.tiny_pipelines import build_pipeline
 from tests.training.tiny_runs import LORA, UNIFY, iterate, tiny_base, tiny_distiller, weights_of
-from training.backbones import LORA_TARGETS, build_backbone_distiller, coordinates_of, train_backbone
+from training.backbones import GRID_PROMPTS, LORA_TARGETS, build_backbone_distiller, coordinates_of, train_backbone
 from training.base_model import Family, load_base_model
 from training.config import ConfigError, DistillConfig
 from training.distill import Distiller
 from training.loop import TrainingDivergedError
+from training.plot import PLOT_FILE
 from training.presets import PRESETS, as_dmd2, as_lcm
 from training.prompts import embed_prompts
 from training.roles import LoraRoles, SeparateRoles
@@ -333,6 +335,21 @@ def test_a_preset_runs_from_folder_to_folder_and_starts_again_where_it_stood(
     hashes = recipe.files
     assert train_backbone(tmp_path, base, embeddings, config, name=preset) == written
     assert load_recipe(tmp_path).files == hashes, "nothing was left to train"
+
+
+def test_a_run_draws_samples_and_curves_along_the_way(
+    workplace: Callable[[Family], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    base, embeddings = workplace("sd")
+    config = replace(UNIFY, **{**TINY, "grid_every": 1, "log_every": 1})
+    train_backbone(tmp_path, base, embeddings, config)
+    grids = [Image.open(tmp_path / "samples" / f"{done:06d}.png") for done in (1, 2)]
+    assert grids[0].size == (len(config.step_counts) * 64, GRID_PROMPTS * 64)
+    assert grids[0].tobytes() != grids[1].tobytes(), "the student has moved"
+    assert Image.open(tmp_path / PLOT_FILE).width > 100
+    video, texts = workplace("cogvideox")
+    with pytest.raises(ConfigError, match=r"grid_every is 1 and .* makes clips; set it to 0"):
+        train_backbone(tmp_path / "video", video, texts, replace(config, frames=9))
 
 
 def test_a_lora_goes_on_from_a_lora_of_its_rank(

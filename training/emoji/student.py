@@ -100,14 +100,15 @@ def build_distiller(
     Args:
         student_folder: a UNet that the student starts from in place of the teacher (an LCM, Fig. 8).
     """
+    processes = processes or Processes()
     torch.manual_seed(config.seed)
-    teacher = load_denoiser(teacher_folder / "unet")
+    teacher = load_denoiser(teacher_folder / "unet").to(processes.device)
     roles: Roles
     if config.lora_rank:
         alpha = config.lora_alpha or config.lora_rank
         roles = LoraRoles(teacher, COORDINATES, config.lora_rank, alpha, precision=config.precision)
     else:
-        student = None if student_folder is None else load_denoiser(student_folder)
+        student = None if student_folder is None else load_denoiser(student_folder).to(processes.device)
         roles = SeparateRoles(teacher, COORDINATES, student=student, precision=config.precision)
     prompts = ScenePrompts(teacher_folder, config.seed, latents_file)
     return Distiller(Run(roles, COORDINATES, prompts, LATENT_SHAPE, config), processes)

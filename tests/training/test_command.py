@@ -1,0 +1,76 @@
+"""`tdm-train` as a user types it: prompts to embeddings to a student, settings shown, mistakes named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tdm_runtime.recipe import load_recipe
+from tests.tiny_pipelines import build_pipeline
+from training.cli import main
+from training.config import load_config
+from training.presets import PRESETS
+
+SMALL = """
+steps = 2
+batch_size = 2
+accumulation = 1
+step_counts = [1, 4]
+told = "both"
+width = 64
+height = 64
+log_every = 1
+student_learning_rate = 1e-3
+"""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    build_pipeline("sd").save_pretrained(folder)
+    return folder
+
+
+def test_prompts_become_embeddings_become_a_student(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts, config, embeddings, run = (tmp_path / name for name in ("p.jsonl", "small.toml", "embeddings", "run"))
+    prompts.write_text('{"prompt": "a fox"}\n{"prompt": "a hen"}\n')
+    config.write_text(SMALL)
+    arguments = ["--base", str(base), "--preset", "sd15"]
+    monkeypatch.setitem(PRESETS, "sd15", load_config(PRESETS["sd15"], config))  # type: ignore[index]
+    assert main(["embed", *arguments, "--prompts", str(prompts), "--output", str(embeddings)]) == 0
+    assert main(["distill", *arguments, "--embeddings", str(embeddings), "--output", str(run)]) == 0
+    recipe = load_recipe(run)
+    assert recipe.step_counts == (1, 4)
+    assert all((run / name).is_file() for name in (*recipe.files, "config.toml", "log.jsonl", "metrics.png"))
+    assert "s_per_step" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_a_preset_is_shown_with_every_setting_and_reads_back(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["preset", name]) == 0
+    file = tmp_path / "shown.toml"
+    file.write_text(capsys.readouterr().out)
+    assert load_config(PRESETS["cogvideox" if name != "cogvideox" else "sd3"], file) == PRESETS[name]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["distill", "--preset", "sd15", "--base", "absent", "--embeddings", "x", "--output", "y"], "absent"),
+        (["embed", "--preset", "sd15", "--base", "absent", "--prompts", "none.jsonl", "--output", "y"], "none.jsonl"),
+        (["ablate", "--variants", "everything"], "everything"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_status_2(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err
+    assert captured.err.startswith("tdm-train: ")
+    assert "Traceback" not in captured.err
