@@ -120,8 +120,8 @@ def check_finite(stage: str, step: int, numbers: Mapping[str, float]) -> None:
         return
     shown = ", ".join(f"{name} {value:g}" for name, value in numbers.items())
     raise TrainingDivergedError(
-        f"{stage} diverged at iteration {step}: {shown}. The last state on disk is from before; "
-        "lower the learning rates or guidance_scale and start again to resume from it"
+        f"{stage} diverged at iteration {step}: {shown}. The last state on disk is from before and finite; lower the "
+        "learning rates or guidance_scale and run again to resume from it, or from nothing if it is spoiled already"
     )
 
 

@@ -26,6 +26,7 @@ from training.base_model import load_denoiser_model
 from training.config import ConfigError, DistillConfig
 from training.distill import Distiller, timesteps_of
 from training.roles import CleanEstimator, LoraRoles
+from training.trajectory import Coordinates
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 STEP_CONDITION_FILE = "step_condition.safetensors"
@@ -69,7 +70,8 @@ def save_student(distiller: Distiller, folder: Path, name: str | None = None) ->
         assert isinstance(distiller.average, Denoiser)
         written = save_denoiser(distiller.average, folder)
     if distiller.config.method == "tdm" and distiller.config.rollout == "ode":
-        recipe = build_recipe(distiller, name or folder.resolve().name, written, folder)
+        hashes = {str(file.relative_to(folder)): file_sha256(file) for file in written}
+        recipe = recipe_of(distiller.config, distiller.run.coordinates, name or folder.resolve().name, hashes)
         (folder / RECIPE_FILE).write_text(recipe.to_json(), encoding="utf-8")
         written.append(folder / RECIPE_FILE)
     return written
@@ -86,9 +88,8 @@ def save_denoiser(denoiser: Denoiser, folder: Path) -> list[Path]:
     return sorted(part.glob("*.safetensors")) + _save_step_condition(denoiser.step_condition_state(), folder)
 
 
-def build_recipe(distiller: Distiller, name: str, weights: list[Path], folder: Path) -> Recipe:
-    """The sampling contract of what a distiller trains."""
-    config, coordinates = distiller.config, distiller.run.coordinates
+def recipe_of(config: DistillConfig, coordinates: Coordinates, name: str, files: Mapping[str, str] = {}) -> Recipe:
+    """The sampling contract of what a config trains; `files` as `Recipe.files`."""
     return Recipe(
         name=name,
         prediction_type=coordinates.prediction_type,
@@ -98,7 +99,7 @@ def build_recipe(distiller: Distiller, name: str, weights: list[Path], folder: P
         default_steps=max(config.step_counts),
         native_sizes=((config.width, config.height),),
         step_condition="timestep_cond" if is_told(config) else "none",
-        files={str(file.relative_to(folder)): file_sha256(file) for file in weights},
+        files=files,
     )
 
 

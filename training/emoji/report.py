@@ -138,8 +138,10 @@ class ToldScore:
     psnr_db: float
 
 
-def wrong_step_counts(model: LoadedModel, count: int, features: FeatureNetwork) -> dict[tuple[int, int], ToldScore]:
-    """Measure the true-K sampler told K', for every pair: (K, K') -> score on `count` scenes of either kind.
+def wrong_step_counts(
+    model: LoadedModel, count: int, features: FeatureNetwork
+) -> dict[tuple[int, int | None], ToldScore]:
+    """Measure the true-K sampler told K' or nothing: (K, K' or None) -> score on `count` scenes of either kind.
 
     Where the student reads K as it should, the diagonal is best (TDM, sec. 3.2).
     """
@@ -152,7 +154,8 @@ def wrong_step_counts(model: LoadedModel, count: int, features: FeatureNetwork) 
         return ToldScore(yardstick.to_drawn(features_of(features, pictures)), float(np.mean(fidelity)))
 
     counts = model.recipe.step_counts
-    return {(steps, told): score(pictures_told(model, prompts, steps, told)) for steps, told in product(counts, counts)}
+    pairs = product(counts, (*counts, None))
+    return {(steps, told): score(pictures_told(model, prompts, steps, told)) for steps, told in pairs}
 
 
 def print_wrong_step_counts(checkpoint: Path, count: int = 125) -> None:
@@ -164,9 +167,11 @@ def print_wrong_step_counts(checkpoint: Path, count: int = 125) -> None:
     model = load_model(checkpoint)
     scores = wrong_step_counts(model, count, load_features())
     counts = model.recipe.step_counts
+    tellings = (*counts, None)
     print("Frechet distance to drawings / PSNR to drawing, dB\n")
-    print("| steps taken | " + " | ".join(f"told K = {told}" for told in counts) + " |")
-    print("|---" * (len(counts) + 1) + "|")
+    heads = ("told nothing" if told is None else f"told K = {told}" for told in tellings)
+    print("| steps taken | " + " | ".join(heads) + " |")
+    print("|---" * (len(tellings) + 1) + "|")
     for steps in counts:
-        cells = (f"{scores[steps, told].frechet:.2f} / {scores[steps, told].psnr_db:.2f}" for told in counts)
+        cells = (f"{scores[steps, told].frechet:.2f} / {scores[steps, told].psnr_db:.2f}" for told in tellings)
         print(f"| {steps} | " + " | ".join(cells) + " |")

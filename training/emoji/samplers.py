@@ -43,11 +43,11 @@ def student_pictures(model: LoadedModel, prompts: Sequence[str], steps: int, fir
 
 @torch.inference_mode()
 def pictures_told(
-    model: LoadedModel, prompts: Sequence[str], steps: int, told: int, first_seed: int = 0
+    model: LoadedModel, prompts: Sequence[str], steps: int, told: int | None, first_seed: int = 0
 ) -> list[Pixels]:
     """Pictures of the `steps`-step sampler whose denoiser is told that it takes `told` steps (TDM, sec. 3.2).
 
-    With `told` = `steps` these are the pictures that are served, up to rounding.
+    With `told` = `steps` these are the pictures that are served, up to rounding; None tells it nothing.
     """
     width, height = model.recipe.native_sizes[0]
     table, device = model.recipe.step_tables[steps], model.denoiser.device
@@ -56,13 +56,14 @@ def pictures_told(
     for start in range(0, len(prompts), BATCH_SIZE):
         texts = prompts[start : start + BATCH_SIZE]
         prompt_embeds = torch.stack([model.text_encoder.encode(text).prompt_embeds for text in texts])
-        step_counts = torch.full((len(texts),), told, device=device)
+        step_counts = None if told is None else torch.full((len(texts),), told, device=device)
         noise = torch.stack([initial_noise(first_seed + start + n, shape) for n in range(len(texts))])
         latents = table.initial_scale * noise.to(device)
         denoised = torch.zeros_like(latents)
         for step_index in range(steps):
             rows = gather_rows([(table, step_index)] * len(texts), device)
-            model_output = model.denoiser(latents, rows[:, 0], step_counts, prompt_embeds)
+            # The torch backend hands its arguments to an adapter, which can be asked without K.
+            model_output = model.denoiser(latents, rows[:, 0], step_counts, prompt_embeds)  # type: ignore[arg-type]
             latents, denoised = apply_step(rows, latents, model_output, denoised)
         pictures += list(model.decoder.decode(latents))
     return pictures

@@ -17,16 +17,16 @@ from tdm_runtime.models.conditioning import Conditioning
 from tdm_runtime.models.unet import UNetDenoiser
 from tdm_runtime.recipe import Recipe
 from training.config import DistillConfig
-from training.distill import Distiller, Run, distill, timesteps_of
+from training.distill import Distiller, Run, distill
 from training.emoji.glyphs import load_glyphs
 from training.emoji.grid import GRID_PROMPTS
 from training.emoji.scenes import caption, sample_scene
-from training.emoji.teacher import COORDINATES, SCHEDULE
+from training.emoji.teacher import COORDINATES
 from training.emoji.text import tokenize
 from training.plot import SampleGrid, plot_log
 from training.processes import Processes
 from training.roles import LoraRoles, Roles, SeparateRoles
-from training.student_files import save_denoiser
+from training.student_files import recipe_of, save_denoiser
 
 EMOJI = DistillConfig(
     steps=2000,
@@ -136,14 +136,5 @@ def train_student(
 
 
 def build_recipe(config: DistillConfig = EMOJI) -> Recipe:
-    """The sampling contract of what a config trains."""
-    return Recipe(
-        name="tdm-emoji",
-        prediction_type=COORDINATES.prediction_type,
-        noise_schedule=SCHEDULE,
-        solver=config.solver,
-        timesteps={k: timesteps_of(config, COORDINATES, k) for k in config.step_counts},
-        default_steps=max(config.step_counts),
-        native_sizes=((config.width, config.height),),
-        step_condition="timestep_cond",
-    )
+    """The sampling contract of the embedded checkpoint."""
+    return recipe_of(config, COORDINATES, "tdm-emoji")
