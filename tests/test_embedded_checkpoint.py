@@ -17,12 +17,12 @@ from tdm_runtime.loaded_model import LoadedModel
 from tdm_runtime.noise import initial_noise
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.pipeline import generate
-from training.emoji.report import student_pictures
+from training.emoji.samplers import pictures_told, student_pictures
 from training.emoji.scenes import Scene, caption
 from training.emoji.score import Score, Scorer, glyph_named, scoring_scenes
 
 PROMPTS = 48
-GLYPHS_FLOOR = 0.9
+GLYPHS_FLOOR = 0.93
 BACKGROUND_FLOOR = 0.95
 K_EFFECT_FLOOR = 0.05
 """Root mean square in the model output, whose spread is about 1."""
@@ -83,6 +83,20 @@ def test_the_student_reads_k(model: LoadedModel) -> None:
     outputs = model.denoiser(noise, torch.full((len(counts),), 999.0), torch.tensor(counts), prompt_embeds)
     for first, second in pairwise(outputs):
         assert (first - second).square().mean().sqrt().item() > K_EFFECT_FLOOR
+
+
+@pytest.mark.parametrize(("steps", "told", "loss_db"), [(1, 4, 1.5), (1, None, 0.5), (4, 1, 0.4)])
+def test_a_wrong_or_missing_k_hurts(
+    model: LoadedModel, scorer: Scorer, steps: int, told: int | None, loss_db: float
+) -> None:
+    """Pictures move away from the drawing that the caption asks for."""
+    scenes = scoring_scenes(PROMPTS)
+    prompts = [caption(scene) for scene in scenes]
+
+    def fidelity(told: int | None) -> float:
+        return scorer.score(pictures_told(model, prompts, steps, told), scenes).psnr_db
+
+    assert fidelity(told) < fidelity(steps) - loss_db
 
 
 def test_other_words_make_another_picture_and_other_noise_too(model: LoadedModel) -> None:

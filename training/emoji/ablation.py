@@ -20,6 +20,7 @@ from torch import Tensor
 from tdm_runtime.decoder import Decoder, Pixels
 from tdm_runtime.models.conditioning import Conditioning
 from tdm_runtime.noise import initial_noise
+from tdm_runtime.noise_schedule import spaced_timesteps
 from tdm_runtime.step_table import Solver
 from training.config import DistillConfig
 from training.distill import Distiller, trajectories_of
@@ -33,7 +34,7 @@ from training.metrics import diversity, frechet_distance
 from training.presets import as_dmd2, as_lcm
 from training.roles import CleanEstimator, Guided
 from training.student_files import save_denoiser
-from training.trajectory import CleanEstimate, Trajectories, sample
+from training.trajectory import CleanEstimate, Trajectories, build_trajectories, sample
 
 MEASURED_STEPS = (1, 2, 4)
 PICTURES = 256
@@ -122,8 +123,8 @@ class Judge:
 
     def teacher(self, steps: int) -> Sampler:
         """The guided teacher under DDIM."""
-        trajectories = trajectories_of(replace(EMOJI, step_counts=(steps,)), COORDINATES)
-        return Sampler(self.real, trajectories, steps, tells_k=False)
+        timesteps = spaced_timesteps("trailing", steps, COORDINATES.schedule.num_train_timesteps).tolist()
+        return Sampler(self.real, build_trajectories(COORDINATES, "ddim", {steps: timesteps}), steps, tells_k=False)
 
     def pictures(self, latents: Tensor) -> list[Pixels]:
         """uint8 [H, W, 3] each."""
@@ -256,37 +257,54 @@ def run_ablation(run: Path, folder: Path, seeds: Sequence[int], names: Sequence[
             print(f"{name}, seed {seed}: {result.seconds:.0f} s, K = 4: {best}", flush=True)
 
 
-COLUMNS = ("variant", "paper", "sampler", "Frechet to teacher", "to drawn", "adherence", "PSNR dB", "diversity")
+COLUMNS = (
+    "variant",
+    "paper",
+    *(f"K = {k}" for k in MEASURED_STEPS),
+    "to drawn",
+    "adherence",
+    "PSNR dB",
+    "diversity",
+    "s / iteration",
+)
 
 
 def print_ablation(run: Path, folder: Path) -> None:
-    """The table as Markdown: means over seeds, and the range of the Frechet distance."""
+    """The table as Markdown, means over seeds.
+
+    The K columns are Frechet distances to the teacher's pictures at 25 steps, with the range over
+    seeds at the last K; what follows is of the last K.
+    """
     results = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
-    print(f"| {' | '.join(COLUMNS)} | s / iteration | seeds |\n|{'---|' * (len(COLUMNS) + 2)}")
+    print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
     for name, variant in VARIANTS.items():
         rows = [r for r in results if r["variant"] == name]
-        for label in dict.fromkeys(label for r in rows for label in r["measured"]):
-            measured = [Measured(**r["measured"][label]) for r in rows]
-            seconds = mean(r["seconds"] / r["steps"] for r in rows)
-            print(f"| {name} | {variant.tests} | {label} | {_numbers(measured)} | {seconds:.2f} | {len(rows)} |")
-    judge = Judge(run)
-    for steps in (*MEASURED_STEPS, TEACHER_STEPS):
-        numbers = _numbers([judge.measure(judge.teacher(steps))])
-        print(f"| teacher, guidance {EMOJI.guidance_scale:g} | | {steps} | {numbers} | | |")
-    other = Judge(run, run / OTHER_BASE)
-    for steps in (4, TEACHER_STEPS):
-        print(f"| the other base, guidance {EMOJI.guidance_scale:g} | Table 2 | {steps} | ", end="")
-        print(f"{_numbers([other.measure(other.teacher(steps))])} | | |")
+        measured = {label: [Measured(**r["measured"][label]) for r in rows] for r in rows for label in r["measured"]}
+        seconds = f"{mean(r['seconds'] / r['steps'] for r in rows):.2f}" if rows else ""
+        if rows:
+            _print_row(name, variant.tests, [measured[str(k)] for k in MEASURED_STEPS], seconds)
+        for label in [name for name in measured if not name.isdecimal()]:
+            _print_row(f"{name}: {label.removeprefix('4 ')}", variant.tests, [[], [], measured[label]], seconds)
+    for title, judge in (("teacher", Judge(run)), ("another base", Judge(run, run / OTHER_BASE))):
+        found = [[judge.measure(judge.teacher(k))] for k in (*MEASURED_STEPS, TEACHER_STEPS)]
+        _print_row(f"{title}, guidance {EMOJI.guidance_scale:g}", "", found[:-1], "")
+        _print_row(f"{title}, {TEACHER_STEPS} steps", "", [[], [], found[-1]], "")
 
 
-def _numbers(measured: Sequence[Measured]) -> str:
-    frechets = [m.frechet for m in measured]
-    spread = f" ({min(frechets):.2f}-{max(frechets):.2f})" if len(frechets) > 1 else ""
-    return (
-        f"{mean(frechets):.2f}{spread} | {mean(m.frechet_drawn for m in measured):.2f} | "
-        f"{mean(m.adherence for m in measured):.2f} | {mean(m.psnr_db for m in measured):.1f} | "
-        f"{mean(m.diversity for m in measured):.2f}"
+def _print_row(name: str, paper: str, measured: Sequence[Sequence[Measured]], seconds: str) -> None:
+    """`measured`: for each of `MEASURED_STEPS`, one a seed; empty where there is nothing to say."""
+    frechets = [[m.frechet for m in seeds] for seeds in measured]
+    cells = [f"{mean(seeds):.2f}" if seeds else "" for seeds in frechets]
+    if len(frechets[-1]) > 1:
+        cells[-1] += f" ({min(frechets[-1]):.2f}-{max(frechets[-1]):.2f})"
+    last = measured[-1]
+    numbers = (
+        f"{mean(m.frechet_drawn for m in last):.2f}",
+        f"{mean(m.adherence for m in last):.3f}",
+        f"{mean(m.psnr_db for m in last):.1f}",
+        f"{mean(m.diversity for m in last):.2f}",
     )
+    print(f"| {' | '.join((name, paper, *cells, *numbers, seconds))} |")
 
 
 def _slug(name: str) -> str:

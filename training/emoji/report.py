@@ -17,21 +17,17 @@ from tdm_runtime.decoder import Pixels
 from tdm_runtime.loaded_model import LoadedModel, load_model
 from training.emoji.features import FeatureNetwork, features_of, load_features
 from training.emoji.glyphs import load_glyphs
-from training.emoji.grid import draw_grid
 from training.emoji.samplers import (
     TEACHER_STEPS,
     Sampler,
     pictures_told,
     samplers,
-    student_pictures,
     teacher_name,
     teacher_of,
 )
 from training.emoji.scenes import Scene, caption, sample_scene
 from training.emoji.score import Score, Scorer, scoring_scenes
 from training.metrics import Features, coverage, diversity, frechet_distance
-
-__all__ = ["draw_grid", "print_scores", "print_wrong_step_counts", "student_pictures"]
 
 DIVERSITY_PROMPTS = 16
 DIVERSITY_SEEDS = 8
