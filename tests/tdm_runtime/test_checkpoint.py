@@ -161,7 +161,7 @@ def test_a_missing_recipe_is_refused(folder: Path) -> None:
     (folder / RECIPE_FILE).unlink()
     message = recipe_refusal(folder)
     assert f"{folder / RECIPE_FILE} is missing" in message
-    assert "`tdm-train publish` writes it" in message
+    assert "`tdm-train` writes it" in message
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000], ids=["empty", "cut", "bytes", "deep"])
