@@ -144,6 +144,34 @@ def test_trajectory_score_is_the_score_of_the_diffused_trajectory() -> None:
     assert loss(1.0) < min(loss(0.9), loss(1.1))
 
 
+def test_the_score_of_diffused_clean_samples_is_not_the_trajectorys() -> None:
+    """Why Eq. (7) wants its samples near x_m: with x_0 ~ N(0, 1) and x_m = x_0 / 2 both scores are known.
+
+    x_tau drawn from x_0 has variance alpha^2 + sigma^2 = 1, drawn from x_m less; the loss on clean
+    samples is least at the first score, the loss on the trajectory at the second.
+    """
+    count = 400_000
+    kernel = kernel_between(600, 499, batch=count)
+    x_0, noise = normal(count, 1, 1, 1).float(), normal(count, 1, 1, 1, seed=1).float()
+    x_m = 0.5 * x_0
+    from_clean, from_trajectory = kernel.diffuse_clean(x_0, noise), kernel.diffuse(x_m, noise)
+    variance = from_trajectory.var().item()
+    assert variance < 0.8 < from_clean.var().item()
+
+    def denoised(x_tau: Tensor, assumed_variance: float) -> Tensor:
+        """x_0 that the score -x / variance says."""
+        return (x_tau - kernel.sigma_tau**2 * x_tau / assumed_variance) / kernel.alpha_tau
+
+    ones = torch.ones(count)
+    clean = {v: fake_score_loss(kernel, denoised(from_clean, v), x_0, ones).item() for v in (1.0, variance)}
+    own = {
+        v: trajectory_score_loss(kernel, denoised(from_trajectory, v), from_trajectory, noise).item()
+        for v in (1.0, variance)
+    }
+    assert clean[1.0] < clean[variance]
+    assert own[variance] < own[1.0]
+
+
 def test_normalised_l2_gradient_is_dmds() -> None:
     """(fake - real) / mean|x_0 - real|, averaged over the elements (DMD, eq. 7 and 8)."""
     x_m, x_0, real, fake = (normal(5, 4, 8, 8, seed=seed) for seed in range(4))
