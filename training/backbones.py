@@ -31,7 +31,6 @@ from training.roles import ATTENTION_PROJECTIONS, CleanEstimator, LoraRoles, Rol
 from training.student_files import (
     load_adapter,
     load_student,
-    lora_alpha,
     part_name,
     require_step_condition,
     save_denoiser,
@@ -174,7 +173,9 @@ def build_roles(
                 roles.module(role).model.enable_gradient_checkpointing()  # type: ignore[operator, union-attr]
         return roles
     targets = LORA_TARGETS[base.family]
-    shared = LoraRoles(denoiser, coordinates, config.lora_rank, lora_alpha(config), targets, precision=config.precision)
+    shared = LoraRoles(
+        denoiser, coordinates, config.lora_rank, config.adapter_alpha, targets, precision=config.precision
+    )
     if student_folder is not None:
         load_adapter(shared, student_folder, config)
     if config.gradient_checkpointing:

@@ -105,10 +105,12 @@ def draw_tau(config: DistillConfig, coordinates: Coordinates, places: Places, ge
     return coordinates.draw_between(low, high, generator)
 
 
-def part_of(draws: Draws, part: slice, prompts: PromptSource, first_number: int, device: torch.device) -> Batch:
-    """A slice of an iteration, moved to a device."""
+def part_of(
+    draws: Draws, part: slice, prompts: PromptSource, first_number: int, device: torch.device, *, has_latents: bool
+) -> Batch:
+    """A slice of an iteration, moved to a device; latents are read for methods that learn from them only."""
     numbers = range(first_number + part.start, first_number + part.stop)
-    latents = prompts.latents(numbers)
+    latents = prompts.latents(numbers) if has_latents else None
     return Batch(
         draws.places[part],
         draws.noise[part].to(device),

@@ -124,6 +124,26 @@ class DistillConfig:
     grid_every: int = 0
     """Iterations between two sample grids; 0 draws none."""
 
+    @property
+    def tells_student(self) -> bool:
+        """Whether the student reads K."""
+        return self.method == "tdm" and self.told != "nobody"
+
+    @property
+    def samples_with_noise(self) -> bool:
+        """Whether a step of the student ends in fresh noise (DMD2, LCM)."""
+        return self.method == "lcm" or self.rollout == "stochastic"
+
+    @property
+    def needs_latents(self) -> bool:
+        """Whether the method learns from data."""
+        return self.method == "lcm" or self.adversarial_weight > 0
+
+    @property
+    def adapter_alpha(self) -> float:
+        """Alpha of the LoRA adapters; what they add is scaled by alpha / rank."""
+        return self.lora_alpha or float(self.lora_rank)
+
     def __post_init__(self) -> None:
         is_counts = bool(self.step_counts) and min(self.step_counts) >= 1 and max(self.step_counts) <= MAX_STEPS
         _require("step_counts", self.step_counts, is_counts, f"a list of numbers from 1 to {MAX_STEPS}")

@@ -82,7 +82,7 @@ class Distiller:
             "fake": self._optimizer(self.roles.module("fake"), self.config.fake_learning_rate),
         }
         self.adversary = self._build_adversary()
-        if self.config.method == "lcm" or self.adversary is not None:
+        if self.config.needs_latents:
             self._require_latents()
 
     # -- an iteration ------------------------------------------------------------------------------
@@ -92,7 +92,10 @@ class Distiller:
         self._set_learning_rates(step)
         draws = draw(self.config, self.trajectories, self.run.latent_shape, generator)
         first = step * self.config.batch_size
-        batches = [part_of(draws, part, self.run.prompts, first, self.device) for part in self.parts]
+        batches = [
+            part_of(draws, part, self.run.prompts, first, self.device, has_latents=self.config.needs_latents)
+            for part in self.parts
+        ]
         numbers = self._lcm_turn(batches) if self.config.method == "lcm" else self._tdm_turns(batches)
         update_ema(self.average, self.roles.module("student"), step, self.config.ema_decay)
         return {name: self.processes.mean(value) for name, value in numbers.items()}
@@ -223,9 +226,16 @@ class Distiller:
         self, noise: Tensor, step_count: int, conditioning: Conditioning, renoise: Tensor | None = None
     ) -> Tensor:
         """Clean latents by the averaged student, as the runtime will sample it; `renoise` for stochastic methods."""
-        tells_k = self.config.told != "nobody" and self.config.method == "tdm"
         with self.averaged_student() as student:
-            return sample(student, self.trajectories, noise, step_count, conditioning, tells_k=tells_k, renoise=renoise)
+            return sample(
+                student,
+                self.trajectories,
+                noise,
+                step_count,
+                conditioning,
+                tells_k=self.config.tells_student,
+                renoise=renoise,
+            )
 
 
 @dataclass

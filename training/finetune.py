@@ -134,11 +134,12 @@ class _FinetuneStep:
         draws = draw_denoising(self.estimator.coordinates, shape, config.prompt_dropout, generator)
         self.optimizer.zero_grad(set_to_none=True)
         total = 0.0
+        empty = self.prompts.empty().to(device)
         for part in parts:
             numbers = range(first + part.start, first + part.stop)
             latents = self.prompts.latents(numbers)
             assert latents is not None, "checked at the start"
-            conditioning, empty = self.prompts.conditioning(numbers).to(device), self.prompts.empty().to(device)
+            conditioning = self.prompts.conditioning(numbers).to(device)
             loss = denoising_loss_at(self.estimator, latents.to(device), conditioning, empty, draws[part])
             (loss / len(parts)).backward()  # type: ignore[no-untyped-call]
             total += loss.item() / len(parts)

@@ -163,9 +163,7 @@ def measure(distiller: Distiller, step_count: int, seed: int = 10_000) -> Distan
     mixture, conditioning = denoiser.mixture, Conditioning(torch.zeros(SAMPLES, 1, 1))
     noise, data = torch.randn(SAMPLES, 2, 1, 1, generator=generator), mixture.sample(SAMPLES, generator)
     renoise = torch.randn(SAMPLES, step_count, 2, 1, 1, generator=generator)
-    final = distiller.sample(
-        noise, step_count, conditioning, renoise if distiller.config.rollout == "stochastic" else None
-    )
+    final = distiller.sample(noise, step_count, conditioning, renoise if distiller.config.samples_with_noise else None)
     inner = []
     for row in range(1, step_count):
         places = places_at(distiller.trajectories, torch.full((SAMPLES,), step_count), torch.full((SAMPLES,), row))
@@ -176,7 +174,7 @@ def measure(distiller: Distiller, step_count: int, seed: int = 10_000) -> Distan
                 noise,
                 places,
                 conditioning,
-                tells_k=distiller.config.told != "nobody",
+                tells_k=distiller.config.tells_student,
             ).x
         alphas, sigmas = COORDINATES.levels(places.timestep, data)
         inner.append(sliced_wasserstein(x, alphas * data + sigmas * torch.randn(data.shape, generator=generator)))

@@ -65,9 +65,7 @@ class SampleGrid:
 
     def draw(self, done: int) -> Path:
         """Write `folder/NNNNNN.png`: prompts down, K across."""
-        config = self.distiller.config
-        is_stochastic = config.rollout == "stochastic" or config.method == "lcm"
-        renoise = self.renoise if is_stochastic else None
+        renoise = self.renoise if self.distiller.config.samples_with_noise else None
         columns = [
             np.concatenate(list(self.decode(self.distiller.sample(self.noise, k, self.conditioning, renoise))))
             for k in self.distiller.trajectories.step_counts

@@ -39,16 +39,6 @@ def part_name(denoiser: Denoiser) -> str:
     return "unet" if isinstance(denoiser, UNetDenoiser) else "transformer"
 
 
-def lora_alpha(config: DistillConfig) -> float:
-    """Alpha of the adapters; what they add is scaled by alpha / rank."""
-    return config.lora_alpha or float(config.lora_rank)
-
-
-def is_told(config: DistillConfig) -> bool:
-    """Whether the student reads K."""
-    return config.method == "tdm" and config.told != "nobody"
-
-
 # ---- saving --------------------------------------------------------------------------------------
 
 
@@ -69,7 +59,7 @@ def save_student(distiller: Distiller, folder: Path, name: str | None = None) ->
     else:
         assert isinstance(distiller.average, Denoiser)
         written = save_denoiser(distiller.average, folder)
-    if distiller.config.method == "tdm" and distiller.config.rollout == "ode":
+    if not distiller.config.samples_with_noise:
         hashes = {str(file.relative_to(folder)): file_sha256(file) for file in written}
         recipe = recipe_of(distiller.config, distiller.run.coordinates, name or folder.resolve().name, hashes)
         (folder / RECIPE_FILE).write_text(recipe.to_json(), encoding="utf-8")
@@ -98,7 +88,7 @@ def recipe_of(config: DistillConfig, coordinates: Coordinates, name: str, files:
         timesteps={k: timesteps_of(config, coordinates, k) for k in config.step_counts},
         default_steps=max(config.step_counts),
         native_sizes=((config.width, config.height),),
-        step_condition="timestep_cond" if is_told(config) else "none",
+        step_condition="timestep_cond" if config.tells_student else "none",
         files=files,
     )
 
@@ -121,14 +111,14 @@ def _without_step_condition(denoiser: Denoiser) -> Iterator[None]:
 
 def _save_lora(adapter: nn.Module, folder: Path, part: str, config: DistillConfig) -> list[Path]:
     named = {_model_name(name): p.detach().cpu() for name, p in adapter.named_parameters()}
-    scale = lora_alpha(config) / config.lora_rank
+    scale = config.adapter_alpha / config.lora_rank
     weights = {
         f"{part}.{name}": (p * scale if ".lora_B." in name else p).contiguous()
         for name, p in named.items()
         if ".lora_" in name
     }
     save_file(weights, folder / LORA_FILE, metadata={"format": "pt"})
-    condition = {name: p for name, p in named.items() if ".lora_" not in name} if is_told(config) else {}
+    condition = {name: p for name, p in named.items() if ".lora_" not in name} if config.tells_student else {}
     return [folder / LORA_FILE, *_save_step_condition(condition, folder)]
 
 
@@ -198,7 +188,7 @@ def load_adapter(roles: LoraRoles, folder: Path, config: DistillConfig) -> None:
             f"{folder} does not fit the student's adapter of rank {config.lora_rank}: {len(differing)} tensors differ "
             f"({differing[0]}, ...); set lora_rank and told as they were there"
         )
-    scale = lora_alpha(config) / config.lora_rank
+    scale = config.adapter_alpha / config.lora_rank
     with torch.no_grad():
         for name, tensor in state.items():
             own[name].copy_(tensor / scale if ".lora_B." in name else tensor)
@@ -247,7 +237,7 @@ def require_step_condition(denoiser: Denoiser, config: DistillConfig, what: str)
     Raises:
         ConfigError: the model reads K, or a guidance scale, and the config tells nobody.
     """
-    if is_told(config):
+    if config.tells_student:
         denoiser.add_step_condition()
     elif denoiser.condition_dim is not None:
         raise ConfigError(

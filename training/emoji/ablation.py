@@ -193,16 +193,14 @@ class Result:
 def samplers_of(distiller: Distiller, student: CleanEstimate) -> dict[str, Sampler]:
     """How a student is sampled: as it was trained, and what the paper compares that with."""
     config = distiller.config
-    is_unified = len(config.step_counts) > 1
-    is_stochastic = config.method == "lcm" or config.rollout == "stochastic"
-    tells_k = config.told != "nobody" and config.method == "tdm"
+    is_stochastic = config.samples_with_noise
 
     def sampler(steps: int, solver: Solver, *, stochastic: bool) -> Sampler:
         trajectories = trajectories_of(replace(config, step_counts=(steps,), solver=solver), COORDINATES)
-        return Sampler(student, trajectories, steps, tells_k, stochastic)
+        return Sampler(student, trajectories, steps, config.tells_student, stochastic)
 
     found = {str(k): sampler(k, "ddim", stochastic=is_stochastic) for k in MEASURED_STEPS}
-    if not is_unified:
+    if len(config.step_counts) == 1:
         found["4 dpmsolver++"] = sampler(4, "dpmsolver++", stochastic=False)
     if is_stochastic:
         found["4 deterministic"] = sampler(4, "ddim", stochastic=False)
@@ -214,8 +212,7 @@ def run_variant(name: str, seed: int, judge: Judge, run: Path, folder: Path) -> 
     variant = VARIANTS[name]
     file = folder / f"{_slug(name)}-{seed}.json"
     if file.is_file():
-        raw = json.loads(file.read_text(encoding="utf-8"))
-        return Result(**raw | {"measured": {k: Measured(**v) for k, v in raw["measured"].items()}})
+        return read_result(file)
     start = folder / f"{_slug(variant.starts_from)}-{seed}" / "unet" if variant.starts_from else None
     distiller = build_distiller(
         replace(variant.config, seed=seed),
@@ -237,6 +234,12 @@ def run_variant(name: str, seed: int, judge: Judge, run: Path, folder: Path) -> 
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(asdict(result), indent=1), encoding="utf-8")
     return result
+
+
+def read_result(file: Path) -> Result:
+    """A row as `run_variant` keeps it."""
+    raw = json.loads(file.read_text(encoding="utf-8"))
+    return Result(**raw | {"measured": {label: Measured(**m) for label, m in raw["measured"].items()}})
 
 
 def measure_on_another_base(distiller: Distiller, run: Path) -> Measured:
@@ -275,12 +278,12 @@ def print_ablation(run: Path, folder: Path) -> None:
     The K columns are Frechet distances to the teacher's pictures at 25 steps, with the range over
     seeds at the last K; what follows is of the last K.
     """
-    results = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
+    results = [read_result(file) for file in sorted(folder.glob("*.json"))]
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
     for name, variant in VARIANTS.items():
-        rows = [r for r in results if r["variant"] == name]
-        measured = {label: [Measured(**r["measured"][label]) for r in rows] for r in rows for label in r["measured"]}
-        seconds = f"{mean(r['seconds'] / r['steps'] for r in rows):.2f}" if rows else ""
+        rows = [r for r in results if r.variant == name]
+        measured = {label: [r.measured[label] for r in rows] for r in rows for label in r.measured}
+        seconds = f"{mean(r.seconds / r.steps for r in rows):.2f}" if rows else ""
         if rows:
             _print_row(name, variant.tests, [measured[str(k)] for k in MEASURED_STEPS], seconds)
         for label in [name for name in measured if not name.isdecimal()]:

@@ -105,8 +105,7 @@ def build_distiller(
     teacher = load_denoiser(teacher_folder / "unet").to(processes.device)
     roles: Roles
     if config.lora_rank:
-        alpha = config.lora_alpha or config.lora_rank
-        roles = LoraRoles(teacher, COORDINATES, config.lora_rank, alpha, precision=config.precision)
+        roles = LoraRoles(teacher, COORDINATES, config.lora_rank, config.adapter_alpha, precision=config.precision)
     else:
         student = None if student_folder is None else load_denoiser(student_folder).to(processes.device)
         roles = SeparateRoles(teacher, COORDINATES, student=student, precision=config.precision)

@@ -63,7 +63,7 @@ class TDM:
             batch.noise,
             batch.places,
             batch.conditioning,
-            tells_k=self.config.told != "nobody",
+            tells_k=self.config.tells_student,
             renoise=batch.renoise,
         )
 
