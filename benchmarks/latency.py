@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
-import os
-import platform
 import statistics
 import sys
 import time
@@ -21,6 +19,8 @@ import urllib.parse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from benchmarks.machine import machine
 
 SUBJECTS = ("red heart", "cat", "rocket", "pizza", "penguin", "butterfly", "tree", "guitar")
 BACKGROUNDS = ("white", "black", "gray", "red", "orange", "yellow", "green", "blue", "purple", "pink")
@@ -80,7 +80,7 @@ def main() -> int:
         parser.error(f"--num-prompts is {given.num_prompts}; percentiles need at least 2")
     address = urllib.parse.urlsplit(given.base_url)
     connection = http.client.HTTPConnection(address.hostname or "127.0.0.1", address.port or 80, timeout=60)
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}\n")
+    print(machine())
     for steps in given.num_inference_steps:
         prompts = [
             f"a {SUBJECTS[n % len(SUBJECTS)]} on {BACKGROUNDS[n % len(BACKGROUNDS)]}, number {n} of {steps}"

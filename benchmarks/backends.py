@@ -1,0 +1,184 @@
+"""One picture at a time, text to PNG bytes: this runtime's backends beside the stock diffusers pipeline.
+
+    .venv/bin/tdm-export && .venv/bin/python -m benchmarks.backends
+
+Each contender runs in a process of its own, one after the other, and all of them again each round, so
+that they share a machine's moods and nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from benchmarks.machine import machine
+from tdm_runtime.backends import BackendName, Precision
+from tdm_runtime.checkpoint import DEFAULT_CHECKPOINT, open_checkpoint
+from tdm_runtime.params import DecoderName
+
+STOCK = ("stock-fp32", "stock-bf16")
+SUBJECTS = ("apple", "cat", "rocket", "pizza", "penguin", "tree", "guitar", "house")
+COLOURS = ("red", "blue", "green", "yellow", "purple", "pink", "black", "white")
+
+MakePng = Callable[[str, int], bytes]
+"""(prompt, seed) -> one picture's PNG bytes."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one process measured."""
+
+    first_s: float
+    """From the start of the process's work (imports included) to the first picture."""
+    pictures_ms: list[float]
+    peak_gib: float
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command. Returns the exit status."""
+    parser = argparse.ArgumentParser(prog="benchmarks.backends", description=str(__doc__).partition("\n")[0])
+    parser.add_argument("checkpoint", type=Path, nargs="?", default=DEFAULT_CHECKPOINT, help="folder (%(default)s)")
+    parser.add_argument(
+        "--contenders",
+        nargs="+",
+        help=f"{', '.join(STOCK)}, or backend[:precision][:tiny]; by default both, torch, auto and auto:tiny",
+    )
+    parser.add_argument("--steps", type=int, default=4, help="num_inference_steps (%(default)s)")
+    parser.add_argument("--pictures", type=int, default=40, help="per round, after two to warm up (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="(%(default)s)")
+    parser.add_argument("--artifacts", type=Path, help="folder that tdm-export wrote; its cache by default")
+    parser.add_argument("--only", help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    if given.only:
+        print(json.dumps(asdict(measure(given.only, given))))
+        return 0
+    contenders = given.contenders or [*STOCK, "torch:fp32", "auto"]
+    if given.contenders is None and open_checkpoint(given.checkpoint).has_tiny_vae:
+        contenders.append("auto:tiny")
+    runs: dict[str, list[Run]] = {name: [] for name in contenders}
+    for _ in range(given.rounds):
+        for name in contenders:
+            runs[name].append(_in_a_process(name, given))
+    print(machine())
+    print(table(runs, given.steps))
+    return 0
+
+
+def _in_a_process(name: str, given: argparse.Namespace) -> Run:
+    command = [sys.executable, "-m", "benchmarks.backends", str(given.checkpoint), "--only", name]
+    command += ["--steps", str(given.steps), "--pictures", str(given.pictures)]
+    if given.artifacts:
+        command += ["--artifacts", str(given.artifacts)]
+    quiet = {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"}
+    answer = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True, env=os.environ | quiet)
+    return Run(**json.loads(answer.stdout.splitlines()[-1]))
+
+
+def measure(name: str, given: argparse.Namespace) -> Run:
+    """Time one contender in this process."""
+    started_s = time.perf_counter()
+    make = stock(given, name) if name in STOCK else ours(given, name)
+    texts = prompts()
+    make(next(texts), 0)
+    first_s = time.perf_counter() - started_s
+    make(next(texts), 1)
+    pictures_ms = []
+    for seed in range(2, given.pictures + 2):
+        began_s = time.perf_counter()
+        png = make(next(texts), seed)
+        pictures_ms.append(1e3 * (time.perf_counter() - began_s))
+        assert png.startswith(b"\x89PNG")
+    peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return Run(first_s, pictures_ms, peak_kib / 2**20)
+
+
+def prompts() -> Iterator[str]:
+    """No prompt twice, so that no text encoder answers from a cache."""
+    number = 0
+    while True:
+        subject, colour = SUBJECTS[number % len(SUBJECTS)], COLOURS[number // len(SUBJECTS) % len(COLOURS)]
+        yield f"a {colour} {subject} {number}"
+        number += 1
+
+
+def stock(given: argparse.Namespace, name: str) -> MakePng:
+    """`StableDiffusionPipeline` as its documentation shows it."""
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    dtype = torch.bfloat16 if name == "stock-bf16" else torch.float32
+    pipeline: Any = StableDiffusionPipeline.from_pretrained(given.checkpoint, dtype=dtype)
+    pipeline.set_progress_bar_config(disable=True)
+    width, height = open_checkpoint(given.checkpoint).recipe.native_sizes[0]
+
+    def make(prompt: str, seed: int) -> bytes:
+        picture = pipeline(
+            prompt,
+            num_inference_steps=given.steps,
+            guidance_scale=given.steps + 1.0,  # how a stock pipeline tells the denoiser its K; nothing is guided
+            width=width,
+            height=height,
+            generator=torch.Generator().manual_seed(seed),
+        ).images[0]
+        stream = io.BytesIO()
+        picture.save(stream, "PNG")
+        return stream.getvalue()
+
+    return make
+
+
+def ours(given: argparse.Namespace, name: str) -> MakePng:
+    """This runtime: `load_model`, `generate`, `encode_image`."""
+    from tdm_runtime.backend_choice import BackendConfig, load_model
+    from tdm_runtime.codec import encode_image
+    from tdm_runtime.params import SamplingParams
+    from tdm_runtime.pipeline import generate
+
+    backend, *rest = name.split(":")
+    decoder: DecoderName = "tiny" if "tiny" in rest else "full"
+    precision = next((cast(Precision, part) for part in rest if part != "tiny"), None)
+    config = BackendConfig(cast(BackendName, backend), precision, threads=0, artifacts=given.artifacts)
+    model = load_model(given.checkpoint, config)
+    print(f"{name}: {model.choice or model.backend}", file=sys.stderr)
+    width, height = model.recipe.native_sizes[0]
+
+    def make(prompt: str, seed: int) -> bytes:
+        params = SamplingParams(prompt, seed, given.steps, width, height, decoder)
+        return encode_image(generate(model, params), "png")
+
+    return make
+
+
+def table(runs: dict[str, list[Run]], steps: int) -> str:
+    """Medians over all rounds, and how many times faster than each stock pipeline."""
+    medians = {name: statistics.median(ms for run in done for ms in run.pictures_ms) for name, done in runs.items()}
+    references = [name for name in STOCK if name in runs]
+    header = [f"{steps} steps", "ms, p50", "p90", *(f"times {name}" for name in references), "first picture, s", "GiB"]
+    lines = [header, ["---"] * len(header)]
+    for name, done in runs.items():
+        every = [ms for run in done for ms in run.pictures_ms]
+        p90 = statistics.quantiles(every, n=10)[-1] if len(every) > 1 else every[0]
+        ratios = [f"{medians[reference] / medians[name]:.2f}" for reference in references]
+        first_s = statistics.median(run.first_s for run in done)
+        peak = max(run.peak_gib for run in done)
+        lines.append([name, f"{medians[name]:.1f}", f"{p90:.1f}", *ratios, f"{first_s:.1f}", f"{peak:.2f}"])
+    return "\n".join(_row(cells) for cells in lines)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
