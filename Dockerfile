@@ -8,11 +8,14 @@ WORKDIR /app
 RUN pip install --no-cache-dir ${TORCH_INDEX_URL:+--index-url $TORCH_INDEX_URL} torch==2.13.0
 COPY pyproject.toml README.md LICENSE ./
 COPY tdm_runtime tdm_runtime
+COPY export export
 COPY serving serving
 COPY training training
 COPY checkpoints checkpoints
 RUN pip install --no-cache-dir --editable . && useradd --create-home tdm
 USER tdm
+# So that the first start builds nothing.
+RUN tdm-export
 ENV RAY_USAGE_STATS_ENABLED=0
 EXPOSE 8000
 HEALTHCHECK --start-period=60s CMD python -c "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/ready')"

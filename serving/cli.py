@@ -9,15 +9,18 @@ import re
 import secrets
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
 from serving.config import ServerConfig
-from tdm_runtime.checkpoint import DEFAULT_CHECKPOINT, open_checkpoint
+from tdm_runtime.backend_choice import TORCH_BACKENDS, Artifacts, BackendConfig
+from tdm_runtime.checkpoint import DEFAULT_CHECKPOINT, Checkpoint, open_checkpoint
+from tdm_runtime.cli import add_backend_arguments, backend_config
 from tdm_runtime.engine import EngineConfig
-from tdm_runtime.errors import CheckpointError
+from tdm_runtime.errors import ArtifactError, TDMError
 
 USAGE_ERROR = 2
 
@@ -35,12 +38,7 @@ def parse_arguments(arguments: list[str] | None = None) -> ServerConfig:
     parser.add_argument(
         "--max-live", type=int, default=engine.max_live, help="pictures accepted and unanswered (%(default)s)"
     )
-    parser.add_argument(
-        "--threads",
-        type=int,
-        default=defaults.threads,
-        help="CPU threads of a denoiser call, 0 = the fastest, measured at start (%(default)s)",
-    )
+    add_backend_arguments(parser)
     parser.add_argument(
         "--log-level", choices=["info", "warning", "error"], default=defaults.log_level, help="(%(default)s)"
     )
@@ -51,7 +49,7 @@ def parse_arguments(arguments: list[str] | None = None) -> ServerConfig:
             host=given.host,
             port=given.port,
             engine=EngineConfig(max_batch_size=given.max_batch_size, max_live=given.max_live),
-            threads=given.threads,
+            backend=backend_config(given),
             log_level=given.log_level,
         )
     except ValueError as error:
@@ -62,9 +60,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the server until SIGINT or SIGTERM. Returns the exit status."""
     config = parse_arguments(arguments)
     try:
-        open_checkpoint(config.checkpoint)
+        checkpoint = open_checkpoint(config.checkpoint)
         check_port(config.host, config.port)
-    except (CheckpointError, OSError) as error:
+        check_artifacts(checkpoint, config.backend)
+    except (TDMError, OSError) as error:
         print(f"tdm-serve: {error}", file=sys.stderr)
         return USAGE_ERROR
     return serve_until_signalled(config)
@@ -82,6 +81,35 @@ def check_port(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise OSError(f"cannot listen on {host}:{port} ({error.strerror}); choose another with --port") from None
+
+
+def check_artifacts(checkpoint: Checkpoint, config: BackendConfig) -> None:
+    """Refuse artifacts that cannot be used; build those of the default folder where there are none.
+
+    Raises:
+        ArtifactError: the artifacts are of another checkpoint or machine; or they could not be built.
+    """
+    try:
+        artifacts = Artifacts.find(checkpoint, config)
+        if not artifacts.is_missing(config):
+            if config.backend != "auto" and config.backend not in TORCH_BACKENDS:
+                artifacts.require(config.backend, config.precision)
+            return
+    except ArtifactError:
+        if config.allow_fallback:
+            return  # what the replica runs in their place, and why, is said when it has loaded
+        raise
+    print(f"building {checkpoint.recipe.name} for this machine, once (--backend torch does without)", flush=True)
+    command = [sys.executable, "-m", "export.cli", str(checkpoint.folder)]
+    if config.backend != "auto":
+        command += ["--backend", config.backend]
+    if config.precision is not None:
+        command += ["--precision", config.precision]
+    if subprocess.run(command, stdout=subprocess.DEVNULL, cwd=Path(__file__).resolve().parent.parent).returncode == 0:
+        return
+    if config.backend != "auto" and not config.allow_fallback:
+        raise ArtifactError("the artifacts could not be built, see above; --allow-fallback serves with torch")
+    print("the artifacts could not be built, see above; serving with torch", flush=True)
 
 
 def prepare_environment() -> None:
@@ -133,6 +161,7 @@ def serve_until_signalled(config: ServerConfig) -> int:
     try:
         serve.start(http_options={"host": config.host, "port": config.port}, logging_config=QUIET)
         serve.run(build_application(config), name="images", route_prefix="/")
+        print(f"backend: {serve.get_app_handle('images').backend.remote().result()}", flush=True)
         print(f"ready: http://{config.host}:{config.port} (playground), /v1/images/generations (API)", flush=True)
         stop.wait()
         print("stopping: accepted requests finish, then the server exits", flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from tdm_runtime.backend_choice import BackendConfig
 from tdm_runtime.checkpoint import DEFAULT_CHECKPOINT
 from tdm_runtime.engine import EngineConfig
 
@@ -19,8 +20,8 @@ class ServerConfig:
     """Address to listen on; the server has no authentication, so others only behind something that has."""
     port: int = 8000
     engine: EngineConfig = EngineConfig()
-    threads: int = 0
-    """CPU threads of a denoiser call; 0 takes the number that makes one picture soonest, measured at start."""
+    backend: BackendConfig = BackendConfig("auto", threads=0)
+    """What runs the checkpoint."""
     request_timeout_s: float = 60.0
     """A request that is not answered by then is cancelled and gets 504."""
     body_timeout_s: float = 10.0
@@ -34,5 +35,3 @@ class ServerConfig:
     def __post_init__(self) -> None:
         if not 1 <= self.port <= 65535:
             raise ValueError(f"port is {self.port}; it must be from 1 to 65535")
-        if self.threads < 0:
-            raise ValueError(f"threads is {self.threads}; give a number of cores, or 0 to have it measured")

@@ -45,6 +45,10 @@ class ImageDeployment:
         if not self.service.engine.is_healthy:
             raise RuntimeError("the engine's thread is not running")
 
+    def backend(self) -> str:
+        """What runs the model and, where it was measured, why."""
+        return self.service.model.choice or self.service.model.backend
+
     async def drain(self) -> None:
         """Called by `tdm-serve` before it stops."""
         await self.service.drain()
@@ -56,10 +60,7 @@ class ImageDeployment:
 
 
 def set_up_logging(level: str) -> None:
-    """Our loggers to stderr, which Ray shows in the server's terminal; the libraries' progress bars nowhere."""
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
+    """Our loggers to stderr, which Ray shows in the server's terminal."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
     for name in ("serving", "tdm_runtime"):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import os
+import itertools
+import logging
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,14 +26,16 @@ from serving.schema import (
     ModelList,
     Usage,
 )
+from tdm_runtime.backend_choice import load_model
 from tdm_runtime.codec import describe_parameters, encode_image
 from tdm_runtime.engine import DiffusionEngine
-from tdm_runtime.loaded_model import LoadedModel, load_model
+from tdm_runtime.loaded_model import LoadedModel
 from tdm_runtime.params import SamplingParams
-from tdm_runtime.pipeline import generate
 from tdm_runtime.recipe import RECIPE_FILE
 from tdm_runtime.sample import Picture
 from tdm_runtime.text_encoder import PromptEmbedding
+
+logger = logging.getLogger(__name__)
 
 
 class ImageService:
@@ -42,10 +44,10 @@ class ImageService:
     def __init__(self, config: ServerConfig) -> None:
         self.config = config
         self.metrics = ServerMetrics()
-        torch.set_num_threads(1)  # of this thread; see DiffusionEngine._run_forever
-        self.model: LoadedModel = load_model(config.checkpoint)
-        engine_config = replace(config.engine, threads=config.threads or fastest_threads(self.model))
-        self.engine = DiffusionEngine(self.model, engine_config, self.metrics.observe_batch)
+        torch.set_num_threads(1)  # of this thread: only the engine's may have more, see loaded_model
+        self.model: LoadedModel = load_model(config.checkpoint, config.backend)
+        logger.info("%s runs on %s", self.model.recipe.name, self.model.choice or self.model.backend)
+        self.engine = DiffusionEngine(self.model, config.engine, self.metrics.observe_batch)
         self.metrics.watch(self.engine)
         self._created = int((config.checkpoint / RECIPE_FILE).stat().st_mtime)
         self.num_active = 0
@@ -77,7 +79,9 @@ class ImageService:
             sizes=[f"{width}x{height}" for width, height in recipe.native_sizes],
             step_counts=list(recipe.step_counts),
             default_steps=recipe.default_steps,
-            backend=self.model.denoiser.name,
+            decoders=list(self.model.decoders),
+            backend=self.model.backend,
+            parity_psnr_db={steps: round(found.psnr_db, 1) for steps, found in self.model.parity.items()},
             digest=self.model.digest,
         )
         return ModelList(data=[card])
@@ -160,37 +164,19 @@ class ImageService:
         )
 
 
-def fastest_threads(model: LoadedModel, rounds: int = 5) -> int:
-    """The number of CPU threads at which one picture is made soonest: small models lose by sharing a step."""
-    cores = os.cpu_count() or 1
-    candidates = sorted({min(1 << n, cores) for n in range(cores.bit_length() + 1)})
-    width, height = model.recipe.native_sizes[0]
-    params = SamplingParams("warm-up", 0, model.recipe.default_steps, width, height)
-
-    def seconds(threads: int) -> float:
-        torch.set_num_threads(threads)
-        generate(model, params)
-        started_s = time.monotonic()
-        for _ in range(rounds):
-            generate(model, params)
-        return time.monotonic() - started_s
-
-    with ThreadPoolExecutor(1) as passing:  # its OpenMP workers end with it
-        return min(candidates, key=lambda threads: passing.submit(seconds, threads).result())
-
-
 def warm_up(engine: DiffusionEngine) -> None:
-    """Run every size, step count and power-of-two batch once, so that no request pays for a first time.
+    """Run every size, step count, decoder and power-of-two batch once, so that no request pays for a first time.
 
     Raises:
         TDMError: the model cannot make a picture; better now than at the first request.
     """
     recipe = engine.model.recipe
-    for width, height in recipe.native_sizes:
-        for steps in recipe.step_counts:
-            size = min(2 ** (steps - 1), engine.config.max_batch_size, engine.config.max_live)
-            params = [SamplingParams("warm-up", seed, steps, width, height) for seed in range(size)]
-            for future in engine.submit_all(params):
+    limit = min(engine.config.max_batch_size, engine.config.max_live)
+    batch_sizes = [1 << n for n in range(limit.bit_length())]
+    for (width, height), decoder in itertools.product(recipe.native_sizes, engine.model.decoders):
+        for size, steps in itertools.zip_longest(batch_sizes, recipe.step_counts, fillvalue=1):
+            params = SamplingParams("warm-up", 0, steps, width, height, decoder)
+            for future in engine.submit_all([replace(params, seed=seed) for seed in range(size)]):
                 future.result()
 
 

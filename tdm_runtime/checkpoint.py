@@ -17,8 +17,10 @@ from tdm_runtime.errors import CheckpointError, RecipeError
 from tdm_runtime.recipe import RECIPE_FILE, Recipe, load_recipe
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    from tdm_runtime.text_encoder import PromptTokenizer
 
 Part = TypeVar("Part")
 
@@ -35,6 +37,11 @@ OTHER_FILES = (
     "tokenizer/tokenizer.json",
     "tokenizer/tokenizer_config.json",
 )
+TINY_VAE = "tiny_vae"
+"""Folder of the tiny autoencoder, which a checkpoint may have."""
+TINY_VAE_WEIGHTS = f"{TINY_VAE}/diffusion_pytorch_model.safetensors"
+TINY_VAE_FILES = (TINY_VAE_WEIGHTS, f"{TINY_VAE}/config.json")
+"""All there where the folder is."""
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DEFAULT_CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "tdm-emoji"
 
@@ -51,6 +58,13 @@ class Checkpoint:
         """sha256 over the recipe, which itself holds the hash of every weight file."""
         return file_sha256(self.folder / RECIPE_FILE)
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over everything that a compiled program depends on: weights, configs, tokenizer and recipe."""
+        names = sorted({*self.recipe.files, *OTHER_FILES, *(TINY_VAE_FILES if self.has_tiny_vae else ()), RECIPE_FILE})
+        lines = (f"{name} {self.recipe.files.get(name) or file_sha256(self.folder / name)}" for name in names)
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
     def load_unet(self) -> UNet2DConditionModel:
         """Load the denoiser, float32, eval mode."""
         from diffusers import UNet2DConditionModel
@@ -66,19 +80,64 @@ class Checkpoint:
         vae: AutoencoderKL = self._load_model("vae", AutoencoderKL)
         return vae.float().eval()
 
-    def load_text_encoder(self) -> tuple[CLIPTokenizer, CLIPTextModel]:
-        """Load tokenizer and text model, float32, eval mode."""
-        from transformers import CLIPTextModel, CLIPTokenizer
+    @property
+    def has_tiny_vae(self) -> bool:
+        """Whether it came with a tiny autoencoder."""
+        return (self.folder / TINY_VAE).is_dir()
 
-        tokenizer: CLIPTokenizer = self._load("tokenizer", CLIPTokenizer.from_pretrained)
-        model: CLIPTextModel = self._load_model("text_encoder", CLIPTextModel)
-        positions = model.config.max_position_embeddings
-        if tokenizer.model_max_length != positions:
+    def load_tiny_vae(self) -> AutoencoderTiny:
+        """Load the tiny autoencoder, float32, eval mode. Its latents are the denoiser's own, without a scaling factor.
+
+        Raises:
+            CheckpointError: the checkpoint has none.
+        """
+        from diffusers import AutoencoderTiny
+
+        if not self.has_tiny_vae:
             raise CheckpointError(
-                f"{self.folder}: the tokenizer cuts at {tokenizer.model_max_length} tokens and the text encoder has "
+                f"{self.folder} has no {TINY_VAE}/; decode with the full autoencoder, or train a tiny one and publish "
+                "the checkpoint anew (`tdm-train emoji tiny-autoencoder`, then `publish`)"
+            )
+        vae: AutoencoderTiny = self._load_model(TINY_VAE, AutoencoderTiny)
+        return vae.float().eval()
+
+    def load_text_model(self) -> CLIPTextModel:
+        """Load the text model, float32, eval mode."""
+        from transformers import CLIPTextModel
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()  # of weights that load in a moment
+        model: CLIPTextModel = self._load_model("text_encoder", CLIPTextModel)
+        return model.float().eval()
+
+    def load_tokenizer(self) -> PromptTokenizer:
+        """Load the tokenizer; prompts become exactly as many tokens as the text model has positions."""
+        from tdm_runtime.text_encoder import PromptTokenizer
+
+        tokenizer = self._load("tokenizer", PromptTokenizer.load)
+        positions = self._config("text_encoder", "max_position_embeddings")
+        if tokenizer.max_tokens != positions:
+            raise CheckpointError(
+                f"{self.folder}: the tokenizer cuts at {tokenizer.max_tokens} tokens and the text encoder has "
                 f"{positions} positions; set model_max_length in tokenizer_config.json to {positions}"
             )
-        return tokenizer, model.float().eval()
+        return tokenizer
+
+    @property
+    def latent_channels(self) -> int:
+        """Of the denoiser's latents."""
+        return int(self._config("unet", "in_channels"))
+
+    @property
+    def downscale(self) -> int:
+        """Pixels per latent, each side."""
+        return int(2 ** (len(self._config("vae", "block_out_channels")) - 1))
+
+    def _config(self, part: str, key: str) -> Any:
+        def read(folder: Path) -> Any:
+            return json.loads((folder / "config.json").read_text(encoding="utf-8"))[key]
+
+        return self._load(part, read)
 
     def _load_model(self, part: str, model_class: Any) -> Any:
         """Load weights that are all there and all used: the libraries would fill gaps with random numbers."""
@@ -122,7 +181,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             "convert them to safetensors and remove them"
         )
     recipe = load_recipe(folder)
-    if missing := [name for name in (*WEIGHT_FILES, *OTHER_FILES) if not (folder / name).is_file()]:
+    tiny_vae_files = TINY_VAE_FILES if (folder / TINY_VAE).is_dir() else ()
+    if missing := [name for name in (*WEIGHT_FILES, *OTHER_FILES, *tiny_vae_files) if not (folder / name).is_file()]:
         raise CheckpointError(f"{folder} lacks {', '.join(missing)}; restore the folder from its source")
     # Shards and their index count too: the libraries would read them in place of the files listed.
     weights = {*WEIGHT_FILES, *(str(file.relative_to(folder)) for file in folder.rglob("*.safetensors*"))}

@@ -41,11 +41,9 @@ class EngineConfig:
     """Samples accepted and not yet answered; beyond, submissions are refused."""
     patience_s: float = 30.0
     """Deadline, after arrival, of samples that have none of their own: only an order, nothing is dropped at it."""
-    threads: int = 1
-    """CPU threads of a denoiser call. The decoder, beside it, always has one."""
 
     def __post_init__(self) -> None:
-        for name in ("max_batch_size", "max_live", "threads"):
+        for name in ("max_batch_size", "max_live"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
 
@@ -145,7 +143,7 @@ class DiffusionEngine:
     def submit_all(self, requests: Sequence[SamplingParams], deadline_s: float | None = None) -> list[Future[Picture]]:
         """Accept several pictures or, where they do not all fit, none of them. As `submit`."""
         for params in requests:
-            params.check_against(self.model.recipe)
+            self.model.check(params)
         now_s = time.monotonic()
         due_s = now_s + self.config.patience_s if deadline_s is None else deadline_s
         samples = [self._to_sample(params, now_s, due_s) for params in requests]
@@ -190,9 +188,7 @@ class DiffusionEngine:
             self._advance(batch, outcomes, started_s)
 
     def _run_forever(self) -> None:
-        # A thread's own setting. OpenMP workers stop spinning, and a step takes twice as long, once
-        # there are more of them than cores, so no other thread may keep a team of its own.
-        torch.set_num_threads(self.config.threads)
+        torch.set_num_threads(1)  # this thread's own setting: a backend that wants more says so in its calls
         try:
             while self._wait_for_work():
                 self.step()
@@ -287,8 +283,8 @@ class DiffusionEngine:
                 self._leave(sample)
                 finished.append(sample)
         self._count_step(len(batch), seconds)
-        if finished:
-            self._decoding.submit(self._decode, finished)
+        for decoder in dict.fromkeys(sample.params.decoder for sample in finished):
+            self._decoding.submit(self._decode, [s for s in finished if s.params.decoder == decoder])
 
     def _leave(self, sample: Sample) -> None:
         self._scheduler.remove(sample)
@@ -302,9 +298,12 @@ class DiffusionEngine:
     # -- the decoder's thread -----------------------------------------------------------------
 
     def _decode(self, samples: list[Sample]) -> None:
-        """Turn latents of one shape into pictures and answer. Where that fails each sample is tried once alone."""
+        """Turn latents of one shape into pictures, by one decoder, and answer.
+
+        Where that fails each sample is tried once alone.
+        """
         try:
-            pixels = self.model.decoder.decode(_stacked([s.latents for s in samples]))
+            pixels = self.model.decoders[samples[0].params.decoder].decode(_stacked([s.latents for s in samples]))
         except Exception as error:
             if len(samples) == 1:
                 self._answer(samples[0], _as_tdm_error(error))

@@ -4,6 +4,8 @@ TDMError
 ├── InvalidRequestError (ValueError)   a request's value is out of range; names value, limit, remedy
 ├── CheckpointError                    a checkpoint folder that cannot be served
 │   └── RecipeError                    its tdm_recipe.json cannot be honoured
+├── BackendError                       a backend that cannot run on this machine
+│   └── ArtifactError                  compiled artifacts that are missing, damaged or of another make
 ├── GenerationError                    a request that was accepted and failed
 │   └── NotFiniteError                 the model produced NaN or infinity
 ├── CancelledError                     the caller left; the request stopped at a step boundary
@@ -34,6 +36,14 @@ class CheckpointError(TDMError):
 
 class RecipeError(CheckpointError):
     """A recipe that this library cannot honour."""
+
+
+class BackendError(TDMError):
+    """A backend that cannot run on this machine."""
+
+
+class ArtifactError(BackendError):
+    """Compiled artifacts that are missing, damaged or of another make."""
 
 
 class GenerationError(TDMError):

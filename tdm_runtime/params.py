@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import unicodedata
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from tdm_runtime.errors import InvalidRequestError, shown
 from tdm_runtime.recipe import Recipe
 
+DecoderName = Literal["full", "tiny"]
 MAX_PROMPT_CHARACTERS = 2000
 MAX_SEED = 2**32 - 1
 """torch's CPU generator reads 32 bits of a seed: a larger one would repeat a smaller one's picture."""
@@ -29,12 +31,18 @@ class SamplingParams:
     """Pixels."""
     height: int
     """Pixels."""
+    decoder: DecoderName = "full"
+    """What turns latents into pixels; "tiny" is cheaper and a little softer."""
 
     def __post_init__(self) -> None:
         _check_prompt(self.prompt)
         if type(self.seed) is not int or not 0 <= self.seed <= MAX_SEED:
             raise InvalidRequestError(
                 f"seed is {shown(self.seed)}; it must be a whole number from 0 to {MAX_SEED}", param="seed"
+            )
+        if self.decoder not in get_args(DecoderName):
+            raise InvalidRequestError(
+                f"decoder is {shown(self.decoder)}; it must be {' or '.join(get_args(DecoderName))}", param="decoder"
             )
 
     def check_against(self, recipe: Recipe) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from tdm_runtime.decoder import Pixels
@@ -11,16 +13,22 @@ from tdm_runtime.noise import initial_noise
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.sampler import apply_step, gather_rows
 
+Preview = Callable[[int, Pixels], None]
+"""Told the number of steps taken and a picture, uint8 [H, W, 3]."""
+
 
 @torch.inference_mode()
-def generate(model: LoadedModel, params: SamplingParams) -> Pixels:
+def generate(model: LoadedModel, params: SamplingParams, on_preview: Preview | None = None) -> Pixels:
     """Make one picture, uint8 [H, W, 3].
+
+    Args:
+        on_preview: called after every step but the last, with the picture as it would come out there.
 
     Raises:
         InvalidRequestError: the checkpoint does not serve these parameters.
         NotFiniteError: the model produced NaN or infinity.
     """
-    params.check_against(model.recipe)
+    model.check(params)
     table = model.recipe.step_tables[params.num_inference_steps]
     device = model.denoiser.device
     prompt_embeds = model.text_encoder.encode(params.prompt).prompt_embeds[None]
@@ -31,7 +39,9 @@ def generate(model: LoadedModel, params: SamplingParams) -> Pixels:
         rows = gather_rows([(table, step_index)], device)
         model_output = model.denoiser(latents, rows[:, 0], step_counts, prompt_embeds)
         latents, denoised = apply_step(rows, latents, model_output, denoised)
+        if on_preview is not None and step_index + 1 < table.num_inference_steps:
+            on_preview(step_index + 1, model.preview_decoder.decode(denoised)[0])
     if not torch.isfinite(latents).all():
         raise NotFiniteError("the model produced NaN or infinity for this request; no picture was made")
-    picture: Pixels = model.decoder.decode(latents)[0]
+    picture: Pixels = model.decoders[params.decoder].decode(latents)[0]
     return picture

@@ -23,6 +23,8 @@ def embed_step_count(steps: Tensor, dim: int) -> Tensor:
         float32 [B, dim], sines then cosines, in [-1, 1].
     """
     half = dim // 2
-    frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * (-math.log(10000.0) / (half - 1)))
-    angles = 1000.0 * steps.to(torch.float32)[:, None] * frequencies.to(steps.device)[None, :]
+    frequencies = torch.exp(
+        torch.arange(half, dtype=torch.float32, device=steps.device) * (-math.log(10000.0) / (half - 1))
+    )
+    angles = 1000.0 * steps.to(torch.float32)[:, None] * frequencies[None, :]
     return torch.cat([angles.sin(), angles.cos()], dim=1)

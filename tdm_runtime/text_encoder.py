@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from transformers import CLIPTextModel, CLIPTokenizer
+from tdm_runtime.backends import Backend
 
 
 @dataclass(frozen=True)
@@ -29,15 +30,48 @@ class PromptEmbedding:
         return self.num_tokens > self.max_tokens
 
 
-class TextEncoder:
-    """Encodes prompts one text model call at a time. Not thread-safe: tokenizers are not re-entrant."""
+class PromptTokenizer:
+    """The tokens that transformers makes of the same folder, without its seconds of import."""
 
-    def __init__(
-        self, tokenizer: CLIPTokenizer, model: CLIPTextModel, device: torch.device, cache_size: int = 1024
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, max_tokens: int, end_id: int, pad_id: int) -> None:
         self._tokenizer = tokenizer
-        self._model = model.to(device)
-        self._device = device
+        self.max_tokens = max_tokens
+        self._end_id = end_id
+        self._pad_id = pad_id
+
+    @classmethod
+    def load(cls, folder: Path) -> PromptTokenizer:
+        """Read tokenizer.json and tokenizer_config.json.
+
+        Raises:
+            OSError, ValueError, KeyError: a file is missing, broken or incomplete.
+        """
+        tokenizer = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+
+        def token_id(name: str) -> int:
+            token = config[name] if isinstance(config[name], str) else config[name]["content"]
+            if (found := tokenizer.token_to_id(token)) is None:
+                raise ValueError(f"{name} {token!r} is not in the vocabulary")
+            return int(found)
+
+        return cls(tokenizer, int(config["model_max_length"]), token_id("eos_token"), token_id("pad_token"))
+
+    def encode(self, prompt: str) -> tuple[list[int], int]:
+        """Return exactly `max_tokens` token ids and the number of tokens that the whole prompt has."""
+        ids = self._tokenizer.encode(prompt).ids
+        kept = ids if len(ids) <= self.max_tokens else [*ids[: self.max_tokens - 1], self._end_id]
+        return kept + [self._pad_id] * (self.max_tokens - len(kept)), len(ids)
+
+
+class TextEncoder:
+    """Encodes prompts one text model call at a time. Not thread-safe, as its backend."""
+
+    def __init__(self, tokenizer: PromptTokenizer, backend: Backend, cache_size: int = 1024) -> None:
+        self._tokenizer = tokenizer
+        self._backend = backend
         self._cache: OrderedDict[str, PromptEmbedding] = OrderedDict()
         self._cache_size = cache_size
         self.cache_hits = 0
@@ -56,11 +90,7 @@ class TextEncoder:
             self._cache.popitem(last=False)
         return embedding
 
-    @torch.inference_mode()
     def _encode(self, prompt: str) -> PromptEmbedding:
-        max_tokens = self._tokenizer.model_max_length
-        ids = self._tokenizer(prompt, truncation=False, verbose=False)["input_ids"]
-        kept = ids if len(ids) <= max_tokens else [*ids[: max_tokens - 1], self._tokenizer.eos_token_id]
-        padded = kept + [self._tokenizer.pad_token_id] * (max_tokens - len(kept))
-        output = self._model(torch.tensor([padded], device=self._device)).last_hidden_state[0]
-        return PromptEmbedding(output, num_tokens=len(ids), max_tokens=max_tokens)
+        ids, num_tokens = self._tokenizer.encode(prompt)
+        embeds = self._backend(torch.tensor([ids], device=self._backend.device))
+        return PromptEmbedding(embeds[0], num_tokens, self._tokenizer.max_tokens)

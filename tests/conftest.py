@@ -1,14 +1,29 @@
-"""The embedded checkpoint, loaded once a session."""
+"""The embedded checkpoint and a tiny one, loaded and exported once a session."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from tdm_runtime.checkpoint import DEFAULT_CHECKPOINT
-from tdm_runtime.loaded_model import LoadedModel, load_model
+from export.cli import main as tdm_export
+from tdm_runtime.backend_choice import load_model
+from tdm_runtime.backends.openvino import has_bf16
+from tdm_runtime.checkpoint import DEFAULT_CHECKPOINT, open_checkpoint
+from tdm_runtime.loaded_model import LoadedModel
+from tdm_runtime.manifest import default_artifacts
+from tests.tiny_checkpoint import write_tiny_checkpoint
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """In place of the user's: nothing that runs in a session, its servers included, reads or writes there."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="session")
@@ -22,3 +37,31 @@ def model(checkpoint_folder: Path) -> LoadedModel:
     """The embedded model on the CPU. Its text encoder is not thread-safe: use it beside no running engine."""
     torch.set_num_threads(1)  # the engine and the decoder run beside each other; two each would fight for two cores
     return load_model(checkpoint_folder, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def artifacts(checkpoint_folder: Path) -> Path:
+    """The embedded checkpoint's artifacts, where servers look for them. Never write there."""
+    export(checkpoint_folder)
+    return default_artifacts(open_checkpoint(checkpoint_folder))
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint at minimal size that has a tiny autoencoder too. Never write there."""
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint")
+
+
+@pytest.fixture(scope="session")
+def tiny_artifacts(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its artifacts, in a folder of their own. Never write there."""
+    folder = tmp_path_factory.mktemp("tiny") / "artifacts"
+    export(tiny_checkpoint, "--output", str(folder))
+    return folder
+
+
+def export(checkpoint: Path, *arguments: str) -> None:
+    """Build and verify all that runs on this CPU."""
+    precisions = "bf16,fp32,int8" if has_bf16() else "fp32,int8"
+    command = [str(checkpoint), "--backend", "openvino,onnxruntime", "--precision", precisions, *arguments]
+    assert tdm_export(command) == 0

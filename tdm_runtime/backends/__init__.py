@@ -1,21 +1,34 @@
-"""Ways to run a denoiser: callables of one signature.
+"""Ways to run a component: callables of one signature, each in its own file, heavy imports inside.
 
-A backend maps (latents [B, C, H, W], timesteps [B], step_counts [B], prompt_embeds [B, L, D]) to
-the model output [B, C, H, W], all float32 torch tensors on its `device`.
+torch (eager), torch-compiled and cuda-graphs run the checkpoint's own modules; onnxruntime, openvino
+and tensorrt run what `tdm-export` built of them.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+import sys
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
+BackendName = Literal["torch", "torch-compiled", "cuda-graphs", "onnxruntime", "openvino", "tensorrt"]
+Precision = Literal["fp32", "bf16", "fp16", "int8", "fp8"]
+BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-class DenoiserBackend(Protocol):
-    """What `DiffusionEngine` calls once a step."""
+# openvino and nncf report to Google Analytics when they are imported, unless they lack the module that does it.
+sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
-    name: str
+
+class Backend(Protocol):
+    """One component, ready to run.
+
+    Called with the tensors of the component's `Interface`, all on `device`, all with the same batch
+    size; returns a tensor that the caller owns. Not thread-safe: one thread calls at a time.
+    """
+
     device: torch.device
 
-    def __call__(self, latents: Tensor, timesteps: Tensor, step_counts: Tensor, prompt_embeds: Tensor) -> Tensor: ...
+    def __call__(self, *inputs: Tensor) -> Tensor: ...

@@ -44,6 +44,6 @@ class PixArtDenoiser(Denoiser):
         if not self.model.use_additional_conditions:
             return {"resolution": None, "aspect_ratio": None}
         height, width = latents.shape[-2:]
-        one = torch.ones(len(latents), 1, dtype=latents.dtype, device=latents.device)
+        one = torch.ones(latents.shape[0], 1, dtype=latents.dtype, device=latents.device)
         sides = [one * (height * PIXELS_PER_LATENT), one * (width * PIXELS_PER_LATENT)]
         return {"resolution": torch.cat(sides, dim=1), "aspect_ratio": one * (height / width)}

@@ -58,6 +58,10 @@ BAD_REQUESTS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "a", "response_format": "url"}, "response_format"),
     ({"prompt": "a", "output_format": "gif"}, "output_format"),
     ({"prompt": "a", "output_compression": 101}, "output_compression"),
+    ({"prompt": "a", "decoder": "jpeg"}, "decoder"),
+    ({"prompt": "a", "decoder": "Tiny"}, "decoder"),
+    ({"prompt": "a", "decoder": None}, "decoder"),
+    ({"prompt": "a", "decoder": ["full", "tiny"]}, "decoder"),
     ({"prompt": "a", "stream": True}, "stream"),
     ({"prompt": "a", "colour": "blue"}, "colour"),
     ({"prompt": "a", "user": "u" * 257}, "user"),
@@ -107,6 +111,14 @@ def test_the_least_request_gets_the_recipes_defaults() -> None:
     assert params.num_inference_steps == RECIPE.default_steps
     assert (params.width, params.height) == RECIPE.native_sizes[0]
     assert 0 <= params.seed <= MAX_SEED
+    assert params.decoder == "full"
+
+
+@pytest.mark.parametrize("decoder", ["full", "tiny"])
+def test_every_picture_of_a_request_has_its_decoder(decoder: str) -> None:
+    body = {"prompt": "a cat", "n": 3, "decoder": decoder}
+    params = parse_image_request(json.dumps(body).encode()).to_sampling_params(RECIPE)
+    assert [p.decoder for p in params] == [decoder] * 3
 
 
 def test_the_pictures_of_a_request_count_seeds_up_and_wrap() -> None:

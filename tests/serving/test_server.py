@@ -19,14 +19,19 @@ import pytest
 from PIL import Image
 
 from serving.config import ServerConfig
+from tdm_runtime.backend_choice import MIN_PSNR_DB, BackendConfig, load_model
+from tdm_runtime.checkpoint import DEFAULT_CHECKPOINT
 from tdm_runtime.codec import encode_image
+from tdm_runtime.decoder import Pixels
 from tdm_runtime.loaded_model import LoadedModel
-from tdm_runtime.params import SamplingParams
+from tdm_runtime.params import DecoderName, SamplingParams
 from tdm_runtime.pipeline import generate
 from tests.serving.conftest import RunningServer
 
 PICTURE_TOLERANCE = 2
 """Levels of 255 by which batching may change a picture."""
+BACKEND_LINE = re.compile(r"^backend: (\S+) (\S+) with (\d+) threads?, (\S+) ms a picture( \(.*\))?$", re.MULTILINE)
+"""What `tdm-serve` prints when it has measured: backend, precision, threads, milliseconds, and the other candidates."""
 
 
 @pytest.fixture
@@ -50,20 +55,86 @@ def metric(http: httpx.Client, name: str) -> float:
     return sum(map(float, values))
 
 
+def psnr_db(a: Pixels, b: Pixels) -> float:
+    return float(10 * np.log10(255.0**2 / max(np.square(a.astype(np.float64) - b).mean(), 1e-9)))
+
+
+@pytest.fixture(scope="module")
+def served(server: RunningServer) -> LoadedModel:
+    """The model as the server runs it: on the backend that it chose, with as many threads."""
+    found = BACKEND_LINE.search(server.log.read_text())
+    assert found is not None
+    backend, precision, threads = found[1], found[2], int(found[3])
+    config = BackendConfig(backend, precision, threads, device="cpu")  # type: ignore[arg-type]
+    return load_model(DEFAULT_CHECKPOINT, config)
+
+
 def test_the_official_client_gets_the_picture_that_the_reference_makes(
-    client: openai.OpenAI, model: LoadedModel
+    client: openai.OpenAI, served: LoadedModel
 ) -> None:
     answer = client.images.generate(
         model="tdm-emoji", prompt="a red heart", extra_body={"seed": 7, "num_inference_steps": 4}
     )
     assert answer.data is not None
     picture = picture_of(answer.data[0].b64_json)
-    expected = generate(model, SamplingParams("a red heart", 7, 4, 64, 64))
+    expected = generate(served, SamplingParams("a red heart", 7, 4, 64, 64))
     assert np.abs(np.asarray(picture).astype(int) - expected).max() <= PICTURE_TOLERANCE
     assert "Seed: 7" in picture.text["parameters"]  # type: ignore[attr-defined]
     assert answer.size == "64x64"
     assert answer.usage is not None
     assert answer.usage.total_tokens == answer.usage.input_tokens + answer.usage.output_tokens
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+def test_what_the_server_chose_keeps_torchs_pictures(client: openai.OpenAI, model: LoadedModel, steps: int) -> None:
+    answer = client.images.generate(prompt="a red heart", extra_body={"seed": 7, "num_inference_steps": steps})
+    assert answer.data is not None
+    picture = np.asarray(picture_of(answer.data[0].b64_json))
+    assert psnr_db(picture, generate(model, SamplingParams("a red heart", 7, steps, 64, 64))) >= MIN_PSNR_DB
+
+
+def test_the_start_says_what_runs_and_what_it_was_compared_with(server: RunningServer, served: LoadedModel) -> None:
+    (line,) = BACKEND_LINE.finditer(server.log.read_text())
+    assert f"{line[1]} {line[2]}" == served.backend
+    assert float(line[4]) > 0
+    if served.backend != "torch fp32":
+        assert re.search(r"torch fp32 \S+ ms", line[5])
+
+
+def test_the_model_card_says_what_runs_and_how_close_it_comes(http: httpx.Client, served: LoadedModel) -> None:
+    (card,) = http.get("/v1/models").json()["data"]
+    assert card == http.get("/v1/models/tdm-emoji").json()
+    assert card["backend"] == served.backend
+    assert card["decoders"] == list(served.decoders)
+    assert card["parity_psnr_db"] == {str(k): round(found.psnr_db, 1) for k, found in served.parity.items()}
+    if served.backend != "torch fp32":
+        assert list(card["parity_psnr_db"]) == ["1", "2", "3", "4"]
+        assert min(card["parity_psnr_db"].values()) >= MIN_PSNR_DB
+
+
+@pytest.mark.parametrize("decoder", ["full", "tiny"])
+def test_a_picture_is_decoded_as_it_was_asked_for(
+    http: httpx.Client, served: LoadedModel, decoder: DecoderName
+) -> None:
+    body = {"prompt": "a red heart", "seed": 7, "num_inference_steps": 2, "decoder": decoder}
+    answer = http.post("/v1/images/generations", json=body)
+    if decoder not in served.decoders:
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == "decoder"
+        assert "decoder is 'tiny'; tdm-emoji has full" in answer.json()["error"]["message"]
+        return
+    picture = np.asarray(picture_of(answer.json()["data"][0]["b64_json"]))
+    expected = {name: generate(served, SamplingParams("a red heart", 7, 2, 64, 64, name)) for name in served.decoders}
+    assert np.abs(picture.astype(int) - expected[decoder]).max() <= PICTURE_TOLERANCE
+    for name in set(served.decoders) - {decoder}:
+        assert np.abs(picture.astype(int) - expected[name]).max() > PICTURE_TOLERANCE
+
+
+def test_a_decoder_that_there_is_not_is_refused_by_name(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.images.generate(prompt="a cat", extra_body={"decoder": "jpeg"})
+    assert caught.value.param == "decoder"
+    assert "'jpeg'" in caught.value.message and "'full' or 'tiny'" in caught.value.message
 
 
 def test_the_official_client_lists_the_model(client: openai.OpenAI) -> None:

@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tdm_runtime.backend_choice import load_model
 from tdm_runtime.checkpoint import OTHER_FILES, WEIGHT_FILES, file_sha256, open_checkpoint
 from tdm_runtime.errors import CheckpointError, RecipeError
-from tdm_runtime.loaded_model import load_model
 from tdm_runtime.recipe import RECIPE_FILE
 
 
@@ -64,7 +64,7 @@ def test_an_intact_folder_loads(folder: Path) -> None:
 
 def test_weights_load_as_float32_without_gradients_to_train(folder: Path) -> None:
     checkpoint = open_checkpoint(folder)
-    for module in (checkpoint.load_unet(), checkpoint.load_vae(), checkpoint.load_text_encoder()[1]):
+    for module in (checkpoint.load_unet(), checkpoint.load_vae(), checkpoint.load_text_model()):
         assert not module.training
         assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
 
@@ -302,6 +302,6 @@ def test_an_unreadable_model_index_is_refused(folder: Path, content: str) -> Non
 
 def test_a_tokenizer_that_cuts_elsewhere_than_the_text_encoder_is_refused(folder: Path) -> None:
     edit_json(folder / "tokenizer/tokenizer_config.json", model_max_length=16)
-    message = refusal(folder, lambda edited: open_checkpoint(edited).load_text_encoder())
+    message = refusal(folder, lambda edited: open_checkpoint(edited).load_tokenizer())
     assert "cuts at 16 tokens and the text encoder has 32 positions" in message
     assert "set model_max_length in tokenizer_config.json to 32" in message

@@ -13,24 +13,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from tdm_runtime.backends import DenoiserBackend
+from tdm_runtime.backend_choice import load_model
+from tdm_runtime.backends import Backend
 from tdm_runtime.decoder import Decoder, Pixels
 from tdm_runtime.engine import DiffusionEngine, EngineConfig, EngineStats
 from tdm_runtime.errors import GenerationError, InvalidRequestError, NotFiniteError, OverloadedError, TDMError
-from tdm_runtime.loaded_model import LoadedModel, load_model
+from tdm_runtime.loaded_model import LoadedModel
 from tdm_runtime.noise import initial_noise
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.pipeline import generate
 from tdm_runtime.sample import Picture
 from tdm_runtime.text_encoder import PromptEmbedding, TextEncoder
-from training.emoji.student import build_recipe
-from training.publish import write_checkpoint
 
 MAX_LEVELS_APART = 2
 """Of 255: batched sums round otherwise than those of one sample."""
@@ -47,43 +44,9 @@ Futures = list[Future[Picture]]
 
 
 @pytest.fixture(scope="module")
-def tiny_model(checkpoint_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
-    """Random weights at minimal size, DPM-Solver++ 2M, pictures of 16x16 and of 24x16."""
-    folder = tmp_path_factory.mktemp("tiny")
-    tokenizer = CLIPTokenizer.from_pretrained(checkpoint_folder / "tokenizer")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        unet = UNet2DConditionModel(
-            block_out_channels=(8, 16),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            layers_per_block=1,
-            norm_num_groups=4,
-            attention_head_dim=2,
-            cross_attention_dim=16,
-            time_cond_proj_dim=8,
-        )
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            block_out_channels=(8, 8),
-            norm_num_groups=4,
-            latent_channels=4,
-        )
-        text_model = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=16,
-                intermediate_size=16,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                max_position_embeddings=tokenizer.model_max_length,
-                eos_token_id=tokenizer.eos_token_id,
-            )
-        )
-    recipe = replace(build_recipe(), solver="dpmsolver++", native_sizes=((16, 16), (24, 16)))
-    write_checkpoint(folder, recipe, unet, vae, text_model, tokenizer)
-    return load_model(folder, device="cpu")
+def tiny_model(tiny_checkpoint: Path) -> LoadedModel:
+    """Random weights at minimal size, DPM-Solver++ 2M, pictures of 16x16 and of 24x16, two decoders."""
+    return load_model(tiny_checkpoint, device="cpu")
 
 
 @pytest.fixture(params=["embedded", "tiny"])
@@ -98,7 +61,7 @@ class Observed:
 
     name = "observed"
 
-    def __init__(self, backend: DenoiserBackend, change: Callable[[Tensor, Tensor], Tensor] | None = None) -> None:
+    def __init__(self, backend: Backend, change: Callable[[Tensor, Tensor], Tensor] | None = None) -> None:
         self.device = backend.device
         self.calls: list[tuple[Tensor, Tensor]] = []
         """Latents [B, C, H, W] and timesteps [B] of every call."""
@@ -201,6 +164,17 @@ def test_what_is_submitted_together_equals_the_pipeline(any_model: LoadedModel) 
         futures = engine.submit_all(requests)
         wait(futures, TIMEOUT_S)
     assert_pipelines_pictures(any_model, requests, futures)
+
+
+def test_each_of_a_batch_is_decoded_as_it_asks(tiny_model: LoadedModel, make_engine: MakeEngine) -> None:
+    engine = make_engine(tiny_model)
+    alternating = zip(mixed_requests(tiny_model), tuple(tiny_model.decoders) * 4, strict=True)
+    requests = [replace(params, decoder=decoder) for params, decoder in alternating]
+    futures = engine.submit_all(requests)
+    run_dry(engine)
+    assert_pipelines_pictures(tiny_model, requests, futures)
+    full, tiny = (generate(tiny_model, replace(requests[0], decoder=name)).astype(int) for name in tiny_model.decoders)
+    assert np.abs(full - tiny).max() > MAX_LEVELS_APART
 
 
 def test_what_is_submitted_between_steps_equals_the_pipeline(any_model: LoadedModel, make_engine: MakeEngine) -> None:
@@ -477,14 +451,16 @@ class FailingDecoder(Decoder):
 
 def test_a_batch_that_cannot_be_decoded_is_split(model: LoadedModel, make_engine: MakeEngine) -> None:
     requests = [request_for(model, seed, 2) for seed in range(3)]
-    engine = make_engine(replace(model, decoder=FailingDecoder(model.decoder, max_batch_size=1)))
+    engine = make_engine(replace(model, decoders={"full": FailingDecoder(model.decoders["full"], max_batch_size=1)}))
     futures = engine.submit_all(requests)
     run_dry(engine)
     assert_pipelines_pictures(model, requests, futures)
 
 
 def test_what_cannot_be_decoded_fails_and_the_engine_goes_on(model: LoadedModel) -> None:
-    with DiffusionEngine(replace(model, decoder=FailingDecoder(model.decoder, max_batch_size=0))) as engine:
+    with DiffusionEngine(
+        replace(model, decoders={"full": FailingDecoder(model.decoders["full"], max_batch_size=0)})
+    ) as engine:
         for future in engine.submit_all([request_for(model, seed, 1) for seed in range(2)]):
             assert type(future.exception(TIMEOUT_S)) is GenerationError
         assert engine.is_healthy

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tdm_runtime.backend_choice import CHOICE_FILE, BackendConfig, load_model
 from tdm_runtime.cli import main
 from tdm_runtime.codec import EXIF_IFD, EXIF_USER_COMMENT, describe_parameters
+from tdm_runtime.decoder import Pixels
 from tdm_runtime.loaded_model import LoadedModel
-from tdm_runtime.params import MAX_SEED, SamplingParams
+from tdm_runtime.params import MAX_SEED, DecoderName, SamplingParams
 from tdm_runtime.pipeline import generate
+from tdm_runtime.recipe import RECIPE_FILE
 
 
 def command(checkpoint_folder: Path, output: Path, *more: str, prompt: str = "a red apple") -> list[str]:
-    return [prompt, "--output", str(output), "--checkpoint", str(checkpoint_folder), *more]
+    """On torch, unless `more` says otherwise."""
+    on_torch = ["--backend", "torch", "--threads", "1"]
+    return [prompt, "--output", str(output), "--checkpoint", str(checkpoint_folder), *on_torch, *more]
 
 
 def complaint(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -132,3 +142,128 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path, capsys: pytes
     assert f"{tmp_path / 'absent'} is not a folder; give the folder of a checkpoint" in says
     says = complaint(command(tmp_path, tmp_path / "apple.png"), capsys)
     assert f"{tmp_path / 'tdm_recipe.json'} is missing" in says
+
+
+# -- backends, decoders and previews ---------------------------------------------------------------
+
+
+def read(file: Path) -> Pixels:
+    with Image.open(file) as picture:
+        pixels: Pixels = np.asarray(picture)
+        return pixels
+
+
+@pytest.mark.parametrize(
+    ("backend", "precision"), [("openvino", "fp32"), ("openvino", "int8"), ("onnxruntime", "fp32")]
+)
+def test_the_backend_that_was_asked_for_makes_the_picture(
+    tiny_checkpoint: Path,
+    tiny_artifacts: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    backend: Any,
+    precision: Any,
+) -> None:
+    output = tmp_path / "apple.png"
+    options = ["--backend", backend, "--precision", precision, "--artifacts", str(tiny_artifacts), "--seed", "7"]
+    assert main(command(tiny_checkpoint, output, *options)) == 0
+    model = load_model(tiny_checkpoint, BackendConfig(backend, precision, 1, tiny_artifacts))
+    params = SamplingParams("a red apple", 7, model.recipe.default_steps, *model.recipe.native_sizes[0])
+    np.testing.assert_array_equal(read(output), generate(model, params))
+    assert re.search(rf" ms on {backend} {precision}$", capsys.readouterr().out.strip())
+
+
+def test_auto_says_what_it_took(
+    tiny_checkpoint: Path, tiny_artifacts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And takes nothing whose pictures fall short."""
+    artifacts = shutil.copytree(tiny_artifacts, tmp_path / "artifacts")
+    options = ["--backend", "auto", "--artifacts", str(artifacts), "--seed", "7"]
+    assert main(command(tiny_checkpoint, tmp_path / "apple.png", *options)) == 0
+    printed = capsys.readouterr()
+    found = re.search(r" ms on (\S+ \S+)$", printed.out.strip())
+    assert found is not None
+    assert f"backend: {found[1]} with 1 thread, " in printed.err
+    assert found[1] in ("torch fp32", "openvino bf16", "openvino fp32", "openvino int8", "onnxruntime fp32")
+    kept = json.loads((artifacts / CHOICE_FILE).read_text())["chosen"]
+    assert found[1] == f"{kept['backend']} {kept['precision']}"
+
+
+@pytest.mark.parametrize("decoder", ["full", "tiny"])
+def test_the_decoder_is_the_one_that_was_asked_for(tiny_checkpoint: Path, tmp_path: Path, decoder: DecoderName) -> None:
+    output = tmp_path / "apple.png"
+    assert main(command(tiny_checkpoint, output, "--seed", "7", "--decoder", decoder)) == 0
+    model = load_model(tiny_checkpoint, device="cpu")
+    params = SamplingParams("a red apple", 7, model.recipe.default_steps, *model.recipe.native_sizes[0], decoder)
+    pictures = {name: generate(model, replace(params, decoder=name)) for name in model.decoders}
+    assert not np.array_equal(pictures["full"], pictures["tiny"])
+    np.testing.assert_array_equal(read(output), pictures[decoder])
+
+
+def test_a_checkpoint_without_a_tiny_decoder_says_so(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = without_tiny_vae(tiny_checkpoint, tmp_path / "copy")
+    says = complaint(command(folder, tmp_path / "apple.png", "--decoder", "tiny"), capsys)
+    assert "decoder is 'tiny'; " in says and says.endswith(" has full")
+    assert "invalid choice: 'jpeg'" in complaint(command(folder, tmp_path / "apple.png", "--decoder", "jpeg"), capsys)
+
+
+@pytest.mark.parametrize("has_tiny_vae", [True, False])
+def test_previews_are_what_each_step_but_the_last_would_give(
+    tiny_checkpoint: Path, tmp_path: Path, has_tiny_vae: bool
+) -> None:
+    """By the cheapest decoder that there is."""
+    folder = tiny_checkpoint if has_tiny_vae else without_tiny_vae(tiny_checkpoint, tmp_path / "copy")
+    output = tmp_path / "apple.webp"
+    assert main(command(folder, output, "--seed", "7", "--steps", "3", "--previews")) == 0
+    written = sorted(file.name for file in tmp_path.iterdir() if file.is_file())
+    assert written == ["apple.step1.webp", "apple.step2.webp", "apple.webp"]
+    model = load_model(folder, device="cpu")
+    seen: dict[int, Pixels] = {}
+    params = SamplingParams("a red apple", 7, 3, *model.recipe.native_sizes[0])
+    expected = generate(model, params, seen.__setitem__)
+    np.testing.assert_array_equal(read(output), expected)
+    for step, preview in seen.items():
+        np.testing.assert_array_equal(read(tmp_path / f"apple.step{step}.webp"), preview)
+        assert not np.array_equal(preview, expected)
+
+
+def test_one_step_has_no_previews(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    assert main(command(tiny_checkpoint, tmp_path / "apple.png", "--steps", "1", "--previews")) == 0
+    assert [file.name for file in tmp_path.iterdir()] == ["apple.png"]
+
+
+def test_what_the_backend_cannot_do_is_refused_in_one_sentence(
+    tiny_checkpoint: Path, tiny_artifacts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    artifacts = ["--artifacts", str(tiny_artifacts)]
+    for options, says in (
+        (["--backend", "abacus"], "invalid choice: 'abacus'"),
+        (["--precision", "int8"], "torch does not run int8; choose fp32, bf16, fp16"),
+        (["--threads", "-1"], "threads is -1; give a number of cores, or 0"),
+        (artifacts, f"--artifacts is {tiny_artifacts}; torch runs the checkpoint itself"),
+        (["--backend", "tensorrt", *artifacts], f"--output {tiny_artifacts} --backend tensorrt`"),
+        (["--backend", "openvino", "--artifacts", str(tmp_path)], f"{tmp_path / 'manifest.json'} cannot be read"),
+    ):
+        assert says in complaint(command(tiny_checkpoint, tmp_path / "apple.png", *options), capsys)
+    assert not (tmp_path / "apple.png").exists()
+
+
+def test_the_fallback_is_named_and_explained(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--backend", "openvino", "--artifacts", str(tmp_path), "--allow-fallback", "--seed", "7"]
+    assert main(command(tiny_checkpoint, tmp_path / "apple.png", *options)) == 0
+    printed = capsys.readouterr()
+    assert printed.out.strip().endswith(" ms on torch fp32")
+    why = f"{tmp_path / 'manifest.json'} cannot be read"
+    assert f"backend: torch fp32 in place of openvino: {why}" in printed.err
+
+
+def without_tiny_vae(checkpoint: Path, copy: Path) -> Path:
+    shutil.copytree(checkpoint, copy, ignore=shutil.ignore_patterns("tiny_vae"))
+    recipe = json.loads((copy / RECIPE_FILE).read_text(encoding="utf-8"))
+    recipe["files"] = {name: sha256 for name, sha256 in recipe["files"].items() if not name.startswith("tiny_vae")}
+    (copy / RECIPE_FILE).write_text(json.dumps(recipe), encoding="utf-8")
+    return copy

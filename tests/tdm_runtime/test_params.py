@@ -58,6 +58,20 @@ def test_a_bad_prompt_is_refused(prompt: object, says: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "decoder", ["jpeg", "Full", "", None, 1, ["full"], "x" * 10_000_000], ids=lambda value: repr(value)[:30]
+)
+def test_a_decoder_that_there_is_not_is_refused(decoder: object) -> None:
+    error = refusal(decoder=decoder)
+    assert error.param == "decoder"
+    assert "it must be full or tiny" in str(error)
+
+
+def test_the_full_decoder_is_the_default() -> None:
+    assert GOOD.decoder == "full"
+    replace(GOOD, decoder="tiny").check_against(RECIPE)
+
+
+@pytest.mark.parametrize(
     "seed",
     [-1, MAX_SEED + 1, 2**53, 2**63, 2**64, -(2**63), True, False, 7.0, float("nan"), float("inf"), "7", "", None, [7]],
     ids=repr,

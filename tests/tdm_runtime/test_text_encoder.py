@@ -9,7 +9,9 @@ import pytest
 import torch
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from tdm_runtime.backends.pytorch import TorchBackend
 from tdm_runtime.checkpoint import open_checkpoint
+from tdm_runtime.components import TextEncoderModule
 from tdm_runtime.text_encoder import TextEncoder
 
 LONG_PROMPT = "a red apple above a green tree " * 20
@@ -19,13 +21,16 @@ MakeEncoder = Callable[..., TextEncoder]
 
 @pytest.fixture(scope="module")
 def parts(checkpoint_folder: Path) -> Parts:
-    return open_checkpoint(checkpoint_folder).load_text_encoder()
+    tokenizer: CLIPTokenizer = CLIPTokenizer.from_pretrained(checkpoint_folder / "tokenizer")
+    return tokenizer, open_checkpoint(checkpoint_folder).load_text_model()
 
 
 @pytest.fixture
-def make_encoder(parts: Parts) -> MakeEncoder:
+def make_encoder(parts: Parts, checkpoint_folder: Path) -> MakeEncoder:
     """Builds encoders with a cache of their own."""
-    return lambda **options: TextEncoder(*parts, torch.device("cpu"), **options)
+    tokenizer = open_checkpoint(checkpoint_folder).load_tokenizer()
+    backend = TorchBackend(TextEncoderModule(parts[1]), torch.device("cpu"))
+    return lambda **options: TextEncoder(tokenizer, backend, **options)
 
 
 @pytest.mark.parametrize(

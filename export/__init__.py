@@ -1,0 +1,1 @@
+"""Checkpoint -> ONNX -> what each backend runs, with measured parity and a manifest."""

@@ -1,0 +1,194 @@
+"""The published architectures that exports are tried on, as data, and models of them with random weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tdm_runtime.components import ComponentName
+
+
+@dataclass(frozen=True)
+class RealSize:
+    """One component of a published model."""
+
+    model_class: str
+    """Of diffusers, or `CLIPTextModel`."""
+    config: Mapping[str, Any]
+    sizes: Mapping[str, int]
+    """The published shape of one call, in latents: what is timed."""
+    tokens: int = 0
+    """L of the prompt embeddings that a denoiser reads."""
+    text_dim: int = 0
+    """D of the same."""
+    note: str = ""
+    """What `sizes` are, where they are not the published ones."""
+
+    @property
+    def small(self) -> Mapping[str, int]:
+        """A shape at which torch can be asked too, other than the traced one in batch, height and width."""
+        return {**self.sizes, "batch": 3, "height": 10, "width": 16}
+
+
+def _clip_large() -> dict[str, Any]:
+    return {
+        "vocab_size": 49408,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "max_position_embeddings": 77,
+        "projection_dim": 768,
+        "hidden_act": "quick_gelu",
+        "bos_token_id": 0,  # as the embedded checkpoint's tokenizer has them
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+    }
+
+
+def _autoencoder_kl(scaling_factor: float, sample_size: int) -> dict[str, Any]:
+    return {
+        "block_out_channels": (128, 256, 512, 512),
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "layers_per_block": 2,
+        "latent_channels": 4,
+        "norm_num_groups": 32,
+        "sample_size": sample_size,
+        "scaling_factor": scaling_factor,
+    }
+
+
+_SD15_UNET = {
+    "sample_size": 64,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "layers_per_block": 2,
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+    "time_cond_proj_dim": 256,
+}
+
+_SDXL_UNET = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "layers_per_block": 2,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+    "time_cond_proj_dim": 256,
+}
+
+_PIXART = {
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "in_channels": 4,
+    "out_channels": 8,
+    "num_layers": 28,
+    "cross_attention_dim": 1152,
+    "caption_channels": 4096,
+    "sample_size": 64,
+    "use_additional_conditions": False,
+}
+
+_COGVIDEOX_2B = {
+    "num_attention_heads": 30,
+    "attention_head_dim": 64,
+    "in_channels": 16,
+    "out_channels": 16,
+    "num_layers": 30,
+    "text_embed_dim": 4096,
+    "time_embed_dim": 512,
+    "max_text_seq_length": 226,
+    "sample_width": 90,
+    "sample_height": 60,
+    "sample_frames": 49,
+}
+
+_COGVIDEOX_VAE = {
+    "down_block_types": ("CogVideoXDownBlock3D",) * 4,
+    "up_block_types": ("CogVideoXUpBlock3D",) * 4,
+    "block_out_channels": (128, 256, 256, 512),
+    "layers_per_block": 3,
+    "latent_channels": 16,
+    "sample_height": 480,
+    "sample_width": 720,
+    "scaling_factor": 1.15258426,
+}
+
+_LATENTS_512 = {"batch": 1, "height": 64, "width": 64}
+_LATENTS_1024 = {"batch": 1, "height": 128, "width": 128}
+_LATENTS_VIDEO = {"batch": 1, "frames": 13, "height": 60, "width": 90}
+_LATENTS_VIDEO_CUT = {**_LATENTS_VIDEO, "frames": 3}
+
+REAL_SIZES: Mapping[str, Mapping[ComponentName, RealSize]] = {
+    "sd15": {
+        "text_encoder": RealSize("CLIPTextModel", _clip_large(), {"batch": 1}),
+        "denoiser": RealSize("UNet2DConditionModel", _SD15_UNET, _LATENTS_512, 77, 768),
+        "decoder": RealSize("AutoencoderKL", _autoencoder_kl(0.18215, 512), _LATENTS_512),
+        "tiny_decoder": RealSize("AutoencoderTiny", {}, _LATENTS_512),
+    },
+    "pixart": {
+        "denoiser": RealSize("PixArtTransformer2DModel", _PIXART, _LATENTS_512, 120, 4096),
+        "decoder": RealSize("AutoencoderKL", _autoencoder_kl(0.18215, 512), _LATENTS_512),
+    },
+    "sdxl": {
+        "denoiser": RealSize("UNet2DConditionModel", _SDXL_UNET, _LATENTS_1024, 77, 2048),
+        "decoder": RealSize("AutoencoderKL", _autoencoder_kl(0.13025, 1024), _LATENTS_1024),
+    },
+    "cogvideox-2b": {
+        "denoiser": RealSize("CogVideoXTransformer3DModel", _COGVIDEOX_2B, _LATENTS_VIDEO, 226, 4096),
+        "decoder": RealSize("AutoencoderKLCogVideoX", _COGVIDEOX_VAE, _LATENTS_VIDEO_CUT, note="9 of 49 frames"),
+    },
+}
+"""Model -> component. PixArt's is the one of 512 pixels; SDXL's and CogVideoX's text encoders are left out."""
+
+
+def random_model(component: RealSize, seed: int = 0) -> nn.Module:
+    """Build a component with random weights that keep activations near 1; float32, eval mode.
+
+    Weights are drawn once: what the libraries would draw first, in vain, takes minutes for billions of them.
+    """
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        model = empty_model(component)
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            drawn = _random_weight(parameter, is_scale=name == "weight", generator=generator)
+            setattr(module, name, nn.Parameter(drawn, requires_grad=False))
+    return model.eval()
+
+
+def empty_model(component: RealSize) -> nn.Module:
+    """Build a component as its library does, with whatever weights that gives."""
+    model: nn.Module
+    if component.model_class == "CLIPTextModel":
+        from transformers import CLIPTextConfig, CLIPTextModel
+
+        model = CLIPTextModel(CLIPTextConfig(**component.config))
+    else:
+        import diffusers
+
+        model = getattr(diffusers, component.model_class)(**component.config)
+    return model
+
+
+def _random_weight(like: Tensor, *, is_scale: bool, generator: torch.Generator) -> Tensor:
+    """Matrices and kernels normal with the variance 1 / fan_in; of vectors, scales one and biases zero."""
+    if like.ndim > 1:
+        return torch.empty(like.shape).normal_(std=1 / math.sqrt(like[0].numel()), generator=generator)
+    return torch.ones(like.shape) if is_scale else torch.zeros(like.shape)

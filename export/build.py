@@ -1,0 +1,185 @@
+"""Checkpoint -> artifacts folder: ONNX, then what each backend runs, then the manifest."""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from export.errors import ExportError
+from export.onnx_export import OPSET, export_onnx
+from export.openvino_build import Inputs, write_int8_ir, write_ir
+from export.prompts import CALIBRATION
+from tdm_runtime.backends import Backend, BackendName, Precision
+from tdm_runtime.checkpoint import Checkpoint, file_sha256
+from tdm_runtime.components import Interface, component_names, load_component
+from tdm_runtime.decoder import Decoder
+from tdm_runtime.loaded_model import component_backend, load_build
+from tdm_runtime.manifest import MANIFEST_FILE, TOOLS, Build, BuiltComponent, Manifest, installed
+from tdm_runtime.params import SamplingParams
+from tdm_runtime.pipeline import generate
+
+Target = tuple[BackendName, Precision]
+Announce = Callable[[str], None]
+"""Told what is done next."""
+
+ONNX_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """What to build of a checkpoint."""
+
+    targets: tuple[Target, ...]
+    """(backend, precision), the best of a backend first."""
+    calibration: tuple[str, ...] = CALIBRATION
+    """Prompts whose pictures give int8 activations their ranges."""
+
+    def steps(self, checkpoint: Checkpoint) -> int:
+        """How many announcements `build_artifacts` makes."""
+        backends = [backend for backend, _ in self.targets]
+        # Each component to ONNX, to OpenVINO once for all its precisions, to TensorRT for each.
+        rounds = 1 + ("openvino" in backends) + backends.count("tensorrt")
+        int8 = 3 if ("openvino", "int8") in self.targets else 0
+        return rounds * len(component_names(checkpoint)) + int8
+
+
+def build_artifacts(checkpoint: Checkpoint, plan: BuildPlan, folder: Path, announce: Announce) -> Manifest:
+    """Build everything into `folder`, which appears when all of it is done and replaces what was there.
+
+    Raises:
+        ExportError: naming the component and what stands in the way.
+    """
+    _check_replaceable(folder)
+    with _replacing(folder) as partial:
+        interfaces: dict[str, Interface] = {}
+        onnx: dict[str, Mapping[str, str]] = {}
+        for name in component_names(checkpoint):
+            announce(f"{name}: PyTorch to ONNX")
+            module, interfaces[name] = load_component(checkpoint, name)
+            export_onnx(module, interfaces[name], partial / f"{name}.onnx", title=name)
+            del module
+            gc.collect()  # one component's weights at a time
+            onnx[name] = _hashed(partial, f"{name}.onnx", f"{name}.onnx.data")
+        manifest = Manifest(
+            checkpoint=checkpoint.recipe.name,
+            fingerprint=checkpoint.fingerprint,
+            weights=checkpoint.recipe.files,
+            tools=installed(TOOLS),
+            opset=OPSET,
+            interfaces=interfaces,
+            onnx=onnx,
+            builds=(),
+        )
+        for target in plan.targets:
+            build = _build(checkpoint, manifest, target, plan, partial, announce)
+            manifest = replace(manifest, builds=(*manifest.builds, build))
+        manifest.save(partial)
+    return manifest
+
+
+def _build(
+    checkpoint: Checkpoint, manifest: Manifest, target: Target, plan: BuildPlan, folder: Path, announce: Announce
+) -> Build:
+    match target:
+        case ("onnxruntime", "fp32"):
+            components = {name: BuiltComponent(files) for name, files in manifest.onnx.items()}
+            package = "onnxruntime-gpu" if installed(["onnxruntime-gpu"]) else "onnxruntime"
+            return Build("onnxruntime", "fp32", components, installed([package]))
+        case ("openvino", "bf16" | "fp32" as precision):
+            return Build("openvino", precision, _ir(manifest, folder, announce), installed(["openvino"]))
+        case ("openvino", "int8"):
+            components = dict(_ir(manifest, folder, announce))
+            half = Build("openvino", "fp32", components, installed(["openvino"]))
+            announce("pictures that calibrate int8")
+            calls = component_calls(checkpoint, manifest, half, folder, plan.calibration)
+            for name, channels in (("denoiser", checkpoint.latent_channels), ("decoder", 3)):
+                announce(f"{name}: int8")
+                write_int8_ir(folder / f"{name}.onnx", folder / f"{name}.int8.xml", calls[name], channels)
+                components[name] = BuiltComponent(_hashed(folder, f"{name}.int8.xml", f"{name}.int8.bin"))
+            return Build("openvino", "int8", components, installed(["openvino"]))
+        case ("tensorrt", precision):
+            from export.tensorrt_build import build_tensorrt
+
+            return build_tensorrt(checkpoint, manifest, precision, folder, announce)
+    backend, precision = target
+    raise ExportError(f"{backend} is not built at {precision}; see `tdm-export --help` for what is")
+
+
+def _ir(manifest: Manifest, folder: Path, announce: Announce) -> Mapping[str, BuiltComponent]:
+    """Every component's IR; it serves all precisions but int8, so it is written once."""
+    components = {}
+    for name in manifest.onnx:
+        if not (folder / f"{name}.xml").is_file():
+            announce(f"{name}: ONNX to OpenVINO")
+            write_ir(folder / f"{name}.onnx", folder / f"{name}.xml")
+        components[name] = BuiltComponent(_hashed(folder, f"{name}.xml", f"{name}.bin"))
+    return components
+
+
+def component_calls(
+    checkpoint: Checkpoint, manifest: Manifest, build: Build, folder: Path, prompts: Sequence[str]
+) -> Mapping[str, list[Inputs]]:
+    """What denoiser and decoder are called with while they make one picture of each prompt, at every K in turn."""
+    model = load_build(checkpoint, manifest, build, folder)
+    denoiser = _Recorder(model.denoiser, manifest.interfaces["denoiser"])
+    decoder = _Recorder(component_backend(manifest, build, folder, "decoder"), manifest.interfaces["decoder"])
+    recorded = replace(model, denoiser=denoiser, decoders={"full": Decoder(decoder, checkpoint.downscale)})
+    recipe = model.recipe
+    width, height = recipe.native_sizes[0]
+    for seed, prompt in enumerate(prompts):
+        steps = recipe.step_counts[seed % len(recipe.step_counts)]
+        generate(recorded, SamplingParams(prompt, seed, steps, width, height))
+    return {"denoiser": denoiser.calls, "decoder": decoder.calls}
+
+
+class _Recorder:
+    """A backend that keeps what it is called with."""
+
+    def __init__(self, backend: Backend, interface: Interface) -> None:
+        self.device = backend.device
+        self._backend = backend
+        self._names = [spec.name for spec in interface.inputs]
+        self.calls: list[Inputs] = []
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        arrays: list[NDArray[Any]] = [tensor.clone().numpy() for tensor in inputs]
+        self.calls.append(dict(zip(self._names, arrays, strict=True)))
+        return self._backend(*inputs)
+
+
+def _hashed(folder: Path, *names: str) -> Mapping[str, str]:
+    """Those of the files that there are (a small model's weights may lie in its one file) -> sha256."""
+    return {name: file_sha256(folder / name) for name in names if (folder / name).is_file()}
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Nothing but artifacts is ever removed."""
+    is_free = folder.is_dir() and not any(folder.iterdir())
+    if folder.exists() and not is_free and not (folder / MANIFEST_FILE).is_file():
+        raise ExportError(f"{folder} holds other things than artifacts; choose another with --output")
+
+
+@contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the place of `folder` when all went well and vanishes otherwise."""
+    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    except OSError as error:
+        raise ExportError(f"{folder} cannot be written ({error}); choose another with --output") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

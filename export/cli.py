@@ -1,0 +1,175 @@
+"""`tdm-export`: build and verify what the fast backends run."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import get_args
+
+from tdm_runtime.backends import BackendName, Precision
+from tdm_runtime.checkpoint import DEFAULT_CHECKPOINT, Checkpoint, open_checkpoint
+from tdm_runtime.errors import TDMError
+from tdm_runtime.manifest import Manifest, default_artifacts, gpu_architecture, installed, load_manifest
+
+USAGE_ERROR = 2
+EXPORTED: tuple[BackendName, ...] = ("openvino", "onnxruntime", "tensorrt")
+PRECISIONS: dict[BackendName, tuple[Precision, ...]] = {
+    "openvino": ("bf16", "fp32", "int8"),
+    "onnxruntime": ("fp32",),
+    "tensorrt": ("bf16", "fp16", "fp32", "fp8"),
+}
+"""What each backend is built at, its best first."""
+
+Target = tuple[BackendName, Precision]
+Targets = tuple[Target, ...]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command. Returns the exit status."""
+    parser = build_parser()
+    given = parser.parse_args(arguments)
+    targets = _targets(parser, given.backend, given.precision)
+    prompts = _prompts(parser, given.prompts) if given.prompts else None
+    try:
+        checkpoint = open_checkpoint(given.checkpoint)
+        folder = given.output.resolve() if given.output else default_artifacts(checkpoint)
+        if given.verify:
+            manifest = _verified(checkpoint, load_manifest(folder, checkpoint), folder, prompts)
+        elif not given.force and (known := _up_to_date(checkpoint, folder, targets)) is not None:
+            print(f"{folder} is up to date")
+            manifest = known
+        else:
+            manifest = _built(checkpoint, folder, _and_those_there(checkpoint, folder, targets), prompts)
+    except TDMError as error:
+        print(f"tdm-export: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    from export.verify import parity_table
+
+    print(parity_table(manifest))
+    print(f"\n{folder}: {', '.join(build.name for build in manifest.builds)}")
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="tdm-export", description="Compile a checkpoint for the fast backends and measure that pictures stay."
+    )
+    parser.add_argument("checkpoint", type=Path, nargs="?", default=DEFAULT_CHECKPOINT, help="folder (%(default)s)")
+    parser.add_argument("--output", type=Path, help="artifacts folder; by default a cache that servers look into")
+    parser.add_argument(
+        "--backend",
+        default="tensorrt" if gpu_architecture() and installed(["tensorrt"]) else "openvino",
+        help=f"one or more of {', '.join(EXPORTED)}, with commas (%(default)s)",
+    )
+    parser.add_argument(
+        "--precision",
+        help="one or more of "
+        + "; ".join(f"{backend}: {', '.join(precisions)}" for backend, precisions in PRECISIONS.items())
+        + " (each backend's first)",
+    )
+    parser.add_argument("--verify", action="store_true", help="build nothing: measure again what is there")
+    parser.add_argument("--prompts", type=Path, help="file with a prompt a line, in place of the built-in ones")
+    parser.add_argument("--force", action="store_true", help="build even what is up to date")
+    return parser
+
+
+def _prompts(parser: argparse.ArgumentParser, file: Path) -> tuple[str, ...]:
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        parser.error(f"the prompts {file} cannot be read: {error}")
+    if not (prompts := tuple(line for line in lines if line.strip())):
+        parser.error(f"the prompts {file} are empty; write one a line")
+    return prompts
+
+
+def _targets(parser: argparse.ArgumentParser, backends: str, precisions: str | None) -> Targets:
+    wanted = precisions.split(",") if precisions else None
+    if unknown := set(wanted or ()) - set(get_args(Precision)):
+        parser.error(f"unknown precision {', '.join(sorted(unknown))}; choose from {', '.join(get_args(Precision))}")
+    targets: list[Target] = []
+    for backend in backends.split(","):
+        if backend not in EXPORTED:
+            parser.error(f"unknown backend {backend!r}; choose from {', '.join(EXPORTED)}")
+        built = PRECISIONS[backend]
+        chosen = built[:1] if wanted is None else tuple(precision for precision in built if precision in wanted)
+        if not chosen:
+            parser.error(f"{backend} is built at {', '.join(built)}; --precision names none of them")
+        targets += [(backend, precision) for precision in chosen]
+    return tuple(targets)
+
+
+def _and_those_there(checkpoint: Checkpoint, folder: Path, targets: Targets) -> Targets:
+    """The targets and what the folder holds already: it is replaced as a whole."""
+    try:
+        there = {(build.backend, build.precision) for build in load_manifest(folder, checkpoint).builds}
+    except TDMError:
+        return targets
+    wanted = there | set(targets)
+    return tuple(
+        (name, precision) for name in EXPORTED for precision in PRECISIONS[name] if (name, precision) in wanted
+    )
+
+
+def _up_to_date(checkpoint: Checkpoint, folder: Path, targets: Targets) -> Manifest | None:
+    """The manifest that is there, where it has every target for this machine and was verified."""
+    from tdm_runtime.manifest import check_build
+
+    try:
+        manifest = load_manifest(folder, checkpoint)
+        for backend, precision in targets:
+            build = manifest.find(backend, precision)
+            if build is None or not build.pictures:
+                return None
+            check_build(manifest, build, folder, checkpoint)
+    except TDMError:
+        return None
+    return manifest
+
+
+def _built(checkpoint: Checkpoint, folder: Path, targets: Targets, prompts: tuple[str, ...] | None) -> Manifest:
+    from export.build import BuildPlan, build_artifacts
+
+    plan = BuildPlan(targets)
+    with _progress(plan.steps(checkpoint)) as announce:
+        manifest = build_artifacts(checkpoint, plan, folder, announce)
+    return _verified(checkpoint, manifest, folder, prompts)
+
+
+def _verified(checkpoint: Checkpoint, manifest: Manifest, folder: Path, prompts: tuple[str, ...] | None) -> Manifest:
+    from export.verify import VerifyConfig, verify
+
+    config = VerifyConfig() if prompts is None else VerifyConfig(prompts)
+    with _progress(1 + len(manifest.builds) + len(manifest.interfaces)) as announce:
+        manifest = verify(checkpoint, manifest, folder, config, announce)
+    manifest.save(folder)
+    return manifest
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[str], None]]:
+    """A bar on stderr, and the time that it took."""
+    from tqdm import tqdm
+
+    started_s = time.monotonic()
+    with tqdm(total=total, bar_format="{l_bar}{bar:20}| {n_fmt}/{total_fmt} {desc}", file=sys.stderr) as bar:
+
+        def announce(what: str) -> None:
+            if bar.desc:
+                bar.update()
+            bar.set_description_str(what)
+
+        yield announce
+        bar.update()
+        bar.set_description_str(f"done in {time.monotonic() - started_s:.0f} s")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(main())

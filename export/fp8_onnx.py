@@ -1,0 +1,131 @@
+"""float16 ONNX -> the same with its products of activations and weights in fp8 (E4M3), for TensorRT.
+
+Both factors pass a QuantizeLinear and a DequantizeLinear of one scale a tensor, which TensorRT folds into an fp8
+kernel. Convolutions, attention's own products and what embeds timestep and K stay float16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tdm_runtime.backends import Backend
+from tdm_runtime.checkpoint import Checkpoint
+from tdm_runtime.loaded_model import load_with_torch
+from tdm_runtime.params import SamplingParams
+from tdm_runtime.pipeline import generate
+
+Call = Mapping[str, NDArray[Any]]
+"""Input name -> array, of one denoiser call."""
+
+E4M3_MAX = 448.0
+
+
+def write_fp8_onnx(onnx_file: Path, file: Path, calls: Sequence[Call]) -> None:
+    """Write `file`, in the folder of `onnx_file`, whose weights it shares.
+
+    Args:
+        onnx_file: float16.
+        calls: denoiser calls of real pictures; activations get their scales from them.
+    """
+    import onnx
+
+    model = onnx.load(onnx_file, load_external_data=False)
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    products = [
+        node
+        for node in model.graph.node  # with rows of tokens: Gemm is the exporter's product of plain vectors
+        if node.op_type == "MatMul" and node.input[1] in weights and node.input[0] not in weights
+    ]
+    greatest = _greatest_activations(onnx_file, [node.input[0] for node in products], calls)
+    for node in products:
+        stored = onnx.numpy_helper.to_array(weights[node.input[1]], base_dir=str(onnx_file.parent))
+        greatest[node.input[1]] = float(np.abs(stored.astype(np.float32)).max())
+    rounded = {name: _round_to_fp8(model.graph, name, value) for name, value in greatest.items()}
+    for node in products:
+        node.input[0], node.input[1] = rounded[node.input[0]], rounded[node.input[1]]
+    _sort(model.graph)
+    onnx.save(model, file)
+
+
+def record_calls(checkpoint: Checkpoint, prompts: Sequence[str]) -> list[Call]:
+    """The denoiser's inputs while torch makes one picture of each prompt, at every step count in turn."""
+    model = load_with_torch(checkpoint)
+    recorder = _Recorder(model.denoiser)
+    recipe = model.recipe
+    width, height = recipe.native_sizes[0]
+    for seed, prompt in enumerate(prompts):
+        steps = recipe.step_counts[seed % len(recipe.step_counts)]
+        generate(replace(model, denoiser=recorder), SamplingParams(prompt, seed, steps, width, height))
+    return recorder.calls
+
+
+class _Recorder:
+    """A denoiser that keeps what it is called with."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.device = backend.device
+        self._backend = backend
+        self.calls: list[Call] = []
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        names = ("latents", "timesteps", "step_counts", "prompt_embeds")
+        self.calls.append({name: tensor.cpu().numpy().copy() for name, tensor in zip(names, inputs, strict=True)})
+        return self._backend(*inputs)
+
+
+def _greatest_activations(onnx_file: Path, names: Sequence[str], calls: Sequence[Call]) -> dict[str, float]:
+    """The greatest magnitude of each tensor over all calls, run on the CPU."""
+    import onnx
+    import onnxruntime
+
+    model = onnx.load(onnx_file, load_external_data=False)
+    watched = list(dict.fromkeys(names))
+    for index, name in enumerate(watched):
+        model.graph.node.append(onnx.helper.make_node("Abs", [name], [f"magnitude_{index}"]))
+        model.graph.node.append(
+            onnx.helper.make_node("ReduceMax", [f"magnitude_{index}"], [f"greatest_{index}"], keepdims=0)
+        )
+        model.graph.output.append(onnx.helper.make_tensor_value_info(f"greatest_{index}", onnx.TensorProto.FLOAT16, []))
+    probe = onnx_file.with_name(f"{onnx_file.stem}.probe.onnx")
+    onnx.save(model, probe)
+    try:
+        session = onnxruntime.InferenceSession(probe, providers=["CPUExecutionProvider"])
+    finally:
+        probe.unlink()
+    outputs = [f"greatest_{index}" for index in range(len(watched))]
+    found = np.array([session.run(outputs, dict(call)) for call in calls], dtype=np.float32)
+    return dict(zip(watched, found.max(axis=0).tolist(), strict=True))
+
+
+def _round_to_fp8(graph: Any, name: str, greatest: float) -> str:
+    """Append nodes that round a float16 tensor to E4M3. Returns the name of the result."""
+    import onnx
+
+    scale, zero, quantised, rounded = (f"{name}.fp8_{part}" for part in ("scale", "zero", "quantised", "rounded"))
+    step = np.array(max(greatest / E4M3_MAX, float(np.finfo(np.float16).tiny)), dtype=np.float16)
+    graph.initializer.append(onnx.numpy_helper.from_array(step, scale))
+    graph.initializer.append(onnx.helper.make_tensor(zero, onnx.TensorProto.FLOAT8E4M3FN, [], [0.0]))
+    graph.node.append(onnx.helper.make_node("QuantizeLinear", [name, scale, zero], [quantised]))
+    graph.node.append(onnx.helper.make_node("DequantizeLinear", [quantised, scale, zero], [rounded]))
+    return rounded
+
+
+def _sort(graph: Any) -> None:
+    """Put every node behind those that it reads, as ONNX asks."""
+    known = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer} | {""}
+    waiting, ordered = list(graph.node), []
+    while waiting:
+        ready = [node for node in waiting if known.issuperset(node.input)]
+        assert ready, "the graph has a cycle"
+        ordered += ready
+        known.update(output for node in ready for output in node.output)
+        waiting = [node for node in waiting if not known.issuperset(node.output)]
+    del graph.node[:]
+    graph.node.extend(ordered)

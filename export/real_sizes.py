@@ -1,0 +1,318 @@
+"""Full-size architectures with random weights: exported, converted and run on this machine, one at a time.
+
+Every stage of every component runs in a process of its own, so that its peak of memory is its own. What was
+measured is kept in OUTPUT/results.jsonl: a second run goes on where the first one stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+from xml.etree import ElementTree
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from export.architectures import REAL_SIZES, RealSize, random_model
+from export.families import VideoDecoderModule, interface_of
+from export.onnx_export import export_onnx
+from export.openvino_build import write_ir
+from tdm_runtime.checkpoint import (
+    DEFAULT_CHECKPOINT,
+    TINY_VAE,
+    TINY_VAE_WEIGHTS,
+    WEIGHT_FILES,
+    file_sha256,
+    open_checkpoint,
+)
+from tdm_runtime.components import ComponentName, DecoderModule, Interface, TextEncoderModule
+from tdm_runtime.models import denoiser_for
+from tdm_runtime.recipe import RECIPE_FILE, load_recipe
+
+Figures = dict[str, Any]
+RESULTS_FILE = "results.jsonl"
+MAX_CALLS = 5
+MAX_CALLS_S = 120.0
+"""Calls are repeated until one of the two is reached, and the first is left out; a slower one is the only one."""
+_CHECKPOINT_FOLDERS: Mapping[ComponentName, str] = {
+    "text_encoder": "text_encoder",
+    "denoiser": "unet",
+    "decoder": "vae",
+    "tiny_decoder": TINY_VAE,
+}
+
+
+def write_random_sd15(folder: Path) -> None:
+    """Write a checkpoint of Stable Diffusion 1.5's full size with random weights, float16 on disk (2.1 GB).
+
+    It is sampled as the embedded checkpoint is (recipe, scheduler, tokenizer), at 512x512 pixels.
+
+    Raises:
+        CheckpointError: what was written would not be served.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for component, part in _CHECKPOINT_FOLDERS.items():
+        model: Any = random_model(REAL_SIZES["sd15"][component])
+        model.to(torch.float16).save_pretrained(folder / part)
+    _copy_tokenizer(DEFAULT_CHECKPOINT / "tokenizer", folder / "tokenizer", max_tokens=77)
+    shutil.copytree(DEFAULT_CHECKPOINT / "scheduler", folder / "scheduler", dirs_exist_ok=True)
+    shutil.copy(DEFAULT_CHECKPOINT / "model_index.json", folder)
+    recipe = replace(
+        load_recipe(DEFAULT_CHECKPOINT),
+        name="sd15-random",
+        native_sizes=((512, 512),),
+        files={name: file_sha256(folder / name) for name in (*WEIGHT_FILES, TINY_VAE_WEIGHTS)},
+    )
+    (folder / RECIPE_FILE).write_text(recipe.to_json(), encoding="utf-8")
+    open_checkpoint(folder)
+
+
+def _copy_tokenizer(source: Path, target: Path, max_tokens: int) -> None:
+    target.mkdir(exist_ok=True)
+    shutil.copy(source / "tokenizer.json", target)
+    config = json.loads((source / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config |= {"model_max_length": max_tokens, "max_length": max_tokens}
+    (target / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def module_of(component: RealSize) -> tuple[nn.Module, Interface]:
+    """A component with random weights and what it is called with. K enters with random weights too."""
+    model: Any = random_model(component)
+    if component.model_class == "CLIPTextModel":
+        text_encoder = TextEncoderModule(model)
+        return text_encoder, text_encoder.interface()
+    if component.model_class == "AutoencoderKLCogVideoX":
+        video_decoder = VideoDecoderModule(model)
+        return video_decoder, video_decoder.interface(component.sizes["frames"])
+    if component.model_class.startswith("Autoencoder"):
+        decoder = DecoderModule(model)
+        return decoder, decoder.interface()
+    denoiser = denoiser_for(model)
+    if denoiser.condition_dim is None:
+        denoiser.add_step_condition()
+        nn.init.normal_(denoiser.timestep_embedding.cond_proj.weight, std=1 / 16)
+    return denoiser, interface_of(denoiser, component.tokens, component.text_dim)
+
+
+def _export(component: RealSize, folder: Path) -> Figures:
+    """Ask torch at the small shape, then write the ONNX file."""
+    module, interface = module_of(component)
+    inputs = interface.random_inputs(component.small, torch.Generator().manual_seed(1))
+    named = {spec.name: tensor for spec, tensor in zip(interface.inputs, inputs, strict=True)}
+    with torch.no_grad():
+        expected = module(**named)
+    assert torch.isfinite(expected).all(), "random weights of this scale overflow"
+    _save_arrays(folder / "small.npz", named | {"expected": expected})
+    published = interface.random_inputs(component.sizes, torch.Generator().manual_seed(2))
+    _save_arrays(folder / "published.npz", dict(zip(named, published, strict=True)))
+    start, cpu_start = time.monotonic(), time.process_time()
+    export_onnx(module, interface, folder / "model.onnx", title=component.model_class)
+    seconds, cpu_seconds = time.monotonic() - start, time.process_time() - cpu_start
+    onnx_bytes = (folder / "model.onnx.data").stat().st_size
+    return {
+        "parameters": onnx_bytes // 4,
+        "export_s": seconds,
+        "export_cpu_s": cpu_seconds,
+        "onnx_bytes": onnx_bytes,
+    }
+
+
+def _save_arrays(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
+    np.savez(file, **arrays)
+
+
+def _convert(component: RealSize, folder: Path) -> Figures:
+    """Write the OpenVINO IR as `tdm-export` does, weights in float16, and drop the ONNX file."""
+    start = time.monotonic()
+    write_ir(folder / "model.onnx", folder / "model.xml")
+    _mark_compressed(folder / "model.xml")
+    seconds = time.monotonic() - start
+    for file in folder.glob("model.onnx*"):
+        file.unlink()
+    return {"convert_s": seconds, "ir_bytes": (folder / "model.bin").stat().st_size}
+
+
+def _mark_compressed(file: Path) -> None:
+    """Mark the conversions behind float16 weights as decompression: OpenVINO would make float32 copies of the rest.
+
+    On load that is a third less memory, 2.2 GiB for Stable Diffusion 1.5; the numbers are the same.
+    """
+    tree = ElementTree.parse(file)
+    layers = list(tree.iter("layer"))
+    halves = {layer.get("name") for layer in layers if layer.get("type") == "Const"}
+    for layer in layers:
+        if layer.get("type") == "Convert" and f"{layer.get('name')}/half" in halves and layer.find("rt_info") is None:
+            marks = ElementTree.Element("rt_info")
+            ElementTree.SubElement(marks, "attribute", name="decompression", version="0")
+            layer.insert(1, marks)  # behind <data>
+    tree.write(file)
+
+
+def _parity(component: RealSize, folder: Path) -> Figures:
+    """Relative L2 distance to torch at the small shape, in both precisions; the weights went through float16."""
+    import openvino
+
+    tensors = dict(np.load(folder / "small.npz"))
+    expected = tensors.pop("expected")
+    figures: Figures = {}
+    for precision in ("f32", "bf16"):
+        model = openvino.Core().read_model(folder / "model.xml")
+        program = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": precision})
+        figures[f"relative_l2_{precision}"] = _relative_l2(program(tensors)[0], expected)
+        del program, model
+    return figures
+
+
+def _run(component: RealSize, folder: Path) -> Figures:
+    """Time calls at the published shape."""
+    import openvino
+
+    tensors = dict(np.load(folder / "published.npz"))
+    start = time.monotonic()
+    model = openvino.Core().read_model(folder / "model.xml")
+    model.reshape({name: list(tensor.shape) for name, tensor in tensors.items()})
+    program = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
+    figures: Figures = {"load_s": time.monotonic() - start}
+    seconds: list[float] = []
+    cpu_seconds: list[float] = []
+    while len(seconds) <= MAX_CALLS and sum(seconds) < MAX_CALLS_S:
+        start, cpu_start = time.monotonic(), time.process_time()
+        output = program(tensors)[0]
+        seconds.append(time.monotonic() - start)
+        cpu_seconds.append(time.process_time() - cpu_start)
+    assert np.isfinite(output).all(), "the output is not finite"
+    warm = slice(1, None) if len(seconds) > 1 else slice(None)
+    return figures | {
+        "call_s": statistics.median(seconds[warm]),
+        "call_cpu_s": statistics.median(cpu_seconds[warm]),
+        "calls": len(seconds[warm]),
+        "output_shape": list(output.shape),
+    }
+
+
+STAGES: Mapping[str, Callable[[RealSize, Path], Figures]] = {
+    "export": _export,
+    "convert": _convert,
+    "parity": _parity,
+    "run": _run,
+}
+"""In order. Each leaves what the next one needs in the component's folder."""
+
+
+def _relative_l2(actual: NDArray[Any], expected: NDArray[Any]) -> float:
+    """Pixels are centred first."""
+    centre = 127.5 if expected.dtype == np.uint8 else 0.0
+    reference = expected.astype(np.float64) - centre
+    return float(np.linalg.norm(actual - centre - reference) / np.linalg.norm(reference))
+
+
+def _peak_rss_bytes() -> int:
+    """Of this process since it began; file pages that it mapped count."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+
+
+def measure(model: str, component: ComponentName, output: Path) -> Figures:
+    """Take one component through all stages, each in its own process.
+
+    Raises:
+        subprocess.CalledProcessError: a stage failed; what it said went to stderr.
+    """
+    folder = output / f"{model}-{component}"
+    folder.mkdir(parents=True, exist_ok=True)
+    figures: Figures = {"model": model, "component": component}
+    try:
+        for stage in STAGES:
+            command = [sys.executable, "-m", __spec__.name, model, "--output", str(output)]
+            answer = subprocess.run(
+                [*command, "--component", component, "--stage", stage], check=True, stdout=subprocess.PIPE, text=True
+            )
+            figures |= json.loads(answer.stdout.splitlines()[-1])
+    finally:
+        shutil.rmtree(folder)
+    return figures
+
+
+def table(results: Iterable[Figures]) -> str:
+    """The results as Markdown."""
+    lines = [
+        "| model | component | parameters, M | export, s | CPU s | peak, GiB | IR, GiB | L2 f32 | L2 bf16 "
+        "| shape out | load, s | call, s (calls) | CPU s | peak, GiB |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for one in results:
+        note = REAL_SIZES[one["model"]][one["component"]].note
+        lines.append(
+            f"| {one['model']} | {one['component']} | {one['parameters'] / 1e6:.1f} | {one['export_s']:.0f} "
+            f"| {one['export_cpu_s']:.0f} | {one['export_peak_bytes'] / 2**30:.1f} | {one['ir_bytes'] / 2**30:.2f} "
+            f"| {one['relative_l2_f32']:.0e} | {one['relative_l2_bf16']:.0e} "
+            f"| {'x'.join(map(str, one['output_shape']))}{note and f' ({note})'} | {one['load_s']:.1f} "
+            f"| {one['call_s']:.3g} ({one['calls']}) | {one['call_cpu_s']:.3g} | {one['run_peak_bytes'] / 2**30:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def _measure_all(models: Sequence[str], output: Path) -> int:
+    """Measure what is not yet in the results. Returns how many components failed."""
+    file = output / RESULTS_FILE
+    output.mkdir(parents=True, exist_ok=True)
+    results = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+    known = {(one["model"], one["component"]) for one in results}
+    failures = 0
+    for model in models:
+        for component in REAL_SIZES[model]:
+            if (model, component) in known:
+                continue
+            print(f"{model} {component} ...", file=sys.stderr, flush=True)
+            try:
+                results.append(measure(model, component, output))
+            except subprocess.CalledProcessError as error:
+                print(f"{model} {component} failed: {error.cmd[-1]} ended with {error.returncode}", file=sys.stderr)
+                failures += 1
+                continue
+            with file.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(results[-1]) + "\n")
+    print(table(results))
+    return failures
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command. Returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m export.real_sizes", description=__doc__)
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"{', '.join(REAL_SIZES)}; all when absent")
+    parser.add_argument("--output", type=Path, help="folder for the results; several GB are needed meanwhile")
+    parser.add_argument("--checkpoint", nargs=2, metavar=("MODEL", "DIR"), help="write a random checkpoint: sd15 only")
+    parser.add_argument("--component", help=argparse.SUPPRESS)
+    parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    if unknown := sorted(set(given.models) - set(REAL_SIZES)):
+        parser.error(f"unknown {', '.join(unknown)}; choose from {', '.join(REAL_SIZES)}")
+    if given.checkpoint:
+        if given.checkpoint[0] != "sd15":
+            parser.error(f"--checkpoint writes sd15, not {given.checkpoint[0]}")
+        write_random_sd15(Path(given.checkpoint[1]))
+        return 0
+    if given.output is None:
+        parser.error("give --output DIR or --checkpoint sd15 DIR")
+    if given.stage:
+        model, component = given.models[0], cast(ComponentName, given.component)
+        figures = STAGES[given.stage](REAL_SIZES[model][component], given.output / f"{model}-{component}")
+        print(json.dumps(figures | {f"{given.stage}_peak_bytes": _peak_rss_bytes()}))
+        return 0
+    return 1 if _measure_all(given.models or list(REAL_SIZES), given.output) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

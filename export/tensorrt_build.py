@@ -1,0 +1,276 @@
+"""ONNX files -> TensorRT plans, refittable so that a LoRA can be swapped without a rebuild.
+
+Networks are strongly typed: a plan computes in the precision that the ONNX file is written in.
+Not run yet: written against the API of TensorRT 10 and 11 (checked with the signatures of the 11.4 bindings), on a
+machine without a GPU. What prepares the ONNX files runs anywhere.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from export.errors import ExportError
+from export.fp8_onnx import record_calls, write_fp8_onnx
+from export.onnx_export import export_onnx
+from export.prompts import CALIBRATION
+from tdm_runtime.backends import TORCH_DTYPES, Precision
+from tdm_runtime.backends.tensorrt import BuiltFor, Log, SizeRange, built_for_file, import_tensorrt, refit
+from tdm_runtime.checkpoint import Checkpoint, file_sha256
+from tdm_runtime.components import ComponentName, Interface, component_names, load_component
+from tdm_runtime.decoder import MAX_CALL_PIXELS
+from tdm_runtime.errors import BackendError
+from tdm_runtime.manifest import Build, BuiltComponent, Manifest, default_artifacts, gpu_architecture, installed
+
+MAX_BATCH = 8
+"""Samples of one call, as many as an engine batches unless told otherwise; larger batches are cut."""
+TIMING_CACHE = "tensorrt-timing.cache"
+"""In the folder of all artifacts: kernel times serve every build on this machine."""
+LEAST_CAPABILITY: Mapping[Precision, tuple[int, int]] = {"bf16": (8, 0), "fp8": (8, 9)}
+"""Compute capability from which a GPU computes in a precision; the others run on all that TensorRT supports."""
+
+
+def build_tensorrt(
+    checkpoint: Checkpoint, manifest: Manifest, precision: Precision, folder: Path, announce: Callable[[str], None]
+) -> Build:
+    """Build every component of a checkpoint whose float32 ONNX files are in `folder`.
+
+    Args:
+        precision: at fp8 the denoiser's products are, and everything else is fp16.
+        announce: told of each component.
+
+    Raises:
+        BackendError: TensorRT or the GPU is missing, or the GPU does not compute in the precision.
+        ExportError: naming the component and what stands in the way.
+    """
+    import_tensorrt()
+    gpu = gpu_architecture()
+    require_capability(precision, gpu)
+    timing_cache = default_artifacts(checkpoint).parent / TIMING_CACHE
+    timing_cache.parent.mkdir(parents=True, exist_ok=True)
+    components: dict[str, BuiltComponent] = {}
+    profiles: dict[str, Mapping[str, SizeRange]] = {}
+    for name in component_names(checkpoint):
+        announce(f"{name}: ONNX to TensorRT {precision}")
+        interface, plan = manifest.interfaces[name], folder / f"{name}.{precision}.plan"
+        onnx_file = _onnx_in(precision, checkpoint, name, folder)
+        sizes = size_ranges(interface, _latent_sizes(checkpoint, name), MAX_BATCH)
+        profiles[name] = build_plan(onnx_file, plan, interface, sizes, timing_cache=timing_cache).sizes
+        components[name] = BuiltComponent({file.name: file_sha256(file) for file in (plan, built_for_file(plan))})
+        for left in folder.glob(f"{name}.{precision}.onnx*"):
+            left.unlink()
+    return Build("tensorrt", precision, components, installed(["tensorrt"]), gpu, profiles)
+
+
+def _onnx_in(precision: Precision, checkpoint: Checkpoint, name: ComponentName, folder: Path) -> Path:
+    """The component's ONNX file in a precision; float32 is there already."""
+    if precision == "fp32":
+        return folder / f"{name}.onnx"
+    file = folder / f"{name}.{precision}.onnx"
+    module, interface = load_component(checkpoint, name)
+    export_onnx(module, interface, file, title=name, dtype=TORCH_DTYPES["fp16" if precision == "fp8" else precision])
+    del module
+    gc.collect()  # the weights: TensorRT takes the memory next
+    if precision == "fp8" and name == "denoiser":
+        write_fp8_onnx(file, file, record_calls(checkpoint, CALIBRATION))
+    return file
+
+
+def _latent_sizes(checkpoint: Checkpoint, name: ComponentName) -> list[tuple[int, int]]:
+    """(height, width) of every call, in latents: of decoders those of tiles, where pictures are tiled."""
+    sizes = [
+        (height // checkpoint.downscale, width // checkpoint.downscale)
+        for width, height in checkpoint.recipe.native_sizes
+    ]
+    side = math.isqrt(MAX_CALL_PIXELS // checkpoint.downscale**2)
+    if not name.endswith("decoder"):
+        return sizes
+    return [(h, w) if h * w <= side**2 else (min(h, side), min(w, side)) for h, w in sizes]
+
+
+def size_ranges(
+    interface: Interface, latent_sizes: Iterable[tuple[int, int]], max_batch: int
+) -> Mapping[str, SizeRange]:
+    """What a plan takes, for each size that the interface names.
+
+    Args:
+        latent_sizes: (height, width) of pictures in latents; the first is the best.
+        max_batch: samples of one call, and the best.
+    """
+    heights, widths = zip(*latent_sizes, strict=True)
+    ranges = {
+        "batch": (1, max_batch, max_batch),
+        "height": (min(heights), heights[0], max(heights)),
+        "width": (min(widths), widths[0], max(widths)),
+    }
+    return {name: ranges[name] for name in interface.size_names}
+
+
+def build_plan(
+    onnx_file: Path,
+    plan: Path,
+    interface: Interface,
+    sizes: Mapping[str, SizeRange],
+    *,
+    timing_cache: Path | None = None,
+    refittable: bool = True,
+) -> BuiltFor:
+    """Build `plan`, for this machine's GPU, and write beside it what it was built for.
+
+    Args:
+        sizes: every size that the interface names -> least, best, greatest.
+        timing_cache: kernel times of earlier builds, read where it is there and written; a second build takes a
+            fraction of the first's minutes.
+        refittable: weights can be replaced, for a few per cent of speed.
+
+    Raises:
+        BackendError: TensorRT or the GPU is missing, or the GPU does not compute in the file's precision.
+        ExportError: TensorRT cannot read the file or finds no plan for it.
+    """
+    trt = import_tensorrt()
+    gpu, precision = gpu_architecture(), precision_of(onnx_file)
+    require_capability(precision, gpu)
+    assert gpu is not None
+    log = Log.of(trt)
+    builder = trt.Builder(log)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    _parse(trt, network, onnx_file, log)
+    config = builder.create_builder_config()
+    if refittable:
+        config.set_flag(trt.BuilderFlag.REFIT)
+    config.add_optimization_profile(_profile(builder, interface, sizes))
+    _read_timing_cache(config, timing_cache)
+    serialized = builder.build_serialized_network(network, config)
+    if serialized is None:
+        raise ExportError(f"TensorRT finds no plan for {onnx_file}: {log.last}")
+    _replace(plan, serialized)
+    if timing_cache is not None:
+        _replace(timing_cache, config.get_timing_cache().serialize())
+    built_for = BuiltFor(trt.__version__, gpu, precision, sizes)
+    built_for.save(plan)
+    return built_for
+
+
+def refit_plan(plan: Path, onnx_file: Path, target: Path) -> None:
+    """Write `target`: a plan with the weights of another ONNX file of the same graph, in seconds.
+
+    Raises:
+        ArtifactError: the plan was built elsewhere or is not refittable, or the file is of another graph.
+        BackendError: TensorRT or the GPU is missing.
+    """
+    trt = import_tensorrt()
+    built_for = BuiltFor.load(plan)
+    built_for.check_machine(plan, trt.__version__, gpu_architecture())
+    log = Log.of(trt)
+    runtime = trt.Runtime(log)
+    loaded = runtime.deserialize_cuda_engine(plan.read_bytes())
+    if loaded is None:
+        raise ExportError(f"TensorRT cannot load {plan}: {log.last}; build it again")
+    refit(loaded, onnx_file, log)
+    _replace(target, loaded.serialize())
+    built_for.save(target)
+
+
+def precision_of(onnx_file: Path) -> Precision:
+    """The least precise type that an ONNX file computes in."""
+    import onnx
+
+    graph = onnx.load(onnx_file, load_external_data=False).graph
+    types = {tensor.data_type for tensor in graph.initializer}
+    types |= {
+        attribute.i
+        for node in graph.node
+        for attribute in node.attribute
+        if attribute.name in ("to", "output_dtype")  # of Cast and QuantizeLinear
+    }
+    kinds = onnx.TensorProto
+    by_precision: Mapping[Precision, set[int]] = {
+        "fp8": {kinds.FLOAT8E4M3FN, kinds.FLOAT8E5M2},
+        "int8": {kinds.INT8},
+        "fp16": {kinds.FLOAT16},
+        "bf16": {kinds.BFLOAT16},
+    }
+    return next((precision for precision, found in by_precision.items() if found & types), "fp32")
+
+
+def require_capability(precision: Precision, gpu: str | None) -> None:
+    """Check that a GPU computes in a precision.
+
+    Args:
+        gpu: compute capability, as "sm_90"; None is a machine without a GPU.
+
+    Raises:
+        BackendError: naming the GPU, what the precision needs and what to choose.
+    """
+    if gpu is None:
+        raise BackendError("a TensorRT plan is built on the GPU that runs it; torch finds no CUDA device here")
+    least = LEAST_CAPABILITY.get(precision, (0, 0))
+    capability = int(gpu[3:-1]), int(gpu[-1])
+    if capability < least:
+        raise BackendError(
+            f"this GPU is {gpu}; {precision} needs sm_{least[0]}{least[1]} or later: choose "
+            f"{'bf16 or fp16' if capability >= LEAST_CAPABILITY['bf16'] else 'fp16'}"
+        )
+
+
+def _parse(trt: Any, network: Any, onnx_file: Path, log: Any) -> None:
+    """Read a file into a network.
+
+    Pixels become whole numbers last: TensorRT converts to uint8 at an output only.
+    """
+    import onnx
+
+    model = onnx.load(onnx_file, load_external_data=False)
+    cast_last(model)
+    prepared = onnx_file.with_name(f"{onnx_file.stem}.{os.getpid()}.onnx")  # beside the weights that it names
+    onnx.save(model, prepared)
+    parser = trt.OnnxParser(network, log)
+    try:
+        is_read = parser.parse_from_file(str(prepared))
+    finally:
+        prepared.unlink()
+    if not is_read:
+        errors = "; ".join(parser.get_error(n).desc() for n in range(parser.num_errors))
+        raise ExportError(f"TensorRT cannot read {onnx_file}: {errors or log.last}")
+
+
+def cast_last(model: Any) -> None:
+    """Where a model ends in Cast, Transpose: exchange the two. The result is the same."""
+    nodes = model.graph.node
+    if [node.op_type for node in nodes[-2:]] != ["Cast", "Transpose"] or nodes[-1].input[0] != nodes[-2].output[0]:
+        return
+    cast, transpose = nodes[-2], nodes[-1]
+    between, transpose.input[0] = cast.output[0], cast.input[0]
+    cast.input[0], cast.output[0], transpose.output[0] = between, transpose.output[0], between
+    last = type(cast)()
+    last.CopyFrom(cast)
+    del nodes[-2]
+    nodes.append(last)
+    del model.graph.value_info[:]  # the type of what is between them is another
+
+
+def _profile(builder: Any, interface: Interface, sizes: Mapping[str, SizeRange]) -> Any:
+    profile = builder.create_optimization_profile()
+    for spec in interface.inputs:
+        shapes = [spec.resolve({name: of[which] for name, of in sizes.items()}) for which in range(3)]
+        profile.set_shape(spec.name, *shapes)
+    return profile
+
+
+def _read_timing_cache(config: Any, file: Path | None) -> None:
+    if file is None:
+        return
+    known = file.read_bytes() if file.is_file() else b""
+    if not config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False):
+        config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)  # of another GPU or version
+
+
+def _replace(file: Path, content: Any) -> None:
+    """Write a file whole or not at all."""
+    partial = file.with_name(f"{file.name}.{os.getpid()}")
+    partial.write_bytes(content)
+    partial.replace(file)

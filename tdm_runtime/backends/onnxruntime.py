@@ -1,0 +1,217 @@
+"""ONNX Runtime: on the CPU, and on a GPU by its CUDA or TensorRT execution provider.
+
+Tensors are bound where they lie: nothing is copied between torch and the session, nor, on a GPU, to the host.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from tdm_runtime.backends.buckets import in_buckets
+from tdm_runtime.backends.cuda_graphs import cuda_stream, side_stream
+from tdm_runtime.components import Interface
+from tdm_runtime.errors import ArtifactError, BackendError
+
+Provider = Literal["cpu", "cuda", "tensorrt"]
+PROVIDERS: Mapping[Provider, str] = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+MAX_PADDING = 0.5
+"""On a GPU, where each new shape has cuDNN try its algorithms. On the CPU every batch runs as it is."""
+
+
+class OnnxRuntimeBackend:
+    """Runs an ONNX file.
+
+    On a GPU the session has a stream of its own: ONNX Runtime takes no default stream. Calls are ordered with the
+    caller's stream and do not wait for the GPU.
+    """
+
+    def __init__(
+        self,
+        file: Path,
+        interface: Interface,
+        device: torch.device,
+        threads: int | None = None,
+        provider: Provider | None = None,
+        *,
+        prepack: bool = True,
+    ) -> None:
+        """
+        Args:
+            threads: CPU threads of a call; None takes all cores.
+            provider: by default cuda on a CUDA device, else cpu.
+            prepack: keep a second, faster copy of the weights. Without it a model of billions of weights takes
+                half the memory.
+
+        Raises:
+            BackendError: the provider is not there, or the session fell back to another.
+            ArtifactError: the file cannot be opened, or is not of this interface.
+        """
+        self.device = device
+        self._interface = interface
+        provider = provider or ("cuda" if device.type == "cuda" else "cpu")
+        require_provider(provider, device)
+        self._stream = cuda_stream(device) if device.type == "cuda" else None
+        providers = _provider_options(provider, file, self._stream)
+        self._session = _opened(file, _session_options(threads, prepack), providers)
+        require_used(provider, self._session.get_providers())
+        _check_names(file, self._session, interface)
+        self._run_options = _run_options()
+        self._output_shapes: dict[tuple[tuple[int, ...], ...], tuple[int, ...]] = {}
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        if self._stream is None:
+            return self._run(inputs)
+        with side_stream(self._stream):
+            return in_buckets(self._run, inputs, MAX_PADDING)
+
+    def _run(self, inputs: Sequence[Tensor]) -> Tensor:
+        inputs = [tensor.contiguous() for tensor in inputs]  # the name keeps copies alive for the call
+        binding = self._session.io_binding()
+        for spec, tensor in zip(self._interface.inputs, inputs, strict=True):
+            assert tensor.dtype == getattr(torch, spec.dtype), f"{spec.name} is {tensor.dtype}, not {spec.dtype}"
+            binding.bind_input(spec.name, *self._place, np.dtype(spec.dtype), tuple(tensor.shape), tensor.data_ptr())
+        shapes = tuple(tuple(tensor.shape) for tensor in inputs)
+        if (shape := self._output_shapes.get(shapes)) is None:
+            return self._first_run(binding, shapes)
+        spec = self._interface.output
+        output = torch.empty(shape, dtype=getattr(torch, spec.dtype), device=self.device)
+        binding.bind_output(spec.name, *self._place, np.dtype(spec.dtype), shape, output.data_ptr())
+        self._session.run_with_iobinding(binding, self._run_options)
+        return output
+
+    def _first_run(self, binding: Any, shapes: tuple[tuple[int, ...], ...]) -> Tensor:
+        """Run with an output that ONNX Runtime allocates, and learn its shape."""
+        binding.bind_output(self._interface.output.name, *self._place)
+        self._session.run_with_iobinding(binding, self._run_options)
+        output: Tensor = from_dlpack(binding.get_outputs()[0]).clone()
+        self._output_shapes[shapes] = tuple(output.shape)
+        return output
+
+    @property
+    def _place(self) -> tuple[str, int]:
+        """The device as a binding names it."""
+        return self.device.type, 0 if self._stream is None else self._stream.device.index
+
+
+def require_provider(provider: Provider, device: torch.device) -> None:
+    """Check that ONNX Runtime is installed with a provider, and that the provider runs on the device.
+
+    Raises:
+        BackendError: naming what was asked, what there is and the remedy.
+    """
+    try:
+        import onnxruntime
+    except ImportError:
+        raise BackendError(
+            "onnxruntime is not installed; `pip install onnxruntime`, or onnxruntime-gpu beside an NVIDIA GPU"
+        ) from None
+    there = onnxruntime.get_available_providers()
+    if PROVIDERS[provider] not in there:
+        raise BackendError(
+            f"onnxruntime {onnxruntime.__version__} was asked for {PROVIDERS[provider]} and is built with "
+            f"{', '.join(there)}; `pip uninstall onnxruntime` and `pip install onnxruntime-gpu`"
+        )
+    if (provider != "cpu") != (device.type == "cuda"):
+        raise BackendError(
+            f"{PROVIDERS[provider]} was asked for on the device {device}; "
+            f"give a {'CPU' if provider == 'cpu' else 'CUDA'} device or another provider"
+        )
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise BackendError(f"onnxruntime was asked for {device} and torch finds no CUDA device; choose the CPU")
+
+
+def require_used(provider: Provider, used: Sequence[str]) -> None:
+    """Check what a session really runs with: where a library is missing it falls back without an error.
+
+    Raises:
+        BackendError: naming what was asked, what the session runs with and the remedy.
+    """
+    if PROVIDERS[provider] in used:
+        return
+    libraries = {"cpu": "", "cuda": "CUDA and cuDNN", "tensorrt": "TensorRT, CUDA and cuDNN"}[provider]
+    raise BackendError(
+        f"onnxruntime was asked for {PROVIDERS[provider]} and runs with {', '.join(used)}: {libraries} could not be "
+        "loaded; install the versions that this onnxruntime-gpu was built for "
+        "(`pip install onnxruntime-gpu[cuda,cudnn]`) or choose another backend"
+    )
+
+
+def _session_options(threads: int | None, prepack: bool) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or _cores()
+    options.inter_op_num_threads = 1
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.log_severity_level = 3  # errors: what a warning means here is raised
+    # Waiting workers sleep: one that spins takes a core from the decoder, which works beside the denoiser.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if not prepack:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    return options
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _run_options() -> Any:
+    import onnxruntime
+
+    options = onnxruntime.RunOptions()
+    options.add_run_config_entry("disable_synchronize_execution_providers", "1")  # streams keep the order
+    return options
+
+
+def _provider_options(provider: Provider, file: Path, stream: torch.cuda.Stream | None) -> list[Any]:
+    """Providers, best first, with their options; nodes that one does not know go to the next."""
+    if stream is None:
+        return [PROVIDERS["cpu"]]
+    on = {"device_id": str(stream.device.index), "user_compute_stream": str(stream.cuda_stream)}
+    on_cuda = [(PROVIDERS["cuda"], on), PROVIDERS["cpu"]]
+    if provider == "cuda":
+        return on_cuda
+    cache = str(file.parent / "tensorrt_cache")
+    caching = {
+        "trt_engine_cache_enable": "True",
+        "trt_engine_cache_path": cache,
+        "trt_timing_cache_enable": "True",
+        "trt_timing_cache_path": cache,
+    }
+    return [(PROVIDERS["tensorrt"], on | caching), *on_cuda]
+
+
+def _opened(file: Path, options: Any, providers: list[Any]) -> Any:
+    import onnxruntime
+
+    if providers != [PROVIDERS["cpu"]]:
+        onnxruntime.preload_dlls()  # the CUDA and cuDNN that torch brought, or those installed beside it
+    try:
+        return onnxruntime.InferenceSession(file, options, providers=providers, enable_fallback=False)
+    except Exception as error:  # its errors share no other base
+        reason = str(error).splitlines()[0]
+        raise ArtifactError(
+            f"onnxruntime cannot open {file}: {reason}; run `tdm-export` again, in a precision that it runs"
+        ) from None
+
+
+def _check_names(file: Path, session: Any, interface: Interface) -> None:
+    wanted = ([spec.name for spec in interface.inputs], [interface.output.name])
+    found = ([value.name for value in session.get_inputs()], [value.name for value in session.get_outputs()])
+    if (sorted(found[0]), found[1]) != (sorted(wanted[0]), wanted[1]):
+        raise ArtifactError(
+            f"{file} takes {', '.join(found[0])} and gives {', '.join(found[1])}, the component takes "
+            f"{', '.join(wanted[0])} and gives {wanted[1][0]}; run `tdm-export` again"
+        )

@@ -1,0 +1,88 @@
+"""PyTorch itself: eager, the reference, and compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tdm_runtime.backends.buckets import in_buckets
+from tdm_runtime.components import Interface
+
+MAX_PROGRAMS = 128
+"""Shapes that are compiled for one component; torch would stop at 8 and run the rest eagerly, without a word."""
+
+
+class TorchBackend:
+    """Calls a module without gradients."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        threads: int | None = None,
+        interface: Interface | None = None,
+    ) -> None:
+        """
+        Args:
+            module: is moved and converted, in place.
+            dtype: of the weights and of latents and embeddings; timesteps stay float32.
+            threads: CPU threads of a call; None leaves the calling thread's setting alone.
+            interface: what the backend is called with; needed where the module's forward has other arguments in
+                between, as SDXL's and PixArt's. None passes all tensors as they come.
+        """
+        self.device = device
+        self._dtype = dtype
+        self._threads = threads
+        self._names = [spec.name for spec in interface.inputs] if interface else None
+        self._kept_float32 = interface.kept_float32 if interface else {"timesteps"}  # 999 has no bfloat16
+        module = module.to(device=device, dtype=dtype).eval()
+        # In 16 bits channels last is several times faster than the default. There is no such order of videos' weights.
+        if dtype != torch.float32 and all(weight.ndim < 5 for weight in module.parameters()):
+            module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._module: Callable[..., Tensor] = module
+
+    @torch.inference_mode()
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        if self._threads is not None and torch.get_num_threads() != self._threads:
+            torch.set_num_threads(self._threads)
+        return self._run(self._cast(inputs))
+
+    def _run(self, inputs: Sequence[Tensor]) -> Tensor:
+        if self._names is None:
+            output = self._module(*inputs)
+        else:
+            output = self._module(**dict(zip(self._names, inputs, strict=True)))
+        return output.float() if output.is_floating_point() else output
+
+    def _cast(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        names = self._names or ["timesteps" if tensor.ndim == 1 else "" for tensor in inputs]
+        return [
+            tensor.to(self._dtype) if tensor.is_floating_point() and name not in self._kept_float32 else tensor
+            for name, tensor in zip(names, inputs, strict=True)
+        ]
+
+
+class CompiledTorchBackend(TorchBackend):
+    """`torch.compile`, one program a bucket. Minutes to start; the fallback where nothing was exported."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        threads: int | None = None,
+        interface: Interface | None = None,
+    ) -> None:
+        """As `TorchBackend`."""
+        super().__init__(module, device, dtype, threads, interface)
+        # Not in the types of torch 2.13: a limit of this backend's own.
+        limit: dict[str, Any] = {"recompile_limit": MAX_PROGRAMS, "isolate_recompiles": True}
+        self._module = torch.compile(self._module, dynamic=False, **limit)
+        self._max_padding = 0.5 if device.type == "cuda" else 0.125
+
+    def _run(self, inputs: Sequence[Tensor]) -> Tensor:
+        return in_buckets(super()._run, inputs, self._max_padding)

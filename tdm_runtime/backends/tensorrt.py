@@ -1,0 +1,224 @@
+"""TensorRT: plans that `tdm-export` built from ONNX files on a machine of the same make.
+
+Not run yet: written against the API of TensorRT 10 and 11 (checked with the signatures of the 11.4 bindings), on a
+machine without a GPU.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import torch
+from torch import Tensor
+
+from tdm_runtime.backends import Precision
+from tdm_runtime.backends.cuda_graphs import cuda_stream, side_stream
+from tdm_runtime.components import Interface
+from tdm_runtime.errors import ArtifactError, BackendError
+from tdm_runtime.manifest import gpu_architecture
+
+logger = logging.getLogger(__name__)
+
+SizeRange = tuple[int, int, int]
+"""Least, best and greatest of a size: any between runs, the best runs fastest."""
+
+
+@dataclass(frozen=True)
+class BuiltFor:
+    """What a plan runs on and takes, kept beside it: the plan itself cannot be asked before it is loaded."""
+
+    tensorrt: str
+    """Version; a plan runs on exactly the one it was built with."""
+    gpu: str
+    """Compute capability, as "sm_90"."""
+    precision: Precision
+    sizes: Mapping[str, SizeRange]
+    """Size of the interface -> what the plan takes."""
+
+    def save(self, plan: Path) -> None:
+        """Write the file beside the plan."""
+        built_for_file(plan).write_bytes(_ADAPTER.dump_json(self, indent=2) + b"\n")
+
+    @classmethod
+    def load(cls, plan: Path) -> BuiltFor:
+        """Read the file beside the plan.
+
+        Raises:
+            ArtifactError: it is missing or broken.
+        """
+        try:
+            return _ADAPTER.validate_json(built_for_file(plan).read_bytes())
+        except (OSError, pydantic.ValidationError) as error:
+            reason = str(error).splitlines()[0]
+            raise ArtifactError(f"{built_for_file(plan)} cannot be read ({reason}); run `tdm-export` again") from None
+
+    def check_machine(self, plan: Path, tensorrt: str, gpu: str | None) -> None:
+        """Check that a plan was built for a TensorRT version and a GPU.
+
+        Raises:
+            ArtifactError: naming what it was built for, what is here and what to run.
+        """
+        if (self.tensorrt, self.gpu) != (tensorrt, gpu):
+            raise ArtifactError(
+                f"{plan} was built for {self.gpu} with TensorRT {self.tensorrt}; this machine has "
+                f"{gpu or 'no CUDA device'} with TensorRT {tensorrt}; run `tdm-export` again on this machine"
+            )
+
+    def check_sizes(self, plan: Path, sizes: Mapping[str, int]) -> None:
+        """Check that a call's sizes are among those that a plan takes.
+
+        Raises:
+            BackendError: naming the size, what the plan takes and the remedy.
+        """
+        for name, size in sizes.items():
+            least, _, greatest = self.sizes[name]
+            if not least <= size <= greatest:
+                raise BackendError(
+                    f"{name} is {size}; {plan} takes {least} to {greatest}: run `tdm-export` again with a wider range"
+                )
+
+
+_ADAPTER = pydantic.TypeAdapter(BuiltFor)
+
+
+def built_for_file(plan: Path) -> Path:
+    """Where `BuiltFor` is kept."""
+    return plan.with_name(plan.name + ".json")
+
+
+class TensorRTBackend:
+    """Runs a plan, on a stream of its own: on torch's default one TensorRT would wait for the GPU twice a call."""
+
+    def __init__(self, file: Path, interface: Interface, device: torch.device) -> None:
+        """
+        Raises:
+            BackendError: TensorRT is not installed.
+            ArtifactError: the plan was built for another version or GPU, or is damaged.
+        """
+        trt = import_tensorrt()
+        self.device = device
+        self._file = file
+        self._interface = interface
+        self._built_for = BuiltFor.load(file)
+        self._built_for.check_machine(file, trt.__version__, gpu_architecture())
+        with torch.cuda.device(device):
+            self._log = Log.of(trt)  # must outlive what was made with it
+            self._runtime = trt.Runtime(self._log)
+            self._plan = self._runtime.deserialize_cuda_engine(file.read_bytes())
+            if self._plan is None:
+                raise ArtifactError(f"TensorRT cannot load {file} ({self._log.last}); run `tdm-export` again")
+            self._context = self._plan.create_execution_context()
+            self._stream = cuda_stream(device)
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        most = self._built_for.sizes["batch"][2]
+        with torch.cuda.device(self.device), side_stream(self._stream):
+            starts = range(0, len(inputs[0]), most)
+            outputs = [self._run([tensor[start : start + most] for tensor in inputs]) for start in starts]
+            return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _run(self, inputs: Sequence[Tensor]) -> Tensor:
+        inputs = [tensor.contiguous() for tensor in inputs]  # the name keeps copies alive for the call
+        shapes = [tuple(tensor.shape) for tensor in inputs]
+        self._built_for.check_sizes(self._file, sizes_of(self._interface, shapes))
+        for spec, tensor, shape in zip(self._interface.inputs, inputs, shapes, strict=True):
+            assert tensor.dtype == getattr(torch, spec.dtype), f"{spec.name} is {tensor.dtype}, not {spec.dtype}"
+            self._must(self._context.set_input_shape(spec.name, shape))
+            self._must(self._context.set_tensor_address(spec.name, tensor.data_ptr()))
+        spec = self._interface.output
+        self._must(not self._context.infer_shapes())
+        shape = tuple(self._context.get_tensor_shape(spec.name))
+        output = torch.empty(shape, dtype=getattr(torch, spec.dtype), device=self.device)
+        self._must(self._context.set_tensor_address(spec.name, output.data_ptr()))
+        self._must(self._context.execute_async_v3(self._stream.cuda_stream))
+        return output
+
+    def refit(self, onnx_file: Path) -> None:
+        """Take the weights of another ONNX file of the same graph, as after merging a LoRA. No call may run meanwhile.
+
+        Raises:
+            ArtifactError: the plan is not refittable, or the file is of another graph.
+        """
+        with torch.cuda.device(self.device):
+            torch.cuda.synchronize()
+            refit(self._plan, onnx_file, self._log)
+
+    def _must(self, succeeded: bool) -> None:
+        if not succeeded:
+            raise BackendError(f"TensorRT cannot run {self._file}: {self._log.last}")
+
+
+def refit(plan: Any, onnx_file: Path, log: Any) -> None:
+    """Replace all weights of a loaded plan by those of an ONNX file.
+
+    Args:
+        plan: `tensorrt.ICudaEngine`.
+        log: of `Log.of`, that the plan was loaded with.
+
+    Raises:
+        ArtifactError: the plan is not refittable, or the file is of another graph.
+    """
+    trt = import_tensorrt()
+    if not plan.refittable:
+        raise ArtifactError(f"the plan {plan.name!r} is not refittable; build it with refittable=True")
+    refitter = trt.Refitter(plan, log)
+    parser = trt.OnnxParserRefitter(refitter, log)
+    if not parser.refit_from_file(str(onnx_file)):
+        errors = "; ".join(parser.get_error(n).desc() for n in range(parser.num_errors))
+        raise ArtifactError(f"{onnx_file} does not fit the plan: {errors}; export it as the plan's own file was")
+    if missing := refitter.get_missing_weights():
+        raise ArtifactError(f"{onnx_file} lacks {len(missing)} weights that go with others, as {missing[0]}")
+    if not refitter.refit_cuda_engine():
+        raise ArtifactError(f"{onnx_file} cannot be taken: {log.last}; load the plan again, it may be half changed")
+
+
+def sizes_of(interface: Interface, shapes: Sequence[Sequence[int]]) -> dict[str, int]:
+    """The sizes that an interface names, as a call's input shapes have them."""
+    return {
+        name: size
+        for spec, shape in zip(interface.inputs, shapes, strict=True)
+        for name, size in zip(spec.shape, shape, strict=True)
+        if isinstance(name, str)
+    }
+
+
+def import_tensorrt() -> Any:
+    """The tensorrt package.
+
+    Raises:
+        BackendError: it is not installed, or its libraries cannot be loaded.
+    """
+    try:
+        import tensorrt
+    except (ImportError, OSError) as error:
+        raise BackendError(
+            f"tensorrt cannot be imported ({error}); `pip install tensorrt` on a machine with an NVIDIA GPU"
+        ) from None
+    return tensorrt
+
+
+class Log:
+    """What TensorRT reports: warnings to our log, the last error for messages."""
+
+    @staticmethod
+    def of(trt: Any) -> Any:
+        """A `tensorrt.ILogger`. Its class can only be written once the package is there."""
+
+        class _Log(trt.ILogger):  # type: ignore[misc]
+            def __init__(self) -> None:
+                trt.ILogger.__init__(self)
+                self.last = "no error was reported"
+
+            def log(self, severity: Any, message: str) -> None:
+                if severity <= trt.ILogger.ERROR:
+                    self.last = message
+                    logger.error("%s", message)
+                elif severity == trt.ILogger.WARNING:
+                    logger.warning("%s", message)
+
+        return _Log()

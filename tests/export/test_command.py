@@ -1,0 +1,214 @@
+"""`tdm-export` builds what is missing or damaged, leaves alone what is not, and says in one sentence what it cannot."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from export.cli import main
+from tdm_runtime.backend_choice import CHOICE_FILE, BackendConfig, load_model
+from tdm_runtime.backends import BackendName, Precision
+from tdm_runtime.checkpoint import file_sha256, open_checkpoint
+from tdm_runtime.decoder import Pixels
+from tdm_runtime.manifest import MANIFEST_FILE, Build, Manifest, PictureParity, load_manifest
+from tdm_runtime.params import SamplingParams
+from tdm_runtime.pipeline import generate
+
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def folder(tiny_artifacts: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny checkpoint's artifacts to change."""
+    return Path(shutil.copytree(tiny_artifacts, tmp_path / "artifacts"))
+
+
+@pytest.fixture
+def run(tiny_checkpoint: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs the command on that folder and returns what it printed."""
+
+    def succeed(*arguments: str) -> str:
+        assert main([str(tiny_checkpoint), "--output", str(folder), *arguments]) == 0
+        printed = capsys.readouterr()
+        for done, total in re.findall(r"\| (\d+)/(\d+) done in", printed.err):
+            assert done == total, "the bar is full when all is done"
+        return printed.out
+
+    return succeed
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run a command that must fail. Returns its one sentence, less the usage lines before it."""
+    capsys.readouterr()
+    try:
+        status = main(list(arguments))
+    except SystemExit as stop:
+        status = int(stop.code or 0)
+    printed = capsys.readouterr()
+    assert status == 2
+    assert printed.out == ""
+    assert "Traceback" not in printed.err
+    sentence = re.split(r"tdm-export: (?:error: )?", printed.err)[-1].strip()
+    assert sentence and "\n" not in sentence
+    return sentence
+
+
+def manifest_in(folder: Path, checkpoint: Path) -> Manifest:
+    return load_manifest(folder, open_checkpoint(checkpoint))
+
+
+def build_in(folder: Path, checkpoint: Path, backend: BackendName, precision: Precision) -> Build:
+    build = manifest_in(folder, checkpoint).find(backend, precision)
+    assert build is not None
+    return build
+
+
+def state(folder: Path) -> dict[str, tuple[str, int]]:
+    """File -> what is in it and when it was written."""
+    return {file.name: (file_sha256(file), file.stat().st_mtime_ns) for file in folder.iterdir()}
+
+
+# -- what is there already -------------------------------------------------------------------------
+
+
+def test_a_second_run_builds_nothing_and_says_so(run: Run, folder: Path, tiny_checkpoint: Path) -> None:
+    (folder / CHOICE_FILE).write_text("{}")
+    before = state(folder)
+    for arguments in (("--backend", "onnxruntime"), ("--backend", "openvino", "--precision", "int8,fp32")):
+        printed = run(*arguments)
+        assert f"{folder} is up to date" in printed
+        for build in manifest_in(folder, tiny_checkpoint).builds:
+            assert f"| {build.name} | 4 | {build.pictures[4].psnr_db:.1f} |" in printed
+    assert state(folder) == before
+
+
+def test_verify_measures_again_and_builds_nothing(run: Run, folder: Path, tiny_checkpoint: Path) -> None:
+    """Someone wrote into the manifest what was never measured."""
+    measured = build_in(folder, tiny_checkpoint, "openvino", "int8")
+    bare = {name: replace(component, parity=None) for name, component in measured.components.items()}
+    wrong = replace(measured, components=bare, pictures={1: PictureParity(0.0, 0.0, 0.0)})
+    replace(manifest_in(folder, tiny_checkpoint), builds=(wrong,)).save(folder)
+    before = state(folder)
+    assert "| openvino int8 | 1 | " in run("--verify")
+    after = state(folder)
+    assert before.pop(MANIFEST_FILE) != after.pop(MANIFEST_FILE)
+    assert after == before
+    (found,) = manifest_in(folder, tiny_checkpoint).builds
+    assert replace(found, components=bare, pictures=wrong.pictures) == wrong
+    assert tuple(found.pictures) == tuple(measured.pictures)
+    for steps, parity in found.pictures.items():
+        assert parity.psnr_db == pytest.approx(measured.pictures[steps].psnr_db, abs=0.5)
+    for name, component in found.components.items():
+        assert component.parity is not None and measured.components[name].parity is not None
+        assert component.parity.relative_l2 == pytest.approx(measured.components[name].parity.relative_l2, rel=0.1)
+
+
+def picture(checkpoint: Path, backend: BackendName, artifacts: Path) -> Pixels:
+    model = load_model(checkpoint, BackendConfig(backend, "fp32", artifacts=artifacts))
+    return generate(model, SamplingParams("a red apple", 5, 4, 24, 16))
+
+
+def test_a_damaged_artifact_is_built_anew_with_all_that_was_there(
+    run: Run, folder: Path, tiny_checkpoint: Path, tiny_artifacts: Path
+) -> None:
+    kept: tuple[tuple[BackendName, Precision], ...] = (("openvino", "fp32"), ("onnxruntime", "fp32"))
+    builds = tuple(build_in(folder, tiny_checkpoint, *target) for target in kept)
+    replace(manifest_in(folder, tiny_checkpoint), builds=builds).save(folder)
+    with (folder / "denoiser.onnx.data").open("r+b") as stream:
+        stream.write(b"\0\1\2\3")
+    (folder / CHOICE_FILE).write_text("{}")
+    assert "up to date" not in run("--backend", "onnxruntime")
+    built = manifest_in(folder, tiny_checkpoint)
+    assert [(build.backend, build.precision) for build in built.builds] == list(kept)
+    assert all(build.pictures for build in built.builds)
+    assert not (folder / CHOICE_FILE).exists(), "what was chosen among other files says nothing of these"
+    for backend, _ in kept:
+        np.testing.assert_array_equal(
+            picture(tiny_checkpoint, backend, folder), picture(tiny_checkpoint, backend, tiny_artifacts)
+        )
+    assert [file.name for file in folder.parent.iterdir()] == [folder.name], "nothing is left beside it"
+
+
+# -- what is refused -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--backend", "abacus"], "unknown backend 'abacus'; choose from openvino, onnxruntime, tensorrt"),
+        (["--backend", "torch"], "unknown backend 'torch'; choose from openvino, onnxruntime, tensorrt"),
+        (["--backend", "openvino,"], "unknown backend ''"),
+        (["--precision", "fp12"], "unknown precision fp12; choose from fp32, bf16, fp16, int8, fp8"),
+        (["--backend", "onnxruntime", "--precision", "int8"], "onnxruntime is built at fp32; --precision names none"),
+        (["--backend", "openvino,onnxruntime", "--precision", "int8"], "onnxruntime is built at fp32"),
+        (["--backend", "openvino", "--precision", "fp16"], "openvino is built at bf16, fp32, int8"),
+        (["--prompts", "/absent/prompts.txt"], "the prompts /absent/prompts.txt cannot be read"),
+    ],
+)
+def test_a_bad_value_is_refused(
+    run: Run, folder: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
+) -> None:
+    before = state(folder)
+    assert says in refusal(capsys, str(tiny_checkpoint), "--output", str(folder), *arguments)
+    assert state(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("content", "says"), [(b" \n\n", "are empty; write one a line"), (b"\xff\xfe", "cannot be read")]
+)
+def test_prompts_that_are_none_are_refused(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, says: str
+) -> None:
+    (tmp_path / "prompts.txt").write_bytes(content)
+    message = refusal(capsys, str(tiny_checkpoint), "--prompts", str(tmp_path / "prompts.txt"))
+    assert str(tmp_path / "prompts.txt") in message and says in message
+
+
+def test_a_missing_checkpoint_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert f"{tmp_path / 'absent'} is not a folder" in refusal(capsys, str(tmp_path / "absent"))
+    assert "tdm_recipe.json is missing" in refusal(capsys, str(tmp_path))
+
+
+def test_there_must_be_something_to_verify(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "absent"
+    message = refusal(capsys, str(tiny_checkpoint), "--output", str(output), "--verify")
+    assert f"run `tdm-export {tiny_checkpoint} --output {output}`" in message
+
+
+def test_a_damaged_artifact_is_not_verified(
+    folder: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "denoiser.bin").unlink()
+    message = refusal(capsys, str(tiny_checkpoint), "--output", str(folder), "--verify")
+    assert f"{folder / 'denoiser.bin'} is damaged or missing; run `tdm-export" in message
+
+
+def test_an_output_that_cannot_be_written_is_refused(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("a file")
+    for output in (tmp_path / "file", tmp_path / "file" / "artifacts"):
+        message = refusal(capsys, str(tiny_checkpoint), "--output", str(output), "--backend", "openvino")
+        assert str(output) in message and "choose another with --output" in message
+    assert (tmp_path / "file").read_text() == "a file"
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The artifacts folder is replaced as a whole: no thesis shall vanish with it."""
+    (tmp_path / "thesis.txt").write_text("a thesis")
+    copy = Path(shutil.copytree(tiny_checkpoint, tmp_path / "copy"))
+    for output in (tmp_path, copy):
+        message = refusal(capsys, str(copy), "--output", str(output), "--backend", "openvino", "--force")
+        assert message == f"{output} holds other things than artifacts; choose another with --output"
+    assert (tmp_path / "thesis.txt").read_text() == "a thesis"
+    open_checkpoint(copy)
