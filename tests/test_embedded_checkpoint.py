@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import colorsys
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,15 +18,21 @@ from tdm_runtime.loaded_model import LoadedModel
 from tdm_runtime.noise import initial_noise
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.pipeline import generate
+from training.emoji.autoencoder import to_pixels
 from training.emoji.samplers import pictures_told, student_pictures
 from training.emoji.scenes import Scene, caption
 from training.emoji.score import Score, Scorer, glyph_named, scoring_scenes
+from training.emoji.tiny_autoencoder import StudentSampler, psnr_db
+from training.emoji.tiny_report import Autoencoders, load_autoencoders, student_latents
 
 PROMPTS = 48
 GLYPHS_FLOOR = 0.93
 BACKGROUND_FLOOR = 0.95
 K_EFFECT_FLOOR = 0.05
 """Root mean square in the model output, whose spread is about 1."""
+TINY_DECODER_FLOOR_DB = 28.5
+TINY_ENCODER_CEILING = 0.1
+"""Root mean square in latents, whose spread is about 1."""
 
 
 @pytest.fixture(scope="module")
@@ -106,3 +113,26 @@ def test_other_words_make_another_picture_and_other_noise_too(model: LoadedModel
     )
     assert np.abs(first - other_words).mean() > 10
     assert np.abs(first - other_noise).mean() > 0.1
+
+
+# -- the tiny autoencoder --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def autoencoders(checkpoint_folder: Path) -> Autoencoders:
+    return load_autoencoders(checkpoint_folder)
+
+
+def test_the_tiny_decoder_shows_what_the_full_one_shows(autoencoders: Autoencoders, checkpoint_folder: Path) -> None:
+    """Pictures of every K, and estimates after the first step, for captions of either kind."""
+    scenes = [*scoring_scenes(PROMPTS // 2), *scoring_scenes(PROMPTS // 2, held_out=True)]
+    student = StudentSampler(checkpoint_folder, checkpoint_folder)
+    for name, latents in student_latents(student, [caption(scene) for scene in scenes]).items():
+        likeness_db = psnr_db(autoencoders.decode_tiny(latents), autoencoders.decode(latents))
+        assert likeness_db >= TINY_DECODER_FLOOR_DB, name
+
+
+def test_the_tiny_encoder_finds_the_full_ones_latents(autoencoders: Autoencoders, scorer: Scorer) -> None:
+    pixels = to_pixels(np.stack([scorer.draw(scene) for scene in scoring_scenes(PROMPTS, held_out=True)]))
+    error = autoencoders.encode_tiny(pixels) - autoencoders.encode(pixels)
+    assert error.square().mean().sqrt().item() < TINY_ENCODER_CEILING

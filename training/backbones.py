@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from tdm_runtime.decoder import Decoder
+from tdm_runtime.decoder import torch_decoder
 from tdm_runtime.models import Denoiser
 from tdm_runtime.noise_schedule import FlowSchedule
 from training.base_model import BaseModel, Family, family_of, load_base_model
@@ -96,7 +96,7 @@ def sample_grid(folder: Path, base_folder: Path, distiller: Distiller) -> Sample
     """
     if family_of(base_folder) == "cogvideox":
         raise ConfigError(f"grid_every is {distiller.config.grid_every} and {base_folder} makes clips; set it to 0")
-    decoder = Decoder(load_latent_encoder(base_folder, str(distiller.device)).vae, distiller.device)
+    decoder = torch_decoder(load_latent_encoder(base_folder, str(distiller.device)).vae, distiller.device)
     conditioning = distiller.run.prompts.conditioning(range(GRID_PROMPTS)).to(distiller.device)
     return SampleGrid(folder / "samples", distiller, conditioning, decoder.decode)
 

@@ -2,7 +2,7 @@
 
 Embedded model:  tdm-train emoji                      everything from glyphs to a served checkpoint
                  tdm-train emoji teacher              one stage; each resumes where it was killed
-                 tdm-train score | wrong-k | grid | ablate     measure it
+                 tdm-train score | wrong-k | tiny-vae | grid | ablate     measure it
 Your own model:  tdm-train embed --base DIR --prompts FILE --output DIR
                  tdm-train distill --preset sd15 --base DIR --embeddings DIR --output DIR
                  tdm-train preset sd15                every setting with its value, as TOML
@@ -19,14 +19,14 @@ from pathlib import Path
 
 import torch
 
-from tdm_runtime.checkpoint import DEFAULT_CHECKPOINT
+from tdm_runtime.checkpoint import DEFAULT_CHECKPOINT, TINY_VAE
 from tdm_runtime.errors import TDMError
 from training.config import config_as_toml, load_config
 from training.finetune import FinetuneConfig
 from training.loop import LoopConfig
 from training.presets import PRESETS
 
-EMOJI_STAGES = ("autoencoder", "teacher", "decoder", "student", "publish")
+EMOJI_STAGES = ("autoencoder", "teacher", "decoder", "student", "tiny-autoencoder", "publish")
 DEFAULT_RUN = Path("runs/emoji")
 
 
@@ -56,10 +56,11 @@ def _parser() -> argparse.ArgumentParser:
     for name, help_text in (
         ("score", "table of the checkpoint's scores beside its teacher's"),
         ("wrong-k", "table of the checkpoint told a step count that it does not take"),
+        ("tiny-vae", "table of the tiny autoencoder beside the full one"),
         ("grid", "picture of prompts by samplers"),
     ):
         commands.add_parser(name, help=help_text)
-    for name in ("emoji", "score", "wrong-k", "grid"):
+    for name in ("emoji", "score", "wrong-k", "tiny-vae", "grid"):
         command = commands.choices[name]
         command.add_argument("--run", type=Path, default=DEFAULT_RUN, help="working folder (%(default)s)")
         command.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT)
@@ -138,10 +139,30 @@ def _student(given: argparse.Namespace) -> None:
     train_student(given.run / "student", given.run / "teacher", config, given.run / "autoencoder")
 
 
+def _tiny_autoencoder(given: argparse.Namespace) -> None:
+    from training.emoji.tiny_autoencoder import TinyAutoencoderConfig, train_tiny_autoencoder
+
+    config = TinyAutoencoderConfig()
+    train_tiny_autoencoder(
+        given.run / "tiny-autoencoder",
+        given.run / "decoder",
+        given.run / "teacher",
+        given.run / "student",
+        replace(config, loop=_loop(config.loop, given)),
+    )
+
+
 def _publish(given: argparse.Namespace) -> None:
     from training.publish import publish
 
-    publish(given.checkpoint, given.run / "decoder", given.run / "teacher", given.run / "student")
+    tiny = given.run / "tiny-autoencoder"
+    publish(
+        given.checkpoint,
+        given.run / "decoder",
+        given.run / "teacher",
+        given.run / "student",
+        tiny if (tiny / TINY_VAE).is_dir() else None,
+    )
 
 
 def _loop(loop: LoopConfig, given: argparse.Namespace) -> LoopConfig:
@@ -158,6 +179,12 @@ def _wrong_k(given: argparse.Namespace) -> None:
     from training.emoji.report import print_wrong_step_counts
 
     print_wrong_step_counts(given.checkpoint)
+
+
+def _tiny_vae(given: argparse.Namespace) -> None:
+    from training.emoji.tiny_report import print_tiny_vae
+
+    print_tiny_vae(given.checkpoint)
 
 
 def _grid(given: argparse.Namespace) -> None:
@@ -220,12 +247,14 @@ _EMOJI: Mapping[str, Callable[[argparse.Namespace], None]] = {
     "teacher": _teacher,
     "decoder": _decoder,
     "student": _student,
+    "tiny-autoencoder": _tiny_autoencoder,
     "publish": _publish,
 }
 _COMMANDS: Mapping[str, Callable[[argparse.Namespace], None]] = {
     "emoji": _emoji,
     "score": _score,
     "wrong-k": _wrong_k,
+    "tiny-vae": _tiny_vae,
     "grid": _grid,
     "ablate": _ablate,
     "proof": _proof,

@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, ModelMixin, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from tdm_runtime.checkpoint import WEIGHT_FILES, file_sha256, open_checkpoint
+from tdm_runtime.checkpoint import TINY_VAE, TINY_VAE_WEIGHTS, WEIGHT_FILES, file_sha256, open_checkpoint
 from tdm_runtime.noise_schedule import DiffusionSchedule
 from tdm_runtime.recipe import RECIPE_FILE, Recipe
 from training.emoji.student import build_recipe
@@ -24,24 +24,35 @@ def write_checkpoint(
     text_encoder: CLIPTextModel,
     tokenizer: CLIPTokenizer,
     dtype: torch.dtype = torch.float16,
+    *,
+    tiny_vae: AutoencoderTiny | None = None,
 ) -> None:
     """Write and check a checkpoint; stock diffusers pipelines read it too.
+
+    Args:
+        tiny_vae: written to tiny_vae/, which stock pipelines leave alone. `StableDiffusionPipeline.from_pretrained(
+            folder, vae=AutoencoderTiny.from_pretrained(folder, subfolder="tiny_vae"))` uses it.
 
     Raises:
         CheckpointError: what was written would not be served.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for part, module in (("unet", unet), ("vae", vae), ("text_encoder", text_encoder)):
-        module.to(dtype).save_pretrained(folder / part)
+    for part, model in (("unet", unet), ("vae", vae), (TINY_VAE, tiny_vae)):
+        if model is not None:
+            _save_model(model.to(dtype), folder / part)
+    text_encoder.to(dtype).save_pretrained(folder / "text_encoder")
     tokenizer.save_pretrained(folder / "tokenizer")
     _diffusers_scheduler(recipe).save_pretrained(folder / "scheduler")
     (folder / "model_index.json").write_text(json.dumps(_model_index(), indent=2) + "\n", encoding="utf-8")
-    hashes = {name: file_sha256(folder / name) for name in WEIGHT_FILES}
+    weights = WEIGHT_FILES if tiny_vae is None else (*WEIGHT_FILES, TINY_VAE_WEIGHTS)
+    hashes = {name: file_sha256(folder / name) for name in weights}
     (folder / RECIPE_FILE).write_text(replace(recipe, files=hashes).to_json(), encoding="utf-8")
     open_checkpoint(folder)
 
 
-def publish(folder: Path, autoencoder: Path, teacher: Path, student: Path) -> None:
+def publish(
+    folder: Path, autoencoder: Path, teacher: Path, student: Path, tiny_autoencoder: Path | None = None
+) -> None:
     """Assemble the checkpoint from the stages' folders."""
     write_checkpoint(
         folder,
@@ -50,7 +61,17 @@ def publish(folder: Path, autoencoder: Path, teacher: Path, student: Path) -> No
         AutoencoderKL.from_pretrained(autoencoder / "vae"),
         CLIPTextModel.from_pretrained(teacher / "text_encoder"),
         CLIPTokenizer.from_pretrained(teacher / "tokenizer"),
+        tiny_vae=None if tiny_autoencoder is None else AutoencoderTiny.from_pretrained(tiny_autoencoder / TINY_VAE),
     )
+
+
+def _save_model(model: ModelMixin, folder: Path) -> None:
+    """Save without the path that the model was loaded from, which means nothing elsewhere."""
+    model.save_pretrained(folder)
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config.pop("_name_or_path", None)
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _diffusers_scheduler(recipe: Recipe) -> DDIMScheduler:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from tdm_runtime.decoder import Decoder
-from tdm_runtime.loaded_model import LoadedModel, load_model
+from tdm_runtime.backend_choice import load_model
+from tdm_runtime.loaded_model import LoadedModel
 from tdm_runtime.noise import initial_noise
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.pipeline import generate
@@ -50,8 +50,7 @@ def test_the_served_picture_is_the_trainers(trained: tuple[Distiller, LoadedMode
     prompts = distiller.run.prompts
     assert isinstance(prompts, ScenePrompts)
     latents = distiller.sample(initial_noise(SEED, (1, 4, 16, 16)), steps, prompts.encode([PROMPT]))
-    assert isinstance(model.decoder, Decoder)
-    expected = model.decoder.decode(latents)[0]
+    expected = model.decoders["full"].decode(latents)[0]
     served = generate(model, SamplingParams(PROMPT, SEED, steps, 64, 64))
     assert np.abs(served.astype(int) - expected.astype(int)).max() <= ROUNDING
 

@@ -17,7 +17,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from tdm_runtime.decoder import Decoder, Pixels
+from tdm_runtime.decoder import Pixels, torch_decoder
 from tdm_runtime.models.conditioning import Conditioning
 from tdm_runtime.noise import initial_noise
 from tdm_runtime.noise_schedule import spaced_timesteps
@@ -104,7 +104,7 @@ class Judge:
         teacher_folder = teacher_folder or run / "teacher"
         self.prompts = ScenePrompts(teacher_folder, seed=0)
         vae = AutoencoderKL.from_pretrained(run / "autoencoder" / "vae").eval()
-        self.decoder = Decoder(vae, torch.device("cpu"))
+        self.decoder = torch_decoder(vae, torch.device("cpu"))
         self.network: FeatureNetwork = load_features()
         self.scorer = Scorer()
         self.scenes = scoring_scenes(PICTURES)

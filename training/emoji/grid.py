@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from tdm_runtime.loaded_model import load_model
+from tdm_runtime.backend_choice import load_model
 from training.emoji.samplers import samplers, teacher_of
 
 GRID_PROMPTS = (

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+from tdm_runtime.backend_choice import load_model
 from tdm_runtime.decoder import Pixels
-from tdm_runtime.loaded_model import LoadedModel, load_model
+from tdm_runtime.loaded_model import LoadedModel
 from training.emoji.features import FeatureNetwork, features_of, load_features
 from training.emoji.glyphs import load_glyphs
 from training.emoji.samplers import (

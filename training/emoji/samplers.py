@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from tdm_runtime.decoder import Decoder, Pixels
+from tdm_runtime.decoder import Pixels, torch_decoder
 from tdm_runtime.engine import DiffusionEngine, EngineConfig
 from tdm_runtime.loaded_model import LoadedModel
 from tdm_runtime.noise import initial_noise
@@ -35,9 +35,7 @@ def student_pictures(model: LoadedModel, prompts: Sequence[str], steps: int, fir
     """Pictures as the engine serves them, uint8 [H, W, 3], seeds counting up."""
     width, height = model.recipe.native_sizes[0]
     params = [SamplingParams(text, first_seed + n, steps, width, height) for n, text in enumerate(prompts)]
-    with DiffusionEngine(
-        model, EngineConfig(max_batch_size=16, max_live=len(params), threads=torch.get_num_threads())
-    ) as engine:
+    with DiffusionEngine(model, EngineConfig(max_batch_size=16, max_live=len(params))) as engine:
         return [future.result().pixels for future in engine.submit_all(params)]
 
 
@@ -65,7 +63,7 @@ def pictures_told(
             # The torch backend hands its arguments to an adapter, which can be asked without K.
             model_output = model.denoiser(latents, rows[:, 0], step_counts, prompt_embeds)  # type: ignore[arg-type]
             latents, denoised = apply_step(rows, latents, model_output, denoised)
-        pictures += list(model.decoder.decode(latents))
+        pictures += list(model.decoders["full"].decode(latents))
     return pictures
 
 
@@ -79,7 +77,7 @@ class Teacher:
         # The decoder that the student is published with, so that the two differ in their latents alone.
         stage = "decoder" if (run / "decoder" / "vae").is_dir() else "autoencoder"
         vae = AutoencoderKL.from_pretrained(run / stage / "vae").eval()
-        self.decoder = Decoder(vae, torch.device("cpu"))
+        self.decoder = torch_decoder(vae, torch.device("cpu"))
 
     def pictures(
         self, prompts: Sequence[str], steps: int, first_seed: int = 0, guidance_scale: float = TEACHER_GUIDANCE

@@ -12,7 +12,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from tdm_runtime.decoder import Decoder
+from tdm_runtime.decoder import torch_decoder
 from tdm_runtime.models.conditioning import Conditioning
 from tdm_runtime.models.unet import UNetDenoiser
 from tdm_runtime.recipe import Recipe
@@ -126,7 +126,7 @@ def train_student(
     if config.grid_every and autoencoder_folder is not None:
         prompts = distiller.run.prompts
         assert isinstance(prompts, ScenePrompts)
-        decoder = Decoder(AutoencoderKL.from_pretrained(autoencoder_folder / "vae").eval(), distiller.device)
+        decoder = torch_decoder(AutoencoderKL.from_pretrained(autoencoder_folder / "vae").eval(), distiller.device)
         grid = SampleGrid(folder / "samples", distiller, prompts.encode(list(GRID_PROMPTS)), decoder.decode)
     distill(folder, distiller, None if grid is None else grid.draw)
     if distiller.processes.is_main:
