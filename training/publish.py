@@ -66,11 +66,13 @@ def publish(
 
 
 def _save_model(model: ModelMixin, folder: Path) -> None:
-    """Save without the path that the model was loaded from, which means nothing elsewhere."""
+    """Save without what means nothing to a reader: the path that the model was loaded from, and warnings."""
     model.save_pretrained(folder)
     file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     config.pop("_name_or_path", None)
+    if isinstance(model, AutoencoderTiny):
+        del config["block_out_channels"]  # its constructor sets it, does not take it, and warns
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
