@@ -31,8 +31,8 @@ BACKGROUND_FLOOR = 0.95
 K_EFFECT_FLOOR = 0.05
 """Root mean square in the model output, whose spread is about 1."""
 TINY_DECODER_FLOOR_DB = 28.5
-TINY_ENCODER_CEILING = 0.1
-"""Root mean square in latents, whose spread is about 1."""
+TINY_ENCODER_CEILING = 0.07
+"""Root mean square in latents, whose spread is about 1; 0.045 measured."""
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def autoencoders(checkpoint_folder: Path) -> Autoencoders:
 
 
 def test_the_tiny_decoder_shows_what_the_full_one_shows(autoencoders: Autoencoders, checkpoint_folder: Path) -> None:
-    """Pictures of every K, and estimates after the first step, for captions of either kind."""
+    """Pictures of every K (32.2 to 32.9 dB measured) and estimates after the first step (30.6 to 31.8)."""
     scenes = [*scoring_scenes(PROMPTS // 2), *scoring_scenes(PROMPTS // 2, held_out=True)]
     student = StudentSampler(checkpoint_folder, checkpoint_folder)
     for name, latents in student_latents(student, [caption(scene) for scene in scenes]).items():

@@ -93,7 +93,7 @@ def test_the_last_estimate_is_the_served_picture(model: LoadedModel, checkpoint_
     pixels = decode(open_checkpoint(checkpoint_folder).load_vae(), estimates[-1])
     for n, prompt in enumerate(prompts):
         served = generate(model, SamplingParams(prompt, 5 + n, steps, 64, 64))
-        assert psnr_db(pixels[n : n + 1], to_pixels(served[None])) > 35  # bf16 against fp32; 42 measured
+        assert psnr_db(pixels[n : n + 1], to_pixels(served[None])) > 45  # bf16 against fp32; 54 measured
 
 
 def test_bytes_become_the_pixels_they_were_made_of() -> None:
@@ -110,6 +110,7 @@ def test_a_checkpoint_is_published_with_it(published: Path, run: Path) -> None:
     assert checkpoint.recipe.files[TINY_VAE_WEIGHTS] == file_sha256(published / TINY_VAE_WEIGHTS)
     tiny = checkpoint.load_tiny_vae()
     assert tiny.config.scaling_factor == 1.0
+    assert tiny.config.block_out_channels == [32, 32, 32]  # not in the file; its length tells the downscale
     assert tiny.dtype == torch.float32
     assert not tiny.training
     trained = AutoencoderTiny.from_pretrained(run / "tiny-autoencoder" / TINY_VAE)
