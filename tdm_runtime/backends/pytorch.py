@@ -59,9 +59,11 @@ class TorchBackend:
         return output.float() if output.is_floating_point() else output
 
     def _cast(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        names = self._names or ["timesteps" if tensor.ndim == 1 else "" for tensor in inputs]
+        names = self._names or ["timesteps" if tensor is not None and tensor.ndim == 1 else "" for tensor in inputs]
         return [
-            tensor.to(self._dtype) if tensor.is_floating_point() and name not in self._kept_float32 else tensor
+            tensor.to(self._dtype)
+            if tensor is not None and tensor.is_floating_point() and name not in self._kept_float32
+            else tensor  # also None: training asks what a denoiser does that is not told K
             for name, tensor in zip(names, inputs, strict=True)
         ]
 
