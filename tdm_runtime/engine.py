@@ -20,7 +20,7 @@ from torch import Tensor
 from tdm_runtime.errors import CancelledError, GenerationError, NotFiniteError, OverloadedError, TDMError
 from tdm_runtime.loaded_model import LoadedModel
 from tdm_runtime.noise import initial_noise
-from tdm_runtime.params import SamplingParams
+from tdm_runtime.params import Delivery, SamplingParams
 from tdm_runtime.sample import Picture, Sample
 from tdm_runtime.sampler import apply_step, gather_rows
 from tdm_runtime.step_scheduler import StepScheduler
@@ -125,11 +125,11 @@ class DiffusionEngine:
         """Samples accepted and not yet answered."""
         return len(self._unanswered)
 
-    def submit(self, params: SamplingParams, deadline_s: float | None = None) -> Future[Picture]:
+    def submit(self, params: SamplingParams, delivery: Delivery = Delivery()) -> Future[Picture]:
         """Accept one picture.
 
         Args:
-            deadline_s: on the monotonic clock; earlier ones are served first.
+            delivery: an earlier deadline is served first.
 
         Returns:
             A future: `cancel()` stops the work at the next step boundary.
@@ -138,14 +138,15 @@ class DiffusionEngine:
             InvalidRequestError: the checkpoint does not serve these parameters.
             OverloadedError: `max_live` samples wait already.
         """
-        return self.submit_all([params], deadline_s)[0]
+        return self.submit_all([params], delivery)[0]
 
-    def submit_all(self, requests: Sequence[SamplingParams], deadline_s: float | None = None) -> list[Future[Picture]]:
+    def submit_all(self, requests: Sequence[SamplingParams], delivery: Delivery = Delivery()) -> list[Future[Picture]]:
         """Accept several pictures or, where they do not all fit, none of them. As `submit`."""
         for params in requests:
             self.model.check(params)
         now_s = time.monotonic()
-        due_s = now_s + self.config.patience_s if deadline_s is None else deadline_s
+        budget_ms = delivery.latency_budget_ms
+        due_s = now_s + (self.config.patience_s if budget_ms is None else 1e-3 * budget_ms)
         samples = [self._to_sample(params, now_s, due_s) for params in requests]
         with self._wake:
             if self._is_closing or self._failure is not None:

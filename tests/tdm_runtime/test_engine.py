@@ -24,7 +24,7 @@ from tdm_runtime.engine import DiffusionEngine, EngineConfig, EngineStats
 from tdm_runtime.errors import GenerationError, InvalidRequestError, NotFiniteError, OverloadedError, TDMError
 from tdm_runtime.loaded_model import LoadedModel
 from tdm_runtime.noise import initial_noise
-from tdm_runtime.params import SamplingParams
+from tdm_runtime.params import Delivery, SamplingParams
 from tdm_runtime.pipeline import generate
 from tdm_runtime.sample import Picture
 from tdm_runtime.text_encoder import PromptEmbedding, TextEncoder
@@ -321,10 +321,9 @@ def test_two_shapes_never_share_a_batch(tiny_model: LoadedModel, make_engine: Ma
 def test_an_earlier_deadline_goes_first(tiny_model: LoadedModel, make_engine: MakeEngine) -> None:
     model, backend = observed(tiny_model)
     engine = make_engine(model, max_batch_size=1)
-    now_s = time.monotonic()
     engine.submit(request_for(tiny_model, 0, 1))
-    engine.submit(request_for(tiny_model, 1, 1), deadline_s=now_s + 2.0)
-    engine.submit(request_for(tiny_model, 2, 1), deadline_s=now_s + 1.0)
+    engine.submit(request_for(tiny_model, 1, 1), Delivery(latency_budget_ms=2000))
+    engine.submit(request_for(tiny_model, 2, 1), Delivery(latency_budget_ms=1000))
     run_dry(engine)
     order = [latents[0] for latents, _ in backend.calls]
     for latents, seed in zip(order, (2, 1, 0), strict=True):
@@ -600,7 +599,7 @@ def test_every_request_is_answered_exactly_once_in_a_storm(tiny_model: LoadedMod
                 for _ in range(rng.randint(1, 3))
             ]
             try:
-                futures = engine.submit_all(requests, time.monotonic() + rng.random())
+                futures = engine.submit_all(requests, Delivery(latency_budget_ms=1 + 1000 * rng.random()))
             except OverloadedError:
                 wait(mine, TIMEOUT_S)
                 continue
