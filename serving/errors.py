@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from fastapi.responses import JSONResponse
 
-from tdm_runtime.errors import GenerationError, InvalidRequestError, NotFiniteError, OverloadedError
+from tdm_runtime.errors import DeadlineError, GenerationError, InvalidRequestError, NotFiniteError, OverloadedError
 
 
 @dataclass
@@ -25,8 +25,10 @@ class APIError(Exception):
         super().__init__(self.message)
 
     def to_response(self) -> JSONResponse:
-        body = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
-        return JSONResponse({"error": body}, self.status, self.headers)
+        return JSONResponse(self.to_body(), self.status, self.headers)
+
+    def to_body(self) -> dict[str, dict[str, str | None]]:
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
 
 def invalid(message: str, param: str | None, code: str, status: int = 400) -> APIError:
@@ -46,11 +48,12 @@ def from_exception(error: Exception) -> APIError:
     if isinstance(error, InvalidRequestError):
         return invalid(str(error), error.param, error.code)
     if isinstance(error, OverloadedError):
+        code = "latency_budget_unavailable" if isinstance(error, DeadlineError) else "queue_full"
         headers = {
             "retry-after": str(math.ceil(error.retry_after_s)),
             "retry-after-ms": str(math.ceil(1e3 * error.retry_after_s)),
         }
-        return APIError(429, str(error), "rate_limit_error", code="queue_full", headers=headers)
+        return APIError(429, str(error), "rate_limit_error", code=code, headers=headers)
     if isinstance(error, TimeoutError):
         return APIError(504, "the request was not answered in time and was cancelled", "server_error", code="timeout")
     if isinstance(error, NotFiniteError):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import FileResponse, JSONResponse
+from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -18,7 +20,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.config import ServerConfig
 from serving.errors import APIError, from_exception, invalid, not_ready
-from serving.schema import ImageRequest, ImageResponse, ImageTimings, ModelCard, ModelList, parse_image_request
+from serving.schema import (
+    CompletedImage,
+    ImageRequest,
+    ImageResponse,
+    ImageTimings,
+    ModelCard,
+    ModelList,
+    PartialImage,
+    parse_image_request,
+)
 from serving.service import ImageService, check_static_files
 
 logger = logging.getLogger(__name__)
@@ -31,6 +42,8 @@ SECURITY_HEADERS = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
 }
+UNBUFFERED = {"cache-control": "no-store", "x-accel-buffering": "no"}
+"""For streams: proxies pass every event on as it comes."""
 UNSERVED_STATUS = {404: "not_found", 405: "method_not_allowed"}
 
 
@@ -49,8 +62,11 @@ def _add_image_routes(app: FastAPI, service: ImageService) -> None:
     @app.post("/v1/images/generations", openapi_extra=_documented_body(), response_model=ImageResponse)
     async def generate_images(request: Request) -> Response:
         """Make pictures for a prompt."""
-        body = await read_body(request, service.config)
-        answer = await service.generate(parse_image_request(body))
+        wanted = parse_image_request(await read_body(request, service.config))
+        if wanted.stream:
+            events = await service.stream(wanted)
+            return StreamingResponse(server_sent(events, service), media_type="text/event-stream", headers=UNBUFFERED)
+        answer = await service.generate(wanted)
         headers = {"server-timing": _server_timing(answer.timings)}
         return Response(answer.model_dump_json(), media_type="application/json", headers=headers)
 
@@ -154,13 +170,30 @@ class EdgeMiddleware:
 
 def answer_error(error: Exception, service: ImageService, request_id: str) -> Response:
     """Turn an exception into its response, counted and, where it is ours, logged."""
+    answer = count_error(error, service)
+    if answer.code == "internal_error":
+        logger.error("request %s failed", request_id, exc_info=error)
+    return answer.to_response()
+
+
+def count_error(error: Exception, service: ImageService) -> APIError:
     answer = from_exception(error)
     service.metrics.rejected.labels(answer.code).inc()
     if answer.code == "not_finite":
         service.metrics.not_finite.inc()
-    if answer.code == "internal_error":
-        logger.error("request %s failed", request_id, exc_info=error)
-    return answer.to_response()
+    return answer
+
+
+async def server_sent(
+    events: AsyncIterator[PartialImage | CompletedImage], service: ImageService
+) -> AsyncIterator[str]:
+    """Events as text; a failure among them is one too."""
+    try:
+        async for event in events:
+            yield f"event: {event.type}\ndata: {event.model_dump_json()}\n\n"
+    except Exception as error:
+        answer = count_error(error, service)
+        yield f"event: error\ndata: {json.dumps(answer.to_body())}\n\n"
 
 
 async def read_body(request: Request, config: ServerConfig) -> bytes:

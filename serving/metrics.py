@@ -51,6 +51,12 @@ class ServerMetrics:
         """Show the engine's own numbers, read when asked for."""
         text_encoder = engine.model.text_encoder
         self._gauge("tdm_live_samples", "Samples accepted and not yet answered.").set_function(lambda: engine.num_live)
+        self._gauge("tdm_budgets_missed", "Latency budgets that were promised and not kept.").set_function(
+            lambda: engine.num_late
+        )
+        self._gauge("tdm_result_cache_hits", "Pictures that had been made before.").set_function(
+            lambda: engine.result_cache_hits
+        )
         self._gauge("tdm_text_cache_hits", "Prompts found in the embedding cache.").set_function(
             lambda: text_encoder.cache_hits
         )

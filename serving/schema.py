@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -12,11 +13,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from serving.errors import APIError, invalid
 from tdm_runtime.codec import ImageFormat
+from tdm_runtime.delivery import Delivery, Preview
 from tdm_runtime.errors import shown
 from tdm_runtime.params import MAX_PROMPT_CHARACTERS, MAX_SEED, DecoderName, SamplingParams
+from tdm_runtime.receipt import Receipt
 from tdm_runtime.recipe import Recipe
 
 MAX_PICTURES = 10
+MAX_BUDGET_MS = 600_000.0
 MAX_JSON_DEPTH = 16
 SIZE_PATTERN = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", re.ASCII)
 
@@ -31,7 +35,16 @@ class ImageRequest(BaseModel):
     n: int = Field(1, ge=1, le=MAX_PICTURES, description="Pictures; the i-th uses seed + i.")
     size: str = Field("auto", description='"WxH" from the model\'s sizes, or "auto".')
     seed: int | None = Field(None, description=f"0..{MAX_SEED}; drawn by the server when absent.")
-    num_inference_steps: int | None = Field(None, description="One of the model's step counts.")
+    num_inference_steps: int | Literal["auto"] | None = Field(
+        None, description='One of the model\'s step counts; "auto" takes as many as the budget, or the load, allows.'
+    )
+    min_inference_steps: int | None = Field(
+        None, description='The fewest that "auto" may take; else the fewest there are.'
+    )
+    latency_budget_ms: float | None = Field(
+        None, gt=0, le=MAX_BUDGET_MS, description="From arrival to answer: kept, or refused at once with 429."
+    )
+    strict: bool = Field(False, description="The same bits alone and in any company, on one backend.")
     decoder: DecoderName = Field("full", description="tiny decodes several times faster and a little softer.")
     guidance_scale: float | None = Field(None, description="Only 1: guidance is distilled into the weights.")
     negative_prompt: str | None = Field(None, description="Only empty: it needs guidance.")
@@ -40,7 +53,9 @@ class ImageRequest(BaseModel):
     output_compression: int = Field(100, ge=0, le=100, description="Quality of jpeg and webp.")
     metadata: bool = Field(True, description="Write prompt, seed and steps into the picture file.")
     user: str | None = Field(None, max_length=256, description="Accepted and unused.")
-    stream: Literal[False] | None = Field(None, description="Streaming is not served yet.")
+    stream: bool | None = Field(None, description="Server-sent events: partial images, then the picture; only n = 1.")
+    partial_images: int | None = Field(None, ge=0, le=3, description="With stream: at most so many before the last.")
+    draft: bool = Field(False, description="With partial_images: the first is the picture of one step.")
     quality: Literal["auto", "standard"] | None = Field(None, description="Only auto: steps are the quality dial.")
     background: Literal["auto", "opaque"] | None = Field(None, description="Pictures are opaque.")
 
@@ -64,10 +79,43 @@ class ImageRequest(BaseModel):
         width, height = self._size(recipe)
         first_seed = secrets.randbelow(MAX_SEED + 1) if self.seed is None else self.seed
         steps = recipe.default_steps if self.num_inference_steps is None else self.num_inference_steps
+        if steps == "auto":
+            steps = recipe.step_counts[-1]
         params = SamplingParams(self.prompt, first_seed, steps, width, height, self.decoder)
         params.check_against(recipe)
         seeds = ((first_seed + n) % (MAX_SEED + 1) for n in range(self.n))
         return [replace(params, seed=seed) for seed in seeds]
+
+    def to_delivery(self, recipe: Recipe, spent_ms: float, on_preview: Callable[[Preview], None] | None) -> Delivery:
+        """How its pictures are to be served.
+
+        Args:
+            spent_ms: what of the latency budget is used up by what is not the engine's.
+            on_preview: told of drafts and previews, where they are asked for.
+
+        Raises:
+            InvalidRequestError, APIError: fields that contradict each other.
+        """
+        is_auto = self.num_inference_steps == "auto"
+        if self.min_inference_steps is not None and not is_auto:
+            message = f'min_inference_steps is {self.min_inference_steps}; it needs num_inference_steps "auto"'
+            raise invalid(message, "min_inference_steps", "invalid_value")
+        partial_images = self.partial_images or 0
+        if partial_images and not self.stream:
+            message = f"partial_images is {partial_images}; they are sent as they come, which needs stream true"
+            raise invalid(message, "partial_images", "invalid_value")
+        if self.draft and not partial_images:
+            raise invalid("draft is true; it is a partial image, ask for partial_images", "draft", "invalid_value")
+        if self.stream and self.n != 1:
+            raise invalid(f"n is {self.n}; a stream carries one picture, send {self.n} requests", "n", "invalid_value")
+        return Delivery(
+            latency_budget_ms=None if self.latency_budget_ms is None else max(0.01, self.latency_budget_ms - spent_ms),
+            min_inference_steps=(self.min_inference_steps or recipe.step_counts[0]) if is_auto else None,
+            strict=self.strict,
+            on_preview=on_preview if partial_images else None,
+            num_previews=partial_images - self.draft,
+            draft=self.draft,
+        )
 
     def _size(self, recipe: Recipe) -> tuple[int, int]:
         if self.size == "auto":
@@ -141,7 +189,7 @@ def _depth_exceeds(text: str, limit: int) -> bool:
 def _from_validation(error: ValidationError) -> APIError:
     """The first thing pydantic found, with the field as `param`."""
     first = error.errors(include_url=False)[0]
-    param = ".".join(str(part) for part in first["loc"])
+    param = str(first["loc"][0])  # no field has fields; what follows names a member of a union
     if first["type"] == "missing":
         return invalid(f"{param} is required", param, "missing_required_parameter")
     if first["type"] == "extra_forbidden":
@@ -157,6 +205,11 @@ class GeneratedImage(BaseModel):
     b64_json: str
     seed: int
     num_inference_steps: int
+    """That were taken."""
+    is_cached: bool
+    """Whether it was made for an earlier request."""
+    receipt: Receipt
+    """What made it; `tdm-generate --verify` makes it again."""
 
 
 class InputTokenDetails(BaseModel):
@@ -196,7 +249,49 @@ class ImageResponse(BaseModel):
     size: str
     usage: Usage
     timings: ImageTimings
+    predicted_ms: float
+    """What `timings.total_ms` was expected to be when the first step was due."""
+    latency_budget_kept: bool | None
+    """None where there was none."""
     warnings: list[str] = []
+
+
+class PartialImage(BaseModel):
+    """Event `image_generation.partial_image`."""
+
+    type: Literal["image_generation.partial_image"] = "image_generation.partial_image"
+    b64_json: str
+    partial_image_index: int
+    created_at: int
+    size: str
+    quality: Literal["auto"] = "auto"
+    background: Literal["opaque"] = "opaque"
+    output_format: ImageFormat
+    is_draft: bool
+    """The picture of one step; otherwise what a step of the picture itself expects."""
+    num_steps_taken: int
+
+
+class CompletedImage(BaseModel):
+    """Event `image_generation.completed`."""
+
+    type: Literal["image_generation.completed"] = "image_generation.completed"
+    b64_json: str
+    created_at: int
+    size: str
+    quality: Literal["auto"] = "auto"
+    background: Literal["opaque"] = "opaque"
+    output_format: ImageFormat
+    usage: Usage
+    model: str
+    seed: int
+    num_inference_steps: int
+    is_cached: bool
+    receipt: Receipt
+    timings: ImageTimings
+    predicted_ms: float
+    latency_budget_kept: bool | None
+    warnings: list[str]
 
 
 class ModelCard(BaseModel):

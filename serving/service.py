@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import itertools
+import gc
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from serving.config import ServerConfig
 from serving.errors import not_ready
 from serving.metrics import ServerMetrics
 from serving.schema import (
+    CompletedImage,
     GeneratedImage,
     ImageRequest,
     ImageResponse,
@@ -24,16 +25,21 @@ from serving.schema import (
     InputTokenDetails,
     ModelCard,
     ModelList,
+    PartialImage,
     Usage,
 )
 from tdm_runtime.backend_choice import load_model
 from tdm_runtime.codec import describe_parameters, encode_image
+from tdm_runtime.cost_model import Kind
+from tdm_runtime.delivery import Preview
 from tdm_runtime.engine import DiffusionEngine
 from tdm_runtime.loaded_model import LoadedModel
 from tdm_runtime.params import SamplingParams
+from tdm_runtime.receipt import receipt_of
 from tdm_runtime.recipe import RECIPE_FILE
 from tdm_runtime.sample import Picture
 from tdm_runtime.text_encoder import PromptEmbedding
+from tdm_runtime.warm_up import warm_up
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +61,7 @@ class ImageService:
         self._is_draining = False
         self.engine.start()
         warm_up(self.engine)
+        gc.freeze()  # models and programs stay: nothing to look through at every collection
 
     @property
     def is_ready(self) -> bool:
@@ -89,19 +96,66 @@ class ImageService:
     async def generate(self, request: ImageRequest) -> ImageResponse:
         """Make a request's pictures.
 
-        Cancelling this coroutine, or one picture's failure, cancels its pictures at the next step boundary.
+        Cancelling this coroutine, or one picture's failure, cancels its pictures at the next call.
 
         Raises:
             InvalidRequestError, APIError: the request's mistake.
-            OverloadedError: the queue is full.
+            OverloadedError: the queue is full, or the latency budget cannot be kept.
             GenerationError: a picture failed.
             TimeoutError: not done within `request_timeout_s`.
         """
+        started_s = time.monotonic()
+        return await self._finish(request, self._submit(request, None), started_s)
+
+    async def stream(self, request: ImageRequest) -> AsyncIterator[PartialImage | CompletedImage]:
+        """Make one picture and show it on the way.
+
+        What is refused is refused here; what the returned iterator raises comes after the first event.
+
+        Raises:
+            As `generate`.
+        """
+        started_s = time.monotonic()
+        loop, previews = asyncio.get_running_loop(), asyncio.Queue[Preview | None]()
+
+        def tell(preview: Preview | None) -> None:
+            loop.call_soon_threadsafe(previews.put_nowait, preview)
+
+        futures = self._submit(request, tell)
+        futures[0].add_done_callback(lambda _: tell(None))
+        return self._events(request, futures, previews, started_s)
+
+    async def _events(
+        self,
+        request: ImageRequest,
+        futures: Sequence[Future[Picture]],
+        previews: asyncio.Queue[Preview | None],
+        started_s: float,
+    ) -> AsyncIterator[PartialImage | CompletedImage]:
+        try:
+            index = 0
+            while (preview := await asyncio.wait_for(previews.get(), self.config.request_timeout_s)) is not None:
+                yield await asyncio.to_thread(self._partial_image, preview, index, request)
+                index += 1
+            answer = await self._finish(request, futures, started_s)
+        finally:
+            for future in futures:
+                future.cancel()
+        (image,) = answer.data
+        shared = answer.model_dump(exclude={"created", "data"})
+        yield CompletedImage(created_at=answer.created, **shared, **image.model_dump())
+
+    def _submit(self, request: ImageRequest, on_preview: Callable[[Preview], None] | None) -> list[Future[Picture]]:
         if self._is_draining:
             raise not_ready("the server is stopping; send the request to another")
-        started_s = time.monotonic()
         params = request.to_sampling_params(self.model.recipe)
-        futures = self.engine.submit_all(params)
+        encoding_ms = 1e3 * len(params) * self.engine.call_seconds(_encoding(request, params[0]))
+        return self.engine.submit_all(params, request.to_delivery(self.model.recipe, encoding_ms, on_preview))
+
+    async def _finish(
+        self, request: ImageRequest, futures: Sequence[Future[Picture]], started_s: float
+    ) -> ImageResponse:
+        """Wait for a request's pictures and encode them."""
         try:
             async with asyncio.timeout(self.config.request_timeout_s):
                 pictures = await asyncio.gather(*map(asyncio.wrap_future, futures))
@@ -111,17 +165,23 @@ class ImageService:
         encoding_s = time.monotonic()
         images = await asyncio.to_thread(self._encode, pictures, request)
         ended_s = time.monotonic()
-        timings = self._timings(pictures, 1e3 * (ended_s - encoding_s), 1e3 * (ended_s - started_s))
+        encode_ms, total_ms = 1e3 * (ended_s - encoding_s), 1e3 * (ended_s - started_s)
+        self.engine.observe(_encoding(request, pictures[0].params), 1, (ended_s - encoding_s) / len(pictures))
+        timings = self._timings(pictures, encode_ms, total_ms)
         self.metrics.observe_request(timings)
-        self.metrics.steps_used.labels(params[0].num_inference_steps).inc(len(pictures))
+        for picture in pictures:
+            self.metrics.steps_used.labels(picture.params.num_inference_steps).inc()
+        budget_ms = request.latency_budget_ms
         return ImageResponse(
             created=int(time.time()),
             data=images,
             model=self.model.recipe.name,
             output_format=request.output_format,
-            size=f"{params[0].width}x{params[0].height}",
+            size=f"{pictures[0].params.width}x{pictures[0].params.height}",
             usage=self._usage(pictures),
             timings=timings,
+            predicted_ms=max(picture.predicted_ms for picture in pictures) + encode_ms,
+            latency_budget_kept=None if budget_ms is None else total_ms <= budget_ms,
             warnings=_warnings(pictures[0].prompt),
         )
 
@@ -129,15 +189,37 @@ class ImageService:
         images = []
         for picture in pictures:
             params = picture.params
-            text = describe_parameters(params, self.model.recipe, self.model.digest) if request.metadata else None
+            text = describe_parameters(params, self.model.recipe, self.model.digest)
+            receipt = receipt_of(self.model, params, picture.pixels, picture.is_strict)
             encoded = encode_image(
-                picture.pixels, request.output_format, compression=request.output_compression, parameters=text
+                picture.pixels,
+                request.output_format,
+                compression=request.output_compression,
+                parameters=text if request.metadata else None,
+                receipt=receipt.to_json() if request.metadata else None,
             )
-            b64_json = base64.b64encode(encoded).decode("ascii")
             images.append(
-                GeneratedImage(b64_json=b64_json, seed=params.seed, num_inference_steps=params.num_inference_steps)
+                GeneratedImage(
+                    b64_json=base64.b64encode(encoded).decode("ascii"),
+                    seed=params.seed,
+                    num_inference_steps=params.num_inference_steps,
+                    is_cached=picture.is_cached,
+                    receipt=receipt,
+                )
             )
         return images
+
+    def _partial_image(self, preview: Preview, index: int, request: ImageRequest) -> PartialImage:
+        encoded = encode_image(preview.pixels, request.output_format, compression=request.output_compression)
+        return PartialImage(
+            b64_json=base64.b64encode(encoded).decode("ascii"),
+            partial_image_index=index,
+            created_at=int(time.time()),
+            size=f"{preview.params.width}x{preview.params.height}",
+            output_format=request.output_format,
+            is_draft=preview.is_draft,
+            num_steps_taken=preview.num_steps_taken,
+        )
 
     def _usage(self, pictures: Sequence[Picture]) -> Usage:
         first = pictures[0]
@@ -164,20 +246,9 @@ class ImageService:
         )
 
 
-def warm_up(engine: DiffusionEngine) -> None:
-    """Run every size, step count, decoder and power-of-two batch once, so that no request pays for a first time.
-
-    Raises:
-        TDMError: the model cannot make a picture; better now than at the first request.
-    """
-    recipe = engine.model.recipe
-    limit = min(engine.config.max_batch_size, engine.config.max_live)
-    batch_sizes = [1 << n for n in range(limit.bit_length())]
-    for (width, height), decoder in itertools.product(recipe.native_sizes, engine.model.decoders):
-        for size, steps in itertools.zip_longest(batch_sizes, recipe.step_counts, fillvalue=1):
-            params = SamplingParams("warm-up", 0, steps, width, height, decoder)
-            for future in engine.submit_all([replace(params, seed=seed) for seed in range(size)]):
-                future.result()
+def _encoding(request: ImageRequest, params: SamplingParams) -> Kind:
+    """What the engine calls the encoding of a file of this format and size."""
+    return Kind(f"encode:{request.output_format}", (params.height, params.width))
 
 
 def _warnings(prompt: PromptEmbedding) -> list[str]:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -81,12 +82,14 @@ class ModelCalls:
         """One denoiser call and one fused solver update."""
         device = self._model.denoiser.device
         rows = gather_rows([(s.table, s.step_index) for s in samples], device)
-        step_counts = torch.tensor([s.table.num_inference_steps for s in samples], device=device)
-        prompt_embeds = torch.stack([s.prompt.prompt_embeds for s in samples if s.prompt is not None])
+        step_counts = torch.from_numpy(np.array([s.params.num_inference_steps for s in samples])).to(device)
+        prompt_embeds = _stacked([s.prompt.prompt_embeds for s in samples if s.prompt is not None])
         latents = _stacked([s.latents for s in samples])
+        needs_previous = any(s.table.c[s.step_index] for s in samples)
+        previous = _stacked([s.denoised for s in samples]) if needs_previous else None
         model_output = self._model.denoiser(latents, rows[:, 0], step_counts, prompt_embeds)
-        latents, denoised = apply_step(rows, latents, model_output, _stacked([s.denoised for s in samples]))
-        is_finite = torch.isfinite(latents).flatten(1).all(1).tolist()
+        latents, denoised = apply_step(rows, latents, model_output, previous)
+        is_finite = torch.isfinite(latents.flatten(1).sum(1)).tolist()
         return [
             (latents[n], denoised[n])
             if is_finite[n]
@@ -99,7 +102,9 @@ class ModelCalls:
 
 
 def _stacked(tensors: Sequence[Tensor | None]) -> Tensor:
-    return torch.stack([tensor for tensor in tensors if tensor is not None])
+    """[B, ...]; a view where there is one tensor only."""
+    there = [tensor for tensor in tensors if tensor is not None]
+    return there[0][None] if len(there) == 1 else torch.stack(there)
 
 
 def _as_tdm_error(error: Exception) -> TDMError:

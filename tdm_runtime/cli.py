@@ -14,17 +14,37 @@ from tdm_runtime.backends import BACKENDS, PRECISIONS
 from tdm_runtime.checkpoint import DEFAULT_CHECKPOINT
 from tdm_runtime.codec import ImageFormat, describe_parameters, encode_image
 from tdm_runtime.decoder import Pixels
-from tdm_runtime.errors import TDMError
+from tdm_runtime.errors import BackendError, CheckpointError, TDMError, shown
 from tdm_runtime.params import MAX_SEED, DecoderName, SamplingParams
 from tdm_runtime.pipeline import generate
+from tdm_runtime.receipt import read_claims, receipt_of
 
 FORMATS = {".png": "png", ".webp": "webp", ".jpg": "jpeg", ".jpeg": "jpeg"}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command. Returns the exit status."""
+    """Run the command. Returns the exit status: 0, 2 where it could not, 1 where a receipt's picture is another."""
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    if (given.prompt is None) == (given.verify is None):
+        parser.error("give a prompt, or --verify with a file, and not both")
+    image_format = FORMATS.get(given.output.suffix.lower())
+    if image_format is None:
+        parser.error(f"the output {given.output} ends in none of {', '.join(FORMATS)}")
+    if not given.output.resolve().parent.is_dir():
+        parser.error(f"the folder of {given.output} does not exist")
+    try:
+        if given.verify is not None:
+            return verify(given.verify, given.checkpoint)
+        return make_picture(given, cast(ImageFormat, image_format))
+    except (TDMError, ValueError, OSError) as error:
+        print(f"tdm-generate: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tdm-generate", description="Make a picture from a prompt.")
-    parser.add_argument("prompt")
+    parser.add_argument("prompt", nargs="?")
     parser.add_argument(
         "-o", "--output", type=Path, default=Path("picture.png"), help="png, webp or jpeg (%(default)s)"
     )
@@ -35,47 +55,75 @@ def main(arguments: list[str] | None = None) -> int:
         "--decoder", choices=get_args(DecoderName), default="full", help="tiny is cheaper (%(default)s)"
     )
     parser.add_argument("--previews", action="store_true", help="also write what each step but the last would give")
+    parser.add_argument(
+        "--verify",
+        type=Path,
+        metavar="RECEIPT",
+        help="make the picture of a receipt again, on the backend it names, and compare: a PNG with metadata, "
+        "a receipt in JSON or a server's answer",
+    )
     add_backend_arguments(parser)
-    given = parser.parse_args(arguments)
-    image_format = FORMATS.get(given.output.suffix.lower())
-    if image_format is None:
-        parser.error(f"the output {given.output} ends in none of {', '.join(FORMATS)}")
-    if not given.output.resolve().parent.is_dir():
-        parser.error(f"the folder of {given.output} does not exist")
-    try:
-        model = load_model(given.checkpoint, backend_config(given))
-        if model.choice:
-            print(f"backend: {model.choice}", file=sys.stderr)
-        recipe = model.recipe
-        params = SamplingParams(
-            prompt=given.prompt,
-            seed=secrets.randbelow(MAX_SEED + 1) if given.seed is None else given.seed,
-            num_inference_steps=recipe.default_steps if given.steps is None else given.steps,
-            width=recipe.native_sizes[0][0],
-            height=recipe.native_sizes[0][1],
-            decoder=given.decoder,
-        )
-        previews: dict[Path, Pixels] = {}
+    return parser
 
-        def keep(step: int, pixels: Pixels) -> None:
-            previews[given.output.with_suffix(f".step{step}{given.output.suffix}")] = pixels
 
-        started_s = time.monotonic()
-        pixels = generate(model, params, keep if given.previews else None)
-    except (TDMError, ValueError) as error:
-        print(f"tdm-generate: {error}", file=sys.stderr)
-        return 2
+def make_picture(given: argparse.Namespace, image_format: ImageFormat) -> int:
+    """Make and write one picture. Returns the exit status."""
+    model = load_model(given.checkpoint, backend_config(given))
+    if model.choice:
+        print(f"backend: {model.choice}", file=sys.stderr)
+    recipe = model.recipe
+    params = SamplingParams(
+        prompt=given.prompt,
+        seed=secrets.randbelow(MAX_SEED + 1) if given.seed is None else given.seed,
+        num_inference_steps=recipe.default_steps if given.steps is None else given.steps,
+        width=recipe.native_sizes[0][0],
+        height=recipe.native_sizes[0][1],
+        decoder=given.decoder,
+    )
+    previews: dict[Path, Pixels] = {}
+
+    def keep(step: int, pixels: Pixels) -> None:
+        previews[given.output.with_suffix(f".step{step}{given.output.suffix}")] = pixels
+
+    started_s = time.monotonic()
+    pixels = generate(model, params, keep if given.previews else None)
     elapsed_ms = 1e3 * (time.monotonic() - started_s)
     text = describe_parameters(params, recipe, model.digest)
+    receipt = receipt_of(model, params, pixels, is_strict=True).to_json()  # made alone
     try:
-        for file, picture in {**previews, given.output: pixels}.items():
-            file.write_bytes(encode_image(picture, cast(ImageFormat, image_format), parameters=text))
+        for file, preview in previews.items():
+            file.write_bytes(encode_image(preview, image_format, parameters=text))
+        given.output.write_bytes(encode_image(pixels, image_format, parameters=text, receipt=receipt))
     except OSError as error:
-        print(f"tdm-generate: {given.output} cannot be written: {error.strerror}", file=sys.stderr)
-        return 2
+        raise OSError(f"{given.output} cannot be written: {error.strerror}") from None
     made = f"{params.num_inference_steps} steps, seed {params.seed}, {elapsed_ms:.0f} ms on {model.backend}"
     print(f"{given.output}: {made}")
     return 0
+
+
+def verify(file: Path, checkpoint: Path) -> int:
+    """Make the pictures of a file's receipts again. Returns the exit status.
+
+    Raises:
+        TDMError, OSError: it holds no receipt, or one of another checkpoint, or of a backend that is not here.
+    """
+    status = 0
+    for claim in read_claims(file):
+        receipt = claim.receipt
+        backend, _, precision = receipt.backend.partition(" ")
+        if backend not in BACKENDS or precision not in PRECISIONS:
+            raise BackendError(f"the receipt's backend is {shown(receipt.backend)}; it must be one of {BACKENDS}")
+        model = load_model(checkpoint, BackendConfig(backend, precision, threads=0))
+        if model.digest != receipt.digest:
+            raise CheckpointError(
+                f"the receipt is of {shown(receipt.model)} {receipt.digest[:12]} and {checkpoint} is "
+                f"{model.recipe.name} {model.digest[:12]}; name its folder with --checkpoint"
+            )
+        problem = claim.check(generate(model, receipt.to_params()))
+        said = "reproduced" if problem is None else f"not reproduced: {problem}"
+        print(f"{file}: seed {receipt.seed}, {receipt.num_inference_steps} steps on {receipt.backend}, {said}")
+        status = status or int(problem is not None)
+    return status
 
 
 def add_backend_arguments(parser: argparse.ArgumentParser) -> None:

@@ -39,7 +39,9 @@ class Delivery:
     strict: bool = False
     """The same bits alone and in any company, on one backend; on some, at the price of sharing no calls."""
     on_preview: Callable[[Preview], None] | None = None
-    """Told after every step but the last, on the engine's thread: it must return at once."""
+    """Told of drafts and previews, on the engine's thread: it must return at once."""
+    num_previews: int = 0
+    """So many of the first steps are shown; never the last step, which is the picture."""
     draft: bool = False
     """Also make the picture of one step from the same noise and tell `on_preview` of it first."""
 
@@ -51,8 +53,8 @@ class Delivery:
                 f"latency_budget_ms is {shown(budget_ms)}; it must be a positive number of milliseconds",
                 param="latency_budget_ms",
             )
-        if self.draft and self.on_preview is None:
-            raise ValueError("a draft is told to on_preview, which is None; give a function")
+        if (self.draft or self.num_previews) and self.on_preview is None:
+            raise ValueError("drafts and previews are told to on_preview, which is None; give a function")
 
     def open_step_counts(self, params: SamplingParams, step_counts: tuple[int, ...]) -> tuple[int, ...]:
         """The step counts that the engine may choose from, ascending; empty where there is no choice.

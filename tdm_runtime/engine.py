@@ -143,6 +143,11 @@ class DiffusionEngine:
         """Pictures that were not made because they had been."""
         return self._results.hits
 
+    @property
+    def num_late(self) -> int:
+        """Promises that were not kept."""
+        return self._scheduler.num_late
+
     def call_seconds(self, kind: Kind) -> float:
         """What one call of one sample takes, as a promise counts on it; 0 for what was never seen."""
         with self._wake:
@@ -233,7 +238,8 @@ class DiffusionEngine:
             urgency=(now_s, order),
             open_steps=open_steps,
             needs_text=self.model.text_encoder.cached(params.prompt) is None,
-            preview=Kind(f"decode:{self.model.preview_decoder}", shape) if delivery.on_preview else None,
+            preview=Kind(f"decode:{self.model.preview_decoder}", shape),
+            previews_left=delivery.num_previews,
             params=params,
             delivery=delivery,
             tables=self.model.recipe.step_tables,
@@ -260,8 +266,9 @@ class DiffusionEngine:
         if not sample.delivery.draft or sample.params.num_inference_steps == 1:
             return []
         params = replace(sample.params, num_inference_steps=1)
-        draft = self._to_sample(params, replace(sample.delivery, min_inference_steps=None), sample.submitted_s)
-        draft.preview, draft.draft_of = None, sample
+        delivery = replace(sample.delivery, min_inference_steps=None, num_previews=0)
+        draft = self._to_sample(params, delivery, sample.submitted_s)
+        draft.draft_of = sample
         deadline_s, (_, earlier), (_, later) = sample.urgency[0], sample.urgency, draft.urgency
         draft.urgency, sample.urgency = (deadline_s, earlier), (deadline_s, later)
         return [draft]
@@ -364,6 +371,7 @@ class DiffusionEngine:
         with self._wake:
             self._scheduler.end_call()
             self.costs.observe(kind, len(batch), ended_s - started_s)
+            shown = [sample for sample in batch if sample.previews_left and sample.steps_left > 1]
             left = [s for s, out in zip(batch, outcomes, strict=True) if s.advance() or isinstance(out, TDMError)]
             for sample in left:
                 self._scheduler.remove(sample)
@@ -377,8 +385,8 @@ class DiffusionEngine:
                 self._answer(sample, outcome)
             elif isinstance(outcome, np.ndarray):
                 self._answer(sample, self._to_picture(sample, outcome))
-            elif sample.preview is not None and sample.steps_left:
-                self._show(sample, sample.preview)
+            elif sample in shown:
+                self._show(sample)
 
     def _note(self, sample: Sample, outcome: Stepped | Pixels | TDMError, started_s: float, ended_s: float) -> None:
         """Keep what a call made of a sample, and when."""
@@ -392,12 +400,12 @@ class DiffusionEngine:
         if isinstance(outcome, tuple):
             sample.latents, sample.denoised = outcome
 
-    def _show(self, sample: Sample, kind: Kind) -> None:
+    def _show(self, sample: Sample) -> None:
         """Tell what the step that was just taken expects the picture to be."""
         started_s = time.monotonic()
         pixels = self._calls.preview(sample)
         with self._wake:
-            self.costs.observe(kind, 1, time.monotonic() - started_s)
+            self.costs.observe(sample.preview, 1, time.monotonic() - started_s)
         if not isinstance(pixels, TDMError):
             self._tell(sample, Preview(sample.params, pixels, sample.step_index, is_draft=False))
 

@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeVar
 from tdm_runtime.cost_model import CostModel, Kind
 
 TEXT = Kind("text")
+NO_PREVIEW = Kind("")
 NEVER_S = float("inf")
 Urgency = tuple[float, int]
 """(deadline in monotonic seconds, order of arrival): unique among the live, the smallest goes first."""
@@ -40,8 +41,9 @@ class Work:
     """Its deadline where its promise cannot be kept, monotonic."""
     needs_text: bool = False
     """Whether its prompt is encoded before its first step."""
-    preview: Kind | None = None
-    """What every step but the last is followed by."""
+    preview: Kind = NO_PREVIEW
+    """What steps are followed by while there are `previews_left`, but not the last."""
+    previews_left: int = 0
     has_started: bool = False
     """Whether a call was made for it."""
     predicted_s: float = 0.0
@@ -68,6 +70,7 @@ class Work:
             promised_s=self.promised_s,
             needs_text=self.needs_text,
             preview=self.preview,
+            previews_left=self.previews_left,
         )
 
     def advance(self) -> bool:
@@ -77,6 +80,7 @@ class Work:
         if not self.steps_left:
             return True
         self.steps_left -= 1
+        self.previews_left = max(0, self.previews_left - 1)
         return False
 
     def seconds_left(self, costs: CostModel, size: int = 1) -> float:
@@ -84,8 +88,8 @@ class Work:
         seconds = self.steps_left * costs.seconds(self.denoise.kind, size) + costs.seconds(self.decode.kind)
         if self.needs_text:
             seconds += costs.seconds(TEXT)
-        if self.preview is not None:
-            seconds += max(0, self.steps_left - 1) * costs.seconds(self.preview)
+        if self.previews_left and self.steps_left > 1:
+            seconds += min(self.previews_left, self.steps_left - 1) * costs.seconds(self.preview)
         return seconds
 
 
@@ -114,7 +118,7 @@ def call_seconds(batch: Sequence[Work], costs: CostModel) -> float:
     for work in batch:
         if work.needs_text:
             seconds += costs.seconds(TEXT)
-        if work.preview is not None and work.steps_left > 1:
+        if work.previews_left and work.steps_left > 1:
             seconds += costs.seconds(work.preview)
     return seconds
 

@@ -16,22 +16,23 @@ StepRow = tuple[StepTable, int]
 
 def gather_rows(steps: Sequence[StepRow], device: torch.device) -> Tensor:
     """Return float32 [B, 6]: timestep, p, q, a, b, c of each sample's own step."""
-    rows = [(t.timesteps[j], t.p[j], t.q[j], t.a[j], t.b[j], t.c[j]) for t, j in steps]
-    return torch.from_numpy(np.array(rows, dtype=np.float32)).to(device)
+    return torch.from_numpy(np.array([table.rows[step_index] for table, step_index in steps])).to(device)
 
 
-def apply_step(rows: Tensor, latents: Tensor, model_output: Tensor, previous: Tensor) -> tuple[Tensor, Tensor]:
+def apply_step(rows: Tensor, latents: Tensor, model_output: Tensor, previous: Tensor | None) -> tuple[Tensor, Tensor]:
     """Take one step of every sample.
 
     Args:
         rows: [B, 6], from `gather_rows`.
         latents: [B, C, H, W], x_j.
         model_output: as latents.
-        previous: as latents, denoised_{j-1}; anything finite where c is 0.
+        previous: as latents, denoised_{j-1}; anything finite where c is 0, None where it is 0 in every row.
 
     Returns:
         x_{j+1} and denoised_j.
     """
-    _, p, q, a, b, c = (column.view(-1, 1, 1, 1) for column in rows.unbind(1))
-    denoised = p * latents + q * model_output
-    return a * latents + b * denoised + c * previous, denoised
+    _, p, q, a, b, c = rows.view(*rows.shape, 1, 1, 1).unbind(1)
+    # Products and sums one by one: fused ones round by the place in the batch. In place: they are many and small.
+    denoised = (p * latents).add_(q * model_output)
+    following = (a * latents).add_(b * denoised)
+    return following if previous is None else following.add_(c * previous), denoised

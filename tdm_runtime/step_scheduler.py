@@ -22,6 +22,10 @@ from tdm_runtime.forecast import NEVER_S, Forecast, Urgency, Work, call_seconds,
 Item = TypeVar("Item", bound=Work)
 
 
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 class StepScheduler(Generic[Item]):
     """The live samples and the choice among them. Not thread-safe: its owner locks."""
 
@@ -102,17 +106,17 @@ class StepScheduler(Generic[Item]):
         """Why a budget is not promised, and when it would be, or with which one."""
         promised_s = min(item.promised_s for item in items)
         budget_ms, needed_ms = 1e3 * (promised_s - now_s), 1e3 * self._unloaded_s(items)
-        what = f"{len(items)} picture{'s' if len(items) > 1 else ''} of {items[0].steps_left} step(s)"
+        what = f"{_counted(len(items), 'picture')} of {_counted(items[0].steps_left, 'step')}"
         if needed_ms > budget_ms:
             return InvalidRequestError(
-                f"latency_budget_ms leaves {budget_ms:.3g} ms; {what} takes {needed_ms:.3g} ms with nothing else to "
+                f"latency_budget_ms leaves {budget_ms:.3g} ms; {what} would take {needed_ms:.3g} ms with nothing else to "
                 "do, allow for more or ask for fewer steps",
                 param="latency_budget_ms",
                 code="latency_budget_too_small",
             )
         ahead_ms = 1e3 * (max(0.0, self._running_until_s - now_s) + self.backlog_s(promised_s))
         return DeadlineError(
-            f"latency_budget_ms leaves {budget_ms:.3g} ms; {what} takes {needed_ms:.3g} ms and {ahead_ms:.3g} ms of "
+            f"latency_budget_ms leaves {budget_ms:.3g} ms; {what} would take {needed_ms:.3g} ms and {ahead_ms:.3g} ms of "
             "work were promised before, retry later or allow for more",
             retry_after_s=1e-3 * max(1.0, ahead_ms + needed_ms - budget_ms),
         )

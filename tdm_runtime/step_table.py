@@ -14,9 +14,11 @@ x = alpha x_0 + sigma noise, where the denoiser takes x as it is.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tdm_runtime.errors import RecipeError
 from tdm_runtime.noise_schedule import Array, DiffusionSchedule, FlowSchedule, NoiseLevels, NoiseSchedule
@@ -54,6 +56,11 @@ class StepTable:
     @property
     def num_inference_steps(self) -> int:
         return len(self.timesteps)
+
+    @cached_property
+    def rows(self) -> NDArray[np.float32]:
+        """[K, 6]: timestep, p, q, a, b, c of each step, as samplers compute with them."""
+        return np.stack([self.timesteps, self.p, self.q, self.a, self.b, self.c], axis=1).astype(np.float32)
 
 
 def build_step_table(

@@ -38,7 +38,7 @@ def warm_up(engine: DiffusionEngine) -> None:
         engine.submit(SamplingParams(PROMPT, 0, steps, width, height, decoder)).result()
     width, height = recipe.native_sizes[0]
     params = SamplingParams(PROMPT, 0, recipe.step_counts[-1], width, height)
-    engine.submit(params, Delivery(on_preview=lambda preview: None)).result()
+    engine.submit(params, Delivery(on_preview=lambda preview: None, num_previews=1)).result()
 
 
 def _learn_costs(engine: DiffusionEngine) -> None:
