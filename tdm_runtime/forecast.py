@@ -107,20 +107,23 @@ def choose(ordered: Sequence[Item], costs: CostModel, capacity: int, now_s: floa
     head = ordered[0]
     mates = [item for item in ordered if item.lane == head.lane][:capacity]
     size = costs.batch_size(head.lane.kind, len(mates))
-    while size > 1 and now_s + head.seconds_left(costs, size) > head.promised_s:
+    while size > 1:
+        beside_s = sum(_beside_s(mate, costs) for mate in mates[1:size])
+        if now_s + head.seconds_left(costs, size) + beside_s <= head.promised_s:
+            break
         size -= 1
     return mates[:size]
 
 
 def call_seconds(batch: Sequence[Work], costs: CostModel) -> float:
     """Of one call, with the prompts encoded before and the previews decoded after it."""
-    seconds = costs.seconds(batch[0].lane.kind, len(batch))
-    for work in batch:
-        if work.needs_text:
-            seconds += costs.seconds(TEXT)
-        if work.previews_left and work.steps_left > 1:
-            seconds += costs.seconds(work.preview)
-    return seconds
+    return costs.seconds(batch[0].lane.kind, len(batch)) + sum(_beside_s(work, costs) for work in batch)
+
+
+def _beside_s(work: Work, costs: CostModel) -> float:
+    """What a sample adds to its next call that is not shared."""
+    text_s = costs.seconds(TEXT) if work.needs_text else 0.0
+    return text_s + (costs.seconds(work.preview) if work.previews_left and work.steps_left > 1 else 0.0)
 
 
 @dataclass(frozen=True)

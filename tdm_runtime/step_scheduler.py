@@ -109,15 +109,17 @@ class StepScheduler(Generic[Item]):
         what = f"{_counted(len(items), 'picture')} of {_counted(items[0].steps_left, 'step')}"
         if needed_ms > budget_ms:
             return InvalidRequestError(
-                f"latency_budget_ms leaves {budget_ms:.3g} ms; {what} would take {needed_ms:.3g} ms with nothing else to "
-                "do, allow for more or ask for fewer steps",
+                f"latency_budget_ms leaves {budget_ms:.3g} ms; {what} would take {needed_ms:.3g} ms with nothing "
+                "else to do, allow for more or ask for fewer steps",
                 param="latency_budget_ms",
                 code="latency_budget_too_small",
             )
-        ahead_ms = 1e3 * (max(0.0, self._running_until_s - now_s) + self.backlog_s(promised_s))
+        # Also what is due later: it is what would become late.
+        last_s = max([promised_s, *(item.promised_s for item in self._live.values() if item.promised_s < NEVER_S)])
+        ahead_ms = 1e3 * (max(0.0, self._running_until_s - now_s) + self.backlog_s(last_s))
         return DeadlineError(
-            f"latency_budget_ms leaves {budget_ms:.3g} ms; {what} would take {needed_ms:.3g} ms and {ahead_ms:.3g} ms of "
-            "work were promised before, retry later or allow for more",
+            f"latency_budget_ms leaves {budget_ms:.3g} ms; {what} would take {needed_ms:.3g} ms and "
+            f"{ahead_ms:.3g} ms of work were promised before, retry later or allow for more",
             retry_after_s=1e-3 * max(1.0, ahead_ms + needed_ms - budget_ms),
         )
 
