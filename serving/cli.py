@@ -40,7 +40,7 @@ def parse_arguments(arguments: list[str] | None = None) -> ServerConfig:
         "--front",
         choices=get_args(FrontName),
         default=defaults.front,
-        help="who answers HTTP: the replica (direct), or Ray's proxy, slower, for several machines (%(default)s)",
+        help="who answers HTTP: the replica, or Ray's proxy: slower, finds replicas on any machine (%(default)s)",
     )
     parser.add_argument(
         "--max-batch-size", type=int, default=engine.max_batch_size, help="pictures in one denoiser call (%(default)s)"

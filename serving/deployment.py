@@ -23,6 +23,8 @@ QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
     max_queued_requests=-1,
     # What a constructor refuses once it refuses again: a checkpoint does not mend itself.
     max_constructor_retry_count=1,
+    # That a replica's process died is noticed at a check; nobody else has its port.
+    health_check_period_s=2,
     ray_actor_options={"num_cpus": 1},
     logging_config=QUIET,
 )
