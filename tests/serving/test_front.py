@@ -312,11 +312,3 @@ def test_a_killed_replica_comes_back(neighbour: RunningServer, time_: str) -> No
     assert outcomes.count(200) > num_before > 0
     assert set(outcomes) <= {200, "ConnectError", "ReadError", "RemoteProtocolError"}
     assert httpx.get(f"{neighbour.url}/ready").status_code == 200
-
-
-def test_rays_proxy_is_a_front_too(tmp_path_factory: pytest.TempPathFactory) -> None:
-    running = start_server(tmp_path_factory.mktemp("proxy") / "log", "--front", "ray")
-    assert make_picture(running) == 200
-    answer = httpx.get(f"{running.url}/health", headers={"x-request-id": "abc-123"})
-    assert answer.headers.get_list("x-request-id") == ["abc-123"]
-    assert running.stop() == 0, running.log.read_text()[-2000:]
