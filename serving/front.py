@@ -25,6 +25,8 @@ KEEP_ALIVE_S = 90
 """Idle connections are closed after it: later than load balancers do (60 s), so that none sends into a closed one."""
 MAX_OVERHEAD_BYTES = 64 * 1024
 """Of one request: request line, headers, chunk sizes, trailers. The body has its own limit (`ServerConfig`)."""
+MAX_REQUEST_ID = 256
+"""Characters; a longer one is replaced."""
 BACKLOG = 2048
 """Connections that the kernel keeps for a busy event loop."""
 
@@ -114,15 +116,15 @@ def _open(host: str, port: int, share: bool) -> socket.socket:
 
 
 class RequestId:
-    """Answer with the client's `x-request-id`; make one where there is none."""
+    """Answer with the client's `x-request-id`; make one where there is none, or none that a header may hold."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         asked = MutableHeaders(scope=scope)
-        request_id = asked.get("x-request-id")
-        if not request_id:
+        request_id = asked.get("x-request-id", "")
+        if not (0 < len(request_id) <= MAX_REQUEST_ID and request_id.isascii() and request_id.isprintable()):
             request_id = str(uuid.uuid4())
             asked["x-request-id"] = request_id
 
