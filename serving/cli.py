@@ -14,8 +14,10 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any, get_args
 
-from serving.config import ServerConfig
+from serving.config import FrontName, ServerConfig
+from serving.front import reserve
 from tdm_runtime.backend_choice import TORCH_BACKENDS, Artifacts, BackendConfig
 from tdm_runtime.checkpoint import DEFAULT_CHECKPOINT, Checkpoint, open_checkpoint
 from tdm_runtime.cli import add_backend_arguments, backend_config
@@ -23,6 +25,8 @@ from tdm_runtime.engine import EngineConfig
 from tdm_runtime.errors import ArtifactError, TDMError
 
 USAGE_ERROR = 2
+NO_PORT = 65536
+"""One more than there are."""
 
 
 def parse_arguments(arguments: list[str] | None = None) -> ServerConfig:
@@ -32,6 +36,12 @@ def parse_arguments(arguments: list[str] | None = None) -> ServerConfig:
     parser.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT, help="checkpoint folder (%(default)s)")
     parser.add_argument("--host", default=defaults.host, help="address to listen on (%(default)s)")
     parser.add_argument("--port", type=int, default=defaults.port, help="(%(default)s)")
+    parser.add_argument(
+        "--front",
+        choices=get_args(FrontName),
+        default=defaults.front,
+        help="who answers HTTP: the replica, or Ray's proxy: slower, finds replicas on any machine (%(default)s)",
+    )
     parser.add_argument(
         "--max-batch-size", type=int, default=engine.max_batch_size, help="pictures in one denoiser call (%(default)s)"
     )
@@ -48,6 +58,7 @@ def parse_arguments(arguments: list[str] | None = None) -> ServerConfig:
             checkpoint=given.checkpoint.resolve(),
             host=given.host,
             port=given.port,
+            front=given.front,
             engine=EngineConfig(max_batch_size=given.max_batch_size, max_live=given.max_live),
             backend=backend_config(given),
             log_level=given.log_level,
@@ -61,26 +72,25 @@ def main(arguments: list[str] | None = None) -> int:
     config = parse_arguments(arguments)
     try:
         checkpoint = open_checkpoint(config.checkpoint)
-        check_port(config.host, config.port)
+        address = reserve_address(config.host, config.port)
         check_artifacts(checkpoint, config.backend)
     except (TDMError, OSError) as error:
         print(f"tdm-serve: {error}", file=sys.stderr)
         return USAGE_ERROR
-    return serve_until_signalled(config)
+    with address:
+        return serve_until_signalled(config)
 
 
-def check_port(host: str, port: int) -> None:
-    """Fail with a sentence where the address cannot be listened on.
+def reserve_address(host: str, port: int) -> socket.socket:
+    """Hold the address for this server as long as the returned socket is open.
 
     Raises:
         OSError: naming the address and what to do.
     """
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise OSError(f"cannot listen on {host}:{port} ({error.strerror}); choose another with --port") from None
+    try:
+        return reserve(host, port)
+    except OSError as error:
+        raise OSError(f"cannot listen on {host}:{port} ({error.strerror}); choose another with --port") from None
 
 
 def check_artifacts(checkpoint: Checkpoint, config: BackendConfig) -> None:
@@ -116,13 +126,17 @@ def prepare_environment() -> None:
     """What Ray reads when it is imported, here and in its own processes.
 
     Nothing is reported home. Ray's internal ports listen on every interface, so they want a token
-    that only this server's processes know.
+    that only this server's processes know. Its three pages of statistics listen there without one, so
+    they stay off: the server has its own. Two of them are off only where their port is none.
     """
     os.environ |= {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DEDUP_LOGS": "0",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_enable_metrics_collection": "0",
+        "AUTOSCALER_METRIC_PORT": str(NO_PORT),
+        "DASHBOARD_METRIC_PORT": str(NO_PORT),
     }
 
 
@@ -132,15 +146,23 @@ def reason_of(error: Exception) -> str:
     return causes[-1] if causes else str(error)
 
 
-def drain(timeout_s: float) -> None:
-    """Let the replica answer what it accepted, for at most `timeout_s`."""
+def drain(config: ServerConfig) -> None:
+    """Let the replica answer what it accepted, for at most `drain_timeout_s`."""
     from ray import serve
 
     try:
-        serve.get_app_handle("images").drain.remote().result(timeout_s=timeout_s)
-        time.sleep(0.2)  # the last answers are still on their way through Ray's proxy
+        serve.get_app_handle("images").drain.remote().result(timeout_s=config.drain_timeout_s)
+        if config.front == "ray":
+            time.sleep(0.2)  # the last answers are still on their way through Ray's proxy
     except TimeoutError:
-        print(f"tdm-serve: requests were still running after {timeout_s:g} s and are lost", file=sys.stderr)
+        print(f"tdm-serve: requests ran for more than {config.drain_timeout_s:g} s and are lost", file=sys.stderr)
+
+
+def proxy_options(config: ServerConfig) -> dict[str, Any]:
+    """Where Ray's own proxy listens: nowhere, unless it is the front."""
+    if config.front == "direct":
+        return {"proxy_location": "Disabled"}
+    return {"http_options": {"host": config.host, "port": config.port}}
 
 
 def serve_until_signalled(config: ServerConfig) -> int:
@@ -159,13 +181,13 @@ def serve_until_signalled(config: ServerConfig) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     try:
-        serve.start(http_options={"host": config.host, "port": config.port}, logging_config=QUIET)
+        serve.start(**proxy_options(config), logging_config=QUIET)
         serve.run(build_application(config), name="images", route_prefix="/")
         print(f"backend: {serve.get_app_handle('images').backend.remote().result()}", flush=True)
         print(f"ready: http://{config.host}:{config.port} (playground), /v1/images/generations (API)", flush=True)
         stop.wait()
         print("stopping: accepted requests finish, then the server exits", flush=True)
-        drain(config.drain_timeout_s)
+        drain(config)
     except Exception as error:
         print(f"tdm-serve: the server could not start: {reason_of(error)}", file=sys.stderr)
         return USAGE_ERROR

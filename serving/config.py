@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from tdm_runtime.backend_choice import BackendConfig
 from tdm_runtime.checkpoint import DEFAULT_CHECKPOINT
 from tdm_runtime.engine import EngineConfig
+
+FrontName = Literal["direct", "ray"]
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,8 @@ class ServerConfig:
     host: str = "127.0.0.1"
     """Address to listen on; the server has no authentication, so others only behind something that has."""
     port: int = 8000
+    front: FrontName = "direct"
+    """Who answers HTTP: the replica itself, or Ray's proxy, which costs more and routes between machines."""
     engine: EngineConfig = EngineConfig()
     backend: BackendConfig = BackendConfig("auto", threads=0)
     """What runs the checkpoint."""

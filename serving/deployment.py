@@ -11,6 +11,7 @@ from ray.serve import Application
 from ray.serve.schema import LoggingConfig
 
 from serving.config import ServerConfig
+from serving.front import HTTPFront
 
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 """Ray's own messages; the server logs its requests itself."""
@@ -22,6 +23,8 @@ QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
     max_queued_requests=-1,
     # What a constructor refuses once it refuses again: a checkpoint does not mend itself.
     max_constructor_retry_count=1,
+    # That a replica's process died is noticed at a check; nobody else has its port.
+    health_check_period_s=2,
     ray_actor_options={"num_cpus": 1},
     logging_config=QUIET,
 )
@@ -29,11 +32,14 @@ QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 class ImageDeployment:
     """One replica: one service, one engine thread. Admission is the engine's own, so Ray queues nothing."""
 
-    def __init__(self, config: ServerConfig) -> None:
+    async def __init__(self, config: ServerConfig) -> None:  # type: ignore[misc]  # Ray awaits it
         from serving.service import ImageService
 
         set_up_logging(config.log_level)
         self.service = ImageService(config)
+        self.front: HTTPFront | None = None
+        if config.front == "direct":  # last: who can connect is served
+            self.front = await HTTPFront.start(self.__serve_build_asgi_app__(), config.host, config.port)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         from serving.http import build_app
@@ -41,21 +47,27 @@ class ImageDeployment:
         return build_app(self.service)
 
     def check_health(self) -> None:
-        """Asked by Ray; a replica whose engine died is replaced."""
+        """Asked by Ray; a replica whose engine died, or that nobody can reach, is replaced."""
         if not self.service.engine.is_healthy:
             raise RuntimeError("the engine's thread is not running")
+        if self.front is not None and self.service.is_ready and not self.front.is_running:
+            raise RuntimeError("the HTTP front is not running")
 
     def backend(self) -> str:
         """What runs the model and, where it was measured, why."""
         return self.service.model.choice or self.service.model.backend
 
     async def drain(self) -> None:
-        """Called by `tdm-serve` before it stops."""
+        """Answer what was accepted, and stop listening. Called by `tdm-serve` before it stops."""
         await self.service.drain()
+        if self.front is not None:
+            await self.front.close()
 
     async def __del__(self) -> None:
-        """Called by Ray once accepted requests are done."""
+        """Called by Ray when it stops a replica; of requests to its own front Ray knows nothing."""
         if hasattr(self, "service"):
+            if self.service.is_ready:
+                await self.drain()
             await asyncio.to_thread(self.service.close)
 
 

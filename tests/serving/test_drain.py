@@ -6,9 +6,12 @@ import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import get_args
 
 import httpx
+import pytest
 
+from serving.config import FrontName
 from tests.serving.conftest import RunningServer, start_server
 
 SEEN_LIVE = 20
@@ -21,8 +24,11 @@ def live_samples(server: RunningServer) -> float:
     return float(found[1])
 
 
-def test_accepted_requests_are_answered_before_the_server_exits(tmp_path: Path) -> None:
-    server = start_server(tmp_path / "log")
+@pytest.mark.parametrize("front", get_args(FrontName))
+def test_accepted_requests_are_answered_before_the_server_exits(tmp_path: Path, front: FrontName) -> None:
+    server = start_server(tmp_path / "log", "--front", front)
+    answer = httpx.get(f"{server.url}/health", headers={"x-request-id": "abc-123"})
+    assert answer.headers.get_list("x-request-id") == ["abc-123"]
     body = {"prompt": "a cat", "n": 10, "num_inference_steps": 4}
 
     def ask(_: int) -> int:
