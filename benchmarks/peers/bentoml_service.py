@@ -5,6 +5,7 @@
 import asyncio
 import os
 import sys
+import tempfile
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -17,7 +18,9 @@ from benchmarks.peers.command import PeerConfig, exit_without, parse_arguments
 from benchmarks.peers.pipelines import MAX_BATCH_SIZE, Job, OneThread, PeerBackend, load_pipeline
 from benchmarks.peers.wire import ImageRequest, image_answer
 
-os.environ["BENTOML_DO_NOT_TRACK"] = "True"  # read when it is imported
+# Read when it is imported: nothing is reported home, and its store of models is nobody's.
+os.environ["BENTOML_DO_NOT_TRACK"] = "True"
+os.environ.setdefault("BENTOML_HOME", os.path.join(tempfile.gettempdir(), "tdm-peers-bentoml"))
 
 try:
     import bentoml
@@ -29,6 +32,7 @@ CHECKPOINT = "TDM_PEER_CHECKPOINT"
 """Environment variables: BentoML's own command starts the services, and has no arguments for them."""
 MAX_LATENCY_MS = 60_000
 """BentoML's default: it answers 503 where it expects a request to take longer."""
+STOP_TIMEOUT_S = "3"
 
 app = FastAPI()
 
@@ -41,7 +45,12 @@ class BatchItem(BaseModel):
     num_inference_steps: int
 
 
-@bentoml.service(workers=1, logging={"access": {"enabled": False}})
+@bentoml.service(
+    workers=1,
+    logging={"access": {"enabled": False}},
+    # After 100 requests by default the front closes its connections, with requests still on them, which fail.
+    runner_connection={"max_requests": 2**31, "max_age": 1e9},
+)
 class Maker:
     """The model's process. BentoML learns how long to keep a batch open from the times that it sees."""
 
@@ -49,7 +58,7 @@ class Maker:
         backend, checkpoint = cast(PeerBackend, os.environ[BACKEND]), Path(os.environ[CHECKPOINT])
         self._pipeline = OneThread(partial(load_pipeline, backend, checkpoint, MAX_BATCH_SIZE))
 
-    @bentoml.api(batchable=True, max_batch_size=MAX_BATCH_SIZE, max_latency_ms=MAX_LATENCY_MS)
+    @bentoml.api(batchable=True, max_batch_size=MAX_BATCH_SIZE, max_latency_ms=MAX_LATENCY_MS)  # type: ignore[untyped-decorator]
     async def make(self, items: list[BatchItem]) -> list[bytes]:
         jobs = [Job(item.prompt, item.seed, item.num_inference_steps) for item in items]
         return await asyncio.wrap_future(self._pipeline.submit(jobs))
@@ -79,6 +88,7 @@ def main(config: PeerConfig) -> int:
     os.environ |= {BACKEND: config.backend, CHECKPOINT: str(config.checkpoint)}
     command = [sys.executable, "-m", "bentoml", "serve", "benchmarks.peers.bentoml_service:Images"]
     command += ["--host", "127.0.0.1", "--port", str(config.port), "--working-dir", os.getcwd()]
+    command += ["--timeout-graceful-shutdown", STOP_TIMEOUT_S]
     os.execv(sys.executable, command)
 
 

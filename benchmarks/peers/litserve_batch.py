@@ -20,9 +20,11 @@ except ImportError:
     exit_without("litserve")
 
 BATCH_TIMEOUT_S = 0.005
+"""How long a batch is open. With 16 clients every one is full at 2, 5 and 20 ms, for requests wait while the last
+one runs; with 8 clients they hold 3.9, 4.3 and 6.7 pictures, but one client alone waits the longer."""
 
 
-class ImageAPI(litserve.LitAPI):
+class ImageAPI(litserve.LitAPI):  # type: ignore[misc]
     """The model's process. Its main thread loads and runs everything, so there is one OpenMP team."""
 
     def __init__(self, backend: PeerBackend, checkpoint: Path) -> None:
