@@ -67,6 +67,7 @@ def main(config: PeerConfig) -> int:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, interrupt)  # LitServe ends its processes on SIGINT only
+    # Its timeout stays: what has waited for 30 s is answered with 504.
     api = ImageAPI(config.backend, config.checkpoint)
     server = litserve.LitServer(api, accelerator="cpu", devices=1, workers_per_device=1)
     try:
