@@ -223,7 +223,7 @@ class DiffusionEngine:
                 )
             self._scheduler.admit(samples, now_s)
         except TDMError:
-            self.stats.refused += len(samples)
+            self.stats.refused += sum(sample.draft_of is None for sample in samples)
             raise
 
     def _to_sample(self, params: SamplingParams, delivery: Delivery, now_s: float) -> Sample:

@@ -54,6 +54,11 @@ class Work:
         """Of its next call."""
         return self.denoise if self.steps_left else self.decode
 
+    def share_no_call(self) -> None:
+        """Be alone in every call."""
+        order = self.urgency[1]
+        self.denoise, self.decode = self.denoise._replace(alone=order), self.decode._replace(alone=order)
+
     def settle(self, steps: int) -> None:
         """Take this many steps, none of which was taken yet."""
         assert not self.has_started

@@ -84,6 +84,7 @@ class StepScheduler(Generic[Item]):
                 behind_s = max(item.promised_s for item in self._live.values() if item.promised_s < NEVER_S)
                 for item in items:
                     item.urgency = (behind_s, item.urgency[1])
+                    item.share_no_call()  # its company would make the calls of the promised ones longer
         for item in items:
             assert item.urgency not in self._live, "urgency must be unique"
             self._live[item.urgency] = item

@@ -167,7 +167,6 @@ class AnyTraffic(RuleBasedStateMachine):
         )
         assert batch == peers[: len(batch)], "a less urgent sample of the lane went first"
         assert all(not item.open_steps for item in batch), "a step count is settled when the first step is due"
-        assert all(item.predicted_s >= self.now_s - EPSILON_S or item.calls[1:] for item in batch)
 
     @invariant()
     def live_samples_are_known_in_order_of_urgency(self) -> None:
@@ -186,7 +185,7 @@ class AnyTraffic(RuleBasedStateMachine):
                 assert item.calls == ["denoise"] * item.settled + ["decode:full"]
 
 
-AnyTraffic.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+AnyTraffic.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
 TestAnyTraffic = AnyTraffic.TestCase
 
 ARRIVALS = st.lists(
@@ -243,7 +242,9 @@ def scheduler_of(*items: Request, capacity: int = 1, gain: float = 0.0) -> StepS
 
 
 def test_a_budget_that_nobody_could_keep_is_the_requests_mistake() -> None:
-    with pytest.raises(InvalidRequestError, match=r"latency_budget_ms leaves 2e\+03 ms; 1 picture of 4 steps") as caught:
+    with pytest.raises(
+        InvalidRequestError, match=r"latency_budget_ms leaves 2e\+03 ms; 1 picture of 4 steps"
+    ) as caught:
         scheduler_of(request(0, steps=4, budget_s=2.0))
     assert (caught.value.param, caught.value.code) == ("latency_budget_ms", "latency_budget_too_small")
 
