@@ -41,21 +41,33 @@ class Contender:
     """Answers 200 when pictures can be made."""
     backend: str
     """What a peer was given: stock-fp32, stock-bf16 or ours."""
+    python: str = sys.executable
 
     @property
     def is_peer(self) -> bool:
         return self.name != OURS
 
 
-def all_contenders(backend_arguments: Sequence[str] = ()) -> list[Contender]:
+def all_contenders(
+    our_arguments: Sequence[str] = (), peer_arguments: Sequence[str] = (), peers_python: str = sys.executable
+) -> list[Contender]:
     """Our server, then every peer with every backend.
 
     Args:
-        backend_arguments: of our server's command line.
+        our_arguments: of our server's command line, beside the port.
+        peer_arguments: of every peer's, beside port and backend.
+        peers_python: interpreter of an environment that has what the peers need.
     """
-    ours = Contender(OURS, "serving.cli", tuple(backend_arguments), "/ready", "ours")
+    ours = Contender(OURS, "serving.cli", tuple(our_arguments), "/ready", "ours")
     peers = [
-        Contender(f"{name} {backend}", f"benchmarks.peers.{name}", ("--backend", backend), "/health", backend)
+        Contender(
+            f"{name} {backend}",
+            f"benchmarks.peers.{name}",
+            ("--backend", backend, *peer_arguments),
+            "/health",
+            backend,
+            peers_python,
+        )
         for name in PEERS
         for backend in PEER_BACKENDS
     ]
@@ -75,7 +87,7 @@ def running(contender: Contender, logs: Path) -> Iterator[str]:
     logs.mkdir(parents=True, exist_ok=True)
     log = logs / f"{contender.name.replace(' ', '-')}.log"
     port = _free_port()
-    command = [sys.executable, "-m", contender.module, "--port", str(port), *contender.arguments]
+    command = [contender.python, "-m", contender.module, "--port", str(port), *contender.arguments]
     quiet = {"PYTHONUNBUFFERED": "1", "DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}
     with log.open("wb") as stream:
         process = subprocess.Popen(
