@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -49,12 +49,13 @@ def plot_latency_cdf(file: Path, latencies_ms: Mapping[str, Sequence[float]], sl
         if slo_ms is not None:
             axes.axvline(slo_ms, color="0.4", linestyle="--", linewidth=1, label=f"SLO {slo_ms:.0f} ms")
         axes.set_ylim(0, 1.02)
-        axes.set_xlim(left=0)
+        _logarithmic(axes, "x")
 
 
 def plot_throughput_latency(file: Path, sweeps: Mapping[str, Sequence[Load]]) -> None:
     """Median latency against throughput, a point for every concurrency."""
-    with _figure(file, "Throughput and latency, closed loop", "throughput, pictures/s", "median latency, ms") as axes:
+    axis = "throughput, pictures/s (small numbers: requests in flight)"
+    with _figure(file, "Throughput and latency, closed loop", axis, "median latency, ms") as axes:
         for number, (label, loads) in enumerate(sweeps.items()):
             x, y = [load.throughput for load in loads], [load.median_ms for load in loads]
             axes.plot(x, y, marker=MARKERS[number % len(MARKERS)], markersize=5, label=label, color=_colour(number))
@@ -63,9 +64,8 @@ def plot_throughput_latency(file: Path, sweeps: Mapping[str, Sequence[Load]]) ->
                 axes.annotate(
                     str(load.concurrency), point, textcoords="offset points", xytext=(5, 4), fontsize=7, color="0.35"
                 )
-        axes.set_ylim(bottom=0)
         axes.set_xlim(left=0)
-        axes.text(0.99, 0.02, "numbers: requests in flight", transform=axes.transAxes, ha="right", fontsize=7)
+        _logarithmic(axes, "y")
 
 
 def plot_goodput(
@@ -103,6 +103,17 @@ def plot_quality_latency(file: Path, points: Sequence[Quality]) -> None:
         axes.margins(y=0.15)
 
 
+def _logarithmic(axes: Axes, direction: Literal["x", "y"]) -> None:
+    """A logarithmic axis in plain numbers: fast and slow contenders fit into one plot, tails included."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axes.set(**{f"{direction}scale": "log"})
+    axis = axes.xaxis if direction == "x" else axes.yaxis
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
 def _name_point(axes: Axes, name: str, point: tuple[float, float]) -> None:
     axes.annotate(name, point, textcoords="offset points", xytext=(8, -10))
 
@@ -120,7 +131,7 @@ def _figure(file: Path, title: str, x: str, y: str, legend: bool = True) -> Iter
     axes.spines[["top", "right"]].set_visible(False)
     yield axes
     if legend:
-        axes.legend(frameon=False, fontsize=8)
+        figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=3)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=140)
 
