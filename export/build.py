@@ -147,6 +147,7 @@ class _Recorder:
 
     def __init__(self, backend: Backend, interface: Interface) -> None:
         self.device = backend.device
+        self.is_batch_invariant = backend.is_batch_invariant
         self._backend = backend
         self._names = [spec.name for spec in interface.inputs]
         self.calls: list[Inputs] = []

@@ -71,6 +71,7 @@ class _Recorder:
 
     def __init__(self, backend: Backend) -> None:
         self.device = backend.device
+        self.is_batch_invariant = backend.is_batch_invariant
         self._backend = backend
         self.calls: list[Call] = []
 

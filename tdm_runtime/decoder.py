@@ -28,7 +28,7 @@ class Decoder:
     """An autoencoder's decoder. Batches that are too large for one call are sliced, pictures that are, tiled."""
 
     def __init__(self, backend: Backend, downscale: int, max_call_pixels: int = MAX_CALL_PIXELS) -> None:
-        self._backend = backend
+        self.backend = backend
         self.downscale = downscale
         """Pixels per latent, each side."""
         self._max_call_latents = max_call_pixels // downscale**2
@@ -39,7 +39,7 @@ class Decoder:
         samples_a_call = self._max_call_latents // (height * width)
         if samples_a_call == 0:
             return np.stack([self._tiled(sample) for sample in latents])
-        slices = [self._backend(part).cpu().numpy() for part in torch.split(latents, samples_a_call)]
+        slices = [self.backend(part).cpu().numpy() for part in torch.split(latents, samples_a_call)]
         return slices[0] if len(slices) == 1 else np.concatenate(slices)
 
     def _tiled(self, latents: Tensor) -> Pixels:
@@ -51,7 +51,7 @@ class Decoder:
         for top in _tile_starts(latents.shape[-2], side):
             for left in _tile_starts(latents.shape[-1], side):
                 tile = latents[None, :, top : top + side, left : left + side].contiguous()
-                pixels = self._backend(tile)[0].cpu().numpy()
+                pixels = self.backend(tile)[0].cpu().numpy()
                 rows, columns = (
                     slice(s * self.downscale, s * self.downscale + n)
                     for s, n in zip((top, left), pixels.shape[:2], strict=True)

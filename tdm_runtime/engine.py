@@ -1,7 +1,7 @@
-"""`DiffusionEngine`: many requests, one denoiser, one thread.
+"""`DiffusionEngine`: many requests, one model, one thread.
 
 A step is schedule, run, advance. Samples with different step counts, at different steps, share the
-call; finished ones leave and waiting ones join between any two steps.
+call; finished ones leave and waiting ones join between any two calls.
 """
 
 from __future__ import annotations
@@ -11,41 +11,50 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
-from torch import Tensor
 
-from tdm_runtime.errors import CancelledError, GenerationError, NotFiniteError, OverloadedError, TDMError
+from tdm_runtime.calls import ModelCalls, Stepped
+from tdm_runtime.cost_model import CostModel, Kind
+from tdm_runtime.decoder import Pixels
+from tdm_runtime.delivery import Delivery, Preview
+from tdm_runtime.errors import CancelledError, GenerationError, OverloadedError, TDMError
+from tdm_runtime.forecast import TEXT, Lane
 from tdm_runtime.loaded_model import LoadedModel
-from tdm_runtime.noise import initial_noise
-from tdm_runtime.params import Delivery, SamplingParams
+from tdm_runtime.params import SamplingParams
+from tdm_runtime.result_cache import ResultCache
 from tdm_runtime.sample import Picture, Sample
-from tdm_runtime.sampler import apply_step, gather_rows
 from tdm_runtime.step_scheduler import StepScheduler
 
 logger = logging.getLogger(__name__)
 
-Stepped = tuple[Tensor, Tensor]
-"""A sample's next latents and its denoised estimate, [C, H, W] each."""
-
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Bounds of the engine."""
+    """Bounds and temper of the engine."""
 
-    max_batch_size: int = 8
-    """Samples in one denoiser call."""
+    max_batch_size: int = 32
+    """Samples in one call at most; how many there are below that is up to what they cost."""
     max_live: int = 128
     """Samples accepted and not yet answered; beyond, submissions are refused."""
-    patience_s: float = 30.0
-    """Deadline, after arrival, of samples that have none of their own: only an order, nothing is dropped at it."""
+    patience: float = 20.0
+    """Deadline of a sample without a budget: so many times its own unloaded time after its arrival. Only an order."""
+    auto_stretch: float = 3.0
+    """Without a budget, steps are chosen to end within so many times the unloaded time of the most steps."""
+    result_cache_bytes: int = 0
+    """Pixels of finished pictures that are kept for who asks for the same again."""
+    joining: bool = True
+    """False lets no sample join before those that started together are done; to compare with."""
 
     def __post_init__(self) -> None:
-        for name in ("max_batch_size", "max_live"):
+        for name in ("max_batch_size", "max_live", "patience", "auto_stretch"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
+        if self.result_cache_bytes < 0:
+            raise ValueError(f"result_cache_bytes is {self.result_cache_bytes}; give a number of bytes, or 0 for none")
 
 
 @dataclass
@@ -60,14 +69,12 @@ class EngineStats:
     failed: int = 0
     cancelled: int = 0
     refused: int = 0
-    step_s: float = 0.0
-    """Moving average of one denoiser call."""
 
 
 class DiffusionEngine:
     """Accepts requests from any thread, runs them on its own.
 
-    A caller cancels through the future; it takes effect at the next step boundary.
+    A caller cancels through the future; it takes effect at the next call.
     """
 
     def __init__(
@@ -75,22 +82,29 @@ class DiffusionEngine:
         model: LoadedModel,
         config: EngineConfig = EngineConfig(),
         observe_batch: Callable[[int, float], None] = lambda size, seconds: None,
+        costs: CostModel | None = None,
     ) -> None:
+        """
+        Args:
+            observe_batch: told size and seconds of every denoiser call.
+            costs: what is known already of what calls cost.
+        """
         self.model = model
         self.config = config
         self.stats = EngineStats()
+        self.costs = CostModel() if costs is None else costs
         self._observe_batch = observe_batch
-        """Told size and seconds of every denoiser call."""
-        self._scheduler: StepScheduler[Sample] = StepScheduler(config.max_batch_size)
-        self._arrivals: list[Sample] = []
+        self._scheduler: StepScheduler[Sample] = StepScheduler(self.costs, config.max_batch_size, config.joining)
+        self._calls = ModelCalls(model, self._ask_for_fewer_than)
+        self._results = ResultCache(config.result_cache_bytes)
         self._order = itertools.count()
         self._unanswered: set[Sample] = set()
+        self._tasks: list[Callable[[], None]] = []
         self._wake = threading.Condition()
-        """Guards `_arrivals`, `_unanswered` and what is counted of them."""
+        """Guards everything above that changes, and the samples' places in the queue."""
         self._is_closing = False
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run_forever, name="diffusion-engine", daemon=True)
-        self._decoding = ThreadPoolExecutor(1, "decode", initializer=torch.set_num_threads, initargs=(1,))
 
     # -- called from any thread ---------------------------------------------------------------
 
@@ -105,7 +119,6 @@ class DiffusionEngine:
             self._wake.notify()
         if self._thread.ident is not None:
             self._thread.join()
-        self._decoding.shutdown(wait=True)
         self._fail_unanswered("the engine was closed before it started; send the request to another replica")
 
     def __enter__(self) -> DiffusionEngine:
@@ -125,68 +138,151 @@ class DiffusionEngine:
         """Samples accepted and not yet answered."""
         return len(self._unanswered)
 
+    @property
+    def result_cache_hits(self) -> int:
+        """Pictures that were not made because they had been."""
+        return self._results.hits
+
+    def call_seconds(self, kind: Kind) -> float:
+        """What one call of one sample takes, as a promise counts on it; 0 for what was never seen."""
+        with self._wake:
+            return self.costs.seconds(kind)
+
+    def observe(self, kind: Kind, size: int, seconds: float) -> None:
+        """Learn what a call took that is not the engine's own, as encoding a file."""
+        with self._wake:
+            self.costs.observe(kind, size, seconds)
+
+    def limit(self, kind: Kind, size: int) -> None:
+        """Learn that more samples than `size` in a call do not help."""
+        with self._wake:
+            self.costs.limit(kind, size)
+
+    def run_on_thread(self, task: Callable[[], None]) -> None:
+        """Run something between two calls, on the thread that the model runs on, and wait for it."""
+        done: Future[None] = Future()
+
+        def run() -> None:
+            try:
+                task()
+                done.set_result(None)
+            except BaseException as error:
+                done.set_exception(error)
+
+        with self._wake:
+            self._tasks.append(run)
+            self._wake.notify()
+        done.result()
+
     def submit(self, params: SamplingParams, delivery: Delivery = Delivery()) -> Future[Picture]:
         """Accept one picture.
 
-        Args:
-            delivery: an earlier deadline is served first.
-
         Returns:
-            A future: `cancel()` stops the work at the next step boundary.
+            A future: `cancel()` stops the work at the next call.
 
         Raises:
-            InvalidRequestError: the checkpoint does not serve these parameters.
+            InvalidRequestError: the checkpoint does not serve these parameters, or nobody could in that time.
+            DeadlineError: the budget cannot be kept now.
             OverloadedError: `max_live` samples wait already.
         """
         return self.submit_all([params], delivery)[0]
 
     def submit_all(self, requests: Sequence[SamplingParams], delivery: Delivery = Delivery()) -> list[Future[Picture]]:
-        """Accept several pictures or, where they do not all fit, none of them. As `submit`."""
-        for params in requests:
-            self.model.check(params)
+        """Accept several pictures or, where one of them does not fit, none. As `submit`."""
         now_s = time.monotonic()
-        budget_ms = delivery.latency_budget_ms
-        due_s = now_s + (self.config.patience_s if budget_ms is None else 1e-3 * budget_ms)
-        samples = [self._to_sample(params, now_s, due_s) for params in requests]
+        wanted = [self._to_sample(params, delivery, now_s) for params in requests]
+        made: list[tuple[Sample, Picture]] = []
         with self._wake:
             if self._is_closing or self._failure is not None:
                 raise OverloadedError("the engine is stopping; send the request to another replica", retry_after_s=1.0)
+            waiting = []
+            for sample in wanted:
+                if picture := self._cached(sample):
+                    made.append((sample, picture))
+                else:
+                    waiting += [*self._drafts(sample), sample]
+            self._admit(waiting, now_s)
+            self._unanswered.update(waiting, (sample for sample, _ in made))
+            self._wake.notify()
+        for sample, picture in made:
+            self._answer(sample, picture)
+        return [sample.future for sample in wanted]
+
+    def _admit(self, samples: list[Sample], now_s: float) -> None:
+        try:
             if self.num_live + len(samples) > self.config.max_live:
-                self.stats.refused += len(samples)
                 raise OverloadedError(
                     f"{self.num_live} pictures are queued and at most {self.config.max_live} may be; "
                     f"{len(samples)} more do not fit, retry later or ask for fewer",
-                    retry_after_s=self._seconds_to_drain(),
+                    retry_after_s=max(0.1, 0.5 * self._scheduler.backlog_s()),
                 )
-            self._unanswered.update(samples)
-            self._arrivals.extend(samples)
-            self._wake.notify()
-        return [sample.future for sample in samples]
+            self._scheduler.admit(samples, now_s)
+        except TDMError:
+            self.stats.refused += len(samples)
+            raise
 
-    def _to_sample(self, params: SamplingParams, now_s: float, due_s: float) -> Sample:
-        return Sample(
+    def _to_sample(self, params: SamplingParams, delivery: Delivery, now_s: float) -> Sample:
+        self.model.check(params)
+        shape, order = self.model.latent_shape(params), next(self._order)
+        open_steps = delivery.open_step_counts(params, self.model.recipe.step_counts)
+        alone = order if delivery.strict and not self.model.is_batch_invariant else None
+        sample = Sample(
+            denoise=Lane(Kind("denoise", shape), alone),
+            decode=Lane(Kind(f"decode:{params.decoder}", shape), alone),
+            steps_left=params.num_inference_steps,
+            urgency=(now_s, order),
+            open_steps=open_steps,
+            needs_text=self.model.text_encoder.cached(params.prompt) is None,
+            preview=Kind(f"decode:{self.model.preview_decoder}", shape) if delivery.on_preview else None,
             params=params,
-            table=self.model.recipe.step_tables[params.num_inference_steps],
-            bucket=self.model.latent_shape(params),
-            urgency=(due_s, next(self._order)),
-            waiting_since_s=now_s,
+            delivery=delivery,
+            tables=self.model.recipe.step_tables,
+            submitted_s=now_s,
+            ready_s=now_s,
         )
+        self._set_deadlines(sample)
+        if open_steps:
+            sample.steps_left = open_steps[0]
+        return sample
 
-    def _seconds_to_drain(self) -> float:
-        """Expected time until half of the queue is served."""
-        steps_each = max(self.model.recipe.step_counts)
-        calls = self.num_live * steps_each / self.config.max_batch_size
-        return max(0.1, 0.5 * calls * self.stats.step_s)
+    def _set_deadlines(self, sample: Sample) -> None:
+        unloaded_s, budget_ms = sample.seconds_left(self.costs), sample.delivery.latency_budget_ms
+        sample.unpromised_s = sample.submitted_s + self.config.patience * unloaded_s
+        if budget_ms is None:
+            deadline_s = sample.unpromised_s
+            sample.target_s = sample.submitted_s + self.config.auto_stretch * unloaded_s
+        else:
+            deadline_s = sample.target_s = sample.promised_s = sample.submitted_s + 1e-3 * budget_ms
+        sample.urgency = (deadline_s, sample.urgency[1])
+
+    def _drafts(self, sample: Sample) -> list[Sample]:
+        """The quick look that a request asks for besides: due when it is, and served before it."""
+        if not sample.delivery.draft or sample.params.num_inference_steps == 1:
+            return []
+        params = replace(sample.params, num_inference_steps=1)
+        draft = self._to_sample(params, replace(sample.delivery, min_inference_steps=None), sample.submitted_s)
+        draft.preview, draft.draft_of = None, sample
+        deadline_s, (_, earlier), (_, later) = sample.urgency[0], sample.urgency, draft.urgency
+        draft.urgency, sample.urgency = (deadline_s, earlier), (deadline_s, later)
+        return [draft]
+
+    def _cached(self, sample: Sample) -> Picture | None:
+        params, strict = sample.params, sample.delivery.strict
+        for steps in reversed(sample.open_steps or (params.num_inference_steps,)):
+            if picture := self._results.get(replace(params, num_inference_steps=steps), strict):
+                return picture
+        return None
 
     # -- the engine's thread ------------------------------------------------------------------
 
     def step(self) -> None:
-        """Take one denoiser step: schedule, run, advance."""
-        batch = self._schedule()
+        """Make one call: schedule, run, advance."""
+        began_s = time.monotonic()
+        batch = self._schedule(began_s)
+        batch, text_s = self._prepare(batch)
         if batch:
-            started_s = time.monotonic()
             outcomes = self._run(batch)
-            self._advance(batch, outcomes, started_s)
+            self._advance(batch, outcomes, began_s + text_s)
 
     def _run_forever(self) -> None:
         torch.set_num_threads(1)  # this thread's own setting: a backend that wants more says so in its calls
@@ -201,126 +297,120 @@ class DiffusionEngine:
 
     def _wait_for_work(self) -> bool:
         """Block until there is a sample to run. False when closing and none is left."""
-        with self._wake:
-            while not self._arrivals and not len(self._scheduler):
-                if self._is_closing:
+        while True:
+            with self._wake:
+                tasks, self._tasks = self._tasks, []
+                if not tasks and len(self._scheduler):
+                    return True
+                if not tasks and self._is_closing:
                     return False
-                self._wake.wait()
-            return True
+                if not tasks:
+                    self._wake.wait()
+            for task in tasks:
+                task()
 
-    def _schedule(self) -> list[Sample]:
+    def _schedule(self, now_s: float) -> list[Sample]:
         with self._wake:
-            arrivals, self._arrivals = self._arrivals, []
-        for sample in arrivals:
-            self._scheduler.add(sample)
-        for sample in self._scheduler.live():
-            if sample.future.cancelled():
-                self._leave(sample)
-                self._answer(sample, CancelledError("cancelled by the caller"))
-        return [sample for sample in self._scheduler.schedule() if self._prepare(sample)]
+            abandoned = [sample for sample in self._scheduler.live() if sample.is_abandoned]
+            for sample in abandoned:
+                self._scheduler.remove(sample)
+            batch = self._scheduler.schedule(now_s)
+        for sample in abandoned:
+            self._answer(sample, CancelledError("cancelled by the caller"))
+        return batch
 
-    def _prepare(self, sample: Sample) -> bool:
-        """Encode the prompt and draw the noise, once. False where that failed: the sample has left."""
-        if sample.prompt is not None:
-            return True
+    def _prepare(self, batch: list[Sample]) -> tuple[list[Sample], float]:
+        """Encode the prompts and draw the noise of newcomers.
+
+        Returns:
+            Who is ready for its call, and the seconds that took.
+        """
+        newcomers = [sample for sample in batch if sample.latents is None]
+        if not newcomers:
+            return batch, 0.0
         started_s = time.monotonic()
-        sample.timings.queue_ms = 1e3 * (started_s - sample.waiting_since_s)
-        try:
-            sample.prompt = self.model.text_encoder.encode(sample.params.prompt)
-            noise = initial_noise(sample.params.seed, sample.bucket)
-            sample.latents = (sample.table.initial_scale * noise).to(self.model.denoiser.device)
-            sample.denoised = torch.zeros_like(sample.latents)
-        except Exception as error:
-            self._leave(sample)
-            self._answer(sample, _as_tdm_error(error))
-            return False
-        sample.waiting_since_s = time.monotonic()
-        sample.timings.text_ms = 1e3 * (sample.waiting_since_s - started_s)
-        return True
+        outcomes = self._calls.prepare(newcomers)
+        ended_s = time.monotonic()
+        num_encoded = sum(sample.needs_text for sample in newcomers)
+        for sample in newcomers:
+            sample.timings.queue_ms = 1e3 * (started_s - sample.submitted_s)
+            sample.timings.text_ms = 1e3 * (ended_s - started_s)
+            sample.ready_s = ended_s
+        failed = {s: error for s, error in zip(newcomers, outcomes, strict=True) if error is not None}
+        with self._wake:
+            if num_encoded:
+                self.costs.observe(TEXT, 1, (ended_s - started_s) / num_encoded)
+            for sample in failed:
+                self._scheduler.remove(sample)
+        for sample, error in failed.items():
+            self._answer(sample, error)
+        return [sample for sample in batch if sample not in failed], ended_s - started_s
 
-    def _run(self, batch: list[Sample]) -> list[Stepped | TDMError]:
-        """Compute each sample's step. Where that fails each is tried once alone, so that only the culprit fails."""
-        try:
-            return self._compute(batch)
-        except Exception as error:
-            if len(batch) == 1:
-                return [_as_tdm_error(error)]
-            logger.warning("a batch of %d failed (%s); each is tried alone", len(batch), type(error).__name__)
-            return [self._run([sample])[0] for sample in batch]
+    def _run(self, batch: list[Sample]) -> Sequence[Stepped | Pixels | TDMError]:
+        """Compute what is next for each sample of one lane."""
+        return self._calls.denoise(batch) if batch[0].steps_left else self._calls.decode(batch)
 
-    @torch.inference_mode()
-    def _compute(self, batch: list[Sample]) -> list[Stepped | TDMError]:
-        """One denoiser call and one fused solver update."""
-        device = self.model.denoiser.device
-        rows = gather_rows([(s.table, s.step_index) for s in batch], device)
-        step_counts = torch.tensor([s.params.num_inference_steps for s in batch], device=device)
-        prompt_embeds = torch.stack([s.prompt.prompt_embeds for s in batch if s.prompt is not None])
-        latents = _stacked([s.latents for s in batch])
-        model_output = self.model.denoiser(latents, rows[:, 0], step_counts, prompt_embeds)
-        latents, denoised = apply_step(rows, latents, model_output, _stacked([s.denoised for s in batch]))
-        is_finite = torch.isfinite(latents).flatten(1).all(1).tolist()
-        return [
-            (latents[n], denoised[n])
-            if is_finite[n]
-            else NotFiniteError("the model produced NaN or infinity; no picture was made")
-            for n in range(len(batch))
-        ]
+    def _advance(self, batch: list[Sample], outcomes: Sequence[Stepped | Pixels | TDMError], started_s: float) -> None:
+        """Move each sample on; the finished and the failed leave.
 
-    def _advance(self, batch: list[Sample], outcomes: list[Stepped | TDMError], started_s: float) -> None:
-        """Move each sample on; the finished and the failed leave."""
-        seconds = time.monotonic() - started_s
-        finished = []
+        Args:
+            started_s: when the call's scheduling began, monotonic, less the time that prompts took: what a call costs
+                is the time until the next can begin.
+        """
+        ended_s = time.monotonic()
+        kind, is_step = batch[0].lane.kind, batch[0].steps_left > 0
+        for sample, outcome in zip(batch, outcomes, strict=True):
+            self._note(sample, outcome, started_s, ended_s)
+        with self._wake:
+            self._scheduler.end_call()
+            self.costs.observe(kind, len(batch), ended_s - started_s)
+            left = [s for s, out in zip(batch, outcomes, strict=True) if s.advance() or isinstance(out, TDMError)]
+            for sample in left:
+                self._scheduler.remove(sample)
+            if is_step:
+                self.stats.steps += 1
+                self.stats.sample_steps += len(batch)
+        if is_step:
+            self._observe_batch(len(batch), ended_s - started_s)
         for sample, outcome in zip(batch, outcomes, strict=True):
             if isinstance(outcome, TDMError):
-                self._leave(sample)
                 self._answer(sample, outcome)
-                continue
+            elif isinstance(outcome, np.ndarray):
+                self._answer(sample, self._to_picture(sample, outcome))
+            elif sample.preview is not None and sample.steps_left:
+                self._show(sample, sample.preview)
+
+    def _note(self, sample: Sample, outcome: Stepped | Pixels | TDMError, started_s: float, ended_s: float) -> None:
+        """Keep what a call made of a sample, and when."""
+        began_s = max(started_s, sample.ready_s)
+        sample.timings.queue_ms += 1e3 * (began_s - sample.ready_s)
+        if sample.steps_left:
+            sample.timings.steps_ms.append(1e3 * (ended_s - began_s))
+        else:
+            sample.timings.decode_ms = 1e3 * (ended_s - began_s)
+        sample.ready_s = ended_s
+        if isinstance(outcome, tuple):
             sample.latents, sample.denoised = outcome
-            sample.step_index += 1
-            sample.timings.queue_ms += 1e3 * (started_s - sample.waiting_since_s)
-            sample.timings.steps_ms.append(1e3 * seconds)
-            sample.waiting_since_s = started_s + seconds
-            if sample.is_finished:
-                self._leave(sample)
-                finished.append(sample)
-        self._count_step(len(batch), seconds)
-        for decoder in dict.fromkeys(sample.params.decoder for sample in finished):
-            self._decoding.submit(self._decode, [s for s in finished if s.params.decoder == decoder])
 
-    def _leave(self, sample: Sample) -> None:
-        self._scheduler.remove(sample)
+    def _show(self, sample: Sample, kind: Kind) -> None:
+        """Tell what the step that was just taken expects the picture to be."""
+        started_s = time.monotonic()
+        pixels = self._calls.preview(sample)
+        with self._wake:
+            self.costs.observe(kind, 1, time.monotonic() - started_s)
+        if not isinstance(pixels, TDMError):
+            self._tell(sample, Preview(sample.params, pixels, sample.step_index, is_draft=False))
 
-    def _count_step(self, size: int, seconds: float) -> None:
-        self.stats.steps += 1
-        self.stats.sample_steps += size
-        self.stats.step_s = seconds if self.stats.step_s == 0 else 0.9 * self.stats.step_s + 0.1 * seconds
-        self._observe_batch(size, seconds)
+    def _to_picture(self, sample: Sample, pixels: Pixels) -> Picture:
+        assert sample.prompt is not None
+        predicted_ms = 1e3 * (sample.predicted_s - sample.submitted_s)
+        is_strict = sample.delivery.strict or self.model.is_batch_invariant
+        return Picture(sample.params, pixels, sample.timings, sample.prompt, predicted_ms, is_strict)
 
-    # -- the decoder's thread -----------------------------------------------------------------
-
-    def _decode(self, samples: list[Sample]) -> None:
-        """Turn latents of one shape into pictures, by one decoder, and answer.
-
-        Where that fails each sample is tried once alone.
-        """
-        try:
-            pixels = self.model.decoders[samples[0].params.decoder].decode(_stacked([s.latents for s in samples]))
-        except Exception as error:
-            if len(samples) == 1:
-                self._answer(samples[0], _as_tdm_error(error))
-                return
-            logger.warning("decoding %d failed (%s); each is tried alone", len(samples), type(error).__name__)
-            for sample in samples:
-                self._decode([sample])
-            return
-        ended_s = time.monotonic()
-        for sample, picture in zip(samples, pixels, strict=True):
-            assert sample.prompt is not None
-            sample.timings.decode_ms = 1e3 * (ended_s - sample.waiting_since_s)
-            self._answer(
-                sample,
-                Picture(sample.params, picture, sample.timings, sample.prompt),
-            )
+    def _ask_for_fewer_than(self, size: int) -> None:
+        """A call of so many samples did not fit into memory."""
+        if kind := self._scheduler.running_kind:
+            self.limit(kind, size // 2)
 
     # -- any of the engine's threads ----------------------------------------------------------
 
@@ -331,32 +421,37 @@ class DiffusionEngine:
                 return
             self._unanswered.remove(sample)
             is_wanted = sample.future.set_running_or_notify_cancel()  # from here on it cannot be cancelled
-            if not is_wanted:
-                self.stats.cancelled += 1
-            elif isinstance(outcome, Picture):
-                self.stats.finished += 1
-            else:
-                self.stats.failed += 1
+            if sample.draft_of is None:
+                self._count(outcome if is_wanted else None)
+            if isinstance(outcome, Picture):
+                self._results.put(outcome)
         if not is_wanted:
             return
-        if isinstance(outcome, Picture):
-            sample.future.set_result(outcome)
-        else:
+        if isinstance(outcome, TDMError):
             sample.future.set_exception(outcome)
+            return
+        if sample.draft_of is not None:
+            self._tell(sample.draft_of, Preview(outcome.params, outcome.pixels, 1, is_draft=True))
+        sample.future.set_result(outcome)
+
+    def _count(self, outcome: Picture | TDMError | None) -> None:
+        if outcome is None:
+            self.stats.cancelled += 1
+        elif isinstance(outcome, Picture):
+            self.stats.finished += 1
+        else:
+            self.stats.failed += 1
+
+    def _tell(self, sample: Sample, preview: Preview) -> None:
+        if sample.delivery.on_preview is None or sample.future.done():
+            return
+        try:
+            sample.delivery.on_preview(preview)
+        except Exception:
+            logger.exception("a listener to previews failed; its picture is made all the same")
 
     def _fail_unanswered(self, message: str) -> None:
         with self._wake:
             samples = list(self._unanswered)
         for sample in samples:
             self._answer(sample, GenerationError(message))
-
-
-def _stacked(tensors: Sequence[Tensor | None]) -> Tensor:
-    return torch.stack([tensor for tensor in tensors if tensor is not None])
-
-
-def _as_tdm_error(error: Exception) -> TDMError:
-    if isinstance(error, TDMError):
-        return error
-    logger.error("generation failed", exc_info=error)
-    return GenerationError(f"generation failed ({type(error).__name__}); the request was not at fault, retry it")

@@ -10,6 +10,7 @@ TDMError
 │   └── NotFiniteError                 the model produced NaN or infinity
 ├── CancelledError                     the caller left; the request stopped at a step boundary
 └── OverloadedError                    the queue is full; carries retry_after_s
+    └── DeadlineError                  a latency budget that cannot be kept now
 """
 
 from __future__ import annotations
@@ -65,6 +66,10 @@ class OverloadedError(TDMError):
         super().__init__(message)
         self.retry_after_s = retry_after_s
         """Seconds after which the queue is expected to have room."""
+
+
+class DeadlineError(OverloadedError):
+    """A latency budget that cannot be kept behind, or without harm to, what was promised before."""
 
 
 def shown(value: object) -> str:

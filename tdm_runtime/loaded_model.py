@@ -45,9 +45,15 @@ class LoadedModel:
         return (self.latent_channels, params.height // downscale, params.width // downscale)
 
     @property
-    def preview_decoder(self) -> Decoder:
+    def preview_decoder(self) -> DecoderName:
         """The cheapest decoder there is."""
-        return self.decoders.get("tiny", self.decoders["full"])
+        return "tiny" if "tiny" in self.decoders else "full"
+
+    @property
+    def is_batch_invariant(self) -> bool:
+        """Whether a picture has the same bits alone and in any company."""
+        backends = (self.text_encoder.backend, self.denoiser, *(d.backend for d in self.decoders.values()))
+        return all(backend.is_batch_invariant for backend in backends)
 
     def check(self, params: SamplingParams) -> None:
         """Check what a request asks of this model.

@@ -65,29 +65,6 @@ class SamplingParams:
             )
 
 
-@dataclass(frozen=True)
-class Delivery:
-    """How soon a picture is wanted and what may be given up for it; what a step count makes is not changed by it.
-
-    Raises:
-        InvalidRequestError: naming the value, the limit and the remedy.
-    """
-
-    latency_budget_ms: float | None = None
-    """From submission to pixels, a promise: a request that cannot keep it is refused at once. None promises nothing."""
-    min_inference_steps: int | None = None
-    """The engine takes as many steps as the budget allows, from these to `SamplingParams.num_inference_steps`, and
-    says how many. None takes exactly `num_inference_steps`."""
-
-    def __post_init__(self) -> None:
-        budget_ms = self.latency_budget_ms
-        if budget_ms is not None and not (isinstance(budget_ms, int | float) and 0 < budget_ms < float("inf")):
-            raise InvalidRequestError(
-                f"latency_budget_ms is {shown(budget_ms)}; it must be a positive number of milliseconds",
-                param="latency_budget_ms",
-            )
-
-
 def _check_prompt(prompt: object) -> None:
     if not isinstance(prompt, str):
         raise InvalidRequestError(f"prompt is {shown(prompt)}; it must be a string", param="prompt")

@@ -13,12 +13,12 @@ from tdm_runtime.noise import initial_noise
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.sampler import apply_step, gather_rows
 
-Preview = Callable[[int, Pixels], None]
+OnPreview = Callable[[int, Pixels], None]
 """Told the number of steps taken and a picture, uint8 [H, W, 3]."""
 
 
 @torch.inference_mode()
-def generate(model: LoadedModel, params: SamplingParams, on_preview: Preview | None = None) -> Pixels:
+def generate(model: LoadedModel, params: SamplingParams, on_preview: OnPreview | None = None) -> Pixels:
     """Make one picture, uint8 [H, W, 3].
 
     Args:
@@ -40,7 +40,7 @@ def generate(model: LoadedModel, params: SamplingParams, on_preview: Preview | N
         model_output = model.denoiser(latents, rows[:, 0], step_counts, prompt_embeds)
         latents, denoised = apply_step(rows, latents, model_output, denoised)
         if on_preview is not None and step_index + 1 < table.num_inference_steps:
-            on_preview(step_index + 1, model.preview_decoder.decode(denoised)[0])
+            on_preview(step_index + 1, model.decoders[model.preview_decoder].decode(denoised)[0])
     if not torch.isfinite(latents).all():
         raise NotFiniteError("the model produced NaN or infinity for this request; no picture was made")
     picture: Pixels = model.decoders[params.decoder].decode(latents)[0]

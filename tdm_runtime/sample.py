@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 from tdm_runtime.decoder import Pixels
+from tdm_runtime.delivery import Delivery
+from tdm_runtime.forecast import Work
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.step_table import StepTable
 from tdm_runtime.text_encoder import PromptEmbedding
@@ -17,15 +20,19 @@ from tdm_runtime.text_encoder import PromptEmbedding
 class Timings:
     """Where one picture's time went, in milliseconds; together, from submission to pixels.
 
-    A batched step counts in full for each of its samples.
+    A batched call counts in full for each of its samples.
     """
 
     queue_ms: float = 0.0
-    """From submission to the start of text encoding, and between steps that others took."""
+    """Waiting while others were served: before the first call and between calls."""
     text_ms: float = 0.0
     steps_ms: list[float] = field(default_factory=list)
     decode_ms: float = 0.0
-    """Waiting for the decoder counted in."""
+
+    @property
+    def total_ms(self) -> float:
+        """From submission to pixels."""
+        return self.queue_ms + self.text_ms + sum(self.steps_ms) + self.decode_ms
 
 
 @dataclass(frozen=True)
@@ -33,26 +40,35 @@ class Picture:
     """A finished picture."""
 
     params: SamplingParams
+    """As it was made: the step count is the one that was taken."""
     pixels: Pixels
     """uint8 [H, W, 3]."""
     timings: Timings
     prompt: PromptEmbedding
+    predicted_ms: float
+    """From submission to pixels, as the engine expected when the first step was due."""
+    is_strict: bool
+    """Whether nobody's company can have changed a bit."""
+    is_cached: bool = False
+    """Whether it was made for an earlier request."""
 
 
-@dataclass(eq=False)
-class Sample:
-    """A picture in flight: its own latents, its own step index."""
+@dataclass(eq=False, kw_only=True)
+class Sample(Work):
+    """A picture in flight: its own latents, its own steps."""
 
     params: SamplingParams
-    table: StepTable
-    bucket: tuple[int, ...]
-    """Latent shape [C, H, W]."""
-    urgency: tuple[float, int]
-    """(deadline in monotonic seconds, order of arrival)."""
-    waiting_since_s: float
-    """When it was submitted, prepared or last stepped, on the monotonic clock."""
+    """The step count is the one that is taken, once it is settled."""
+    delivery: Delivery
+    tables: Mapping[int, StepTable]
+    """Step count -> what its solver does."""
+    submitted_s: float
+    """Monotonic."""
+    ready_s: float
+    """When it was submitted or its last call ended, monotonic."""
     future: Future[Picture] = field(default_factory=Future)
-    step_index: int = 0
+    draft_of: Sample | None = None
+    """The sample that this one is a quick look at."""
     latents: Tensor | None = None
     """[C, H, W] once the first step is due."""
     denoised: Tensor | None = None
@@ -61,5 +77,19 @@ class Sample:
     timings: Timings = field(default_factory=Timings)
 
     @property
-    def is_finished(self) -> bool:
-        return self.step_index == self.table.num_inference_steps
+    def table(self) -> StepTable:
+        return self.tables[self.params.num_inference_steps]
+
+    @property
+    def step_index(self) -> int:
+        """Of the next step."""
+        return self.params.num_inference_steps - self.steps_left
+
+    @property
+    def is_abandoned(self) -> bool:
+        """Whether nobody waits for it any more."""
+        return self.future.cancelled() or (self.draft_of is not None and self.draft_of.future.done())
+
+    def settle(self, steps: int) -> None:
+        super().settle(steps)
+        self.params = replace(self.params, num_inference_steps=steps)

@@ -1,62 +1,204 @@
-"""Which samples take the next step together. Knows no tensors.
+"""Which samples share the next call, who is let in, and with how many steps. Knows no tensors.
 
-Laws (tests/tdm_runtime/test_step_scheduler.py): every sample takes each of its steps exactly once,
-a batch never exceeds its capacity or mixes buckets, and the most urgent sample is always in it, so
-none starves: urgency is the deadline, then the order of arrival, and every sample has a deadline.
+Earliest deadline first, between any two calls. A sample without a budget has a deadline too, some
+multiple of its own unloaded time after its arrival: so what is short overtakes what is long, a large
+picture never blocks small ones for more than a call, and nothing starves, since what arrives after a
+sample's deadline comes behind it.
+
+Laws (tests/tdm_runtime/test_step_scheduler.py): every sample takes each of its calls exactly once, a
+batch never exceeds its capacity or mixes lanes, the most urgent sample is always in it, and while
+calls take what they are known to take, every promise is kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from typing import Generic, Protocol, TypeVar
+from collections.abc import Collection, Sequence
+from typing import Generic, TypeVar
 
+from tdm_runtime.cost_model import CostModel, Kind
+from tdm_runtime.errors import DeadlineError, InvalidRequestError, TDMError
+from tdm_runtime.forecast import NEVER_S, Forecast, Urgency, Work, call_seconds, choose, forecast
 
-class Schedulable(Protocol):
-    """What the scheduler needs to know of a sample."""
-
-    @property
-    def bucket(self) -> Hashable:
-        """Samples of one bucket fit into one denoiser call: same model, same latent shape."""
-        ...
-
-    @property
-    def urgency(self) -> tuple[float, int]:
-        """(deadline in seconds, order of arrival): unique, the smallest goes first."""
-        ...
-
-
-Item = TypeVar("Item", bound=Schedulable)
+Item = TypeVar("Item", bound=Work)
 
 
 class StepScheduler(Generic[Item]):
-    """The live samples and the choice among them."""
+    """The live samples and the choice among them. Not thread-safe: its owner locks."""
 
-    def __init__(self, max_batch_size: int) -> None:
-        if max_batch_size < 1:
-            raise ValueError(f"max_batch_size is {max_batch_size}; a batch holds at least 1 sample")
-        self.max_batch_size = max_batch_size
-        self._live: dict[tuple[float, int], Item] = {}
+    def __init__(self, costs: CostModel, capacity: int, joining: bool = True) -> None:
+        """
+        Args:
+            capacity: samples in one call at most.
+            joining: False lets no sample join before all that started together are done: batches of whole
+                requests, as other servers make them, to compare with.
+        """
+        if capacity < 1:
+            raise ValueError(f"capacity is {capacity}; a batch holds at least 1 sample")
+        self.costs = costs
+        self.capacity = capacity
+        self.num_late = 0
+        """Promises that were not kept."""
+        self._joining = joining
+        self._together: set[Item] = set()
+        """Those that started together, where none may join."""
+        self._running: list[Item] = []
+        self._running_until_s = 0.0
+        """When the running call is expected to end, monotonic."""
+        self._live: dict[Urgency, Item] = {}
 
     def __len__(self) -> int:
         return len(self._live)
 
-    def add(self, item: Item) -> None:
-        """Let a sample join; it may share the very next step."""
-        assert item.urgency not in self._live, "urgency must be unique"
-        self._live[item.urgency] = item
-
-    def remove(self, item: Item) -> None:
-        """Let a finished, failed or cancelled sample leave."""
-        del self._live[item.urgency]
+    def __contains__(self, item: Item) -> bool:
+        return self._live.get(item.urgency) is item
 
     def live(self) -> list[Item]:
         """All samples, most urgent first."""
         return [self._live[urgency] for urgency in sorted(self._live)]
 
-    def schedule(self) -> list[Item]:
-        """Return the next batch: the most urgent sample and those of its bucket, in order of urgency."""
-        ordered = self.live()
-        if not ordered:
+    @property
+    def running_kind(self) -> Kind | None:
+        """Of the call that runs."""
+        return self._running[0].lane.kind if self._running else None
+
+    # -- who is let in ------------------------------------------------------------------------
+
+    def admit(self, items: Sequence[Item], now_s: float) -> None:
+        """Let samples join, which may share the very next call, if that breaks no promise; all of them or none.
+
+        Those without a promise are let in in any case, if need be behind all promises.
+
+        Raises:
+            DeadlineError: a promise of theirs, or another's because of them, could not be kept now.
+            InvalidRequestError: theirs could not be kept with nothing else to do.
+        """
+        if self._ahead(now_s, items).broken is not None:
+            self._give_up_lost(now_s)
+            if self._ahead(now_s, items).broken is not None:
+                if any(item.promised_s < NEVER_S for item in items):
+                    raise self._refusal(items, now_s)
+                behind_s = max(item.promised_s for item in self._live.values() if item.promised_s < NEVER_S)
+                for item in items:
+                    item.urgency = (behind_s, item.urgency[1])
+        for item in items:
+            assert item.urgency not in self._live, "urgency must be unique"
+            self._live[item.urgency] = item
+
+    def remove(self, item: Item) -> None:
+        """Let a finished, failed or cancelled sample leave."""
+        del self._live[item.urgency]
+        self._together.discard(item)
+
+    def backlog_s(self, deadline_s: float = NEVER_S) -> float:
+        """Seconds of work that is due until a deadline, in batches of the size that the costs suggest."""
+        due = [item for item in self._live.values() if item.urgency[0] <= deadline_s]
+        return sum(
+            item.seconds_left(self.costs, size) / size
+            for item in due
+            if (size := self.costs.batch_size(item.denoise.kind, min(len(due), self.capacity)))
+        )
+
+    def _refusal(self, items: Sequence[Item], now_s: float) -> TDMError:
+        """Why a budget is not promised, and when it would be, or with which one."""
+        promised_s = min(item.promised_s for item in items)
+        budget_ms, needed_ms = 1e3 * (promised_s - now_s), 1e3 * self._unloaded_s(items)
+        what = f"{len(items)} picture{'s' if len(items) > 1 else ''} of {items[0].steps_left} step(s)"
+        if needed_ms > budget_ms:
+            return InvalidRequestError(
+                f"latency_budget_ms leaves {budget_ms:.3g} ms; {what} takes {needed_ms:.3g} ms with nothing else to "
+                "do, allow for more or ask for fewer steps",
+                param="latency_budget_ms",
+                code="latency_budget_too_small",
+            )
+        ahead_ms = 1e3 * (max(0.0, self._running_until_s - now_s) + self.backlog_s(promised_s))
+        return DeadlineError(
+            f"latency_budget_ms leaves {budget_ms:.3g} ms; {what} takes {needed_ms:.3g} ms and {ahead_ms:.3g} ms of "
+            "work were promised before, retry later or allow for more",
+            retry_after_s=1e-3 * max(1.0, ahead_ms + needed_ms - budget_ms),
+        )
+
+    def _unloaded_s(self, items: Sequence[Item]) -> float:
+        """How long samples take with nothing else to do."""
+        works = [item.copy() for item in items]
+        for work in works:
+            work.promised_s = NEVER_S
+        urgencies = {work.urgency for work in works}
+        return max(forecast(works, self.costs, self.capacity, 0.0, urgencies).finish_s.values())
+
+    # -- what runs next -----------------------------------------------------------------------
+
+    def schedule(self, now_s: float) -> list[Item]:
+        """Return the samples of the next call, most urgent first; empty where none is live.
+
+        Those that take their first step have their step count settled and their end predicted.
+        """
+        self.end_call()
+        self._give_up([item for item in self._live.values() if item.promised_s < now_s])
+        batch = self._choice(now_s)
+        while unsettled := [item for item in batch if item.open_steps]:
+            for item in unsettled:
+                item.settle(self._most_steps(item, now_s))
+            batch = self._choice(now_s)
+        if not batch:
             return []
-        bucket = ordered[0].bucket
-        return [item for item in ordered if item.bucket == bucket][: self.max_batch_size]
+        self._predict([item for item in batch if not item.has_started], now_s)
+        if not self._joining:
+            self._together.update(batch)
+        self._running = batch
+        self._running_until_s = now_s + call_seconds(batch, self.costs)
+        return batch
+
+    def end_call(self) -> None:
+        """No call runs any more; its samples have moved on or left."""
+        self._running = []
+
+    def _choice(self, now_s: float) -> list[Item]:
+        ordered = [item for item in self.live() if not self._together or item in self._together]
+        return choose(ordered, self.costs, self.capacity, now_s) if ordered else []
+
+    def _most_steps(self, item: Item, now_s: float) -> int:
+        """The largest step count that has a sample done by its target and breaks no promise; else the smallest."""
+        others = [other for other in self._live.values() if other is not item]
+        best = item.open_steps[0]
+        for steps in item.open_steps[1:]:
+            tried = item.copy()
+            tried.steps_left = steps
+            seen = forecast([*others, tried], self.costs, self.capacity, now_s, {tried.urgency})
+            if seen.broken is not None or seen.finish_s[tried.urgency] > item.target_s:
+                break
+            best = steps
+        return best
+
+    def _predict(self, items: Sequence[Item], now_s: float) -> None:
+        if not items:
+            return
+        finish_s = self._ahead(now_s, watched={item.urgency for item in items}).finish_s
+        for item in items:
+            alone_s = now_s + item.seconds_left(self.costs)
+            item.predicted_s = finish_s.get(item.urgency, alone_s)
+
+    # -- promises -----------------------------------------------------------------------------
+
+    def _ahead(self, now_s: float, added: Sequence[Work] = (), watched: Collection[Urgency] = ()) -> Forecast:
+        """What becomes of the live samples and those added, from the end of the running call on."""
+        works: list[Work] = [*added]
+        for item in self._live.values():
+            work = item.copy()
+            if item not in self._running or not work.advance():
+                works.append(work)
+        starts_s = max(now_s, self._running_until_s) if self._running else now_s
+        return forecast(works, self.costs, self.capacity, starts_s, watched)
+
+    def _give_up_lost(self, now_s: float) -> None:
+        """Take back what cannot be kept, whoever else comes: the machine was slower than it was."""
+        while (broken := self._ahead(now_s).broken) is not None:
+            self._give_up([self._live[broken]])
+
+    def _give_up(self, items: Sequence[Item]) -> None:
+        """Take promises back: the pictures still come, but do not make others late as well."""
+        for item in items:
+            self.num_late += 1
+            del self._live[item.urgency]
+            item.promised_s = NEVER_S
+            item.urgency = (max(item.unpromised_s, item.urgency[0]), item.urgency[1])
+            self._live[item.urgency] = item

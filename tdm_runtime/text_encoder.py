@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,30 +68,45 @@ class PromptTokenizer:
 
 
 class TextEncoder:
-    """Encodes prompts one text model call at a time. Not thread-safe, as its backend."""
+    """Encodes prompts and remembers the latest. `encode` is not thread-safe, as its backend; `cached` is."""
 
     def __init__(self, tokenizer: PromptTokenizer, backend: Backend, cache_size: int = 1024) -> None:
+        self.backend = backend
         self._tokenizer = tokenizer
-        self._backend = backend
         self._cache: OrderedDict[str, PromptEmbedding] = OrderedDict()
         self._cache_size = cache_size
         self.cache_hits = 0
         self.cache_misses = 0
 
+    def cached(self, prompt: str) -> PromptEmbedding | None:
+        """Return a prompt's embedding where it was seen lately."""
+        return self._cache.get(prompt)
+
     def encode(self, prompt: str) -> PromptEmbedding:
         """Return a prompt's embedding, from the cache where it was seen lately."""
-        if (known := self._cache.get(prompt)) is not None:
-            self._cache.move_to_end(prompt)
-            self.cache_hits += 1
-            return known
-        self.cache_misses += 1
-        embedding = self._encode(prompt)
-        self._cache[prompt] = embedding
-        if len(self._cache) > self._cache_size:
-            self._cache.popitem(last=False)
-        return embedding
+        return self.encode_all([prompt])[0]
 
-    def _encode(self, prompt: str) -> PromptEmbedding:
-        ids, num_tokens = self._tokenizer.encode(prompt)
-        embeds = self._backend(torch.tensor([ids], device=self._backend.device))
-        return PromptEmbedding(embeds[0], num_tokens, self._tokenizer.max_tokens)
+    def encode_all(self, prompts: Sequence[str]) -> list[PromptEmbedding]:
+        """Return each prompt's embedding; those not seen lately share a call where that changes no bit of them."""
+        found = {prompt: known for prompt in prompts if (known := self._cache.get(prompt)) is not None}
+        missing = list(dict.fromkeys(prompt for prompt in prompts if prompt not in found))
+        self.cache_hits += len(prompts) - len(missing)
+        self.cache_misses += len(missing)
+        size = max(1, len(missing)) if self.backend.is_batch_invariant else 1
+        for start in range(0, len(missing), size):
+            part = missing[start : start + size]
+            found |= zip(part, self._encode(part), strict=True)
+        for prompt in prompts:
+            self._cache[prompt] = found[prompt]
+            self._cache.move_to_end(prompt)
+        while len(self._cache) > self._cache_size:
+            self._cache.popitem(last=False)
+        return [found[prompt] for prompt in prompts]
+
+    def _encode(self, prompts: Sequence[str]) -> list[PromptEmbedding]:
+        tokens = [self._tokenizer.encode(prompt) for prompt in prompts]
+        embeds = self.backend(torch.tensor([ids for ids, _ in tokens], device=self.backend.device))
+        return [
+            PromptEmbedding(embeds[n], num_tokens, self._tokenizer.max_tokens)
+            for n, (_, num_tokens) in enumerate(tokens)
+        ]

@@ -30,5 +30,7 @@ class Backend(Protocol):
     """
 
     device: torch.device
+    is_batch_invariant: bool
+    """Whether a sample's output has the same bits at every batch size."""
 
     def __call__(self, *inputs: Tensor) -> Tensor: ...

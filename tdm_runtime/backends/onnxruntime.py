@@ -37,6 +37,8 @@ class OnnxRuntimeBackend:
     caller's stream and do not wait for the GPU.
     """
 
+    is_batch_invariant = False
+
     def __init__(
         self,
         file: Path,

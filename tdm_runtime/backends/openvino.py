@@ -35,6 +35,7 @@ class OpenVINOBackend:
     """
 
     device = torch.device("cpu")
+    is_batch_invariant = True
 
     def __init__(self, file: Path, precision: Precision, threads: int | None = None) -> None:
         """

@@ -18,6 +18,8 @@ MAX_PROGRAMS = 128
 class TorchBackend:
     """Calls a module without gradients."""
 
+    is_batch_invariant = False
+
     def __init__(
         self,
         module: nn.Module,

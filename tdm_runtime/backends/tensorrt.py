@@ -94,6 +94,8 @@ def built_for_file(plan: Path) -> Path:
 class TensorRTBackend:
     """Runs a plan, on a stream of its own: on torch's default one TensorRT would wait for the GPU twice a call."""
 
+    is_batch_invariant = False
+
     def __init__(self, file: Path, interface: Interface, device: torch.device) -> None:
         """
         Raises:

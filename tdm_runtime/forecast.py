@@ -1,0 +1,157 @@
+"""What shares a call, and when everything will be done. Knows no tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+from tdm_runtime.cost_model import CostModel, Kind
+
+TEXT = Kind("text")
+NEVER_S = float("inf")
+Urgency = tuple[float, int]
+"""(deadline in monotonic seconds, order of arrival): unique among the live, the smallest goes first."""
+
+
+class Lane(NamedTuple):
+    """Samples of one lane fit into one call."""
+
+    kind: Kind
+    alone: int | None = None
+    """A number of its own for a sample that shares no call."""
+
+
+@dataclass(eq=False, kw_only=True)
+class Work:
+    """A sample as the scheduler sees it: some denoiser steps, then its decoding."""
+
+    denoise: Lane
+    decode: Lane
+    steps_left: int
+    urgency: Urgency
+    open_steps: tuple[int, ...] = ()
+    """Step counts to choose from, ascending; empty once one is settled. Until then `steps_left` is the first."""
+    promised_s: float = NEVER_S
+    """When it must be done, monotonic; never late where nothing was promised."""
+    target_s: float = NEVER_S
+    """When it should be done at the latest, monotonic: what a step count is chosen by."""
+    unpromised_s: float = 0.0
+    """Its deadline where its promise cannot be kept, monotonic."""
+    needs_text: bool = False
+    """Whether its prompt is encoded before its first step."""
+    preview: Kind | None = None
+    """What every step but the last is followed by."""
+    has_started: bool = False
+    """Whether a call was made for it."""
+    predicted_s: float = 0.0
+    """When it is done, as expected when its first call was due, monotonic."""
+
+    @property
+    def lane(self) -> Lane:
+        """Of its next call."""
+        return self.denoise if self.steps_left else self.decode
+
+    def settle(self, steps: int) -> None:
+        """Take this many steps, none of which was taken yet."""
+        assert not self.has_started
+        self.steps_left = steps
+        self.open_steps = ()
+
+    def copy(self) -> Work:
+        """Where it stands, without what it is."""
+        return Work(
+            denoise=self.denoise,
+            decode=self.decode,
+            steps_left=self.steps_left,
+            urgency=self.urgency,
+            promised_s=self.promised_s,
+            needs_text=self.needs_text,
+            preview=self.preview,
+        )
+
+    def advance(self) -> bool:
+        """Move past its next call. True where that was its last."""
+        self.has_started = True
+        self.needs_text = False
+        if not self.steps_left:
+            return True
+        self.steps_left -= 1
+        return False
+
+    def seconds_left(self, costs: CostModel, size: int = 1) -> float:
+        """Until it is done, if every step has `size` samples and nothing comes between."""
+        seconds = self.steps_left * costs.seconds(self.denoise.kind, size) + costs.seconds(self.decode.kind)
+        if self.needs_text:
+            seconds += costs.seconds(TEXT)
+        if self.preview is not None:
+            seconds += max(0, self.steps_left - 1) * costs.seconds(self.preview)
+        return seconds
+
+
+Item = TypeVar("Item", bound=Work)
+
+
+def choose(ordered: Sequence[Item], costs: CostModel, capacity: int, now_s: float) -> list[Item]:
+    """Return the samples of the next call: the most urgent and, in order, those of its lane that help.
+
+    More of them than give more pictures a second do not, nor do those that would break its promise.
+
+    Args:
+        ordered: at least one sample, most urgent first.
+    """
+    head = ordered[0]
+    mates = [item for item in ordered if item.lane == head.lane][:capacity]
+    size = costs.batch_size(head.lane.kind, len(mates))
+    while size > 1 and now_s + head.seconds_left(costs, size) > head.promised_s:
+        size -= 1
+    return mates[:size]
+
+
+def call_seconds(batch: Sequence[Work], costs: CostModel) -> float:
+    """Of one call, with the prompts encoded before and the previews decoded after it."""
+    seconds = costs.seconds(batch[0].lane.kind, len(batch))
+    for work in batch:
+        if work.needs_text:
+            seconds += costs.seconds(TEXT)
+        if work.preview is not None and work.steps_left > 1:
+            seconds += costs.seconds(work.preview)
+    return seconds
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What becomes of a set of samples if none joins or leaves."""
+
+    finish_s: Mapping[Urgency, float]
+    """When samples are done, monotonic; of those that were followed to their end."""
+    broken: Urgency | None
+    """The first promise that is not kept; what comes after it was not looked at."""
+
+
+def forecast(
+    works: Sequence[Work], costs: CostModel, capacity: int, now_s: float, watched: Collection[Urgency] = ()
+) -> Forecast:
+    """Run the scheduler ahead of time, on copies, until every promise and the watched samples are decided.
+
+    This is the schedulability test, exact for the costs as they are known: these are the very choices
+    that the engine will make.
+
+    Args:
+        watched: samples to be followed besides those that have a promise.
+    """
+    finish_s: dict[Urgency, float] = {}
+    open_ends = {work.urgency for work in works if work.promised_s < NEVER_S or work.urgency in watched}
+    live = sorted((work.copy() for work in works), key=lambda work: work.urgency) if open_ends else []
+    while open_ends:
+        batch = choose(live, costs, capacity, now_s)
+        now_s += call_seconds(batch, costs)
+        for work in batch:
+            if not work.advance():
+                continue
+            live.remove(work)
+            open_ends.discard(work.urgency)
+            finish_s[work.urgency] = now_s
+            if now_s > work.promised_s:
+                return Forecast(finish_s, work.urgency)
+    return Forecast(finish_s, None)

@@ -1,0 +1,39 @@
+"""Pictures made lately, for those who ask for exactly the same again."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import replace
+
+from tdm_runtime.params import SamplingParams
+from tdm_runtime.sample import Picture, Timings
+
+
+class ResultCache:
+    """The latest pictures, up to a number of bytes. Not thread-safe: its owner locks."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._num_bytes = 0
+        self._pictures: OrderedDict[SamplingParams, Picture] = OrderedDict()
+        self.hits = 0
+
+    def get(self, params: SamplingParams, strict: bool) -> Picture | None:
+        """Return the picture that these parameters make; a strict one where `strict`."""
+        picture = self._pictures.get(params)
+        if picture is None or (strict and not picture.is_strict):
+            return None
+        self._pictures.move_to_end(params)
+        self.hits += 1
+        return replace(picture, timings=Timings(), predicted_ms=0.0, is_cached=True)
+
+    def put(self, picture: Picture) -> None:
+        """Remember a picture; a strict one is not forgotten for one that is not."""
+        known = self._pictures.get(picture.params)
+        if picture.pixels.nbytes > self._max_bytes or (known is not None and known.is_strict):
+            return
+        self._num_bytes += picture.pixels.nbytes - (0 if known is None else known.pixels.nbytes)
+        self._pictures[picture.params] = picture
+        while self._num_bytes > self._max_bytes:
+            _, oldest = self._pictures.popitem(last=False)
+            self._num_bytes -= oldest.pixels.nbytes
