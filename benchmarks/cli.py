@@ -27,11 +27,11 @@ from benchmarks.load import Recording, closed_loop, open_loop
 from benchmarks.machine import environment, environment_json
 from benchmarks.quality import quality_per_step_count
 from benchmarks.report import Figures, figures, stage_table, terminal_table, write_json
-from benchmarks.targets import EngineTarget, OpenAITarget, Target, http_session, served_models
+from benchmarks.targets import EngineTarget, OpenAITarget, Target, http_session, running_engine, served_models
 from benchmarks.workload import Workload, arrival_times, arrivals_within
 from tdm_runtime.backend_choice import load_model
 from tdm_runtime.cli import backend_config
-from tdm_runtime.engine import DiffusionEngine, EngineConfig
+from tdm_runtime.engine import EngineConfig
 from tdm_runtime.errors import TDMError
 
 INTERRUPTED = 130
@@ -169,7 +169,7 @@ async def _open_target(given: argparse.Namespace, session: Session) -> AsyncIter
         return
     model = load_model(given.checkpoint, given.backend_config)
     session.served = {"id": model.recipe.name, "backend": model.backend, "digest": model.digest}
-    with DiffusionEngine(model, _engine_config(given)) as engine:
+    with running_engine(model, _engine_config(given)) as engine:
         yield EngineTarget(engine)
     if given.mode == "latency" and given.plot is not None:
         session.quality = quality_per_step_count(model, QUALITY_PICTURES, given.seed)

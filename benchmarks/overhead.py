@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import secrets
 import statistics
 import time
 from collections.abc import Callable
@@ -36,6 +37,7 @@ class TimedBackend:
 
     def __init__(self, name: str, backend: Backend, calls: Calls) -> None:
         self.device: torch.device = backend.device
+        self.is_batch_invariant: bool = backend.is_batch_invariant
         self._name = name
         self._backend = backend
         self._calls = calls
@@ -50,9 +52,9 @@ class TimedBackend:
 def timed(model: LoadedModel, calls: Calls) -> LoadedModel:
     """The same model with every component's calls written down; tokens and tiling count as the engine's work."""
     text_encoder = copy.copy(model.text_encoder)
-    text_encoder._backend = TimedBackend("text encoder", model.text_encoder._backend, calls)
+    text_encoder.backend = TimedBackend("text encoder", text_encoder.backend, calls)
     decoder = copy.copy(model.decoders["full"])
-    decoder._backend = TimedBackend("decoder", decoder._backend, calls)
+    decoder.backend = TimedBackend("decoder", decoder.backend, calls)
     denoiser = TimedBackend("denoiser", model.denoiser, calls)
     return replace(model, text_encoder=text_encoder, denoiser=denoiser, decoders={"full": decoder})
 
@@ -62,7 +64,7 @@ def overhead(model: LoadedModel, pictures: int, steps: int, seed: int = 0) -> di
     calls, width_height = Calls(), model.recipe.native_sizes[0]
     walls: list[float] = []
     parts: dict[str, list[float]] = {}
-    requests = itertools.islice(Workload(seed, tag="overhead").requests(), WARM_UPS + pictures)
+    requests = itertools.islice(Workload(seed, tag=secrets.token_hex(2)).requests(), WARM_UPS + pictures)
     with DiffusionEngine(timed(model, calls)) as engine:
         for number, request in enumerate(requests):
             params = SamplingParams(request.prompt, request.seed, steps, *width_height)

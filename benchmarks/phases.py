@@ -10,9 +10,9 @@ from typing import Any
 
 from benchmarks.load import Recording, closed_loop, open_loop
 from benchmarks.report import Figures, figures
-from benchmarks.targets import EngineTarget, OpenAITarget, Target, http_session, served_models
+from benchmarks.targets import EngineTarget, OpenAITarget, Target, http_session, running_engine, served_models
 from benchmarks.workload import Size, Workload, arrivals_within
-from tdm_runtime.engine import DiffusionEngine, EngineConfig
+from tdm_runtime.engine import EngineConfig
 from tdm_runtime.loaded_model import LoadedModel
 
 STEPS = 4
@@ -80,7 +80,7 @@ async def measure_server(base_url: str, plan: Plan) -> dict[str, Any]:
 async def measure_engine(model: LoadedModel, plan: Plan) -> dict[str, Any]:
     """`unloaded_and_saturated` in this process."""
     served = {"id": model.recipe.name, "backend": model.backend, "digest": model.digest}
-    with DiffusionEngine(model) as engine:
+    with running_engine(model) as engine:
         return {"served": served, **await unloaded_and_saturated(EngineTarget(engine), plan)}
 
 
@@ -158,18 +158,18 @@ async def _scenario(
 async def joining(model: LoadedModel, plan: Plan) -> dict[str, Any]:
     """Samples that join a running batch against whole-request batching: the same arrivals, mixed step counts."""
     mixture: Sequence[int] = model.recipe.step_counts
-    whole = EngineConfig(**{"joining": False})
+    whole = EngineConfig(joining=False)
     saturated = Recording()
-    with DiffusionEngine(model, whole) as engine:
+    with running_engine(model, whole) as engine:
         target = EngineTarget(engine)
         await closed_loop(target, plan.workload(*mixture).requests(), 16, Recording(), plan.warm_up_s)
         await closed_loop(target, plan.workload(*mixture).requests(), 16, saturated, plan.load_s)
     capacity = float(figures(saturated)["request_throughput"])
     arrivals = arrivals_within(plan.arrivals_s, JOINING_LOAD * capacity, seed=plan.seed)
     found: dict[str, Any] = {"capacity": capacity, "rate": JOINING_LOAD * capacity}
-    for name, config in (("whole", whole), ("joining", EngineConfig(**{"joining": True}))):
+    for name, config in (("whole", whole), ("joining", EngineConfig(joining=True))):
         recording = Recording()
-        with DiffusionEngine(model, config) as engine:
+        with running_engine(model, config) as engine:
             target = EngineTarget(engine)
             await closed_loop(target, plan.workload(*mixture).requests(), 4, Recording(), plan.warm_up_s)
             await open_loop(target, arrivals, plan.workload(*mixture).requests(), recording)

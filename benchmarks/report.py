@@ -41,7 +41,7 @@ def figures(
         "request_goodput": None,
         "goodput_share": None,
         "mean_e2el_ms": float(np.mean(latencies_ms)) if latencies_ms else None,
-        "median_e2el_ms": float(np.median(latencies_ms)) if latencies_ms else None,
+        "median_e2el_ms": _percentile(latencies_ms, 50),
     }
     for percentile in percentiles:
         found[f"p{percentile:g}_e2el_ms"] = _percentile(latencies_ms, percentile)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tdm_runtime.backend_choice import load_model
+from tdm_runtime.backend_choice import BackendConfig, load_model
 from tdm_runtime.engine import DiffusionEngine, EngineConfig
 from tdm_runtime.loaded_model import LoadedModel
 from tests.benchmarks.small_server import SmallServer, serving
@@ -16,7 +16,7 @@ from tests.benchmarks.small_server import SmallServer, serving
 @pytest.fixture(scope="session")
 def tiny_model(tiny_checkpoint: Path) -> LoadedModel:
     """On the CPU. Its text encoder is not thread-safe: one engine at a time."""
-    return load_model(tiny_checkpoint, device="cpu")
+    return load_model(tiny_checkpoint, BackendConfig(threads=1), device="cpu")
 
 
 @pytest.fixture

@@ -15,11 +15,12 @@ from pathlib import Path
 
 from aiohttp import web
 
-from tdm_runtime.backend_choice import load_model
+from tdm_runtime.backend_choice import BackendConfig, load_model
 from tdm_runtime.codec import encode_image
+from tdm_runtime.delivery import Delivery
 from tdm_runtime.engine import DiffusionEngine
 from tdm_runtime.errors import InvalidRequestError, OverloadedError
-from tdm_runtime.params import Delivery, SamplingParams
+from tdm_runtime.params import SamplingParams
 
 
 @dataclass
@@ -103,7 +104,7 @@ def main() -> None:
     if given.checkpoint is None:
         print(f"{given.backend} is not installed; install it", file=sys.stderr)
         sys.exit(3)
-    with DiffusionEngine(load_model(given.checkpoint, device="cpu")) as engine:
+    with DiffusionEngine(load_model(given.checkpoint, BackendConfig(threads=1), device="cpu")) as engine:
         web.run_app(SmallServer(engine).application(), host="127.0.0.1", port=given.port, print=None)
 
 

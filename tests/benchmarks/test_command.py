@@ -20,6 +20,7 @@ from benchmarks.phases import Plan, measure_server
 from tests.benchmarks.small_server import SmallServer
 
 SMALL_SERVER = "tests.benchmarks.small_server"
+TORCH = ("--backend", "torch", "--threads", "1")
 
 
 @pytest.mark.parametrize(
@@ -80,13 +81,13 @@ def test_a_server_is_measured_by_stage(server: SmallServer, tmp_path: Path, caps
     [
         (["throughput", "--max-concurrency", "1,4", "--duration-s", "0.3"], "throughput.png"),
         (["server", "--request-rate", "40,80", "--num-prompts", "12", "--goodput", "e2el:500"], "goodput.png"),
-        (["offline", "--num-prompts", "200"], "latency.png"),
+        (["offline", "--num-prompts", "140", "--num-inference-steps", "1"], "latency.png"),
         (["latency", "--num-prompts", "2", "--num-inference-steps", "auto"], "quality.png"),
     ],
 )
 def test_the_engine_is_measured_in_process(arguments: list[str], plot: str, tiny_checkpoint: Path, tmp_path: Path):
     file = tmp_path / "result.json"
-    command = [*arguments, "--endpoint-type", "engine", "--checkpoint", str(tiny_checkpoint), "--backend", "torch"]
+    command = [*arguments, "--endpoint-type", "engine", "--checkpoint", str(tiny_checkpoint), *TORCH]
     command += ["--num-warmups", "2", "--plot", str(tmp_path), "--save-result", "--result-filename", str(file)]
     assert main(command) == 0
     assert (tmp_path / plot).is_file()
@@ -94,7 +95,7 @@ def test_the_engine_is_measured_in_process(arguments: list[str], plot: str, tiny
     for run in result.get("runs", [result]):
         assert run["completed"] == len(run["e2els"]) > 0
     if arguments[0] == "offline":
-        assert result["completed"] == 200
+        assert result["completed"] == 140
 
 
 def test_an_interrupted_run_tells_what_it_measured(server: SmallServer, capsys: pytest.CaptureFixture[str]):
@@ -116,7 +117,7 @@ def test_an_interrupted_run_tells_what_it_measured(server: SmallServer, capsys: 
 def test_compare_writes_tables_where_they_belong(tiny_checkpoint: Path, tmp_path: Path):
     page = tmp_path / "page.md"
     page.write_text(f"# Page\n{BEGIN}\n{END}\nend\n")
-    command = ["compare", "--quick", "--checkpoint", str(tiny_checkpoint), "--backend", "torch"]
+    command = ["compare", "--quick", "--checkpoint", str(tiny_checkpoint), *TORCH]
     command += ["--output", str(tmp_path / "out"), "--write-docs", str(page)]
     assert main([*command, "--only", "contenders", "overhead", "quality", "--contenders", "engine in process"]) == 0
     text = page.read_text()

@@ -82,7 +82,7 @@ def test_the_engine_refuses_what_is_beyond_its_bound(tiny_model: LoadedModel):
     engine.close()
     found = figures(recording)
     assert (found["completed"], found["refused"], found["failed"]) == (8, 22, 0)
-    assert found["errors"] == {"queue_full": 22}
+    assert found["errors"] == {"OverloadedError": 22}
 
 
 def test_auto_lets_the_engine_pick(engine: DiffusionEngine):

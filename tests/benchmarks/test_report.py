@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.compare_tables import BEGIN, END, write_between_markers
@@ -31,6 +31,7 @@ def recording(times: Spans) -> Recording:
     return Recording(records)
 
 
+@settings(deadline=None, max_examples=50)
 @given(spans, st.floats(1, 6000))
 def test_figures_equal_numpy(times: Spans, goodput_ms: float):
     measured = recording(times)
