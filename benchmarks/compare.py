@@ -6,16 +6,17 @@ import argparse
 import asyncio
 import importlib.util
 import json
+import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from benchmarks import compare_tables, options, phases, plots
-from benchmarks.compare_tables import Results, best_peer
+from benchmarks import compare_plots, compare_tables, options, phases
+from benchmarks.compare_tables import PEER_KINDS, Results, best_peer
 from benchmarks.contenders import ENGINE, OURS, Contender, NotRunError, all_contenders, running
 from benchmarks.machine import environment, environment_json
 from benchmarks.overhead import overhead
@@ -32,8 +33,6 @@ PHASES = ("contenders", "slo", "joining", "overhead", "quality")
 RESULT_FILE = "compare.json"
 TABLES_FILE = "compare.md"
 DOCS = Path("docs/performance.md")
-KINDS = {"its own backend": ("stock-fp32", "stock-bf16"), "our backend": ("ours",)}
-"""Peers compared within an SLO: the best of each kind."""
 INTERRUPTED = 130
 
 
@@ -121,8 +120,12 @@ class Comparison:
         peer_arguments = [] if given.checkpoint == DEFAULT_CHECKPOINT else ["--checkpoint", str(given.checkpoint)]
         contenders = all_contenders(_server_arguments(given), peer_arguments, given.peers_python)
         self._contenders = {contender.name: contender for contender in contenders}
-        about = {"machine": str(environment()), "environment": environment_json(), "is_quick": given.quick}
-        self.results: Results = {**earlier, **about, "plan": asdict(plan)}
+        about = {"environment": environment_json(), "plan": asdict(plan)}
+        self.results: Results = {"measured": {}, **earlier, **about}
+        self._is_part = given.contenders is not None
+        self._conditions = {"machine": str(environment()), "is_quick": given.quick, "is_busy": is_busy()}
+        if self._conditions["is_busy"]:
+            _say(f"others use this machine (load average {os.getloadavg()[0]:.1f}): the figures will be worth little")
 
     @cached_property
     def _model(self) -> LoadedModel:
@@ -140,16 +143,22 @@ class Comparison:
             if phase not in self._given.only:
                 continue
             started_s = time.monotonic()
+            self._note_conditions(phase, keep=phase == "contenders" and self._is_part)
             if phase == "contenders":
                 self._measure_contenders()
             else:
                 try:
                     self.results[phase] = methods[phase]()
                 except Exception as error:
-                    self.results[phase] = {"error": f"{type(error).__name__}: {error}"}
-                    _say(f"{phase} failed: {error}")
+                    self.results[phase] = {"error": _sentence(error)}
+                    _say(f"{phase} failed: {_sentence(error)}")
                 self._save()
             _say(f"{phase}: {time.monotonic() - started_s:.0f} s")
+
+    def _note_conditions(self, phase: str, keep: bool) -> None:
+        """What the tables must say of a phase; of its parts that are kept as well."""
+        before = self.results["measured"].get(phase, []) if keep else []
+        self.results["measured"][phase] = [*before, *([] if self._conditions in before else [self._conditions])]
 
     def tell(self) -> None:
         """Print the tables; write them and the plots."""
@@ -159,7 +168,7 @@ class Comparison:
         (self._given.output / TABLES_FILE).write_text(tables, encoding="utf-8")
         if self._given.write_docs is not None:
             compare_tables.write_between_markers(self._given.write_docs, tables)
-        draw(self.results, self._given.output)
+        compare_plots.draw(self.results, self._given.output)
 
     def _save(self) -> None:
         write_json(self._given.output / RESULT_FILE, self.results)
@@ -168,15 +177,15 @@ class Comparison:
 
     def _measure_contenders(self) -> None:
         wanted = self._given.contenders or [*self._contenders, ENGINE]
-        found = self.results.setdefault("contenders", {}) if self._given.contenders else {}
+        found: dict[str, Any] = self.results.get("contenders", {}) if self._is_part else {}
         self.results["contenders"] = found
         for name in wanted:
             try:
                 found[name] = self._measure(name)
                 _say(f"{name}: {found[name]['unloaded_ms']:.1f} ms alone, {found[name]['throughput']:.1f} pictures/s")
-            except (NotRunError, NothingMeasuredError, TDMError, OSError, ExceptionGroup) as error:
-                found[name] = {"not_run": str(error)}
-                _say(f"{name}: not run: {error}")
+            except Exception as error:
+                found[name] = {"not_run": _sentence(error)}
+                _say(f"{name}: not run: {found[name]['not_run']}")
             self._save()
 
     def _measure(self, name: str) -> dict[str, Any]:
@@ -191,7 +200,7 @@ class Comparison:
         return running(contender, self._given.output / "logs")
 
     def _within_slo(self) -> dict[str, Any]:
-        return {kind: self._against(best_peer(self._measured(), *backends)) for kind, backends in KINDS.items()}
+        return {kind: self._against(best_peer(self._measured(), *backends)) for kind, backends in PEER_KINDS.items()}
 
     def _measured(self) -> Mapping[str, Any]:
         contenders: Mapping[str, Any] = self.results.get("contenders", {})
@@ -206,8 +215,8 @@ class Comparison:
                 theirs = asyncio.run(phases.peer_within_slo(base_url, peer, self._plan))
             with self._running(self._contenders[OURS]) as base_url:
                 auto, fixed = asyncio.run(phases.ours_within_slo(base_url, peer, self._plan))
-        except (NotRunError, OSError) as error:
-            return {"not_run": str(error)}
+        except Exception as error:
+            return {"not_run": _sentence(error)}
         about = {"name": name, "slo_ms": phases.slo_of(peer), "capacity": peer["throughput"]}
         return {**about, "peer": theirs, "auto": auto, "fixed": fixed}
 
@@ -217,61 +226,15 @@ class Comparison:
         return {"pictures": pictures, "points": [asdict(point) for point in points]}
 
 
-# -- plots ------------------------------------------------------------------------------------
+def is_busy() -> bool:
+    """Whether more than half of the machine was in use during the last minute."""
+    return os.getloadavg()[0] > 0.5 * (os.cpu_count() or 1)
 
 
-def draw(results: Results, folder: Path) -> None:
-    """Write the plots of what was measured."""
-    measured = {name: found for name, found in results.get("contenders", {}).items() if "throughput" in found}
-    shown = {name: measured[name] for name in _shown(measured)}
-    if shown:
-        latencies = {
-            name: [1e3 * e2el_s for e2el_s in found["unloaded"]["e2els"] if e2el_s is not None]
-            for name, found in shown.items()
-        }
-        plots.plot_latency_cdf(folder / "latency.png", latencies)
-        plots.plot_throughput_latency(folder / "throughput.png", {n: _sweep(found) for n, found in shown.items()})
-    for number, (kind, pair) in enumerate(results.get("slo", {}).items()):
-        if isinstance(pair, dict) and "peer" in pair:
-            title = f"Against the best peer with {kind}, Poisson arrivals"
-            plots.plot_goodput(folder / f"goodput-{number}.png", _shares(pair), pair["slo_ms"], title)
-    if points := results.get("quality", {}).get("points"):
-        plots.plot_quality_latency(folder / "quality.png", [plots.Quality(**point) for point in points])
-
-
-def _shown(measured: Mapping[str, Any]) -> list[str]:
-    """As many as a plot can tell apart: ours, every peer with our backend, the best with the stock pipeline."""
-    names = [name for name in (OURS, ENGINE) if name in measured]
-    names += [name for name, found in measured.items() if found.get("given") == "ours"]
-    stock = best_peer(measured, *KINDS["its own backend"])
-    return names if stock is None else [*names, stock]
-
-
-def _sweep(found: Mapping[str, Any]) -> list[plots.Load]:
-    alone = found["unloaded"]
-    loads = [plots.Load(1, alone["request_throughput"], alone["median_e2el_ms"])]
-    return loads + [
-        plots.Load(int(concurrency), load["request_throughput"], load["median_e2el_ms"])
-        for concurrency, load in found["loads"].items()
-        if load["completed"]
-    ]
-
-
-def _shares(pair: Mapping[str, Any]) -> dict[str, dict[float, float]]:
-    """Label -> rate -> share, of the Poisson scenarios."""
-    runs: Sequence[tuple[str, str]] = (
-        ("auto", f"{OURS}, auto"),
-        ("fixed", f"{OURS}, K = {STEPS}"),
-        ("peer", f"{pair['name']}, K = {STEPS}"),
-    )
-    return {
-        label: {
-            scenario.load * pair["capacity"]: found["goodput_share"]
-            for scenario, found in zip(phases.SCENARIOS, pair[key], strict=True)
-            if scenario.burstiness == 1
-        }
-        for key, label in runs
-    }
+def _sentence(error: Exception) -> str:
+    """What is told of a failure: expected ones say enough themselves."""
+    expected = (NotRunError, NothingMeasuredError, TDMError, OSError)
+    return str(error) if isinstance(error, expected) else f"{type(error).__name__}: {error}"
 
 
 def _say(line: str) -> None:

@@ -13,6 +13,9 @@ from benchmarks.report import Figures, cell, markdown_table
 BEGIN = "<!-- tdm-bench compare: begin -->"
 END = "<!-- tdm-bench compare: end -->"
 
+PEER_KINDS = {"the stock pipeline": ("stock-fp32", "stock-bf16"), "our backend": ("ours",)}
+"""Peers are compared kind by kind: what a server gains, and what server and backend gain together."""
+
 Results = dict[str, Any]
 """Phase -> what it found; "error" in a phase's place where it failed."""
 
@@ -64,8 +67,20 @@ def best_peer(contenders: Mapping[str, Any], *backends: str) -> str | None:
 
 
 def _machine(results: Results) -> str:
-    quick = " Shortened by `--quick`: the figures mean nothing." if results.get("is_quick") else ""
-    return f"`tdm-bench compare` on {results['machine']}.{quick}"
+    """The machine's line, and what is wrong with the figures."""
+    measured: Mapping[str, list[dict[str, Any]]] = results["measured"]
+    machines: dict[str, list[str]] = {}
+    for phase, conditions in measured.items():
+        for found in conditions:
+            machines.setdefault(found["machine"], []).append(phase)
+    lines = [f"`tdm-bench compare` on {machine} ({', '.join(phases)})." for machine, phases in machines.items()]
+    for flag, remark in (
+        ("is_quick", "shortened by `--quick`, so that the figures mean nothing"),
+        ("is_busy", "measured while others used the machine"),
+    ):
+        if concerned := [phase for phase, conditions in measured.items() if any(c[flag] for c in conditions)]:
+            lines.append(f"{', '.join(concerned)}: {remark}.")
+    return "\n".join(lines)
 
 
 # -- contenders -------------------------------------------------------------------------------
@@ -77,7 +92,7 @@ def _contenders(contenders: Mapping[str, Any]) -> Iterator[str]:
     rows = [
         [
             name,
-            found["served"].get("backend", "-"),
+            found["served"].get("backend") or found.get("given", "-"),
             cell(found["unloaded_ms"]),
             cell(found["throughput"]),
             str(found["best_concurrency"]),
@@ -103,7 +118,7 @@ def _contenders(contenders: Mapping[str, Any]) -> Iterator[str]:
 def _ratios(contenders: Mapping[str, Any]) -> Iterator[str]:
     rows = []
     for ours in (OURS, ENGINE):
-        for kind, backends in (("our backend", ("ours",)), ("the stock pipeline", ("stock-fp32", "stock-bf16"))):
+        for kind, backends in PEER_KINDS.items():
             peer = best_peer(contenders, *backends)
             if peer is not None and "throughput" in contenders.get(ours, {}):
                 ratio = float(contenders[ours]["throughput"]) / float(contenders[peer]["throughput"])

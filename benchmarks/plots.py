@@ -39,9 +39,11 @@ class Quality:
     """Against the picture of the most steps and the same seed; None for that picture itself."""
 
 
-def plot_latency_cdf(file: Path, latencies_ms: Mapping[str, Sequence[float]], slo_ms: float | None = None) -> None:
+def plot_latency_cdf(
+    file: Path, latencies_ms: Mapping[str, Sequence[float]], slo_ms: float | None = None, title: str = "Latency"
+) -> None:
     """Share of answers within a latency, a line for every label."""
-    with _figure(file, "Latency", "latency, ms", "share of answers") as axes:
+    with _figure(file, title, "latency, ms", "share of answers") as axes:
         for number, (label, values) in enumerate(latencies_ms.items()):
             ordered = np.sort(values)
             shares = np.arange(1, len(ordered) + 1) / len(ordered)

@@ -97,7 +97,7 @@ def terminal_table(title: str, found: Figures) -> str:
     rows = [
         ("duration, s", found["duration"]),
         ("completed", found["completed"]),
-        ("refused (429)", found["refused"]),
+        ("refused", found["refused"]),
         ("failed", found["failed"]),
         ("throughput, requests/s", found["request_throughput"]),
     ]
@@ -117,7 +117,7 @@ def terminal_table(title: str, found: Figures) -> str:
 
 
 def _is_latency(name: str) -> bool:
-    return name.endswith("_e2el_ms") and not name.startswith("goodput")
+    return name.endswith("_e2el_ms") and not name.startswith(("goodput", "median"))
 
 
 def stage_table(title: str, found: Figures) -> str:

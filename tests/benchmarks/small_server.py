@@ -34,11 +34,15 @@ class SmallServer:
     async def generate(self, request: web.Request) -> web.Response:
         body = await request.json()
         recipe = self.engine.model.recipe
-        steps = body.get("num_inference_steps", recipe.default_steps)
+        steps, fewest = body.get("num_inference_steps", recipe.default_steps), None
+        if steps == "auto":
+            steps, fewest = max(recipe.step_counts), 1
         width, height = map(int, body["size"].split("x")) if "size" in body else recipe.native_sizes[0]
         try:
             params = SamplingParams(body["prompt"], body["seed"], steps, width, height)
-            picture = await asyncio.wrap_future(self.engine.submit(params, Delivery(body.get("latency_budget_ms"))))
+            picture = await asyncio.wrap_future(
+                self.engine.submit(params, Delivery(body.get("latency_budget_ms"), fewest))
+            )
         except InvalidRequestError as error:
             return web.json_response({"error": {"message": str(error), "code": error.code}}, status=400)
         except OverloadedError as error:

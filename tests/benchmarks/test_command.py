@@ -8,18 +8,22 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from benchmarks.cli import main
-from benchmarks.compare_tables import BEGIN, END
+from benchmarks.compare_tables import BEGIN, END, to_markdown
 from benchmarks.contenders import Contender, NotRunError, running
 from benchmarks.machine import machine
-from benchmarks.phases import Plan, measure_server
+from benchmarks.phases import SCENARIOS, Plan, joining, measure_server, ours_within_slo, peer_within_slo
+from benchmarks.workload import arrivals_within
+from tdm_runtime.loaded_model import LoadedModel
 from tests.benchmarks.small_server import SmallServer
 
 SMALL_SERVER = "tests.benchmarks.small_server"
+QUICK = Plan.quick((16, 16), seed=0, budget_factor=0.85)
 TORCH = ("--backend", "torch", "--threads", "1")
 
 
@@ -134,12 +138,34 @@ def test_compare_writes_tables_where_they_belong(tiny_checkpoint: Path, tmp_path
 def test_a_contender_is_started_measured_and_stopped(tiny_checkpoint: Path, tmp_path: Path):
     arguments = ("--backend", "ours", "--checkpoint", str(tiny_checkpoint))
     contender = Contender("a peer", SMALL_SERVER, arguments, "/health", "ours")
-    plan = Plan.quick((16, 16), 0, 0.85)
+    plan = replace(QUICK, load_s=0.2, warm_up_s=0.1)
     with running(contender, tmp_path) as base_url:
         found = asyncio.run(measure_server(base_url, plan))
     assert found["unloaded_ms"] > 0 and found["throughput"] > 0
     with pytest.raises(ConnectionError):
         asyncio.run(measure_server(base_url, plan))
+
+
+def test_both_sides_of_an_slo_get_the_same_arrivals(server: SmallServer):
+    plan = replace(QUICK, arrivals_s=0.25, warm_up_s=0.01)
+    peer = {"unloaded_ms": 20.0, "throughput": 30.0}
+    theirs = asyncio.run(peer_within_slo(server.base_url, peer, plan))
+    auto, fixed = asyncio.run(ours_within_slo(server.base_url, peer, plan))
+    for scenario, *runs in zip(SCENARIOS, theirs, auto, fixed, strict=True):
+        arrivals = arrivals_within(0.25, 30.0 * scenario.load, scenario.burstiness, plan.seed)
+        assert all(run["start_times"] == arrivals and run["goodput_e2el_ms"] == 60.0 for run in runs)
+        assert not any(run["failed"] for run in runs)
+    pair = {"name": "a peer", "slo_ms": 60.0, "capacity": 30.0, "peer": theirs, "auto": auto, "fixed": fixed}
+    tables = to_markdown({"measured": {}, "slo": {"our backend": pair, "none": {"not_run": "it is absent"}}})
+    assert "120 %, burstiness 0.25" in tables and "it is absent" in tables
+
+
+def test_joining_is_measured_on_the_same_arrivals(tiny_model: LoadedModel):
+    plan = replace(QUICK, arrivals_s=0.3, load_s=0.2, warm_up_s=0.01)
+    found = asyncio.run(joining(tiny_model, plan))
+    assert found["whole"]["start_times"] == found["joining"]["start_times"]
+    assert found["whole"]["completed"] == found["joining"]["completed"] > 0
+    assert "whole requests / joining" in to_markdown({"measured": {}, "joining": found})
 
 
 @pytest.mark.parametrize(
