@@ -184,11 +184,11 @@ def _over(ours: Figures, peer: Figures) -> str:
 def _joining(found: Mapping[str, Any]) -> Iterator[str]:
     whole, joined = found["whole"], found["joining"]
     rows = [
-        [name, *(cell(run[f"{p}_e2el_ms"]) for p in ("median", "p90", "p99"))]
+        [name, *(cell(run[f"{p}_e2el_ms"]) for p in ("median", "p90", "p99")), cell(run["mean_batch_size"], 2)]
         for name, run in (("whole requests batched", whole), ("joining between steps", joined))
     ]
     arrivals = f"K = 1..{STEPS} mixed, {found['rate']:.1f}/s ({100 * JOINING_LOAD:.0f} % of whole-request batching)"
-    yield markdown_table([arrivals, "ms, p50", "p90", "p99"], rows)
+    yield markdown_table([arrivals, "ms, p50", "p90", "p99", "samples a call"], rows)
     if joined["median_e2el_ms"] and whole["median_e2el_ms"]:
         ratio = whole["median_e2el_ms"] / joined["median_e2el_ms"]
         yield f"Median latency, whole requests / joining: {ratio:.2f}."

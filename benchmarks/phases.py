@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks.load import Recording, closed_loop, open_loop
 from benchmarks.report import Figures, figures
 from benchmarks.targets import EngineTarget, OpenAITarget, Target, http_session, running_engine, served_models
 from benchmarks.workload import Size, Workload, arrivals_within
-from tdm_runtime.engine import EngineConfig
+from tdm_runtime.engine import DiffusionEngine, EngineConfig
 from tdm_runtime.loaded_model import LoadedModel
 
 STEPS = 4
@@ -21,6 +22,7 @@ SLO_FACTOR = 3.0
 """The SLO is so many times the peer's own unloaded latency."""
 JOINING_LOAD = 0.6
 """Arrivals, as a share of what whole-request batching can serve."""
+TURNS = 3
 
 
 @dataclass(frozen=True)
@@ -156,22 +158,36 @@ async def _scenario(
 
 
 async def joining(model: LoadedModel, plan: Plan) -> dict[str, Any]:
-    """Samples that join a running batch against whole-request batching: the same arrivals, mixed step counts."""
+    """Samples that join a running batch against whole-request batching: the same arrivals, mixed step counts.
+
+    Both engines know the same costs, so that neither has learned other batch sizes, and take turns.
+    """
     mixture: Sequence[int] = model.recipe.step_counts
-    whole = EngineConfig(joining=False)
+    with running_engine(model) as engine:
+        costs = engine.costs
     saturated = Recording()
-    with running_engine(model, whole) as engine:
-        target = EngineTarget(engine)
-        await closed_loop(target, plan.workload(*mixture).requests(), 16, Recording(), plan.warm_up_s)
-        await closed_loop(target, plan.workload(*mixture).requests(), 16, saturated, plan.load_s)
-    capacity = float(figures(saturated)["request_throughput"])
-    arrivals = arrivals_within(plan.arrivals_s, JOINING_LOAD * capacity, seed=plan.seed)
-    found: dict[str, Any] = {"capacity": capacity, "rate": JOINING_LOAD * capacity}
-    for name, config in (("whole", whole), ("joining", EngineConfig(joining=True))):
-        recording = Recording()
-        with running_engine(model, config) as engine:
-            target = EngineTarget(engine)
-            await closed_loop(target, plan.workload(*mixture).requests(), 4, Recording(), plan.warm_up_s)
-            await open_loop(target, arrivals, plan.workload(*mixture).requests(), recording)
-        found[name] = figures(recording)
+    with (
+        DiffusionEngine(model, EngineConfig(joining=False), costs=copy.deepcopy(costs)) as whole,
+        DiffusionEngine(model, EngineConfig(joining=True), costs=copy.deepcopy(costs)) as joined,
+    ):
+        engines = {"whole": whole, "joining": joined}
+        for each in engines.values():
+            await closed_loop(EngineTarget(each), plan.workload(*mixture).requests(), 16, Recording(), plan.warm_up_s)
+        await closed_loop(EngineTarget(whole), plan.workload(*mixture).requests(), 16, saturated, plan.load_s)
+        rate = JOINING_LOAD * float(figures(saturated)["request_throughput"])
+        before = {name: _counts(each) for name, each in engines.items()}
+        recordings = {name: Recording() for name in engines}
+        for turn in range(TURNS):
+            arrivals = arrivals_within(plan.arrivals_s / TURNS, rate, seed=plan.seed + turn)
+            for name, each in engines.items():
+                requests = replace(plan.workload(*mixture), seed=plan.seed + turn).requests()
+                await open_loop(EngineTarget(each), arrivals, requests, recordings[name])
+    found: dict[str, Any] = {"rate": rate}
+    for name, each in engines.items():
+        steps, sample_steps = (now - then for now, then in zip(_counts(each), before[name], strict=True))
+        found[name] = figures(recordings[name]) | {"mean_batch_size": sample_steps / max(1, steps)}
     return found
+
+
+def _counts(engine: DiffusionEngine) -> tuple[int, int]:
+    return engine.stats.steps, engine.stats.sample_steps
