@@ -2,22 +2,52 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import subprocess
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from tdm_runtime.manifest import installed
 
-def machine() -> str:
-    """CPU, cores, versions and commit."""
+PACKAGES = ("torch", "diffusers", "openvino")
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What a measurement depends on."""
+
+    cpu: str
+    cores: int
+    python: str
+    versions: dict[str, str]
+    commit: str
+
+    def __str__(self) -> str:
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        return f"{self.cpu}, {self.cores} cores, Python {self.python}, {versions}, commit {self.commit}"
+
+
+def environment() -> Environment:
+    """Of this process and the repository it runs in."""
     cpu = platform.processor() or platform.machine()
     if (cpuinfo := Path("/proc/cpuinfo")).is_file():
         lines = cpuinfo.read_text(encoding="utf-8").splitlines()
         cpu = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), cpu)
-    packages = ("torch", "diffusers", "openvino")
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    return (
-        f"{cpu}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}, commit {commit or 'unknown'}\n"
-    )
+    folder = Path(__file__).resolve().parent
+    asked = ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"]
+    try:
+        commit = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git here
+        commit = ""
+    return Environment(cpu, os.cpu_count() or 1, platform.python_version(), installed(PACKAGES), commit or "unknown")
+
+
+def machine() -> str:
+    """CPU, cores, versions and commit, in one line."""
+    return f"{environment()}\n"
+
+
+def environment_json() -> dict[str, object]:
+    """`environment` by name."""
+    return asdict(environment())

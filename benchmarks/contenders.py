@@ -1,0 +1,138 @@
+"""The servers that `tdm-bench compare` measures: started, waited for, stopped, one after the other."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+PEERS = ("fastapi_lock", "litserve_batch", "ray_batch", "bentoml_service")
+PEER_BACKENDS = ("stock-fp32", "stock-bf16", "ours")
+OURS = "tdm-serve"
+ENGINE = "engine in process"
+
+START_TIMEOUT_S = 240.0
+STOP_TIMEOUT_S = 40.0
+MISSING_DEPENDENCY = 3
+"""Exit status of a contender that lacks what it needs; its last line on stderr says what."""
+
+
+class NotRunError(Exception):
+    """A contender that cannot be measured here; says why."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A server that can be started from this repository."""
+
+    name: str
+    module: str
+    arguments: tuple[str, ...]
+    ready_route: str
+    """Answers 200 when pictures can be made."""
+    backend: str
+    """What a peer was given: stock-fp32, stock-bf16 or ours."""
+    python: str = sys.executable
+
+    @property
+    def is_peer(self) -> bool:
+        return self.name != OURS
+
+
+def all_contenders(
+    our_arguments: Sequence[str] = (), peer_arguments: Sequence[str] = (), peers_python: str = sys.executable
+) -> list[Contender]:
+    """Our server, then every peer with every backend.
+
+    Args:
+        our_arguments: of our server's command line, beside the port.
+        peer_arguments: of every peer's, beside port and backend.
+        peers_python: interpreter of an environment that has what the peers need.
+    """
+    ours = Contender(OURS, "serving.cli", tuple(our_arguments), "/ready", "ours")
+    peers = [
+        Contender(
+            f"{name} {backend}",
+            f"benchmarks.peers.{name}",
+            ("--backend", backend, *peer_arguments),
+            "/health",
+            backend,
+            peers_python,
+        )
+        for name in PEERS
+        for backend in PEER_BACKENDS
+    ]
+    return [ours, *peers]
+
+
+@contextmanager
+def running(contender: Contender, logs: Path) -> Iterator[str]:
+    """Start a contender and give its base URL; it is stopped at the end, whatever happened.
+
+    Args:
+        logs: folder for what it prints.
+
+    Raises:
+        NotRunError: it ended or was not ready in time.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    log = logs / f"{contender.name.replace(' ', '-')}.log"
+    port = _free_port()
+    command = [contender.python, "-m", contender.module, "--port", str(port), *contender.arguments]
+    quiet = {"PYTHONUNBUFFERED": "1", "DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=stream,
+            env=os.environ | quiet,
+            start_new_session=True,  # Ctrl-C is for us; what it leaves behind can be ended as a group
+        )
+    try:
+        base_url = f"http://127.0.0.1:{port}"
+        _wait_until_ready(process, base_url + contender.ready_route, log)
+        yield base_url
+    finally:
+        _stop(process)
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    deadline_s = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline_s:
+        if (status := process.poll()) is not None:
+            lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it said nothing"]
+            raise NotRunError(lines[-1] if status == MISSING_DEPENDENCY else f"it ended with {status}: {lines[-1]}")
+        try:
+            with urllib.request.urlopen(url, timeout=5) as answer:
+                if answer.status == 200:
+                    return
+        except OSError:  # not listening yet; or 503, not ready yet
+            pass
+        time.sleep(0.2)
+    raise NotRunError(f"it was not ready within {START_TIMEOUT_S:g} s")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """SIGTERM, then what is left of its process group is killed."""
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(STOP_TIMEOUT_S)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,117 @@
+"""What the engine itself costs: a picture's time less what its model calls take."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import secrets
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.workload import Workload
+from tdm_runtime.backends import Backend
+from tdm_runtime.codec import encode_image
+from tdm_runtime.engine import DiffusionEngine
+from tdm_runtime.loaded_model import LoadedModel
+from tdm_runtime.params import SamplingParams
+
+WARM_UPS = 5
+REPEATS = 1000
+
+
+@dataclass
+class Calls:
+    """Model calls in the order they were made, by every thread: (component, start, end), `time.perf_counter`."""
+
+    spans: list[tuple[str, float, float]] = field(default_factory=list)
+
+
+class TimedBackend:
+    """A backend whose calls are written down."""
+
+    def __init__(self, name: str, backend: Backend, calls: Calls) -> None:
+        self.device: torch.device = backend.device
+        self.is_batch_invariant: bool = backend.is_batch_invariant
+        self._name = name
+        self._backend = backend
+        self._calls = calls
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        started_s = time.perf_counter()
+        output = self._backend(*inputs)
+        self._calls.spans.append((self._name, started_s, time.perf_counter()))
+        return output
+
+
+def timed(model: LoadedModel, calls: Calls) -> LoadedModel:
+    """The same model with every component's calls written down; tokens and tiling count as the engine's work."""
+    text_encoder = copy.copy(model.text_encoder)
+    text_encoder.backend = TimedBackend("text encoder", text_encoder.backend, calls)
+    decoder = copy.copy(model.decoders["full"])
+    decoder.backend = TimedBackend("decoder", decoder.backend, calls)
+    denoiser = TimedBackend("denoiser", model.denoiser, calls)
+    return replace(model, text_encoder=text_encoder, denoiser=denoiser, decoders={"full": decoder})
+
+
+def overhead(model: LoadedModel, pictures: int, steps: int, seed: int = 0) -> dict[str, Any]:
+    """One picture at a time through the engine. Every value is a median in milliseconds, or a share."""
+    calls, width_height = Calls(), model.recipe.native_sizes[0]
+    walls: list[float] = []
+    parts: dict[str, list[float]] = {}
+    requests = itertools.islice(Workload(seed, tag=secrets.token_hex(2)).requests(), WARM_UPS + pictures)
+    with DiffusionEngine(timed(model, calls)) as engine:
+        for number, request in enumerate(requests):
+            params = SamplingParams(request.prompt, request.seed, steps, *width_height)
+            calls.spans.clear()
+            submitted_s = time.perf_counter()
+            picture = engine.submit(params).result()
+            ended_s = time.perf_counter()
+            if number >= WARM_UPS:
+                walls.append(1e3 * (ended_s - submitted_s))
+                for part, ms in _split(submitted_s, list(calls.spans), ended_s).items():
+                    parts.setdefault(part, []).append(ms)
+    medians = {part: statistics.median(values) for part, values in parts.items()}
+    pixels, prompt = picture.pixels, request.prompt
+    encode_ms = _median_ms(lambda: encode_image(pixels, "png"), REPEATS // 10)
+    engine_ms = [wall - inside for wall, inside in zip(walls, parts["model calls"], strict=True)]
+    return {
+        "steps": steps,
+        "pictures": pictures,
+        "wall_ms": statistics.median(walls),
+        "parts_ms": medians,
+        "engine_ms": statistics.median(engine_ms),
+        "engine_share": statistics.median(ms / wall for ms, wall in zip(engine_ms, walls, strict=True)),
+        "text_cache_hit_ms": _median_ms(lambda: engine.model.text_encoder.encode(prompt), REPEATS),
+        "png_ms": encode_ms,
+        "png_share": encode_ms / (encode_ms + statistics.median(walls)),
+    }
+
+
+def _split(submitted_s: float, spans: list[tuple[str, float, float]], ended_s: float) -> dict[str, float]:
+    """Model calls, and the gaps between them, in milliseconds."""
+    names = [name for name, _, _ in spans]
+    first, last = names.index("denoiser"), len(names) - 1 - names[::-1].index("denoiser")
+    between = [1e3 * (spans[n + 1][1] - spans[n][2]) for n in range(first, last)]
+    return {
+        "model calls": 1e3 * sum(end_s - start_s for _, start_s, end_s in spans),
+        "submission to text encoder": 1e3 * (spans[0][1] - submitted_s),
+        "text encoder to first step": 1e3 * (spans[first][1] - spans[0][2]),
+        "between two steps": statistics.fmean(between) if between else 0.0,
+        "last step to decoder": 1e3 * (spans[last + 1][1] - spans[last][2]),
+        "decoder to caller": 1e3 * (ended_s - spans[-1][2]),
+    }
+
+
+def _median_ms(call: Callable[[], object], repeats: int) -> float:
+    times = []
+    for _ in range(repeats):
+        started_s = time.perf_counter()
+        call()
+        times.append(1e3 * (time.perf_counter() - started_s))
+    return statistics.median(times)

@@ -1,0 +1,60 @@
+"""What each step count costs and how near its picture comes to that of the most steps."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+
+import numpy as np
+
+from benchmarks.plots import Quality
+from benchmarks.workload import Workload
+from tdm_runtime.codec import encode_image
+from tdm_runtime.decoder import Pixels
+from tdm_runtime.loaded_model import LoadedModel
+from tdm_runtime.params import SamplingParams
+from tdm_runtime.pipeline import generate
+
+MAX_PSNR_DB = 99.0
+"""Of equal pictures, in place of infinity."""
+
+
+def quality_per_step_count(model: LoadedModel, pictures: int, seed: int = 0) -> list[Quality]:
+    """Make the same pictures at every step count, one at a time, text to PNG.
+
+    PSNR against the picture of the most steps says how much the later steps still change, not which picture is
+    better.
+    """
+    recipe = model.recipe
+    width, height = recipe.native_sizes[0]
+    made: dict[int, list[Pixels]] = {steps: [] for steps in recipe.step_counts}
+    times_ms: dict[int, list[float]] = {steps: [] for steps in recipe.step_counts}
+    requests = list(itertools.islice(Workload(seed).requests(), pictures))
+    for steps in recipe.step_counts:
+        generate(model, SamplingParams("warm-up", 0, steps, width, height))
+    for request in requests:
+        started_s = time.perf_counter()
+        model.text_encoder.encode(request.prompt)  # from here on it is cached: each step count is charged for it
+        text_ms = 1e3 * (time.perf_counter() - started_s)
+        for steps in recipe.step_counts:  # they take turns, to share the machine's moods
+            started_s = time.perf_counter()
+            pixels = generate(model, SamplingParams(request.prompt, request.seed, steps, width, height))
+            encode_image(pixels, "png")
+            times_ms[steps].append(text_ms + 1e3 * (time.perf_counter() - started_s))
+            made[steps].append(pixels)
+    most = max(recipe.step_counts)
+    return [
+        Quality(
+            steps,
+            statistics.median(times_ms[steps]),
+            None if steps == most else statistics.fmean(map(psnr_db, made[steps], made[most])),
+        )
+        for steps in recipe.step_counts
+    ]
+
+
+def psnr_db(pixels: Pixels, reference: Pixels) -> float:
+    """Peak signal-to-noise ratio of two pictures, uint8 [H, W, 3], at most `MAX_PSNR_DB`."""
+    mse = float(np.mean((pixels.astype(np.float64) - reference.astype(np.float64)) ** 2))
+    return MAX_PSNR_DB if mse == 0 else min(MAX_PSNR_DB, float(10 * np.log10(255.0**2 / mse)))

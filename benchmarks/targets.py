@@ -1,0 +1,219 @@
+"""What is measured: an OpenAI-compatible images server over the wire, or the engine in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import json
+import struct
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import aiohttp
+
+from benchmarks.workload import Request, Size
+from tdm_runtime.codec import encode_image
+from tdm_runtime.delivery import Delivery
+from tdm_runtime.engine import DiffusionEngine, EngineConfig
+from tdm_runtime.errors import OverloadedError, TDMError
+from tdm_runtime.loaded_model import LoadedModel
+from tdm_runtime.params import SamplingParams
+from tdm_runtime.warm_up import warm_up
+
+PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+ROUTE = "/v1/images/generations"
+TIMEOUT_S = 60.0
+"""An answer that takes longer has failed."""
+KEEPALIVE_S = 2.0
+"""Shorter than any server's own: a connection that the server is closing would fail the request on it."""
+REFUSED = 429
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one request."""
+
+    answered_s: float
+    """When its last byte had arrived, on `time.perf_counter`'s clock."""
+    error: str | None = None
+    """A short code; None is a picture."""
+    is_refused: bool = False
+    """Turned away for load, rather than failed."""
+    steps_used: int | None = None
+    """None where the answer does not say."""
+    stages_ms: Mapping[str, float] = field(default_factory=dict)
+    """Stage -> duration; they add up to the round trip. Empty where the answer does not say."""
+
+
+class Target(Protocol):
+    """Something that answers requests."""
+
+    async def send(self, request: Request) -> Outcome:
+        """Ask for one picture and wait for it. Whatever goes wrong is in the outcome, never raised."""
+        ...
+
+
+# -- the engine in this process ---------------------------------------------------------------
+
+
+@contextmanager
+def running_engine(model: LoadedModel, config: EngineConfig = EngineConfig()) -> Iterator[DiffusionEngine]:
+    """An engine that has learned what its calls cost, as a server's has at its start."""
+    with DiffusionEngine(model, config) as engine:
+        warm_up(engine)
+        yield engine
+
+
+class EngineTarget:
+    """Text to PNG bytes by a running `DiffusionEngine`."""
+
+    def __init__(self, engine: DiffusionEngine) -> None:
+        self._engine = engine
+        self._encoding = ThreadPoolExecutor(1, "encode")
+
+    async def send(self, request: Request) -> Outcome:
+        """As `Target`. "auto" is the recipe's largest step count, with every smaller one allowed."""
+        sent_s = time.perf_counter()
+        try:
+            params, delivery = self._asked(request)
+            picture = await asyncio.wrap_future(self._engine.submit(params, delivery))
+            encoding_s = time.perf_counter()
+            loop = asyncio.get_running_loop()
+            png = await loop.run_in_executor(self._encoding, encode_image, picture.pixels, "png")
+        except TDMError as error:
+            return Outcome(time.perf_counter(), type(error).__name__, isinstance(error, OverloadedError))
+        answered_s = time.perf_counter()
+        timings = picture.timings
+        stages = _stages(vars(timings) | {"encode_ms": 1e3 * (answered_s - encoding_s)}, 1e3 * (answered_s - sent_s))
+        error_code = picture_fault(png, (params.width, params.height))
+        return Outcome(answered_s, error_code, False, picture.params.num_inference_steps, stages)
+
+    def _asked(self, request: Request) -> tuple[SamplingParams, Delivery]:
+        recipe = self._engine.model.recipe
+        steps, fewest = request.num_inference_steps, request.min_inference_steps
+        if steps is None:
+            steps = recipe.default_steps
+        elif steps == "auto":
+            steps, fewest = max(recipe.step_counts), 1 if fewest is None else fewest
+        width, height = request.size or recipe.native_sizes[0]
+        params = SamplingParams(request.prompt, request.seed, steps, width, height)
+        return params, Delivery(latency_budget_ms=request.latency_budget_ms, min_inference_steps=fewest)
+
+
+# -- a server over the wire -------------------------------------------------------------------
+
+
+class OpenAITarget:
+    """Any server of the OpenAI images API. Fields beyond the API are sent only where they are set."""
+
+    def __init__(self, session: aiohttp.ClientSession, base_url: str, model: str | None = None) -> None:
+        self._session = session
+        self._url = base_url.rstrip("/") + ROUTE
+        self._model = model
+
+    async def send(self, request: Request) -> Outcome:
+        """As `Target`."""
+        body = self._body(request)
+        sent_s = time.perf_counter()
+        try:
+            async with self._session.post(self._url, json=body) as response:
+                raw = await response.read()
+        except TimeoutError:
+            return Outcome(time.perf_counter(), "timeout")
+        except (aiohttp.ClientError, OSError) as error:
+            return Outcome(time.perf_counter(), type(error).__name__)
+        answered_s = time.perf_counter()
+        if response.status != 200:
+            return Outcome(answered_s, _error_code(response.status, raw), response.status == REFUSED)
+        try:
+            answer = json.loads(raw)
+            first = answer["data"][0]
+            png = base64.b64decode(first["b64_json"], validate=True)
+            steps_used = first.get("num_inference_steps")
+            stages = _stages(answer.get("timings") or {}, 1e3 * (answered_s - sent_s))
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, binascii.Error):
+            return Outcome(answered_s, "unreadable_answer")
+        return Outcome(answered_s, picture_fault(png, request.size), False, steps_used, stages)
+
+    def _body(self, request: Request) -> dict[str, Any]:
+        size = None if request.size is None else f"{request.size[0]}x{request.size[1]}"
+        fields: dict[str, Any] = {
+            "prompt": request.prompt,
+            "response_format": "b64_json",
+            "model": self._model,
+            "size": size,
+            "seed": request.seed,
+            "num_inference_steps": request.num_inference_steps,
+            "latency_budget_ms": request.latency_budget_ms,
+            "min_inference_steps": request.min_inference_steps,
+        }
+        return {name: value for name, value in fields.items() if value is not None}
+
+
+@asynccontextmanager
+async def http_session() -> AsyncIterator[aiohttp.ClientSession]:
+    """A session with as many connections as there are requests: waiting for one would hide a server's delay."""
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S)
+    async with aiohttp.ClientSession(
+        connector=connector, timeout=aiohttp.ClientTimeout(total=TIMEOUT_S), trust_env=False
+    ) as session:
+        yield session
+
+
+async def served_models(base_url: str) -> list[dict[str, Any]]:
+    """What GET /v1/models lists; empty where the server has no such route.
+
+    Raises:
+        ConnectionError: nobody listens there.
+    """
+    url = base_url.rstrip("/") + "/v1/models"
+    try:
+        async with http_session() as session, session.get(url) as response:
+            answer = await response.json(content_type=None)
+            return [dict(card) for card in answer["data"]]
+    except (aiohttp.ClientConnectionError, aiohttp.InvalidURL, TimeoutError, OSError) as error:
+        raise ConnectionError(
+            f"{base_url} does not answer ({error}); start the server, or name it with --base-url"
+        ) from (None)
+    except (aiohttp.ClientError, ValueError, KeyError, TypeError):
+        return []
+
+
+# -- both -------------------------------------------------------------------------------------
+
+
+def picture_fault(png: bytes, size: Size | None) -> str | None:
+    """Why bytes are not the PNG that was asked for, as a code; None where they are."""
+    if not png.startswith(PNG_MAGIC) or len(png) < 24:
+        return "not_a_png"
+    if size is not None and struct.unpack(">II", png[16:24]) != size:  # IHDR is always the first chunk
+        return "wrong_size"
+    return None
+
+
+def _stages(timings: Mapping[str, Any], round_trip_ms: float) -> dict[str, float]:
+    """Split a round trip by a server's `timings`; what it cannot explain is "http", or the engine's hand-over."""
+    if "queue_ms" not in timings:
+        return {}
+    stages = {"queue": float(timings["queue_ms"]), "text": float(timings["text_ms"])}
+    stages |= {f"step {n}": float(step_ms) for n, step_ms in enumerate(timings["steps_ms"], 1)}
+    stages |= {"decode": float(timings["decode_ms"]), "encode": float(timings["encode_ms"])}
+    total_ms = timings.get("total_ms")
+    stages["engine hand-over"] = (round_trip_ms if total_ms is None else float(total_ms)) - sum(stages.values())
+    if total_ms is not None:
+        stages["http"] = round_trip_ms - float(total_ms)
+    return stages
+
+
+def _error_code(status: int, raw: bytes) -> str:
+    """ "429 queue_full", or the status alone where the body names no code."""
+    try:
+        code = json.loads(raw)["error"]["code"]
+    except (ValueError, KeyError, TypeError):
+        code = None
+    return f"{status} {code}" if isinstance(code, str) else str(status)

@@ -1,0 +1,114 @@
+"""What is asked, and when: drawn up front from one seed, so that every contender gets the same."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+Steps = int | Literal["auto"] | None
+"""A step count, the server's own pick, or none: the field is not sent."""
+Size = tuple[int, int]
+"""(width, height) in pixels."""
+
+SUBJECTS = ("red heart", "cat", "rocket", "pizza", "penguin", "butterfly", "tree", "guitar")
+BACKGROUNDS = ("white", "black", "gray", "red", "orange", "yellow", "green", "blue", "purple", "pink")
+MAX_SEED = 2**32 - 1
+ARRIVALS, REQUESTS = 0, 1
+"""Streams of random numbers: a schedule stays when what is asked changes."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One picture to ask for."""
+
+    prompt: str
+    seed: int
+    num_inference_steps: Steps = None
+    size: Size | None = None
+    latency_budget_ms: float | None = None
+    min_inference_steps: int | None = None
+
+
+@dataclass(frozen=True)
+class Workload:
+    """An endless sequence of requests; the same values give the same sequence.
+
+    Raises:
+        ValueError: naming the value and its limit.
+    """
+
+    seed: int = 0
+    steps: tuple[Steps, ...] = (None,)
+    """Each request draws one of these, all equally likely."""
+    sizes: tuple[Size | None, ...] = (None,)
+    """As `steps`."""
+    latency_budget_ms: float | None = None
+    min_inference_steps: int | None = None
+    tag: str = ""
+    """A word of every prompt: with another tag no text cache answers."""
+
+    def __post_init__(self) -> None:
+        if not self.steps or not self.sizes:
+            raise ValueError("steps and sizes are drawn from; each needs at least one value")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; it must be at least 0")
+
+    def requests(self) -> Iterator[Request]:
+        """No prompt twice."""
+        generator = np.random.default_rng([self.seed, REQUESTS])
+        for number in itertools.count():
+            # Every value is drawn whether it is needed or not, so that another mixture has the same seeds.
+            seed = int(generator.integers(MAX_SEED + 1))
+            steps = self.steps[int(generator.random() * len(self.steps))]
+            size = self.sizes[int(generator.random() * len(self.sizes))]
+            yield Request(self._prompt(number), seed, steps, size, self.latency_budget_ms, self.min_inference_steps)
+
+    def _prompt(self, number: int) -> str:
+        subject = SUBJECTS[number % len(SUBJECTS)]
+        background = BACKGROUNDS[number // len(SUBJECTS) % len(BACKGROUNDS)]
+        return " ".join(f"a {subject} on {background}, number {number} {self.tag}".split())
+
+
+def arrival_times(count: int, request_rate: float, burstiness: float = 1.0, seed: int = 0) -> list[float]:
+    """Seconds after the start at which requests arrive, rising.
+
+    The gaps are drawn from a gamma distribution with mean 1 / request_rate and shape `burstiness`: 1 is a
+    Poisson process, below 1 arrivals come in bursts, above 1 they are more regular. A rate of infinity puts
+    every arrival at 0.
+
+    Raises:
+        ValueError: a rate or burstiness that is not positive.
+    """
+    _check_arrivals(request_rate, burstiness)
+    if math.isinf(request_rate):
+        return [0.0] * count
+    gaps = np.random.default_rng([seed, ARRIVALS]).gamma(burstiness, 1.0 / (request_rate * burstiness), count)
+    times: list[float] = np.cumsum(gaps).tolist()
+    return times
+
+
+def arrivals_within(duration_s: float, request_rate: float, burstiness: float = 1.0, seed: int = 0) -> list[float]:
+    """The arrivals of `arrival_times` up to `duration_s`.
+
+    Raises:
+        ValueError: as `arrival_times`; or a rate of infinity, of which no number fits a duration.
+    """
+    _check_arrivals(request_rate, burstiness)
+    if math.isinf(request_rate):
+        raise ValueError("a request rate of inf needs a number of requests, not a duration")
+    count = 16
+    while (times := arrival_times(count, request_rate, burstiness, seed))[-1] <= duration_s:
+        count *= 2
+    return [time_s for time_s in times if time_s <= duration_s]
+
+
+def _check_arrivals(request_rate: float, burstiness: float) -> None:
+    if not request_rate > 0:
+        raise ValueError(f"the request rate is {request_rate:g}; it must be above 0, or inf for everything at once")
+    if not 0 < burstiness < math.inf:
+        raise ValueError(f"burstiness is {burstiness:g}; it must be above 0 (1 = Poisson, below 1 = bursts)")

@@ -1,0 +1,31 @@
+"""The engine with the tiny checkpoint, and a server of it over the wire."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tdm_runtime.backend_choice import BackendConfig, load_model
+from tdm_runtime.engine import DiffusionEngine, EngineConfig
+from tdm_runtime.loaded_model import LoadedModel
+from tests.benchmarks.small_server import SmallServer, serving
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_checkpoint: Path) -> LoadedModel:
+    """On the CPU. Its text encoder is not thread-safe: one engine at a time."""
+    return load_model(tiny_checkpoint, BackendConfig(threads=1), device="cpu")
+
+
+@pytest.fixture
+def engine(tiny_model: LoadedModel) -> Iterator[DiffusionEngine]:
+    with DiffusionEngine(tiny_model, EngineConfig(max_live=8)) as running:
+        yield running
+
+
+@pytest.fixture
+def server(engine: DiffusionEngine) -> Iterator[SmallServer]:
+    with serving(engine) as running:
+        yield running

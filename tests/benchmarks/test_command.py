@@ -1,0 +1,178 @@
+"""`tdm-bench` as it is called."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks.cli import main
+from benchmarks.compare_tables import BEGIN, END, to_markdown
+from benchmarks.contenders import Contender, NotRunError, running
+from benchmarks.machine import machine
+from benchmarks.phases import SCENARIOS, Plan, joining, measure_server, ours_within_slo, peer_within_slo
+from benchmarks.workload import arrivals_within
+from tdm_runtime.loaded_model import LoadedModel
+from tests.benchmarks.small_server import SmallServer
+
+SMALL_SERVER = "tests.benchmarks.small_server"
+QUICK = Plan.quick((16, 16), seed=0, budget_factor=0.85)
+TORCH = ("--backend", "torch", "--threads", "1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["latency", "--base-url", "http://127.0.0.1:9"], "http://127.0.0.1:9 does not answer"),
+        (["latency", "--base-url", "nowhere"], "nowhere does not answer"),
+        (["server", "--request-rate", "0"], "'0' requests/s is no rate"),
+        (["server", "--request-rate", "5,-1"], "'-1' requests/s is no rate"),
+        (["server", "--request-rate", "fast"], "'fast' is not a number"),
+        (["server", "--duration-s", "3"], "inf needs a number of requests"),
+        (["server", "--burstiness", "0"], "'0' is out of range"),
+        (["throughput", "--max-concurrency", "0"], "'0' is too small"),
+        (["throughput", "--metric-percentiles", "50,101"], "101 is no percentile"),
+        (["throughput", "--metric-percentiles", "0"], "0 is no percentile"),
+        (["offline", "--goodput", "300"], "'300' is not e2el:MS"),
+        (["offline", "--goodput", "ttft:300"], "'ttft:300' is not e2el:MS"),
+        (["offline", "--goodput", "e2el:-3"], "'-3' is out of range"),
+        (["offline", "--num-inference-steps", "4,many"], "'many' is not a whole number"),
+        (["offline", "--width", "64,96", "--height", "64"], "--width has 2 values and --height 1"),
+        (["offline", "--endpoint-type", "engine", "--checkpoint", "/nowhere"], "/nowhere"),
+        (["compare", "--write-docs", "/nowhere.md"], "lacks the lines"),
+        (["compare", "--only", "everything"], "invalid choice"),
+        ([], "MODE"),
+    ],
+)
+def test_a_mistake_is_one_sentence(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]):
+    try:
+        status = main(arguments)
+    except SystemExit as stop:
+        status = stop.code
+    told = capsys.readouterr().err
+    assert status == 2
+    assert sentence in told and told.count("\n") == 1
+
+
+def test_a_server_is_measured_by_stage(server: SmallServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    file = tmp_path / "result.json"
+    command = ["latency", "--base-url", server.base_url, "--num-prompts", "6", "--num-warmups", "2"]
+    command += ["--num-inference-steps", "1,3", "--width", "24", "--height", "16"]
+    command += ["--goodput", "e2el:60000", "--metric-percentiles", "25,99.5", "--result-filename", str(file)]
+    assert main([*command, "--plot", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert "| http |" in told and "| step 3 |" in told and machine().strip() in told
+    result = json.loads(file.read_text())
+    assert [run["num_inference_steps"] for run in result["runs"]] == [1, 3]
+    for run in result["runs"]:
+        assert run["completed"] == 6 and run["goodput_share"] == 1 and run["errors"] == {}
+        assert run["p25_e2el_ms"] <= run["p99.5_e2el_ms"]
+        assert run["stages_ms"]["http"]["p50"] > 0
+    assert result["runs"][1]["steps_used"] == {"3": 6}
+    assert result["environment"]["served"]["backend"] == server.engine.model.backend
+    assert (tmp_path / "latency.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "plot"),
+    [
+        (["throughput", "--max-concurrency", "1,4", "--duration-s", "0.3"], "throughput.png"),
+        (["server", "--request-rate", "40,80", "--num-prompts", "12", "--goodput", "e2el:500"], "goodput.png"),
+        (["offline", "--num-prompts", "140", "--num-inference-steps", "1"], "latency.png"),
+        (["latency", "--num-prompts", "2", "--num-inference-steps", "auto"], "quality.png"),
+    ],
+)
+def test_the_engine_is_measured_in_process(arguments: list[str], plot: str, tiny_checkpoint: Path, tmp_path: Path):
+    file = tmp_path / "result.json"
+    command = [*arguments, "--endpoint-type", "engine", "--checkpoint", str(tiny_checkpoint), *TORCH]
+    command += ["--num-warmups", "2", "--plot", str(tmp_path), "--save-result", "--result-filename", str(file)]
+    assert main(command) == 0
+    assert (tmp_path / plot).is_file()
+    result = json.loads(file.read_text())
+    for run in result.get("runs", [result]):
+        assert run["completed"] == len(run["e2els"]) > 0
+    if arguments[0] == "offline":
+        assert result["completed"] == 140
+
+
+def test_an_interrupted_run_tells_what_it_measured(server: SmallServer, capsys: pytest.CaptureFixture[str]):
+    def interrupt() -> None:
+        until_s = time.monotonic() + 60
+        while server.answered < 8 and time.monotonic() < until_s:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    command = ["server", "--base-url", server.base_url, "--request-rate", "40", "--num-prompts", "5000"]
+    assert main([*command, "--num-warmups", "1"]) == 130
+    thread.join()
+    told = capsys.readouterr()
+    assert "interrupted" in told.err and "throughput, requests/s" in told.out
+
+
+def test_compare_writes_tables_where_they_belong(tiny_checkpoint: Path, tmp_path: Path):
+    page = tmp_path / "page.md"
+    page.write_text(f"# Page\n{BEGIN}\n{END}\nend\n")
+    command = ["compare", "--quick", "--checkpoint", str(tiny_checkpoint), *TORCH]
+    command += ["--output", str(tmp_path / "out"), "--write-docs", str(page)]
+    assert main([*command, "--only", "contenders", "overhead", "quality", "--contenders", "engine in process"]) == 0
+    text = page.read_text()
+    assert text.startswith("# Page") and text.endswith(f"{END}\nend\n")
+    for said in ("engine in process", "between two steps", "dB against K = 4"):
+        assert said in text
+    assert main([*command, "--only", "slo"]) == 0  # what is not measured anew stays
+    assert "no such peer was measured" in page.read_text() and "between two steps" in page.read_text()
+    result = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert result["contenders"]["engine in process"]["throughput"] > 0
+    assert (tmp_path / "out" / "quality.png").is_file()
+
+
+def test_a_contender_is_started_measured_and_stopped(tiny_checkpoint: Path, tmp_path: Path):
+    arguments = ("--backend", "ours", "--checkpoint", str(tiny_checkpoint))
+    contender = Contender("a peer", SMALL_SERVER, arguments, "/health", "ours")
+    plan = replace(QUICK, load_s=0.2, warm_up_s=0.1)
+    with running(contender, tmp_path) as base_url:
+        found = asyncio.run(measure_server(base_url, plan))
+    assert found["unloaded_ms"] > 0 and found["throughput"] > 0
+    with pytest.raises(ConnectionError):
+        asyncio.run(measure_server(base_url, plan))
+
+
+def test_both_sides_of_an_slo_get_the_same_arrivals(server: SmallServer):
+    plan = replace(QUICK, arrivals_s=0.25, warm_up_s=0.01)
+    peer = {"unloaded_ms": 20.0, "throughput": 30.0}
+    theirs = asyncio.run(peer_within_slo(server.base_url, peer, plan))
+    auto, fixed = asyncio.run(ours_within_slo(server.base_url, peer, plan))
+    for scenario, *runs in zip(SCENARIOS, theirs, auto, fixed, strict=True):
+        arrivals = arrivals_within(0.25, 30.0 * scenario.load, scenario.burstiness, plan.seed)
+        assert all(run["start_times"] == arrivals and run["goodput_e2el_ms"] == 60.0 for run in runs)
+        assert not any(run["failed"] for run in runs)
+    pair = {"name": "a peer", "slo_ms": 60.0, "capacity": 30.0, "peer": theirs, "auto": auto, "fixed": fixed}
+    tables = to_markdown({"measured": {}, "slo": {"our backend": pair, "none": {"not_run": "it is absent"}}})
+    assert "120 %, burstiness 0.25" in tables and "it is absent" in tables
+
+
+def test_joining_is_measured_on_the_same_arrivals(tiny_model: LoadedModel):
+    plan = replace(QUICK, arrivals_s=0.3, load_s=0.2, warm_up_s=0.01)
+    found = asyncio.run(joining(tiny_model, plan))
+    assert found["whole"]["start_times"] == found["joining"]["start_times"]
+    assert found["whole"]["completed"] == found["joining"]["completed"] > 0
+    assert "whole requests / joining" in to_markdown({"measured": {}, "joining": found})
+
+
+@pytest.mark.parametrize(
+    ("module", "sentence"),
+    [(SMALL_SERVER, "^ours is not installed; install it$"), ("tests.benchmarks.absent", "it ended with 1: .*absent")],
+)
+def test_a_contender_that_cannot_run_says_why(module: str, sentence: str, tmp_path: Path):
+    contender = Contender("a peer", module, ("--backend", "ours"), "/health", "ours")
+    with pytest.raises(NotRunError, match=sentence), running(contender, tmp_path):
+        pass

@@ -1,0 +1,145 @@
+"""Closed and open loops against the engine, in this process and over the wire."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from benchmarks.load import Recording, closed_loop, open_loop
+from benchmarks.report import figures
+from benchmarks.targets import EngineTarget, OpenAITarget, Target, http_session, picture_fault, served_models
+from benchmarks.workload import Steps, Workload
+from tdm_runtime.engine import DiffusionEngine, EngineConfig
+from tdm_runtime.loaded_model import LoadedModel
+from tests.benchmarks.small_server import SmallServer, serving
+
+SIZES = ((16, 16), (24, 16))
+
+
+def workload(*steps: Steps) -> Workload:
+    return Workload(steps=steps, sizes=SIZES)
+
+
+def over_the_wire(server: SmallServer, use: Callable[[Target], Awaitable[None]]) -> None:
+    async def run() -> None:
+        async with http_session() as session:
+            await use(OpenAITarget(session, server.base_url))
+
+    asyncio.run(run())
+
+
+def test_a_closed_loop_asks_for_everything_once(engine: DiffusionEngine):
+    recording = Recording()
+    requests = list(itertools.islice(workload(1, 2, 3, 4).requests(), 20))
+    asyncio.run(closed_loop(EngineTarget(engine), requests, 4, recording))
+    assert sorted(r.request.prompt for r in recording.records) == sorted(r.prompt for r in requests)
+    assert all(r.is_completed and r.outcome.steps_used == r.request.num_inference_steps for r in recording.records)
+    assert all(r.scheduled_s == r.sent_s for r in recording.records)
+
+
+def test_a_closed_loop_never_has_more_in_flight(engine: DiffusionEngine):
+    recording = Recording()
+    asyncio.run(closed_loop(EngineTarget(engine), workload(4).requests(), 3, recording, duration_s=0.3))
+    for record in recording.records:
+        beside = [r for r in recording.records if r.sent_s <= record.sent_s < r.answered_s]
+        assert len(beside) <= 3
+
+
+def test_latency_counts_from_the_schedule_where_the_sender_is_late(engine: DiffusionEngine):
+    recording = Recording()
+
+    async def run() -> None:
+        asyncio.get_running_loop().call_later(0.01, time.sleep, 0.4)  # the sender is busy when requests arrive
+        await open_loop(EngineTarget(engine), [0.05, 0.1], workload(1).requests(), recording)
+
+    asyncio.run(run())
+    for record in recording.records:
+        assert record.sent_s - record.scheduled_s >= 0.25
+        assert record.e2el_s > record.sent_s - record.scheduled_s
+    assert figures(recording, goodput_ms=250)["goodput_share"] == 0
+
+
+def test_waiting_for_a_connection_counts_as_latency(engine: DiffusionEngine):
+    recording = Recording()
+    asyncio.run(open_loop(EngineTarget(engine), [0.0] * 6, workload(4).requests(), recording, max_concurrency=1))
+    assert len(recording.records) == 6
+    answered = [record.answered_s for record in recording.records]
+    assert [record.e2el_s for record in recording.records] == answered == sorted(answered)
+
+
+def test_the_engine_refuses_what_is_beyond_its_bound(tiny_model: LoadedModel):
+    recording, engine = Recording(), DiffusionEngine(tiny_model, EngineConfig(max_live=8))
+
+    async def run() -> None:
+        asyncio.get_running_loop().call_later(0.3, engine.start)  # by then everything has arrived
+        await open_loop(EngineTarget(engine), [0.0] * 30, workload(4).requests(), recording)
+
+    asyncio.run(run())
+    engine.close()
+    found = figures(recording)
+    assert (found["completed"], found["refused"], found["failed"]) == (8, 22, 0)
+    assert found["errors"] == {"OverloadedError": 22}
+
+
+def test_auto_lets_the_engine_pick(engine: DiffusionEngine):
+    recording = Recording()
+    requests = itertools.islice(workload("auto").requests(), 3)
+    asyncio.run(closed_loop(EngineTarget(engine), requests, 1, recording))
+    counts = engine.model.recipe.step_counts
+    assert all(r.is_completed and r.outcome.steps_used in counts for r in recording.records)
+
+
+def test_stages_add_up_to_the_round_trip(server: SmallServer):
+    recording = Recording()
+    requests = list(itertools.islice(workload(1, 4).requests(), 8))
+    over_the_wire(server, lambda target: closed_loop(target, requests, 2, recording))
+    assert len(recording.records) == 8
+    for record in recording.records:
+        stages = record.outcome.stages_ms
+        assert sum(name.startswith("step ") for name in stages) == record.request.num_inference_steps
+        assert sum(stages.values()) == pytest.approx(1e3 * (record.answered_s - record.sent_s), abs=1)
+        assert stages["http"] > 0
+
+
+def test_over_the_wire_refused_and_failed_are_told_apart(tiny_model: LoadedModel):
+    refused, failed = Recording(), Recording()
+    engine = DiffusionEngine(tiny_model, EngineConfig(max_live=8))
+
+    async def use(target: Target) -> None:
+        asyncio.get_running_loop().call_later(1, engine.start)  # by then everything has arrived
+        await open_loop(target, [0.0] * 20, workload(4).requests(), refused)
+        await open_loop(target, [0.0] * 3, workload(99).requests(), failed)
+
+    with serving(engine) as server:
+        over_the_wire(server, use)
+    engine.close()
+    assert figures(refused)["completed"] == 8 and figures(refused)["errors"] == {"429 queue_full": 12}
+    assert figures(failed)["errors"] == {"400 invalid_value": 3} and figures(failed)["failed"] == 3
+
+
+def test_nobody_listening_is_counted_not_raised():
+    recording = Recording()
+
+    async def run() -> None:
+        async with http_session() as session:
+            target = OpenAITarget(session, "http://127.0.0.1:9")
+            await open_loop(target, [0.0, 0.0], workload(1).requests(), recording)
+
+    asyncio.run(run())
+    assert figures(recording)["failed"] == 2 and not figures(recording)["completed"]
+
+
+def test_what_a_server_runs_is_asked(server: SmallServer):
+    cards = asyncio.run(served_models(server.base_url))
+    assert [card["id"] for card in cards] == [server.engine.model.recipe.name]
+
+
+def test_a_picture_is_checked():
+    assert picture_fault(b"GIF89a" + bytes(40), (16, 16)) == "not_a_png"
+    header = b"\x89PNG\r\n\x1a\n" + bytes(8) + (16).to_bytes(4, "big") + (24).to_bytes(4, "big")
+    assert picture_fault(header, (16, 24)) is None
+    assert picture_fault(header, (24, 16)) == "wrong_size"
