@@ -6,6 +6,7 @@ import asyncio
 import base64
 import gc
 import logging
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
@@ -50,6 +51,7 @@ class ImageService:
     def __init__(self, config: ServerConfig) -> None:
         self.config = config
         self.metrics = ServerMetrics()
+        sys.setswitchinterval(5e-4)
         torch.set_num_threads(1)  # of this thread: only the engine's may have more, see loaded_model
         self.model: LoadedModel = load_model(config.checkpoint, config.backend)
         logger.info("%s runs on %s", self.model.recipe.name, self.model.choice or self.model.backend)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import defaultdict
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 WEIGHT = 0.1
-"""Of the latest call in a moving average."""
+"""Of the latest call in what is thought of the machine's speed."""
+SLOW_WEIGHT = 0.02
+"""Of the latest call in what is thought of its batch size beside others."""
 MAX_SURPRISE = 4.0
 """A call counts as at most so many times what was expected: a stall of the machine is not the model's cost."""
 MIN_GAIN = 0.05
@@ -24,80 +27,87 @@ class Kind(NamedTuple):
 
 @dataclass
 class Estimate:
-    """Moving averages of one kind at one batch size, in seconds."""
+    """One kind of call: how its sizes compare, and how fast the machine is just now.
 
-    mean_s: float
-    deviation_s: float = 0.0
-    """Of the distance to the mean."""
+    The two are told apart because a machine has moods. A size that happened to run in a slow minute would
+    otherwise look bad, not be used, and so never be seen to be good.
+    """
 
-    @property
-    def cautious_s(self) -> float:
-        """What a promise counts on."""
-        return self.mean_s + self.deviation_s
+    seconds: dict[int, float] = field(default_factory=dict)
+    """Batch size -> seconds at a `slowness` of 1."""
+    slowness: float = 1.0
+    deviation: float = 0.0
+    """Usual distance of a call from what was expected, as a share of it."""
+    limit: int | None = None
+    """Samples in a call at most."""
+    best: dict[int, int] = field(default_factory=dict)
+    """Samples that could share a call -> how many should, until the next observation."""
 
-    def observe(self, seconds: float) -> None:
-        seconds = min(seconds, MAX_SURPRISE * self.mean_s)
-        self.deviation_s += WEIGHT * (abs(seconds - self.mean_s) - self.deviation_s)
-        self.mean_s += WEIGHT * (seconds - self.mean_s)
+    def observe(self, size: int, seconds: float) -> None:
+        self.best.clear()
+        if size not in self.seconds:
+            self.seconds[size] = seconds / self.slowness
+            return
+        expected_s = self.slowness * self.seconds[size]
+        surprise = min(MAX_SURPRISE, seconds / expected_s)
+        self.deviation += WEIGHT * (abs(surprise - 1) - self.deviation)
+        self.slowness *= 1 + WEIGHT * (surprise - 1)
+        self.seconds[size] *= 1 + SLOW_WEIGHT * (surprise - 1)
+
+    def usual(self, size: int) -> float:
+        """Seconds at a `slowness` of 1; between sizes that were seen on the line, beyond them in proportion."""
+        if size in self.seconds:
+            return self.seconds[size]
+        below = max((n for n in self.seconds if n < size), default=None)
+        above = min((n for n in self.seconds if n > size), default=None)
+        if above is None:
+            assert below is not None
+            return self.seconds[below] * size / below
+        if below is None:
+            return self.seconds[above]
+        share = (size - below) / (above - below)
+        return (1 - share) * self.seconds[below] + share * self.seconds[above]
+
+    def batch_size(self, available: int) -> int:
+        """The fewest samples that are about the most a second."""
+        available = min(available, self.limit or available)
+        # A size that was never tried is expected to cost no more than the largest that was: so it is tried.
+        rates = {n: n / max(1e-9, self.usual(min(n, max(self.seconds)))) for n in range(1, available + 1)}
+        enough = max(rates.values()) * (1 - MIN_GAIN)
+        return next(size for size, rate in rates.items() if rate >= enough)
 
 
 class CostModel:
     """Seconds per kind of call and batch size. Not thread-safe: its owner locks.
 
-    Sizes that were not seen lie on the line between those that were; kinds that were not seen cost
-    nothing, which claims nothing: warm-up sees all of them.
+    Kinds that were not seen cost nothing, which claims nothing: warm-up sees all of them.
     """
 
     def __init__(self) -> None:
-        self._estimates: dict[Kind, dict[int, Estimate]] = {}
-        self._best: dict[Kind, dict[int, int]] = {}
-        """Samples that could share a call -> how many should, until the next observation."""
-        self._limits: dict[Kind, int] = {}
+        self._estimates: defaultdict[Kind, Estimate] = defaultdict(Estimate)
 
     def observe(self, kind: Kind, size: int, seconds: float) -> None:
         """Learn from one call."""
-        known = self._estimates.setdefault(kind, {})
-        if size in known:
-            known[size].observe(seconds)
-        else:
-            known[size] = Estimate(seconds)
-        self._best.pop(kind, None)
+        self._estimates[kind].observe(size, seconds)
 
     def limit(self, kind: Kind, size: int) -> None:
         """Never again suggest more than `size` samples: they do not help, or do not fit into memory."""
-        self._limits[kind] = max(1, size)
-        self._best.pop(kind, None)
+        estimate = self._estimates[kind]
+        estimate.limit = max(1, size)
+        estimate.best.clear()
 
     def seconds(self, kind: Kind, size: int = 1) -> float:
-        """What a promise counts on for one call: the mean and its usual deviation."""
-        known = self._estimates.get(kind)
-        if not known:
+        """What a promise counts on for one call: what it usually takes just now, and its usual deviation."""
+        estimate = self._estimates.get(kind)
+        if estimate is None or not estimate.seconds:
             return 0.0
-        if size in known:
-            return known[size].cautious_s
-        below = max((n for n in known if n < size), default=None)
-        above = min((n for n in known if n > size), default=None)
-        if above is None:
-            assert below is not None
-            return known[below].cautious_s * size / below
-        if below is None:
-            return known[above].cautious_s
-        share = (size - below) / (above - below)
-        return (1 - share) * known[below].cautious_s + share * known[above].cautious_s
+        return estimate.usual(size) * estimate.slowness * (1 + estimate.deviation)
 
     def batch_size(self, kind: Kind, available: int) -> int:
         """How many of `available` samples should share a call: the fewest that are about the most a second."""
-        best = self._best.setdefault(kind, {})
-        if available not in best:
-            best[available] = self._most_a_second(kind, available)
-        return best[available]
-
-    def _most_a_second(self, kind: Kind, available: int) -> int:
-        available = min(available, self._limits.get(kind, available))
-        known = self._estimates.get(kind)
-        if not known:
+        estimate = self._estimates.get(kind)
+        if estimate is None or not estimate.seconds:
             return available
-        # A size that was never tried is expected to cost no more than the largest that was: so it is tried.
-        rates = {n: n / max(1e-9, self.seconds(kind, min(n, max(known)))) for n in range(1, available + 1)}
-        enough = max(rates.values()) * (1 - MIN_GAIN)
-        return next(size for size, rate in rates.items() if rate >= enough)
+        if available not in estimate.best:
+            estimate.best[available] = estimate.batch_size(available)
+        return estimate.best[available]

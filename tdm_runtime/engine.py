@@ -237,7 +237,7 @@ class DiffusionEngine:
             steps_left=params.num_inference_steps,
             urgency=(now_s, order),
             open_steps=open_steps,
-            needs_text=self.model.text_encoder.cached(params.prompt) is None,
+            needs_text=self.model.text_encoder.expect(params.prompt),
             preview=Kind(f"decode:{self.model.preview_decoder}", shape),
             previews_left=delivery.num_previews,
             params=params,

@@ -68,19 +68,26 @@ class PromptTokenizer:
 
 
 class TextEncoder:
-    """Encodes prompts and remembers the latest. `encode` is not thread-safe, as its backend; `cached` is."""
+    """Encodes prompts and remembers the latest. Not thread-safe, as its backend; `expect` is."""
 
     def __init__(self, tokenizer: PromptTokenizer, backend: Backend, cache_size: int = 1024) -> None:
         self.backend = backend
         self._tokenizer = tokenizer
         self._cache: OrderedDict[str, PromptEmbedding] = OrderedDict()
         self._cache_size = cache_size
+        self._tokens: OrderedDict[str, tuple[list[int], int]] = OrderedDict()
+        """Of prompts that are expected."""
         self.cache_hits = 0
         self.cache_misses = 0
 
-    def cached(self, prompt: str) -> PromptEmbedding | None:
-        """Return a prompt's embedding where it was seen lately."""
-        return self._cache.get(prompt)
+    def expect(self, prompt: str) -> bool:
+        """Tokenize a prompt that is to be encoded soon. False where there is nothing to do: it was seen lately."""
+        if prompt in self._cache:
+            return False
+        self._tokens[prompt] = self._tokenizer.encode(prompt)
+        if len(self._tokens) > max(1, self._cache_size):
+            self._tokens.popitem(last=False)
+        return True
 
     def encode(self, prompt: str) -> PromptEmbedding:
         """Return a prompt's embedding, from the cache where it was seen lately."""
@@ -104,7 +111,8 @@ class TextEncoder:
         return [found[prompt] for prompt in prompts]
 
     def _encode(self, prompts: Sequence[str]) -> list[PromptEmbedding]:
-        tokens = [self._tokenizer.encode(prompt) for prompt in prompts]
+        expected = {prompt: self._tokens.pop(prompt) for prompt in prompts if prompt in self._tokens}
+        tokens = [expected.get(prompt) or self._tokenizer.encode(prompt) for prompt in prompts]
         embeds = self.backend(torch.tensor([ids for ids, _ in tokens], device=self.backend.device))
         return [
             PromptEmbedding(embeds[n], num_tokens, self._tokenizer.max_tokens)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -17,10 +17,12 @@ from tdm_runtime.delivery import Delivery
 from tdm_runtime.engine import DiffusionEngine
 from tdm_runtime.forecast import TEXT
 from tdm_runtime.params import SamplingParams
+from tdm_runtime.text_encoder import TextEncoder
 
-ROUNDS = 7
-MEASURE_S = 2.0
-"""A measurement ends after so many rounds or seconds, whichever is first."""
+PASSES = 3
+ROUNDS = 5
+PASS_S = 0.3
+"""A pass over one size ends after so many rounds or seconds, whichever is first."""
 PROMPT = "warm-up"
 
 
@@ -43,8 +45,11 @@ def warm_up(engine: DiffusionEngine) -> None:
 
 def _learn_costs(engine: DiffusionEngine) -> None:
     model = engine.model
-    prompts = (f"{PROMPT} {n}" for n in itertools.count())
-    _learn(engine, TEXT, lambda size: model.text_encoder.encode_all([next(prompts) for _ in range(size)]), capacity=1)
+    _learn(engine, TEXT, partial(_encode, model.text_encoder, itertools.count()), capacity=1)
+    size = 2
+    while size <= engine.config.max_batch_size:  # newcomers are encoded together; what that saves is not counted on
+        _encode(model.text_encoder, itertools.count(size), size)
+        size *= 2
     for width, height in model.recipe.native_sizes:
         params = SamplingParams(PROMPT, 0, model.recipe.default_steps, width, height)
         shape = model.latent_shape(params)
@@ -52,6 +57,11 @@ def _learn_costs(engine: DiffusionEngine) -> None:
         for name, decoder in model.decoders.items():
             latents = torch.zeros(engine.config.max_batch_size, *shape, device=model.denoiser.device)
             _learn(engine, Kind(f"decode:{name}", shape), partial(_decode, decoder, latents))
+
+
+def _encode(text_encoder: TextEncoder, numbers: Iterator[int], size: int) -> object:
+    """Encode prompts that were not seen before."""
+    return text_encoder.encode_all([f"{PROMPT} {size} {next(numbers)}" for _ in range(size)])
 
 
 def _decode(decoder: Decoder, latents: Tensor, size: int) -> object:
@@ -75,32 +85,37 @@ def _denoise(engine: DiffusionEngine, params: SamplingParams) -> Callable[[int],
 
 
 def _learn(engine: DiffusionEngine, kind: Kind, call: Callable[[int], object], capacity: int | None = None) -> None:
-    """Measure a kind of call at 1, 2, 4, ... samples, as long as more of them give more a second."""
-    best_rate, useful = 0.0, 1
-    for size in _doublings(capacity or engine.config.max_batch_size):
+    """Measure a kind of call at 1, 2, 4, ... samples, until twice more of them gave no more a second."""
+    times_s: dict[int, list[float]] = {}
+    size, without_gain = 1, 0
+    while size <= (capacity or engine.config.max_batch_size) and without_gain < 2:
         try:
-            times_s = _times(call, size)
+            call(size)  # compiles, where there is something to compile
+            times_s[size] = _times(call, size)
         except (torch.OutOfMemoryError, MemoryError):
             if size == 1:
                 raise
             break
-        engine.observe(kind, size, statistics.median(times_s))
-        rate = size / min(times_s)
-        if rate < best_rate * (1 + MIN_GAIN):
-            break
-        best_rate, useful = rate, size
-    engine.limit(kind, useful)
+        without_gain = 0 if _fastest(times_s) == size else without_gain + 1
+        size *= 2
+    for _ in range(PASSES - 1):  # one after the other, so that a mood of the machine hits no size alone
+        for size in times_s:
+            times_s[size] += _times(call, size)
+    for size, seen_s in times_s.items():
+        engine.observe(kind, size, statistics.median(seen_s))
+    engine.limit(kind, max(times_s))
 
 
-def _doublings(limit: int) -> Iterator[int]:
-    return (1 << n for n in range(limit.bit_length()))
+def _fastest(times_s: Mapping[int, Sequence[float]]) -> int:
+    """The size of the most samples a second; the smallest of those that are about as good."""
+    rates = {size: size / min(seen_s) for size, seen_s in times_s.items()}
+    return next(size for size, rate in rates.items() if rate * (1 + MIN_GAIN) >= max(rates.values()))
 
 
 def _times(call: Callable[[int], object], size: int) -> list[float]:
-    """Seconds of some calls, after a first."""
-    call(size)
+    """Seconds of some calls."""
     times_s: list[float] = []
-    ends_s = time.monotonic() + MEASURE_S
+    ends_s = time.monotonic() + PASS_S
     while len(times_s) < ROUNDS and (not times_s or time.monotonic() < ends_s):
         began_s = time.monotonic()
         call(size)
