@@ -97,11 +97,16 @@ class CostModel:
         estimate.best.clear()
 
     def seconds(self, kind: Kind, size: int = 1) -> float:
-        """What a promise counts on for one call: what it usually takes just now, and its usual deviation."""
+        """What one call usually takes just now."""
         estimate = self._estimates.get(kind)
         if estimate is None or not estimate.seconds:
             return 0.0
-        return estimate.usual(size) * estimate.slowness * (1 + estimate.deviation)
+        return estimate.usual(size) * estimate.slowness
+
+    def deviation(self, kind: Kind) -> float:
+        """Usual distance of a call from that, as a share of it."""
+        estimate = self._estimates.get(kind)
+        return 0.0 if estimate is None else estimate.deviation
 
     def batch_size(self, kind: Kind, available: int) -> int:
         """How many of `available` samples should share a call: the fewest that are about the most a second."""

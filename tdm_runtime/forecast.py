@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
@@ -88,6 +89,16 @@ class Work:
         self.previews_left = max(0, self.previews_left - 1)
         return False
 
+    def seconds_shared(self, costs: CostModel, steps: int, capacity: int) -> float:
+        """Its share of the machine's time, with so many steps, in batches of the size that gives most a second."""
+        text_s = costs.seconds(TEXT) if self.needs_text else 0.0
+        shares_s = [
+            costs.seconds(kind, size) / size
+            for kind in (self.denoise.kind, self.decode.kind)
+            if (size := costs.batch_size(kind, capacity))
+        ]
+        return text_s + steps * shares_s[0] + shares_s[1]
+
     def seconds_left(self, costs: CostModel, size: int = 1) -> float:
         """Until it is done, if every step has `size` samples and nothing comes between."""
         seconds = self.steps_left * costs.seconds(self.denoise.kind, size) + costs.seconds(self.decode.kind)
@@ -101,23 +112,15 @@ class Work:
 Item = TypeVar("Item", bound=Work)
 
 
-def choose(ordered: Sequence[Item], costs: CostModel, capacity: int, now_s: float) -> list[Item]:
-    """Return the samples of the next call: the most urgent and, in order, those of its lane that help.
-
-    More of them than give more pictures a second do not, nor do those that would break its promise.
+def choose(ordered: Sequence[Item], costs: CostModel, capacity: int) -> list[Item]:
+    """Return the samples of the next call: the most urgent and, in order, as many of its lane as help.
 
     Args:
         ordered: at least one sample, most urgent first.
     """
-    head = ordered[0]
-    mates = [item for item in ordered if item.lane == head.lane][:capacity]
-    size = costs.batch_size(head.lane.kind, len(mates))
-    while size > 1:
-        beside_s = sum(_beside_s(mate, costs) for mate in mates[1:size])
-        if now_s + head.seconds_left(costs, size) + beside_s <= head.promised_s:
-            break
-        size -= 1
-    return mates[:size]
+    lane = ordered[0].lane
+    mates = [item for item in ordered if item.lane == lane][:capacity]
+    return mates[: costs.batch_size(lane.kind, len(mates))]
 
 
 def call_seconds(batch: Sequence[Work], costs: CostModel) -> float:
@@ -147,23 +150,27 @@ def forecast(
     """Run the scheduler ahead of time, on copies, until every promise and the watched samples are decided.
 
     This is the schedulability test, exact for the costs as they are known: these are the very choices
-    that the engine will make.
+    that the engine will make. A promise is kept with room for the usual deviation of all calls before it;
+    they deviate on their own, so their squares add up.
 
     Args:
         watched: samples to be followed besides those that have a promise.
     """
     finish_s: dict[Urgency, float] = {}
+    variance = 0.0
     open_ends = {work.urgency for work in works if work.promised_s < NEVER_S or work.urgency in watched}
     live = sorted((work.copy() for work in works), key=lambda work: work.urgency) if open_ends else []
     while open_ends:
-        batch = choose(live, costs, capacity, now_s)
-        now_s += call_seconds(batch, costs)
+        batch = choose(live, costs, capacity)
+        seconds = call_seconds(batch, costs)
+        now_s += seconds
+        variance += (costs.deviation(batch[0].lane.kind) * seconds) ** 2
         for work in batch:
             if not work.advance():
                 continue
             live.remove(work)
             open_ends.discard(work.urgency)
             finish_s[work.urgency] = now_s
-            if now_s > work.promised_s:
+            if now_s + math.sqrt(variance) > work.promised_s:
                 return Forecast(finish_s, work.urgency)
     return Forecast(finish_s, None)

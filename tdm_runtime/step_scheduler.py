@@ -18,8 +18,15 @@ from typing import Generic, TypeVar
 from tdm_runtime.cost_model import CostModel, Kind
 from tdm_runtime.errors import DeadlineError, InvalidRequestError, TDMError
 from tdm_runtime.forecast import NEVER_S, Forecast, Urgency, Work, call_seconds, choose, forecast
+from tdm_runtime.load import MovingRate
 
 Item = TypeVar("Item", bound=Work)
+DEMAND_WINDOW = 20
+"""Unloaded times of a sample in which demand is counted."""
+MIN_WINDOW_S = 0.25
+MAX_LOAD = 0.7
+"""Share of the machine's time, in its best batches, at which open step counts stay at their smallest: chance, batches
+that are not the best, and what is not the model's, need the rest."""
 
 
 def _counted(count: int, noun: str) -> str:
@@ -49,6 +56,10 @@ class StepScheduler(Generic[Item]):
         self._running_until_s = 0.0
         """When the running call is expected to end, monotonic."""
         self._live: dict[Urgency, Item] = {}
+        self._settled_demand = MovingRate()
+        """Seconds of work a second, of step counts that were asked for."""
+        self._open_demand = MovingRate()
+        """Samples a second whose step count was left open."""
 
     def __len__(self) -> int:
         return len(self._live)
@@ -76,18 +87,37 @@ class StepScheduler(Generic[Item]):
             DeadlineError: a promise of theirs, or another's because of them, could not be kept now.
             InvalidRequestError: theirs could not be kept with nothing else to do.
         """
+        self._note_demand(items, now_s)
         if self._ahead(now_s, items).broken is not None:
             self._give_up_lost(now_s)
             if self._ahead(now_s, items).broken is not None:
                 if any(item.promised_s < NEVER_S for item in items):
                     raise self._refusal(items, now_s)
-                behind_s = max(item.promised_s for item in self._live.values() if item.promised_s < NEVER_S)
-                for item in items:
-                    item.urgency = (behind_s, item.urgency[1])
-                    item.share_no_call()  # its company would make the calls of the promised ones longer
+                self._step_aside(items)
         for item in items:
             assert item.urgency not in self._live, "urgency must be unique"
             self._live[item.urgency] = item
+
+    def _step_aside(self, items: Sequence[Item]) -> None:
+        """Have samples without a promise wait behind all promises, and share no call, which would make it longer."""
+        behind_s = max(item.promised_s for item in self._live.values() if item.promised_s < NEVER_S)
+        for item in items:
+            item.urgency = (behind_s, item.urgency[1])
+            item.share_no_call()
+
+    def _note_demand(self, items: Sequence[Item], now_s: float) -> None:
+        """Count what is asked for, also what will be refused."""
+        for item in items:
+            window_s = self._window_s(item)
+            if item.open_steps:
+                self._open_demand.add(1, now_s, window_s)
+            else:
+                work_s = item.seconds_shared(self.costs, item.steps_left, self.capacity)
+                self._settled_demand.add(work_s, now_s, window_s)
+
+    def _window_s(self, item: Item) -> float:
+        """Time in which it shows how much is asked for: of many samples like this one."""
+        return max(MIN_WINDOW_S, DEMAND_WINDOW * item.seconds_left(self.costs))
 
     def remove(self, item: Item) -> None:
         """Let a finished, failed or cancelled sample leave."""
@@ -141,11 +171,11 @@ class StepScheduler(Generic[Item]):
         """
         self.end_call()
         self._give_up([item for item in self._live.values() if item.promised_s < now_s])
-        batch = self._choice(now_s)
+        batch = self._choice()
         while unsettled := [item for item in batch if item.open_steps]:
             for item in unsettled:
                 item.settle(self._most_steps(item, now_s))
-            batch = self._choice(now_s)
+            batch = self._choice()
         if not batch:
             return []
         self._predict([item for item in batch if not item.has_started], now_s)
@@ -159,19 +189,28 @@ class StepScheduler(Generic[Item]):
         """No call runs any more; its samples have moved on or left."""
         self._running = []
 
-    def _choice(self, now_s: float) -> list[Item]:
+    def _choice(self) -> list[Item]:
         ordered = [item for item in self.live() if not self._together or item in self._together]
-        return choose(ordered, self.costs, self.capacity, now_s) if ordered else []
+        return choose(ordered, self.costs, self.capacity) if ordered else []
 
     def _most_steps(self, item: Item, now_s: float) -> int:
-        """The largest step count that has a sample done by its target and breaks no promise; else the smallest."""
+        """The largest step count that has a sample done by its target and breaks no promise; else the smallest.
+
+        Nor does it use up what those need who are to be expected: if all whose step count is left open, as many as came
+        lately, took so many steps, that would be some load; so much of the time to the target stays free.
+        """
         others = [other for other in self._live.values() if other is not item]
+        window_s = self._window_s(item)
+        settled = self._settled_demand.per_second(now_s, window_s)
+        rate = self._open_demand.per_second(now_s, window_s, less=1)
         best = item.open_steps[0]
         for steps in item.open_steps[1:]:
+            load = settled + rate * item.seconds_shared(self.costs, steps, self.capacity)
             tried = item.copy()
             tried.steps_left = steps
             seen = forecast([*others, tried], self.costs, self.capacity, now_s, {tried.urgency})
-            if seen.broken is not None or seen.finish_s[tried.urgency] > item.target_s:
+            free_s = min(1.0, load / MAX_LOAD) * (item.target_s - now_s)
+            if seen.broken is not None or seen.finish_s[tried.urgency] > item.target_s - free_s:
                 break
             best = steps
         return best
