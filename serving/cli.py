@@ -48,6 +48,12 @@ def parse_arguments(arguments: list[str] | None = None) -> ServerConfig:
     parser.add_argument(
         "--max-live", type=int, default=engine.max_live, help="pictures accepted and unanswered (%(default)s)"
     )
+    parser.add_argument(
+        "--result-cache-mb",
+        type=int,
+        default=engine.result_cache_bytes // 2**20,
+        help="MiB of finished pictures kept for who asks for exactly the same again (%(default)s)",
+    )
     add_backend_arguments(parser)
     parser.add_argument(
         "--log-level", choices=["info", "warning", "error"], default=defaults.log_level, help="(%(default)s)"
@@ -59,7 +65,11 @@ def parse_arguments(arguments: list[str] | None = None) -> ServerConfig:
             host=given.host,
             port=given.port,
             front=given.front,
-            engine=EngineConfig(max_batch_size=given.max_batch_size, max_live=given.max_live),
+            engine=EngineConfig(
+                max_batch_size=given.max_batch_size,
+                max_live=given.max_live,
+                result_cache_bytes=given.result_cache_mb * 2**20,
+            ),
             backend=backend_config(given),
             log_level=given.log_level,
         )

@@ -17,10 +17,3 @@ routes, so that one load generator measures all:
 Each runs each of three backends: `stock-fp32` and `stock-bf16` are the diffusers pipeline, `ours` is what
 `tdm-serve` runs, in a plain loop. With `ours` the difference to `tdm-serve` is scheduling alone.
 """
-
-import os
-
-# Read when torch is first imported, here or in a process that a peer starts. A torch operation's threads wait
-# for each other spinning, and beside a server's other processes and its clients on the same cores one of them
-# may wait for a core: stock fp32, 4 steps, took 0.8 to 1.4 s on a busy machine so, and 0.11 to 0.15 s passively.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
