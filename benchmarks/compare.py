@@ -29,7 +29,7 @@ from tdm_runtime.cli import backend_config
 from tdm_runtime.errors import TDMError
 from tdm_runtime.loaded_model import LoadedModel
 
-PHASES = ("contenders", "slo", "joining", "overhead", "quality")
+PHASES = ("contenders", "slo", "joining", "isolation", "overhead", "quality")
 RESULT_FILE = "compare.json"
 TABLES_FILE = "compare.md"
 DOCS = Path("docs/performance.md")
@@ -136,6 +136,7 @@ class Comparison:
         methods: Mapping[str, Callable[[], Any]] = {
             "slo": self._within_slo,
             "joining": lambda: asyncio.run(phases.joining(self._model, self._plan)),
+            "isolation": lambda: asyncio.run(phases.isolation(self._model, self._plan)),
             "overhead": lambda: overhead(self._model, self._plan.overhead_pictures, STEPS, self._plan.seed),
             "quality": self._quality,
         }

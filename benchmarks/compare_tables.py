@@ -27,6 +27,7 @@ def to_markdown(results: Results) -> str:
         ("contenders", _contenders),
         ("slo", _slo),
         ("joining", _joining),
+        ("isolation", _isolation),
         ("overhead", _overhead),
         ("quality", _quality),
     ):
@@ -192,6 +193,15 @@ def _joining(found: Mapping[str, Any]) -> Iterator[str]:
     if joined["median_e2el_ms"] and whole["median_e2el_ms"]:
         ratio = whole["median_e2el_ms"] / joined["median_e2el_ms"]
         yield f"Median latency, whole requests / joining: {ratio:.2f}."
+
+
+def _isolation(found: Mapping[str, Any]) -> Iterator[str]:
+    rows = [
+        [name, *(cell(run[f"{p}_e2el_ms"]) for p in ("median", "p90", "p99"))] for name, run in found["runs"].items()
+    ]
+    width, height = found["large"]
+    among = f"one in {found['small_to_large']} {width}x{height}"
+    yield markdown_table([f"small pictures, K = {STEPS}; {among}, {found['rate']:.1f}/s", "ms, p50", "p90", "p99"], rows)
 
 
 def _overhead(found: Mapping[str, Any]) -> Iterator[str]:

@@ -23,6 +23,10 @@ SLO_FACTOR = 3.0
 JOINING_LOAD = 0.6
 """Arrivals, as a share of what whole-request batching can serve."""
 TURNS = 3
+LARGE_SIDE = 3
+"""A large picture's side, in sides of a small one."""
+SMALL_TO_LARGE = 10
+"""One picture in so many is large."""
 
 
 @dataclass(frozen=True)
@@ -187,6 +191,42 @@ async def joining(model: LoadedModel, plan: Plan) -> dict[str, Any]:
         steps, sample_steps = (now - then for now, then in zip(_counts(each), before[name], strict=True))
         found[name] = figures(recordings[name]) | {"mean_batch_size": sample_steps / max(1, steps)}
     return found
+
+
+# -- large pictures beside small ones ---------------------------------------------------------
+
+
+async def isolation(model: LoadedModel, plan: Plan) -> dict[str, Any]:
+    """Latency of small pictures: alone, and with large ones among them; joining, and batched as whole requests.
+
+    The checkpoint was not trained at the large size: what it shows there is worth nothing, what it takes is.
+    """
+    width, height = plan.size
+    large = (LARGE_SIDE * width, LARGE_SIDE * height)
+    model = replace(model, recipe=replace(model.recipe, native_sizes=(plan.size, large)))
+    with running_engine(model) as engine:
+        costs = engine.costs
+    mixture = replace(plan.workload(STEPS), sizes=(plan.size,) * (SMALL_TO_LARGE - 1) + (large,))
+    found: dict[str, Any] = {}
+    rate = 0.0
+    for name, joins, workload in (
+        ("whole requests", False, mixture),
+        ("joining", True, mixture),
+        ("small ones alone", True, plan.workload(STEPS)),
+    ):
+        with DiffusionEngine(model, EngineConfig(joining=joins), costs=copy.deepcopy(costs)) as engine:
+            target = EngineTarget(engine)
+            if not rate:
+                saturated = Recording()
+                await closed_loop(target, workload.requests(), 8, saturated, plan.load_s)
+                rate = JOINING_LOAD * float(figures(saturated)["request_throughput"])
+            everything, small = Recording(), Recording()
+            await open_loop(
+                target, arrivals_within(plan.arrivals_s, rate, seed=plan.seed), workload.requests(), everything
+            )
+            small.records = [record for record in everything.records if record.request.size == plan.size]
+            found[name] = figures(small)
+    return {"rate": rate, "large": large, "small_to_large": SMALL_TO_LARGE, "runs": found}
 
 
 def _counts(engine: DiffusionEngine) -> tuple[int, int]:

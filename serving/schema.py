@@ -188,14 +188,15 @@ def _depth_exceeds(text: str, limit: int) -> bool:
 
 def _from_validation(error: ValidationError) -> APIError:
     """The first thing pydantic found, with the field as `param`."""
-    first = error.errors(include_url=False)[0]
+    first, *others = error.errors(include_url=False)
     param = str(first["loc"][0])  # no field has fields; what follows names a member of a union
     if first["type"] == "missing":
         return invalid(f"{param} is required", param, "missing_required_parameter")
     if first["type"] == "extra_forbidden":
         known = ", ".join(ImageRequest.model_fields)
         return invalid(f"{param[:64]!r} is not a parameter; known are {known}", param[:64], "unknown_parameter")
-    reason = first["msg"][:1].lower() + first["msg"][1:]
+    reasons = [first["msg"], *(other["msg"] for other in others if other["loc"][0] == param)]
+    reason = " or ".join(reason[:1].lower() + reason[1:] for reason in reasons)
     return invalid(f"{param} is {shown(first['input'])}; {reason}", param, "invalid_value")
 
 

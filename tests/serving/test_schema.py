@@ -10,6 +10,7 @@ import pytest
 from serving.errors import APIError
 from serving.schema import MAX_PICTURES, parse_image_request, parse_json
 from tdm_runtime.checkpoint import DEFAULT_CHECKPOINT
+from tdm_runtime.delivery import Delivery
 from tdm_runtime.errors import InvalidRequestError
 from tdm_runtime.params import MAX_SEED
 from tdm_runtime.recipe import load_recipe
@@ -35,6 +36,15 @@ BAD_REQUESTS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "a", "num_inference_steps": 10**6}, "num_inference_steps"),
     ({"prompt": "a", "num_inference_steps": True}, "num_inference_steps"),
     ({"prompt": "a", "num_inference_steps": "4"}, "num_inference_steps"),
+    ({"prompt": "a", "num_inference_steps": "AUTO"}, "num_inference_steps"),
+    ({"prompt": "a", "num_inference_steps": "auto", "min_inference_steps": True}, "min_inference_steps"),
+    ({"prompt": "a", "latency_budget_ms": 0}, "latency_budget_ms"),
+    ({"prompt": "a", "latency_budget_ms": -5}, "latency_budget_ms"),
+    ({"prompt": "a", "latency_budget_ms": 1e9}, "latency_budget_ms"),
+    ({"prompt": "a", "latency_budget_ms": "40"}, "latency_budget_ms"),
+    ({"prompt": "a", "stream": "yes"}, "stream"),
+    ({"prompt": "a", "stream": True, "partial_images": 4}, "partial_images"),
+    ({"prompt": "a", "strict": 1}, "strict"),
     ({"prompt": "a", "guidance_scale": 7.5}, "guidance_scale"),
     ({"prompt": "a", "guidance_scale": 1e308}, "guidance_scale"),
     ({"prompt": "a", "negative_prompt": "blurry"}, "negative_prompt"),
@@ -62,7 +72,6 @@ BAD_REQUESTS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "a", "decoder": "Tiny"}, "decoder"),
     ({"prompt": "a", "decoder": None}, "decoder"),
     ({"prompt": "a", "decoder": ["full", "tiny"]}, "decoder"),
-    ({"prompt": "a", "stream": True}, "stream"),
     ({"prompt": "a", "colour": "blue"}, "colour"),
     ({"prompt": "a", "user": "u" * 257}, "user"),
 ]
@@ -119,6 +128,43 @@ def test_every_picture_of_a_request_has_its_decoder(decoder: str) -> None:
     body = {"prompt": "a cat", "n": 3, "decoder": decoder}
     params = parse_image_request(json.dumps(body).encode()).to_sampling_params(RECIPE)
     assert [p.decoder for p in params] == [decoder] * 3
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"min_inference_steps": 2}, "min_inference_steps"),
+        ({"num_inference_steps": 4, "min_inference_steps": 2}, "min_inference_steps"),
+        ({"partial_images": 2}, "partial_images"),
+        ({"stream": True, "draft": True}, "draft"),
+        ({"stream": True, "n": 2}, "n"),
+    ],
+)
+def test_fields_that_contradict_each_other_are_refused_by_name(body: dict[str, Any], param: str) -> None:
+    request = parse_image_request(json.dumps({"prompt": "a cat"} | body).encode())
+    with pytest.raises((APIError, InvalidRequestError)) as caught:
+        request.to_delivery(RECIPE, 0.0, lambda preview: None)
+    assert caught.value.param == param
+    assert param in str(caught.value)
+
+
+def test_auto_leaves_the_step_count_open_from_the_fewest_to_the_most() -> None:
+    request = parse_image_request(b'{"prompt": "a cat", "num_inference_steps": "auto", "latency_budget_ms": 40}')
+    (params,) = request.to_sampling_params(RECIPE)
+    delivery = request.to_delivery(RECIPE, 10.0, None)
+    assert params.num_inference_steps == RECIPE.step_counts[-1]
+    assert delivery.min_inference_steps == RECIPE.step_counts[0]
+    assert delivery.latency_budget_ms == 30.0, "the engine may not use what others need"
+
+
+def test_a_plain_request_promises_nothing_and_shows_nothing() -> None:
+    delivery = parse_image_request(b'{"prompt": "a cat"}').to_delivery(RECIPE, 10.0, lambda preview: None)
+    assert delivery == Delivery()
+
+
+def test_a_word_that_is_no_step_count_is_told_which_word_is() -> None:
+    with pytest.raises(APIError, match="integer or .*'auto'"):
+        parse_image_request(b'{"prompt": "a", "num_inference_steps": "fast"}')
 
 
 def test_the_pictures_of_a_request_count_seeds_up_and_wrap() -> None:
