@@ -200,8 +200,8 @@ def _isolation(found: Mapping[str, Any]) -> Iterator[str]:
         [name, *(cell(run[f"{p}_e2el_ms"]) for p in ("median", "p90", "p99"))] for name, run in found["runs"].items()
     ]
     width, height = found["large"]
-    among = f"one in {found['small_to_large']} {width}x{height}"
-    yield markdown_table([f"small pictures, K = {STEPS}; {among}, {found['rate']:.1f}/s", "ms, p50", "p90", "p99"], rows)
+    among = f"one in {found['small_to_large']} of {width}x{height}, {found['rate']:.1f}/s"
+    yield markdown_table([f"small pictures, K = {STEPS}; {among}", "ms, p50", "p90", "p99"], rows)
 
 
 def _overhead(found: Mapping[str, Any]) -> Iterator[str]:

@@ -69,10 +69,15 @@ class Estimate:
         return (1 - share) * self.seconds[below] + share * self.seconds[above]
 
     def batch_size(self, available: int) -> int:
-        """The fewest samples that are about the most a second."""
-        available = min(available, self.limit or available)
-        # A size that was never tried is expected to cost no more than the largest that was: so it is tried.
-        rates = {n: n / max(1e-9, self.usual(min(n, max(self.seconds)))) for n in range(1, available + 1)}
+        """The fewest samples that are about the most a second.
+
+        Where a limit says that all sizes that may help were tried, only those are taken: a backend may run others in
+        several calls. Before, a size that was never tried is expected to cost no more than the largest that was, so
+        that it is.
+        """
+        at_most = min(available, self.limit or available)
+        sizes = [size for size in sorted(self.seconds) if size <= at_most] if self.limit else range(1, at_most + 1)
+        rates = {n: n / max(1e-9, self.usual(min(n, max(self.seconds)))) for n in sizes} or {at_most: 1.0}
         enough = max(rates.values()) * (1 - MIN_GAIN)
         return next(size for size, rate in rates.items() if rate >= enough)
 

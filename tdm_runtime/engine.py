@@ -6,7 +6,6 @@ call; finished ones leave and waiting ones join between any two calls.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import threading
 import time
@@ -22,7 +21,8 @@ from tdm_runtime.cost_model import CostModel, Kind
 from tdm_runtime.decoder import Pixels
 from tdm_runtime.delivery import Delivery, Preview
 from tdm_runtime.errors import CancelledError, GenerationError, OverloadedError, TDMError
-from tdm_runtime.forecast import TEXT, Lane
+from tdm_runtime.forecast import TEXT
+from tdm_runtime.intake import Intake
 from tdm_runtime.loaded_model import LoadedModel
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.result_cache import ResultCache
@@ -97,7 +97,7 @@ class DiffusionEngine:
         self._scheduler: StepScheduler[Sample] = StepScheduler(self.costs, config.max_batch_size, config.joining)
         self._calls = ModelCalls(model, self._ask_for_fewer_than)
         self._results = ResultCache(config.result_cache_bytes)
-        self._order = itertools.count()
+        self._intake = Intake(model, self.costs, config.patience, config.auto_stretch)
         self._unanswered: set[Sample] = set()
         self._tasks: list[Callable[[], None]] = []
         self._wake = threading.Condition()
@@ -164,7 +164,11 @@ class DiffusionEngine:
             self.costs.limit(kind, size)
 
     def run_on_thread(self, task: Callable[[], None]) -> None:
-        """Run something between two calls, on the thread that the model runs on, and wait for it."""
+        """Run something between two calls, on the thread that the model runs on, and wait for it.
+
+        Raises:
+            RuntimeError: the engine was not started, or is stopping.
+        """
         done: Future[None] = Future()
 
         def run() -> None:
@@ -175,6 +179,8 @@ class DiffusionEngine:
                 done.set_exception(error)
 
         with self._wake:
+            if not self.is_healthy:
+                raise RuntimeError("the engine's thread is not running; start it first")
             self._tasks.append(run)
             self._wake.notify()
         done.result()
@@ -195,7 +201,7 @@ class DiffusionEngine:
     def submit_all(self, requests: Sequence[SamplingParams], delivery: Delivery = Delivery()) -> list[Future[Picture]]:
         """Accept several pictures or, where one of them does not fit, none. As `submit`."""
         now_s = time.monotonic()
-        wanted = [self._to_sample(params, delivery, now_s) for params in requests]
+        wanted = [self._intake.sample(params, delivery, now_s) for params in requests]
         made: list[tuple[Sample, Picture]] = []
         with self._wake:
             if self._is_closing or self._failure is not None:
@@ -205,7 +211,7 @@ class DiffusionEngine:
                 if picture := self._cached(sample):
                     made.append((sample, picture))
                 else:
-                    waiting += [*self._drafts(sample), sample]
+                    waiting += [*self._intake.drafts(sample), sample]
             self._admit(waiting, now_s)
             self._unanswered.update(waiting, (sample for sample, _ in made))
             self._wake.notify()
@@ -225,53 +231,6 @@ class DiffusionEngine:
         except TDMError:
             self.stats.refused += sum(sample.draft_of is None for sample in samples)
             raise
-
-    def _to_sample(self, params: SamplingParams, delivery: Delivery, now_s: float) -> Sample:
-        self.model.check(params)
-        shape, order = self.model.latent_shape(params), next(self._order)
-        open_steps = delivery.open_step_counts(params, self.model.recipe.step_counts)
-        alone = order if delivery.strict and not self.model.is_batch_invariant else None
-        sample = Sample(
-            denoise=Lane(Kind("denoise", shape), alone),
-            decode=Lane(Kind(f"decode:{params.decoder}", shape), alone),
-            steps_left=params.num_inference_steps,
-            urgency=(now_s, order),
-            open_steps=open_steps,
-            needs_text=self.model.text_encoder.expect(params.prompt),
-            preview=Kind(f"decode:{self.model.preview_decoder}", shape),
-            previews_left=delivery.num_previews,
-            params=params,
-            delivery=delivery,
-            tables=self.model.recipe.step_tables,
-            submitted_s=now_s,
-            ready_s=now_s,
-        )
-        self._set_deadlines(sample)
-        if open_steps:
-            sample.steps_left = open_steps[0]
-        return sample
-
-    def _set_deadlines(self, sample: Sample) -> None:
-        unloaded_s, budget_ms = sample.seconds_left(self.costs), sample.delivery.latency_budget_ms
-        sample.unpromised_s = sample.submitted_s + self.config.patience * unloaded_s
-        if budget_ms is None:
-            deadline_s = sample.unpromised_s
-            sample.target_s = sample.submitted_s + self.config.auto_stretch * unloaded_s
-        else:
-            deadline_s = sample.target_s = sample.promised_s = sample.submitted_s + 1e-3 * budget_ms
-        sample.urgency = (deadline_s, sample.urgency[1])
-
-    def _drafts(self, sample: Sample) -> list[Sample]:
-        """The quick look that a request asks for besides: due when it is, and served before it."""
-        if not sample.delivery.draft or sample.params.num_inference_steps == 1:
-            return []
-        params = replace(sample.params, num_inference_steps=1)
-        delivery = replace(sample.delivery, min_inference_steps=None, num_previews=0)
-        draft = self._to_sample(params, delivery, sample.submitted_s)
-        draft.draft_of = sample
-        deadline_s, (_, earlier), (_, later) = sample.urgency[0], sample.urgency, draft.urgency
-        draft.urgency, sample.urgency = (deadline_s, earlier), (deadline_s, later)
-        return [draft]
 
     def _cached(self, sample: Sample) -> Picture | None:
         params, strict = sample.params, sample.delivery.strict

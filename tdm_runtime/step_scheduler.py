@@ -64,9 +64,6 @@ class StepScheduler(Generic[Item]):
     def __len__(self) -> int:
         return len(self._live)
 
-    def __contains__(self, item: Item) -> bool:
-        return self._live.get(item.urgency) is item
-
     def live(self) -> list[Item]:
         """All samples, most urgent first."""
         return [self._live[urgency] for urgency in sorted(self._live)]

@@ -163,7 +163,7 @@ def test_a_plain_request_promises_nothing_and_shows_nothing() -> None:
 
 
 def test_a_word_that_is_no_step_count_is_told_which_word_is() -> None:
-    with pytest.raises(APIError, match="integer or .*'auto'"):
+    with pytest.raises(APIError, match=r"integer or .*'auto'"):
         parse_image_request(b'{"prompt": "a", "num_inference_steps": "fast"}')
 
 

@@ -71,6 +71,12 @@ def test_a_size_that_was_never_tried_is_tried() -> None:
     assert learned({1: 1.0}).batch_size(STEP, 6) == 6
 
 
+def test_where_all_that_helps_was_tried_nothing_else_is() -> None:
+    costs = learned({1: 1.0, 2: 1.5, 4: 2.0, 8: 3.0})
+    costs.limit(STEP, 8)
+    assert [costs.batch_size(STEP, available) for available in (1, 3, 5, 7, 8, 20)] == [1, 2, 4, 4, 8, 8]
+
+
 def test_a_limit_holds_whatever_is_learned() -> None:
     costs = learned({1: 1.0, 2: 1.1, 4: 1.2})
     costs.limit(STEP, 2)
