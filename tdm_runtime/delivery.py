@@ -41,7 +41,7 @@ class Delivery:
     on_preview: Callable[[Preview], None] | None = None
     """Told of drafts and previews, on the engine's thread: it must return at once."""
     num_previews: int = 0
-    """So many of the first steps are shown; never the last step, which is the picture."""
+    """So many of the first steps are shown; not the last, which is the picture, nor the first beside a draft."""
     draft: bool = False
     """Also make the picture of one step from the same noise and tell `on_preview` of it first."""
 

@@ -330,7 +330,7 @@ class DiffusionEngine:
         with self._wake:
             self._scheduler.end_call()
             self.costs.observe(kind, len(batch), ended_s - started_s)
-            shown = [sample for sample in batch if sample.previews_left and sample.steps_left > 1]
+            shown = [sample for sample in batch if sample.is_shown]
             left = [s for s, out in zip(batch, outcomes, strict=True) if s.advance() or isinstance(out, TDMError)]
             for sample in left:
                 self._scheduler.remove(sample)

@@ -45,6 +45,8 @@ class Work:
     preview: Kind = NO_PREVIEW
     """What steps are followed by while there are `previews_left`, but not the last."""
     previews_left: int = 0
+    unseen_steps: int = 0
+    """So many of its next steps are followed by none yet."""
     has_started: bool = False
     """Whether a call was made for it."""
     predicted_s: float = 0.0
@@ -54,6 +56,11 @@ class Work:
     def lane(self) -> Lane:
         """Of its next call."""
         return self.denoise if self.steps_left else self.decode
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether its next call is a step that a preview follows."""
+        return self.previews_left > 0 and self.steps_left > 1 and not self.unseen_steps
 
     def share_no_call(self) -> None:
         """Be alone in every call."""
@@ -77,6 +84,7 @@ class Work:
             needs_text=self.needs_text,
             preview=self.preview,
             previews_left=self.previews_left,
+            unseen_steps=self.unseen_steps,
         )
 
     def advance(self) -> bool:
@@ -85,8 +93,9 @@ class Work:
         self.needs_text = False
         if not self.steps_left:
             return True
+        self.previews_left -= self.is_shown
         self.steps_left -= 1
-        self.previews_left = max(0, self.previews_left - 1)
+        self.unseen_steps = max(0, self.unseen_steps - 1)
         return False
 
     def seconds_shared(self, costs: CostModel, steps: int, capacity: int) -> float:
@@ -104,8 +113,10 @@ class Work:
         seconds = self.steps_left * costs.seconds(self.denoise.kind, size) + costs.seconds(self.decode.kind)
         if self.needs_text:
             seconds += costs.seconds(TEXT)
-        if self.previews_left and self.steps_left > 1:
-            seconds += min(self.previews_left, self.steps_left - 1) * costs.seconds(self.preview)
+        if self.previews_left:
+            seconds += max(0, min(self.previews_left, self.steps_left - 1 - self.unseen_steps)) * costs.seconds(
+                self.preview
+            )
         return seconds
 
 
@@ -131,7 +142,7 @@ def call_seconds(batch: Sequence[Work], costs: CostModel) -> float:
 def _beside_s(work: Work, costs: CostModel) -> float:
     """What a sample adds to its next call that is not shared."""
     text_s = costs.seconds(TEXT) if work.needs_text else 0.0
-    return text_s + (costs.seconds(work.preview) if work.previews_left and work.steps_left > 1 else 0.0)
+    return text_s + (costs.seconds(work.preview) if work.is_shown else 0.0)
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,7 @@ class Intake:
         delivery = replace(sample.delivery, min_inference_steps=None, num_previews=0)
         draft = self.sample(params, delivery, sample.submitted_s)
         draft.draft_of = sample
+        sample.unseen_steps = 1  # the draft shows as much, and better
         deadline_s, (_, earlier), (_, later) = sample.urgency[0], sample.urgency, draft.urgency
         draft.urgency, sample.urgency = (deadline_s, earlier), (deadline_s, later)
         return [draft]

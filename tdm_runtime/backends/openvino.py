@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -81,14 +82,15 @@ class _Program:
 
     def __init__(self, request: openvino.InferRequest) -> None:
         self._request = request
-        self._inputs = [torch.from_numpy(tensor.data) for tensor in request.input_tensors]
-        self._output = torch.from_numpy(request.output_tensors[0].data)
+        # Arrays and not tensors: torch lets nobody write into a tensor that was made in inference mode out of it.
+        self._inputs = [tensor.data for tensor in request.input_tensors]
+        self._output = request.output_tensors[0].data
 
     def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
         for own, given in zip(self._inputs, inputs, strict=True):
-            own.copy_(given)
+            np.copyto(own, given.numpy())
         self._request.infer(share_outputs=True)
-        return self._output.clone()  # the next call overwrites it
+        return torch.from_numpy(self._output.copy())  # the next call overwrites it
 
 
 def has_bf16() -> bool:

@@ -200,6 +200,13 @@ def test_a_draft_is_the_picture_of_one_step_and_comes_first(engine: DiffusionEng
     assert engine.stats.finished == 1, "a draft is no picture of its own"
 
 
+def test_beside_a_draft_previews_begin_with_the_second_step(engine: DiffusionEngine) -> None:
+    shown: list[Preview] = []
+    engine.submit(PARAMS, Delivery(on_preview=shown.append, draft=True, num_previews=3))
+    run_dry(engine)
+    assert [(preview.is_draft, preview.num_steps_taken) for preview in shown] == [(True, 1), (False, 2), (False, 3)]
+
+
 def test_whoever_cancels_gets_no_draft_either(engine: DiffusionEngine) -> None:
     shown: list[Preview] = []
     engine.submit(PARAMS, Delivery(on_preview=shown.append, draft=True, num_previews=3)).cancel()
