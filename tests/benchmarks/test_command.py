@@ -112,7 +112,12 @@ def test_an_interrupted_run_tells_what_it_measured(server: SmallServer, capsys: 
     thread = threading.Thread(target=interrupt)
     thread.start()
     command = ["server", "--base-url", server.base_url, "--request-rate", "40", "--num-prompts", "5000"]
-    assert main([*command, "--num-warmups", "1"]) == 130
+    # A terminal's Ctrl-C; a process that was started in the background ignores the signal.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert main([*command, "--num-warmups", "1"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     thread.join()
     told = capsys.readouterr()
     assert "interrupted" in told.err and "throughput, requests/s" in told.out

@@ -44,6 +44,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ablation, "VARIANTS", variants)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 def test_every_kind_of_row_is_measured_where_the_paper_measures_it(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -74,6 +74,7 @@ def test_one_fake_score_for_every_k_is_biased() -> None:
     assert sum(d.data for d in shared.values()) > 2 * sum(d.data for d in own.values())
 
 
+@pytest.mark.slow
 def test_without_importance_sampling_the_trajectory_is_biased() -> None:
     """The fake score then knows diffused clean samples, not the trajectory's, so inner steps go astray.
 
