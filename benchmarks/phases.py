@@ -43,7 +43,7 @@ class Plan:
     load_s: float = 8.0
     """Of each closed loop."""
     warm_up_s: float = 2.0
-    arrivals_s: float = 15.0
+    arrivals_s: float = 10.0
     """Of each open loop's schedule."""
     overhead_pictures: int = 200
     quality_pictures: int = 32
