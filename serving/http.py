@@ -65,7 +65,8 @@ def _add_image_routes(app: FastAPI, service: ImageService) -> None:
         wanted = parse_image_request(await read_body(request, service.config))
         if wanted.stream:
             events = await service.stream(wanted)
-            return StreamingResponse(server_sent(events, service), media_type="text/event-stream", headers=UNBUFFERED)
+            text = server_sent(events, service, shown_request_id(request.headers))
+            return StreamingResponse(text, media_type="text/event-stream", headers=UNBUFFERED)
         answer = await service.generate(wanted)
         headers = {"server-timing": _server_timing(answer.timings)}
         return Response(answer.model_dump_json(), media_type="application/json", headers=headers)
@@ -137,8 +138,7 @@ class EdgeMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        # Ray makes the id where the client sent none, and answers with it.
-        request_id = repr(Headers(scope=scope).get("x-request-id", "-")[:64])
+        request_id = shown_request_id(Headers(scope=scope))
         started_s = time.monotonic()
         status = 0
         self.service.num_active += 1
@@ -159,7 +159,7 @@ class EdgeMiddleware:
         except Exception as error:
             if status:  # the response is on its way: nothing can be said any more
                 raise
-            response = answer_error(error, self.service, request_id)
+            response = note_error(error, self.service, request_id).to_response()
             await response(scope, receive, send_with_headers)
         finally:
             self.service.num_active -= 1
@@ -168,31 +168,31 @@ class EdgeMiddleware:
             logger.info("%s %s %d %.1f ms %s", scope["method"], scope["path"][:80], status, elapsed_ms, request_id)
 
 
-def answer_error(error: Exception, service: ImageService, request_id: str) -> Response:
-    """Turn an exception into its response, counted and, where it is ours, logged."""
-    answer = count_error(error, service)
-    if answer.code == "internal_error":
-        logger.error("request %s failed", request_id, exc_info=error)
-    return answer.to_response()
-
-
-def count_error(error: Exception, service: ImageService) -> APIError:
+def note_error(error: Exception, service: ImageService, request_id: str) -> APIError:
+    """Turn an exception into what the client is told, counted and, where it is ours, logged."""
     answer = from_exception(error)
     service.metrics.rejected.labels(answer.code).inc()
     if answer.code == "not_finite":
         service.metrics.not_finite.inc()
+    if answer.code == "internal_error":
+        logger.error("request %s failed", request_id, exc_info=error)
     return answer
 
 
+def shown_request_id(headers: Headers) -> str:
+    """As the log may repeat it; the front makes one where the client sent none."""
+    return repr(headers.get("x-request-id", "-")[:64])
+
+
 async def server_sent(
-    events: AsyncIterator[PartialImage | CompletedImage], service: ImageService
+    events: AsyncIterator[PartialImage | CompletedImage], service: ImageService, request_id: str
 ) -> AsyncIterator[str]:
     """Events as text; a failure among them is one too."""
     try:
         async for event in events:
             yield f"event: {event.type}\ndata: {event.model_dump_json()}\n\n"
     except Exception as error:
-        answer = count_error(error, service)
+        answer = note_error(error, service, request_id)
         yield f"event: error\ndata: {json.dumps(answer.to_body())}\n\n"
 
 

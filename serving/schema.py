@@ -257,38 +257,33 @@ class ImageResponse(BaseModel):
     warnings: list[str] = []
 
 
-class PartialImage(BaseModel):
-    """Event `image_generation.partial_image`."""
+class ImageEvent(BaseModel):
+    """What a stream's events have in common."""
 
-    type: Literal["image_generation.partial_image"] = "image_generation.partial_image"
     b64_json: str
-    partial_image_index: int
     created_at: int
     size: str
     quality: Literal["auto"] = "auto"
     background: Literal["opaque"] = "opaque"
     output_format: ImageFormat
+
+
+class PartialImage(ImageEvent):
+    """Event `image_generation.partial_image`."""
+
+    type: Literal["image_generation.partial_image"] = "image_generation.partial_image"
+    partial_image_index: int
     is_draft: bool
     """The picture of one step; otherwise what a step of the picture itself expects."""
     num_steps_taken: int
 
 
-class CompletedImage(BaseModel):
-    """Event `image_generation.completed`."""
+class CompletedImage(ImageEvent, GeneratedImage):
+    """Event `image_generation.completed`: what `ImageResponse` says of its one picture."""
 
     type: Literal["image_generation.completed"] = "image_generation.completed"
-    b64_json: str
-    created_at: int
-    size: str
-    quality: Literal["auto"] = "auto"
-    background: Literal["opaque"] = "opaque"
-    output_format: ImageFormat
     usage: Usage
     model: str
-    seed: int
-    num_inference_steps: int
-    is_cached: bool
-    receipt: Receipt
     timings: ImageTimings
     predicted_ms: float
     latency_budget_kept: bool | None

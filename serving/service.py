@@ -6,7 +6,6 @@ import asyncio
 import base64
 import gc
 import logging
-import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
@@ -54,7 +53,6 @@ class ImageService:
     def __init__(self, config: ServerConfig) -> None:
         self.config = config
         self.metrics = ServerMetrics()
-        sys.setswitchinterval(5e-4)
         torch.set_num_threads(1)  # of this thread: only the engine's may have more, see loaded_model
         self.model: LoadedModel = load_model(config.checkpoint, config.backend)
         logger.info("%s runs on %s", self.model.recipe.name, self.model.choice or self.model.backend)
@@ -197,14 +195,13 @@ class ImageService:
         images = []
         for picture in pictures:
             params = picture.params
-            text = describe_parameters(params, self.model.recipe, self.model.digest)
             receipt = receipt_of(self.model, params, picture.pixels, picture.is_strict)
+            embedded: dict[str, str] = {}
+            if request.metadata:
+                text = describe_parameters(params, self.model.recipe, self.model.digest)
+                embedded = {"parameters": text, "receipt": receipt.to_json()}
             encoded = encode_image(
-                picture.pixels,
-                request.output_format,
-                compression=request.output_compression,
-                parameters=text if request.metadata else None,
-                receipt=receipt.to_json() if request.metadata else None,
+                picture.pixels, request.output_format, compression=request.output_compression, **embedded
             )
             images.append(
                 GeneratedImage(

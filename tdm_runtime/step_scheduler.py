@@ -85,12 +85,13 @@ class StepScheduler(Generic[Item]):
             InvalidRequestError: theirs could not be kept with nothing else to do.
         """
         self._note_demand(items, now_s)
-        if self._ahead(now_s, items).broken is not None:
-            self._give_up_lost(now_s)
-            if self._ahead(now_s, items).broken is not None:
-                if any(item.promised_s < NEVER_S for item in items):
-                    raise self._refusal(items, now_s)
-                self._step_aside(items)
+        does_break = self._ahead(now_s, items).broken is not None
+        if does_break and self._give_up_lost(now_s):
+            does_break = self._ahead(now_s, items).broken is not None
+        if does_break:
+            if any(item.promised_s < NEVER_S for item in items):
+                raise self._refusal(items, now_s)
+            self._step_aside(items)
         for item in items:
             assert item.urgency not in self._live, "urgency must be unique"
             self._live[item.urgency] = item
@@ -232,10 +233,16 @@ class StepScheduler(Generic[Item]):
         starts_s = max(now_s, self._running_until_s) if self._running else now_s
         return forecast(works, self.costs, self.capacity, starts_s, watched)
 
-    def _give_up_lost(self, now_s: float) -> None:
-        """Take back what cannot be kept, whoever else comes: the machine was slower than it was."""
+    def _give_up_lost(self, now_s: float) -> bool:
+        """Take back what cannot be kept, whoever else comes: the machine was slower than it was.
+
+        Returns:
+            Whether anything was.
+        """
+        before = self.num_late
         while (broken := self._ahead(now_s).broken) is not None:
             self._give_up([self._live[broken]])
+        return self.num_late > before
 
     def _give_up(self, items: Sequence[Item]) -> None:
         """Take promises back: the pictures still come, but do not make others late as well."""
