@@ -16,8 +16,9 @@ import time
 from pathlib import Path
 from typing import Any, get_args
 
+from serving.access import load_keys
 from serving.config import FrontName, ServerConfig
-from serving.front import reserve
+from serving.web.front import reserve
 from tdm_runtime.backend_choice import TORCH_BACKENDS, Artifacts, BackendConfig
 from tdm_runtime.checkpoint import DEFAULT_CHECKPOINT, Checkpoint, open_checkpoint
 from tdm_runtime.cli import add_backend_arguments, backend_config
@@ -54,6 +55,15 @@ def parse_arguments(arguments: list[str] | None = None) -> ServerConfig:
         default=engine.result_cache_bytes // 2**20,
         help="MiB of finished pictures kept for who asks for exactly the same again (%(default)s)",
     )
+    parser.add_argument(
+        "--api-keys", type=Path, help="file of API keys, made by `tdm-keys add`; without it, everybody may ask"
+    )
+    parser.add_argument(
+        "--max-open-requests",
+        type=int,
+        default=defaults.max_open_requests,
+        help="requests open at once; more are refused (%(default)s)",
+    )
     add_backend_arguments(parser)
     parser.add_argument(
         "--log-level", choices=["info", "warning", "error"], default=defaults.log_level, help="(%(default)s)"
@@ -65,6 +75,8 @@ def parse_arguments(arguments: list[str] | None = None) -> ServerConfig:
             host=given.host,
             port=given.port,
             front=given.front,
+            api_keys=given.api_keys and given.api_keys.resolve(),
+            max_open_requests=given.max_open_requests,
             engine=EngineConfig(
                 max_batch_size=given.max_batch_size,
                 max_live=given.max_live,
@@ -82,9 +94,11 @@ def main(arguments: list[str] | None = None) -> int:
     config = parse_arguments(arguments)
     try:
         checkpoint = open_checkpoint(config.checkpoint)
+        if config.api_keys is not None:
+            load_keys(config.api_keys)
         address = reserve_address(config.host, config.port)
         check_artifacts(checkpoint, config.backend)
-    except (TDMError, OSError) as error:
+    except (TDMError, OSError, ValueError) as error:
         print(f"tdm-serve: {error}", file=sys.stderr)
         return USAGE_ERROR
     with address:

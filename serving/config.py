@@ -20,13 +20,17 @@ class ServerConfig:
     checkpoint: Path = DEFAULT_CHECKPOINT
     """Folder in diffusers layout with a tdm_recipe.json."""
     host: str = "127.0.0.1"
-    """Address to listen on; the server has no authentication, so others only behind something that has."""
+    """Address to listen on; others than this machine's own want `api_keys`."""
     port: int = 8000
     front: FrontName = "direct"
     """Who answers HTTP: the replica itself, or Ray's proxy, which costs more and routes between machines."""
     engine: EngineConfig = EngineConfig()
     backend: BackendConfig = BackendConfig("auto", threads=0)
     """What runs the checkpoint."""
+    api_keys: Path | None = None
+    """File of who may ask, made by `tdm-keys`; None lets everybody."""
+    max_open_requests: int = 1024
+    """HTTP and gRPC requests open at once; beyond, 429. What of them the engine takes is its own to say."""
     request_timeout_s: float = 60.0
     """A request that is not answered by then is cancelled and gets 504."""
     body_timeout_s: float = 10.0
@@ -40,3 +44,5 @@ class ServerConfig:
     def __post_init__(self) -> None:
         if not 1 <= self.port <= 65535:
             raise ValueError(f"port is {self.port}; it must be from 1 to 65535")
+        if self.max_open_requests < 1:
+            raise ValueError(f"max_open_requests is {self.max_open_requests}; it must be at least 1")

@@ -11,7 +11,7 @@ from ray.serve import Application
 from ray.serve.schema import LoggingConfig
 
 from serving.config import ServerConfig
-from serving.front import HTTPFront
+from serving.web.front import HTTPFront
 
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 """Ray's own messages; the server logs its requests itself."""
@@ -33,42 +33,43 @@ class ImageDeployment:
     """One replica: one service, one engine thread. Admission is the engine's own, so Ray queues nothing."""
 
     async def __init__(self, config: ServerConfig) -> None:  # type: ignore[misc]  # Ray awaits it
-        from serving.service import ImageService
+        from serving.services import Services
 
         set_up_logging(config.log_level)
-        self.service = ImageService(config)
+        self.services = Services.start(config)
         self.front: HTTPFront | None = None
         if config.front == "direct":  # last: who can connect is served
             self.front = await HTTPFront.start(self.__serve_build_asgi_app__(), config.host, config.port)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        from serving.http import build_app
+        from serving.web.app import build_app
 
-        return build_app(self.service)
+        return build_app(self.services)
 
     def check_health(self) -> None:
         """Asked by Ray; a replica whose engine died, or that nobody can reach, is replaced."""
-        if not self.service.engine.is_healthy:
+        if not self.services.images.is_healthy:
             raise RuntimeError("the engine's thread is not running")
-        if self.front is not None and self.service.is_ready and not self.front.is_running:
+        if self.front is not None and self.services.is_ready and not self.front.is_running:
             raise RuntimeError("the HTTP front is not running")
 
     def backend(self) -> str:
         """What runs the model and, where it was measured, why."""
-        return self.service.model.choice or self.service.model.backend
+        model = self.services.images.model
+        return model.choice or model.backend
 
     async def drain(self) -> None:
         """Answer what was accepted, and stop listening. Called by `tdm-serve` before it stops."""
-        await self.service.drain()
+        await self.services.drain()
         if self.front is not None:
             await self.front.close()
 
     async def __del__(self) -> None:
         """Called by Ray when it stops a replica; of requests to its own front Ray knows nothing."""
-        if hasattr(self, "service"):
-            if self.service.is_ready:
+        if hasattr(self, "services"):
+            if self.services.is_ready:
                 await self.drain()
-            await asyncio.to_thread(self.service.close)
+            await asyncio.to_thread(self.services.close)
 
 
 def set_up_logging(level: str) -> None:

@@ -1,36 +1,26 @@
-"""The images API behind the routes: an engine, a codec, metrics. Knows nothing of HTTP or Ray."""
+"""Makes pictures for the fronts: an engine, a codec, metrics. Knows nothing of HTTP, gRPC or Ray."""
 
 from __future__ import annotations
 
 import asyncio
-import base64
 import gc
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
-from pathlib import Path
 
 import torch
 
+from serving.answers import ImageAnswer, ImageTimings, InputTokenDetails, MadeImage, PartialAnswer, Usage
 from serving.config import ServerConfig
-from serving.errors import not_ready
+from serving.errors import invalid
 from serving.metrics import ServerMetrics
-from serving.schema import (
-    CompletedImage,
-    GeneratedImage,
-    ImageRequest,
-    ImageResponse,
-    ImageTimings,
-    InputTokenDetails,
-    ModelCard,
-    ModelList,
-    PartialImage,
-    Usage,
-)
+from serving.schema.images import ImageRequest
+from serving.schema.models import ModelCard
 from tdm_runtime.backend_choice import load_model
 from tdm_runtime.codec import describe_parameters, encode_image
 from tdm_runtime.cost_model import Kind
+from tdm_runtime.decoder import Pixels
 from tdm_runtime.delivery import Preview
 from tdm_runtime.engine import DiffusionEngine
 from tdm_runtime.loaded_model import LoadedModel
@@ -50,38 +40,35 @@ SMALL_PIXELS = 3 * 128 * 128
 class ImageService:
     """One model and its engine."""
 
-    def __init__(self, config: ServerConfig) -> None:
+    def __init__(self, config: ServerConfig, metrics: ServerMetrics) -> None:
         self.config = config
-        self.metrics = ServerMetrics()
+        self.metrics = metrics
         torch.set_num_threads(1)  # of this thread: only the engine's may have more, see loaded_model
         self.model: LoadedModel = load_model(config.checkpoint, config.backend)
         logger.info("%s runs on %s", self.model.recipe.name, self.model.choice or self.model.backend)
         self.engine = DiffusionEngine(self.model, config.engine, self.metrics.observe_batch)
         self.metrics.watch(self.engine)
         self._created = int((config.checkpoint / RECIPE_FILE).stat().st_mtime)
-        self.num_active = 0
-        """HTTP requests not yet answered, counted by the HTTP edge."""
-        self._is_draining = False
         self.engine.start()
         warm_up(self.engine)
         gc.freeze()  # models and programs stay: nothing to look through at every collection
 
     @property
-    def is_ready(self) -> bool:
-        """Whether new requests are taken."""
-        return self.engine.is_healthy and not self._is_draining
+    def is_healthy(self) -> bool:
+        """Whether the engine runs."""
+        return self.engine.is_healthy
 
-    async def drain(self) -> None:
-        """Refuse pictures with 503 from here on; return when every accepted request is answered."""
-        self._is_draining = True
-        while self.num_active:
-            await asyncio.sleep(0.01)
+    @property
+    def num_live(self) -> int:
+        """Pictures accepted and not yet answered."""
+        return self.engine.num_live
 
     def close(self) -> None:
         """Finish what was accepted, then stop."""
         self.engine.close()
 
-    def models(self) -> ModelList:
+    def models(self) -> list[ModelCard]:
+        """What is served."""
         recipe = self.model.recipe
         card = ModelCard(
             id=recipe.name,
@@ -94,12 +81,36 @@ class ImageService:
             parity_psnr_db={steps: round(found.psnr_db, 1) for steps, found in self.model.parity.items()},
             digest=self.model.digest,
         )
-        return ModelList(data=[card])
+        return [card]
 
-    async def generate(self, request: ImageRequest) -> ImageResponse:
+    def model_card(self, name: str) -> ModelCard:
+        """Describe one model.
+
+        Raises:
+            APIError: 404, there is none of that name.
+        """
+        for card in self.models():
+            if card.id == name:
+                return card
+        known = ", ".join(card.id for card in self.models())
+        raise invalid(f"model {name[:64]!r} does not exist; this server has {known}", "model", "model_not_found", 404)
+
+    def cost(self, request: ImageRequest) -> float:
+        """What a request takes of a quota, in megapixel-steps; the most it may take where steps are open.
+
+        Raises:
+            InvalidRequestError, APIError: the request's mistake.
+        """
+        params = request.to_sampling_params(self.model.recipe)[0]
+        return request.n * params.width * params.height * params.num_inference_steps / 1e6
+
+    async def generate(self, request: ImageRequest, as_pixels: bool = False) -> ImageAnswer:
         """Make a request's pictures.
 
         Cancelling this coroutine, or one picture's failure, cancels its pictures at the next call.
+
+        Args:
+            as_pixels: give bare pixels in place of files.
 
         Raises:
             InvalidRequestError, APIError: the request's mistake.
@@ -108,9 +119,9 @@ class ImageService:
             TimeoutError: not done within `request_timeout_s`.
         """
         started_s = time.monotonic()
-        return await self._finish(request, self._submit(request, None), started_s)
+        return await self._finish(request, self._submit(request, None), started_s, as_pixels)
 
-    async def stream(self, request: ImageRequest) -> AsyncIterator[PartialImage | CompletedImage]:
+    async def stream(self, request: ImageRequest) -> AsyncIterator[PartialAnswer | ImageAnswer]:
         """Make one picture and show it on the way.
 
         What is refused is refused here; what the returned iterator raises comes after the first event.
@@ -134,30 +145,25 @@ class ImageService:
         futures: Sequence[Future[Picture]],
         previews: asyncio.Queue[Preview | None],
         started_s: float,
-    ) -> AsyncIterator[PartialImage | CompletedImage]:
+    ) -> AsyncIterator[PartialAnswer | ImageAnswer]:
         try:
             index = 0
             while (preview := await asyncio.wait_for(previews.get(), self.config.request_timeout_s)) is not None:
-                yield await asyncio.to_thread(self._partial_image, preview, index, request)
+                yield await asyncio.to_thread(self._partial, preview, index, request)
                 index += 1
-            answer = await self._finish(request, futures, started_s)
+            yield await self._finish(request, futures, started_s)
         finally:
             for future in futures:
                 future.cancel()
-        (image,) = answer.data
-        shared = answer.model_dump(exclude={"created", "data"})
-        yield CompletedImage(created_at=answer.created, **shared, **image.model_dump())
 
     def _submit(self, request: ImageRequest, on_preview: Callable[[Preview], None] | None) -> list[Future[Picture]]:
-        if self._is_draining:
-            raise not_ready("the server is stopping; send the request to another")
         params = request.to_sampling_params(self.model.recipe)
         encoding_ms = 1e3 * len(params) * self.engine.call_seconds(_encoding(request, params[0]))
         return self.engine.submit_all(params, request.to_delivery(self.model.recipe, encoding_ms, on_preview))
 
     async def _finish(
-        self, request: ImageRequest, futures: Sequence[Future[Picture]], started_s: float
-    ) -> ImageResponse:
+        self, request: ImageRequest, futures: Sequence[Future[Picture]], started_s: float, as_pixels: bool = False
+    ) -> ImageAnswer:
         """Wait for a request's pictures and encode them."""
         try:
             async with asyncio.timeout(self.config.request_timeout_s):
@@ -167,23 +173,25 @@ class ImageService:
                 future.cancel()  # a finished one is not changed by this
         encoding_s = time.monotonic()
         if sum(picture.pixels.size for picture in pictures) <= SMALL_PIXELS:
-            images = self._encode(pictures, request)
+            images = self._encode(pictures, request, as_pixels)
         else:
-            images = await asyncio.to_thread(self._encode, pictures, request)
+            images = await asyncio.to_thread(self._encode, pictures, request, as_pixels)
         ended_s = time.monotonic()
         encode_ms, total_ms = 1e3 * (ended_s - encoding_s), 1e3 * (ended_s - started_s)
-        self.engine.observe(_encoding(request, pictures[0].params), 1, (ended_s - encoding_s) / len(pictures))
+        if not as_pixels:
+            self.engine.observe(_encoding(request, pictures[0].params), 1, (ended_s - encoding_s) / len(pictures))
         timings = self._timings(pictures, encode_ms, total_ms)
         self.metrics.observe_request(timings)
         for picture in pictures:
             self.metrics.steps_used.labels(picture.params.num_inference_steps).inc()
         budget_ms = request.latency_budget_ms
-        return ImageResponse(
+        return ImageAnswer(
             created=int(time.time()),
-            data=images,
             model=self.model.recipe.name,
+            images=images,
             output_format=request.output_format,
-            size=f"{pictures[0].params.width}x{pictures[0].params.height}",
+            width=pictures[0].params.width,
+            height=pictures[0].params.height,
             usage=self._usage(pictures),
             timings=timings,
             predicted_ms=max(picture.predicted_ms for picture in pictures) + encode_ms,
@@ -191,37 +199,27 @@ class ImageService:
             warnings=_warnings(pictures[0].prompt),
         )
 
-    def _encode(self, pictures: Sequence[Picture], request: ImageRequest) -> list[GeneratedImage]:
+    def _encode(self, pictures: Sequence[Picture], request: ImageRequest, as_pixels: bool) -> list[MadeImage]:
         images = []
         for picture in pictures:
             params = picture.params
             receipt = receipt_of(self.model, params, picture.pixels, picture.is_strict)
             embedded: dict[str, str] = {}
-            if request.metadata:
+            if request.metadata and not as_pixels:
                 text = describe_parameters(params, self.model.recipe, self.model.digest)
                 embedded = {"parameters": text, "receipt": receipt.to_json()}
-            encoded = encode_image(
-                picture.pixels, request.output_format, compression=request.output_compression, **embedded
-            )
-            images.append(
-                GeneratedImage(
-                    b64_json=base64.b64encode(encoded).decode("ascii"),
-                    seed=params.seed,
-                    num_inference_steps=params.num_inference_steps,
-                    is_cached=picture.is_cached,
-                    receipt=receipt,
-                )
-            )
+            content = picture.pixels.tobytes() if as_pixels else _encoded(picture.pixels, request, embedded)
+            images.append(MadeImage(content, params.seed, params.num_inference_steps, picture.is_cached, receipt))
         return images
 
-    def _partial_image(self, preview: Preview, index: int, request: ImageRequest) -> PartialImage:
-        encoded = encode_image(preview.pixels, request.output_format, compression=request.output_compression)
-        return PartialImage(
-            b64_json=base64.b64encode(encoded).decode("ascii"),
-            partial_image_index=index,
-            created_at=int(time.time()),
-            size=f"{preview.params.width}x{preview.params.height}",
+    def _partial(self, preview: Preview, index: int, request: ImageRequest) -> PartialAnswer:
+        return PartialAnswer(
+            content=_encoded(preview.pixels, request, {}),
+            index=index,
+            created=int(time.time()),
             output_format=request.output_format,
+            width=preview.params.width,
+            height=preview.params.height,
             is_draft=preview.is_draft,
             num_steps_taken=preview.num_steps_taken,
         )
@@ -251,6 +249,10 @@ class ImageService:
         )
 
 
+def _encoded(pixels: Pixels, request: ImageRequest, embedded: Mapping[str, str]) -> bytes:
+    return encode_image(pixels, request.output_format, compression=request.output_compression, **embedded)
+
+
 def _encoding(request: ImageRequest, params: SamplingParams) -> Kind:
     """What the engine calls the encoding of a file of this format and size."""
     return Kind(f"encode:{request.output_format}", (params.height, params.width))
@@ -260,9 +262,3 @@ def _warnings(prompt: PromptEmbedding) -> list[str]:
     if not prompt.is_truncated:
         return []
     return [f"the prompt has {prompt.num_tokens} tokens; the model read the first {prompt.max_tokens}"]
-
-
-def check_static_files(folder: Path) -> None:
-    """Fail at start where the playground's files are missing."""
-    if missing := [name for name in ("index.html", "playground.js", "playground.css") if not (folder / name).is_file()]:
-        raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}; reinstall the package")

@@ -15,9 +15,9 @@ import psutil
 import pytest
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serving import front
 from serving.cli import main
-from serving.front import HTTPFront, bind, reserve
+from serving.web import front
+from serving.web.front import HTTPFront, bind, reserve
 from tests.serving.conftest import RunningServer, free_port, start_server
 
 PICTURE = {"prompt": "a cat", "num_inference_steps": 1}

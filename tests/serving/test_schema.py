@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from serving.errors import APIError
-from serving.schema import MAX_PICTURES, parse_image_request, parse_json
+from serving.schema.images import MAX_PICTURES, ImageRequest
+from serving.schema.parsing import parse_body, parse_json
 from tdm_runtime.checkpoint import DEFAULT_CHECKPOINT
 from tdm_runtime.delivery import Delivery
 from tdm_runtime.errors import InvalidRequestError
@@ -16,6 +17,12 @@ from tdm_runtime.params import MAX_SEED
 from tdm_runtime.recipe import load_recipe
 
 RECIPE = load_recipe(DEFAULT_CHECKPOINT)
+
+
+def parsed(body: bytes) -> ImageRequest:
+    return parse_body(body, ImageRequest)
+
+
 NO_BODY: dict[str, Any] = {}
 
 BAD_REQUESTS: list[tuple[dict[str, Any], str]] = [
@@ -80,7 +87,7 @@ BAD_REQUESTS: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("body", "param"), BAD_REQUESTS)
 def test_a_bad_value_is_refused_by_name(body: dict[str, Any], param: str) -> None:
     with pytest.raises((APIError, InvalidRequestError)) as caught:
-        parse_image_request(json.dumps(body).encode()).to_sampling_params(RECIPE)
+        parsed(json.dumps(body).encode()).to_sampling_params(RECIPE)
     assert caught.value.param == param
     assert param in str(caught.value)
     assert len(str(caught.value)) < 500
@@ -107,7 +114,7 @@ def test_a_bad_value_is_refused_by_name(body: dict[str, Any], param: str) -> Non
 )
 def test_a_body_that_is_not_one_plain_json_object_is_refused(body: bytes) -> None:
     with pytest.raises((APIError, InvalidRequestError)):
-        parse_image_request(body).to_sampling_params(RECIPE)
+        parsed(body).to_sampling_params(RECIPE)
 
 
 def test_brackets_inside_strings_are_not_nesting() -> None:
@@ -116,7 +123,7 @@ def test_brackets_inside_strings_are_not_nesting() -> None:
 
 
 def test_the_least_request_gets_the_recipes_defaults() -> None:
-    (params,) = parse_image_request(b'{"prompt": "a cat"}').to_sampling_params(RECIPE)
+    (params,) = parsed(b'{"prompt": "a cat"}').to_sampling_params(RECIPE)
     assert params.num_inference_steps == RECIPE.default_steps
     assert (params.width, params.height) == RECIPE.native_sizes[0]
     assert 0 <= params.seed <= MAX_SEED
@@ -126,7 +133,7 @@ def test_the_least_request_gets_the_recipes_defaults() -> None:
 @pytest.mark.parametrize("decoder", ["full", "tiny"])
 def test_every_picture_of_a_request_has_its_decoder(decoder: str) -> None:
     body = {"prompt": "a cat", "n": 3, "decoder": decoder}
-    params = parse_image_request(json.dumps(body).encode()).to_sampling_params(RECIPE)
+    params = parsed(json.dumps(body).encode()).to_sampling_params(RECIPE)
     assert [p.decoder for p in params] == [decoder] * 3
 
 
@@ -141,7 +148,7 @@ def test_every_picture_of_a_request_has_its_decoder(decoder: str) -> None:
     ],
 )
 def test_fields_that_contradict_each_other_are_refused_by_name(body: dict[str, Any], param: str) -> None:
-    request = parse_image_request(json.dumps({"prompt": "a cat"} | body).encode())
+    request = parsed(json.dumps({"prompt": "a cat"} | body).encode())
     with pytest.raises((APIError, InvalidRequestError)) as caught:
         request.to_delivery(RECIPE, 0.0, lambda preview: None)
     assert caught.value.param == param
@@ -149,7 +156,7 @@ def test_fields_that_contradict_each_other_are_refused_by_name(body: dict[str, A
 
 
 def test_auto_leaves_the_step_count_open_from_the_fewest_to_the_most() -> None:
-    request = parse_image_request(b'{"prompt": "a cat", "num_inference_steps": "auto", "latency_budget_ms": 40}')
+    request = parsed(b'{"prompt": "a cat", "num_inference_steps": "auto", "latency_budget_ms": 40}')
     (params,) = request.to_sampling_params(RECIPE)
     delivery = request.to_delivery(RECIPE, 10.0, None)
     assert params.num_inference_steps == RECIPE.step_counts[-1]
@@ -158,28 +165,28 @@ def test_auto_leaves_the_step_count_open_from_the_fewest_to_the_most() -> None:
 
 
 def test_a_plain_request_promises_nothing_and_shows_nothing() -> None:
-    delivery = parse_image_request(b'{"prompt": "a cat"}').to_delivery(RECIPE, 10.0, lambda preview: None)
+    delivery = parsed(b'{"prompt": "a cat"}').to_delivery(RECIPE, 10.0, lambda preview: None)
     assert delivery == Delivery()
 
 
 def test_a_word_that_is_no_step_count_is_told_which_word_is() -> None:
     with pytest.raises(APIError, match=r"integer or .*'auto'"):
-        parse_image_request(b'{"prompt": "a", "num_inference_steps": "fast"}')
+        parsed(b'{"prompt": "a", "num_inference_steps": "fast"}')
 
 
 def test_the_pictures_of_a_request_count_seeds_up_and_wrap() -> None:
     body = {"prompt": "a cat", "n": 3, "seed": MAX_SEED}
-    params = parse_image_request(json.dumps(body).encode()).to_sampling_params(RECIPE)
+    params = parsed(json.dumps(body).encode()).to_sampling_params(RECIPE)
     assert [p.seed for p in params] == [MAX_SEED, 0, 1]
 
 
 @pytest.mark.parametrize("extra", [{"user": "u"}, {"quality": "auto"}, {"stream": False}, {"guidance_scale": 1}])
 def test_what_official_clients_send_by_default_is_accepted(extra: dict[str, Any]) -> None:
     body = {"prompt": "a cat", "model": RECIPE.name, "size": "auto", **extra}
-    assert len(parse_image_request(json.dumps(body).encode()).to_sampling_params(RECIPE)) == 1
+    assert len(parsed(json.dumps(body).encode()).to_sampling_params(RECIPE)) == 1
 
 
 @pytest.mark.parametrize("prompt", ["قلب أحمر", "赤いハート 🦋", "a\u202eb", "x" * 2000])
 def test_any_unicode_text_is_a_prompt(prompt: str) -> None:
-    (params,) = parse_image_request(json.dumps({"prompt": prompt}).encode()).to_sampling_params(RECIPE)
+    (params,) = parsed(json.dumps({"prompt": prompt}).encode()).to_sampling_params(RECIPE)
     assert params.prompt == prompt

@@ -1,27 +1,26 @@
-"""The wire's shapes. The only place that parses what a client sends."""
+"""POST /v1/images/generations: what it reads and what it answers."""
 
 from __future__ import annotations
 
-import json
+import base64
 import re
 import secrets
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from serving.errors import APIError, invalid
+from serving.answers import ImageAnswer, ImageTimings, PartialAnswer, Usage
+from serving.errors import invalid
 from tdm_runtime.codec import ImageFormat
 from tdm_runtime.delivery import Delivery, Preview
-from tdm_runtime.errors import shown
 from tdm_runtime.params import MAX_PROMPT_CHARACTERS, MAX_SEED, DecoderName, SamplingParams
 from tdm_runtime.receipt import Receipt
 from tdm_runtime.recipe import Recipe
 
 MAX_PICTURES = 10
 MAX_BUDGET_MS = 600_000.0
-MAX_JSON_DEPTH = 16
 SIZE_PATTERN = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", re.ASCII)
 
 
@@ -131,79 +130,14 @@ class ImageRequest(BaseModel):
         return int(match[1]), int(match[2])
 
 
-def parse_image_request(body: bytes) -> ImageRequest:
-    """Read a request body strictly.
-
-    Raises:
-        APIError: 400 naming the field, its value and the limit.
-    """
-    raw = parse_json(body)
-    if not isinstance(raw, dict):
-        raise invalid(f"the body is a JSON {type(raw).__name__}; send an object", None, "invalid_json")
-    try:
-        return ImageRequest.model_validate(raw)
-    except ValidationError as error:
-        raise _from_validation(error) from None
-
-
-def parse_json(body: bytes) -> Any:
-    """Decode JSON, refusing what parsers disagree on: duplicate keys, NaN, deep nesting, invalid UTF-8."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in found:
-                raise invalid(f"the key {key[:64]!r} appears twice; send it once", key[:64], "invalid_json")
-            found[key] = value
-        return found
-
-    def refuse_constant(name: str) -> None:
-        raise invalid(f"{name} is not JSON; send a finite number", None, "invalid_json")
-
-    try:
-        text = body.decode("utf-8")
-        if _depth_exceeds(text, MAX_JSON_DEPTH):
-            raise invalid(
-                f"the body nests deeper than {MAX_JSON_DEPTH} levels; this API needs one", None, "invalid_json"
-            )
-        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse_constant)
-    except UnicodeDecodeError as error:
-        raise invalid(f"the body is not UTF-8 (byte {error.start}); encode it as UTF-8", None, "invalid_json") from None
-    except (json.JSONDecodeError, RecursionError, ValueError) as error:
-        raise invalid(f"the body is not JSON: {str(error)[:120]}", None, "invalid_json") from None
-
-
-def _depth_exceeds(text: str, limit: int) -> bool:
-    """Whether brackets outside strings nest deeper than `limit`."""
-    depth = 0
-    for token in re.finditer(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', text, re.DOTALL):
-        if token[0] in "[{":
-            depth += 1
-            if depth > limit:
-                return True
-        elif token[0] in "]}":
-            depth -= 1
-    return False
-
-
-def _from_validation(error: ValidationError) -> APIError:
-    """The first thing pydantic found, with the field as `param`."""
-    first, *others = error.errors(include_url=False)
-    param = str(first["loc"][0])  # no field has fields; what follows names a member of a union
-    if first["type"] == "missing":
-        return invalid(f"{param} is required", param, "missing_required_parameter")
-    if first["type"] == "extra_forbidden":
-        known = ", ".join(ImageRequest.model_fields)
-        return invalid(f"{param[:64]!r} is not a parameter; known are {known}", param[:64], "unknown_parameter")
-    reasons = [first["msg"], *(other["msg"] for other in others if other["loc"][0] == param)]
-    reason = " or ".join(reason[:1].lower() + reason[1:] for reason in reasons)
-    return invalid(f"{param} is {shown(first['input'])}; {reason}", param, "invalid_value")
-
-
 class GeneratedImage(BaseModel):
     """One picture."""
 
-    b64_json: str
+    b64_json: str | None = None
+    url: str | None = None
+    """Where it is fetched from, without a key, until it expires."""
+    revised_prompt: str | None = None
+    """Always null: prompts are read as they are."""
     seed: int
     num_inference_steps: int
     """That were taken."""
@@ -211,33 +145,6 @@ class GeneratedImage(BaseModel):
     """Whether it was made for an earlier request."""
     receipt: Receipt
     """What made it; `tdm-generate --verify` makes it again."""
-
-
-class InputTokenDetails(BaseModel):
-    """Prompt tokens by kind."""
-
-    text_tokens: int
-    image_tokens: int = 0
-
-
-class Usage(BaseModel):
-    """Prompt tokens read, and latent positions made."""
-
-    input_tokens: int
-    input_tokens_details: InputTokenDetails
-    output_tokens: int
-    total_tokens: int
-
-
-class ImageTimings(BaseModel):
-    """Where the time of the slowest picture went, in milliseconds."""
-
-    queue_ms: float
-    text_ms: float
-    steps_ms: list[float]
-    decode_ms: float
-    encode_ms: float
-    total_ms: float
 
 
 class ImageResponse(BaseModel):
@@ -248,6 +155,7 @@ class ImageResponse(BaseModel):
     model: str
     output_format: ImageFormat
     size: str
+    background: Literal["opaque"] = "opaque"
     usage: Usage
     timings: ImageTimings
     predicted_ms: float
@@ -278,10 +186,14 @@ class PartialImage(ImageEvent):
     num_steps_taken: int
 
 
-class CompletedImage(ImageEvent, GeneratedImage):
+class CompletedImage(ImageEvent):
     """Event `image_generation.completed`: what `ImageResponse` says of its one picture."""
 
     type: Literal["image_generation.completed"] = "image_generation.completed"
+    seed: int
+    num_inference_steps: int
+    is_cached: bool
+    receipt: Receipt
     usage: Usage
     model: str
     timings: ImageTimings
@@ -290,26 +202,66 @@ class CompletedImage(ImageEvent, GeneratedImage):
     warnings: list[str]
 
 
-class ModelCard(BaseModel):
-    """One served model."""
-
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: str = "tdm"
-    sizes: list[str]
-    step_counts: list[int]
-    default_steps: int
-    decoders: list[str]
-    backend: str
-    """What runs it, as "openvino bf16"."""
-    parity_psnr_db: dict[int, float]
-    """Step count -> how close its pictures come to torch float32, as `tdm-export` measured."""
-    digest: str
+def to_base64(content: bytes) -> str:
+    return base64.b64encode(content).decode("ascii")
 
 
-class ModelList(BaseModel):
-    """Answer of GET /v1/models."""
+def to_response(answer: ImageAnswer, urls: list[str] | None) -> ImageResponse:
+    """An answer as JSON.
 
-    object: Literal["list"] = "list"
-    data: list[ModelCard]
+    Args:
+        urls: of the pictures, in their order; None puts them into the answer.
+    """
+    return ImageResponse(
+        created=answer.created,
+        data=[
+            GeneratedImage(
+                b64_json=to_base64(image.content) if urls is None else None,
+                url=None if urls is None else urls[n],
+                seed=image.seed,
+                num_inference_steps=image.num_inference_steps,
+                is_cached=image.is_cached,
+                receipt=image.receipt,
+            )
+            for n, image in enumerate(answer.images)
+        ],
+        model=answer.model,
+        output_format=answer.output_format,
+        size=answer.size,
+        usage=answer.usage,
+        timings=answer.timings,
+        predicted_ms=answer.predicted_ms,
+        latency_budget_kept=answer.latency_budget_kept,
+        warnings=answer.warnings,
+    )
+
+
+def to_event(answer: PartialAnswer | ImageAnswer) -> PartialImage | CompletedImage:
+    """A part of a stream as its event."""
+    if isinstance(answer, PartialAnswer):
+        return PartialImage(
+            b64_json=to_base64(answer.content),
+            created_at=answer.created,
+            size=f"{answer.width}x{answer.height}",
+            output_format=answer.output_format,
+            partial_image_index=answer.index,
+            is_draft=answer.is_draft,
+            num_steps_taken=answer.num_steps_taken,
+        )
+    (image,) = answer.images
+    return CompletedImage(
+        b64_json=to_base64(image.content),
+        created_at=answer.created,
+        size=answer.size,
+        output_format=answer.output_format,
+        seed=image.seed,
+        num_inference_steps=image.num_inference_steps,
+        is_cached=image.is_cached,
+        receipt=image.receipt,
+        usage=answer.usage,
+        model=answer.model,
+        timings=answer.timings,
+        predicted_ms=answer.predicted_ms,
+        latency_budget_kept=answer.latency_budget_kept,
+        warnings=answer.warnings,
+    )

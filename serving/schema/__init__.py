@@ -1,0 +1,1 @@
+"""The wire's shapes over HTTP: requests are strict, answers follow OpenAI."""

@@ -1,0 +1,32 @@
+"""What GET /v1/models tells."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel
+
+
+class ModelCard(BaseModel):
+    """One served model."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "tdm"
+    sizes: list[str]
+    step_counts: list[int]
+    default_steps: int
+    decoders: list[str]
+    backend: str
+    """What runs it, as "openvino bf16"."""
+    parity_psnr_db: dict[int, float]
+    """Step count -> how close its pictures come to torch float32, as `tdm-export` measured."""
+    digest: str
+
+
+class ModelList(BaseModel):
+    """Answer of GET /v1/models."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]

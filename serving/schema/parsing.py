@@ -1,0 +1,93 @@
+"""Bytes to checked values. The only place that decodes what a client sends."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from serving.errors import APIError, invalid
+from tdm_runtime.errors import shown
+
+MAX_JSON_DEPTH = 16
+Body = TypeVar("Body", bound=BaseModel)
+
+
+def parse_body(body: bytes, kind: type[Body]) -> Body:
+    """Read a request body strictly.
+
+    Raises:
+        APIError: 400 naming the field, its value and the limit.
+    """
+    raw = parse_json(body)
+    if not isinstance(raw, dict):
+        raise invalid(f"the body is a JSON {type(raw).__name__}; send an object", None, "invalid_json")
+    return validate(raw, kind)
+
+
+def validate(raw: dict[str, Any], kind: type[Body]) -> Body:
+    """Check decoded fields.
+
+    Raises:
+        APIError: 400 naming the field, its value and the limit.
+    """
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        raise _from_validation(error, kind) from None
+
+
+def parse_json(body: bytes) -> Any:
+    """Decode JSON, refusing what parsers disagree on: duplicate keys, NaN, deep nesting, invalid UTF-8."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise invalid(f"the key {key[:64]!r} appears twice; send it once", key[:64], "invalid_json")
+            found[key] = value
+        return found
+
+    def refuse_constant(name: str) -> None:
+        raise invalid(f"{name} is not JSON; send a finite number", None, "invalid_json")
+
+    try:
+        text = body.decode("utf-8")
+        if _depth_exceeds(text, MAX_JSON_DEPTH):
+            raise invalid(
+                f"the body nests deeper than {MAX_JSON_DEPTH} levels; this API needs one", None, "invalid_json"
+            )
+        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse_constant)
+    except UnicodeDecodeError as error:
+        raise invalid(f"the body is not UTF-8 (byte {error.start}); encode it as UTF-8", None, "invalid_json") from None
+    except (json.JSONDecodeError, RecursionError, ValueError) as error:
+        raise invalid(f"the body is not JSON: {str(error)[:120]}", None, "invalid_json") from None
+
+
+def _depth_exceeds(text: str, limit: int) -> bool:
+    """Whether brackets outside strings nest deeper than `limit`."""
+    depth = 0
+    for token in re.finditer(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', text, re.DOTALL):
+        if token[0] in "[{":
+            depth += 1
+            if depth > limit:
+                return True
+        elif token[0] in "]}":
+            depth -= 1
+    return False
+
+
+def _from_validation(error: ValidationError, kind: type[BaseModel]) -> APIError:
+    """The first thing pydantic found, with the field as `param`."""
+    first, *others = error.errors(include_url=False)
+    param = str(first["loc"][0])  # no field has fields; what follows names a member of a union
+    if first["type"] == "missing":
+        return invalid(f"{param} is required", param, "missing_required_parameter")
+    if first["type"] == "extra_forbidden":
+        known = ", ".join(kind.model_fields)
+        return invalid(f"{param[:64]!r} is not a parameter; known are {known}", param[:64], "unknown_parameter")
+    reasons = [first["msg"], *(other["msg"] for other in others if other["loc"][0] == param)]
+    reason = " or ".join(reason[:1].lower() + reason[1:] for reason in reasons)
+    return invalid(f"{param} is {shown(first['input'])}; {reason}", param, "invalid_value")

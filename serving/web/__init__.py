@@ -1,0 +1,1 @@
+"""HTTP: routes, edges and the front that listens."""
