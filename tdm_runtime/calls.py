@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tdm_runtime.decoder import Pixels
 from tdm_runtime.errors import GenerationError, NotFiniteError, TDMError
-from tdm_runtime.loaded_model import LoadedModel
+from tdm_runtime.loaded_model import adapter_inputs
 from tdm_runtime.noise import initial_noise
 from tdm_runtime.params import DecoderName
 from tdm_runtime.sample import Sample
@@ -28,16 +28,15 @@ Result = TypeVar("Result")
 class ModelCalls:
     """Runs calls. Where one fails, its halves are tried once, so that in the end only the culprit fails."""
 
-    def __init__(self, model: LoadedModel, on_out_of_memory: Callable[[int], None]) -> None:
+    def __init__(self, on_out_of_memory: Callable[[int], None]) -> None:
         """
         Args:
             on_out_of_memory: told the number of samples of a call that did not fit into memory.
         """
-        self._model = model
         self._on_out_of_memory = on_out_of_memory
 
     def prepare(self, samples: Sequence[Sample]) -> list[TDMError | None]:
-        """Encode prompts and draw noise."""
+        """Encode prompts and draw noise, for samples of one lane."""
         return self._isolated(self._prepared, samples)
 
     def denoise(self, samples: Sequence[Sample]) -> list[Stepped | TDMError]:
@@ -46,12 +45,13 @@ class ModelCalls:
 
     def decode(self, samples: Sequence[Sample]) -> list[Pixels | TDMError]:
         """Turn latents of one shape into pixels, by one decoder."""
-        return self._isolated(lambda part: self._decoded(part[0].params.decoder, [s.latents for s in part]), samples)
+        name = samples[0].params.decoder
+        return self._isolated(lambda part: _decoded(part[0], name, [s.latents for s in part]), samples)
 
     def preview(self, sample: Sample) -> Pixels | TDMError:
         """What the latest step expects the picture to be."""
-        name = self._model.preview_decoder
-        return self._isolated(lambda part: self._decoded(name, [s.denoised for s in part]), [sample])[0]
+        name = sample.model.preview_decoder
+        return self._isolated(lambda part: _decoded(sample, name, [s.denoised for s in part]), [sample])[0]
 
     def _isolated(
         self, call: Callable[[Sequence[Sample]], list[Result | TDMError]], samples: Sequence[Sample]
@@ -69,25 +69,30 @@ class ModelCalls:
             return self._isolated(call, samples[:middle]) + self._isolated(call, samples[middle:])
 
     def _prepared(self, samples: Sequence[Sample]) -> list[TDMError | None]:
-        prompts = self._model.text_encoder.encode_all([sample.params.prompt for sample in samples])
-        for sample, prompt in zip(samples, prompts, strict=True):
-            sample.prompt = prompt
+        for text_encoder in {sample.model.text_encoder for sample in samples}:  # LoRAs may have their own
+            readers = [sample for sample in samples if sample.model.text_encoder is text_encoder]
+            prompts = text_encoder.encode_all([sample.params.prompt for sample in readers])
+            for sample, prompt in zip(readers, prompts, strict=True):
+                sample.prompt = prompt
+        for sample in samples:
             noise = initial_noise(sample.params.seed, sample.denoise.kind.shape)
-            sample.latents = (sample.table.initial_scale * noise).to(self._model.denoiser.device)
+            sample.latents = (sample.table.initial_scale * noise).to(sample.model.denoiser.device)
             sample.denoised = torch.zeros_like(sample.latents)
         return [None] * len(samples)
 
     @torch.inference_mode()
     def _stepped(self, samples: Sequence[Sample]) -> list[Stepped | TDMError]:
         """One denoiser call and one fused solver update."""
-        device = self._model.denoiser.device
+        denoiser = samples[0].model.denoiser  # of one lane, so of all
+        device = denoiser.device
         rows = gather_rows([(s.table, s.step_index) for s in samples], device)
         step_counts = torch.from_numpy(np.array([s.params.num_inference_steps for s in samples])).to(device)
         prompt_embeds = _stacked([s.prompt.prompt_embeds for s in samples if s.prompt is not None])
         latents = _stacked([s.latents for s in samples])
         needs_previous = any(s.table.c[s.step_index] for s in samples)
         previous = _stacked([s.denoised for s in samples]) if needs_previous else None
-        model_output = self._model.denoiser(latents, rows[:, 0], step_counts, prompt_embeds)
+        adapters = adapter_inputs([s.model for s in samples])
+        model_output = denoiser(latents, rows[:, 0], step_counts, prompt_embeds, *adapters)
         latents, denoised = apply_step(rows, latents, model_output, previous)
         is_finite = torch.isfinite(latents.flatten(1).sum(1)).tolist()
         return [
@@ -97,8 +102,9 @@ class ModelCalls:
             for n in range(len(samples))
         ]
 
-    def _decoded(self, decoder: DecoderName, latents: Sequence[Tensor | None]) -> list[Pixels | TDMError]:
-        return list(self._model.decoders[decoder].decode(_stacked(latents)))
+
+def _decoded(sample: Sample, decoder: DecoderName, latents: Sequence[Tensor | None]) -> list[Pixels | TDMError]:
+    return list(sample.model.decoders[decoder].decode(_stacked(latents)))
 
 
 def _stacked(tensors: Sequence[Tensor | None]) -> Tensor:

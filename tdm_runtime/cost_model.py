@@ -23,6 +23,8 @@ class Kind(NamedTuple):
     """text, denoise, decode:full, decode:tiny, encode:png, ..."""
     shape: tuple[int, ...] = ()
     """Of one sample's latents, [C, H, W], where it matters."""
+    model: str = ""
+    """Whose programs run it, where there are several models."""
 
 
 @dataclass

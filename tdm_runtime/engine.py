@@ -21,7 +21,6 @@ from tdm_runtime.cost_model import CostModel, Kind
 from tdm_runtime.decoder import Pixels
 from tdm_runtime.delivery import Delivery, Preview
 from tdm_runtime.errors import CancelledError, GenerationError, OverloadedError, TDMError
-from tdm_runtime.forecast import TEXT
 from tdm_runtime.intake import Intake
 from tdm_runtime.loaded_model import LoadedModel
 from tdm_runtime.params import SamplingParams
@@ -86,6 +85,7 @@ class DiffusionEngine:
     ) -> None:
         """
         Args:
+            model: what makes pictures where a submission names none.
             observe_batch: told size and seconds of every denoiser call.
             costs: what is known already of what calls cost.
         """
@@ -95,9 +95,9 @@ class DiffusionEngine:
         self.costs = CostModel() if costs is None else costs
         self._observe_batch = observe_batch
         self._scheduler: StepScheduler[Sample] = StepScheduler(self.costs, config.max_batch_size, config.joining)
-        self._calls = ModelCalls(model, self._ask_for_fewer_than)
+        self._calls = ModelCalls(self._ask_for_fewer_than)
         self._results = ResultCache(config.result_cache_bytes)
-        self._intake = Intake(model, self.costs, config.patience, config.auto_stretch)
+        self._intake = Intake(self.costs, config.patience, config.auto_stretch)
         self._unanswered: set[Sample] = set()
         self._tasks: list[Callable[[], None]] = []
         self._wake = threading.Condition()
@@ -132,6 +132,11 @@ class DiffusionEngine:
     def is_healthy(self) -> bool:
         """Whether the engine's thread runs and takes requests."""
         return self._thread.is_alive() and self._failure is None and not self._is_closing
+
+    def is_used(self, model: LoadedModel) -> bool:
+        """Whether a sample of this model is accepted and not yet answered."""
+        with self._wake:
+            return any(sample.model is model for sample in self._unanswered)
 
     @property
     def num_live(self) -> int:
@@ -185,8 +190,13 @@ class DiffusionEngine:
             self._wake.notify()
         done.result()
 
-    def submit(self, params: SamplingParams, delivery: Delivery = Delivery()) -> Future[Picture]:
+    def submit(
+        self, params: SamplingParams, delivery: Delivery = Delivery(), model: LoadedModel | None = None
+    ) -> Future[Picture]:
         """Accept one picture.
+
+        Args:
+            model: what makes it; any number of models share the engine.
 
         Returns:
             A future: `cancel()` stops the work at the next call.
@@ -196,12 +206,14 @@ class DiffusionEngine:
             DeadlineError: the budget cannot be kept now.
             OverloadedError: `max_live` samples wait already.
         """
-        return self.submit_all([params], delivery)[0]
+        return self.submit_all([params], delivery, model)[0]
 
-    def submit_all(self, requests: Sequence[SamplingParams], delivery: Delivery = Delivery()) -> list[Future[Picture]]:
+    def submit_all(
+        self, requests: Sequence[SamplingParams], delivery: Delivery = Delivery(), model: LoadedModel | None = None
+    ) -> list[Future[Picture]]:
         """Accept several pictures or, where one of them does not fit, none. As `submit`."""
         now_s = time.monotonic()
-        wanted = [self._intake.sample(params, delivery, now_s) for params in requests]
+        wanted = [self._intake.sample(model or self.model, params, delivery, now_s) for params in requests]
         made: list[tuple[Sample, Picture]] = []
         with self._wake:
             if self._is_closing or self._failure is not None:
@@ -233,9 +245,9 @@ class DiffusionEngine:
             raise
 
     def _cached(self, sample: Sample) -> Picture | None:
-        params, strict = sample.params, sample.delivery.strict
+        params, strict, digest = sample.params, sample.delivery.strict, sample.model.digest
         for steps in reversed(sample.open_steps or (params.num_inference_steps,)):
-            if picture := self._results.get(replace(params, num_inference_steps=steps), strict):
+            if picture := self._results.get(digest, replace(params, num_inference_steps=steps), strict):
                 return picture
         return None
 
@@ -305,7 +317,7 @@ class DiffusionEngine:
         failed = {s: error for s, error in zip(newcomers, outcomes, strict=True) if error is not None}
         with self._wake:
             if num_encoded:
-                self.costs.observe(TEXT, 1, (ended_s - started_s) / num_encoded)
+                self.costs.observe(batch[0].text, 1, (ended_s - started_s) / num_encoded)
             for sample in failed:
                 self._scheduler.remove(sample)
         for sample, error in failed.items():
@@ -371,7 +383,7 @@ class DiffusionEngine:
     def _to_picture(self, sample: Sample, pixels: Pixels) -> Picture:
         assert sample.prompt is not None
         predicted_ms = 1e3 * (sample.predicted_s - sample.submitted_s)
-        is_strict = sample.delivery.strict or self.model.is_batch_invariant
+        is_strict = sample.delivery.strict or sample.model.is_batch_invariant
         return Picture(sample.params, pixels, sample.timings, sample.prompt, predicted_ms, is_strict)
 
     def _ask_for_fewer_than(self, size: int) -> None:
@@ -391,7 +403,7 @@ class DiffusionEngine:
             if sample.draft_of is None:
                 self._count(outcome if is_wanted else None)
             if isinstance(outcome, Picture):
-                self._results.put(outcome)
+                self._results.put(sample.model.digest, outcome)
         if not is_wanted:
             return
         if isinstance(outcome, TDMError):

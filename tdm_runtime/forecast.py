@@ -42,6 +42,8 @@ class Work:
     """Its deadline where its promise cannot be kept, monotonic."""
     needs_text: bool = False
     """Whether its prompt is encoded before its first step."""
+    text: Kind = TEXT
+    """What that is called."""
     preview: Kind = NO_PREVIEW
     """What steps are followed by while there are `previews_left`, but not the last."""
     previews_left: int = 0
@@ -82,6 +84,7 @@ class Work:
             urgency=self.urgency,
             promised_s=self.promised_s,
             needs_text=self.needs_text,
+            text=self.text,
             preview=self.preview,
             previews_left=self.previews_left,
             unseen_steps=self.unseen_steps,
@@ -100,7 +103,7 @@ class Work:
 
     def seconds_shared(self, costs: CostModel, steps: int, capacity: int) -> float:
         """Its share of the machine's time, with so many steps, in batches of the size that gives most a second."""
-        text_s = costs.seconds(TEXT) if self.needs_text else 0.0
+        text_s = costs.seconds(self.text) if self.needs_text else 0.0
         shares_s = [
             costs.seconds(kind, size) / size
             for kind in (self.denoise.kind, self.decode.kind)
@@ -112,7 +115,7 @@ class Work:
         """Until it is done, if every step has `size` samples and nothing comes between."""
         seconds = self.steps_left * costs.seconds(self.denoise.kind, size) + costs.seconds(self.decode.kind)
         if self.needs_text:
-            seconds += costs.seconds(TEXT)
+            seconds += costs.seconds(self.text)
         if self.previews_left:
             seconds += max(0, min(self.previews_left, self.steps_left - 1 - self.unseen_steps)) * costs.seconds(
                 self.preview
@@ -141,7 +144,7 @@ def call_seconds(batch: Sequence[Work], costs: CostModel) -> float:
 
 def _beside_s(work: Work, costs: CostModel) -> float:
     """What a sample adds to its next call that is not shared."""
-    text_s = costs.seconds(TEXT) if work.needs_text else 0.0
+    text_s = costs.seconds(work.text) if work.needs_text else 0.0
     return text_s + (costs.seconds(work.preview) if work.is_shown else 0.0)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 
-from tdm_runtime.cost_model import CostModel, Kind
+from tdm_runtime.cost_model import CostModel
 from tdm_runtime.delivery import Delivery
 from tdm_runtime.forecast import Lane
 from tdm_runtime.loaded_model import LoadedModel
@@ -16,40 +16,39 @@ from tdm_runtime.sample import Sample
 class Intake:
     """Gives requests their place in the order of arrival, and their deadlines."""
 
-    def __init__(self, model: LoadedModel, costs: CostModel, patience: float, auto_stretch: float) -> None:
+    def __init__(self, costs: CostModel, patience: float, auto_stretch: float) -> None:
         """
         Args:
             patience, auto_stretch: see `EngineConfig`.
         """
-        self._model = model
         self._costs = costs
         self._patience = patience
         self._auto_stretch = auto_stretch
         self._order = itertools.count()
 
-    def sample(self, params: SamplingParams, delivery: Delivery, now_s: float) -> Sample:
+    def sample(self, model: LoadedModel, params: SamplingParams, delivery: Delivery, now_s: float) -> Sample:
         """Return the sample of a request.
 
         Raises:
-            InvalidRequestError: the checkpoint does not serve these parameters.
+            InvalidRequestError: the model does not serve these parameters.
         """
-        model = self._model
         model.check(params)
         shape, order = model.latent_shape(params), next(self._order)
         open_steps = delivery.open_step_counts(params, model.recipe.step_counts)
         alone = order if delivery.strict and not model.is_batch_invariant else None
         sample = Sample(
-            denoise=Lane(Kind("denoise", shape), alone),
-            decode=Lane(Kind(f"decode:{params.decoder}", shape), alone),
+            denoise=Lane(model.kind("denoise", shape), alone),
+            decode=Lane(model.kind(f"decode:{params.decoder}", shape), alone),
             steps_left=params.num_inference_steps,
             urgency=(now_s, order),
             open_steps=open_steps,
             needs_text=model.text_encoder.expect(params.prompt),
-            preview=Kind(f"decode:{model.preview_decoder}", shape),
+            text=model.kind("text"),
+            preview=model.kind(f"decode:{model.preview_decoder}", shape),
             previews_left=delivery.num_previews,
+            model=model,
             params=params,
             delivery=delivery,
-            tables=model.recipe.step_tables,
             submitted_s=now_s,
             ready_s=now_s,
         )
@@ -74,7 +73,7 @@ class Intake:
             return []
         params = replace(sample.params, num_inference_steps=1)
         delivery = replace(sample.delivery, min_inference_steps=None, num_previews=0)
-        draft = self.sample(params, delivery, sample.submitted_s)
+        draft = self.sample(sample.model, params, delivery, sample.submitted_s)
         draft.draft_of = sample
         sample.unseen_steps = 1  # the draft shows as much, and better
         deadline_s, (_, earlier), (_, later) = sample.urgency[0], sample.urgency, draft.urgency

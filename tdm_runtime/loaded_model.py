@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tdm_runtime.backends import TORCH_DTYPES, Backend, BackendName, Precision
 from tdm_runtime.checkpoint import Checkpoint
 from tdm_runtime.components import ComponentName, Interface, component_names, load_component
+from tdm_runtime.cost_model import Kind
 from tdm_runtime.decoder import Decoder
 from tdm_runtime.errors import ArtifactError, BackendError, InvalidRequestError, RecipeError
 from tdm_runtime.manifest import Build, Manifest, PictureParity, check_build
@@ -38,6 +39,21 @@ class LoadedModel:
     """Step count K -> how close its pictures come to torch float32; empty where nobody measured."""
     choice: str = ""
     """Why this backend, where it was chosen by measuring."""
+    base: str | None = None
+    """Of a LoRA: the model whose weights it changes, and whose other parts it shares."""
+    adapter: int | None = None
+    """Of a LoRA: its number among those that share the denoiser (`AdapterBank`)."""
+
+    @property
+    def name(self) -> str:
+        """What requests call it."""
+        return self.recipe.name
+
+    def kind(self, stage: str, shape: tuple[int, ...] = ()) -> Kind:
+        """A call of this model; those of one kind can be one call. LoRAs of one base share theirs."""
+        if self.base is None:
+            return Kind(stage, shape, self.name)
+        return Kind(stage, shape, self.base if stage.startswith("decode") else f"{self.base} with LoRAs")
 
     def latent_shape(self, params: SamplingParams) -> tuple[int, int, int]:
         """[C, H, W] of a request's latents."""
@@ -64,8 +80,14 @@ class LoadedModel:
         params.check_against(self.recipe)
         if params.decoder not in self.decoders:
             raise InvalidRequestError(
-                f"decoder is {params.decoder!r}; {self.recipe.name} has {', '.join(self.decoders)}", param="decoder"
+                f"decoder is {params.decoder!r}; {self.name} has {', '.join(self.decoders)}", param="decoder"
             )
+
+
+def adapter_inputs(models: Sequence[LoadedModel]) -> tuple[Tensor, ...]:
+    """What the denoiser that some samples' models share reads beside its usual inputs: of LoRAs, their numbers, [B]."""
+    numbers = [model.adapter for model in models if model.adapter is not None]
+    return (torch.tensor(numbers, device=models[0].denoiser.device),) if numbers else ()
 
 
 def load_with_torch(

@@ -8,7 +8,7 @@ import torch
 
 from tdm_runtime.decoder import Pixels
 from tdm_runtime.errors import NotFiniteError
-from tdm_runtime.loaded_model import LoadedModel
+from tdm_runtime.loaded_model import LoadedModel, adapter_inputs
 from tdm_runtime.noise import initial_noise
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.sampler import apply_step, gather_rows
@@ -37,7 +37,7 @@ def generate(model: LoadedModel, params: SamplingParams, on_preview: OnPreview |
     denoised = torch.zeros_like(latents)
     for step_index in range(table.num_inference_steps):
         rows = gather_rows([(table, step_index)], device)
-        model_output = model.denoiser(latents, rows[:, 0], step_counts, prompt_embeds)
+        model_output = model.denoiser(latents, rows[:, 0], step_counts, prompt_embeds, *adapter_inputs([model]))
         latents, denoised = apply_step(rows, latents, model_output, denoised)
         if on_preview is not None and step_index + 1 < table.num_inference_steps:
             on_preview(step_index + 1, model.decoders[model.preview_decoder].decode(denoised)[0])

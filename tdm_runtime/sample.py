@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from tdm_runtime.decoder import Pixels
 from tdm_runtime.delivery import Delivery
 from tdm_runtime.forecast import Work
+from tdm_runtime.loaded_model import LoadedModel
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.step_table import StepTable
 from tdm_runtime.text_encoder import PromptEmbedding
@@ -57,11 +57,10 @@ class Picture:
 class Sample(Work):
     """A picture in flight: its own latents, its own steps."""
 
+    model: LoadedModel
     params: SamplingParams
     """The step count is the one that is taken, once it is settled."""
     delivery: Delivery
-    tables: Mapping[int, StepTable]
-    """Step count -> what its solver does."""
     submitted_s: float
     """Monotonic."""
     ready_s: float
@@ -78,7 +77,7 @@ class Sample(Work):
 
     @property
     def table(self) -> StepTable:
-        return self.tables[self.params.num_inference_steps]
+        return self.model.recipe.step_tables[self.params.num_inference_steps]
 
     @property
     def step_index(self) -> int:

@@ -14,7 +14,7 @@ from tdm_runtime.cost_model import MIN_GAIN, Kind
 from tdm_runtime.decoder import Decoder
 from tdm_runtime.delivery import Delivery
 from tdm_runtime.engine import DiffusionEngine
-from tdm_runtime.forecast import TEXT
+from tdm_runtime.loaded_model import LoadedModel, adapter_inputs
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.text_encoder import TextEncoder
 
@@ -27,26 +27,27 @@ BOOKKEEPING_S = 3e-4
 PROMPT = "warm-up"
 
 
-def warm_up(engine: DiffusionEngine) -> None:
-    """Run every size, step count and decoder, in batches that grow until they do not help.
+def warm_up(engine: DiffusionEngine, model: LoadedModel | None = None) -> None:
+    """Run every size, step count and decoder of a model, in batches that grow until they do not help.
+
+    Args:
+        model: None is the engine's own.
 
     Raises:
         TDMError: the model cannot make a picture; better now than at the first request.
     """
-    engine.run_on_thread(lambda: _learn_costs(engine))
-    recipe = engine.model.recipe
-    for (width, height), decoder, steps in itertools.product(
-        recipe.native_sizes, engine.model.decoders, recipe.step_counts
-    ):
-        engine.submit(SamplingParams(PROMPT, 0, steps, width, height, decoder)).result()
+    model = model or engine.model
+    engine.run_on_thread(lambda: _learn_costs(engine, model))
+    recipe = model.recipe
+    for (width, height), decoder, steps in itertools.product(recipe.native_sizes, model.decoders, recipe.step_counts):
+        engine.submit(SamplingParams(PROMPT, 0, steps, width, height, decoder), model=model).result()
     width, height = recipe.native_sizes[0]
     params = SamplingParams(PROMPT, 0, recipe.step_counts[-1], width, height)
-    engine.submit(params, Delivery(on_preview=lambda preview: None, num_previews=1)).result()
+    engine.submit(params, Delivery(on_preview=lambda preview: None, num_previews=1), model).result()
 
 
-def _learn_costs(engine: DiffusionEngine) -> None:
-    model = engine.model
-    _learn(engine, TEXT, partial(_encode, model.text_encoder, itertools.count()), capacity=1)
+def _learn_costs(engine: DiffusionEngine, model: LoadedModel) -> None:
+    _learn(engine, model.kind("text"), partial(_encode, model.text_encoder, itertools.count()), capacity=1)
     size = 2
     while size <= engine.config.max_batch_size:  # newcomers are encoded together; what that saves is not counted on
         _encode(model.text_encoder, itertools.count(size), size)
@@ -54,10 +55,10 @@ def _learn_costs(engine: DiffusionEngine) -> None:
     for width, height in model.recipe.native_sizes:
         params = SamplingParams(PROMPT, 0, model.recipe.default_steps, width, height)
         shape = model.latent_shape(params)
-        _learn(engine, Kind("denoise", shape), _denoise(engine, params))
+        _learn(engine, model.kind("denoise", shape), _denoise(model, params, engine.config.max_batch_size))
         for name, decoder in model.decoders.items():
             latents = torch.zeros(engine.config.max_batch_size, *shape, device=model.denoiser.device)
-            _learn(engine, Kind(f"decode:{name}", shape), partial(_decode, decoder, latents))
+            _learn(engine, model.kind(f"decode:{name}", shape), partial(_decode, decoder, latents))
 
 
 def _encode(text_encoder: TextEncoder, numbers: Iterator[int], size: int) -> object:
@@ -69,17 +70,18 @@ def _decode(decoder: Decoder, latents: Tensor, size: int) -> object:
     return decoder.decode(latents[:size])
 
 
-def _denoise(engine: DiffusionEngine, params: SamplingParams) -> Callable[[int], object]:
-    """A denoiser call of any number of samples."""
-    model, steps = engine.model, params.num_inference_steps
-    device, count = model.denoiser.device, engine.config.max_batch_size
+def _denoise(model: LoadedModel, params: SamplingParams, count: int) -> Callable[[int], object]:
+    """A denoiser call of any number of samples, at most `count`."""
+    device, steps = model.denoiser.device, params.num_inference_steps
     latents = torch.randn(count, *model.latent_shape(params)).to(device)
     timesteps = torch.full((count,), float(model.recipe.step_tables[steps].timesteps[0]), device=device)
     step_counts = torch.full((count,), steps, device=device)
     embeds = torch.stack([model.text_encoder.encode(params.prompt).prompt_embeds] * count)
 
+    inputs = (latents, timesteps, step_counts, embeds, *adapter_inputs([model] * count))
+
     def call(size: int) -> object:
-        output = model.denoiser(latents[:size], timesteps[:size], step_counts[:size], embeds[:size])
+        output = model.denoiser(*(tensor[:size] for tensor in inputs))
         return output.sum().item()  # waits for a GPU
 
     return call

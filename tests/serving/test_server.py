@@ -323,7 +323,7 @@ def test_concurrent_requests_share_denoiser_calls(http: httpx.Client) -> None:
 
 def test_operations_endpoints_answer(http: httpx.Client) -> None:
     assert http.get("/health").json() == {"status": "ok"}
-    assert http.get("/ready").json() == {"status": "ready"}
+    assert http.get("/ready").json() == {"status": "ready", "live": 0, "max_live": 32}
     text = http.get("/metrics").text
     for name in ("queue", "text_encode", "denoise", "decode", "image_encode", "e2e"):
         assert f"tdm_{name}_seconds_bucket" in text
