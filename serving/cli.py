@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any, get_args
 
 from serving.access import load_keys
-from serving.config import FrontName, ServerConfig
+from serving.config import FrontName, LoraSource, ModelSource, ServerConfig
 from serving.web.front import reserve
 from tdm_runtime.backend_choice import TORCH_BACKENDS, Artifacts, BackendConfig
 from tdm_runtime.checkpoint import DEFAULT_CHECKPOINT, Checkpoint, open_checkpoint
 from tdm_runtime.cli import add_backend_arguments, backend_config
 from tdm_runtime.engine import EngineConfig
-from tdm_runtime.errors import ArtifactError, TDMError
+from tdm_runtime.errors import ArtifactError, CheckpointError, TDMError
+from tdm_runtime.lora import read_lora
 
 USAGE_ERROR = 2
 NO_PORT = 65536
@@ -34,7 +35,27 @@ def parse_arguments(arguments: list[str] | None = None) -> ServerConfig:
     """Read the command line; exits with status 2 on a mistake."""
     defaults, engine = ServerConfig(), EngineConfig()
     parser = argparse.ArgumentParser(prog="tdm-serve", description="Serve a few-step diffusion checkpoint over HTTP.")
-    parser.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT, help="checkpoint folder (%(default)s)")
+    models = parser.add_mutually_exclusive_group()
+    models.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT, help="checkpoint folder (%(default)s)")
+    models.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        type=model_source,
+        metavar="NAME=FOLDER",
+        help="a checkpoint and what requests call it; may be given several times, the first is the default",
+    )
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        type=lora_source,
+        metavar="NAME=PATH[:SCALE][@MODEL]",
+        help="a LoRA in the manner of diffusers, kohya or PEFT, and what requests call it; may be given several times",
+    )
+    parser.add_argument(
+        "--lora-folder", type=Path, help="folder of LoRAs that are served as they come, change and go, by their names"
+    )
     parser.add_argument("--host", default=defaults.host, help="address to listen on (%(default)s)")
     parser.add_argument("--port", type=int, default=defaults.port, help="(%(default)s)")
     parser.add_argument(
@@ -71,7 +92,9 @@ def parse_arguments(arguments: list[str] | None = None) -> ServerConfig:
     given = parser.parse_args(arguments)
     try:
         return ServerConfig(
-            checkpoint=given.checkpoint.resolve(),
+            models=tuple(given.model) or (ModelSource(given.checkpoint.resolve()),),
+            loras=tuple(given.lora),
+            lora_folder=given.lora_folder and given.lora_folder.resolve(),
             host=given.host,
             port=given.port,
             front=given.front,
@@ -93,16 +116,60 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the server until SIGINT or SIGTERM. Returns the exit status."""
     config = parse_arguments(arguments)
     try:
-        checkpoint = open_checkpoint(config.checkpoint)
+        checkpoints = check_models(config)
         if config.api_keys is not None:
             load_keys(config.api_keys)
         address = reserve_address(config.host, config.port)
-        check_artifacts(checkpoint, config.backend)
+        for checkpoint in checkpoints:
+            check_artifacts(checkpoint, config.backend)
     except (TDMError, OSError, ValueError) as error:
         print(f"tdm-serve: {error}", file=sys.stderr)
         return USAGE_ERROR
     with address:
         return serve_until_signalled(config)
+
+
+def model_source(text: str) -> ModelSource:
+    """Read NAME=FOLDER."""
+    name, equals, folder = text.partition("=")
+    if not (name and equals and folder):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FOLDER")
+    return ModelSource(Path(folder).resolve(), name)
+
+
+def lora_source(text: str) -> LoraSource:
+    """Read NAME=PATH[:SCALE][@MODEL]."""
+    found = re.fullmatch(r"(?P<name>[^=]+)=(?P<path>.+?)(?::(?P<scale>[-+.\deE]+))?(?:@(?P<base>[^@/]+))?", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH[:SCALE][@MODEL]")
+    try:
+        return LoraSource(found["name"], Path(found["path"]).resolve(), float(found["scale"] or 1), found["base"])
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def check_models(config: ServerConfig) -> list[Checkpoint]:
+    """Open what is to be served, so that a mistake is said before anything is started.
+
+    Raises:
+        CheckpointError: a checkpoint or a LoRA cannot be served, or two have one name.
+    """
+    checkpoints = [open_checkpoint(source.folder) for source in config.models]
+    opened = zip(config.models, checkpoints, strict=True)
+    names = [source.name or checkpoint.recipe.name for source, checkpoint in opened]
+    bases = list(names)
+    for lora in config.loras:
+        read_lora(lora.path)
+        names.append(lora.name)
+        if lora.base is not None and lora.base not in bases:
+            raise CheckpointError(f"the base of {lora.name} is {lora.base!r}; this server has {', '.join(bases)}")
+    if doubled := sorted({name for name in names if names.count(name) > 1}):
+        raise CheckpointError(f"two models are called {doubled[0]!r}; give each a name of its own")
+    if len(bases) > 1 and config.backend.artifacts is not None:
+        raise CheckpointError("--artifacts is of one checkpoint; leave it out, each has a folder of its own by default")
+    if config.lora_folder is not None and not config.lora_folder.is_dir():
+        raise CheckpointError(f"--lora-folder {config.lora_folder} is not a folder; make it, or leave it out")
+    return checkpoints
 
 
 def reserve_address(host: str, port: int) -> socket.socket:
@@ -197,7 +264,8 @@ def serve_until_signalled(config: ServerConfig) -> int:
 
     from serving.deployment import QUIET, build_application
 
-    print(f"starting {config.checkpoint.name} on {config.host}:{config.port}", flush=True)
+    names = ", ".join(source.name or source.folder.name for source in config.models)
+    print(f"starting {names} on {config.host}:{config.port}", flush=True)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     ray.init(include_dashboard=False, logging_level=logging.WARNING, log_to_driver=True)
     # After Ray, which takes the signals for itself when it starts.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,11 +15,41 @@ FrontName = Literal["direct", "ray"]
 
 
 @dataclass(frozen=True)
-class ServerConfig:
-    """One server process and its replica."""
+class ModelSource:
+    """A checkpoint to serve."""
 
-    checkpoint: Path = DEFAULT_CHECKPOINT
-    """Folder in diffusers layout with a tdm_recipe.json."""
+    folder: Path = DEFAULT_CHECKPOINT
+    """In diffusers layout, with a tdm_recipe.json."""
+    name: str | None = None
+    """What requests call it; None is the name in its recipe."""
+
+
+@dataclass(frozen=True)
+class LoraSource:
+    """A LoRA to serve as a model of its own."""
+
+    name: str
+    path: Path
+    scale: float = 1.0
+    """Times what it was trained to add."""
+    base: str | None = None
+    """The model that it changes; None is the first."""
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.scale):
+            raise ValueError(f"the scale of {self.name} is {self.scale}; give a finite number, 1 is as trained")
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """One server process and its replicas."""
+
+    models: tuple[ModelSource, ...] = (ModelSource(),)
+    """The first makes the pictures of requests that name none."""
+    loras: tuple[LoraSource, ...] = ()
+    lora_folder: Path | None = None
+    """LoRAs that are served as they come, change and go: `NAME.safetensors` or a folder `NAME`, and where there is
+    one, `NAME.json` with `scale` and `base`."""
     host: str = "127.0.0.1"
     """Address to listen on; others than this machine's own want `api_keys`."""
     port: int = 8000

@@ -55,7 +55,7 @@ class ImageDeployment:
 
     def backend(self) -> str:
         """What runs the model and, where it was measured, why."""
-        model = self.services.images.model
+        model = self.services.images.engine.model
         return model.choice or model.backend
 
     async def drain(self) -> None:

@@ -8,16 +8,16 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 
 import torch
 
 from serving.answers import ImageAnswer, ImageTimings, InputTokenDetails, MadeImage, PartialAnswer, Usage
+from serving.catalog import Catalog, Served, load_base
 from serving.config import ServerConfig
-from serving.errors import invalid
 from serving.metrics import ServerMetrics
 from serving.schema.images import ImageRequest
 from serving.schema.models import ModelCard
-from tdm_runtime.backend_choice import load_model
 from tdm_runtime.codec import describe_parameters, encode_image
 from tdm_runtime.cost_model import Kind
 from tdm_runtime.decoder import Pixels
@@ -26,10 +26,8 @@ from tdm_runtime.engine import DiffusionEngine
 from tdm_runtime.loaded_model import LoadedModel
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.receipt import receipt_of
-from tdm_runtime.recipe import RECIPE_FILE
 from tdm_runtime.sample import Picture
 from tdm_runtime.text_encoder import PromptEmbedding
-from tdm_runtime.warm_up import warm_up
 
 logger = logging.getLogger(__name__)
 
@@ -37,20 +35,38 @@ SMALL_PIXELS = 3 * 128 * 128
 """Numbers in a request's pictures up to which a thread of its own costs more than encoding them."""
 
 
+@dataclass(frozen=True)
+class Submitted:
+    """A request on its way."""
+
+    request: ImageRequest
+    model: LoadedModel
+    futures: Sequence[Future[Picture]]
+    started_s: float
+    """Monotonic."""
+
+    def cancel(self) -> None:
+        """Stop what is not finished at the next call."""
+        for future in self.futures:
+            future.cancel()
+
+
 class ImageService:
-    """One model and its engine."""
+    """The models and the engine that they share."""
 
     def __init__(self, config: ServerConfig, metrics: ServerMetrics) -> None:
         self.config = config
         self.metrics = metrics
         torch.set_num_threads(1)  # of this thread: only the engine's may have more, see loaded_model
-        self.model: LoadedModel = load_model(config.checkpoint, config.backend)
-        logger.info("%s runs on %s", self.model.recipe.name, self.model.choice or self.model.backend)
-        self.engine = DiffusionEngine(self.model, config.engine, self.metrics.observe_batch)
-        self.metrics.watch(self.engine)
-        self._created = int((config.checkpoint / RECIPE_FILE).stat().st_mtime)
+        bases = [load_base(source, config.backend) for source in config.models]
+        self.engine = DiffusionEngine(bases[0].model, config.engine, metrics.observe_batch)
+        metrics.watch(self.engine)
         self.engine.start()
-        warm_up(self.engine)
+        try:
+            self.catalog = Catalog(self.engine, bases, config)
+        except BaseException:
+            self.engine.close()
+            raise
         gc.freeze()  # models and programs stay: nothing to look through at every collection
 
     @property
@@ -65,23 +81,12 @@ class ImageService:
 
     def close(self) -> None:
         """Finish what was accepted, then stop."""
+        self.catalog.close()
         self.engine.close()
 
     def models(self) -> list[ModelCard]:
         """What is served."""
-        recipe = self.model.recipe
-        card = ModelCard(
-            id=recipe.name,
-            created=self._created,
-            sizes=[f"{width}x{height}" for width, height in recipe.native_sizes],
-            step_counts=list(recipe.step_counts),
-            default_steps=recipe.default_steps,
-            decoders=list(self.model.decoders),
-            backend=self.model.backend,
-            parity_psnr_db={steps: round(found.psnr_db, 1) for steps, found in self.model.parity.items()},
-            digest=self.model.digest,
-        )
-        return [card]
+        return [_card(served) for served in self.catalog.served()]
 
     def model_card(self, name: str) -> ModelCard:
         """Describe one model.
@@ -89,11 +94,7 @@ class ImageService:
         Raises:
             APIError: 404, there is none of that name.
         """
-        for card in self.models():
-            if card.id == name:
-                return card
-        known = ", ".join(card.id for card in self.models())
-        raise invalid(f"model {name[:64]!r} does not exist; this server has {known}", "model", "model_not_found", 404)
+        return _card(self.catalog.find(name))
 
     def cost(self, request: ImageRequest) -> float:
         """What a request takes of a quota, in megapixel-steps; the most it may take where steps are open.
@@ -101,7 +102,7 @@ class ImageService:
         Raises:
             InvalidRequestError, APIError: the request's mistake.
         """
-        params = request.to_sampling_params(self.model.recipe)[0]
+        params = request.to_sampling_params(self.catalog.find(request.model).model.recipe)[0]
         return request.n * params.width * params.height * params.num_inference_steps / 1e6
 
     async def generate(self, request: ImageRequest, as_pixels: bool = False) -> ImageAnswer:
@@ -118,8 +119,7 @@ class ImageService:
             GenerationError: a picture failed.
             TimeoutError: not done within `request_timeout_s`.
         """
-        started_s = time.monotonic()
-        return await self._finish(request, self._submit(request, None), started_s, as_pixels)
+        return await self._finish(self._submit(request, None), as_pixels)
 
     async def stream(self, request: ImageRequest) -> AsyncIterator[PartialAnswer | ImageAnswer]:
         """Make one picture and show it on the way.
@@ -129,124 +129,140 @@ class ImageService:
         Raises:
             As `generate`.
         """
-        started_s = time.monotonic()
         loop, previews = asyncio.get_running_loop(), asyncio.Queue[Preview | None]()
 
         def tell(preview: Preview | None) -> None:
             loop.call_soon_threadsafe(previews.put_nowait, preview)
 
-        futures = self._submit(request, tell)
-        futures[0].add_done_callback(lambda _: tell(None))
-        return self._events(request, futures, previews, started_s)
+        submitted = self._submit(request, tell)
+        submitted.futures[0].add_done_callback(lambda _: tell(None))
+        return self._events(submitted, previews)
 
     async def _events(
-        self,
-        request: ImageRequest,
-        futures: Sequence[Future[Picture]],
-        previews: asyncio.Queue[Preview | None],
-        started_s: float,
+        self, submitted: Submitted, previews: asyncio.Queue[Preview | None]
     ) -> AsyncIterator[PartialAnswer | ImageAnswer]:
         try:
             index = 0
             while (preview := await asyncio.wait_for(previews.get(), self.config.request_timeout_s)) is not None:
-                yield await asyncio.to_thread(self._partial, preview, index, request)
+                yield await asyncio.to_thread(_partial, preview, index, submitted.request)
                 index += 1
-            yield await self._finish(request, futures, started_s)
+            yield await self._finish(submitted)
         finally:
-            for future in futures:
-                future.cancel()
+            submitted.cancel()
 
-    def _submit(self, request: ImageRequest, on_preview: Callable[[Preview], None] | None) -> list[Future[Picture]]:
-        params = request.to_sampling_params(self.model.recipe)
+    def _submit(self, request: ImageRequest, on_preview: Callable[[Preview], None] | None) -> Submitted:
+        started_s = time.monotonic()
+        model = self.catalog.find(request.model).model
+        params = request.to_sampling_params(model.recipe)
         encoding_ms = 1e3 * len(params) * self.engine.call_seconds(_encoding(request, params[0]))
-        return self.engine.submit_all(params, request.to_delivery(self.model.recipe, encoding_ms, on_preview))
+        delivery = request.to_delivery(model.recipe, encoding_ms, on_preview)
+        return Submitted(request, model, self.engine.submit_all(params, delivery, model), started_s)
 
-    async def _finish(
-        self, request: ImageRequest, futures: Sequence[Future[Picture]], started_s: float, as_pixels: bool = False
-    ) -> ImageAnswer:
+    async def _finish(self, submitted: Submitted, as_pixels: bool = False) -> ImageAnswer:
         """Wait for a request's pictures and encode them."""
+        request, model = submitted.request, submitted.model
         try:
             async with asyncio.timeout(self.config.request_timeout_s):
-                pictures = await asyncio.gather(*map(asyncio.wrap_future, futures))
+                pictures = await asyncio.gather(*map(asyncio.wrap_future, submitted.futures))
         finally:
-            for future in futures:
-                future.cancel()  # a finished one is not changed by this
+            submitted.cancel()  # a finished one is not changed by this
         encoding_s = time.monotonic()
         if sum(picture.pixels.size for picture in pictures) <= SMALL_PIXELS:
-            images = self._encode(pictures, request, as_pixels)
+            images = _made_images(model, pictures, request, as_pixels)
         else:
-            images = await asyncio.to_thread(self._encode, pictures, request, as_pixels)
+            images = await asyncio.to_thread(_made_images, model, pictures, request, as_pixels)
         ended_s = time.monotonic()
-        encode_ms, total_ms = 1e3 * (ended_s - encoding_s), 1e3 * (ended_s - started_s)
+        encode_ms, total_ms = 1e3 * (ended_s - encoding_s), 1e3 * (ended_s - submitted.started_s)
         if not as_pixels:
             self.engine.observe(_encoding(request, pictures[0].params), 1, (ended_s - encoding_s) / len(pictures))
-        timings = self._timings(pictures, encode_ms, total_ms)
+        timings = _timings(pictures, encode_ms, total_ms)
         self.metrics.observe_request(timings)
         for picture in pictures:
             self.metrics.steps_used.labels(picture.params.num_inference_steps).inc()
         budget_ms = request.latency_budget_ms
         return ImageAnswer(
             created=int(time.time()),
-            model=self.model.recipe.name,
+            model=model.name,
             images=images,
             output_format=request.output_format,
             width=pictures[0].params.width,
             height=pictures[0].params.height,
-            usage=self._usage(pictures),
+            usage=_usage(model, pictures),
             timings=timings,
             predicted_ms=max(picture.predicted_ms for picture in pictures) + encode_ms,
             latency_budget_kept=None if budget_ms is None else total_ms <= budget_ms,
             warnings=_warnings(pictures[0].prompt),
         )
 
-    def _encode(self, pictures: Sequence[Picture], request: ImageRequest, as_pixels: bool) -> list[MadeImage]:
-        images = []
-        for picture in pictures:
-            params = picture.params
-            receipt = receipt_of(self.model, params, picture.pixels, picture.is_strict)
-            embedded: dict[str, str] = {}
-            if request.metadata and not as_pixels:
-                text = describe_parameters(params, self.model.recipe, self.model.digest)
-                embedded = {"parameters": text, "receipt": receipt.to_json()}
-            content = picture.pixels.tobytes() if as_pixels else _encoded(picture.pixels, request, embedded)
-            images.append(MadeImage(content, params.seed, params.num_inference_steps, picture.is_cached, receipt))
-        return images
 
-    def _partial(self, preview: Preview, index: int, request: ImageRequest) -> PartialAnswer:
-        return PartialAnswer(
-            content=_encoded(preview.pixels, request, {}),
-            index=index,
-            created=int(time.time()),
-            output_format=request.output_format,
-            width=preview.params.width,
-            height=preview.params.height,
-            is_draft=preview.is_draft,
-            num_steps_taken=preview.num_steps_taken,
-        )
+def _card(served: Served) -> ModelCard:
+    model, recipe = served.model, served.model.recipe
+    return ModelCard(
+        id=model.name,
+        created=served.created,
+        sizes=[f"{width}x{height}" for width, height in recipe.native_sizes],
+        step_counts=list(recipe.step_counts),
+        default_steps=recipe.default_steps,
+        decoders=list(model.decoders),
+        backend=model.backend,
+        parity_psnr_db={steps: round(found.psnr_db, 1) for steps, found in model.parity.items()},
+        digest=model.digest,
+        base=model.base,
+    )
 
-    def _usage(self, pictures: Sequence[Picture]) -> Usage:
-        first = pictures[0]
-        text_tokens = min(first.prompt.num_tokens, first.prompt.max_tokens)
-        _, height, width = self.model.latent_shape(first.params)
-        output_tokens = height * width * len(pictures)
-        return Usage(
-            input_tokens=text_tokens,
-            input_tokens_details=InputTokenDetails(text_tokens=text_tokens),
-            output_tokens=output_tokens,
-            total_tokens=text_tokens + output_tokens,
-        )
 
-    @staticmethod
-    def _timings(pictures: Sequence[Picture], encode_ms: float, total_ms: float) -> ImageTimings:
-        slowest = max((picture.timings for picture in pictures), key=lambda t: t.queue_ms + sum(t.steps_ms))
-        return ImageTimings(
-            queue_ms=slowest.queue_ms,
-            text_ms=slowest.text_ms,
-            steps_ms=slowest.steps_ms,
-            decode_ms=slowest.decode_ms,
-            encode_ms=encode_ms,
-            total_ms=total_ms,
-        )
+def _made_images(
+    model: LoadedModel, pictures: Sequence[Picture], request: ImageRequest, as_pixels: bool
+) -> list[MadeImage]:
+    images = []
+    for picture in pictures:
+        params = picture.params
+        receipt = receipt_of(model, params, picture.pixels, picture.is_strict)
+        embedded: dict[str, str] = {}
+        if request.metadata and not as_pixels:
+            text = describe_parameters(params, model.recipe, model.digest)
+            embedded = {"parameters": text, "receipt": receipt.to_json()}
+        content = picture.pixels.tobytes() if as_pixels else _encoded(picture.pixels, request, embedded)
+        images.append(MadeImage(content, params.seed, params.num_inference_steps, picture.is_cached, receipt))
+    return images
+
+
+def _partial(preview: Preview, index: int, request: ImageRequest) -> PartialAnswer:
+    return PartialAnswer(
+        content=_encoded(preview.pixels, request, {}),
+        index=index,
+        created=int(time.time()),
+        output_format=request.output_format,
+        width=preview.params.width,
+        height=preview.params.height,
+        is_draft=preview.is_draft,
+        num_steps_taken=preview.num_steps_taken,
+    )
+
+
+def _usage(model: LoadedModel, pictures: Sequence[Picture]) -> Usage:
+    first = pictures[0]
+    text_tokens = min(first.prompt.num_tokens, first.prompt.max_tokens)
+    _, height, width = model.latent_shape(first.params)
+    output_tokens = height * width * len(pictures)
+    return Usage(
+        input_tokens=text_tokens,
+        input_tokens_details=InputTokenDetails(text_tokens=text_tokens),
+        output_tokens=output_tokens,
+        total_tokens=text_tokens + output_tokens,
+    )
+
+
+def _timings(pictures: Sequence[Picture], encode_ms: float, total_ms: float) -> ImageTimings:
+    slowest = max((picture.timings for picture in pictures), key=lambda t: t.queue_ms + sum(t.steps_ms))
+    return ImageTimings(
+        queue_ms=slowest.queue_ms,
+        text_ms=slowest.text_ms,
+        steps_ms=slowest.steps_ms,
+        decode_ms=slowest.decode_ms,
+        encode_ms=encode_ms,
+        total_ms=total_ms,
+    )
 
 
 def _encoded(pixels: Pixels, request: ImageRequest, embedded: Mapping[str, str]) -> bytes:

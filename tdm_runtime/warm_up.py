@@ -30,6 +30,8 @@ PROMPT = "warm-up"
 def warm_up(engine: DiffusionEngine, model: LoadedModel | None = None) -> None:
     """Run every size, step count and decoder of a model, in batches that grow until they do not help.
 
+    The engine may be serving: each call is made between two of its own.
+
     Args:
         model: None is the engine's own.
 
@@ -37,7 +39,7 @@ def warm_up(engine: DiffusionEngine, model: LoadedModel | None = None) -> None:
         TDMError: the model cannot make a picture; better now than at the first request.
     """
     model = model or engine.model
-    engine.run_on_thread(lambda: _learn_costs(engine, model))
+    _learn_costs(engine, model)
     recipe = model.recipe
     for (width, height), decoder, steps in itertools.product(recipe.native_sizes, model.decoders, recipe.step_counts):
         engine.submit(SamplingParams(PROMPT, 0, steps, width, height, decoder), model=model).result()
@@ -47,18 +49,22 @@ def warm_up(engine: DiffusionEngine, model: LoadedModel | None = None) -> None:
 
 
 def _learn_costs(engine: DiffusionEngine, model: LoadedModel) -> None:
-    _learn(engine, model.kind("text"), partial(_encode, model.text_encoder, itertools.count()), capacity=1)
+    numbers = itertools.count()
+    _learn(engine, model.kind("text"), partial(_encode, model.text_encoder, numbers), capacity=1)
     size = 2
     while size <= engine.config.max_batch_size:  # newcomers are encoded together; what that saves is not counted on
-        _encode(model.text_encoder, itertools.count(size), size)
+        _seconds(engine, partial(_encode, model.text_encoder, numbers), size)
         size *= 2
     for width, height in model.recipe.native_sizes:
         params = SamplingParams(PROMPT, 0, model.recipe.default_steps, width, height)
         shape = model.latent_shape(params)
-        _learn(engine, model.kind("denoise", shape), _denoise(model, params, engine.config.max_batch_size))
+        _learn(engine, model.kind("denoise", shape), _denoise(engine, model, params))
         for name, decoder in model.decoders.items():
+            kind = model.kind(f"decode:{name}", shape)
+            if engine.call_seconds(kind):
+                continue  # a LoRA decodes as its base does
             latents = torch.zeros(engine.config.max_batch_size, *shape, device=model.denoiser.device)
-            _learn(engine, model.kind(f"decode:{name}", shape), partial(_decode, decoder, latents))
+            _learn(engine, kind, partial(_decode, decoder, latents))
 
 
 def _encode(text_encoder: TextEncoder, numbers: Iterator[int], size: int) -> object:
@@ -70,13 +76,15 @@ def _decode(decoder: Decoder, latents: Tensor, size: int) -> object:
     return decoder.decode(latents[:size])
 
 
-def _denoise(model: LoadedModel, params: SamplingParams, count: int) -> Callable[[int], object]:
-    """A denoiser call of any number of samples, at most `count`."""
-    device, steps = model.denoiser.device, params.num_inference_steps
+def _denoise(engine: DiffusionEngine, model: LoadedModel, params: SamplingParams) -> Callable[[int], object]:
+    """A denoiser call of any number of samples."""
+    device, steps, count = model.denoiser.device, params.num_inference_steps, engine.config.max_batch_size
     latents = torch.randn(count, *model.latent_shape(params)).to(device)
     timesteps = torch.full((count,), float(model.recipe.step_tables[steps].timesteps[0]), device=device)
     step_counts = torch.full((count,), steps, device=device)
-    embeds = torch.stack([model.text_encoder.encode(params.prompt).prompt_embeds] * count)
+    prompts: list[Tensor] = []
+    engine.run_on_thread(lambda: prompts.append(model.text_encoder.encode(params.prompt).prompt_embeds))
+    embeds = torch.stack(prompts * count)
 
     inputs = (latents, timesteps, step_counts, embeds, *adapter_inputs([model] * count))
 
@@ -93,8 +101,8 @@ def _learn(engine: DiffusionEngine, kind: Kind, call: Callable[[int], object], c
     size, without_gain = 1, 0
     while size <= (capacity or engine.config.max_batch_size) and without_gain < 2:
         try:
-            call(size)  # compiles, where there is something to compile
-            times_s[size] = _times(call, size)
+            _seconds(engine, call, size)  # compiles, where there is something to compile
+            times_s[size] = _times(engine, call, size)
         except (torch.OutOfMemoryError, MemoryError):
             if size == 1:
                 raise
@@ -103,7 +111,7 @@ def _learn(engine: DiffusionEngine, kind: Kind, call: Callable[[int], object], c
         size *= 2
     for _ in range(PASSES - 1):  # one after the other, so that a mood of the machine hits no size alone
         for size in times_s:
-            times_s[size] += _times(call, size)
+            times_s[size] += _times(engine, call, size)
     for size, seen_s in times_s.items():
         engine.observe(kind, size, min(seen_s) + BOOKKEEPING_S)  # how much slower it usually is, calls will tell
     engine.limit(kind, max(times_s))
@@ -115,12 +123,23 @@ def _fastest(times_s: Mapping[int, Sequence[float]]) -> int:
     return next(size for size, rate in rates.items() if rate * (1 + MIN_GAIN) >= max(rates.values()))
 
 
-def _times(call: Callable[[int], object], size: int) -> list[float]:
+def _times(engine: DiffusionEngine, call: Callable[[int], object], size: int) -> list[float]:
     """Seconds of some calls."""
     times_s: list[float] = []
     ends_s = time.monotonic() + PASS_S
     while len(times_s) < ROUNDS and (not times_s or time.monotonic() < ends_s):
+        times_s.append(_seconds(engine, call, size))
+    return times_s
+
+
+def _seconds(engine: DiffusionEngine, call: Callable[[int], object], size: int) -> float:
+    """Of one call on the engine's thread."""
+    times_s: list[float] = []
+
+    def run() -> None:
         began_s = time.monotonic()
         call(size)
         times_s.append(time.monotonic() - began_s)
-    return times_s
+
+    engine.run_on_thread(run)
+    return times_s[0]

@@ -61,12 +61,12 @@ class ImageRequest(BaseModel):
     def to_sampling_params(self, recipe: Recipe) -> list[SamplingParams]:
         """One `SamplingParams` a picture.
 
+        Args:
+            recipe: of the model that the request names.
+
         Raises:
             InvalidRequestError, APIError: a value outside its limits.
         """
-        if self.model is not None and self.model != recipe.name:
-            message = f"model {self.model[:64]!r} does not exist; this server has {recipe.name!r}"
-            raise invalid(message, "model", "model_not_found", status=404)
         if self.guidance_scale is not None and self.guidance_scale != 1.0:
             message = (
                 f"guidance_scale is {self.guidance_scale}; {recipe.name} has guidance distilled in, only 1 is served"

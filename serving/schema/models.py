@@ -23,6 +23,8 @@ class ModelCard(BaseModel):
     parity_psnr_db: dict[int, float]
     """Step count -> how close its pictures come to torch float32, as `tdm-export` measured."""
     digest: str
+    base: str | None = None
+    """Of a LoRA: the model that it changes."""
 
 
 class ModelList(BaseModel):
