@@ -13,7 +13,7 @@ from pathlib import Path
 import pydantic
 
 from serving.config import LoraSource, ModelSource, ServerConfig
-from serving.errors import invalid
+from serving.errors import unknown_model
 from tdm_runtime.backend_choice import BackendConfig, load_model
 from tdm_runtime.checkpoint import Checkpoint, open_checkpoint
 from tdm_runtime.engine import DiffusionEngine
@@ -104,9 +104,7 @@ class Catalog:
         if name is None:
             return next(iter(served.values()))
         if name not in served:
-            known = ", ".join(served)
-            message = f"model {name[:64]!r} does not exist; this server has {known}"
-            raise invalid(message, "model", "model_not_found", 404)
+            raise unknown_model(name, served)
         return served[name]
 
     def close(self) -> None:

@@ -18,6 +18,7 @@ from typing import Any, get_args
 
 from serving.access import load_keys
 from serving.config import FrontName, LoraSource, ModelSource, ServerConfig
+from serving.safety import Safety
 from serving.web.front import reserve
 from tdm_runtime.backend_choice import TORCH_BACKENDS, Artifacts, BackendConfig
 from tdm_runtime.checkpoint import DEFAULT_CHECKPOINT, Checkpoint, open_checkpoint
@@ -65,6 +66,13 @@ def parse_arguments(arguments: list[str] | None = None) -> ServerConfig:
         help="who answers HTTP: the replica, or Ray's proxy: slower, finds replicas on any machine (%(default)s)",
     )
     parser.add_argument(
+        "--replicas",
+        type=replica_range,
+        default=(1, 1),
+        metavar="N or N-M",
+        help="processes with engines; a range, with --front ray, follows the load (1)",
+    )
+    parser.add_argument(
         "--max-batch-size", type=int, default=engine.max_batch_size, help="pictures in one denoiser call (%(default)s)"
     )
     parser.add_argument(
@@ -78,6 +86,10 @@ def parse_arguments(arguments: list[str] | None = None) -> ServerConfig:
     )
     parser.add_argument(
         "--api-keys", type=Path, help="file of API keys, made by `tdm-keys add`; without it, everybody may ask"
+    )
+    parser.add_argument("--blocked-words", type=Path, help="file of words that prompts may not hold, one a line")
+    parser.add_argument(
+        "--safety-checker", metavar="MODULE:FACTORY", help="what checks prompts and pictures, see docs/security.md"
     )
     parser.add_argument(
         "--max-open-requests",
@@ -98,8 +110,12 @@ def parse_arguments(arguments: list[str] | None = None) -> ServerConfig:
             host=given.host,
             port=given.port,
             front=given.front,
+            min_replicas=given.replicas[0],
+            max_replicas=given.replicas[1],
             api_keys=given.api_keys and given.api_keys.resolve(),
             max_open_requests=given.max_open_requests,
+            blocked_words=given.blocked_words and given.blocked_words.resolve(),
+            safety_checker=given.safety_checker,
             engine=EngineConfig(
                 max_batch_size=given.max_batch_size,
                 max_live=given.max_live,
@@ -119,6 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
         checkpoints = check_models(config)
         if config.api_keys is not None:
             load_keys(config.api_keys)
+        Safety.load(config)
         address = reserve_address(config.host, config.port)
         for checkpoint in checkpoints:
             check_artifacts(checkpoint, config.backend)
@@ -146,6 +163,14 @@ def lora_source(text: str) -> LoraSource:
         return LoraSource(found["name"], Path(found["path"]).resolve(), float(found["scale"] or 1), found["base"])
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def replica_range(text: str) -> tuple[int, int]:
+    """Read N or N-M."""
+    if re.fullmatch(r"\d{1,3}(-\d{1,3})?", text, re.ASCII) is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor a range as 1-4")
+    fewest, _, most = text.partition("-")
+    return int(fewest), int(most or fewest)
 
 
 def check_models(config: ServerConfig) -> list[Checkpoint]:

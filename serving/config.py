@@ -54,12 +54,21 @@ class ServerConfig:
     """Address to listen on; others than this machine's own want `api_keys`."""
     port: int = 8000
     front: FrontName = "direct"
-    """Who answers HTTP: the replica itself, or Ray's proxy, which costs more and routes between machines."""
+    """Who answers HTTP: the replicas themselves, on one machine; or Ray's proxy and an ingress, which cost more, route
+    between replicas on any machine and ask another where one dies."""
+    min_replicas: int = 1
+    """Processes with engines, each with all models."""
+    max_replicas: int = 1
+    """Behind Ray's proxy, more are started when there is more to do than engines take in one call."""
     engine: EngineConfig = EngineConfig()
     backend: BackendConfig = BackendConfig("auto", threads=0)
     """What runs the checkpoint."""
     api_keys: Path | None = None
     """File of who may ask, made by `tdm-keys`; None lets everybody."""
+    blocked_words: Path | None = None
+    """File of words that prompts may not hold, one a line."""
+    safety_checker: str | None = None
+    """`MODULE:FACTORY` of a checker of one's own (`serving.safety.SafetyChecker`)."""
     max_open_requests: int = 1024
     """HTTP and gRPC requests open at once; beyond, 429. What of them the engine takes is its own to say."""
     request_timeout_s: float = 60.0
@@ -75,5 +84,10 @@ class ServerConfig:
     def __post_init__(self) -> None:
         if not 1 <= self.port <= 65535:
             raise ValueError(f"port is {self.port}; it must be from 1 to 65535")
+        if not 1 <= self.min_replicas <= self.max_replicas:
+            raise ValueError(f"replicas are {self.min_replicas} to {self.max_replicas}; give 1 or more, fewest first")
+        if self.front == "direct" and self.min_replicas < self.max_replicas:
+            message = "Ray starts more by what its proxy sees; give one number, or --front ray"
+            raise ValueError(f"replicas are {self.min_replicas} to {self.max_replicas}; {message}")
         if self.max_open_requests < 1:
             raise ValueError(f"max_open_requests is {self.max_open_requests}; it must be at least 1")

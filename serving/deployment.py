@@ -1,20 +1,34 @@
-"""The service as a Ray Serve deployment."""
+"""The server as Ray Serve deployments: engine and fronts in one process, or an ingress before engines anywhere."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import shlex
+from collections.abc import AsyncIterator
+from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
+from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
+from serving.answers import ImageAnswer, PartialAnswer
 from serving.config import ServerConfig
+from serving.errors import APIError
+from serving.metrics import ServerMetrics
+from serving.remote import Listing, RemoteImages, refusal
+from serving.schema.images import ImageRequest
+from serving.services import Services
 from serving.web.front import HTTPFront
 
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 """Ray's own messages; the server logs its requests itself."""
+
+
+HEAD = {"node:__internal_head__": 0.001}
+"""What only the head node has: the ingress lives where Ray's own bookkeeping does, and dies with nothing else."""
 
 
 @serve.deployment(
@@ -28,48 +42,129 @@ QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
     ray_actor_options={"num_cpus": 1},
     logging_config=QUIET,
 )
-@serve.ingress()
-class ImageDeployment:
-    """One replica: one service, one engine thread. Admission is the engine's own, so Ray queues nothing."""
+class DirectDeployment:
+    """One replica: engine and fronts in one process. Admission is the engine's own, so Ray queues nothing."""
 
     async def __init__(self, config: ServerConfig) -> None:  # type: ignore[misc]  # Ray awaits it
-        from serving.services import Services
+        from serving.service import ImageService
+        from serving.web.app import build_app
 
         set_up_logging(config.log_level)
-        self.services = Services.start(config)
-        self.front: HTTPFront | None = None
-        if config.front == "direct":  # last: who can connect is served
-            self.front = await HTTPFront.start(self.__serve_build_asgi_app__(), config.host, config.port)
+        metrics = ServerMetrics()
+        self.images = ImageService(config, metrics)
+        self.services = Services.start(config, metrics, self.images)
+        # Last: who can connect is served.
+        self.front = await HTTPFront.start(build_app(self.services), config.host, config.port)
+
+    def check_health(self) -> None:
+        """Asked by Ray; a replica whose engine died, or that nobody can reach, is replaced."""
+        if not self.images.is_healthy:
+            raise RuntimeError("the engine's thread is not running")
+        if self.services.is_ready and not self.front.is_running:
+            raise RuntimeError("the HTTP front is not running")
+
+    def backend(self) -> str:
+        """What runs the default model and, where it was measured, why."""
+        return self.images.backend
+
+    async def drain(self) -> None:
+        """Answer what was accepted, and stop listening. Called by `tdm-serve` before it stops."""
+        await self.services.drain()
+        await self.front.close()
+
+    async def __del__(self) -> None:
+        """Called by Ray when it stops a replica; of requests to its own front Ray knows nothing."""
+        if hasattr(self, "front"):
+            if self.services.is_ready:
+                await self.drain()
+            await asyncio.to_thread(self.services.close)
+
+
+@serve.deployment(
+    name="engines",
+    max_ongoing_requests=4096,
+    max_constructor_retry_count=1,
+    health_check_period_s=2,
+    ray_actor_options={"num_cpus": 1},
+    logging_config=QUIET,
+)
+class EngineDeployment:
+    """One engine behind an ingress. What it refuses it returns: Ray would wrap what is raised."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        from serving.service import ImageService
+
+        set_up_logging(config.log_level)
+        self.images = ImageService(config, ServerMetrics())
+
+    async def generate(self, request: ImageRequest, as_pixels: bool) -> ImageAnswer | APIError:
+        """As `ImageService.generate`."""
+        try:
+            return await self.images.generate(request, as_pixels)
+        except Exception as error:
+            return refusal(error)
+
+    async def stream(self, request: ImageRequest) -> AsyncIterator[PartialAnswer | ImageAnswer | APIError]:
+        """As `ImageService.stream`."""
+        try:
+            async for part in await self.images.stream(request):
+                yield part
+        except Exception as error:
+            yield refusal(error)
+
+    async def listing(self) -> Listing:
+        """What is served."""
+        cards = self.images.models()
+        return Listing(cards, {card.id: self.images.recipe(card.id) for card in cards}, self.images.backend)
+
+    def check_health(self) -> None:
+        """Asked by Ray; a replica whose engine died is replaced."""
+        if not self.images.is_healthy:
+            raise RuntimeError("the engine's thread is not running")
+
+    async def __del__(self) -> None:
+        """Called by Ray when it stops a replica, after its last request."""
+        if hasattr(self, "images"):
+            await asyncio.to_thread(self.images.close)
+
+
+@serve.deployment(
+    name="images",
+    max_ongoing_requests=4096,
+    max_queued_requests=-1,
+    max_constructor_retry_count=1,
+    health_check_period_s=2,
+    ray_actor_options={"num_cpus": 0, "resources": HEAD},
+    logging_config=QUIET,
+)
+@serve.ingress()
+class IngressDeployment:
+    """HTTP behind Ray's proxy, before engines on any machine."""
+
+    async def __init__(self, config: ServerConfig, engines: DeploymentHandle[Any]) -> None:  # type: ignore[misc]
+        set_up_logging(config.log_level)
+        metrics = ServerMetrics()
+        self.images = await RemoteImages.connect(engines, metrics)
+        self.services = Services.start(config, metrics, self.images)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         from serving.web.app import build_app
 
         return build_app(self.services)
 
-    def check_health(self) -> None:
-        """Asked by Ray; a replica whose engine died, or that nobody can reach, is replaced."""
-        if not self.services.images.is_healthy:
-            raise RuntimeError("the engine's thread is not running")
-        if self.front is not None and self.services.is_ready and not self.front.is_running:
-            raise RuntimeError("the HTTP front is not running")
-
     def backend(self) -> str:
-        """What runs the model and, where it was measured, why."""
-        model = self.services.images.engine.model
-        return model.choice or model.backend
+        """What runs the default model and, where it was measured, why."""
+        return self.images.backend
 
     async def drain(self) -> None:
-        """Answer what was accepted, and stop listening. Called by `tdm-serve` before it stops."""
+        """Answer what was accepted. Called by `tdm-serve` before it stops."""
         await self.services.drain()
-        if self.front is not None:
-            await self.front.close()
 
     async def __del__(self) -> None:
-        """Called by Ray when it stops a replica; of requests to its own front Ray knows nothing."""
+        """Called by Ray when it stops the ingress."""
         if hasattr(self, "services"):
-            if self.services.is_ready:
-                await self.drain()
-            await asyncio.to_thread(self.services.close)
+            await self.drain()
+            self.services.close()
 
 
 def set_up_logging(level: str) -> None:
@@ -85,5 +180,29 @@ def set_up_logging(level: str) -> None:
 
 def build_application(config: ServerConfig) -> Application:
     """Return the Serve application."""
-    deployment: serve.Deployment = ImageDeployment
-    return deployment.options(graceful_shutdown_timeout_s=config.drain_timeout_s).bind(config)
+    options: dict[str, Any] = {"graceful_shutdown_timeout_s": config.drain_timeout_s}
+    ingress: serve.Deployment = IngressDeployment if config.front == "ray" else DirectDeployment
+    if config.front == "direct":
+        return ingress.options(num_replicas=config.min_replicas, **options).bind(config)
+    engines: serve.Deployment = EngineDeployment
+    scaling: dict[str, Any] = {"num_replicas": config.min_replicas}
+    if config.max_replicas > config.min_replicas:
+        scaling = {
+            "autoscaling_config": {
+                "min_replicas": config.min_replicas,
+                "max_replicas": config.max_replicas,
+                "target_ongoing_requests": config.engine.max_batch_size,
+            }
+        }
+    return ingress.options(**options).bind(config, engines.options(**scaling, **options).bind(config))
+
+
+def app(arguments: dict[str, str]) -> Application:
+    """What `serve run serving.deployment:app` and KubeRay's RayService build (deploy/rayservice.yaml).
+
+    Args:
+        arguments: `command`: the arguments of `tdm-serve`; what belongs to one machine, as its port, is Ray's there.
+    """
+    from serving.cli import parse_arguments
+
+    return build_application(parse_arguments(["--front", "ray", *shlex.split(arguments.get("command", ""))]))

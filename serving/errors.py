@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from fastapi.responses import JSONResponse
@@ -24,6 +25,9 @@ class APIError(Exception):
     def __post_init__(self) -> None:
         super().__init__(self.message)
 
+    def __reduce__(self) -> tuple[object, ...]:
+        return APIError, (self.status, self.message, self.type, self.param, self.code, self.headers)
+
     def to_response(self) -> JSONResponse:
         return JSONResponse(self.to_body(), self.status, self.headers)
 
@@ -34,6 +38,12 @@ class APIError(Exception):
 def invalid(message: str, param: str | None, code: str, status: int = 400) -> APIError:
     """The client's mistake: sending it again changes nothing."""
     return APIError(status, message, param=param, code=code, headers={"x-should-retry": "false"})
+
+
+def unknown_model(name: str, known: Iterable[str]) -> APIError:
+    """A model that there is not."""
+    message = f"model {name[:64]!r} does not exist; this server has {', '.join(known)}"
+    return invalid(message, "model", "model_not_found", 404)
 
 
 def not_ready(message: str) -> APIError:

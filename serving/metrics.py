@@ -20,6 +20,7 @@ class ServerMetrics:
         self.rejected = self._counter("tdm_rejected", "Requests refused, by error code.", "reason")
         self.steps_used = self._counter("tdm_pictures", "Pictures made, by step count.", "num_inference_steps")
         self.cancelled = self._counter("tdm_cancelled", "Requests whose client left.")
+        self.retried = self._counter("tdm_retried", "Requests asked again because the engine that had them died.")
         self.not_finite = self._counter("tdm_nan", "Requests whose model output was NaN or infinite.")
         self.batch_size = Histogram(
             "tdm_batch_size", "Samples in a denoiser call.", registry=self.registry, buckets=BATCH_SIZES

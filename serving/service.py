@@ -16,6 +16,7 @@ from serving.answers import ImageAnswer, ImageTimings, InputTokenDetails, MadeIm
 from serving.catalog import Catalog, Served, load_base
 from serving.config import ServerConfig
 from serving.metrics import ServerMetrics
+from serving.safety import Safety
 from serving.schema.images import ImageRequest
 from serving.schema.models import ModelCard
 from tdm_runtime.codec import describe_parameters, encode_image
@@ -26,6 +27,7 @@ from tdm_runtime.engine import DiffusionEngine
 from tdm_runtime.loaded_model import LoadedModel
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.receipt import receipt_of
+from tdm_runtime.recipe import Recipe
 from tdm_runtime.sample import Picture
 from tdm_runtime.text_encoder import PromptEmbedding
 
@@ -58,6 +60,7 @@ class ImageService:
         self.config = config
         self.metrics = metrics
         torch.set_num_threads(1)  # of this thread: only the engine's may have more, see loaded_model
+        self._safety = Safety.load(config)
         bases = [load_base(source, config.backend) for source in config.models]
         self.engine = DiffusionEngine(bases[0].model, config.engine, metrics.observe_batch)
         metrics.watch(self.engine)
@@ -75,6 +78,11 @@ class ImageService:
         return self.engine.is_healthy
 
     @property
+    def backend(self) -> str:
+        """What runs the default model and, where it was measured, why."""
+        return self.engine.model.choice or self.engine.model.backend
+
+    @property
     def num_live(self) -> int:
         """Pictures accepted and not yet answered."""
         return self.engine.num_live
@@ -88,22 +96,21 @@ class ImageService:
         """What is served."""
         return [_card(served) for served in self.catalog.served()]
 
-    def model_card(self, name: str) -> ModelCard:
-        """Describe one model.
+    def model_card(self, name: str | None) -> ModelCard:
+        """Describe one model; None is the default.
 
         Raises:
             APIError: 404, there is none of that name.
         """
         return _card(self.catalog.find(name))
 
-    def cost(self, request: ImageRequest) -> float:
-        """What a request takes of a quota, in megapixel-steps; the most it may take where steps are open.
+    def recipe(self, name: str | None) -> Recipe:
+        """How a model is sampled; None is the default.
 
         Raises:
-            InvalidRequestError, APIError: the request's mistake.
+            APIError: 404, there is none of that name.
         """
-        params = request.to_sampling_params(self.catalog.find(request.model).model.recipe)[0]
-        return request.n * params.width * params.height * params.num_inference_steps / 1e6
+        return self.catalog.find(name).model.recipe
 
     async def generate(self, request: ImageRequest, as_pixels: bool = False) -> ImageAnswer:
         """Make a request's pictures.
@@ -144,7 +151,7 @@ class ImageService:
         try:
             index = 0
             while (preview := await asyncio.wait_for(previews.get(), self.config.request_timeout_s)) is not None:
-                yield await asyncio.to_thread(_partial, preview, index, submitted.request)
+                yield await asyncio.to_thread(self._partial, preview, index, submitted.request)
                 index += 1
             yield await self._finish(submitted)
         finally:
@@ -152,11 +159,16 @@ class ImageService:
 
     def _submit(self, request: ImageRequest, on_preview: Callable[[Preview], None] | None) -> Submitted:
         started_s = time.monotonic()
+        self._safety.check_prompt(request.prompt)
         model = self.catalog.find(request.model).model
         params = request.to_sampling_params(model.recipe)
         encoding_ms = 1e3 * len(params) * self.engine.call_seconds(_encoding(request, params[0]))
         delivery = request.to_delivery(model.recipe, encoding_ms, on_preview)
         return Submitted(request, model, self.engine.submit_all(params, delivery, model), started_s)
+
+    def _partial(self, preview: Preview, index: int, request: ImageRequest) -> PartialAnswer:
+        self._safety.check_picture(preview.pixels)
+        return _partial_answer(preview, index, request)
 
     async def _finish(self, submitted: Submitted, as_pixels: bool = False) -> ImageAnswer:
         """Wait for a request's pictures and encode them."""
@@ -166,6 +178,9 @@ class ImageService:
                 pictures = await asyncio.gather(*map(asyncio.wrap_future, submitted.futures))
         finally:
             submitted.cancel()  # a finished one is not changed by this
+        if self._safety.is_on:
+            for picture in pictures:
+                await asyncio.to_thread(self._safety.check_picture, picture.pixels)
         encoding_s = time.monotonic()
         if sum(picture.pixels.size for picture in pictures) <= SMALL_PIXELS:
             images = _made_images(model, pictures, request, as_pixels)
@@ -227,7 +242,7 @@ def _made_images(
     return images
 
 
-def _partial(preview: Preview, index: int, request: ImageRequest) -> PartialAnswer:
+def _partial_answer(preview: Preview, index: int, request: ImageRequest) -> PartialAnswer:
     return PartialAnswer(
         content=_encoded(preview.pixels, request, {}),
         index=index,

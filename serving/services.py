@@ -1,39 +1,58 @@
-"""What the fronts of one replica share."""
+"""What the fronts of one process share."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from typing import Protocol
 
 from serving.access import Access
+from serving.answers import ImageAnswer, PartialAnswer
 from serving.config import ServerConfig
 from serving.idempotency import Replays
 from serving.metrics import ServerMetrics
-from serving.service import ImageService
+from serving.schema.images import ImageRequest
+from serving.schema.models import ModelCard
+from tdm_runtime.recipe import Recipe
+
+
+class Images(Protocol):
+    """What makes pictures: engines here (`ImageService`) or elsewhere (`RemoteImages`)."""
+
+    @property
+    def is_healthy(self) -> bool: ...
+    @property
+    def num_live(self) -> int: ...
+    def models(self) -> list[ModelCard]: ...
+    def model_card(self, name: str | None) -> ModelCard: ...
+    def recipe(self, name: str | None) -> Recipe: ...
+    async def generate(self, request: ImageRequest, as_pixels: bool = False) -> ImageAnswer: ...
+    async def stream(self, request: ImageRequest) -> AsyncIterator[PartialAnswer | ImageAnswer]: ...
+    def close(self) -> None: ...
 
 
 @dataclass
 class Services:
-    """One replica's services, made once and given to HTTP and gRPC alike."""
+    """What the fronts need, made once and given to HTTP and gRPC alike."""
 
     config: ServerConfig
     metrics: ServerMetrics
     access: Access
-    images: ImageService
+    images: Images
     replays: Replays
     num_active: int = 0
     """Requests of all fronts that are not yet answered."""
     is_draining: bool = False
 
     @classmethod
-    def start(cls, config: ServerConfig) -> Services:
-        """Load the model and whatever else requests need.
+    def start(cls, config: ServerConfig, metrics: ServerMetrics, images: Images) -> Services:
+        """Make what requests need besides pictures.
 
         Raises:
-            TDMError, ValueError, OSError: something cannot be used; better now than at the first request.
+            ValueError, OSError: something cannot be used; better now than at the first request.
         """
-        metrics = ServerMetrics()
-        return cls(config, metrics, Access(config.api_keys), ImageService(config, metrics), Replays())
+        return cls(config, metrics, Access(config.api_keys), images, Replays())
 
     @property
     def is_ready(self) -> bool:

@@ -85,6 +85,15 @@ class ImageRequest(BaseModel):
         seeds = ((first_seed + n) % (MAX_SEED + 1) for n in range(self.n))
         return [replace(params, seed=seed) for seed in seeds]
 
+    def cost(self, recipe: Recipe) -> float:
+        """What the request takes of a quota, in megapixel-steps; the most it may take where steps are open.
+
+        Raises:
+            InvalidRequestError, APIError: a value outside its limits.
+        """
+        params = self.to_sampling_params(recipe)[0]
+        return self.n * params.width * params.height * params.num_inference_steps / 1e6
+
     def to_delivery(self, recipe: Recipe, spent_ms: float, on_preview: Callable[[Preview], None] | None) -> Delivery:
         """How its pictures are to be served.
 

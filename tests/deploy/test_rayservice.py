@@ -1,0 +1,48 @@
+"""What KubeRay reads is what Ray Serve accepts and builds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ray.serve.schema import ServeDeploySchema
+
+from serving import deployment
+from serving.config import ServerConfig
+
+FILE = Path(__file__).resolve().parents[2] / "deploy" / "rayservice.yaml"
+
+
+@pytest.fixture(scope="module")
+def spec() -> dict[str, Any]:
+    read: dict[str, Any] = yaml.safe_load(FILE.read_text())
+    assert (read["apiVersion"], read["kind"]) == ("ray.io/v1", "RayService")
+    spec: dict[str, Any] = read["spec"]
+    return spec
+
+
+def test_ray_accepts_the_configuration(spec: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[ServerConfig] = []
+    monkeypatch.setattr(deployment, "build_application", built.append)
+    schema = ServeDeploySchema.model_validate(yaml.safe_load(spec["serveConfigV2"]))
+    (application,) = schema.applications
+    assert application.import_path == "serving.deployment:app"
+    deployment.app(application.args)
+    (config,) = built
+    assert config.front == "ray"
+    assert (config.min_replicas, config.max_replicas) == (1, 4)
+    assert config.api_keys is not None  # it is reached from elsewhere
+    assert schema.http_options.request_timeout_s > config.request_timeout_s  # the server's own refusal comes first
+
+
+def test_the_workers_have_room_for_the_replicas(spec: dict[str, Any]) -> None:
+    cluster = spec["rayClusterConfig"]
+    (workers,) = cluster["workerGroupSpecs"]
+    assert workers["rayStartParams"]["num-cpus"] == "1"
+    assert (workers["minReplicas"], workers["maxReplicas"]) == (1, 4)
+    assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    import ray
+
+    assert cluster["rayVersion"] == ray.__version__
