@@ -29,11 +29,22 @@ class ImageRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    prompt: str = Field(description=f"What the picture shows, 1..{MAX_PROMPT_CHARACTERS} characters.")
+    prompt: str = Field(
+        description=f"What the picture shows, 1..{MAX_PROMPT_CHARACTERS} characters.",
+        json_schema_extra={"minLength": 1, "maxLength": MAX_PROMPT_CHARACTERS, "pattern": r"\S"},
+    )
     model: str | None = Field(None, description="Model id from /v1/models; the served model by default.")
     n: int = Field(1, ge=1, le=MAX_PICTURES, description="Pictures; the i-th uses seed + i.")
-    size: str = Field("auto", description='"WxH" from the model\'s sizes, or "auto".')
-    seed: int | None = Field(None, description=f"0..{MAX_SEED}; drawn by the server when absent.")
+    size: str = Field(
+        "auto",
+        description='"WxH" from the model\'s sizes, or "auto".',
+        json_schema_extra={"pattern": f"^(auto|{SIZE_PATTERN.pattern})$"},
+    )
+    seed: int | None = Field(
+        None,
+        description=f"0..{MAX_SEED}; drawn by the server when absent.",
+        json_schema_extra={"minimum": 0, "maximum": MAX_SEED},
+    )
     num_inference_steps: int | Literal["auto"] | None = Field(
         None, description='One of the model\'s step counts; "auto" takes as many as the budget, or the load, allows.'
     )

@@ -5,16 +5,22 @@ from __future__ import annotations
 from fastapi import FastAPI
 
 from serving.services import Services
+from serving.web.documentation import document
 from serving.web.edge import add_edges
 from serving.web.images import add_image_routes
 from serving.web.operations import add_operation_routes, add_playground
 
+DESCRIPTION = (
+    "Pictures in 1 to 4 deterministic diffusion steps. Follows the OpenAI API; sampling fields follow diffusers."
+)
+
 
 def build_app(services: Services) -> FastAPI:
     """Return the ASGI application of a replica's services."""
-    app = FastAPI(title="TDM image server", version="1", docs_url=None, redoc_url=None)
+    app = FastAPI(title="tdm-serve", version="1", description=DESCRIPTION, docs_url=None, redoc_url=None)
     add_image_routes(app, services)
     add_operation_routes(app, services)
     add_playground(app)
     add_edges(app, services)
+    document(app, services)
     return app

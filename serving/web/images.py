@@ -17,18 +17,31 @@ from serving.schema.models import ModelCard, ModelList
 from serving.schema.parsing import parse_body
 from serving.services import Services
 from serving.web.body import read_json
+from serving.web.documentation import json_body
 from serving.web.edge import caller_of, note_error, shown_request_id
 from tdm_runtime.codec import ImageFormat
 
 UNBUFFERED = {"cache-control": "no-store", "x-accel-buffering": "no"}
 """For streams: proxies pass every event on as it comes."""
 MEDIA_TYPES: dict[str, ImageFormat] = {"image/png": "png", "image/webp": "webp", "image/jpeg": "jpeg"}
+PICTURE = {"schema": {"type": "string", "format": "binary"}}
+ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The pictures; with `stream`, events; with `Accept: image/png`, webp or jpeg, a file.",
+        "content": {"text/event-stream": {"schema": {"type": "string"}}, **dict.fromkeys(MEDIA_TYPES, PICTURE)},
+    }
+}
 
 
 def add_image_routes(app: FastAPI, services: Services) -> None:
     """Pictures and the models that make them."""
 
-    @app.post("/v1/images/generations", openapi_extra=_documented_body(), response_model=ImageResponse)
+    @app.post(
+        "/v1/images/generations",
+        openapi_extra=json_body(ImageRequest.model_json_schema()),
+        response_model=ImageResponse,
+        responses=ANSWERS,
+    )
     async def generate_images(request: Request) -> Response:
         """Make pictures for a prompt."""
         caller = caller_of(request)
@@ -147,9 +160,3 @@ def server_timing(timings: ImageTimings) -> str:
         "total": timings.total_ms,
     }
     return ", ".join(f"{name};dur={duration:.2f}" for name, duration in stages.items())
-
-
-def _documented_body() -> dict[str, Any]:
-    """The request body in OpenAPI; it is parsed by hand to be stricter than the framework."""
-    schema = ImageRequest.model_json_schema()
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}

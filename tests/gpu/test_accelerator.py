@@ -74,6 +74,7 @@ def test_torch_is_measured_and_what_is_missing_is_said(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {REPORT_FILE, TABLE_FILE}
 
 
+@pytest.mark.slow
 def test_a_second_run_goes_on(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     device = ["--device", "cpu", "--models", "sdxl", "--batches", "1", "--precisions", "fp32"]

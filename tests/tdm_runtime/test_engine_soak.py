@@ -27,7 +27,6 @@ from tdm_runtime.sample import Picture
 from tdm_runtime.warm_up import warm_up
 
 NUM_THREADS = 4
-NUM_REQUESTS = 10_000
 PROMPTS = ("a red apple", "two green trees on blue", "a fox")
 BAD_SEEDS = (-1, 2**32, 2**64, 1.5, True, "7")
 MAX_LEVELS_APART = 2
@@ -126,7 +125,8 @@ def storm(engine: DiffusionEngine, num_requests: int, seed: int) -> list[Client]
     return clients
 
 
-def test_every_request_is_answered_exactly_once_and_nothing_leaks(tiny_checkpoint: Path) -> None:
+@pytest.mark.parametrize("num_requests", [2_500, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_every_request_is_answered_exactly_once_and_nothing_leaks(tiny_checkpoint: Path, num_requests: int) -> None:
     torch.set_num_threads(1)
     model = load_model(tiny_checkpoint, device="cpu")
     spoiled = Spoiled(model)
@@ -135,7 +135,7 @@ def test_every_request_is_answered_exactly_once_and_nothing_leaks(tiny_checkpoin
         storm(engine, 400, seed=100)
         before, counted = resources(), vars(engine.stats).copy()
         nan_before = spoiled.num_rows
-        clients = storm(engine, NUM_REQUESTS, seed=0)
+        clients = storm(engine, num_requests, seed=0)
         counts = {name: value - counted[name] for name, value in vars(engine.stats).items()}
         assert engine.num_live == 0 and engine.is_healthy
         check_answers(model, clients, counts, num_nan=spoiled.num_rows - nan_before)

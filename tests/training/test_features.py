@@ -35,6 +35,7 @@ MAX_FILE_BYTES = 600_000
 needs_weights = pytest.mark.skipif(not FEATURES_FILE.is_file(), reason="features.safetensors is not trained")
 
 
+@pytest.mark.slow
 @needs_font
 def test_features_and_decoder_resume_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loop = LoopConfig(steps=4, save_every_s=0.0)

@@ -67,6 +67,7 @@ def test_it_beats_the_teacher_at_equal_steps() -> None:
         assert found.data < start[step_count].data
 
 
+@pytest.mark.slow
 def test_one_fake_score_for_every_k_is_biased() -> None:
     """Eq. 9: students of different K then only need to be right on average."""
     shared, own = distances("one fake score for every K (Eq. 9)"), distances("TDM-unify")

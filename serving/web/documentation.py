@@ -1,0 +1,75 @@
+"""The OpenAPI document: what is really read and answered, which the framework does not know by itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+
+from serving.services import Services
+from serving.web.edge import OPEN_PATHS, OPEN_PREFIXES
+
+ERRORS = "Refused or failed. `message` names the value, the limit and the remedy; `x-should-retry: false` says that "
+ERRORS += "the same request fails again, `retry-after` and `retry-after-ms` when it may not."
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """Every failure."""
+
+    error: ErrorDetail
+
+
+def document(app: FastAPI, services: Services) -> None:
+    """Make /openapi.json true."""
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            app.openapi_schema = _document(app, services)
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _document(app: FastAPI, services: Services) -> dict[str, Any]:
+    spec = get_openapi(title=app.title, version=app.version, routes=app.routes, description=app.description)
+    components = spec.setdefault("components", {})
+    schemas = components.setdefault("schemas", {})
+    for name in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(name, None)  # the framework's own shape, which is never sent
+    schemas["ErrorDetail"] = ErrorDetail.model_json_schema()
+    schemas["ErrorBody"] = ErrorBody.model_json_schema(ref_template="#/components/schemas/{model}")
+    schemas["ErrorBody"].pop("$defs", None)
+    components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    for path, operations in spec["paths"].items():
+        for operation in operations.values():
+            operation["responses"].pop("422", None)
+            operation["responses"]["default"] = {
+                "description": ERRORS,
+                "headers": {"x-request-id": {"schema": {"type": "string"}}},
+                "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}},
+            }
+            is_open = path in OPEN_PATHS or path.startswith(OPEN_PREFIXES)
+            operation["security"] = [{}] if is_open or services.config.api_keys is None else [{"key": []}]
+    return spec
+
+
+def json_body(schema: dict[str, Any], **other: dict[str, Any]) -> dict[str, Any]:
+    """A request body that is parsed by hand, to be stricter than the framework.
+
+    Args:
+        other: schemas of other media types that are read, by their name with `_` for `/`.
+    """
+    content = {"application/json": {"schema": schema}}
+    content |= {name.replace("_", "/", 1): {"schema": found} for name, found in other.items()}
+    return {"requestBody": {"required": True, "content": content}}
