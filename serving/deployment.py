@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 
 from fastapi import FastAPI
 from ray import serve
@@ -11,6 +10,7 @@ from ray.serve import Application
 from ray.serve.schema import LoggingConfig
 
 from serving.config import ServerConfig
+from serving.logs import set_up_logging
 from serving.web.front import HTTPFront
 
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
@@ -35,7 +35,7 @@ class ImageDeployment:
     async def __init__(self, config: ServerConfig) -> None:  # type: ignore[misc]  # Ray awaits it
         from serving.services import Services
 
-        set_up_logging(config.log_level)
+        set_up_logging(config)
         self.services = Services.start(config)
         self.front: HTTPFront | None = None
         if config.front == "direct":  # last: who can connect is served
@@ -70,17 +70,6 @@ class ImageDeployment:
             if self.services.is_ready:
                 await self.drain()
             await asyncio.to_thread(self.services.close)
-
-
-def set_up_logging(level: str) -> None:
-    """Our loggers to stderr, which Ray shows in the server's terminal."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
-    for name in ("serving", "tdm_runtime"):
-        logger = logging.getLogger(name)
-        logger.addHandler(handler)
-        logger.setLevel(level.upper())
-        logger.propagate = False
 
 
 def build_application(config: ServerConfig) -> Application:

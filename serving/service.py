@@ -17,6 +17,7 @@ from serving.errors import invalid
 from serving.metrics import ServerMetrics
 from serving.schema.images import ImageRequest
 from serving.schema.models import ModelCard
+from serving.tracing import current_span
 from tdm_runtime.backend_choice import load_model
 from tdm_runtime.codec import describe_parameters, encode_image
 from tdm_runtime.cost_model import Kind
@@ -27,7 +28,7 @@ from tdm_runtime.loaded_model import LoadedModel
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.receipt import receipt_of
 from tdm_runtime.recipe import RECIPE_FILE
-from tdm_runtime.sample import Picture
+from tdm_runtime.sample import Picture, Timings
 from tdm_runtime.text_encoder import PromptEmbedding
 from tdm_runtime.warm_up import warm_up
 
@@ -47,7 +48,7 @@ class ImageService:
         self.model: LoadedModel = load_model(config.checkpoint, config.backend)
         logger.info("%s runs on %s", self.model.recipe.name, self.model.choice or self.model.backend)
         self.engine = DiffusionEngine(self.model, config.engine, self.metrics.observe_batch)
-        self.metrics.watch(self.engine)
+        self.metrics.watch_engine(self.engine)
         self._created = int((config.checkpoint / RECIPE_FILE).stat().st_mtime)
         self.engine.start()
         warm_up(self.engine)
@@ -158,8 +159,12 @@ class ImageService:
 
     def _submit(self, request: ImageRequest, on_preview: Callable[[Preview], None] | None) -> list[Future[Picture]]:
         params = request.to_sampling_params(self.model.recipe)
+        self._trace(params)
         encoding_ms = 1e3 * len(params) * self.engine.call_seconds(_encoding(request, params[0]))
-        return self.engine.submit_all(params, request.to_delivery(self.model.recipe, encoding_ms, on_preview))
+        futures = self.engine.submit_all(params, request.to_delivery(self.model.recipe, encoding_ms, on_preview))
+        if request.latency_budget_ms is not None:
+            self.metrics.budgets_promised.inc()
+        return futures
 
     async def _finish(
         self, request: ImageRequest, futures: Sequence[Future[Picture]], started_s: float, as_pixels: bool = False
@@ -168,6 +173,10 @@ class ImageService:
         try:
             async with asyncio.timeout(self.config.request_timeout_s):
                 pictures = await asyncio.gather(*map(asyncio.wrap_future, futures))
+        except Exception:
+            if request.latency_budget_ms is not None:
+                self.metrics.budgets_missed.inc()
+            raise
         finally:
             for future in futures:
                 future.cancel()  # a finished one is not changed by this
@@ -180,11 +189,16 @@ class ImageService:
         encode_ms, total_ms = 1e3 * (ended_s - encoding_s), 1e3 * (ended_s - started_s)
         if not as_pixels:
             self.engine.observe(_encoding(request, pictures[0].params), 1, (ended_s - encoding_s) / len(pictures))
-        timings = self._timings(pictures, encode_ms, total_ms)
-        self.metrics.observe_request(timings)
+        slowest = max((picture.timings for picture in pictures), key=lambda t: t.queue_ms + sum(t.steps_ms))
+        timings = self._timings(slowest, encode_ms, total_ms)
+        budget_ms = request.latency_budget_ms
+        budget_kept = None if budget_ms is None else total_ms <= budget_ms
+        self.metrics.observe_request(timings, budget_kept)
+        if (span := current_span()) is not None:
+            span.record_stages(slowest, encode_ms, total_ms)
+            self._trace([picture.params for picture in pictures])
         for picture in pictures:
             self.metrics.steps_used.labels(picture.params.num_inference_steps).inc()
-        budget_ms = request.latency_budget_ms
         return ImageAnswer(
             created=int(time.time()),
             model=self.model.recipe.name,
@@ -195,8 +209,22 @@ class ImageService:
             usage=self._usage(pictures),
             timings=timings,
             predicted_ms=max(picture.predicted_ms for picture in pictures) + encode_ms,
-            latency_budget_kept=None if budget_ms is None else total_ms <= budget_ms,
+            latency_budget_kept=budget_kept,
             warnings=_warnings(pictures[0].prompt),
+        )
+
+    def _trace(self, params: Sequence[SamplingParams]) -> None:
+        """Say what is made, where somebody traces it."""
+        if (span := current_span()) is None:
+            return
+        span.set(
+            {
+                "tdm.model": self.model.recipe.name,
+                "tdm.backend": self.model.backend,
+                "tdm.num_inference_steps": max(one.num_inference_steps for one in params),
+                "tdm.size": f"{params[0].width}x{params[0].height}",
+                "tdm.n": len(params),
+            }
         )
 
     def _encode(self, pictures: Sequence[Picture], request: ImageRequest, as_pixels: bool) -> list[MadeImage]:
@@ -237,8 +265,7 @@ class ImageService:
         )
 
     @staticmethod
-    def _timings(pictures: Sequence[Picture], encode_ms: float, total_ms: float) -> ImageTimings:
-        slowest = max((picture.timings for picture in pictures), key=lambda t: t.queue_ms + sum(t.steps_ms))
+    def _timings(slowest: Timings, encode_ms: float, total_ms: float) -> ImageTimings:
         return ImageTimings(
             queue_ms=slowest.queue_ms,
             text_ms=slowest.text_ms,

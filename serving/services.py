@@ -10,6 +10,7 @@ from serving.config import ServerConfig
 from serving.idempotency import Replays
 from serving.metrics import ServerMetrics
 from serving.service import ImageService
+from serving.tracing import Tracing
 
 
 @dataclass
@@ -21,6 +22,8 @@ class Services:
     access: Access
     images: ImageService
     replays: Replays
+    tracing: Tracing | None = None
+    """None where it is off."""
     num_active: int = 0
     """Requests of all fronts that are not yet answered."""
     is_draining: bool = False
@@ -32,8 +35,10 @@ class Services:
         Raises:
             TDMError, ValueError, OSError: something cannot be used; better now than at the first request.
         """
-        metrics = ServerMetrics()
-        return cls(config, metrics, Access(config.api_keys), ImageService(config, metrics), Replays())
+        metrics, tracing = ServerMetrics(), Tracing.start(config)
+        services = cls(config, metrics, Access(config.api_keys), ImageService(config, metrics), Replays(), tracing)
+        metrics.watch_requests(lambda: services.num_active, config.max_open_requests)
+        return services
 
     @property
     def is_ready(self) -> bool:
@@ -49,3 +54,5 @@ class Services:
     def close(self) -> None:
         """Finish what was accepted, then stop."""
         self.images.close()
+        if self.tracing is not None:
+            self.tracing.close()
