@@ -48,7 +48,7 @@ def add_edges(app: FastAPI, services: Services) -> None:
         code = UNSERVED_STATUS.get(error.status_code, "http_error")
         message = f"{request.method} {request.url.path[:80]}: {error.detail}; see /openapi.json for what is served"
         answer = invalid(message, None, code, error.status_code)
-        tell_code(answer)
+        tell_code(code, error.status_code)
         answer.headers |= dict(error.headers or {})
         return answer.to_response()
 
@@ -107,11 +107,11 @@ class EdgeMiddleware:
         except asyncio.CancelledError:
             status = CLIENT_CLOSED_REQUEST
             services.metrics.cancelled.inc()
-            if span is not None:
-                span.fail("client_closed", status)
+            tell_code("client_closed", status)
             raise
         except Exception as error:
             if status:  # the response is on its way: nothing can be said any more
+                tell_code("internal_error", 500)
                 raise
             response = note_error(error, services, request_id).to_response()
             await response(scope, receive, send_with_headers)
@@ -157,7 +157,7 @@ def note_error(error: Exception, services: Services, request_id: str) -> APIErro
     """Turn an exception into what the client is told, counted and, where it is ours, logged."""
     answer = from_exception(error)
     services.metrics.rejected.labels(answer.code).inc()
-    tell_code(answer)
+    tell_code(answer.code, answer.status)
     if answer.code == "not_finite":
         services.metrics.not_finite.inc()
     if answer.code == "internal_error":
@@ -165,11 +165,11 @@ def note_error(error: Exception, services: Services, request_id: str) -> APIErro
     return answer
 
 
-def tell_code(answer: APIError) -> None:
-    """Why a request has no picture, for its log line and its span."""
-    logs.note(code=answer.code)
+def tell_code(code: str | None, status: int) -> None:
+    """Why a request got no answer, or not the one it wanted: for its log line and its span."""
+    logs.note(code=code)
     if (span := current_span()) is not None:
-        span.fail(answer.code, answer.status)
+        span.fail(code, status)
 
 
 def shown_request_id(headers: Headers) -> str:

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,11 +60,3 @@ def start_server(log: Path, *arguments: str) -> RunningServer:
             time.sleep(0.3)
     process.kill()
     pytest.fail(f"tdm-serve was not ready within {START_TIMEOUT_S} s:\n{log.read_text()[-2000:]}")
-
-
-@pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    """One server for all tests; its clean exit on SIGTERM is checked at the end."""
-    running = start_server(tmp_path_factory.mktemp("server") / "log", "--max-live", "32")
-    yield running
-    assert running.stop() == 0, running.log.read_text()[-2000:]
