@@ -132,9 +132,9 @@ class EdgeMiddleware:
 
     def _route(self, scope: Scope) -> str:
         """The template of what was asked for."""
-        route = getattr(scope.get("route"), "path_format", scope["path"])
+        route: str = getattr(scope.get("route"), "path_format", scope["path"])
         if route in self._routes:
-            return str(route)
+            return route
         return next((mount for mount in self._mounts if route.startswith(mount.removesuffix(MOUNTED))), OTHER)
 
     def _admit(self, scope: Scope, headers: Headers) -> None:

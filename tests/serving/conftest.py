@@ -54,7 +54,7 @@ def start_server(log: Path, *arguments: str) -> RunningServer:
             pytest.fail(f"tdm-serve ended with {process.returncode}:\n{log.read_text()[-2000:]}")
         try:
             with urllib.request.urlopen(f"{server.url}/ready", timeout=5) as answer:
-                if answer.status == 200 and b"\nready: " in log.read_bytes():
+                if answer.status == 200 and b"ready: http" in log.read_bytes():
                     return server
         except OSError:
             time.sleep(0.3)
