@@ -6,6 +6,7 @@ tdm-bench server --request-rate 20 --goodput e2el:200   open loop, Poisson arriv
 tdm-bench offline                                       everything at once
 tdm-bench compare                                       this server beside others
 tdm-bench backends                                      backends beside the stock pipeline
+tdm-bench soak --duration-s 1800                        whether a server grows or fails under a mixed load
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks import backends, compare, options, plots
+from benchmarks import backends, compare, options, plots, soak
 from benchmarks.load import Recording, closed_loop, open_loop
 from benchmarks.machine import environment, environment_json
 from benchmarks.quality import quality_per_step_count
@@ -71,6 +72,8 @@ def main(arguments: list[str] | None = None) -> int:
             return backends.main(arguments[1:])
         case ["compare"]:
             return compare.main(arguments[1:])
+        case ["soak"]:
+            return soak.main(arguments[1:])
     parser = build_parser()
     given = parser.parse_args(arguments)
     try:
@@ -96,6 +99,7 @@ def build_parser() -> options.Parser:
     offline = modes.add_parser("offline", help="everything at once")
     modes.add_parser("compare", help="this server beside others; `tdm-bench compare --help`", add_help=False)
     modes.add_parser("backends", help="backends beside the stock pipeline", add_help=False)
+    modes.add_parser("soak", help="a mixed load for a long time; `tdm-bench soak --help`", add_help=False)
     for mode in (latency, throughput, server, offline):
         options.add_target_arguments(mode)
         options.add_workload_arguments(mode, "1,4" if mode is latency else None)

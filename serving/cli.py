@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from serving.access import load_keys
-from serving.config import FrontName, LoraSource, ModelSource, ServerConfig
+from serving.config import FrontName, LogFormat, LoraSource, ModelSource, ServerConfig
+from serving.logs import set_up_logging, start_logger
 from serving.safety import Safety
 from serving.web.front import reserve
 from tdm_runtime.backend_choice import TORCH_BACKENDS, Artifacts, BackendConfig
@@ -101,6 +102,7 @@ def parse_arguments(arguments: list[str] | None = None) -> ServerConfig:
     parser.add_argument(
         "--log-level", choices=["info", "warning", "error"], default=defaults.log_level, help="(%(default)s)"
     )
+    add_telemetry_arguments(parser)
     given = parser.parse_args(arguments)
     try:
         return ServerConfig(
@@ -123,15 +125,38 @@ def parse_arguments(arguments: list[str] | None = None) -> ServerConfig:
             ),
             backend=backend_config(given),
             log_level=given.log_level,
+            log_format=given.log_format,
+            log_file=given.log_file and given.log_file.resolve(),
+            otlp_endpoint=given.otlp_endpoint or None,
+            trace_file=given.trace_file and given.trace_file.resolve(),
         )
     except ValueError as error:
         parser.error(str(error))
+
+
+def add_telemetry_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where logs and traces go."""
+    parser.add_argument(
+        "--log-format", choices=get_args(LogFormat), default="text", help="json is one object a line (%(default)s)"
+    )
+    parser.add_argument("--log-file", type=Path, help="in place of stderr")
+    parser.add_argument(
+        "--otlp-endpoint",
+        metavar="URL",
+        default=os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT"),
+        help="OpenTelemetry collector that takes traces by HTTP, as http://127.0.0.1:4318; none by default, or "
+        "OTEL_EXPORTER_OTLP_ENDPOINT",
+    )
+    parser.add_argument("--trace-file", type=Path, metavar="FILE", help="write traces as JSON lines, too")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the server until SIGINT or SIGTERM. Returns the exit status."""
     config = parse_arguments(arguments)
     try:
+        set_up_logging(config)
+        if config.trace_file is not None:
+            config.trace_file.open("a").close()  # better refused here than in the replica
         checkpoints = check_models(config)
         if config.api_keys is not None:
             load_keys(config.api_keys)
@@ -225,7 +250,7 @@ def check_artifacts(checkpoint: Checkpoint, config: BackendConfig) -> None:
         if config.allow_fallback:
             return  # what the replica runs in their place, and why, is said when it has loaded
         raise
-    print(f"building {checkpoint.recipe.name} for this machine, once (--backend torch does without)", flush=True)
+    start_logger.info("building %s for this machine, once (--backend torch does without)", checkpoint.recipe.name)
     command = [sys.executable, "-m", "export.cli", str(checkpoint.folder)]
     if config.backend != "auto":
         command += ["--backend", config.backend]
@@ -235,7 +260,7 @@ def check_artifacts(checkpoint: Checkpoint, config: BackendConfig) -> None:
         return
     if config.backend != "auto" and not config.allow_fallback:
         raise ArtifactError("the artifacts could not be built, see above; --allow-fallback serves with torch")
-    print("the artifacts could not be built, see above; serving with torch", flush=True)
+    start_logger.warning("the artifacts could not be built, see above; serving with torch")
 
 
 def prepare_environment() -> None:
@@ -248,6 +273,7 @@ def prepare_environment() -> None:
     os.environ |= {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DEDUP_LOGS": "0",
+        "RAY_DISABLE_WORKER_LOG_PREFIX": "1",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_enable_metrics_collection": "0",
@@ -290,7 +316,7 @@ def serve_until_signalled(config: ServerConfig) -> int:
     from serving.deployment import QUIET, build_application
 
     names = ", ".join(source.name or source.folder.name for source in config.models)
-    print(f"starting {names} on {config.host}:{config.port}", flush=True)
+    start_logger.info("starting %s on %s:%d", names, config.host, config.port)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     ray.init(include_dashboard=False, logging_level=logging.WARNING, log_to_driver=True)
     # After Ray, which takes the signals for itself when it starts.
@@ -300,10 +326,11 @@ def serve_until_signalled(config: ServerConfig) -> int:
     try:
         serve.start(**proxy_options(config), logging_config=QUIET)
         serve.run(build_application(config), name="images", route_prefix="/")
-        print(f"backend: {serve.get_app_handle('images').backend.remote().result()}", flush=True)
-        print(f"ready: http://{config.host}:{config.port} (playground), /v1/images/generations (API)", flush=True)
+        start_logger.info("backend: %s", serve.get_app_handle("images").backend.remote().result())
+        url = f"http://{config.host}:{config.port}"
+        start_logger.info("ready: %s (playground), /v1/images/generations (API)", url)
         stop.wait()
-        print("stopping: accepted requests finish, then the server exits", flush=True)
+        start_logger.info("stopping: accepted requests finish, then the server exits")
         drain(config)
     except Exception as error:
         print(f"tdm-serve: the server could not start: {reason_of(error)}", file=sys.stderr)

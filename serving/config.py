@@ -12,6 +12,7 @@ from tdm_runtime.checkpoint import DEFAULT_CHECKPOINT
 from tdm_runtime.engine import EngineConfig
 
 FrontName = Literal["direct", "ray"]
+LogFormat = Literal["text", "json"]
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,15 @@ class ServerConfig:
     log_level: str = "warning"
     """Of the server's own messages; `info` adds a line a request, never with its prompt."""
 
+    log_format: LogFormat = "text"
+    """`json` is one object a line."""
+    log_file: Path | None = None
+    """In place of stderr."""
+    otlp_endpoint: str | None = None
+    """URL of an OpenTelemetry collector that takes traces by HTTP; None sends none."""
+    trace_file: Path | None = None
+    """Traces as JSON lines, with or without a collector."""
+
     def __post_init__(self) -> None:
         if not 1 <= self.port <= 65535:
             raise ValueError(f"port is {self.port}; it must be from 1 to 65535")
@@ -91,3 +101,5 @@ class ServerConfig:
             raise ValueError(f"replicas are {self.min_replicas} to {self.max_replicas}; {message}")
         if self.max_open_requests < 1:
             raise ValueError(f"max_open_requests is {self.max_open_requests}; it must be at least 1")
+        if self.otlp_endpoint is not None and not self.otlp_endpoint.startswith(("http://", "https://")):
+            raise ValueError(f"otlp_endpoint is {self.otlp_endpoint!r}; it must be a URL as http://127.0.0.1:4318")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import shlex
 from collections.abc import AsyncIterator
 from typing import Any
@@ -17,6 +16,7 @@ from ray.serve.schema import LoggingConfig
 from serving.answers import ImageAnswer, PartialAnswer
 from serving.config import ServerConfig
 from serving.errors import APIError
+from serving.logs import set_up_logging
 from serving.metrics import ServerMetrics
 from serving.remote import Listing, RemoteImages, refusal
 from serving.schema.images import ImageRequest
@@ -49,7 +49,7 @@ class DirectDeployment:
         from serving.service import ImageService
         from serving.web.app import build_app
 
-        set_up_logging(config.log_level)
+        set_up_logging(config)
         metrics = ServerMetrics()
         self.images = ImageService(config, metrics)
         self.services = Services.start(config, metrics, self.images)
@@ -94,7 +94,7 @@ class EngineDeployment:
     def __init__(self, config: ServerConfig) -> None:
         from serving.service import ImageService
 
-        set_up_logging(config.log_level)
+        set_up_logging(config)
         self.images = ImageService(config, ServerMetrics())
 
     async def generate(self, request: ImageRequest, as_pixels: bool) -> ImageAnswer | APIError:
@@ -142,7 +142,7 @@ class IngressDeployment:
     """HTTP behind Ray's proxy, before engines on any machine."""
 
     async def __init__(self, config: ServerConfig, engines: DeploymentHandle[Any]) -> None:  # type: ignore[misc]
-        set_up_logging(config.log_level)
+        set_up_logging(config)
         metrics = ServerMetrics()
         self.images = await RemoteImages.connect(engines, metrics)
         self.services = Services.start(config, metrics, self.images)
@@ -165,17 +165,6 @@ class IngressDeployment:
         if hasattr(self, "services"):
             await self.drain()
             self.services.close()
-
-
-def set_up_logging(level: str) -> None:
-    """Our loggers to stderr, which Ray shows in the server's terminal."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
-    for name in ("serving", "tdm_runtime"):
-        logger = logging.getLogger(name)
-        logger.addHandler(handler)
-        logger.setLevel(level.upper())
-        logger.propagate = False
 
 
 def build_application(config: ServerConfig) -> Application:

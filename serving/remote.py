@@ -108,7 +108,7 @@ class RemoteImages:
 
         with self._counted(request):
             answer = await self._tried_twice(ask)
-        self._metrics.observe_request(answer.timings)
+        self._metrics.observe_request(answer.timings, answer.latency_budget_kept)
         for image in answer.images:
             self._metrics.steps_used.labels(image.num_inference_steps).inc()
         return answer

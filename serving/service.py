@@ -19,6 +19,7 @@ from serving.metrics import ServerMetrics
 from serving.safety import Safety
 from serving.schema.images import ImageRequest
 from serving.schema.models import ModelCard
+from serving.tracing import current_span
 from tdm_runtime.codec import describe_parameters, encode_image
 from tdm_runtime.cost_model import Kind
 from tdm_runtime.decoder import Pixels
@@ -28,7 +29,7 @@ from tdm_runtime.loaded_model import LoadedModel
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.receipt import receipt_of
 from tdm_runtime.recipe import Recipe
-from tdm_runtime.sample import Picture
+from tdm_runtime.sample import Picture, Timings
 from tdm_runtime.text_encoder import PromptEmbedding
 
 logger = logging.getLogger(__name__)
@@ -63,13 +64,13 @@ class ImageService:
         self._safety = Safety.load(config)
         bases = [load_base(source, config.backend) for source in config.models]
         self.engine = DiffusionEngine(bases[0].model, config.engine, metrics.observe_batch)
-        metrics.watch(self.engine)
         self.engine.start()
         try:
             self.catalog = Catalog(self.engine, bases, config)
         except BaseException:
             self.engine.close()
             raise
+        metrics.watch_engine(self.engine, lambda: [served.model for served in self.catalog.served()])
         gc.freeze()  # models and programs stay: nothing to look through at every collection
 
     @property
@@ -162,9 +163,13 @@ class ImageService:
         self._safety.check_prompt(request.prompt)
         model = self.catalog.find(request.model).model
         params = request.to_sampling_params(model.recipe)
+        _trace(model, params)
         encoding_ms = 1e3 * len(params) * self.engine.call_seconds(_encoding(request, params[0]))
         delivery = request.to_delivery(model.recipe, encoding_ms, on_preview)
-        return Submitted(request, model, self.engine.submit_all(params, delivery, model), started_s)
+        submitted = Submitted(request, model, self.engine.submit_all(params, delivery, model), started_s)
+        if request.latency_budget_ms is not None:
+            self.metrics.budgets_promised.inc()
+        return submitted
 
     def _partial(self, preview: Preview, index: int, request: ImageRequest) -> PartialAnswer:
         self._safety.check_picture(preview.pixels)
@@ -176,6 +181,10 @@ class ImageService:
         try:
             async with asyncio.timeout(self.config.request_timeout_s):
                 pictures = await asyncio.gather(*map(asyncio.wrap_future, submitted.futures))
+        except Exception:
+            if request.latency_budget_ms is not None:
+                self.metrics.budgets_missed.inc()
+            raise
         finally:
             submitted.cancel()  # a finished one is not changed by this
         if self._safety.is_on:
@@ -190,11 +199,16 @@ class ImageService:
         encode_ms, total_ms = 1e3 * (ended_s - encoding_s), 1e3 * (ended_s - submitted.started_s)
         if not as_pixels:
             self.engine.observe(_encoding(request, pictures[0].params), 1, (ended_s - encoding_s) / len(pictures))
-        timings = _timings(pictures, encode_ms, total_ms)
-        self.metrics.observe_request(timings)
+        slowest = max((picture.timings for picture in pictures), key=lambda t: t.queue_ms + sum(t.steps_ms))
+        timings = _timings(slowest, encode_ms, total_ms)
+        budget_ms = request.latency_budget_ms
+        budget_kept = None if budget_ms is None else total_ms <= budget_ms
+        self.metrics.observe_request(timings, budget_kept)
+        if (span := current_span()) is not None:
+            span.record_stages(slowest, encode_ms, total_ms)
+            _trace(model, [picture.params for picture in pictures])
         for picture in pictures:
             self.metrics.steps_used.labels(picture.params.num_inference_steps).inc()
-        budget_ms = request.latency_budget_ms
         return ImageAnswer(
             created=int(time.time()),
             model=model.name,
@@ -205,7 +219,7 @@ class ImageService:
             usage=_usage(model, pictures),
             timings=timings,
             predicted_ms=max(picture.predicted_ms for picture in pictures) + encode_ms,
-            latency_budget_kept=None if budget_ms is None else total_ms <= budget_ms,
+            latency_budget_kept=budget_kept,
             warnings=_warnings(pictures[0].prompt),
         )
 
@@ -223,6 +237,21 @@ def _card(served: Served) -> ModelCard:
         parity_psnr_db={steps: round(found.psnr_db, 1) for steps, found in model.parity.items()},
         digest=model.digest,
         base=model.base,
+    )
+
+
+def _trace(model: LoadedModel, params: Sequence[SamplingParams]) -> None:
+    """Say what is made, where somebody traces it."""
+    if (span := current_span()) is None:
+        return
+    span.set(
+        {
+            "tdm.model": model.name,
+            "tdm.backend": model.backend,
+            "tdm.num_inference_steps": max(one.num_inference_steps for one in params),
+            "tdm.size": f"{params[0].width}x{params[0].height}",
+            "tdm.n": len(params),
+        }
     )
 
 
@@ -268,8 +297,7 @@ def _usage(model: LoadedModel, pictures: Sequence[Picture]) -> Usage:
     )
 
 
-def _timings(pictures: Sequence[Picture], encode_ms: float, total_ms: float) -> ImageTimings:
-    slowest = max((picture.timings for picture in pictures), key=lambda t: t.queue_ms + sum(t.steps_ms))
+def _timings(slowest: Timings, encode_ms: float, total_ms: float) -> ImageTimings:
     return ImageTimings(
         queue_ms=slowest.queue_ms,
         text_ms=slowest.text_ms,

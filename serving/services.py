@@ -14,6 +14,7 @@ from serving.idempotency import Replays
 from serving.metrics import ServerMetrics
 from serving.schema.images import ImageRequest
 from serving.schema.models import ModelCard
+from serving.tracing import Tracing
 from tdm_runtime.recipe import Recipe
 
 
@@ -41,6 +42,8 @@ class Services:
     access: Access
     images: Images
     replays: Replays
+    tracing: Tracing | None = None
+    """None where it is off."""
     num_active: int = 0
     """Requests of all fronts that are not yet answered."""
     is_draining: bool = False
@@ -52,7 +55,10 @@ class Services:
         Raises:
             ValueError, OSError: something cannot be used; better now than at the first request.
         """
-        return cls(config, metrics, Access(config.api_keys), images, Replays())
+        services = cls(config, metrics, Access(config.api_keys), images, Replays(), Tracing.start(config))
+        metrics.watch_requests(lambda: services.num_active, config.max_open_requests)
+        metrics.watch_live(lambda: images.num_live, config.engine.max_live * config.max_replicas)
+        return services
 
     @property
     def is_ready(self) -> bool:
@@ -68,3 +74,5 @@ class Services:
     def close(self) -> None:
         """Finish what was accepted, then stop."""
         self.images.close()
+        if self.tracing is not None:
+            self.tracing.close()

@@ -68,6 +68,8 @@ class EngineStats:
     failed: int = 0
     cancelled: int = 0
     refused: int = 0
+    out_of_memory: int = 0
+    """Calls that did not fit into memory."""
 
 
 class DiffusionEngine:
@@ -311,7 +313,7 @@ class DiffusionEngine:
         ended_s = time.monotonic()
         num_encoded = sum(sample.needs_text for sample in newcomers)
         for sample in newcomers:
-            sample.timings.queue_ms = 1e3 * (started_s - sample.submitted_s)
+            sample.timings.wait(1e3 * (started_s - sample.submitted_s))
             sample.timings.text_ms = 1e3 * (ended_s - started_s)
             sample.ready_s = ended_s
         failed = {s: error for s, error in zip(newcomers, outcomes, strict=True) if error is not None}
@@ -362,7 +364,7 @@ class DiffusionEngine:
     def _note(self, sample: Sample, outcome: Stepped | Pixels | TDMError, started_s: float, ended_s: float) -> None:
         """Keep what a call made of a sample, and when."""
         began_s = max(started_s, sample.ready_s)
-        sample.timings.queue_ms += 1e3 * (began_s - sample.ready_s)
+        sample.timings.wait(1e3 * (began_s - sample.ready_s))
         if sample.steps_left:
             sample.timings.steps_ms.append(1e3 * (ended_s - began_s))
         else:
@@ -388,6 +390,7 @@ class DiffusionEngine:
 
     def _ask_for_fewer_than(self, size: int) -> None:
         """A call of so many samples did not fit into memory."""
+        self.stats.out_of_memory += 1
         if kind := self._scheduler.running_kind:
             self.limit(kind, size // 2)
 

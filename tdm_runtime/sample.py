@@ -28,6 +28,13 @@ class Timings:
     text_ms: float = 0.0
     steps_ms: list[float] = field(default_factory=list)
     decode_ms: float = 0.0
+    waits_ms: list[float] = field(default_factory=list)
+    """What `queue_ms` consists of: before the prompt, before each step and before decoding."""
+
+    def wait(self, wait_ms: float) -> None:
+        """Others were served for so long."""
+        self.queue_ms += wait_ms
+        self.waits_ms.append(wait_ms)
 
     @property
     def total_ms(self) -> float:

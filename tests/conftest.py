@@ -14,6 +14,7 @@ from tdm_runtime.backends.openvino import has_bf16
 from tdm_runtime.checkpoint import DEFAULT_CHECKPOINT, open_checkpoint
 from tdm_runtime.loaded_model import LoadedModel
 from tdm_runtime.manifest import default_artifacts
+from tests.serving.conftest import RunningServer, start_server
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
 
@@ -58,6 +59,14 @@ def tiny_artifacts(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp("tiny") / "artifacts"
     export(tiny_checkpoint, "--output", str(folder))
     return folder
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """One server for all tests; its clean exit on SIGTERM is checked at the end."""
+    running = start_server(tmp_path_factory.mktemp("server") / "log", "--max-live", "32")
+    yield running
+    assert running.stop() == 0, running.log.read_text()[-2000:]
 
 
 def export(checkpoint: Path, *arguments: str) -> None:

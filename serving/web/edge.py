@@ -11,9 +11,12 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serving import logs
 from serving.access import Caller
 from serving.errors import APIError, from_exception, invalid, not_ready
+from serving.metrics import OTHER
 from serving.services import Services
+from serving.tracing import current_span, request_span
 from serving.web.body import CLIENT_CLOSED_REQUEST
 
 logger = logging.getLogger(__name__)
@@ -23,25 +26,29 @@ OPEN_PATHS = ("/health", "/ready", "/")
 OPEN_PREFIXES = ("/playground/static/", "/v1/files/")
 """Files are found by names that nobody guesses, for as long as they live."""
 STATUS_PATHS = ("/health", "/ready", "/metrics")
-"""Answered while the server stops, and however many others there are."""
+"""Answered while the server stops, and however many others there are. Asked all the time, so they are not traced."""
 SECURITY_HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
 }
+MOUNTED = "{path}"
+"""How the template of a mounted folder ends; what is found in one leaves no route behind."""
 UNSERVED_STATUS = {404: "not_found", 405: "method_not_allowed"}
 
 
 def add_edges(app: FastAPI, services: Services) -> None:
     """Put the edge around an application, and give its own refusals the one shape."""
-    app.add_middleware(EdgeMiddleware, services=services)
+    routes = frozenset(path for route in app.routes if (path := getattr(route, "path_format", None)))
+    app.add_middleware(EdgeMiddleware, services=services, routes=routes)
 
     @app.exception_handler(HTTPException)
     async def unserved(request: Request, error: HTTPException) -> Response:
         code = UNSERVED_STATUS.get(error.status_code, "http_error")
         message = f"{request.method} {request.url.path[:80]}: {error.detail}; see /openapi.json for what is served"
         answer = invalid(message, None, code, error.status_code)
+        tell_code(code, error.status_code)
         answer.headers |= dict(error.headers or {})
         return answer.to_response()
 
@@ -54,18 +61,32 @@ def caller_of(request: Request) -> Caller:
 
 
 class EdgeMiddleware:
-    """Keys, a bound on open requests, security headers, counting; every exception as an API error."""
+    """Keys, a bound on open requests, security headers, telemetry; every exception as an API error."""
 
-    def __init__(self, app: ASGIApp, services: Services) -> None:
+    def __init__(self, app: ASGIApp, services: Services, routes: frozenset[str]) -> None:
+        """
+        Args:
+            routes: templates of what is served.
+        """
         self.app = app
         self.services = services
+        self._routes = routes
+        self._mounts = [route for route in routes if route.endswith(f"/{MOUNTED}")]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        services = self.services
         headers = Headers(scope=scope)
+        logs.begin_request(request_id=headers.get("x-request-id", "-")[:64], method=scope["method"])
+        tracing = None if scope["path"] in STATUS_PATHS else self.services.tracing
+        with request_span(tracing, headers, scope["method"]) as span:
+            if span is not None:
+                logs.note(trace_id=span.trace_id)
+            await self._answer(scope, receive, send, headers)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, headers: Headers) -> None:
+        services, span = self.services, current_span()
         request_id = shown_request_id(headers)
         started_s = time.monotonic()
         status = 0
@@ -76,6 +97,8 @@ class EdgeMiddleware:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 MutableHeaders(scope=message).update(SECURITY_HEADERS)
+                if span is not None:
+                    MutableHeaders(scope=message)["traceresponse"] = span.traceparent
             await send(message)
 
         try:
@@ -84,17 +107,35 @@ class EdgeMiddleware:
         except asyncio.CancelledError:
             status = CLIENT_CLOSED_REQUEST
             services.metrics.cancelled.inc()
+            tell_code("client_closed", status)
             raise
         except Exception as error:
             if status:  # the response is on its way: nothing can be said any more
+                tell_code("internal_error", 500)
                 raise
             response = note_error(error, services, request_id).to_response()
             await response(scope, receive, send_with_headers)
         finally:
             services.num_active -= 1
-            services.metrics.requests.labels(status).inc()
-            elapsed_ms = 1e3 * (time.monotonic() - started_s)
-            logger.info("%s %s %d %.1f ms %s", scope["method"], scope["path"][:80], status, elapsed_ms, request_id)
+            self._tell(scope, status, 1e3 * (time.monotonic() - started_s), request_id)
+
+    def _tell(self, scope: Scope, status: int, elapsed_ms: float, request_id: str) -> None:
+        """Count, log and trace what became of a request."""
+        method, route = scope["method"], self._route(scope)
+        self.services.metrics.observe_answer(method, route, status)
+        shown = repr(scope["path"][:80]) if route == OTHER else route  # a template tells no name of a file
+        fields = {"route": route, "status": status, "duration_ms": round(elapsed_ms, 2)}
+        logger.info("%s %s %d %.1f ms %s", method, shown, status, elapsed_ms, request_id, extra=fields)
+        if (span := current_span()) is not None:
+            span.rename(f"{method} {route}")
+            span.set({"http.request.method": method, "http.route": route, "http.response.status_code": status})
+
+    def _route(self, scope: Scope) -> str:
+        """The template of what was asked for."""
+        route = str(getattr(scope.get("route"), "path_format", scope["path"]))
+        if route in self._routes:
+            return route
+        return next((mount for mount in self._mounts if route.startswith(mount.removesuffix(MOUNTED))), OTHER)
 
     def _admit(self, scope: Scope, headers: Headers) -> None:
         """Let a request pass with its caller, or raise what it is refused for."""
@@ -116,11 +157,19 @@ def note_error(error: Exception, services: Services, request_id: str) -> APIErro
     """Turn an exception into what the client is told, counted and, where it is ours, logged."""
     answer = from_exception(error)
     services.metrics.rejected.labels(answer.code).inc()
+    tell_code(answer.code, answer.status)
     if answer.code == "not_finite":
         services.metrics.not_finite.inc()
     if answer.code == "internal_error":
         logger.error("request %s failed", request_id, exc_info=error)
     return answer
+
+
+def tell_code(code: str | None, status: int) -> None:
+    """Why a request got no answer, or not the one it wanted: for its log line and its span."""
+    logs.note(code=code)
+    if (span := current_span()) is not None:
+        span.fail(code, status)
 
 
 def shown_request_id(headers: Headers) -> str:

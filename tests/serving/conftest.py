@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,17 +54,9 @@ def start_server(log: Path, *arguments: str) -> RunningServer:
             pytest.fail(f"tdm-serve ended with {process.returncode}:\n{log.read_text()[-2000:]}")
         try:
             with urllib.request.urlopen(f"{server.url}/ready", timeout=5) as answer:
-                if answer.status == 200 and b"\nready: " in log.read_bytes():
+                if answer.status == 200 and b"ready: http" in log.read_bytes():
                     return server
         except OSError:
             time.sleep(0.3)
     process.kill()
     pytest.fail(f"tdm-serve was not ready within {START_TIMEOUT_S} s:\n{log.read_text()[-2000:]}")
-
-
-@pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    """One server for all tests; its clean exit on SIGTERM is checked at the end."""
-    running = start_server(tmp_path_factory.mktemp("server") / "log", "--max-live", "32")
-    yield running
-    assert running.stop() == 0, running.log.read_text()[-2000:]

@@ -1,0 +1,86 @@
+"""The server's log: text for a terminal or a JSON object a line. Never a prompt, a key or a picture."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import threading
+from contextvars import ContextVar
+from datetime import UTC, datetime
+from typing import Any
+
+from serving.config import ServerConfig
+
+OURS = ("serving", "tdm_runtime")
+THEIRS = ("asyncio", "grpc", "opentelemetry", "uvicorn")
+"""Libraries whose warnings are told in the same form."""
+FIELDS = ("request_id", "method", "route", "status", "duration_ms", "code", "trace_id")
+"""What a JSON line may have beside time, level, logger, message and stack."""
+TEXT_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
+
+start_logger = logging.getLogger("serving.start")
+"""What the command tells of its start and its end, at any level; as text, bare and on stdout."""
+_request: ContextVar[dict[str, Any] | None] = ContextVar("request", default=None)
+
+
+def begin_request(**fields: Any) -> None:
+    """Every line that this task, and those that it starts, logs from here on has these of `FIELDS`."""
+    _request.set(fields)
+
+
+def note(**fields: Any) -> None:
+    """More fields of the request that is being answered, also where another of its tasks noted it."""
+    if (known := _request.get()) is not None:
+        known.update(fields)
+
+
+class JSONLines(logging.Formatter):
+    """One ASCII JSON object a record, whatever is in its message."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")[:-6] + "Z",
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        known = (_request.get() or {}) | record.__dict__
+        line |= {name: known[name] for name in FIELDS if known.get(name) is not None}
+        if record.exc_info:
+            line["stack"] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
+def set_up_logging(config: ServerConfig) -> None:
+    """Log as the settings say, in this process; once more replaces what was set up.
+
+    Raises:
+        OSError: the log file cannot be written.
+    """
+    handler = _handler(config)
+    for name in (*OURS, *THEIRS):
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]
+        logger.setLevel(config.log_level.upper() if name in OURS else logging.WARNING)
+        logger.propagate = False
+    start_logger.setLevel(logging.INFO)
+    start_logger.propagate = config.log_format == "json"
+    start_logger.handlers = [] if config.log_format == "json" else [logging.StreamHandler(sys.stdout)]
+    threading.excepthook = _log_dead_thread
+
+
+def _handler(config: ServerConfig) -> logging.Handler:
+    handler: logging.Handler = logging.StreamHandler()
+    if config.log_file is not None:
+        from logging.handlers import WatchedFileHandler  # opens the file anew where logrotate moved it
+
+        handler = WatchedFileHandler(config.log_file, encoding="utf-8")
+    handler.setFormatter(JSONLines() if config.log_format == "json" else logging.Formatter(TEXT_FORMAT))
+    return handler
+
+
+def _log_dead_thread(died: threading.ExceptHookArgs) -> None:
+    if died.exc_value is not None:
+        name = "unknown" if died.thread is None else died.thread.name
+        logging.getLogger(__name__).error("thread %s died", name, exc_info=died.exc_value)
