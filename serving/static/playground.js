@@ -199,8 +199,8 @@ function showProblem(error, isRetry = false) {
   setText("error", error?.message ?? "");
   const waitMs = error?.retryAfterMs ?? null;
   const isWaiting = error?.status === 429 && waitMs !== null && !isRetry;
-  const told = waitMs === null ? "" : `The server says to come back in ${waitMs < 1000 ? milliseconds(waitMs) : `${(waitMs / 1000).toFixed(1)} s`}.`;
-  setText("retry-note", isWaiting ? `${told} Trying once more then.` : told);
+  const note = waitMs === null ? "" : `Asked to come back in ${milliseconds(waitMs)}`;
+  setText("retry-note", isWaiting ? `${note}; trying once more then.` : note);
   byId("retry").hidden = !error || isWaiting || error.status === 400 || error.status === 401;
   if (isWaiting) timer = setTimeout(generate, waitMs, { keepSeed: true, isRetry: true });
   if (error?.status === 401) askForKey();
@@ -395,6 +395,10 @@ function listen() {
   on("prompt", "keydown", writePrompt);
   on("make", "click", () => generate());
   on("retry", "click", tryAgain);
+  on("dismiss", "click", () => {
+    stopGenerating();
+    showProblem(null);
+  });
   on("steps", "change", ({ target }) => {
     chooseSteps(target.value);
     generate();
