@@ -1,17 +1,18 @@
-// Where a picture's milliseconds went, and what was promised.
-import { byId, element, milliseconds, setText } from "./page.js";
+// Where a picture's duration went, and what was promised.
+import { byId, element, duration, setText } from "./page.js";
 
 export function showLatency({ request, answer, roundTripMs }) {
   const { timings, num_inference_steps, predicted_ms, latency_budget_kept, is_cached } = answer;
   const budgetMs = request.latency_budget_ms;
   const how = is_cached ? " (cached)" : request.num_inference_steps === "auto" ? " (auto)" : "";
-  setText("outcome-round-trip", milliseconds(roundTripMs));
-  setText("outcome-total", milliseconds(timings.total_ms));
-  setText("outcome-predicted", milliseconds(predicted_ms));
+  setText("outcome-round-trip", duration(roundTripMs));
+  setText("outcome-total", duration(timings.total_ms));
+  setText("outcome-predicted", duration(predicted_ms));
   setText("outcome-steps", `${num_inference_steps}${how}`);
   byId("outcome-budget-tile").hidden = budgetMs === undefined;
   byId("outcome-budget-tile").dataset.kept = latency_budget_kept;
-  if (budgetMs !== undefined) setText("outcome-budget", `${budgetMs} ms ${latency_budget_kept ? "kept" : "missed"}`);
+  setText("outcome-kept", latency_budget_kept ? "Budget kept" : "Budget missed");
+  setText("outcome-budget", duration(budgetMs ?? 0));
   const stages = stagesOf(timings, roundTripMs);
   showBar(stages, roundTripMs, budgetMs);
   byId("latency-legend").replaceChildren(...stages.map(legendRow));
@@ -37,7 +38,7 @@ function stagesOf(timings, roundTripMs) {
 function showBar(stages, roundTripMs, budgetMs = 0) {
   const wholeMs = Math.max(roundTripMs, budgetMs);
   const parts = stages.filter(([, , ms]) => ms > 0).map(([kind, label, ms]) => {
-    const part = element("span", { className: `stage ${kind}`, title: `${label}, ${milliseconds(ms)}` });
+    const part = element("span", { className: `stage ${kind}`, title: `${label}, ${duration(ms)}` });
     part.style.width = `${(100 * ms) / wholeMs}%`;
     return part;
   });
@@ -51,5 +52,5 @@ function showBar(stages, roundTripMs, budgetMs = 0) {
 
 function legendRow([kind, label, ms]) {
   const swatch = element("span", { className: `stage ${kind}`, ariaHidden: "true" });
-  return element("li", {}, swatch, `${label} `, element("b", {}, milliseconds(ms)));
+  return element("li", {}, swatch, `${label} `, element("b", {}, duration(ms)));
 }

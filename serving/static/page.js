@@ -22,5 +22,6 @@ export function announce(text) {
   announceTimer = setTimeout(() => setText("status", text), ANNOUNCE_DELAY_MS);
 }
 
-export const milliseconds = (ms) => `${ms.toFixed(ms < 10 ? 1 : 0)} ms`;
+export const duration = (ms) =>
+  ms < 10_000 ? `${ms.toFixed(ms < 10 ? 1 : 0)} ms` : `${(ms / 1000).toFixed(1)} s`;
 export const countSteps = (count) => `${count} step${count === 1 ? "" : "s"}`;

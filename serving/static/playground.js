@@ -1,8 +1,8 @@
-// The playground: words in, a picture out, and where the milliseconds went.
+// The playground: words in, a picture out, and where the duration went.
 // The form's fields are the state; a picture carries the request that made it.
 import { asCurl, asPython, copy } from "./copies.js";
 import { showLatency } from "./latency.js";
-import { announce, byId, countSteps, element, milliseconds, setText } from "./page.js";
+import { announce, byId, countSteps, element, duration, setText } from "./page.js";
 import { forgetKey, getKey, listModels, makePicture, readReadiness, setKey, sourceOf } from "./server.js";
 
 const DEBOUNCE_MS = 150;
@@ -152,7 +152,7 @@ async function generate({ keepSeed = byId("seed-lock").checked, isTyped = false,
     showProblem(null);
     addToHistory(picture, isTyped);
     show(picture);
-    announce(`Ready in ${milliseconds(picture.roundTripMs)}, ${countSteps(picture.answer.num_inference_steps)}.`);
+    announce(`Ready in ${duration(picture.roundTripMs)}, ${countSteps(picture.answer.num_inference_steps)}.`);
     if (!byId("comparison").hidden) compareSteps();
   } catch (error) {
     if (mine !== generation) return;
@@ -176,7 +176,7 @@ async function compareSteps() {
     for (const [index, num_inference_steps] of model.step_counts.entries()) {
       const picture = await makePicture({ ...base, num_inference_steps }, mine.signal);
       const caption = element("span", {}, element("b", {}, countSteps(num_inference_steps)),
-        ` ${milliseconds(picture.answer.timings.total_ms)}`);
+        ` ${duration(picture.answer.timings.total_ms)}`);
       const item = element("li", {}, thumbnail(picture, caption));
       if (strip.children[index]) strip.children[index].replaceWith(item);
       else strip.append(item);
@@ -199,8 +199,8 @@ function showProblem(error, isRetry = false) {
   setText("error", error?.message ?? "");
   const waitMs = error?.retryAfterMs ?? null;
   const isWaiting = error?.status === 429 && waitMs !== null && !isRetry;
-  const note = waitMs === null ? "" : `Asked to come back in ${milliseconds(waitMs)}`;
-  setText("retry-note", isWaiting ? `${note}; trying once more then.` : note);
+  const plan = isWaiting ? "; trying once more then" : "";
+  setText("retry-note", waitMs === null ? "" : `Asked to come back in ${duration(waitMs)}${plan}.`);
   byId("retry").hidden = !error || isWaiting || error.status === 400 || error.status === 401;
   if (isWaiting) timer = setTimeout(generate, waitMs, { keepSeed: true, isRetry: true });
   if (error?.status === 401) askForKey();
@@ -403,8 +403,12 @@ function listen() {
     chooseSteps(target.value);
     generate();
   });
-  for (const id of ["budget", "seed"]) on(id, "input", generateSoon);
-  on("seed", "input", () => (byId("seed-lock").checked = true)); // a typed seed is meant to be used
+  on("budget", "input", generateSoon);
+  on("seed", "input", ({ target }) => {
+    if (target.value === "") return stopGenerating(); // another is about to be typed
+    byId("seed-lock").checked = true; // a typed seed is meant to be used
+    generateSoon();
+  });
   on("dice", "click", () => generate({ keepSeed: false }));
   on("size", "change", () => generate());
   on("draft", "change", () => generate());
