@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; pip install -e '.[dev]'")
 expect = sync_api.expect
+expect.set_options(timeout=20_000)
 
 CHROMIUM = Path("/usr/bin/chromium")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
@@ -77,7 +78,7 @@ def page(open_page: Open) -> Page:
 
 
 def expect_picture(page: Page, facts: str = r"\d+x\d+ · \d steps? · seed \d+") -> None:
-    expect(page.locator("#facts")).to_have_text(re.compile(facts), timeout=20_000)
+    expect(page.locator("#facts")).to_have_text(re.compile(facts))
 
 
 def prompt_of(page: Page) -> Locator:
@@ -88,7 +89,7 @@ def make(page: Page, prompt: str) -> None:
     """Write a prompt, press Enter and wait for its picture."""
     prompt_of(page).fill(prompt)
     page.keyboard.press("Enter")
-    expect(page.locator("#receipt-fields")).to_contain_text(f"prompt{prompt}", timeout=20_000)
+    expect(page.locator("#receipt-fields")).to_contain_text(f"prompt{prompt}")
 
 
 def thumbnails(page: Page) -> Locator:
@@ -159,9 +160,8 @@ def test_a_newer_prompt_aborts_the_older(page: Page) -> None:
             route.continue_()
 
     page.route(GENERATIONS, hold_the_fox)
-    prompt_of(page).fill("a fox")
+    assert asked_of(page, lambda: prompt_of(page).fill("a fox"))["prompt"] == "a fox"
     with page.expect_event("requestfailed") as failed:
-        page.wait_for_timeout(400)  # the fox is on its way
         prompt_of(page).fill("a big pizza")
     assert failed.value.failure == "net::ERR_ABORTED"
     expect(page.locator("#receipt-fields")).to_contain_text("prompta big pizza")
@@ -213,12 +213,14 @@ def test_an_impossible_budget_is_refused_in_the_servers_words(page: Page) -> Non
 
 
 def test_what_cannot_be_kept_now_is_tried_once_more_when_the_server_says(page: Page) -> None:
+    page.clock.install()
     for code in ("latency_budget_unavailable", "queue_full"):
-        headers = {"retry-after": "1", "retry-after-ms": "300"}
+        headers = {"retry-after": "60", "retry-after-ms": "59900"}
         page.route(GENERATIONS, refusal(429, code, f"{code}: wait", headers), times=1)
         page.get_by_role("button", name="Make").click()
         expect(page.get_by_role("alert")).to_have_text(f"{code}: wait")
-        expect(page.locator("#retry-note")).to_have_text("Asked to come back in 300 ms; trying once more then.")
+        expect(page.locator("#retry-note")).to_have_text("Asked to come back in 59.9 s; trying once more then.")
+        page.clock.fast_forward(59_900)
         expect(page.get_by_role("alert")).to_be_hidden()
 
 
@@ -309,6 +311,7 @@ def test_history_restores_everything(page: Page) -> None:
 
 
 def test_what_is_typed_over_leaves_no_trace_in_the_history(page: Page) -> None:
+    page.evaluate("performance.now = () => 1")  # as fast as one types
     before = thumbnails(page).count()
     for prompt in ("a fox", "a fox on", "a fox on yellow"):
         prompt_of(page).fill(prompt)
