@@ -1,385 +1,447 @@
-// The playground: words in, a picture out, and where the milliseconds went.
-// Server text only ever reaches the page as text nodes and properties, never as markup.
+// The playground: words in, a picture out, and where the duration went.
+// The form's fields are the state; a picture carries the request that made it.
+import { asCurl, asPython, copy } from "./copies.js";
+import { showLatency } from "./latency.js";
+import { announce, byId, countSteps, element, duration, setText } from "./page.js";
+import { forgetKey, getKey, listModels, makePicture, readReadiness, setKey, sourceOf } from "./server.js";
 
 const DEBOUNCE_MS = 150;
 const HEALTH_PERIOD_MS = 5000;
-const HISTORY_LENGTH = 24;
-const OUTPUT_FORMAT = "png";
+const TYPING_PAUSE_MS = 2000; // a picture that is typed over sooner was on the way to another
+const FEEDBACK_MS = 1500;
+const HISTORY_LENGTH = 48;
+const MAX_LINK_LENGTH = 2000;
+const PARTIAL_IMAGES = 3;
+const OUTPUT_FORMAT = "png"; // the one that carries a receipt
 const EXAMPLES = [
-  "a red heart",
-  "a red heart left of a butterfly on a blue background",
-  "a small cat at the top on a yellow background",
-  "a big pizza on black",
-  "a rocket above the crescent moon on a purple background",
+  "a red heart left of a butterfly",
+  "a small cat at the top on yellow",
+  "a big pizza on a black background",
+  "a rocket above the crescent moon on purple",
 ];
-
-const byId = (id) => document.getElementById(id);
-const promptField = byId("prompt");
-const stepsSlider = byId("steps");
-const seedField = byId("seed");
-const seedLock = byId("seed-lock");
+const SHORTCUTS = [
+  ["/", "write a prompt (Escape leaves it)", () => byId("prompt").select()],
+  ["m", "make the picture again", () => generate()],
+  ["r", "roll the seed", () => generate({ keepSeed: false })],
+  ["l", "lock or unlock the seed", () => byId("seed-lock").click()],
+  ["1 to 9, a", "take so many steps, or auto", null],
+  ["c", "compare step counts", () => byId("compare").click()],
+  ["d", "download", () => byId("download").click()],
+  ["[", "the picture before", () => restoreNeighbour(1)],
+  ["]", "the picture after", () => restoreNeighbour(-1)],
+];
 
 let models = [];
 let model = null; // the chosen entry of `models`; null until the server is ready
-let shown = null; // the picture on display, as `render` returned it
-let typingTimer = 0;
+let shown = null; // the picture on display, as `makePicture` returned it
+let pictures = []; // the history, newest first
+let timer = 0; // what waits for a pause in typing, or to try again
 let generation = new AbortController();
 let comparison = new AbortController();
 
-// ---- Page vocabulary ----
-
-function element(tag, properties = {}, ...children) {
-  const node = Object.assign(document.createElement(tag), properties);
-  node.append(...children);
-  return node;
-}
-
-// Writing the same text again would make a screen reader repeat it.
-function setText(id, text) {
-  if (byId(id).textContent !== text) byId(id).textContent = text;
-}
-
-const announce = (text) => setText("status", text);
-const milliseconds = (ms) => `${ms.toFixed(ms < 10 ? 1 : 0)} ms`;
-const countSteps = (count) => `${count} step${count === 1 ? "" : "s"}`;
-
-function reportError(error) {
-  if (error.name === "AbortError") return; // a newer request took its place
-  setText("error", error.message);
-}
-
-// ---- Server ----
-
-async function callServer(path, options = {}) {
-  const response = await fetch(path, options).catch((error) => {
-    throw error.name === "AbortError" ? error : new Error("The server cannot be reached.");
-  });
-  const text = await response.text();
-  let body = null;
-  try {
-    body = JSON.parse(text);
-  } catch {
-    // A proxy in between may answer in HTML; the status says enough.
-  }
-  if (response.ok && body) return body;
-  throw new Error(body?.error?.message ?? `The server answered HTTP ${response.status} without JSON.`);
-}
-
-async function render(request, signal) {
-  const started = performance.now();
-  const answer = await callServer("/v1/images/generations", {
-    method: "POST",
-    headers: { "Content-Type": "application/json" },
-    body: JSON.stringify(request),
-    signal,
-  });
-  const roundTripMs = performance.now() - started;
-  const { b64_json, seed, num_inference_steps } = answer.data[0];
-  return {
-    // What the server says it used, so that copies reproduce this very picture.
-    request: { ...request, seed, num_inference_steps },
-    source: `data:image/${answer.output_format};base64,${b64_json}`,
-    format: answer.output_format,
-    size: answer.size,
-    timings: answer.timings,
-    warnings: answer.warnings ?? [],
-    roundTripMs,
-  };
-}
-
-async function checkHealth() {
-  const options = { cache: "no-store", signal: AbortSignal.timeout(HEALTH_PERIOD_MS) };
-  const health = await fetch("/ready", options)
-    .then((response) => (response.ok ? "ready" : "not ready"), () => "unreachable");
-  byId("health").dataset.health = health;
-  setText("health", health);
-  // A page opened before the server is up starts by itself once it is.
-  if (health === "ready" && !model) await loadModels().catch(reportError);
-}
-
 // ---- Settings ----
 
-async function loadModels() {
-  models = (await callServer("/v1/models")).data;
-  if (!models.length) throw new Error("The server lists no models.");
+async function connect() {
+  try {
+    models = await listModels();
+  } catch (error) {
+    return showProblem(error);
+  }
   byId("model").replaceChildren(...models.map(({ id }) => element("option", { value: id }, id)));
   byId("model-field").hidden = models.length < 2;
   chooseModel(models[0].id);
+  applyLink();
   generate();
 }
 
 function chooseModel(id) {
   model = models.find((entry) => entry.id === id);
-  const counts = model.step_counts;
   byId("model").value = id;
-  setText("model-name", id);
-  // The slider walks positions in the list: a model may be trained for 1, 2 and 4 only.
-  stepsSlider.max = counts.length - 1;
-  const compare = byId("compare");
-  stepsSlider.disabled = compare.disabled = compare.hidden = counts.length < 2;
-  setText("compare", `Compare ${counts[0]} to ${counts.at(-1)} steps`);
+  setText("model-facts", `${id} · ${model.backend}`);
+  byId("steps").replaceChildren(...[...model.step_counts, "auto"].map(stepsChoice));
+  byId("size").replaceChildren(...model.sizes.map((size) => element("option", { value: size }, size)));
+  byId("size-field").hidden = model.sizes.length < 2;
+  byId("compare").disabled = byId("compare").hidden = model.step_counts.length < 2;
   chooseSteps(model.default_steps);
 }
 
-function chooseSteps(count) {
-  stepsSlider.value = model.step_counts.indexOf(count);
-  describeSteps();
+function stepsChoice(steps) {
+  const input = element("input", { type: "radio", name: "steps", value: steps, autocomplete: "off" });
+  return element("label", {}, input, element("span", {}, String(steps)));
 }
 
-function describeSteps() {
-  const count = model.step_counts[stepsSlider.value];
-  stepsSlider.ariaValueText = countSteps(count);
-  setText("steps-shown", String(count));
+const stepsInput = (steps) => byId("steps").querySelector(`[value="${CSS.escape(steps)}"]`);
+
+function chooseSteps(steps) {
+  const input = stepsInput(steps);
+  if (input) input.checked = true; // a link may name steps that this model does not take
+  byId("budget-field").hidden = !stepsInput("auto").checked;
 }
 
 function rollSeed() {
-  seedField.value = crypto.getRandomValues(new Uint32Array(1))[0];
+  byId("seed").value = crypto.getRandomValues(new Uint32Array(1))[0];
 }
 
 function currentRequest() {
-  if (seedField.value === "") rollSeed();
+  if (byId("seed").value === "") rollSeed();
+  const steps = byId("steps").querySelector(":checked").value;
+  const budget = byId("budget").value;
   return {
     model: model.id,
-    prompt: promptField.value.trim(),
-    seed: Number(seedField.value), // out of range is the server's to refuse, in its words
-    num_inference_steps: model.step_counts[stepsSlider.value],
+    prompt: byId("prompt").value.trim(),
+    ...(model.sizes.length > 1 && { size: byId("size").value }),
+    seed: Number(byId("seed").value), // out of range is the server's to refuse, in its words
+    num_inference_steps: steps === "auto" ? steps : Number(steps),
+    ...(steps === "auto" && budget !== "" && { latency_budget_ms: Number(budget) }),
     output_format: OUTPUT_FORMAT,
+    partial_images: PARTIAL_IMAGES,
+    draft: byId("draft").checked,
   };
+}
+
+function applySettings({ model: id, prompt, size, seed, num_inference_steps, latency_budget_ms, draft }) {
+  if (id && id !== model.id && models.some((entry) => entry.id === id)) chooseModel(id);
+  if (prompt !== undefined) byId("prompt").value = prompt;
+  if (model.sizes.includes(size)) byId("size").value = size;
+  if (seed !== undefined) {
+    byId("seed").value = seed;
+    byId("seed-lock").checked = true; // otherwise the next keystroke would lose it
+  }
+  byId("budget").value = latency_budget_ms ?? "";
+  if (num_inference_steps !== undefined) chooseSteps(num_inference_steps);
+  if (draft !== undefined) byId("draft").checked = draft;
+}
+
+// ---- Links: the settings in the fragment, which browsers do not send to servers ----
+
+const LINKED = ["prompt", "seed", "num_inference_steps", "latency_budget_ms", "size", "model"];
+
+function linkOf(request) {
+  const linked = LINKED.filter((name) => request[name] !== undefined && (name !== "model" || models.length > 1));
+  const link = `#${new URLSearchParams(linked.map((name) => [name, request[name]]))}`;
+  return link.length <= MAX_LINK_LENGTH ? link : "";
+}
+
+function applyLink() {
+  const settings = Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
+  if (location.hash) applySettings(settings);
 }
 
 // ---- Making pictures ----
 
 function generateSoon() {
-  clearTimeout(typingTimer);
-  typingTimer = setTimeout(generate, DEBOUNCE_MS);
+  stopGenerating();
+  timer = setTimeout(generate, DEBOUNCE_MS, { isTyped: true });
 }
 
-async function generate({ keepSeed = seedLock.checked } = {}) {
+function stopGenerating() {
+  clearTimeout(timer);
+  generation.abort();
+  comparison.abort();
+  byId("frame").ariaBusy = "false";
+}
+
+async function generate({ keepSeed = byId("seed-lock").checked, isTyped = false, isRetry = false } = {}) {
   stopGenerating();
-  if (!model) return announce("Waiting for the server.");
-  if (!promptField.value.trim()) return announce("Type a prompt to make a picture.");
+  if (!model || !byId("prompt").value.trim()) return;
   const mine = (generation = new AbortController());
   if (!keepSeed) rollSeed();
   byId("frame").ariaBusy = "true";
   try {
-    const picture = await render(currentRequest(), mine.signal);
-    addToHistory(picture);
+    const picture = await makePicture(currentRequest(), mine.signal, display);
+    showProblem(null);
+    addToHistory(picture, isTyped);
     show(picture);
-    announce(`Ready in ${milliseconds(picture.roundTripMs)}.`);
+    announce(`Ready in ${duration(picture.roundTripMs)}, ${countSteps(picture.answer.num_inference_steps)}.`);
+    if (!byId("comparison").hidden) compareSteps();
   } catch (error) {
-    reportError(error);
+    if (mine !== generation) return;
+    if (shown) display(shown); // what previews have begun does not come
+    showProblem(error, isRetry);
   } finally {
     if (mine === generation) byId("frame").ariaBusy = "false";
   }
 }
 
-function stopGenerating() {
-  clearTimeout(typingTimer);
-  generation.abort();
-  byId("frame").ariaBusy = "false";
-}
-
 async function compareSteps() {
-  const base = currentRequest();
-  if (!base.prompt) return announce("Type a prompt to compare.");
+  if (!model || !byId("prompt").value.trim()) return;
   comparison.abort();
   const mine = (comparison = new AbortController());
+  const { latency_budget_ms, partial_images, draft, ...base } = currentRequest();
+  const strip = byId("comparison-strip");
   byId("comparison").hidden = false;
-  byId("comparison-strip").replaceChildren();
-  setText("comparison-facts", `${base.prompt}, seed ${base.seed}`);
+  strip.ariaBusy = "true"; // what is there stays until it is replaced, so nothing jumps
   try {
     // One after another, so that no picture's time includes waiting for its neighbours.
-    for (const count of model.step_counts) {
-      const picture = await render({ ...base, num_inference_steps: count }, mine.signal);
-      const caption = `${countSteps(count)}, ${milliseconds(picture.timings.total_ms)}`;
-      byId("comparison-strip").append(thumbnail(picture, caption));
+    for (const [index, num_inference_steps] of model.step_counts.entries()) {
+      const picture = await makePicture({ ...base, num_inference_steps }, mine.signal);
+      const caption = element("span", {}, element("b", {}, countSteps(num_inference_steps)),
+        ` ${duration(picture.answer.timings.total_ms)}`);
+      const item = element("li", {}, thumbnail(picture, caption));
+      if (strip.children[index]) strip.children[index].replaceWith(item);
+      else strip.append(item);
     }
+    while (strip.children.length > model.step_counts.length) strip.lastChild.remove();
+    strip.ariaBusy = "false";
     markShown();
-    setText("error", "");
     announce(`Compared ${model.step_counts.length} step counts.`);
   } catch (error) {
-    reportError(error);
+    if (mine === comparison) showProblem(error, true);
   }
+}
+
+// ---- Refusals ----
+
+// The server's words. What it refuses for now is tried again once, when it said; then by hand.
+function showProblem(error, isRetry = false) {
+  if (error?.name === "AbortError") return; // a newer request took its place
+  byId("refusal").hidden = !error;
+  setText("error", error?.message ?? "");
+  const waitMs = error?.retryAfterMs ?? null;
+  const isWaiting = error?.status === 429 && waitMs !== null && !isRetry;
+  const plan = isWaiting ? "; trying once more then" : "";
+  setText("retry-note", waitMs === null ? "" : `Asked to come back in ${duration(waitMs)}${plan}.`);
+  byId("retry").hidden = !error || isWaiting || error.status === 400 || error.status === 401;
+  if (isWaiting) timer = setTimeout(generate, waitMs, { keepSeed: true, isRetry: true });
+  if (error?.status === 401) askForKey();
+}
+
+function askForKey() {
+  byId("key-form").hidden = false;
+  // Whoever is typing a prompt goes on typing it.
+  if (document.activeElement !== byId("prompt")) byId("key").focus();
+}
+
+function takeKey(event) {
+  event.preventDefault();
+  setKey(byId("key").value.trim());
+  byId("key").value = "";
+  byId("key-form").hidden = true;
+  byId("forget-key").hidden = false;
+  tryAgain();
+}
+
+function tryAgain() {
+  showProblem(null);
+  if (model) generate({ keepSeed: true });
+  else connect();
 }
 
 // ---- Showing pictures ----
 
-const keyOf = (picture) => JSON.stringify(picture.request);
+const keyOf = ({ request }) => JSON.stringify(request);
 
 function show(picture) {
   shown = picture;
-  const { prompt, seed, num_inference_steps: count } = picture.request;
-  Object.assign(byId("picture"), { src: picture.source, alt: prompt, hidden: false });
-  setText("facts", `${picture.size}, ${countSteps(count)}, seed ${seed}`);
-  setText("error", "");
-  setText("warnings", picture.warnings.join(" "));
+  const { request, answer } = picture;
+  display(picture);
+  setText("warnings", answer.warnings.join(" "));
   showLatency(picture);
-  const name = prompt.toLowerCase().replace(/[^a-z0-9]+/g, "-").slice(0, 60);
-  const download = `${name}-seed${seed}-steps${count}.${picture.format}`;
-  Object.assign(byId("download"), { href: picture.source, download, ariaDisabled: "false" });
-  byId("copy-curl").disabled = byId("copy-python").disabled = false;
+  const file = fileName(picture);
+  Object.assign(byId("download"), { href: sourceOf(answer), download: file, ariaDisabled: "false" });
+  showReceipt(answer.receipt, file);
+  for (const id of ["copy-curl", "copy-python", "copy-link"]) byId(id).disabled = false;
+  history.replaceState(null, "", linkOf(request) || location.pathname);
   markShown();
 }
 
-function restore(picture) {
-  stopGenerating();
-  if (picture.request.model !== model.id) chooseModel(picture.request.model);
-  promptField.value = picture.request.prompt;
-  chooseSteps(picture.request.num_inference_steps);
-  seedField.value = picture.request.seed;
-  seedLock.checked = true; // otherwise the next keystroke would lose the restored seed
-  show(picture);
-  announce("Restored prompt, steps and seed.");
+function display({ request, answer, previews }) {
+  const last = answer ?? previews.at(-1);
+  Object.assign(byId("picture"), { src: sourceOf(last), alt: request.prompt, hidden: false });
+  setText("facts", answer
+    ? `${answer.size} · ${countSteps(answer.num_inference_steps)} · seed ${answer.seed}`
+    : last.is_draft ? "draft, taking the steps" : `expected after step ${last.num_steps_taken}`);
+  showFilmstrip(answer ? [...previews, answer] : previews);
 }
 
-function thumbnail(picture, caption = "") {
-  const { prompt, seed, num_inference_steps: count } = picture.request;
-  const image = element("img", { src: picture.source, alt: prompt });
-  const title = `${prompt}, ${countSteps(count)}, seed ${seed}`;
-  const onclick = () => restore(picture);
-  const button = element("button", { type: "button", title, onclick }, image, caption);
+const previewName = ({ is_draft, num_steps_taken }) => (is_draft ? "draft" : `step ${num_steps_taken}`);
+
+// Each frame can be looked at again; the last is the picture itself.
+function showFilmstrip(events) {
+  const buttons = events.map((event) => {
+    const name = event.is_draft === undefined ? "picture" : previewName(event);
+    const button = element("button", { type: "button", ariaPressed: String(event === events.at(-1)) },
+      element("img", { src: sourceOf(event), alt: "" }), name);
+    button.addEventListener("click", () => {
+      byId("picture").src = sourceOf(event);
+      for (const other of buttons) other.ariaPressed = String(other === button);
+    });
+    return button;
+  });
+  byId("filmstrip").replaceChildren(...buttons.map((button) => element("li", {}, button)));
+}
+
+function showReceipt(receipt, file) {
+  const rows = Object.entries(receipt).map(([name, value]) =>
+    element("div", {}, element("dt", {}, name), element("dd", {}, Array.isArray(value) ? value.join(" x ") : String(value))));
+  byId("receipt-fields").replaceChildren(...rows);
+  setText("receipt-command", `tdm-generate --verify ${file}`);
+  byId("receipt").hidden = false;
+}
+
+function fileName({ answer }) {
+  const name = answer.receipt.prompt.toLowerCase().replace(/[^a-z0-9]+/g, "-").slice(0, 60).replace(/^-|-$/g, "");
+  return `${name || "picture"}-seed${answer.seed}-steps${answer.num_inference_steps}.${answer.output_format}`;
+}
+
+function thumbnail(picture, ...caption) {
+  const { request, answer } = picture;
+  const name = `${request.prompt}, ${countSteps(answer.num_inference_steps)}, seed ${answer.seed}`;
+  const image = element("img", { src: sourceOf(answer), alt: name, title: name });
+  const button = element("button", { type: "button" }, image, ...caption);
+  button.addEventListener("click", () => restore(picture));
   button.dataset.key = keyOf(picture);
-  return element("li", {}, button);
-}
-
-function addToHistory(picture) {
-  const strip = byId("history-strip");
-  const same = [...strip.children].find((item) => item.firstChild.dataset.key === keyOf(picture));
-  same?.remove();
-  strip.prepend(thumbnail(picture));
-  while (strip.children.length > HISTORY_LENGTH) strip.lastChild.remove();
-  byId("history").hidden = false;
+  return button;
 }
 
 function markShown() {
-  for (const button of document.querySelectorAll(".strip button")) {
+  for (const button of document.querySelectorAll("#history button, #comparison-strip button")) {
     button.ariaCurrent = String(shown !== null && button.dataset.key === keyOf(shown));
   }
 }
 
-// ---- Latency ----
+// ---- History ----
 
-function latencyStages({ timings, roundTripMs }) {
-  const stages = [
-    ["queue", "queue", timings.queue_ms],
-    ["text", "text", timings.text_ms],
-    ...timings.steps_ms.map((ms, index) => ["step", `step ${index + 1}`, ms]),
-    ["decode", "decode", timings.decode_ms],
-    ["encode", "encode", timings.encode_ms],
-  ];
-  // Whatever the server spent between its stages is shown, so that the bar adds up.
-  const otherMs = timings.total_ms - stages.reduce((sum, [, , ms]) => sum + ms, 0);
-  if (otherMs >= 0.05) stages.push(["other", "other", otherMs]);
-  // Measured here: the way there and back, and HTTP and JSON at both ends.
-  stages.push(["network", "network", Math.max(0, roundTripMs - timings.total_ms)]);
-  return stages;
+function addToHistory(picture, isTyped) {
+  const key = keyOf(picture);
+  const now = performance.now();
+  const isTypedOver = ({ typedAtMs }) => isTyped && now - typedAtMs < TYPING_PAUSE_MS;
+  pictures = pictures.filter((other, index) => keyOf(other) !== key && !(index === 0 && isTypedOver(other)));
+  pictures.unshift(Object.assign(picture, { typedAtMs: isTyped ? now : -Infinity }));
+  pictures.length = Math.min(pictures.length, HISTORY_LENGTH);
+  byId("history-strip").replaceChildren(...pictures.map((entry) => element("li", {}, thumbnail(entry))));
+  byId("history").hidden = false;
 }
 
-function showLatency(picture) {
-  const stages = latencyStages(picture);
-  const bars = stages.filter(([, , ms]) => ms > 0).map(([kind, , ms]) => {
-    const bar = element("span", { className: `stage ${kind}` });
-    bar.style.flexGrow = ms;
-    return bar;
-  });
-  const rows = stages.map(([kind, label, ms]) => element("li", {},
-    element("span", { className: `stage ${kind}`, ariaHidden: "true" }),
-    `${label} `, element("b", {}, milliseconds(ms))));
-  byId("latency-bar").replaceChildren(...bars);
-  byId("latency-legend").replaceChildren(...rows);
-  setText("latency-title", `Latency: ${milliseconds(picture.roundTripMs)} round trip`);
-  byId("latency").hidden = false;
+function restore(picture) {
+  stopGenerating();
+  showProblem(null);
+  applySettings(picture.request);
+  show(picture);
+  announce("Restored prompt, steps and seed.");
+}
+
+function restoreNeighbour(distance) {
+  const neighbour = pictures[pictures.indexOf(shown) + distance];
+  if (neighbour) restore(neighbour);
 }
 
 // ---- Copying ----
 
-function asCurl(request) {
-  const body = JSON.stringify(request).replaceAll("'", "'\\''"); // the shell's way to quote a quote
-  return `curl -sS ${location.origin}/v1/images/generations \\
-  -H 'Content-Type: application/json' \\
-  --data '${body}' \\
-  | jq -r '.data[0].b64_json' | base64 -d > picture.${request.output_format}\n`;
-}
-
-// JSON strings and numbers are Python literals too.
-function asPython({ model, prompt, output_format, seed, num_inference_steps }) {
-  return `import base64
-
-from openai import OpenAI
-
-client = OpenAI(base_url=${JSON.stringify(`${location.origin}/v1`)}, api_key="unused")
-response = client.images.generate(
-    model=${JSON.stringify(model)},
-    prompt=${JSON.stringify(prompt)},
-    output_format=${JSON.stringify(output_format)},
-    extra_body={"seed": ${seed}, "num_inference_steps": ${num_inference_steps}},
-)
-with open("picture.${output_format}", "wb") as file:
-    file.write(base64.b64decode(response.data[0].b64_json))\n`;
-}
-
-async function copy(text, what) {
+async function copyFrom(button, text) {
+  const label = button.textContent;
   try {
-    // Absent over plain HTTP to another machine, where browsers keep only the old way.
-    if (navigator.clipboard) await navigator.clipboard.writeText(text);
-    else copyTheOldWay(text);
-    announce(`Copied the ${what}.`);
+    await copy(text);
+    button.textContent = "Copied";
+    announce("Copied.");
   } catch (error) {
-    reportError(new Error(`Copying failed: ${error.message}`));
+    showProblem(new Error(`Copying failed: ${error.message}.`), true);
   }
+  setTimeout(() => (button.textContent = label), FEEDBACK_MS);
 }
 
-function copyTheOldWay(text) {
-  const focused = document.activeElement;
-  const field = element("textarea", { value: text, className: "offscreen" });
-  document.body.append(field);
-  field.select();
-  const copied = document.execCommand("copy");
-  field.remove();
-  focused?.focus();
-  if (!copied) throw new Error("the browser refused.");
+function copyOnClick(id, textOf) {
+  byId(id).addEventListener("click", ({ target }) => target.textContent === "Copied" || copyFrom(target, textOf()));
+}
+
+// ---- Health ----
+
+async function checkHealth() {
+  if (document.hidden) return;
+  const { health, live, max_live } = await readReadiness(HEALTH_PERIOD_MS);
+  byId("badge").dataset.health = health;
+  setText("health", health);
+  setText("load", live === undefined ? "" : ` · ${live}${max_live === undefined ? "" : ` of ${max_live}`} in flight`);
+  // A page opened before the server is up starts by itself once it is.
+  if (health === "ready" && !model && byId("key-form").hidden) await connect();
+}
+
+// ---- Keyboard ----
+
+function pressShortcut(event) {
+  if (event.defaultPrevented || event.ctrlKey || event.metaKey || event.altKey || !byId("shortcuts").checked) return;
+  if (event.target.closest("textarea, select, input:not([type=radio], [type=checkbox])")) return;
+  const press = SHORTCUTS.find(([key]) => key === event.key)?.[2];
+  const steps = model && stepsInput(event.key === "a" ? "auto" : event.key);
+  if (!press && !steps) return;
+  event.preventDefault();
+  if (press) press();
+  else steps.click();
+}
+
+function writePrompt(event) {
+  if (event.isComposing) return; // this Enter ends a word of another script
+  if (event.key === "Escape") event.target.blur();
+  if (event.key !== "Enter" || event.shiftKey) return;
+  event.preventDefault();
+  generate();
 }
 
 // ---- Start ----
 
 function exampleChip(text) {
-  const onclick = () => {
-    promptField.value = text;
+  const button = element("button", { type: "button" }, text);
+  button.addEventListener("click", () => {
+    byId("prompt").value = text;
     generate();
-  };
-  return element("li", {}, element("button", { type: "button", onclick }, text));
+  });
+  return element("li", {}, button);
 }
 
 function listen() {
   const on = (id, type, listener) => byId(id).addEventListener(type, listener);
   on("prompt", "input", (event) => event.isComposing || generateSoon());
   on("prompt", "compositionend", generateSoon);
-  on("prompt", "keydown", (event) => {
-    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
-    event.preventDefault();
+  on("prompt", "keydown", writePrompt);
+  on("make", "click", () => generate());
+  on("retry", "click", tryAgain);
+  on("dismiss", "click", () => {
+    stopGenerating();
+    showProblem(null);
+  });
+  on("steps", "change", ({ target }) => {
+    chooseSteps(target.value);
     generate();
   });
-  on("steps", "input", () => {
-    describeSteps();
-    generateSoon();
-  });
-  on("seed", "input", () => {
-    seedLock.checked = true; // a typed seed is meant to be used
+  on("budget", "input", generateSoon);
+  on("seed", "input", ({ target }) => {
+    if (target.value === "") return stopGenerating(); // another is about to be typed
+    byId("seed-lock").checked = true; // a typed seed is meant to be used
     generateSoon();
   });
   on("dice", "click", () => generate({ keepSeed: false }));
-  on("model", "change", (event) => {
-    chooseModel(event.target.value);
+  on("size", "change", () => generate());
+  on("draft", "change", () => generate());
+  on("model", "change", ({ target }) => {
+    chooseModel(target.value);
     generate();
   });
+  on("pixels", "change", ({ target }) => document.body.classList.toggle("pixels", target.checked));
   on("compare", "click", compareSteps);
-  on("pixels", "change", (event) => document.body.classList.toggle("pixels", event.target.checked));
-  on("copy-curl", "click", () => copy(asCurl(shown.request), "curl command"));
-  on("copy-python", "click", () => copy(asPython(shown.request), "Python program"));
-  document.addEventListener("visibilitychange", () => document.hidden || checkHealth());
+  on("comparison-close", "click", () => {
+    comparison.abort();
+    byId("comparison").hidden = true;
+    byId("compare").focus();
+  });
+  on("key-form", "submit", takeKey);
+  on("forget-key", "click", () => {
+    forgetKey();
+    byId("forget-key").hidden = true;
+  });
+  copyOnClick("copy-curl", () => asCurl(shown.request, location.origin, getKey() !== null));
+  copyOnClick("copy-python", () => asPython(shown.request, location.origin, getKey() !== null));
+  copyOnClick("copy-link", () => location.href);
+  document.addEventListener("keydown", pressShortcut);
+  document.addEventListener("visibilitychange", checkHealth);
+  addEventListener("hashchange", () => {
+    if (model) applyLink(), generate();
+  });
 }
 
 byId("examples").append(...EXAMPLES.map(exampleChip));
+byId("shortcut-list").append(...SHORTCUTS.map(([key, what]) =>
+  element("div", {}, element("dt", {}, element("kbd", {}, key)), element("dd", {}, what))));
+byId("forget-key").hidden = getKey() === null;
 listen();
 checkHealth();
-setInterval(() => document.hidden || checkHealth(), HEALTH_PERIOD_MS);
+setInterval(checkHealth, HEALTH_PERIOD_MS);

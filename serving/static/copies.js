@@ -1,0 +1,51 @@
+// What is copied: the request as it was asked, without what only this page needs.
+
+export function asCurl(request, origin, hasKey) {
+  const { draft, partial_images, ...plain } = request;
+  const body = JSON.stringify(plain).replaceAll("'", "'\\''"); // the shell's way to quote a quote
+  const key = hasKey ? `  -H "Authorization: Bearer $TDM_API_KEY" \\\n` : "";
+  const save = `import base64, json, sys
+answer = json.load(sys.stdin)
+if "error" in answer: sys.exit(answer["error"]["message"])
+open("picture.${plain.output_format}", "wb").write(base64.b64decode(answer["data"][0]["b64_json"]))`;
+  return `curl -sS ${origin}/v1/images/generations \\
+${key}  -H 'Content-Type: application/json' \\
+  --data '${body}' \\
+  | python3 -c '${save}'\n`;
+}
+
+// JSON strings and numbers are Python literals too.
+export function asPython(request, origin, hasKey) {
+  const { draft, partial_images, model, prompt, output_format, size, ...sampling } = request;
+  const known = Object.entries({ model, prompt, output_format, size }).filter(([, value]) => value !== undefined);
+  const lines = known.map(([name, value]) => `    ${name}=${JSON.stringify(value)},`);
+  const extra = Object.entries(sampling).map(([name, value]) => `"${name}": ${JSON.stringify(value)}`).join(", ");
+  return `import base64
+${hasKey ? "import os\n" : ""}
+from openai import OpenAI
+
+client = OpenAI(base_url=${JSON.stringify(`${origin}/v1`)}, api_key=${hasKey ? 'os.environ["TDM_API_KEY"]' : '"unused"'})
+response = client.images.generate(
+${lines.join("\n")}
+    extra_body={${extra}},
+)
+with open("picture.${output_format}", "wb") as file:
+    file.write(base64.b64decode(response.data[0].b64_json))\n`;
+}
+
+export async function copy(text) {
+  // Absent over plain HTTP to another machine, where browsers keep only the old way.
+  if (navigator.clipboard) await navigator.clipboard.writeText(text);
+  else copyTheOldWay(text);
+}
+
+function copyTheOldWay(text) {
+  const focused = document.activeElement;
+  const field = Object.assign(document.createElement("textarea"), { value: text, className: "offscreen" });
+  document.body.append(field);
+  field.select();
+  const copied = document.execCommand("copy");
+  field.remove();
+  focused?.focus();
+  if (!copied) throw new Error("the browser refused");
+}

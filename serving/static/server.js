@@ -1,0 +1,84 @@
+// The server's API: errors in its own words, pictures as streams, the key.
+import { readEvents } from "./sse.js";
+
+const KEY_NAME = "tdm-api-key";
+
+export const getKey = () => sessionStorage.getItem(KEY_NAME);
+export const setKey = (key) => sessionStorage.setItem(KEY_NAME, key);
+export const forgetKey = () => sessionStorage.removeItem(KEY_NAME);
+
+export class ServerError extends Error {
+  constructor(message, { status = 0, code = null, retryAfterMs = null } = {}) {
+    super(message);
+    Object.assign(this, { name: "ServerError", status, code, retryAfterMs });
+  }
+}
+
+export async function listModels() {
+  const { data } = await (await ask("/v1/models")).json();
+  if (!data.length) throw new ServerError("The server lists no models.");
+  return data;
+}
+
+// {health, live, max_live}; the counts are undefined where the server does not tell.
+export async function readReadiness(timeoutMs) {
+  try {
+    const response = await fetch("/ready", { cache: "no-store", signal: AbortSignal.timeout(timeoutMs) });
+    if (!response.ok) return { health: "not ready" };
+    const { live, max_live } = await response.json();
+    return { health: "ready", live, max_live };
+  } catch {
+    return { health: "unreachable" };
+  }
+}
+
+// Resolves to {request, answer, previews, roundTripMs}; `answer` and `previews` are the events as they came.
+// On the way, `onPreview` is told of what there is of it.
+export async function makePicture(request, signal, onPreview = () => {}) {
+  const startedMs = performance.now();
+  const previews = [];
+  const response = await ask("/v1/images/generations", {
+    method: "POST",
+    headers: { "Content-Type": "application/json" },
+    body: JSON.stringify({ ...request, stream: true }),
+    signal,
+  });
+  for await (const { data } of readEvents(response.body)) {
+    const event = JSON.parse(data);
+    if (event.error) throw new ServerError(event.error.message, event.error);
+    if (event.type === "image_generation.completed") {
+      return { request, answer: event, previews, roundTripMs: performance.now() - startedMs };
+    }
+    if (event.type === "image_generation.partial_image") {
+      previews.push(event);
+      onPreview({ request, previews });
+    }
+  }
+  throw new ServerError("The stream ended before the picture did.");
+}
+
+export const sourceOf = ({ output_format, b64_json }) => `data:image/${output_format};base64,${b64_json}`;
+
+async function ask(path, { headers = {}, ...options } = {}) {
+  const key = getKey();
+  if (key) headers = { ...headers, Authorization: `Bearer ${key}` };
+  const response = await fetch(path, { ...options, headers }).catch((error) => {
+    throw error.name === "AbortError" ? error : new ServerError("The server cannot be reached.");
+  });
+  if (!response.ok) throw await readError(response);
+  return response;
+}
+
+async function readError(response) {
+  // A proxy in between may answer in HTML; the status says enough.
+  const body = await response.json().catch(() => null);
+  const message = body?.error?.message ?? `The server answered HTTP ${response.status} without a reason.`;
+  const retryAfterMs = readRetryAfterMs(response.headers);
+  return new ServerError(message, { status: response.status, code: body?.error?.code, retryAfterMs });
+}
+
+function readRetryAfterMs(headers) {
+  const exactMs = headers.get("retry-after-ms");
+  const waitMs = exactMs === null ? 1000 * Number(headers.get("retry-after") ?? NaN) : Number(exactMs);
+  return Number.isFinite(waitMs) ? waitMs : null; // `retry-after` may also be a date, which our server never sends
+}

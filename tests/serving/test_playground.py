@@ -1,0 +1,519 @@
+"""The playground in a real browser, against the real server."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from PIL import Image
+
+from tests.serving.conftest import RunningServer
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, BrowserContext, Locator, Page, Request, Route
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; pip install -e '.[dev]'")
+expect = sync_api.expect
+expect.set_options(timeout=20_000)
+
+CHROMIUM = Path("/usr/bin/chromium")
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+GENERATIONS = "**/v1/images/generations"
+AWKWARD_PROMPT = """it's "a" $HOME `fox` \\ 狐"""
+RESOURCE_ERROR = "Failed to load resource"
+"""What the browser itself writes to the console for any status that is not 200."""
+
+pytestmark = pytest.mark.skipif(not CHROMIUM.exists(), reason=f"{CHROMIUM} is missing; apt-get install chromium")
+
+Open = Callable[..., "Page"]
+"""Opens the playground: `fragment` behind its address, the rest as the browser's context takes it."""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_api.sync_playwright() as playwright:
+        running = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield running
+        running.close()
+
+
+@pytest.fixture
+def open_page(browser: Browser, server: RunningServer) -> Iterator[Open]:
+    """What opens pages; none may have written an error, or met the content security policy, when the test ends."""
+    contexts: list[BrowserContext] = []
+    complaints: list[str] = []
+
+    def open_page(fragment: str = "", prepare: Callable[[Page], object] = lambda page: None, **options: Any) -> Page:
+        permissions = ["clipboard-read", "clipboard-write"]
+        context = browser.new_context(permissions=permissions, reduced_motion="reduce", **options)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(20_000)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+        prepare(page)
+        page.goto(f"{server.url}/{fragment}")
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert [text for text in complaints if not text.startswith(RESOURCE_ERROR)] == []
+
+
+@pytest.fixture
+def page(open_page: Open) -> Page:
+    """A page that shows its first picture."""
+    page = open_page()
+    expect_picture(page)
+    return page
+
+
+def expect_picture(page: Page, facts: str = r"\d+x\d+ · \d steps? · seed \d+") -> None:
+    expect(page.locator("#facts")).to_have_text(re.compile(facts))
+
+
+def prompt_of(page: Page) -> Locator:
+    return page.get_by_role("textbox", name="Prompt")
+
+
+def make(page: Page, prompt: str) -> None:
+    """Write a prompt, press Enter and wait for its picture."""
+    prompt_of(page).fill(prompt)
+    page.keyboard.press("Enter")
+    expect(page.locator("#receipt-fields")).to_contain_text(f"prompt{prompt}")
+
+
+def thumbnails(page: Page) -> Locator:
+    return page.get_by_role("region", name="This session").get_by_role("button")
+
+
+def asked_of(page: Page, act: Callable[[], object]) -> dict[str, Any]:
+    """The body of the request for a picture that `act` makes the page send."""
+    with page.expect_request(GENERATIONS) as request:
+        act()
+    return body_of(request.value)
+
+
+def body_of(request: Request) -> dict[str, Any]:
+    body: dict[str, Any] = request.post_data_json or {}
+    return body
+
+
+def answering(status: int, body: object, headers: dict[str, str] | None = None) -> Callable[[Route], None]:
+    return lambda route: route.fulfill(status=status, headers=headers or {}, json=body)
+
+
+def refusal(status: int, code: str, message: str, headers: dict[str, str] | None = None) -> Callable[[Route], None]:
+    error = {"message": message, "type": "rate_limit_error", "param": None, "code": code}
+    return answering(status, {"error": error}, headers)
+
+
+def copied(page: Page, button: str) -> str:
+    control = page.locator(f"#{button}")
+    control.click()
+    expect(control).to_have_text("Copied")
+    return str(page.evaluate("navigator.clipboard.readText()"))
+
+
+# ---- Making pictures ----
+
+
+def test_typing_makes_a_picture_and_its_steps_show_before_it(page: Page) -> None:
+    page.evaluate("""() => {
+        window.seen = [];
+        new MutationObserver(() => window.seen.push(document.getElementById("facts").textContent))
+            .observe(document.getElementById("facts"), { childList: true });
+    }""")
+    prompt_of(page).press("End")
+    page.keyboard.type(" above a fox")
+    expect(page.locator("#receipt-fields")).to_contain_text("prompta red heart above a fox")
+    expect_picture(page)
+    *before, last = page.evaluate("window.seen")
+    assert last.startswith("64x64 · 4 steps")
+    assert before[-3:] == [f"expected after step {step}" for step in (1, 2, 3)]
+    expect(page.locator("#filmstrip")).to_have_text("step 1step 2step 3picture")
+    expect(page.get_by_role("img", name="a red heart above a fox").first).to_be_visible()
+
+
+def test_the_draft_comes_first_and_each_step_can_be_looked_at_again(page: Page) -> None:
+    final = page.locator("#picture").get_attribute("src")
+    assert asked_of(page, page.get_by_label("Draft first").check)["draft"] is True
+    expect(page.locator("#filmstrip")).to_have_text("draftstep 2step 3picture")
+    page.get_by_role("button", name="draft", exact=True).click()
+    assert page.locator("#picture").get_attribute("src") != final
+    page.get_by_role("button", name="picture", exact=True).click()
+    assert page.locator("#picture").get_attribute("src") == final
+
+
+def test_a_newer_prompt_aborts_the_older(page: Page) -> None:
+    def hold_the_fox(route: Route) -> None:
+        if "fox" not in body_of(route.request)["prompt"]:
+            route.continue_()
+
+    page.route(GENERATIONS, hold_the_fox)
+    assert asked_of(page, lambda: prompt_of(page).fill("a fox"))["prompt"] == "a fox"
+    with page.expect_event("requestfailed") as failed:
+        prompt_of(page).fill("a big pizza")
+    assert failed.value.failure == "net::ERR_ABORTED"
+    expect(page.locator("#receipt-fields")).to_contain_text("prompta big pizza")
+    expect(page.get_by_role("alert")).to_be_hidden()
+
+
+def test_events_are_parsed_wherever_their_bytes_are_cut(page: Page) -> None:
+    events = page.evaluate("""async () => {
+        const { readEvents } = await import("/playground/static/sse.js");
+        const text = ": comment\\r\\nevent: a\\r\\ndata: {\\"é\\":\\r\\ndata:1}\\r\\n\\r\\n"
+            + "data: 狐\\n\\nevent: b\\rdata\\r\\rdata: cut";
+        const bytes = new TextEncoder().encode(text);
+        const found = [];
+        for (let size = 1; size <= bytes.length; size++) {
+            let at = 0;
+            const pull = (c) => at < bytes.length ? c.enqueue(bytes.slice(at, at += size)) : c.close();
+            const events = [];
+            for await (const event of readEvents(new ReadableStream({ pull }))) events.push(event);
+            found.push(JSON.stringify(events));
+        }
+        return [...new Set(found)];
+    }""")
+    assert [json.loads(found) for found in events] == [
+        [{"type": "a", "data": '{"é":\n1}'}, {"type": "message", "data": "狐"}, {"type": "b", "data": ""}]
+    ]
+
+
+# ---- Budgets and refusals ----
+
+
+def test_auto_takes_what_the_budget_allows_and_says_what_was_kept(page: Page) -> None:
+    expect(page.get_by_label("Latency budget")).to_be_hidden()
+    page.get_by_label("auto").check()
+    expect(page.locator("#outcome-steps")).to_have_text("4 (auto)")
+    asked = asked_of(page, lambda: page.get_by_label("Latency budget").fill("60000"))
+    assert (asked["num_inference_steps"], asked["latency_budget_ms"]) == ("auto", 60000)
+    expect(page.locator("#outcome-budget-tile")).to_have_text("Budget kept60.0 s")
+    expect(page.locator("#outcome-predicted")).to_have_text(re.compile(r"^[\d.]+ ms$"))
+
+
+def test_an_impossible_budget_is_refused_in_the_servers_words(page: Page) -> None:
+    page.get_by_label("auto").check()
+    page.get_by_label("Latency budget").fill("0.01")
+    expect(page.get_by_role("alert")).to_contain_text("latency_budget_ms leaves")
+    expect(page.get_by_role("button", name="Try again")).to_be_hidden()  # it would be refused again
+    expect_picture(page)  # the one before stays
+    page.get_by_label("Latency budget").fill("")
+    expect(page.get_by_role("alert")).to_be_hidden()
+
+
+def test_what_cannot_be_kept_now_is_tried_once_more_when_the_server_says(page: Page) -> None:
+    page.clock.install()
+    for code in ("latency_budget_unavailable", "queue_full"):
+        headers = {"retry-after": "60", "retry-after-ms": "59900"}
+        page.route(GENERATIONS, refusal(429, code, f"{code}: wait", headers), times=1)
+        page.get_by_role("button", name="Make").click()
+        expect(page.get_by_role("alert")).to_have_text(f"{code}: wait")
+        expect(page.locator("#retry-note")).to_have_text("Asked to come back in 59.9 s; trying once more then.")
+        page.clock.fast_forward(59_900)
+        expect(page.get_by_role("alert")).to_be_hidden()
+
+
+def test_the_second_refusal_is_the_users_to_try_again(page: Page) -> None:
+    page.route(GENERATIONS, refusal(429, "queue_full", "32 wait", {"retry-after": "0"}), times=2)
+    page.get_by_role("button", name="Make").click()
+    page.get_by_role("button", name="Try again").click()
+    expect(page.get_by_role("alert")).to_be_hidden()
+    expect_picture(page)
+
+
+def test_an_error_in_the_middle_of_a_stream_is_shown(page: Page) -> None:
+    event = {"error": {"message": "the picture failed", "type": "server_error", "param": None, "code": "not_finite"}}
+    body = f"event: error\ndata: {json.dumps(event)}\n\n"
+    page.route(GENERATIONS, lambda route: route.fulfill(content_type="text/event-stream", body=body))
+    page.get_by_role("button", name="Make").click()
+    expect(page.get_by_role("alert")).to_have_text("the picture failed")
+
+
+def test_an_api_key_is_asked_for_kept_in_the_tab_and_never_copied(open_page: Open) -> None:
+    def guard(route: Route) -> None:
+        if route.request.headers.get("authorization") == "Bearer secret-key":
+            route.continue_()
+        else:
+            refusal(401, "invalid_api_key", "this server wants a key")(route)
+
+    page = open_page(prepare=lambda page: page.route("**/v1/**", guard))
+    expect(page.get_by_role("alert")).to_have_text("this server wants a key")
+    field = page.get_by_role("textbox", name="API key")
+    expect(field).to_have_attribute("type", "password")
+    field.fill("wrong-key")
+    field.press("Enter")
+    expect(field).to_have_value("")
+    expect(field).to_be_visible()
+    field.fill("secret-key")
+    field.press("Enter")
+    expect_picture(page)
+    expect(field).to_be_hidden()
+    for text in (copied(page, "copy-curl"), copied(page, "copy-python")):
+        assert "TDM_API_KEY" in text
+        assert "secret-key" not in text
+    assert "secret-key" not in page.content() + page.url
+    page.reload()
+    expect_picture(page)
+    page.get_by_role("button", name="Forget API key").click()
+    assert page.evaluate("sessionStorage.length") == 0
+
+
+# ---- Seeds, history, comparison ----
+
+
+def test_the_seed_stays_while_locked_and_the_dice_roll_it(page: Page) -> None:
+    seed = page.get_by_label("Seed", exact=True)
+    first = seed.input_value()
+    make(page, "a fox")
+    expect(seed).to_have_value(first)
+    page.get_by_role("button", name="Roll").click()
+    expect(seed).not_to_have_value(first)
+    second = seed.input_value()
+    page.get_by_label("Lock").uncheck()
+    make(page, "a big pizza")
+    expect(seed).not_to_have_value(second)
+    seed.fill("7")
+    expect(page.get_by_label("Lock")).to_be_checked()  # a typed seed is meant to be used
+    expect_picture(page, "seed 7")
+
+
+def test_history_restores_everything(page: Page) -> None:
+    page.get_by_label("auto").check()
+    page.get_by_label("Latency budget").fill("60000")
+    page.get_by_label("Draft first").check()
+    page.get_by_label("Seed", exact=True).fill("7")
+    make(page, "a fox")
+    expect_picture(page, "seed 7")
+    source, facts = page.locator("#picture").get_attribute("src"), page.locator("#outcome").inner_text()
+    page.locator("#steps").get_by_label("2").check()
+    page.get_by_label("Draft first").uncheck()
+    page.get_by_role("button", name="Roll").click()
+    make(page, "a big pizza")
+    thumbnails(page).get_by_role("img", name="a fox, 4 steps, seed 7").last.click()
+    expect(prompt_of(page)).to_have_value("a fox")
+    expect(page.get_by_label("Seed", exact=True)).to_have_value("7")
+    expect(page.get_by_label("auto")).to_be_checked()
+    expect(page.get_by_label("Latency budget")).to_have_value("60000")
+    expect(page.get_by_label("Draft first")).to_be_checked()
+    assert (page.locator("#picture").get_attribute("src"), page.locator("#outcome").inner_text()) == (source, facts)
+    expect(page.locator("#filmstrip")).to_have_text("draftstep 2step 3picture")
+
+
+def test_what_is_typed_over_leaves_no_trace_in_the_history(page: Page) -> None:
+    page.evaluate("performance.now = () => 1")  # as fast as one types
+    before = thumbnails(page).count()
+    for prompt in ("a fox", "a fox on", "a fox on yellow"):
+        prompt_of(page).fill(prompt)
+        expect(page.locator("#receipt-fields")).to_contain_text(f"prompt{prompt}seed")
+    expect(thumbnails(page)).to_have_count(before + 1)
+
+
+def test_compare_shows_one_seed_at_every_step_count(page: Page) -> None:
+    asked: list[dict[str, Any]] = []
+    page.on("request", lambda request: asked.append(body_of(request)))
+    page.get_by_role("button", name="Compare").click()
+    region = page.get_by_role("region", name="One seed at every step count")
+    expect(region.get_by_role("img")).to_have_count(4)
+    expect(region.get_by_role("listitem").nth(3)).to_have_text(re.compile(r"^4 steps [\d.]+ ms$"))
+    assert [body["num_inference_steps"] for body in asked] == [1, 2, 3, 4]
+    assert len({body["seed"] for body in asked}) == 1
+    assert len({image.get_attribute("src") for image in region.get_by_role("img").all()}) == 4
+    region.get_by_role("listitem").first.get_by_role("button").click()
+    expect_picture(page, "· 1 step ·")
+    expect(page.locator("#steps").get_by_label("1")).to_be_checked()
+
+
+# ---- Taking it away ----
+
+
+@pytest.mark.parametrize("name", ["curl", "python"])
+def test_what_is_copied_runs(page: Page, tmp_path: Path, name: str) -> None:
+    page.evaluate("sessionStorage.setItem('tdm-api-key', 'secret-key')")
+    page.get_by_label("auto").check()
+    page.get_by_label("Latency budget").fill("60000")
+    make(page, AWKWARD_PROMPT)
+    expect(page.locator("#outcome-budget-tile")).to_have_text("Budget kept60.0 s")
+    text = copied(page, f"copy-{name}")
+    assert re.search('"num_inference_steps": ?"auto", ?"latency_budget_ms": ?60000', text)
+    if name == "curl" and not shutil.which("curl"):
+        pytest.skip("curl is not installed")
+    command = ["bash", "-c", text] if name == "curl" else [sys.executable, "-c", text]
+    environment = os.environ | {"TDM_API_KEY": "secret-key"}
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=60)
+    with Image.open(tmp_path / "picture.png") as picture:
+        receipt = json.loads(picture.text["tdm_receipt"])  # type: ignore[attr-defined]
+    assert receipt["prompt"] == AWKWARD_PROMPT
+    assert str(receipt["seed"]) == page.get_by_label("Seed", exact=True).input_value()
+
+
+def test_a_download_carries_its_parameters_and_receipt(page: Page, tmp_path: Path) -> None:
+    with page.expect_download() as download:
+        page.get_by_role("link", name="Download").click()
+    assert re.fullmatch(r"a-red-heart-seed\d+-steps4\.png", download.value.suggested_filename)
+    download.value.save_as(tmp_path / "picture.png")
+    with Image.open(tmp_path / "picture.png") as picture:
+        assert picture.format == "PNG"
+        text = picture.text  # type: ignore[attr-defined]
+    assert text["parameters"].startswith("a red heart\nSteps: 4")
+    page.get_by_text("Receipt", exact=True).click()
+    expect(page.locator("#receipt-fields")).to_contain_text(json.loads(text["tdm_receipt"])["pixels_sha256"])
+    expect(page.locator("#receipt-command")).to_have_text(f"tdm-generate --verify {download.value.suggested_filename}")
+
+
+def test_a_link_carries_the_settings(page: Page, open_page: Open) -> None:
+    page.locator("#steps").get_by_label("3").check()
+    page.get_by_label("Seed", exact=True).fill("11")
+    make(page, "a fox & a cat")
+    expect_picture(page, "3 steps · seed 11")
+    link = copied(page, "copy-link")
+    there = open_page(fragment=link.split("/")[-1])
+    expect_picture(there, "3 steps · seed 11")
+    expect(prompt_of(there)).to_have_value("a fox & a cat")
+    assert there.locator("#picture").get_attribute("alt") == "a fox & a cat"
+
+
+# ---- The page itself ----
+
+
+def test_several_models_and_sizes_can_be_chosen(open_page: Open) -> None:
+    def add_models(route: Route) -> None:
+        answer = route.fetch().json()
+        (card,) = answer["data"]
+        lora = {
+            "id": "lora",
+            "base": card["id"],
+            "sizes": ["64x64", "96x64"],
+            "step_counts": [1, 2],
+            "default_steps": 2,
+        }
+        route.fulfill(json={**answer, "data": [card, card | lora]})
+
+    page = open_page(prepare=lambda page: page.route("**/v1/models", add_models))
+    expect_picture(page)
+    expect(page.get_by_label("Size")).to_be_hidden()
+    page.get_by_label("Model").select_option("lora")
+    expect(page.get_by_role("radio")).to_have_count(3)
+    asked = asked_of(page, lambda: page.get_by_label("Size").select_option("96x64"))
+    assert (asked["model"], asked["size"], asked["num_inference_steps"]) == ("lora", "96x64", 2)
+    expect(page.get_by_role("alert")).to_contain_text("lora")  # the server's words: it has none
+
+
+def test_the_badge_shows_health_and_queue(page: Page) -> None:
+    for status, body, shown in (
+        (200, {"status": "ready", "live": 3, "max_live": 128}, "ready · 3 of 128 in flight"),
+        (200, {"status": "ready"}, "ready"),
+        (503, {"error": {"message": "stopping"}}, "not ready"),
+    ):
+        page.route("**/ready", answering(status, body))
+        page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+        expect(page.locator("#badge")).to_have_text(shown)
+
+
+def test_everything_can_be_done_from_the_keyboard(page: Page) -> None:
+    prompt, keyboard = prompt_of(page), page.keyboard
+    keyboard.press("/")
+    expect(prompt).to_be_focused()
+    keyboard.type("a car 12 /rl")  # keys of shortcuts are letters here
+    expect(prompt).to_have_value("a car 12 /rl")
+    keyboard.press("Enter")
+    expect(page.locator("#receipt-fields")).to_contain_text("prompta car 12 /rl")
+    keyboard.press("Escape")
+    keyboard.press("2")
+    expect_picture(page, "· 2 steps ·")
+    keyboard.press("[")
+    expect_picture(page, "· 4 steps ·")
+    keyboard.press("a")
+    expect(page.get_by_label("Latency budget")).to_be_visible()
+    keyboard.press("l")
+    expect(page.get_by_label("Lock")).not_to_be_checked()
+    keyboard.press("c")
+    expect(page.locator("#comparison-strip img")).to_have_count(4)
+    with page.expect_download():
+        keyboard.press("d")
+    page.get_by_text("Keyboard", exact=True).click()
+    page.get_by_label("Single keys").uncheck()
+    keyboard.press("l")
+    expect(page.get_by_label("Lock")).not_to_be_checked()
+
+
+def test_a_tab_reaches_the_controls_in_the_order_of_the_page(page: Page) -> None:
+    prompt_of(page).focus()
+    reached = []
+    for _ in range(24):
+        page.keyboard.press("Tab")
+        reached.append(page.evaluate("document.activeElement.name || document.activeElement.id"))
+        outline = "getComputedStyle(document.activeElement.closest('.segments') ?? document.activeElement).outlineStyle"
+        assert page.evaluate(outline) == "solid"  # where the focus is, is seen
+    wanted = [
+        "make",
+        "download",
+        "copy-curl",
+        "copy-python",
+        "copy-link",
+        "steps",
+        "seed",
+        "dice",
+        "seed-lock",
+        "draft",
+    ]
+    assert [name for name in reached if name in wanted] == wanted
+
+
+def test_every_control_has_a_name(page: Page) -> None:
+    page.get_by_label("auto").check()
+    page.get_by_role("button", name="Compare").click()
+    expect(page.locator("#comparison-strip img")).to_have_count(4)
+    page.evaluate("for (const node of document.querySelectorAll('[hidden]')) node.hidden = false")
+    tree = page.context.new_cdp_session(page).send("Accessibility.getFullAXTree")["nodes"]
+    roles = {"button", "checkbox", "combobox", "image", "link", "radio", "region", "spinbutton", "switch", "textbox"}
+    named = [node for node in tree if not node["ignored"] and node["role"]["value"] in roles]
+    assert {node["role"]["value"] for node in named} >= {"button", "combobox", "image", "link", "radio", "switch"}
+    assert [node for node in named if not node.get("name", {}).get("value")] == []
+
+
+def test_a_phone_scrolls_in_one_direction(open_page: Open) -> None:
+    page = open_page(viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
+    expect_picture(page)
+    make(page, "w" * 200)
+    page.get_by_label("auto").check()
+    page.get_by_label("Latency budget").fill("60000")
+    page.get_by_role("button", name="Compare").click()
+    expect(page.locator("#comparison-strip img")).to_have_count(4)
+    for name in ("Receipt", "Keyboard"):
+        page.get_by_text(name, exact=True).click()
+    page.evaluate("for (const node of document.querySelectorAll('[hidden]')) node.hidden = false")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+def test_colours_follow_the_system_and_text_stands_out(open_page: Open) -> None:
+    luminances = {}
+    for scheme in ("light", "dark"):
+        page = open_page(color_scheme=scheme)
+        expect_picture(page)
+        colours = page.evaluate("""() => ["body", "#model-facts", "#make"].flatMap((selector) => {
+            const style = getComputedStyle(document.querySelector(selector));
+            return [style.color, style.backgroundColor];
+        })""")
+        ink, paper, quiet, _, on_accent, accent = map(luminance, colours)
+        luminances[scheme] = paper
+        for front, back in ((ink, paper), (quiet, paper), (on_accent, accent)):
+            assert (max(front, back) + 0.05) / (min(front, back) + 0.05) >= 4.5  # WCAG 2.2, AA
+    assert luminances["dark"] < 0.1 < 0.8 < luminances["light"]
+
+
+def luminance(colour: str) -> float:
+    """WCAG's relative luminance of `rgb(r, g, b)`."""
+    channels = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
+    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
