@@ -12,6 +12,11 @@ from pydantic import BaseModel
 from serving.errors import not_ready
 from serving.services import Services
 
+STATIC_FILES = (
+    "index.html",
+    "playground.css",
+    *(f"{module}.js" for module in ("playground", "server", "sse", "latency", "copies", "page")),
+)
 STATIC_FOLDER = Path(__file__).resolve().parent.parent / "static"
 
 
@@ -58,8 +63,7 @@ def add_playground(app: FastAPI) -> None:
     Raises:
         FileNotFoundError: its files are missing; better now than at the first visit.
     """
-    names = ("index.html", "playground.js", "playground.css")
-    if missing := [name for name in names if not (STATIC_FOLDER / name).is_file()]:
+    if missing := [name for name in STATIC_FILES if not (STATIC_FOLDER / name).is_file()]:
         raise FileNotFoundError(f"{STATIC_FOLDER} lacks {', '.join(missing)}; reinstall the package")
 
     @app.get("/", include_in_schema=False)

@@ -32,6 +32,7 @@ METRICS = {
     "tdm_rejected": ("counter", {"reason"}),
     "tdm_requests": ("counter", {"method", "route", "status"}),
     "tdm_result_cache_hits": ("counter", set()),
+    "tdm_retried": ("counter", set()),
     "tdm_step_seconds": ("histogram", set()),
     "tdm_text_cache_hits": ("counter", set()),
     "tdm_text_cache_misses": ("counter", set()),
@@ -53,7 +54,8 @@ TIMINGS = ImageTimings(queue_ms=1, text_ms=1, steps_ms=[3, 3], decode_ms=2, enco
 def used_metrics(model: LoadedModel) -> ServerMetrics:
     """Where everything that has labels was observed once."""
     metrics = ServerMetrics()
-    metrics.watch_engine(DiffusionEngine(model))
+    metrics.watch_engine(DiffusionEngine(model), lambda: [model])
+    metrics.watch_live(lambda: 1, 2)
     metrics.watch_requests(lambda: 1, 2)
     metrics.observe_request(TIMINGS, budget_kept=True)
     metrics.observe_answer("POST", "/v1/images/generations", 200)

@@ -49,7 +49,7 @@ def images(tiny_checkpoint: Path) -> Iterator[ImageService]:
 @contextlib.asynccontextmanager
 async def connected(images: ImageService, **config: Any) -> AsyncIterator[tuple[httpx.AsyncClient, Services]]:
     """A client of an application with these settings."""
-    services = Services.start(replace(images.config, **config), images.metrics, images)
+    services = Services.start(replace(images.config, **config), ServerMetrics(), images)
     transport = httpx.ASGITransport(build_app(services), raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60) as client:
         yield client, services
@@ -121,7 +121,7 @@ def test_without_a_key_nothing_but_health_is_told(
     async def test() -> None:
         async with connected(images, api_keys=keys[0]) as (client, _):
             headers = {} if header is None else {"authorization": header}
-            paths = build_app(Services.start(images.config, images.metrics, images)).openapi()["paths"]
+            paths = build_app(Services.start(images.config, ServerMetrics(), images)).openapi()["paths"]
             for path in (*paths, "/openapi.json", "/nowhere"):
                 for method in paths.get(path, {"get": None}):
                     answer = await client.request(method, path.replace("{", "").replace("}", ""), headers=headers)
