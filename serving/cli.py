@@ -221,7 +221,7 @@ def serve_until_signalled(config: ServerConfig) -> int:
     import ray
     from ray import serve
 
-    from serving.deployment import QUIET, build_application
+    from serving.deployment import build_application, ray_logging
 
     start_logger.info("starting %s on %s:%d", config.checkpoint.name, config.host, config.port)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
@@ -231,7 +231,7 @@ def serve_until_signalled(config: ServerConfig) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     try:
-        serve.start(**proxy_options(config), logging_config=QUIET)
+        serve.start(**proxy_options(config), logging_config=ray_logging(config.log_format))
         serve.run(build_application(config), name="images", route_prefix="/")
         start_logger.info("backend: %s", serve.get_app_handle("images").backend.remote().result())
         url = f"http://{config.host}:{config.port}"

@@ -9,12 +9,14 @@ from ray import serve
 from ray.serve import Application
 from ray.serve.schema import LoggingConfig
 
-from serving.config import ServerConfig
+from serving.config import LogFormat, ServerConfig
 from serving.logs import set_up_logging
 from serving.web.front import HTTPFront
 
-QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
-"""Ray's own messages; the server logs its requests itself."""
+
+def ray_logging(log_format: LogFormat) -> LoggingConfig:
+    """Ray's own warnings, in its own fields; the server logs its requests itself."""
+    return LoggingConfig(log_level="WARNING", enable_access_log=False, encoding=log_format.upper())
 
 
 @serve.deployment(
@@ -26,7 +28,6 @@ QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
     # That a replica's process died is noticed at a check; nobody else has its port.
     health_check_period_s=2,
     ray_actor_options={"num_cpus": 1},
-    logging_config=QUIET,
 )
 @serve.ingress()
 class ImageDeployment:
@@ -75,4 +76,6 @@ class ImageDeployment:
 def build_application(config: ServerConfig) -> Application:
     """Return the Serve application."""
     deployment: serve.Deployment = ImageDeployment
-    return deployment.options(graceful_shutdown_timeout_s=config.drain_timeout_s).bind(config)
+    return deployment.options(
+        graceful_shutdown_timeout_s=config.drain_timeout_s, logging_config=ray_logging(config.log_format)
+    ).bind(config)

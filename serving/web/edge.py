@@ -132,7 +132,7 @@ class EdgeMiddleware:
 
     def _route(self, scope: Scope) -> str:
         """The template of what was asked for."""
-        route: str = getattr(scope.get("route"), "path_format", scope["path"])
+        route = str(getattr(scope.get("route"), "path_format", scope["path"]))
         if route in self._routes:
             return route
         return next((mount for mount in self._mounts if route.startswith(mount.removesuffix(MOUNTED))), OTHER)
