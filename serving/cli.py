@@ -313,7 +313,7 @@ def serve_until_signalled(config: ServerConfig) -> int:
     import ray
     from ray import serve
 
-    from serving.deployment import QUIET, build_application
+    from serving.deployment import build_application, ray_logging
 
     names = ", ".join(source.name or source.folder.name for source in config.models)
     start_logger.info("starting %s on %s:%d", names, config.host, config.port)
@@ -324,7 +324,7 @@ def serve_until_signalled(config: ServerConfig) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     try:
-        serve.start(**proxy_options(config), logging_config=QUIET)
+        serve.start(**proxy_options(config), logging_config=ray_logging(config.log_format))
         serve.run(build_application(config), name="images", route_prefix="/")
         start_logger.info("backend: %s", serve.get_app_handle("images").backend.remote().result())
         url = f"http://{config.host}:{config.port}"

@@ -14,7 +14,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
 from serving.answers import ImageAnswer, PartialAnswer
-from serving.config import ServerConfig
+from serving.config import LogFormat, ServerConfig
 from serving.errors import APIError
 from serving.logs import set_up_logging
 from serving.metrics import ServerMetrics
@@ -23,8 +23,10 @@ from serving.schema.images import ImageRequest
 from serving.services import Services
 from serving.web.front import HTTPFront
 
-QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
-"""Ray's own messages; the server logs its requests itself."""
+
+def ray_logging(log_format: LogFormat) -> LoggingConfig:
+    """Ray's own warnings, in its own fields; the server logs its requests itself."""
+    return LoggingConfig(log_level="WARNING", enable_access_log=False, encoding=log_format.upper())
 
 
 HEAD = {"node:__internal_head__": 0.001}
@@ -40,7 +42,6 @@ HEAD = {"node:__internal_head__": 0.001}
     # That a replica's process died is noticed at a check; nobody else has its port.
     health_check_period_s=2,
     ray_actor_options={"num_cpus": 1},
-    logging_config=QUIET,
 )
 class DirectDeployment:
     """One replica: engine and fronts in one process. Admission is the engine's own, so Ray queues nothing."""
@@ -86,7 +87,6 @@ class DirectDeployment:
     max_constructor_retry_count=1,
     health_check_period_s=2,
     ray_actor_options={"num_cpus": 1},
-    logging_config=QUIET,
 )
 class EngineDeployment:
     """One engine behind an ingress. What it refuses it returns: Ray would wrap what is raised."""
@@ -135,7 +135,6 @@ class EngineDeployment:
     max_constructor_retry_count=1,
     health_check_period_s=2,
     ray_actor_options={"num_cpus": 0, "resources": HEAD},
-    logging_config=QUIET,
 )
 @serve.ingress()
 class IngressDeployment:
@@ -169,11 +168,13 @@ class IngressDeployment:
 
 def build_application(config: ServerConfig) -> Application:
     """Return the Serve application."""
-    options: dict[str, Any] = {"graceful_shutdown_timeout_s": config.drain_timeout_s}
-    ingress: serve.Deployment = IngressDeployment if config.front == "ray" else DirectDeployment
+    options: dict[str, Any] = {
+        "graceful_shutdown_timeout_s": config.drain_timeout_s,
+        "logging_config": ray_logging(config.log_format),
+    }
     if config.front == "direct":
-        return ingress.options(num_replicas=config.min_replicas, **options).bind(config)
-    engines: serve.Deployment = EngineDeployment
+        direct: serve.Deployment = DirectDeployment
+        return direct.options(num_replicas=config.min_replicas, **options).bind(config)
     scaling: dict[str, Any] = {"num_replicas": config.min_replicas}
     if config.max_replicas > config.min_replicas:
         scaling = {
@@ -183,6 +184,8 @@ def build_application(config: ServerConfig) -> Application:
                 "target_ongoing_requests": config.engine.max_batch_size,
             }
         }
+    engines: serve.Deployment = EngineDeployment
+    ingress: serve.Deployment = IngressDeployment
     return ingress.options(**options).bind(config, engines.options(**scaling, **options).bind(config))
 
 

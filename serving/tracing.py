@@ -1,4 +1,4 @@
-"""OpenTelemetry traces: a span a request, its stages below it. Imports and computes nothing where tracing is off.
+"""OpenTelemetry traces: a span a request, its stages below it. No SDK is imported where tracing is off.
 
 A front opens `request_span` around a request; the services below find it by `current_span`. Attributes are
 sizes and names of what is served: never a prompt, a key or an error's message, which may quote the prompt.

@@ -27,7 +27,7 @@ def main(checkpoint: Path, port: int) -> None:
     from ray.cluster_utils import Cluster
 
     from serving.config import ModelSource, ServerConfig
-    from serving.deployment import QUIET, build_application
+    from serving.deployment import build_application, ray_logging
     from tdm_runtime.backend_choice import BackendConfig
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
@@ -40,7 +40,9 @@ def main(checkpoint: Path, port: int) -> None:
         max_replicas=2,
         backend=BackendConfig("torch", threads=1),
     )
-    serve.start(http_options={"host": "127.0.0.1", "port": port, "location": "HeadOnly"}, logging_config=QUIET)
+    serve.start(
+        http_options={"host": "127.0.0.1", "port": port, "location": "HeadOnly"}, logging_config=ray_logging("text")
+    )
     serve.run(build_application(config), name="images", route_prefix="/")
     print(json.dumps(under_load(cluster, workers, f"http://127.0.0.1:{port}")), flush=True)
     ray.shutdown()

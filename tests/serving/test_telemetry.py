@@ -59,9 +59,9 @@ def leave(port: int, key: str) -> None:
 
 @pytest.fixture(scope="module")
 def lines(written: Path) -> list[Line]:
-    """Every line of the log; those that Ray writes of its own end are its own."""
-    text = [line for line in (written / "log").read_text().splitlines() if "(raylet)" not in line]
-    return [json.loads(line) for line in text]
+    """Every line of the server in what the terminal got, which tools that it starts and Ray's end write to as well."""
+    text = (written / "log").read_text().splitlines()
+    return [line for line in map(json.loads, (each for each in text if each.startswith("{"))) if "logger" in line]
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +71,7 @@ def spans(written: Path) -> list[Line]:
 
 def test_every_line_is_an_object_with_time_level_and_message(lines: list[Line]) -> None:
     assert all({"time", "level", "logger", "message"} <= line.keys() for line in lines)
+    assert not [line for line in lines if "(ServeReplica" in line["message"]]
     assert [line["message"].split(" ")[0] for line in lines if line["logger"] == "serving.start"][-2:] == [
         "ready:",
         "stopping:",
