@@ -8,11 +8,11 @@ import os
 import re
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, get_args
 
@@ -37,6 +37,7 @@ def parse_arguments(arguments: list[str] | None = None) -> ServerConfig:
     parser.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT, help="checkpoint folder (%(default)s)")
     parser.add_argument("--host", default=defaults.host, help="address to listen on (%(default)s)")
     parser.add_argument("--port", type=int, default=defaults.port, help="(%(default)s)")
+    parser.add_argument("--grpc-port", type=int, help="answer gRPC there as well; without it, only HTTP")
     parser.add_argument(
         "--front",
         choices=get_args(FrontName),
@@ -74,6 +75,7 @@ def parse_arguments(arguments: list[str] | None = None) -> ServerConfig:
             checkpoint=given.checkpoint.resolve(),
             host=given.host,
             port=given.port,
+            grpc_port=given.grpc_port,
             front=given.front,
             api_keys=given.api_keys and given.api_keys.resolve(),
             max_open_requests=given.max_open_requests,
@@ -96,25 +98,30 @@ def main(arguments: list[str] | None = None) -> int:
         checkpoint = open_checkpoint(config.checkpoint)
         if config.api_keys is not None:
             load_keys(config.api_keys)
-        address = reserve_address(config.host, config.port)
+        addresses = reserve_addresses(config)
         check_artifacts(checkpoint, config.backend)
     except (TDMError, OSError, ValueError) as error:
         print(f"tdm-serve: {error}", file=sys.stderr)
         return USAGE_ERROR
-    with address:
+    with addresses:
         return serve_until_signalled(config)
 
 
-def reserve_address(host: str, port: int) -> socket.socket:
-    """Hold the address for this server as long as the returned socket is open.
+def reserve_addresses(config: ServerConfig) -> ExitStack:
+    """Hold the addresses for this server until the returned stack is closed.
 
     Raises:
         OSError: naming the address and what to do.
     """
-    try:
-        return reserve(host, port)
-    except OSError as error:
-        raise OSError(f"cannot listen on {host}:{port} ({error.strerror}); choose another with --port") from None
+    with ExitStack() as held:
+        for port, flag in ((config.port, "--port"), (config.grpc_port, "--grpc-port")):
+            try:
+                if port is not None:
+                    held.enter_context(reserve(config.host, port))
+            except OSError as error:
+                message = f"cannot listen on {config.host}:{port} ({error.strerror}); choose another with {flag}"
+                raise OSError(message) from None
+        return held.pop_all()
 
 
 def check_artifacts(checkpoint: Checkpoint, config: BackendConfig) -> None:
@@ -208,6 +215,8 @@ def serve_until_signalled(config: ServerConfig) -> int:
         serve.start(**proxy_options(config), logging_config=QUIET)
         serve.run(build_application(config), name="images", route_prefix="/")
         print(f"backend: {serve.get_app_handle('images').backend.remote().result()}", flush=True)
+        if config.grpc_port is not None:
+            print(f"grpc: {config.host}:{config.grpc_port}", flush=True)
         print(f"ready: http://{config.host}:{config.port} (playground), /v1/images/generations (API)", flush=True)
         stop.wait()
         print("stopping: accepted requests finish, then the server exits", flush=True)

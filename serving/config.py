@@ -22,6 +22,8 @@ class ServerConfig:
     host: str = "127.0.0.1"
     """Address to listen on; others than this machine's own want `api_keys`."""
     port: int = 8000
+    grpc_port: int | None = None
+    """Of gRPC, on the same address; None is no gRPC."""
     front: FrontName = "direct"
     """Who answers HTTP: the replica itself, or Ray's proxy, which costs more and routes between machines."""
     engine: EngineConfig = EngineConfig()
@@ -44,5 +46,7 @@ class ServerConfig:
     def __post_init__(self) -> None:
         if not 1 <= self.port <= 65535:
             raise ValueError(f"port is {self.port}; it must be from 1 to 65535")
+        if self.grpc_port is not None and (not 1 <= self.grpc_port <= 65535 or self.grpc_port == self.port):
+            raise ValueError(f"grpc_port is {self.grpc_port}; it must be from 1 to 65535, and not HTTP's {self.port}")
         if self.max_open_requests < 1:
             raise ValueError(f"max_open_requests is {self.max_open_requests}; it must be at least 1")

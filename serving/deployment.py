@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from ray import serve
@@ -12,6 +13,9 @@ from ray.serve.schema import LoggingConfig
 
 from serving.config import ServerConfig
 from serving.web.front import HTTPFront
+
+if TYPE_CHECKING:
+    from serving.rpc.front import GRPCFront
 
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 """Ray's own messages; the server logs its requests itself."""
@@ -38,6 +42,11 @@ class ImageDeployment:
         set_up_logging(config.log_level)
         self.services = Services.start(config)
         self.front: HTTPFront | None = None
+        self.grpc_front: GRPCFront | None = None
+        if config.grpc_port is not None:
+            from serving.rpc.front import GRPCFront
+
+            self.grpc_front = await GRPCFront.start(self.services, config.host, config.grpc_port)
         if config.front == "direct":  # last: who can connect is served
             self.front = await HTTPFront.start(self.__serve_build_asgi_app__(), config.host, config.port)
 
@@ -52,6 +61,8 @@ class ImageDeployment:
             raise RuntimeError("the engine's thread is not running")
         if self.front is not None and self.services.is_ready and not self.front.is_running:
             raise RuntimeError("the HTTP front is not running")
+        if self.grpc_front is not None and self.services.is_ready and not self.grpc_front.is_running:
+            raise RuntimeError("the gRPC front is not running")
 
     def backend(self) -> str:
         """What runs the model and, where it was measured, why."""
@@ -61,8 +72,9 @@ class ImageDeployment:
     async def drain(self) -> None:
         """Answer what was accepted, and stop listening. Called by `tdm-serve` before it stops."""
         await self.services.drain()
-        if self.front is not None:
-            await self.front.close()
+        for front in (self.front, self.grpc_front):
+            if front is not None:
+                await front.close()
 
     async def __del__(self) -> None:
         """Called by Ray when it stops a replica; of requests to its own front Ray knows nothing."""

@@ -17,6 +17,7 @@ class ServerMetrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.requests = self._counter("tdm_requests", "Answers by HTTP status.", "status")
+        self.grpc_requests = self._counter("tdm_grpc_requests", "gRPC answers by status.", "method", "code")
         self.rejected = self._counter("tdm_rejected", "Requests refused, by error code.", "reason")
         self.steps_used = self._counter("tdm_pictures", "Pictures made, by step count.", "num_inference_steps")
         self.cancelled = self._counter("tdm_cancelled", "Requests whose client left.")
