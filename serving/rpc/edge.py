@@ -74,7 +74,8 @@ class Edge(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc is untyped
             await _serve(handler, context, services.config.body_timeout_s)
         except asyncio.CancelledError:
             code = grpc.StatusCode.CANCELLED if context.time_remaining() != 0 else grpc.StatusCode.DEADLINE_EXCEEDED
-            services.metrics.cancelled.inc(not is_watcher)
+            if not is_watcher:
+                services.metrics.cancelled.inc()
             raise
         except grpc.aio.AbortError:  # a service that knows gRPC's codes itself
             code = context.code()

@@ -215,32 +215,37 @@ def test_a_listener_that_leaves_harms_nobody(images: images_pb2_grpc.ImageServic
 
 
 @pytest.mark.parametrize(
-    ("fields", "code", "reason", "param"),
+    ("fields", "param"),
     [
-        ({}, Code.INVALID_ARGUMENT, "missing_required_parameter", "prompt"),
-        ({"prompt": ""}, Code.INVALID_ARGUMENT, "invalid_value", "prompt"),
-        ({"prompt": "a\0b"}, Code.INVALID_ARGUMENT, "invalid_value", "prompt"),
-        ({"prompt": "x" * 60_000}, Code.INVALID_ARGUMENT, "invalid_value", "prompt"),
-        ({"model": "../x\n\u00fc"}, Code.NOT_FOUND, "model_not_found", "model"),
-        ({"n": 0}, Code.INVALID_ARGUMENT, "invalid_value", "n"),
-        ({"n": 2**32 - 1}, Code.INVALID_ARGUMENT, "invalid_value", "n"),
-        ({"size": {"width": 1024, "height": 1024}}, Code.INVALID_ARGUMENT, "invalid_value", "size"),
-        ({"size": {}}, Code.INVALID_ARGUMENT, "invalid_value", "size"),
-        ({"num_inference_steps": 0}, Code.INVALID_ARGUMENT, "invalid_value", "num_inference_steps"),
-        ({"num_inference_steps": 10**6}, Code.INVALID_ARGUMENT, "invalid_value", "num_inference_steps"),
-        ({"guidance_scale": float("nan")}, Code.INVALID_ARGUMENT, "invalid_value", "guidance_scale"),
-        ({"latency_budget_ms": float("inf")}, Code.INVALID_ARGUMENT, "invalid_value", "latency_budget_ms"),
-        ({"decoder": 99}, Code.INVALID_ARGUMENT, "invalid_value", "decoder"),
-        ({"output_format": 99}, Code.INVALID_ARGUMENT, "invalid_value", "output_format"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": "a\0b"}, "prompt"),
+        ({"prompt": "x" * 60_000}, "prompt"),
+        ({"n": 0}, "n"),
+        ({"n": 2**32 - 1}, "n"),
+        ({"size": {"width": 1024, "height": 1024}}, "size"),
+        ({"size": {}}, "size"),
+        ({"num_inference_steps": 0}, "num_inference_steps"),
+        ({"num_inference_steps": 10**6}, "num_inference_steps"),
+        ({"guidance_scale": float("nan")}, "guidance_scale"),
+        ({"latency_budget_ms": float("inf")}, "latency_budget_ms"),
+        ({"decoder": 99}, "decoder"),
+        ({"output_format": 99}, "output_format"),
     ],
 )
-def test_mistakes_are_named(
-    images: images_pb2_grpc.ImageServiceStub, fields: dict[str, Any], code: grpc.StatusCode, reason: str, param: str
+def test_values_out_of_range_are_named(
+    images: images_pb2_grpc.ImageServiceStub, fields: dict[str, Any], param: str
 ) -> None:
-    named = {"prompt": PROMPT} | fields if fields else {}
-    found, details, trailers = refusal(lambda: images.Generate(pb.GenerateRequest(**named)))
-    assert (found, trailers["code"], trailers["param"]) == (code, reason, param), details
+    request = pb.GenerateRequest(**({"prompt": PROMPT} | fields))
+    code, details, trailers = refusal(lambda: images.Generate(request))
+    assert (code, trailers["code"], trailers["param"]) == (Code.INVALID_ARGUMENT, "invalid_value", param), details
     assert trailers["x-should-retry"] == "false" and trailers["x-request-id"]
+
+
+def test_what_is_missing_and_whom_nobody_knows(images: images_pb2_grpc.ImageServiceStub) -> None:
+    code, _, trailers = refusal(lambda: images.Generate(pb.GenerateRequest()))
+    assert (code, trailers["code"]) == (Code.INVALID_ARGUMENT, "missing_required_parameter")
+    code, details, trailers = refusal(lambda: images.Generate(pb.GenerateRequest(prompt=PROMPT, model="../x\n\u00fc")))
+    assert (code, trailers["code"], trailers["param"]) == (Code.NOT_FOUND, "model_not_found", "model"), details
 
 
 def test_a_stream_is_refused_before_it_begins(images: images_pb2_grpc.ImageServiceStub) -> None:
@@ -322,7 +327,7 @@ def raw_bytes(text: bytes) -> bytes:
 
 
 def parameter(value: Any) -> Any:
-    kind = {bool: "bool_param", int: "int64_param", str: "string_param", float: "double_param"}[type(value)]
+    kind = {bool: "bool_param", int: "int64_param", str: "string_param"}[type(value)]
     return open_inference_pb2.InferParameter(**{kind: value})
 
 
@@ -369,98 +374,49 @@ def test_only_the_outputs_that_are_asked_for(inference: open_inference_pb2_grpc.
     assert code is Code.INVALID_ARGUMENT and "generated_image" in details
 
 
+def raw_request(*inputs: Any, raws: list[bytes]) -> Any:
+    return infer_request(*inputs, raw_input_contents=raws)
+
+
+NOTHING = open_inference_pb2.InferParameter()
+INT64_SEED = tensor("seed", "INT64")
+NEGATIVE_SEED = tensor("seed", "INT64", int64_contents=[-1])
+HUGE_SEED = tensor("seed", "UINT64", uint64_contents=[2**64 - 1])
+
+
 @pytest.mark.parametrize(
-    ("request_", "code", "param", "told"),
+    ("request_", "param", "told"),
     [
-        (infer_request(), Code.INVALID_ARGUMENT, "prompt", "required"),
-        (infer_request(PROMPT_TENSOR, model="x"), Code.NOT_FOUND, "model", "tdm-emoji"),
-        (infer_request(PROMPT_TENSOR, model_version="2"), Code.NOT_FOUND, "model_version", "has 1"),
-        (infer_request(tensor("promt", "BYTES")), Code.INVALID_ARGUMENT, "promt", "num_inference_steps"),
-        (infer_request(tensor("prompt", "FP32")), Code.INVALID_ARGUMENT, "prompt", "send BYTES"),
-        (infer_request(tensor("prompt", "BYTES", (1, 1))), Code.INVALID_ARGUMENT, "prompt", "[1]"),
-        (infer_request(tensor("prompt", "BYTES", (-1,))), Code.INVALID_ARGUMENT, "prompt", "[1]"),
-        (infer_request(tensor("prompt", "BYTES", ())), Code.INVALID_ARGUMENT, "prompt", "[1]"),
-        (infer_request(BARE_PROMPT), Code.INVALID_ARGUMENT, "prompt", "none; send one in bytes_contents"),
-        (
-            infer_request(tensor("prompt", "BYTES", bytes_contents=[b"a", b"b"])),
-            Code.INVALID_ARGUMENT,
-            "prompt",
-            "2 in bytes_contents",
-        ),
-        (
-            infer_request(tensor("prompt", "BYTES", bytes_contents=[b"\xff"])),
-            Code.INVALID_ARGUMENT,
-            "prompt",
-            "UTF-8",
-        ),
-        (infer_request(PROMPT_TENSOR, PROMPT_TENSOR), Code.INVALID_ARGUMENT, "prompt", "twice"),
-        (
-            infer_request(PROMPT_TENSOR, tensor("seed", "INT64", int64_contents=[-1])),
-            Code.INVALID_ARGUMENT,
-            "seed",
-            "4294967295",
-        ),
-        (
-            infer_request(PROMPT_TENSOR, tensor("seed", "UINT64", uint64_contents=[2**64 - 1])),
-            Code.INVALID_ARGUMENT,
-            "seed",
-            "4294967295",
-        ),
-        (infer_request(BARE_PROMPT, raw_input_contents=[b"\xff"]), Code.INVALID_ARGUMENT, "prompt", "uint32"),
-        (
-            infer_request(BARE_PROMPT, raw_input_contents=[struct.pack("<I", 2**32 - 1) + b"a"]),
-            Code.INVALID_ARGUMENT,
-            "prompt",
-            "uint32",
-        ),
-        (
-            infer_request(BARE_PROMPT, tensor("seed", "INT64"), raw_input_contents=[raw_bytes(b"a"), b"\0"]),
-            Code.INVALID_ARGUMENT,
-            "seed",
-            "one INT64 has 8",
-        ),
-        (
-            infer_request(PROMPT_TENSOR, raw_input_contents=[raw_bytes(b"a")]),
-            Code.INVALID_ARGUMENT,
-            "prompt",
-            "send one of them",
-        ),
-        (
-            infer_request(PROMPT_TENSOR, raw_input_contents=[b"", b""]),
-            Code.INVALID_ARGUMENT,
-            "raw_input_contents",
-            "2 entries for 1 input",
-        ),
-        (
-            infer_request(PROMPT_TENSOR, parameters={"n": parameter(2)}),
-            Code.INVALID_ARGUMENT,
-            "n",
-            "latency_budget_ms",
-        ),
-        (
-            infer_request(PROMPT_TENSOR, parameters={"size": open_inference_pb2.InferParameter()}),
-            Code.INVALID_ARGUMENT,
-            "size",
-            "None",
-        ),
-        (
-            infer_request(PROMPT_TENSOR, parameters={"strict": parameter("yes")}),
-            Code.INVALID_ARGUMENT,
-            "strict",
-            "'yes'",
-        ),
+        (infer_request(), "prompt", "required"),
+        (infer_request(PROMPT_TENSOR, model="x"), "model", "tdm-emoji"),
+        (infer_request(PROMPT_TENSOR, model_version="2"), "model_version", "has 1"),
+        (infer_request(tensor("promt", "BYTES")), "promt", "num_inference_steps"),
+        (infer_request(tensor("prompt", "FP32")), "prompt", "send BYTES"),
+        (infer_request(tensor("prompt", "BYTES", (1, 1))), "prompt", "[1]"),
+        (infer_request(tensor("prompt", "BYTES", (-1,))), "prompt", "[1]"),
+        (infer_request(tensor("prompt", "BYTES", ())), "prompt", "[1]"),
+        (infer_request(BARE_PROMPT), "prompt", "none; send one in bytes_contents"),
+        (infer_request(tensor("prompt", "BYTES", bytes_contents=[b"a", b"b"])), "prompt", "2 in bytes_contents"),
+        (infer_request(tensor("prompt", "BYTES", bytes_contents=[b"\xff"])), "prompt", "UTF-8"),
+        (infer_request(PROMPT_TENSOR, PROMPT_TENSOR), "prompt", "twice"),
+        (infer_request(PROMPT_TENSOR, NEGATIVE_SEED), "seed", "4294967295"),
+        (infer_request(PROMPT_TENSOR, HUGE_SEED), "seed", "4294967295"),
+        (raw_request(BARE_PROMPT, raws=[b"\xff"]), "prompt", "uint32"),
+        (raw_request(BARE_PROMPT, raws=[struct.pack("<I", 2**32 - 1) + b"a"]), "prompt", "uint32"),
+        (raw_request(BARE_PROMPT, INT64_SEED, raws=[raw_bytes(b"a"), b"\0"]), "seed", "one INT64 has 8"),
+        (raw_request(PROMPT_TENSOR, raws=[raw_bytes(b"a")]), "prompt", "send one of them"),
+        (raw_request(PROMPT_TENSOR, raws=[b"", b""]), "raw_input_contents", "2 entries for 1 input"),
+        (infer_request(PROMPT_TENSOR, parameters={"n": parameter(2)}), "n", "latency_budget_ms"),
+        (infer_request(PROMPT_TENSOR, parameters={"size": NOTHING}), "size", "None"),
+        (infer_request(PROMPT_TENSOR, parameters={"strict": parameter("yes")}), "strict", "'yes'"),
     ],
 )
 def test_wrong_tensors_are_named(
-    inference: open_inference_pb2_grpc.GRPCInferenceServiceStub,
-    request_: Any,
-    code: grpc.StatusCode,
-    param: str,
-    told: str,
+    inference: open_inference_pb2_grpc.GRPCInferenceServiceStub, request_: Any, param: str, told: str
 ) -> None:
-    found, details, trailers = refusal(lambda: inference.ModelInfer(request_))
-    assert (found, trailers["param"]) == (code, param), details
-    assert told in details
+    code, details, trailers = refusal(lambda: inference.ModelInfer(request_))
+    assert code is (Code.NOT_FOUND if param.startswith("model") else Code.INVALID_ARGUMENT), details
+    assert trailers["param"] == param and told in details
 
 
 def test_the_protocols_own_questions_are_answered(
@@ -614,11 +570,8 @@ def test_so_many_are_open_at_once_and_who_sends_nothing_is_let_go(services: Serv
         while services.num_active < 2:
             await asyncio.sleep(0.01)
         code, trailers = await refused(images.ListModels(pb.ListModelsRequest(), metadata=bearer(KEY)))
-        assert (code, trailers["code"], trailers["retry-after-ms"]) == (
-            Code.RESOURCE_EXHAUSTED,
-            "too_many_requests",
-            "1000",
-        )
+        assert (code, trailers["code"]) == (Code.RESOURCE_EXHAUSTED, "too_many_requests")
+        assert trailers["retry-after-ms"] == "1000"
         for call in silent:
             code, trailers = await refused(call.read())
             assert (code, trailers["code"]) == (Code.DEADLINE_EXCEEDED, "body_timeout")
@@ -677,6 +630,6 @@ def test_who_watches_the_health_is_told_of_the_end(services: Services, monkeypat
 def test_a_front_on_a_taken_address_says_so(services: Services) -> None:
     async def run() -> None:
         with pytest.raises(OSError, match="--grpc-port"):
-            await GRPCFront.start(services, "192.0.2.1", free_port())
+            await GRPCFront.start(services, "203.0.113.1", free_port())
 
     asyncio.run(run())
