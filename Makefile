@@ -1,6 +1,7 @@
 # make serve   set everything up and start the server with the playground on 127.0.0.1:8000
 # make test    set everything up and run the tests
 # make check   format, lint, types, import contracts
+# make protos  write the modules of serving/rpc/protos anew, after a change of its .proto files
 #
 # Where the package index serves PyTorch with CUDA and you want the CPU build, name PyTorch's CPU index:
 #   make serve TORCH_INDEX_URL=...
@@ -13,7 +14,7 @@ SERVE_ARGS ?=
 TEST_ARGS ?=
 export RAY_USAGE_STATS_ENABLED = 0
 
-.PHONY: serve test check format clean
+.PHONY: serve test check format protos clean
 
 serve: $(VENV)/.installed
 	$(BIN)/tdm-serve $(SERVE_ARGS)
@@ -30,6 +31,9 @@ check: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+protos: $(VENV)/.installed-dev
+	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. serving/rpc/protos/*.proto
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

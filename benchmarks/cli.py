@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import backends, compare, options, plots, soak
+from benchmarks.grpc_target import grpc_target
 from benchmarks.load import Recording, closed_loop, open_loop
 from benchmarks.machine import environment, environment_json
 from benchmarks.quality import quality_per_step_count
@@ -170,6 +171,11 @@ async def _open_target(given: argparse.Namespace, session: Session) -> AsyncIter
         session.served = {name: card[name] for name in ("id", "backend", "digest") if name in card}
         async with http_session() as http:
             yield OpenAITarget(http, given.base_url, given.model)
+        return
+    if given.endpoint_type == "grpc":
+        async with grpc_target(given.base_url, given.model) as target:
+            session.served = next(iter(await target.served_models()), {})
+            yield target
         return
     model = load_model(given.checkpoint, given.backend_config)
     session.served = {"id": model.recipe.name, "backend": model.backend, "digest": model.digest}

@@ -30,11 +30,13 @@ def add_target_arguments(parser: argparse.ArgumentParser) -> None:
     """What is measured."""
     parser.add_argument(
         "--endpoint-type",
-        choices=["openai", "engine"],
+        choices=["openai", "grpc", "engine"],
         default="openai",
-        help="a server of the OpenAI images API, or the engine in this process (%(default)s)",
+        help="a server of the OpenAI images API, our own gRPC service, or the engine in this process (%(default)s)",
     )
-    parser.add_argument("--base-url", default="http://127.0.0.1:8000", help="of the server (%(default)s)")
+    parser.add_argument(
+        "--base-url", default="http://127.0.0.1:8000", help="of the server; grpc: HOST:PORT (%(default)s)"
+    )
     parser.add_argument("--model", help="sent to the server; not sent by default")
     add_engine_arguments(parser)
 

@@ -73,7 +73,7 @@ def _stages(completed: Sequence[Record]) -> dict[str, dict[str, float]]:
                 samples.setdefault(stage, []).append(ms)
     # An answer of few steps names "decode" before another has named "step 4": order as a picture passes through.
     steps = sorted((stage for stage in samples if stage.startswith("step ")), key=lambda stage: int(stage[5:]))
-    order = ["queue", "text", *steps, "decode", "encode", "engine hand-over", "http", "round trip"]
+    order = ["queue", "text", *steps, "decode", "encode", "engine hand-over", "http", "grpc", "round trip"]
     return {
         stage: {f"p{p:g}": float(np.percentile(samples[stage], p)) for p in STAGE_PERCENTILES}
         for stage in order

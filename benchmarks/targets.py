@@ -89,7 +89,9 @@ class EngineTarget:
             return Outcome(time.perf_counter(), type(error).__name__, isinstance(error, OverloadedError))
         answered_s = time.perf_counter()
         timings = picture.timings
-        stages = _stages(vars(timings) | {"encode_ms": 1e3 * (answered_s - encoding_s)}, 1e3 * (answered_s - sent_s))
+        stages = split_stages(
+            vars(timings) | {"encode_ms": 1e3 * (answered_s - encoding_s)}, 1e3 * (answered_s - sent_s)
+        )
         error_code = picture_fault(png, (params.width, params.height))
         return Outcome(answered_s, error_code, False, picture.params.num_inference_steps, stages)
 
@@ -135,7 +137,7 @@ class OpenAITarget:
             first = answer["data"][0]
             png = base64.b64decode(first["b64_json"], validate=True)
             steps_used = first.get("num_inference_steps")
-            stages = _stages(answer.get("timings") or {}, 1e3 * (answered_s - sent_s))
+            stages = split_stages(answer.get("timings") or {}, 1e3 * (answered_s - sent_s))
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, binascii.Error):
             return Outcome(answered_s, "unreadable_answer")
         return Outcome(answered_s, picture_fault(png, request.size), False, steps_used, stages)
@@ -196,8 +198,8 @@ def picture_fault(png: bytes, size: Size | None) -> str | None:
     return None
 
 
-def _stages(timings: Mapping[str, Any], round_trip_ms: float) -> dict[str, float]:
-    """Split a round trip by a server's `timings`; what it cannot explain is "http", or the engine's hand-over."""
+def split_stages(timings: Mapping[str, Any], round_trip_ms: float, transport: str = "http") -> dict[str, float]:
+    """Split a round trip by a server's `timings`; the rest is the transport's, or the engine's hand-over."""
     if "queue_ms" not in timings:
         return {}
     stages = {"queue": float(timings["queue_ms"]), "text": float(timings["text_ms"])}
@@ -206,7 +208,7 @@ def _stages(timings: Mapping[str, Any], round_trip_ms: float) -> dict[str, float
     total_ms = timings.get("total_ms")
     stages["engine hand-over"] = (round_trip_ms if total_ms is None else float(total_ms)) - sum(stages.values())
     if total_ms is not None:
-        stages["http"] = round_trip_ms - float(total_ms)
+        stages[transport] = round_trip_ms - float(total_ms)
     return stages
 
 

@@ -8,11 +8,11 @@ import os
 import re
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, get_args
 
@@ -60,6 +60,7 @@ def parse_arguments(arguments: list[str] | None = None) -> ServerConfig:
     )
     parser.add_argument("--host", default=defaults.host, help="address to listen on (%(default)s)")
     parser.add_argument("--port", type=int, default=defaults.port, help="(%(default)s)")
+    parser.add_argument("--grpc-port", type=int, help="answer gRPC there as well; without it, only HTTP")
     parser.add_argument(
         "--front",
         choices=get_args(FrontName),
@@ -111,6 +112,7 @@ def parse_arguments(arguments: list[str] | None = None) -> ServerConfig:
             lora_folder=given.lora_folder and given.lora_folder.resolve(),
             host=given.host,
             port=given.port,
+            grpc_port=given.grpc_port,
             front=given.front,
             min_replicas=given.replicas[0],
             max_replicas=given.replicas[1],
@@ -161,13 +163,13 @@ def main(arguments: list[str] | None = None) -> int:
         if config.api_keys is not None:
             load_keys(config.api_keys)
         Safety.load(config)
-        address = reserve_address(config.host, config.port)
+        addresses = reserve_addresses(config)
         for checkpoint in checkpoints:
             check_artifacts(checkpoint, config.backend)
     except (TDMError, OSError, ValueError) as error:
         print(f"tdm-serve: {error}", file=sys.stderr)
         return USAGE_ERROR
-    with address:
+    with addresses:
         return serve_until_signalled(config)
 
 
@@ -222,16 +224,21 @@ def check_models(config: ServerConfig) -> list[Checkpoint]:
     return checkpoints
 
 
-def reserve_address(host: str, port: int) -> socket.socket:
-    """Hold the address for this server as long as the returned socket is open.
+def reserve_addresses(config: ServerConfig) -> ExitStack:
+    """Hold the addresses for this server until the returned stack is closed.
 
     Raises:
         OSError: naming the address and what to do.
     """
-    try:
-        return reserve(host, port)
-    except OSError as error:
-        raise OSError(f"cannot listen on {host}:{port} ({error.strerror}); choose another with --port") from None
+    with ExitStack() as held:
+        for port, flag in ((config.port, "--port"), (config.grpc_port, "--grpc-port")):
+            try:
+                if port is not None:
+                    held.enter_context(reserve(config.host, port))
+            except OSError as error:
+                message = f"cannot listen on {config.host}:{port} ({error.strerror}); choose another with {flag}"
+                raise OSError(message) from None
+        return held.pop_all()
 
 
 def check_artifacts(checkpoint: Checkpoint, config: BackendConfig) -> None:
@@ -327,6 +334,8 @@ def serve_until_signalled(config: ServerConfig) -> int:
         serve.start(**proxy_options(config), logging_config=ray_logging(config.log_format))
         serve.run(build_application(config), name="images", route_prefix="/")
         start_logger.info("backend: %s", serve.get_app_handle("images").backend.remote().result())
+        if config.grpc_port is not None:
+            start_logger.info("grpc: %s:%d", config.host, config.grpc_port)
         url = f"http://{config.host}:{config.port}"
         start_logger.info("ready: %s (playground), /v1/images/generations (API)", url)
         stop.wait()

@@ -54,6 +54,8 @@ class ServerConfig:
     host: str = "127.0.0.1"
     """Address to listen on; others than this machine's own want `api_keys`."""
     port: int = 8000
+    grpc_port: int | None = None
+    """Of gRPC, on the same address; None is no gRPC."""
     front: FrontName = "direct"
     """Who answers HTTP: the replicas themselves, on one machine; or Ray's proxy and an ingress, which cost more, route
     between replicas on any machine and ask another where one dies."""
@@ -99,6 +101,8 @@ class ServerConfig:
         if self.front == "direct" and self.min_replicas < self.max_replicas:
             message = "Ray starts more by what its proxy sees; give one number, or --front ray"
             raise ValueError(f"replicas are {self.min_replicas} to {self.max_replicas}; {message}")
+        if self.grpc_port is not None and (not 1 <= self.grpc_port <= 65535 or self.grpc_port == self.port):
+            raise ValueError(f"grpc_port is {self.grpc_port}; it must be from 1 to 65535, and not HTTP's {self.port}")
         if self.max_open_requests < 1:
             raise ValueError(f"max_open_requests is {self.max_open_requests}; it must be at least 1")
         if self.otlp_endpoint is not None and not self.otlp_endpoint.startswith(("http://", "https://")):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import shlex
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, Protocol
 
 from fastapi import FastAPI
 from ray import serve
@@ -33,6 +33,30 @@ HEAD = {"node:__internal_head__": 0.001}
 """What only the head node has: the ingress lives where Ray's own bookkeeping does, and dies with nothing else."""
 
 
+class Front(Protocol):
+    """What listens."""
+
+    @property
+    def is_running(self) -> bool: ...
+    async def close(self) -> None: ...
+
+
+async def start_http(config: ServerConfig, services: Services) -> Front:
+    """Listen for HTTP."""
+    from serving.web.app import build_app
+
+    return await HTTPFront.start(build_app(services), config.host, config.port)
+
+
+async def start_grpc(config: ServerConfig, services: Services) -> list[Front]:
+    """Listen for gRPC, where that is asked for."""
+    if config.grpc_port is None:
+        return []
+    from serving.rpc.front import GRPCFront
+
+    return [await GRPCFront.start(services, config.host, config.grpc_port)]
+
+
 @serve.deployment(
     name="images",
     max_ongoing_requests=4096,
@@ -48,21 +72,20 @@ class DirectDeployment:
 
     async def __init__(self, config: ServerConfig) -> None:  # type: ignore[misc]  # Ray awaits it
         from serving.service import ImageService
-        from serving.web.app import build_app
 
         set_up_logging(config)
         metrics = ServerMetrics()
         self.images = ImageService(config, metrics)
         self.services = Services.start(config, metrics, self.images)
         # Last: who can connect is served.
-        self.front = await HTTPFront.start(build_app(self.services), config.host, config.port)
+        self.fronts = [*await start_grpc(config, self.services), await start_http(config, self.services)]
 
     def check_health(self) -> None:
         """Asked by Ray; a replica whose engine died, or that nobody can reach, is replaced."""
         if not self.images.is_healthy:
             raise RuntimeError("the engine's thread is not running")
-        if self.services.is_ready and not self.front.is_running:
-            raise RuntimeError("the HTTP front is not running")
+        if self.services.is_ready and not all(front.is_running for front in self.fronts):
+            raise RuntimeError("a front is not running")
 
     def backend(self) -> str:
         """What runs the default model and, where it was measured, why."""
@@ -71,11 +94,12 @@ class DirectDeployment:
     async def drain(self) -> None:
         """Answer what was accepted, and stop listening. Called by `tdm-serve` before it stops."""
         await self.services.drain()
-        await self.front.close()
+        for front in self.fronts:
+            await front.close()
 
     async def __del__(self) -> None:
         """Called by Ray when it stops a replica; of requests to its own front Ray knows nothing."""
-        if hasattr(self, "front"):
+        if hasattr(self, "fronts"):
             if self.services.is_ready:
                 await self.drain()
             await asyncio.to_thread(self.services.close)
@@ -145,6 +169,7 @@ class IngressDeployment:
         metrics = ServerMetrics()
         self.images = await RemoteImages.connect(engines, metrics)
         self.services = Services.start(config, metrics, self.images)
+        self.fronts = await start_grpc(config, self.services)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         from serving.web.app import build_app
@@ -158,11 +183,14 @@ class IngressDeployment:
     async def drain(self) -> None:
         """Answer what was accepted. Called by `tdm-serve` before it stops."""
         await self.services.drain()
+        for front in self.fronts:
+            await front.close()
 
     async def __del__(self) -> None:
         """Called by Ray when it stops the ingress."""
-        if hasattr(self, "services"):
-            await self.drain()
+        if hasattr(self, "fronts"):
+            if self.services.is_ready:
+                await self.drain()
             self.services.close()
 
 

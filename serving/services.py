@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from serving.access import Access
+from serving.access import Access, Caller
 from serving.answers import ImageAnswer, PartialAnswer
 from serving.config import ServerConfig
 from serving.idempotency import Replays
@@ -59,6 +59,14 @@ class Services:
         metrics.watch_requests(lambda: services.num_active, config.max_open_requests)
         metrics.watch_live(lambda: images.num_live, config.engine.max_live * config.max_replicas)
         return services
+
+    def spend(self, caller: Caller, request: ImageRequest) -> None:
+        """Take a request out of its caller's quotas.
+
+        Raises:
+            InvalidRequestError, APIError: the request's mistake, or the quota is used up.
+        """
+        caller.spend(request.cost(self.images.recipe(request.model)))
 
     @property
     def is_ready(self) -> bool:

@@ -57,12 +57,12 @@ def add_image_routes(app: FastAPI, services: Services) -> None:
                 wanted = wanted.model_copy(update={"seed": seed_of(caller.name, key)})
 
         async def answer() -> Response:
-            caller.spend(wanted.cost(services.images.recipe(wanted.model)))
+            services.spend(caller, wanted)
             made = await services.images.generate(wanted)
             return file_response(made) if accepted is not None else await json_response(made, wanted, services)
 
         if wanted.stream:
-            caller.spend(wanted.cost(services.images.recipe(wanted.model)))
+            services.spend(caller, wanted)
             parts = await services.images.stream(wanted)
             text = server_sent(parts, services, shown_request_id(request.headers))
             return StreamingResponse(text, media_type="text/event-stream", headers=UNBUFFERED)

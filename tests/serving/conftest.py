@@ -24,6 +24,7 @@ class RunningServer:
     process: subprocess.Popen[bytes]
     port: int
     log: Path
+    grpc_port: int
 
     @property
     def url(self) -> str:
@@ -43,11 +44,12 @@ def free_port() -> int:
 
 def start_server(log: Path, *arguments: str) -> RunningServer:
     """Start a server and wait until it is ready."""
-    port = free_port()
-    command = [sys.executable, "-m", "serving.cli", "--port", str(port), *arguments]
+    port, grpc_port = free_port(), free_port()
+    ports = ["--port", str(port), "--grpc-port", str(grpc_port)]
+    command = [sys.executable, "-m", "serving.cli", *ports, *arguments]
     with log.open("wb") as stream:
         process = subprocess.Popen(command, stdout=stream, stderr=stream, env=os.environ | {"PYTHONUNBUFFERED": "1"})
-    server = RunningServer(process, port, log)
+    server = RunningServer(process, port, log, grpc_port)
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         if process.poll() is not None:

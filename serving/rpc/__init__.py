@@ -1,0 +1,1 @@
+"""gRPC: services, edge and the front that listens."""

@@ -1,0 +1,78 @@
+"""What a call says beside its message: who asks, and until when an answer is of use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import grpc
+
+from serving.access import Caller
+from serving.errors import APIError
+from serving.schema.images import MAX_BUDGET_MS, ImageRequest
+from tdm_runtime.errors import InvalidRequestError
+
+DEADLINE_MARGIN_MS = 5.0
+"""Of the time to a call's deadline, what its answer's way back may take."""
+NO_DEADLINE_BUDGET = ("x-tdm-deadline-budget", "off")
+"""Metadata of a call whose deadline only says when to give up."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call, as the edge let it in."""
+
+    caller: Caller
+    context: grpc.aio.ServicerContext
+
+    def budget_ms(self) -> float | None:
+        """What the deadline leaves for the server's work; None where there is none, or it is no budget."""
+        remaining_s = self.context.time_remaining()
+        if remaining_s is None or NO_DEADLINE_BUDGET in tuple(self.context.invocation_metadata() or ()):
+            return None
+        budget_ms = 1e3 * float(remaining_s) - DEADLINE_MARGIN_MS
+        return budget_ms if budget_ms <= MAX_BUDGET_MS else None
+
+
+_current: ContextVar[Call] = ContextVar("call")
+
+
+def enter(call: Call) -> None:
+    """Make it the call of this task."""
+    _current.set(call)
+
+
+def current_call() -> Call:
+    """The call that this task answers."""
+    return _current.get()
+
+
+@contextmanager
+def budgeted(request: ImageRequest) -> Iterator[ImageRequest]:
+    """A request without a latency budget gets its call's deadline as one.
+
+    Raises:
+        APIError: 504, the deadline leaves too little.
+    """
+    budget_ms = None if request.latency_budget_ms is not None else current_call().budget_ms()
+    if budget_ms is None:
+        yield request
+        return
+    if budget_ms <= 0:
+        raise _too_soon(
+            f"it leaves {budget_ms + DEADLINE_MARGIN_MS:.3g} ms, {DEADLINE_MARGIN_MS:g} ms are the answer's"
+        )
+    try:
+        yield request.model_copy(update={"latency_budget_ms": budget_ms})
+    except InvalidRequestError as error:
+        if error.code != "latency_budget_too_small":
+            raise
+        raise _too_soon(str(error)) from None
+
+
+def _too_soon(reason: str) -> APIError:
+    message = f"the call's deadline is its latency budget: {reason}"
+    headers = {"x-should-retry": "false"}
+    return APIError(504, message, param="latency_budget_ms", code="latency_budget_too_small", headers=headers)

@@ -1,0 +1,1 @@
+"""What goes over the wire, generated from the .proto files by `make protos`."""
