@@ -66,7 +66,7 @@ def budgeted(request: ImageRequest) -> Iterator[ImageRequest]:
         )
     try:
         yield request.model_copy(update={"latency_budget_ms": budget_ms})
-    except InvalidRequestError as error:
+    except (InvalidRequestError, APIError) as error:
         if error.code != "latency_budget_too_small":
             raise
         raise _too_soon(str(error)) from None

@@ -129,13 +129,12 @@ class Edge(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc is untyped
 
 async def _serve(handler: grpc.RpcMethodHandler, context: grpc.aio.ServicerContext, timeout_s: float) -> None:
     """Read, let the method answer, write."""
-    messages = _messages(handler, context, timeout_s)
+    given: Any
+    if handler.request_streaming:
+        given = _read_all(handler, context, timeout_s)
+    elif (given := await _read(handler, context, timeout_s)) is None:
+        raise invalid("the call carries no message; send one", None, "invalid_message")
     behaviour = handler.stream_stream or handler.stream_unary or handler.unary_stream or handler.unary_unary
-    given: Any = messages
-    if not handler.request_streaming:
-        given = await anext(messages, None)
-        if given is None:
-            raise invalid("the call carries no message; send one", None, "invalid_message")
     answer = behaviour(given, context)
     if inspect.isasyncgen(answer):
         async with aclosing(answer):
@@ -145,27 +144,32 @@ async def _serve(handler: grpc.RpcMethodHandler, context: grpc.aio.ServicerConte
         await context.write(message)
 
 
-async def _messages(
+async def _read_all(
     handler: grpc.RpcMethodHandler, context: grpc.aio.ServicerContext, timeout_s: float
 ) -> AsyncIterator[Message]:
-    """What the client sends.
+    while (message := await _read(handler, context, timeout_s)) is not None:
+        yield message
+
+
+async def _read(handler: grpc.RpcMethodHandler, context: grpc.aio.ServicerContext, timeout_s: float) -> Message | None:
+    """The client's next message; None after the last.
 
     Raises:
-        APIError: 408, it takes longer than `timeout_s` to send the next; or 400, it is not what it should be.
+        APIError: 408, it takes longer than `timeout_s` to arrive; or 400, it is not what it should be.
     """
-    while True:
-        try:
-            async with asyncio.timeout(timeout_s):
-                raw = await context.read()
-        except TimeoutError:
-            message = f"no message arrived within {timeout_s:g} s; send it at once"
-            raise APIError(408, message, code="body_timeout") from None
-        if raw is grpc.aio.EOF:
-            return
-        try:
-            yield handler.request_deserializer(raw)
-        except DecodeError:
-            raise unreadable(handler.request_deserializer.__self__) from None
+    try:
+        async with asyncio.timeout(timeout_s):
+            raw = await context.read()
+    except TimeoutError:
+        message = f"no message arrived within {timeout_s:g} s; send it at once"
+        raise APIError(408, message, code="body_timeout") from None
+    if raw is grpc.aio.EOF:
+        return None
+    parse = handler.request_deserializer
+    try:
+        return parse(raw)
+    except DecodeError:
+        raise unreadable(parse.__self__) from None
 
 
 def _known(error: Exception, method: str) -> Exception:
