@@ -62,7 +62,7 @@ def tiny_artifacts(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+def tdm_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     """One server for all tests; its clean exit on SIGTERM is checked at the end."""
     running = start_server(tmp_path_factory.mktemp("server") / "log", "--max-live", "32")
     yield running

@@ -15,10 +15,12 @@ def looks(memory: list[float], threads: float = 9.0, files: float = 70.0) -> lis
     return [Look(float(at), one, threads, files, 0.0, None) for at, one in enumerate(memory)]
 
 
-def test_a_server_stays_as_it_is_under_a_mixed_load(server: RunningServer, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_server_stays_as_it_is_under_a_mixed_load(
+    tdm_server: RunningServer, capsys: pytest.CaptureFixture[str]
+) -> None:
     """So short a run says nothing of memory, which is still filling caches: its bound is wide."""
     flags = ["--duration-s", str(DURATION_S), "--sample-s", "0.5", "--warm-up", "0.3", "--max-growth-mib", "200"]
-    status = main(["soak", "--base-url", server.url, "--max-concurrency", "4", *flags])
+    status = main(["soak", "--base-url", tdm_server.url, "--max-concurrency", "4", *flags])
     told = capsys.readouterr()
     assert status == 0, told.out + told.err
     for visit in ("make_picture 200", "watch_stream 200", "leave_stream 200", "give_up", "send_nonsense 400"):

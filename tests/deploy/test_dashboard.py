@@ -27,11 +27,11 @@ Series = dict[str, set[str]]
 
 
 @pytest.fixture(scope="module")
-def series(server: RunningServer) -> Series:
+def series(tdm_server: RunningServer) -> Series:
     """What the server tells once pictures were made, with and without a budget, and one was refused."""
     for extra in ({}, {"latency_budget_ms": 60_000}, {"size": "9x9"}):
-        httpx.post(f"{server.url}/v1/images/generations", json={"prompt": "a cat", **extra}, timeout=60)
-    text = httpx.get(f"{server.url}/metrics").text
+        httpx.post(f"{tdm_server.url}/v1/images/generations", json={"prompt": "a cat", **extra}, timeout=60)
+    text = httpx.get(f"{tdm_server.url}/metrics").text
     found: Series = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:

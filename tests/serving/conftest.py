@@ -62,3 +62,9 @@ def start_server(log: Path, *arguments: str) -> RunningServer:
             time.sleep(0.3)
     process.kill()
     pytest.fail(f"tdm-serve was not ready within {START_TIMEOUT_S} s:\n{log.read_text()[-2000:]}")
+
+
+@pytest.fixture(scope="session")
+def server(tdm_server: RunningServer) -> RunningServer:
+    """The one of the whole session."""
+    return tdm_server
