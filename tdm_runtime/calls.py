@@ -72,7 +72,7 @@ class ModelCalls:
         prompts = self._model.text_encoder.encode_all([sample.params.prompt for sample in samples])
         for sample, prompt in zip(samples, prompts, strict=True):
             sample.prompt = prompt
-            noise = initial_noise(sample.params.seed, sample.denoise.kind.shape)
+            noise = initial_noise(sample.params.seed, sample.denoise.kind.shape, sample.params.noise_angle)
             sample.latents = (sample.table.initial_scale * noise).to(self._model.denoiser.device)
             sample.denoised = torch.zeros_like(sample.latents)
         return [None] * len(samples)
