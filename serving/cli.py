@@ -59,6 +59,18 @@ def parse_arguments(arguments: list[str] | None = None) -> ServerConfig:
         "--api-keys", type=Path, help="file of API keys, made by `tdm-keys add`; without it, everybody may ask"
     )
     parser.add_argument(
+        "--state-folder", type=Path, default=defaults.state_folder, help="of jobs and kept files (%(default)s)"
+    )
+    parser.add_argument("--database-url", help="of jobs, as postgresql+psycopg://...; SQLite in the state folder else")
+    parser.add_argument("--artifacts-url", help="of kept files, as s3://bucket/folder; in the state folder else")
+    parser.add_argument(
+        "--artifact-ttl-hours",
+        type=float,
+        default=defaults.artifact_ttl_s / 3600,
+        help="how long files and ended jobs are kept (%(default)s)",
+    )
+    parser.add_argument("--public-url", help="what clients call this server, as https://images.example.org")
+    parser.add_argument(
         "--max-open-requests",
         type=int,
         default=defaults.max_open_requests,
@@ -76,6 +88,11 @@ def parse_arguments(arguments: list[str] | None = None) -> ServerConfig:
             port=given.port,
             front=given.front,
             api_keys=given.api_keys and given.api_keys.resolve(),
+            state_folder=given.state_folder.resolve(),
+            database_url=given.database_url,
+            artifacts_url=given.artifacts_url,
+            artifact_ttl_s=given.artifact_ttl_hours * 3600,
+            public_url=given.public_url and given.public_url.rstrip("/"),
             max_open_requests=given.max_open_requests,
             engine=EngineConfig(
                 max_batch_size=given.max_batch_size,

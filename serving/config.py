@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +12,11 @@ from tdm_runtime.checkpoint import DEFAULT_CHECKPOINT
 from tdm_runtime.engine import EngineConfig
 
 FrontName = Literal["direct", "ray"]
+
+
+def default_state_folder() -> Path:
+    """Where programs of this user keep what should outlive them."""
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "tdm-serve"
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,16 @@ class ServerConfig:
     """What runs the checkpoint."""
     api_keys: Path | None = None
     """File of who may ask, made by `tdm-keys`; None lets everybody."""
+    state_folder: Path = field(default_factory=default_state_folder)
+    """What outlives the server: jobs and files, where the two below do not say otherwise."""
+    database_url: str | None = None
+    """Of jobs, as SQLAlchemy reads it; several machines share one in PostgreSQL. SQLite in `state_folder` else."""
+    artifacts_url: str | None = None
+    """Where files are kept, as fsspec reads it; a folder in `state_folder` else."""
+    artifact_ttl_s: float = 24 * 3600.0
+    """Files, and jobs that ended, are kept for so long."""
+    public_url: str | None = None
+    """What clients call this server, without a path; what they called it by in their request else."""
     max_open_requests: int = 1024
     """HTTP and gRPC requests open at once; beyond, 429. What of them the engine takes is its own to say."""
     request_timeout_s: float = 60.0
@@ -44,5 +60,7 @@ class ServerConfig:
     def __post_init__(self) -> None:
         if not 1 <= self.port <= 65535:
             raise ValueError(f"port is {self.port}; it must be from 1 to 65535")
+        if not 60 <= self.artifact_ttl_s <= 366 * 24 * 3600:
+            raise ValueError(f"artifact_ttl_s is {self.artifact_ttl_s}; files are kept from a minute to a year")
         if self.max_open_requests < 1:
             raise ValueError(f"max_open_requests is {self.max_open_requests}; it must be at least 1")

@@ -37,6 +37,7 @@ class ImageDeployment:
 
         set_up_logging(config.log_level)
         self.services = Services.start(config)
+        self.services.jobs.start()
         self.front: HTTPFront | None = None
         if config.front == "direct":  # last: who can connect is served
             self.front = await HTTPFront.start(self.__serve_build_asgi_app__(), config.host, config.port)

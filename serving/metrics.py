@@ -19,6 +19,9 @@ class ServerMetrics:
         self.requests = self._counter("tdm_requests", "Answers by HTTP status.", "status")
         self.rejected = self._counter("tdm_rejected", "Requests refused, by error code.", "reason")
         self.steps_used = self._counter("tdm_pictures", "Pictures made, by step count.", "num_inference_steps")
+        self.jobs = self._counter(
+            "tdm_jobs", "Jobs that a worker of this replica ended, by kind and how.", "kind", "status"
+        )
         self.cancelled = self._counter("tdm_cancelled", "Requests whose client left.")
         self.not_finite = self._counter("tdm_nan", "Requests whose model output was NaN or infinite.")
         self.batch_size = Histogram(

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 
 import torch
 
@@ -21,7 +22,7 @@ from tdm_runtime.backend_choice import load_model
 from tdm_runtime.codec import describe_parameters, encode_image
 from tdm_runtime.cost_model import Kind
 from tdm_runtime.decoder import Pixels
-from tdm_runtime.delivery import Preview
+from tdm_runtime.delivery import Delivery, Preview
 from tdm_runtime.engine import DiffusionEngine
 from tdm_runtime.loaded_model import LoadedModel
 from tdm_runtime.params import SamplingParams
@@ -104,13 +105,25 @@ class ImageService:
         params = request.to_sampling_params(self.model.recipe)[0]
         return request.n * params.width * params.height * params.num_inference_steps / 1e6
 
-    async def generate(self, request: ImageRequest, as_pixels: bool = False) -> ImageAnswer:
+    async def render(self, params: SamplingParams) -> Picture:
+        """Make one picture in the time that others leave. Cancelling this coroutine cancels it at the next call.
+
+        Raises:
+            OverloadedError: the queue is full.
+            GenerationError: the picture failed.
+        """
+        return await asyncio.wrap_future(self.engine.submit(params, Delivery(is_background=True)))
+
+    async def generate(
+        self, request: ImageRequest, as_pixels: bool = False, is_background: bool = False
+    ) -> ImageAnswer:
         """Make a request's pictures.
 
         Cancelling this coroutine, or one picture's failure, cancels its pictures at the next call.
 
         Args:
             as_pixels: give bare pixels in place of files.
+            is_background: in the time that others leave, however long that takes.
 
         Raises:
             InvalidRequestError, APIError: the request's mistake.
@@ -119,7 +132,9 @@ class ImageService:
             TimeoutError: not done within `request_timeout_s`.
         """
         started_s = time.monotonic()
-        return await self._finish(request, self._submit(request, None), started_s, as_pixels)
+        return await self._finish(
+            request, self._submit(request, None, is_background), started_s, as_pixels, is_background
+        )
 
     async def stream(self, request: ImageRequest) -> AsyncIterator[PartialAnswer | ImageAnswer]:
         """Make one picture and show it on the way.
@@ -156,17 +171,25 @@ class ImageService:
             for future in futures:
                 future.cancel()
 
-    def _submit(self, request: ImageRequest, on_preview: Callable[[Preview], None] | None) -> list[Future[Picture]]:
+    def _submit(
+        self, request: ImageRequest, on_preview: Callable[[Preview], None] | None, is_background: bool = False
+    ) -> list[Future[Picture]]:
         params = request.to_sampling_params(self.model.recipe)
         encoding_ms = 1e3 * len(params) * self.engine.call_seconds(_encoding(request, params[0]))
-        return self.engine.submit_all(params, request.to_delivery(self.model.recipe, encoding_ms, on_preview))
+        delivery = request.to_delivery(self.model.recipe, encoding_ms, on_preview)
+        return self.engine.submit_all(params, replace(delivery, is_background=is_background))
 
     async def _finish(
-        self, request: ImageRequest, futures: Sequence[Future[Picture]], started_s: float, as_pixels: bool = False
+        self,
+        request: ImageRequest,
+        futures: Sequence[Future[Picture]],
+        started_s: float,
+        as_pixels: bool = False,
+        is_background: bool = False,
     ) -> ImageAnswer:
         """Wait for a request's pictures and encode them."""
         try:
-            async with asyncio.timeout(self.config.request_timeout_s):
+            async with asyncio.timeout(None if is_background else self.config.request_timeout_s):
                 pictures = await asyncio.gather(*map(asyncio.wrap_future, futures))
         finally:
             for future in futures:
@@ -181,7 +204,8 @@ class ImageService:
         if not as_pixels:
             self.engine.observe(_encoding(request, pictures[0].params), 1, (ended_s - encoding_s) / len(pictures))
         timings = self._timings(pictures, encode_ms, total_ms)
-        self.metrics.observe_request(timings)
+        if not is_background:
+            self.metrics.observe_request(timings)
         for picture in pictures:
             self.metrics.steps_used.labels(picture.params.num_inference_steps).inc()
         budget_ms = request.latency_budget_ms

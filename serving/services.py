@@ -6,8 +6,10 @@ import asyncio
 from dataclasses import dataclass
 
 from serving.access import Access
+from serving.artifacts import ArtifactStore, open_artifacts
 from serving.config import ServerConfig
 from serving.idempotency import Replays
+from serving.jobs.service import JobService
 from serving.metrics import ServerMetrics
 from serving.service import ImageService
 
@@ -21,6 +23,8 @@ class Services:
     access: Access
     images: ImageService
     replays: Replays
+    artifacts: ArtifactStore
+    jobs: JobService
     num_active: int = 0
     """Requests of all fronts that are not yet answered."""
     is_draining: bool = False
@@ -33,7 +37,10 @@ class Services:
             TDMError, ValueError, OSError: something cannot be used; better now than at the first request.
         """
         metrics = ServerMetrics()
-        return cls(config, metrics, Access(config.api_keys), ImageService(config, metrics), Replays())
+        artifacts = open_artifacts(config)
+        images = ImageService(config, metrics)
+        jobs = JobService(config, images, artifacts, metrics)
+        return cls(config, metrics, Access(config.api_keys), images, Replays(), artifacts, jobs)
 
     @property
     def is_ready(self) -> bool:
@@ -43,9 +50,11 @@ class Services:
     async def drain(self) -> None:
         """Refuse work with 503 from here on; return when every accepted request is answered."""
         self.is_draining = True
+        await self.jobs.stop()
         while self.num_active:
             await asyncio.sleep(0.01)
 
     def close(self) -> None:
         """Finish what was accepted, then stop."""
         self.images.close()
+        self.jobs.close()

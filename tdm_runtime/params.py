@@ -35,8 +35,8 @@ class SamplingParams:
     decoder: DecoderName = "full"
     """What turns latents into pixels; "tiny" is cheaper and a little softer."""
     noise_angle: float = 0.0
-    """Where on the seed's circle of noises it starts, in radians, 0 <= angle < 2 pi (`noise.initial_noise`). Pictures at
-    evenly spaced angles are a clip that ends where it began."""
+    """Where on the seed's circle of noises it starts (`noise.initial_noise`), in radians, 0 <= angle < 2 pi. Pictures
+    at evenly spaced angles are a clip that ends where it began."""
 
     def __post_init__(self) -> None:
         _check_prompt(self.prompt)

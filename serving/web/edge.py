@@ -7,6 +7,7 @@ import logging
 import time
 
 from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -15,6 +16,7 @@ from serving.access import Caller
 from serving.errors import APIError, from_exception, invalid, not_ready
 from serving.services import Services
 from serving.web.body import CLIENT_CLOSED_REQUEST
+from tdm_runtime.errors import shown
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +46,13 @@ def add_edges(app: FastAPI, services: Services) -> None:
         answer = invalid(message, None, code, error.status_code)
         answer.headers |= dict(error.headers or {})
         return answer.to_response()
+
+    @app.exception_handler(RequestValidationError)
+    async def unread(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        param = str(first["loc"][-1])
+        message = f"{param[:64]} is {shown(first.get('input'))}; {first['msg'][:1].lower()}{first['msg'][1:]}"
+        return note_error(invalid(message, param[:64], "invalid_value"), services, "-").to_response()
 
 
 def caller_of(request: Request) -> Caller:

@@ -43,9 +43,10 @@ def free_port() -> int:
 
 
 def start_server(log: Path, *arguments: str) -> RunningServer:
-    """Start a server and wait until it is ready."""
+    """Start a server and wait until it is ready. Its state lies beside the log, unless the arguments say otherwise."""
     port = free_port()
-    command = [sys.executable, "-m", "serving.cli", "--port", str(port), *arguments]
+    state = ["--state-folder", str(log.parent / "state")]
+    command = [sys.executable, "-m", "serving.cli", "--port", str(port), *state, *arguments]
     with log.open("wb") as stream:
         process = subprocess.Popen(command, stdout=stream, stderr=stream, env=os.environ | {"PYTHONUNBUFFERED": "1"})
     server = RunningServer(process, port, log)

@@ -72,7 +72,7 @@ BAD_REQUESTS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "a", "size": "1024x1024"}, "size"),
     ({"prompt": "a", "model": "../x"}, "model"),
     ({"prompt": "a", "model": "gpt-image-1"}, "model"),
-    ({"prompt": "a", "response_format": "url"}, "response_format"),
+    ({"prompt": "a", "response_format": "base64"}, "response_format"),
     ({"prompt": "a", "output_format": "gif"}, "output_format"),
     ({"prompt": "a", "output_compression": 101}, "output_compression"),
     ({"prompt": "a", "decoder": "jpeg"}, "decoder"),
