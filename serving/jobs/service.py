@@ -14,7 +14,7 @@ from serving.jobs.worker import JobWorker, Renderer
 from serving.metrics import ServerMetrics
 from serving.service import ImageService
 
-LEASE_S = 15.0
+LEASE_S = 10.0
 """A server that did not say for so long that it still works on a job has lost it."""
 
 

@@ -65,16 +65,16 @@ def read_batch(body: bytes, is_lines: bool, recipe: Recipe, max_live: int) -> Ch
     """
     metadata = None
     if is_lines:
-        lines: list[Any] = [line for line in body.split(b"\n") if line.strip()]
+        lines: list[tuple[int, Any]] = [(n, line) for n, line in enumerate(body.split(b"\n"), 1) if line.strip()]
     else:
         batch = parse_body(body, BatchRequest)
-        lines, metadata = list(batch.requests), batch.metadata
+        lines, metadata = list(enumerate(batch.requests, 1)), batch.metadata
     if not 1 <= len(lines) <= MAX_REQUESTS:
         raise invalid(f"the batch has {len(lines)} requests; send 1 to {MAX_REQUESTS}", "requests", "invalid_value")
     parts: list[dict[str, Any]] = []
     bad: list[str] = []
     cost, known = 0.0, set[str]()
-    for number, line in enumerate(lines, 1):
+    for number, line in lines:
         try:
             part, line_cost = _read_line(line, recipe, max_live, known)
         except (APIError, InvalidRequestError) as error:
