@@ -56,9 +56,15 @@ class ArtifactStore:
     def __init__(self, url: str) -> None:
         """
         Raises:
-            ValueError, ImportError: fsspec does not know such a URL, or lacks what reads it.
+            ValueError: fsspec does not know such a URL, or lacks what reads it.
+            OSError: the folder cannot be made.
         """
-        self._fs, root = fsspec.core.url_to_fs(url)
+        try:
+            self._fs, root = fsspec.core.url_to_fs(url)
+        except (ValueError, ImportError) as error:
+            raise ValueError(
+                f"files cannot be kept at {url.split('://')[0]}:// ({error}); see --artifacts-url"
+            ) from None
         self._root = str(root).rstrip("/")
         self._is_local = isinstance(self._fs, fsspec.get_filesystem_class("file"))
         if self._is_local:
@@ -169,7 +175,7 @@ def open_artifacts(config: ServerConfig) -> ArtifactStore:
     """Return the store that a configuration names.
 
     Raises:
-        ValueError, ImportError, OSError: it cannot be used.
+        ValueError, OSError: it cannot be used.
     """
     return ArtifactStore(config.artifacts_url or str(config.state_folder / "artifacts"))
 

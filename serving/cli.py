@@ -113,6 +113,7 @@ def main(arguments: list[str] | None = None) -> int:
         checkpoint = open_checkpoint(config.checkpoint)
         if config.api_keys is not None:
             load_keys(config.api_keys)
+        check_state(config)
         address = reserve_address(config.host, config.port)
         check_artifacts(checkpoint, config.backend)
     except (TDMError, OSError, ValueError) as error:
@@ -132,6 +133,19 @@ def reserve_address(host: str, port: int) -> socket.socket:
         return reserve(host, port)
     except OSError as error:
         raise OSError(f"cannot listen on {host}:{port} ({error.strerror}); choose another with --port") from None
+
+
+def check_state(config: ServerConfig) -> None:
+    """Refuse a database or a place for files that cannot be used.
+
+    Raises:
+        ValueError, OSError: naming what is wrong.
+    """
+    from serving.artifacts import open_artifacts
+    from serving.jobs.service import open_store
+
+    open_artifacts(config)
+    open_store(config).close()
 
 
 def check_artifacts(checkpoint: Checkpoint, config: BackendConfig) -> None:

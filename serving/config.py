@@ -61,6 +61,7 @@ class ServerConfig:
         if not 1 <= self.port <= 65535:
             raise ValueError(f"port is {self.port}; it must be from 1 to 65535")
         if not 60 <= self.artifact_ttl_s <= 366 * 24 * 3600:
-            raise ValueError(f"artifact_ttl_s is {self.artifact_ttl_s}; files are kept from a minute to a year")
+            hours = self.artifact_ttl_s / 3600
+            raise ValueError(f"--artifact-ttl-hours is {hours:g}; files are kept from a minute to a year")
         if self.max_open_requests < 1:
             raise ValueError(f"max_open_requests is {self.max_open_requests}; it must be at least 1")

@@ -26,10 +26,10 @@ class JobService:
     ) -> None:
         """
         Raises:
-            sqlalchemy.exc.SQLAlchemyError, ImportError, OSError: the database cannot be used.
+            ValueError, OSError: the database cannot be used.
         """
         keep_s = config.artifact_ttl_s
-        self._store = JobStore(database_url(config), LEASE_S, keep_s)
+        self._store = open_store(config)
         self._limits = JobLimits()
         self._renderers: dict[JobKind, Renderer] = {
             "video": VideoRenderer(images, artifacts, keep_s),
@@ -94,9 +94,14 @@ class JobService:
         await asyncio.to_thread(self._renderers[kind].discard, job.result)
 
 
-def database_url(config: ServerConfig) -> str:
-    """Where jobs are; makes the state folder where they are in it."""
-    if config.database_url is not None:
-        return config.database_url
-    config.state_folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return f"sqlite:///{config.state_folder / 'jobs.db'}"
+def open_store(config: ServerConfig) -> JobStore:
+    """Return the queue that a configuration names; where it is in the state folder, that is made.
+
+    Raises:
+        ValueError, OSError: it cannot be used.
+    """
+    url = config.database_url
+    if url is None:
+        config.state_folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        url = f"sqlite:///{config.state_folder / 'jobs.db'}"
+    return JobStore(url, LEASE_S, config.artifact_ttl_s)

@@ -158,14 +158,18 @@ class JobStore:
             keep_s: what ended is deleted after it, and what did not even begin is given up.
 
         Raises:
-            sqlalchemy.exc.SQLAlchemyError, ImportError: the database cannot be used.
+            ValueError: the database cannot be used.
         """
         self.lease_s = lease_s
         self._keep_s = keep_s
-        self._engine = sql.create_engine(url, pool_pre_ping=True)
-        if self._engine.dialect.name == "sqlite":
-            _make_durable(self._engine)
-        _metadata.create_all(self._engine)
+        try:
+            self._engine = sql.create_engine(url, pool_pre_ping=True)
+            if self._engine.dialect.name == "sqlite":
+                _make_durable(self._engine)
+            _metadata.create_all(self._engine)
+        except (sql.exc.SQLAlchemyError, ImportError) as error:
+            reason = str(error).splitlines()[0]  # never the URL, which may hold a password
+            raise ValueError(f"the database of jobs cannot be used ({reason}); see --database-url") from None
 
     def close(self) -> None:
         self._engine.dispose()
@@ -280,10 +284,7 @@ class JobStore:
         """
         now_s = time.time()
         is_lost = sql.and_(_jobs.c.status == "in_progress", _jobs.c.lease_until < now_s)
-        is_free = sql.and_(
-            _jobs.c.model == model,
-            sql.or_(_jobs.c.status == "queued", sql.and_(is_lost, _jobs.c.attempt < MAX_ATTEMPTS)),
-        )
+        is_free = sql.and_(_jobs.c.model == model, sql.or_(_jobs.c.status == "queued", is_lost))
         next_id = sql.select(_jobs.c.id).where(is_free).order_by(_jobs.c.created_at).limit(1)
         with self._writing() as connection:
             message = f"the server that worked on it was lost, {MAX_ATTEMPTS} times; create it again"

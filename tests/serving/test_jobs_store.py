@@ -134,8 +134,8 @@ def test_what_is_renewed_or_given_back_costs_no_attempt(store: JobStore, clock: 
     job = claimed(store)
     for _ in range(5):
         clock.now_s += 0.9 * LEASE_S
-        store.renew(job)
         assert store.claim("another", "m") is None
+        store.renew(job)
     for _ in range(5):
         store.release(job)
         assert store.get("video", "ann", job.id).attempt == 0
@@ -297,6 +297,7 @@ class Queue(RuleBasedStateMachine):
         """Every one that was ever taken, the oldest first."""
         self.takings: dict[str, int] = {}
         """Job -> leases not given back."""
+        self.held_until_s: dict[str, float] = {}
         self.ids: list[str] = []
         self.ended: dict[str, str] = {}
 
@@ -314,6 +315,8 @@ class Queue(RuleBasedStateMachine):
     def take(self) -> None:
         if job := self.store.claim("w", "m"):
             assert job.id not in self.ended
+            assert self.held_until_s.get(job.id, 0.0) < self.clock.now_s
+            self.held_until_s[job.id] = self.clock.now_s + LEASE_S
             self.takings[job.id] = self.takings.get(job.id, 0) + 1
             assert self.takings[job.id] == job.attempt <= MAX_ATTEMPTS
             self.leases.append(job)
@@ -342,8 +345,11 @@ class Queue(RuleBasedStateMachine):
         after = self.store.get("video", "ann", job.id)
         if not is_his:
             assert after == now, "a lost lease changes nothing"
+        elif what == "renew" or (what == "save" and after != now):
+            self.held_until_s[job.id] = self.clock.now_s + LEASE_S
         elif what == "release":
             self.takings[job.id] -= 1
+            del self.held_until_s[job.id]
             assert after.status == "queued"
         elif what in ("complete", "fail"):
             assert after.is_finished
