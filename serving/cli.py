@@ -94,6 +94,18 @@ def parse_arguments(arguments: list[str] | None = None) -> ServerConfig:
         "--safety-checker", metavar="MODULE:FACTORY", help="what checks prompts and pictures, see docs/security.md"
     )
     parser.add_argument(
+        "--state-folder", type=Path, default=defaults.state_folder, help="of jobs and kept files (%(default)s)"
+    )
+    parser.add_argument("--database-url", help="of jobs, as postgresql+psycopg://...; SQLite in the state folder else")
+    parser.add_argument("--artifacts-url", help="of kept files, as s3://bucket/folder; in the state folder else")
+    parser.add_argument(
+        "--artifact-ttl-hours",
+        type=float,
+        default=defaults.artifact_ttl_s / 3600,
+        help="how long files and ended jobs are kept (%(default)s)",
+    )
+    parser.add_argument("--public-url", help="what clients call this server, as https://images.example.org")
+    parser.add_argument(
         "--max-open-requests",
         type=int,
         default=defaults.max_open_requests,
@@ -117,6 +129,11 @@ def parse_arguments(arguments: list[str] | None = None) -> ServerConfig:
             min_replicas=given.replicas[0],
             max_replicas=given.replicas[1],
             api_keys=given.api_keys and given.api_keys.resolve(),
+            state_folder=given.state_folder.resolve(),
+            database_url=given.database_url,
+            artifacts_url=given.artifacts_url,
+            artifact_ttl_s=given.artifact_ttl_hours * 3600,
+            public_url=given.public_url and given.public_url.rstrip("/"),
             max_open_requests=given.max_open_requests,
             blocked_words=given.blocked_words and given.blocked_words.resolve(),
             safety_checker=given.safety_checker,
@@ -163,6 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
         if config.api_keys is not None:
             load_keys(config.api_keys)
         Safety.load(config)
+        check_state(config)
         addresses = reserve_addresses(config)
         for checkpoint in checkpoints:
             check_artifacts(checkpoint, config.backend)
@@ -239,6 +257,19 @@ def reserve_addresses(config: ServerConfig) -> ExitStack:
                 message = f"cannot listen on {config.host}:{port} ({error.strerror}); choose another with {flag}"
                 raise OSError(message) from None
         return held.pop_all()
+
+
+def check_state(config: ServerConfig) -> None:
+    """Refuse a database or a place for files that cannot be used.
+
+    Raises:
+        ValueError, OSError: naming what is wrong.
+    """
+    from serving.artifacts import open_artifacts
+    from serving.jobs.service import open_store
+
+    open_artifacts(config)
+    open_store(config).close()
 
 
 def check_artifacts(checkpoint: Checkpoint, config: BackendConfig) -> None:

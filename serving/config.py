@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -41,6 +42,11 @@ class LoraSource:
             raise ValueError(f"the scale of {self.name} is {self.scale}; give a finite number, 1 is as trained")
 
 
+def default_state_folder() -> Path:
+    """Where programs of this user keep what should outlive them."""
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "tdm-serve"
+
+
 @dataclass(frozen=True)
 class ServerConfig:
     """One server process and its replicas."""
@@ -72,6 +78,16 @@ class ServerConfig:
     """File of words that prompts may not hold, one a line."""
     safety_checker: str | None = None
     """`MODULE:FACTORY` of a checker of one's own (`serving.safety.SafetyChecker`)."""
+    state_folder: Path = field(default_factory=default_state_folder)
+    """What outlives the server: jobs and files, where the two below do not say otherwise."""
+    database_url: str | None = None
+    """Of jobs, as SQLAlchemy reads it; several machines share one in PostgreSQL. SQLite in `state_folder` else."""
+    artifacts_url: str | None = None
+    """Where files are kept, as fsspec reads it; a folder in `state_folder` else."""
+    artifact_ttl_s: float = 24 * 3600.0
+    """Files, and jobs that ended, are kept for so long."""
+    public_url: str | None = None
+    """What clients call this server, without a path; what they called it by in their request else."""
     max_open_requests: int = 1024
     """HTTP and gRPC requests open at once; beyond, 429. What of them the engine takes is its own to say."""
     request_timeout_s: float = 60.0
@@ -103,6 +119,9 @@ class ServerConfig:
             raise ValueError(f"replicas are {self.min_replicas} to {self.max_replicas}; {message}")
         if self.grpc_port is not None and (not 1 <= self.grpc_port <= 65535 or self.grpc_port == self.port):
             raise ValueError(f"grpc_port is {self.grpc_port}; it must be from 1 to 65535, and not HTTP's {self.port}")
+        if not 60 <= self.artifact_ttl_s <= 366 * 24 * 3600:
+            hours = self.artifact_ttl_s / 3600
+            raise ValueError(f"--artifact-ttl-hours is {hours:g}; files are kept from a minute to a year")
         if self.max_open_requests < 1:
             raise ValueError(f"max_open_requests is {self.max_open_requests}; it must be at least 1")
         if self.otlp_endpoint is not None and not self.otlp_endpoint.startswith(("http://", "https://")):

@@ -22,6 +22,7 @@ from serving.remote import Listing, RemoteImages, refusal
 from serving.schema.images import ImageRequest
 from serving.services import Services
 from serving.web.front import HTTPFront
+from tdm_runtime.params import SamplingParams
 
 
 def ray_logging(log_format: LogFormat) -> LoggingConfig:
@@ -78,6 +79,7 @@ class DirectDeployment:
         self.images = ImageService(config, metrics)
         self.services = Services.start(config, metrics, self.images)
         # Last: who can connect is served.
+        self.services.jobs.start()
         self.fronts = [*await start_grpc(config, self.services), await start_http(config, self.services)]
 
     def check_health(self) -> None:
@@ -121,10 +123,17 @@ class EngineDeployment:
         set_up_logging(config)
         self.images = ImageService(config, ServerMetrics())
 
-    async def generate(self, request: ImageRequest, as_pixels: bool) -> ImageAnswer | APIError:
+    async def render(self, params: SamplingParams, model: str | None) -> bytes | APIError:
+        """As `ImageService.render`."""
+        try:
+            return await self.images.render(params, model)
+        except Exception as error:
+            return refusal(error)
+
+    async def generate(self, request: ImageRequest, as_pixels: bool, is_background: bool) -> ImageAnswer | APIError:
         """As `ImageService.generate`."""
         try:
-            return await self.images.generate(request, as_pixels)
+            return await self.images.generate(request, as_pixels, is_background)
         except Exception as error:
             return refusal(error)
 
@@ -169,6 +178,7 @@ class IngressDeployment:
         metrics = ServerMetrics()
         self.images = await RemoteImages.connect(engines, metrics)
         self.services = Services.start(config, metrics, self.images)
+        self.services.jobs.start()
         self.fronts = await start_grpc(config, self.services)
 
     def __serve_build_asgi_app__(self) -> FastAPI:

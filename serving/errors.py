@@ -51,6 +51,12 @@ def not_ready(message: str) -> APIError:
     return APIError(503, message, "server_error", code="not_ready", headers={"retry-after": "1"})
 
 
+def retry_after_s(error: Exception) -> float | None:
+    """When what failed may be tried again, where only the moment was wrong; None elsewhere."""
+    told = from_exception(error)
+    return float(told.headers.get("retry-after", 1)) if told.status in (429, 503) else None
+
+
 def from_exception(error: Exception) -> APIError:
     """Map what the runtime raises; anything unforeseen becomes a 500 that tells nothing of the inside."""
     if isinstance(error, APIError):

@@ -41,6 +41,7 @@ class ServerMetrics:
         self.requests = self._counter("tdm_requests", "Answers of every route.", "method", "route", "status")
         self.rejected = self._counter("tdm_rejected", "Requests refused or failed, by error code.", "reason")
         self.steps_used = self._counter("tdm_pictures", "Pictures answered, by step count.", "num_inference_steps")
+        self.jobs = self._counter("tdm_jobs", "Jobs that this process ended, by kind and how.", "kind", "status")
         self.cancelled = self._counter("tdm_cancelled", "Requests whose client left.")
         self.retried = self._counter("tdm_retried", "Requests asked again because the engine that had them died.")
         self.not_finite = self._counter("tdm_nan", "Requests whose model output was NaN or infinite.")

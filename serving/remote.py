@@ -23,7 +23,7 @@ from serving.errors import APIError, from_exception, not_ready, unknown_model
 from serving.metrics import ServerMetrics
 from serving.schema.images import ImageRequest
 from serving.schema.models import ModelCard
-from tdm_runtime.params import MAX_SEED
+from tdm_runtime.params import MAX_SEED, SamplingParams
 from tdm_runtime.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -98,16 +98,30 @@ class RemoteImages:
         """As `ImageService.recipe`."""
         return self._listing.recipes[self.model_card(name).id]
 
-    async def generate(self, request: ImageRequest, as_pixels: bool = False) -> ImageAnswer:
+    async def render(self, params: SamplingParams, model: str | None) -> bytes:
+        """As `ImageService.render`."""
+
+        async def ask() -> bytes:
+            answer: bytes | APIError = await self._engines.render.remote(params, model)
+            return _unwrapped(answer)
+
+        with self._counted(1):
+            return await self._tried_twice(ask)
+
+    async def generate(
+        self, request: ImageRequest, as_pixels: bool = False, is_background: bool = False
+    ) -> ImageAnswer:
         """As `ImageService.generate`."""
         request = self._checked(request)
 
         async def ask() -> ImageAnswer:
-            answer: ImageAnswer | APIError = await self._engines.generate.remote(request, as_pixels)
+            answer: ImageAnswer | APIError = await self._engines.generate.remote(request, as_pixels, is_background)
             return _unwrapped(answer)
 
-        with self._counted(request):
+        with self._counted(request.n):
             answer = await self._tried_twice(ask)
+        if is_background:
+            return answer
         self._metrics.observe_request(answer.timings, answer.latency_budget_kept)
         for image in answer.images:
             self._metrics.steps_used.labels(image.num_inference_steps).inc()
@@ -129,7 +143,7 @@ class RemoteImages:
     async def _parts(self, request: ImageRequest) -> AsyncIterator[PartialAnswer | ImageAnswer]:
         num_told = 0
         engines = self._engines.options(stream=True)
-        with self._counted(request):
+        with self._counted(request.n):
             for attempt in range(TRIES):
                 num_skipped = num_told  # the second engine begins anew; these were told
                 try:
@@ -172,12 +186,12 @@ class RemoteImages:
         return request.model_copy(update={"seed": secrets.randbelow(MAX_SEED + 1)})
 
     @contextlib.contextmanager
-    def _counted(self, request: ImageRequest) -> Iterator[None]:
-        self._num_live += request.n
+    def _counted(self, num_pictures: int) -> Iterator[None]:
+        self._num_live += num_pictures
         try:
             yield
         finally:
-            self._num_live -= request.n
+            self._num_live -= num_pictures
 
     async def _look_again(self) -> None:
         while True:

@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -23,7 +23,7 @@ from serving.tracing import current_span
 from tdm_runtime.codec import describe_parameters, encode_image
 from tdm_runtime.cost_model import Kind
 from tdm_runtime.decoder import Pixels
-from tdm_runtime.delivery import Preview
+from tdm_runtime.delivery import Delivery, Preview
 from tdm_runtime.engine import DiffusionEngine
 from tdm_runtime.loaded_model import LoadedModel
 from tdm_runtime.params import SamplingParams
@@ -47,6 +47,8 @@ class Submitted:
     futures: Sequence[Future[Picture]]
     started_s: float
     """Monotonic."""
+    is_background: bool
+    """Nobody waits for it."""
 
     def cancel(self) -> None:
         """Stop what is not finished at the next call."""
@@ -113,13 +115,42 @@ class ImageService:
         """
         return self.catalog.find(name).model.recipe
 
-    async def generate(self, request: ImageRequest, as_pixels: bool = False) -> ImageAnswer:
+    async def render(self, params: SamplingParams, model: str | None) -> bytes:
+        """Make one picture in the time that others leave. Cancelling this coroutine cancels it at the next call.
+
+        Args:
+            model: its name; None is the default.
+
+        Returns:
+            A PNG with its parameters and its receipt.
+
+        Raises:
+            APIError: 404, there is no such model; 400, it is not to be made.
+            OverloadedError: the queue is full.
+            GenerationError: the picture failed.
+        """
+        self._safety.check_prompt(params.prompt)
+        loaded = self.catalog.find(model).model
+        future = self.engine.submit(params, Delivery(is_background=True), loaded)
+        picture = await asyncio.wrap_future(future)
+        return await asyncio.to_thread(self._to_png, loaded, picture)
+
+    def _to_png(self, model: LoadedModel, picture: Picture) -> bytes:
+        self._safety.check_picture(picture.pixels)
+        receipt = receipt_of(model, picture.params, picture.pixels, picture.is_strict).to_json()
+        text = describe_parameters(picture.params, model.recipe, model.digest)
+        return encode_image(picture.pixels, "png", parameters=text, receipt=receipt)
+
+    async def generate(
+        self, request: ImageRequest, as_pixels: bool = False, is_background: bool = False
+    ) -> ImageAnswer:
         """Make a request's pictures.
 
         Cancelling this coroutine, or one picture's failure, cancels its pictures at the next call.
 
         Args:
             as_pixels: give bare pixels in place of files.
+            is_background: in the time that others leave, however long that takes.
 
         Raises:
             InvalidRequestError, APIError: the request's mistake.
@@ -127,7 +158,7 @@ class ImageService:
             GenerationError: a picture failed.
             TimeoutError: not done within `request_timeout_s`.
         """
-        return await self._finish(self._submit(request, None), as_pixels)
+        return await self._finish(self._submit(request, None, is_background), as_pixels)
 
     async def stream(self, request: ImageRequest) -> AsyncIterator[PartialAnswer | ImageAnswer]:
         """Make one picture and show it on the way.
@@ -158,15 +189,17 @@ class ImageService:
         finally:
             submitted.cancel()
 
-    def _submit(self, request: ImageRequest, on_preview: Callable[[Preview], None] | None) -> Submitted:
+    def _submit(
+        self, request: ImageRequest, on_preview: Callable[[Preview], None] | None, is_background: bool = False
+    ) -> Submitted:
         started_s = time.monotonic()
         self._safety.check_prompt(request.prompt)
         model = self.catalog.find(request.model).model
         params = request.to_sampling_params(model.recipe)
         _trace(model, params)
         encoding_ms = 1e3 * len(params) * self.engine.call_seconds(_encoding(request, params[0]))
-        delivery = request.to_delivery(model.recipe, encoding_ms, on_preview)
-        submitted = Submitted(request, model, self.engine.submit_all(params, delivery, model), started_s)
+        delivery = replace(request.to_delivery(model.recipe, encoding_ms, on_preview), is_background=is_background)
+        submitted = Submitted(request, model, self.engine.submit_all(params, delivery, model), started_s, is_background)
         if request.latency_budget_ms is not None:
             self.metrics.budgets_promised.inc()
         return submitted
@@ -179,7 +212,7 @@ class ImageService:
         """Wait for a request's pictures and encode them."""
         request, model = submitted.request, submitted.model
         try:
-            async with asyncio.timeout(self.config.request_timeout_s):
+            async with asyncio.timeout(None if submitted.is_background else self.config.request_timeout_s):
                 pictures = await asyncio.gather(*map(asyncio.wrap_future, submitted.futures))
         except Exception:
             if request.latency_budget_ms is not None:
@@ -203,7 +236,8 @@ class ImageService:
         timings = _timings(slowest, encode_ms, total_ms)
         budget_ms = request.latency_budget_ms
         budget_kept = None if budget_ms is None else total_ms <= budget_ms
-        self.metrics.observe_request(timings, budget_kept)
+        if not submitted.is_background:
+            self.metrics.observe_request(timings, budget_kept)
         if (span := current_span()) is not None:
             span.record_stages(slowest, encode_ms, total_ms)
             _trace(model, [picture.params for picture in pictures])

@@ -3,34 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Protocol
 
 from serving.access import Access, Caller
-from serving.answers import ImageAnswer, PartialAnswer
+from serving.artifacts import ArtifactStore, open_artifacts
 from serving.config import ServerConfig
 from serving.idempotency import Replays
+from serving.images import Images
+from serving.jobs.service import JobService
 from serving.metrics import ServerMetrics
 from serving.schema.images import ImageRequest
-from serving.schema.models import ModelCard
 from serving.tracing import Tracing
-from tdm_runtime.recipe import Recipe
-
-
-class Images(Protocol):
-    """What makes pictures: engines here (`ImageService`) or elsewhere (`RemoteImages`)."""
-
-    @property
-    def is_healthy(self) -> bool: ...
-    @property
-    def num_live(self) -> int: ...
-    def models(self) -> list[ModelCard]: ...
-    def model_card(self, name: str | None) -> ModelCard: ...
-    def recipe(self, name: str | None) -> Recipe: ...
-    async def generate(self, request: ImageRequest, as_pixels: bool = False) -> ImageAnswer: ...
-    async def stream(self, request: ImageRequest) -> AsyncIterator[PartialAnswer | ImageAnswer]: ...
-    def close(self) -> None: ...
 
 
 @dataclass
@@ -42,6 +25,8 @@ class Services:
     access: Access
     images: Images
     replays: Replays
+    artifacts: ArtifactStore
+    jobs: JobService
     tracing: Tracing | None = None
     """None where it is off."""
     num_active: int = 0
@@ -55,7 +40,9 @@ class Services:
         Raises:
             ValueError, OSError: something cannot be used; better now than at the first request.
         """
-        services = cls(config, metrics, Access(config.api_keys), images, Replays(), Tracing.start(config))
+        access, artifacts = Access(config.api_keys), open_artifacts(config)
+        jobs = JobService(config, images, artifacts, metrics)
+        services = cls(config, metrics, access, images, Replays(), artifacts, jobs, Tracing.start(config))
         metrics.watch_requests(lambda: services.num_active, config.max_open_requests)
         metrics.watch_live(lambda: images.num_live, config.engine.max_live * config.max_replicas)
         return services
@@ -76,11 +63,13 @@ class Services:
     async def drain(self) -> None:
         """Refuse work with 503 from here on; return when every accepted request is answered."""
         self.is_draining = True
+        await self.jobs.stop()
         while self.num_active:
             await asyncio.sleep(0.01)
 
     def close(self) -> None:
         """Finish what was accepted, then stop."""
         self.images.close()
+        self.jobs.close()
         if self.tracing is not None:
             self.tracing.close()

@@ -75,7 +75,7 @@ class ModelCalls:
             for sample, prompt in zip(readers, prompts, strict=True):
                 sample.prompt = prompt
         for sample in samples:
-            noise = initial_noise(sample.params.seed, sample.denoise.kind.shape)
+            noise = initial_noise(sample.params.seed, sample.denoise.kind.shape, sample.params.noise_angle)
             sample.latents = (sample.table.initial_scale * noise).to(sample.model.denoiser.device)
             sample.denoised = torch.zeros_like(sample.latents)
         return [None] * len(samples)

@@ -42,6 +42,8 @@ class Delivery:
     """Told of drafts and previews, on the engine's thread: it must return at once."""
     num_previews: int = 0
     """So many of the first steps are shown; not the last, which is the picture, nor the first beside a draft."""
+    is_background: bool = False
+    """Nobody waits for it at this moment: whatever others ask for comes first, for a long while."""
     draft: bool = False
     """Also make the picture of one step from the same noise and tell `on_preview` of it first."""
 

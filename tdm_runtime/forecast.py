@@ -49,6 +49,8 @@ class Work:
     previews_left: int = 0
     unseen_steps: int = 0
     """So many of its next steps are followed by none yet."""
+    is_background: bool = False
+    """Whether it is no sign of how much is asked for: it takes what time others leave."""
     has_started: bool = False
     """Whether a call was made for it."""
     predicted_s: float = 0.0

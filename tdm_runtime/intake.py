@@ -12,6 +12,9 @@ from tdm_runtime.loaded_model import LoadedModel
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.sample import Sample
 
+BACKGROUND_PATIENCE = 50.0
+"""Times the patience of others; then background work is as urgent as what arrives just now, so that it is done."""
+
 
 class Intake:
     """Gives requests their place in the order of arrival, and their deadlines."""
@@ -49,6 +52,7 @@ class Intake:
             model=model,
             params=params,
             delivery=delivery,
+            is_background=delivery.is_background,
             submitted_s=now_s,
             ready_s=now_s,
         )
@@ -59,7 +63,8 @@ class Intake:
 
     def _set_deadlines(self, sample: Sample) -> None:
         unloaded_s, budget_ms = sample.seconds_left(self._costs), sample.delivery.latency_budget_ms
-        sample.unpromised_s = sample.submitted_s + self._patience * unloaded_s
+        patience = self._patience * (BACKGROUND_PATIENCE if sample.is_background else 1.0)
+        sample.unpromised_s = sample.submitted_s + patience * unloaded_s
         if budget_ms is None:
             deadline_s = sample.unpromised_s
             sample.target_s = sample.submitted_s + self._auto_stretch * unloaded_s

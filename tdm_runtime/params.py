@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import unicodedata
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -33,6 +34,9 @@ class SamplingParams:
     """Pixels."""
     decoder: DecoderName = "full"
     """What turns latents into pixels; "tiny" is cheaper and a little softer."""
+    noise_angle: float = 0.0
+    """Where on the seed's circle of noises it starts (`noise.initial_noise`), in radians, 0 <= angle < 2 pi. Pictures
+    at evenly spaced angles are a clip that ends where it began."""
 
     def __post_init__(self) -> None:
         _check_prompt(self.prompt)
@@ -43,6 +47,11 @@ class SamplingParams:
         if self.decoder not in get_args(DecoderName):
             raise InvalidRequestError(
                 f"decoder is {shown(self.decoder)}; it must be {' or '.join(get_args(DecoderName))}", param="decoder"
+            )
+        if type(self.noise_angle) is not float or not 0.0 <= self.noise_angle < math.tau:
+            raise InvalidRequestError(
+                f"noise_angle is {shown(self.noise_angle)}; it must be a float, from 0.0 to below 2 pi radians",
+                param="noise_angle",
             )
 
     def check_against(self, recipe: Recipe) -> None:

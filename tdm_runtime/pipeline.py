@@ -33,7 +33,8 @@ def generate(model: LoadedModel, params: SamplingParams, on_preview: OnPreview |
     device = model.denoiser.device
     prompt_embeds = model.text_encoder.encode(params.prompt).prompt_embeds[None]
     step_counts = torch.tensor([params.num_inference_steps], device=device)
-    latents = table.initial_scale * initial_noise(params.seed, (1, *model.latent_shape(params))).to(device)
+    noise = initial_noise(params.seed, (1, *model.latent_shape(params)), params.noise_angle)
+    latents = table.initial_scale * noise.to(device)
     denoised = torch.zeros_like(latents)
     for step_index in range(table.num_inference_steps):
         rows = gather_rows([(table, step_index)], device)

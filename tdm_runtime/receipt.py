@@ -45,6 +45,8 @@ class Receipt:
     """Whether the same bits come of it, on this backend, whatever shares the call."""
     pixels_sha256: str
     """Of the pixels, uint8 [H, W, 3], row by row."""
+    noise_angle: float = 0.0
+    """See `SamplingParams`; other than 0 in the frames of a clip."""
 
     def to_params(self) -> SamplingParams:
         """What to ask for.
@@ -52,7 +54,15 @@ class Receipt:
         Raises:
             InvalidRequestError: a value outside its limits.
         """
-        return SamplingParams(self.prompt, self.seed, self.num_inference_steps, self.width, self.height, self.decoder)
+        return SamplingParams(
+            prompt=self.prompt,
+            seed=self.seed,
+            num_inference_steps=self.num_inference_steps,
+            width=self.width,
+            height=self.height,
+            decoder=self.decoder,
+            noise_angle=self.noise_angle,
+        )
 
     def to_json(self) -> str:
         return _ADAPTER.dump_json(self).decode()
@@ -80,6 +90,7 @@ def receipt_of(model: LoadedModel, params: SamplingParams, pixels: Pixels, is_st
         bucket=model.latent_shape(params),
         is_strict=is_strict,
         pixels_sha256=pixels_sha256(pixels),
+        noise_angle=params.noise_angle,
     )
 
 

@@ -106,6 +106,8 @@ class StepScheduler(Generic[Item]):
     def _note_demand(self, items: Sequence[Item], now_s: float) -> None:
         """Count what is asked for, also what will be refused."""
         for item in items:
+            if item.is_background:
+                continue
             window_s = self._window_s(item)
             if item.open_steps:
                 self._open_demand.add(1, now_s, window_s)

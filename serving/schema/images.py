@@ -58,7 +58,9 @@ class ImageRequest(BaseModel):
     decoder: DecoderName = Field("full", description="tiny decodes several times faster and a little softer.")
     guidance_scale: float | None = Field(None, description="Only 1: guidance is distilled into the weights.")
     negative_prompt: str | None = Field(None, description="Only empty: it needs guidance.")
-    response_format: Literal["b64_json"] = "b64_json"
+    response_format: Literal["b64_json", "url"] = Field(
+        "b64_json", description="url: the server keeps the file for a while; see expires_at."
+    )
     output_format: ImageFormat = "png"
     output_compression: int = Field(100, ge=0, le=100, description="Quality of jpeg and webp.")
     metadata: bool = Field(True, description="Write prompt, seed and steps into the picture file.")
@@ -127,6 +129,9 @@ class ImageRequest(BaseModel):
             raise invalid("draft is true; it is a partial image, ask for partial_images", "draft", "invalid_value")
         if self.stream and self.n != 1:
             raise invalid(f"n is {self.n}; a stream carries one picture, send {self.n} requests", "n", "invalid_value")
+        if self.stream and self.response_format == "url":
+            message = "response_format is 'url'; a stream carries its pictures, leave it out or send stream false"
+            raise invalid(message, "response_format", "invalid_value")
         return Delivery(
             latency_budget_ms=None if self.latency_budget_ms is None else max(0.01, self.latency_budget_ms - spent_ms),
             min_inference_steps=(self.min_inference_steps or recipe.step_counts[0]) if is_auto else None,
@@ -156,6 +161,8 @@ class GeneratedImage(BaseModel):
     b64_json: str | None = None
     url: str | None = None
     """Where it is fetched from, without a key, until it expires."""
+    expires_at: int | None = None
+    """Of the URL, Unix seconds."""
     revised_prompt: str | None = None
     """Always null: prompts are read as they are."""
     seed: int
@@ -226,11 +233,12 @@ def to_base64(content: bytes) -> str:
     return base64.b64encode(content).decode("ascii")
 
 
-def to_response(answer: ImageAnswer, urls: list[str] | None) -> ImageResponse:
+def to_response(answer: ImageAnswer, urls: list[str] | None, expires_at: int | None = None) -> ImageResponse:
     """An answer as JSON.
 
     Args:
         urls: of the pictures, in their order; None puts them into the answer.
+        expires_at: when the URLs do, Unix seconds.
     """
     return ImageResponse(
         created=answer.created,
@@ -238,6 +246,7 @@ def to_response(answer: ImageAnswer, urls: list[str] | None) -> ImageResponse:
             GeneratedImage(
                 b64_json=to_base64(image.content) if urls is None else None,
                 url=None if urls is None else urls[n],
+                expires_at=expires_at,
                 seed=image.seed,
                 num_inference_steps=image.num_inference_steps,
                 is_cached=image.is_cached,

@@ -5,10 +5,13 @@ from __future__ import annotations
 from fastapi import FastAPI
 
 from serving.services import Services
+from serving.web.batches import add_batch_routes
 from serving.web.documentation import document
 from serving.web.edge import add_edges
+from serving.web.files import add_file_routes
 from serving.web.images import add_image_routes
 from serving.web.operations import add_operation_routes, add_playground
+from serving.web.videos import add_video_routes
 
 DESCRIPTION = (
     "Pictures in 1 to 4 deterministic diffusion steps. Follows the OpenAI API; sampling fields follow diffusers."
@@ -19,6 +22,9 @@ def build_app(services: Services) -> FastAPI:
     """Return the ASGI application of a replica's services."""
     app = FastAPI(title="tdm-serve", version="1", description=DESCRIPTION, docs_url=None, redoc_url=None)
     add_image_routes(app, services)
+    add_file_routes(app, services)
+    add_video_routes(app, services)
+    add_batch_routes(app, services)
     add_operation_routes(app, services)
     add_playground(app)
     add_edges(app, services)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncGenerator
 
 from fastapi import Request
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
 from serving.config import ServerConfig
 from serving.errors import APIError, invalid
 
 CLIENT_CLOSED_REQUEST = 499
+MAX_FORM_FIELDS = 32
 
 
 async def read_json(request: Request, config: ServerConfig) -> bytes:
@@ -23,8 +26,35 @@ async def read_json(request: Request, config: ServerConfig) -> bytes:
     return await read_bytes(request, config)
 
 
-async def read_bytes(request: Request, config: ServerConfig) -> bytes:
+async def read_form(request: Request, config: ServerConfig) -> dict[str, str]:
+    """Read the text fields of a multipart form.
+
+    Raises:
+        APIError: 400, 408, 413 or 415.
+    """
+    body = await read_bytes(request, config)
+
+    async def parts() -> AsyncGenerator[bytes, None]:
+        yield body
+
+    try:
+        form = await MultiPartParser(request.headers, parts(), max_files=0, max_fields=MAX_FORM_FIELDS).parse()
+    except MultiPartException as error:
+        raise invalid(f"the form cannot be read: {error.message}", None, "invalid_form") from None
+    found: dict[str, str] = {}
+    for name, value in form.multi_items():
+        if name in found:
+            raise invalid(f"the field {name[:64]!r} appears twice; send it once", name[:64], "invalid_form")
+        assert isinstance(value, str), "files were refused"
+        found[name] = value
+    return found
+
+
+async def read_bytes(request: Request, config: ServerConfig, max_bytes: int | None = None) -> bytes:
     """Read a body of any kind.
+
+    Args:
+        max_bytes: in place of the configuration's.
 
     Raises:
         APIError: 408, 413 or 415.
@@ -33,13 +63,13 @@ async def read_bytes(request: Request, config: ServerConfig) -> bytes:
     if encoding != "identity":
         message = f"content-encoding {encoding[:32]!r} is not read; send it plain"
         raise invalid(message, None, "unsupported_encoding", 415)
-    chunks, size = [], 0
+    chunks, size, most = [], 0, max_bytes or config.max_body_bytes
     try:
         async with asyncio.timeout(config.body_timeout_s):
             async for chunk in request.stream():
                 size += len(chunk)
-                if size > config.max_body_bytes:
-                    message = f"the body is larger than {config.max_body_bytes} bytes; shorten the prompt"
+                if size > most:
+                    message = f"the body is larger than {most} bytes; shorten the prompt, or send less at once"
                     raise invalid(message, None, "body_too_large", 413)
                 chunks.append(chunk)
     except TimeoutError:

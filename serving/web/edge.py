@@ -7,6 +7,7 @@ import logging
 import time
 
 from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -18,6 +19,7 @@ from serving.metrics import OTHER
 from serving.services import Services
 from serving.tracing import current_span, request_span
 from serving.web.body import CLIENT_CLOSED_REQUEST
+from tdm_runtime.errors import shown
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +53,13 @@ def add_edges(app: FastAPI, services: Services) -> None:
         tell_code(code, error.status_code)
         answer.headers |= dict(error.headers or {})
         return answer.to_response()
+
+    @app.exception_handler(RequestValidationError)
+    async def unread(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        param = str(first["loc"][-1])
+        message = f"{param[:64]} is {shown(first.get('input'))}; {first['msg'][:1].lower()}{first['msg'][1:]}"
+        return note_error(invalid(message, param[:64], "invalid_value"), services, "-").to_response()
 
 
 def caller_of(request: Request) -> Caller:

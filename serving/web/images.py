@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -19,6 +20,7 @@ from serving.services import Services
 from serving.web.body import read_json
 from serving.web.documentation import json_body
 from serving.web.edge import caller_of, note_error, shown_request_id
+from serving.web.files import base_url
 from tdm_runtime.codec import ImageFormat
 
 UNBUFFERED = {"cache-control": "no-store", "x-accel-buffering": "no"}
@@ -59,7 +61,7 @@ def add_image_routes(app: FastAPI, services: Services) -> None:
         async def answer() -> Response:
             services.spend(caller, wanted)
             made = await services.images.generate(wanted)
-            return file_response(made) if accepted is not None else await json_response(made, wanted, services)
+            return file_response(made) if accepted is not None else await json_response(made, wanted, request, services)
 
         if wanted.stream:
             services.spend(caller, wanted)
@@ -106,6 +108,9 @@ def as_file(request: ImageRequest, image_format: ImageFormat) -> ImageRequest:
         param = "n" if request.n != 1 else "stream"
         message = f"{param} is {getattr(request, param)!r}; Accept: image/{image_format} gets one picture's bytes"
         raise invalid(f"{message}, accept application/json for more", param, "invalid_value")
+    if request.response_format == "url":
+        message = f"response_format is 'url' and Accept says image/{image_format}; accept application/json for a URL"
+        raise invalid(message, "response_format", "invalid_value")
     if "output_format" in request.model_fields_set and request.output_format != image_format:
         message = f"output_format is {request.output_format!r} and Accept says image/{image_format}; leave one out"
         raise invalid(message, "output_format", "invalid_value")
@@ -129,9 +134,14 @@ def file_response(answer: ImageAnswer) -> Response:
     return Response(image.content, media_type=f"image/{answer.output_format}", headers=headers)
 
 
-async def json_response(answer: ImageAnswer, request: ImageRequest, services: Services) -> Response:
-    """Pictures in JSON."""
-    body = to_response(answer, urls=None).model_dump_json()
+async def json_response(answer: ImageAnswer, wanted: ImageRequest, request: Request, services: Services) -> Response:
+    """Pictures in JSON, or where to fetch them."""
+    if wanted.response_format == "url":
+        base = base_url(request, services.config)
+        published = await asyncio.to_thread(services.artifacts.publish, answer, base, services.config.artifact_ttl_s)
+        body = to_response(answer, *published).model_dump_json()
+    else:
+        body = to_response(answer, urls=None).model_dump_json()
     headers = {"server-timing": server_timing(answer.timings)}
     return Response(body, media_type="application/json", headers=headers)
 

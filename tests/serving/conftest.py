@@ -43,10 +43,11 @@ def free_port() -> int:
 
 
 def start_server(log: Path, *arguments: str) -> RunningServer:
-    """Start a server and wait until it is ready."""
+    """Start a server and wait until it is ready. Its state lies beside the log, unless the arguments say otherwise."""
     port, grpc_port = free_port(), free_port()
     ports = ["--port", str(port), "--grpc-port", str(grpc_port)]
-    command = [sys.executable, "-m", "serving.cli", *ports, *arguments]
+    state = ["--state-folder", str(log.parent / "state")]
+    command = [sys.executable, "-m", "serving.cli", *ports, *state, *arguments]
     with log.open("wb") as stream:
         process = subprocess.Popen(command, stdout=stream, stderr=stream, env=os.environ | {"PYTHONUNBUFFERED": "1"})
     server = RunningServer(process, port, log, grpc_port)

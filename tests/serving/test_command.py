@@ -75,6 +75,8 @@ def test_what_only_loading_shows(tiny_checkpoint: Path, tmp_path: Path) -> None:
         ["--threads", "-1"],
         ["--max-batch-size", "0"],
         ["--max-live", "0"],
+        ["--artifact-ttl-hours", "0"],
+        ["--artifact-ttl-hours", "nan"],
         ["--backend", "abacus"],
         ["--precision", "fp12"],
         ["--precision", "int8", "--backend", "torch"],
@@ -86,6 +88,15 @@ def test_values_out_of_range(arguments: list[str], capsys: pytest.CaptureFixture
         main(arguments)
     assert caught.value.code == 2
     assert arguments[1] in capsys.readouterr().err
+
+
+def test_state_that_cannot_be_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    folder = ["--state-folder", str(tmp_path / "state")]
+    assert "file" in refusal(capsys, "--state-folder", str(tmp_path / "file"))
+    assert "nosuch" in refusal(capsys, *folder, "--artifacts-url", "nosuch://bucket")
+    message = refusal(capsys, *folder, "--database-url", "nosuch://ann:secret@host/jobs")
+    assert "see --database-url" in message and "secret" not in message
 
 
 # -- artifacts -------------------------------------------------------------------------------------

@@ -70,7 +70,7 @@ BAD_REQUESTS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "a", "size": "65536x65536"}, "size"),
     ({"prompt": "a", "size": "63x64"}, "size"),
     ({"prompt": "a", "size": "1024x1024"}, "size"),
-    ({"prompt": "a", "response_format": "url"}, "response_format"),
+    ({"prompt": "a", "response_format": "base64"}, "response_format"),
     ({"prompt": "a", "output_format": "gif"}, "output_format"),
     ({"prompt": "a", "output_compression": 101}, "output_compression"),
     ({"prompt": "a", "decoder": "jpeg"}, "decoder"),

@@ -120,6 +120,20 @@ def test_a_budget_is_a_positive_number(budget_ms: object) -> None:
         Delivery(latency_budget_ms=budget_ms)  # type: ignore[arg-type]
 
 
+def test_background_work_comes_after_all_others(tiny_model: LoadedModel) -> None:
+    engine, ended = DiffusionEngine(tiny_model, EngineConfig(max_batch_size=1), costs=KnownCosts()), list[str]()
+
+    def ask(name: str, delivery: Delivery) -> None:
+        engine.submit(PARAMS, delivery).add_done_callback(lambda _: ended.append(name))
+
+    ask("job", Delivery(is_background=True))
+    for name in ("first", "second"):
+        ask(name, Delivery())
+    run_dry(engine)
+    assert ended == ["first", "second", "job"]
+    engine.close()
+
+
 def test_a_late_picture_comes_all_the_same(tiny_model: LoadedModel) -> None:
     engine = DiffusionEngine(tiny_model, costs=KnownCosts())
     future = engine.submit(PARAMS, Delivery(latency_budget_ms=4600))

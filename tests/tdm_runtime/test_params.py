@@ -66,6 +66,13 @@ def test_a_decoder_that_there_is_not_is_refused(decoder: object) -> None:
     assert "it must be full or tiny" in str(error)
 
 
+@pytest.mark.parametrize("angle", [-0.1, 7.0, float("nan"), float("inf"), 1, True, "1.0", None])
+def test_a_bad_noise_angle_is_refused(angle: object) -> None:
+    error = refusal(noise_angle=angle)
+    assert error.param == "noise_angle"
+    assert "below 2 pi" in str(error)
+
+
 def test_the_full_decoder_is_the_default() -> None:
     assert GOOD.decoder == "full"
     replace(GOOD, decoder="tiny").check_against(RECIPE)

@@ -41,9 +41,22 @@ def test_a_receipt_says_all_that_made_the_picture(tiny_model: LoadedModel, recei
 
 
 def test_every_value_that_changes_a_picture_changes_its_hash(tiny_model: LoadedModel, receipt: Receipt) -> None:
-    others = [replace(PARAMS, seed=6), replace(PARAMS, num_inference_steps=3), replace(PARAMS, decoder="full")]
+    others = [
+        replace(PARAMS, seed=6),
+        replace(PARAMS, num_inference_steps=3),
+        replace(PARAMS, decoder="full"),
+        replace(PARAMS, noise_angle=1.0),
+    ]
     hashes = {receipt_of(tiny_model, other, generate(tiny_model, other), True).pixels_sha256 for other in others}
-    assert len(hashes | {receipt.pixels_sha256}) == 4
+    assert len(hashes | {receipt.pixels_sha256}) == 5
+
+
+def test_a_frame_of_a_clip_is_made_again_at_its_angle(tiny_model: LoadedModel) -> None:
+    params = replace(PARAMS, noise_angle=2.5)
+    frame = generate(tiny_model, params)
+    receipt = receipt_of(tiny_model, params, frame, is_strict=True)
+    assert receipt.to_params() == params
+    assert Claim(receipt).check(generate(tiny_model, receipt.to_params())) is None
 
 
 @pytest.mark.parametrize("shape", ["a receipt", "an answer", "a picture"])

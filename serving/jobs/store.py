@@ -1,0 +1,499 @@
+"""The queue of jobs: rows of a database, SQLite beside one machine's servers or PostgreSQL for several machines.
+
+A job is a number of parts, as frames or a batch's requests. What a worker finished of it is kept, so that whoever
+goes on with the job makes the rest only. Laws (tests/serving/test_jobs_store.py): a job is held by one worker at a
+time; what is not renewed is handed on once, then it failed; whatever a worker changes, it changes under its lease.
+
+Times are Unix seconds by the clocks of the servers, which must agree to a fraction of a lease.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import sqlalchemy as sql
+from sqlalchemy import Column, ColumnElement, Connection, Index, Row, Table
+
+from serving.errors import APIError, invalid
+
+JobKind = Literal["video", "batch"]
+JobStatus = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
+UNFINISHED = ("queued", "in_progress")
+MAX_ATTEMPTS = 2
+BUSY_TIMEOUT_MS = 10_000
+
+_metadata = sql.MetaData()
+_jobs = Table(
+    "jobs",
+    _metadata,
+    Column("id", sql.String(64), primary_key=True),
+    Column("kind", sql.String(16), nullable=False),
+    Column("owner", sql.String(64), nullable=False),
+    Column("model", sql.String(255), nullable=False),
+    Column("status", sql.String(16), nullable=False),
+    Column("num_parts", sql.Integer, nullable=False),
+    Column("num_done", sql.Integer, nullable=False),
+    Column("num_failed", sql.Integer, nullable=False),
+    Column("request", sql.Text, nullable=False),
+    Column("result", sql.Text),
+    Column("error_code", sql.String(64)),
+    Column("error_message", sql.Text),
+    Column("created_at", sql.Double, nullable=False),
+    Column("started_at", sql.Double),
+    Column("completed_at", sql.Double),
+    Column("expires_at", sql.Double, nullable=False),
+    Column("attempt", sql.Integer, nullable=False),
+    Column("lease_until", sql.Double),
+    Column("worker", sql.String(64)),
+    Column("idempotency_key", sql.String(255)),
+    Column("body_sha256", sql.String(64)),
+    sql.UniqueConstraint("owner", "kind", "idempotency_key"),
+    Index("jobs_to_claim", "model", "status", "created_at"),
+    Index("jobs_of_owner", "owner", "kind", "created_at", "id"),
+    Index("jobs_to_expire", "expires_at"),
+)
+_parts = Table(
+    "job_parts",
+    _metadata,
+    Column("job_id", sql.String(64), sql.ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    Column("position", sql.Integer, primary_key=True),
+    Column("request", sql.Text),
+    Column("content", sql.LargeBinary),
+    Column("is_failed", sql.Boolean),
+)
+
+
+@dataclass(frozen=True)
+class JobRequest:
+    """What is to be done, and for whom."""
+
+    kind: JobKind
+    owner: str
+    """Name of the caller's key."""
+    model: str
+    request: dict[str, Any]
+    parts: Sequence[dict[str, Any]]
+    """Of each part, what is its own."""
+    idempotency_key: str | None = None
+    body_sha256: str | None = None
+    """Of what came with the key."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job as it stood when it was read."""
+
+    id: str
+    kind: JobKind
+    owner: str
+    model: str
+    status: JobStatus
+    num_parts: int
+    num_done: int
+    """Parts that are made, those that failed included."""
+    num_failed: int
+    request: dict[str, Any]
+    result: dict[str, Any]
+    """What came of it; empty before."""
+    error_code: str | None
+    error_message: str | None
+    created_at: float
+    started_at: float | None
+    completed_at: float | None
+    """When it ended, however it did."""
+    expires_at: float
+    attempt: int
+    """Leases that were taken on it and not given back."""
+    worker: str | None
+    """Names the lease."""
+
+    @property
+    def is_finished(self) -> bool:
+        return self.status not in UNFINISHED
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a job."""
+
+    position: int
+    request: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class FinishedPart:
+    """What came of one part."""
+
+    position: int
+    content: bytes
+    is_failed: bool
+
+
+@dataclass(frozen=True)
+class JobLimits:
+    """How much may wait."""
+
+    per_owner: int = 16
+    total: int = 256
+
+
+class LeaseLostError(Exception):
+    """The job is not this worker's any more: it was cancelled or deleted, or went to another."""
+
+
+class JobStore:
+    """Blocks: never called on an event loop's thread. Thread-safe."""
+
+    def __init__(self, url: str, lease_s: float, keep_s: float) -> None:
+        """
+        Args:
+            url: as SQLAlchemy reads it.
+            lease_s: a job that is not renewed for so long is another's.
+            keep_s: what ended is deleted after it, and what did not even begin is given up.
+
+        Raises:
+            ValueError: the database cannot be used.
+        """
+        self.lease_s = lease_s
+        self._keep_s = keep_s
+        try:
+            self._engine = sql.create_engine(url, pool_pre_ping=True)
+            if self._engine.dialect.name == "sqlite":
+                _make_durable(self._engine)
+            _metadata.create_all(self._engine)
+        except (sql.exc.SQLAlchemyError, ImportError) as error:
+            reason = str(error).splitlines()[0]  # never the URL, which may hold a password
+            raise ValueError(f"the database of jobs cannot be used ({reason}); see --database-url") from None
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    # -- for callers --------------------------------------------------------------------------
+
+    def create(self, wanted: JobRequest, limits: JobLimits, approve: Callable[[], None]) -> Job:
+        """Accept a job: when this returns it is on the disk. With a key that is known, return its job.
+
+        Args:
+            approve: called when nothing else speaks against the job; what it raises does.
+
+        Raises:
+            APIError: 422, the key came with another body before; 429, too many jobs wait.
+        """
+        try:
+            return self._create(wanted, limits, approve)
+        except sql.exc.IntegrityError:  # another server was first with this key, where writers do not take turns
+            return self._create(wanted, limits, approve)
+
+    def _create(self, wanted: JobRequest, limits: JobLimits, approve: Callable[[], None]) -> Job:
+        with self._writing() as connection:
+            if wanted.idempotency_key is not None and (known := self._known(connection, wanted)):
+                return known
+            self._check_limits(connection, wanted.owner, limits)
+            approve()
+            now_s = time.time()
+            row = {
+                "id": f"{wanted.kind}_{secrets.token_hex(16)}",
+                "kind": wanted.kind,
+                "owner": wanted.owner,
+                "model": wanted.model,
+                "status": "queued",
+                "num_parts": len(wanted.parts),
+                "num_done": 0,
+                "num_failed": 0,
+                "request": json.dumps(wanted.request),
+                "created_at": now_s,
+                "expires_at": now_s + self._keep_s,
+                "attempt": 0,
+                "idempotency_key": wanted.idempotency_key,
+                "body_sha256": wanted.body_sha256,
+            }
+            inserted = connection.execute(sql.insert(_jobs).values(row).returning(_jobs)).one()
+            parts = [
+                {"job_id": row["id"], "position": position, "request": json.dumps(part)}
+                for position, part in enumerate(wanted.parts)
+            ]
+            connection.execute(sql.insert(_parts), parts)
+            return _to_job(inserted)
+
+    def get(self, kind: JobKind, owner: str, job_id: str) -> Job:
+        """
+        Raises:
+            APIError: 404, the caller has no such job.
+        """
+        with self._reading() as connection:
+            row = connection.execute(sql.select(_jobs).where(_owned(kind, owner, job_id))).one_or_none()
+        if row is None:
+            raise _not_found(kind, job_id)
+        return _to_job(row)
+
+    def page(self, kind: JobKind, owner: str, after: str | None, limit: int, newest_first: bool) -> list[Job]:
+        """Return a caller's jobs in the order of their creation.
+
+        Raises:
+            APIError: 404, `after` is none of them.
+        """
+        place = sql.tuple_(_jobs.c.created_at, _jobs.c.id)
+        found = sql.select(_jobs).where(_jobs.c.kind == kind, _jobs.c.owner == owner).limit(limit)
+        if after is not None:
+            last = self.get(kind, owner, after)
+            here = sql.tuple_(sql.literal(last.created_at, sql.Double), sql.literal(last.id))
+            found = found.where(place < here if newest_first else place > here)
+        keys = (_jobs.c.created_at, _jobs.c.id)
+        found = found.order_by(*(key.desc() if newest_first else key for key in keys))
+        with self._reading() as connection:
+            return [_to_job(row) for row in connection.execute(found)]
+
+    def cancel(self, kind: JobKind, owner: str, job_id: str) -> Job:
+        """End a job; one that has ended stays as it is.
+
+        Raises:
+            APIError: 404, the caller has no such job.
+        """
+        with self._writing() as connection:
+            is_his = sql.and_(_owned(kind, owner, job_id), _jobs.c.status.in_(UNFINISHED))
+            self._end(connection, is_his, "cancelled")
+        return self.get(kind, owner, job_id)
+
+    def delete(self, kind: JobKind, owner: str, job_id: str) -> Job:
+        """Forget a job, whatever its state. Returns it as it was.
+
+        Raises:
+            APIError: 404, the caller has no such job.
+        """
+        with self._writing() as connection:
+            row = connection.execute(
+                sql.delete(_jobs).where(_owned(kind, owner, job_id)).returning(_jobs)
+            ).one_or_none()
+        if row is None:
+            raise _not_found(kind, job_id)
+        return _to_job(row)
+
+    # -- for workers --------------------------------------------------------------------------
+
+    def claim(self, worker: str, models: Sequence[str]) -> Job | None:
+        """Take the job that waits longest, or one whose worker was lost; None where there is none.
+
+        Args:
+            worker: who asks, for those who look at the table.
+            models: what it serves.
+        """
+        now_s = time.time()
+        is_lost = sql.and_(_jobs.c.status == "in_progress", _jobs.c.lease_until < now_s)
+        is_free = sql.and_(_jobs.c.model.in_(models), sql.or_(_jobs.c.status == "queued", is_lost))
+        next_id = sql.select(_jobs.c.id).where(is_free).order_by(_jobs.c.created_at).limit(1)
+        with self._writing() as connection:
+            message = f"the server that worked on it was lost, {MAX_ATTEMPTS} times; create it again"
+            self._end(connection, sql.and_(is_lost, _jobs.c.attempt >= MAX_ATTEMPTS), "failed", "worker_lost", message)
+            row = connection.execute(
+                sql.update(_jobs)
+                .where(_jobs.c.id == next_id.with_for_update(skip_locked=True).scalar_subquery(), is_free)
+                .values(
+                    status="in_progress",
+                    worker=f"{worker[:40]}/{secrets.token_hex(8)}",  # of this lease alone
+                    attempt=_jobs.c.attempt + 1,
+                    lease_until=now_s + self.lease_s,
+                    started_at=sql.func.coalesce(_jobs.c.started_at, now_s),
+                )
+                .returning(_jobs)
+            ).one_or_none()
+        return None if row is None else _to_job(row)
+
+    def renew(self, job: Job) -> None:
+        """Hold a job for another `lease_s`.
+
+        Raises:
+            LeaseLostError: it is not this worker's any more.
+        """
+        with self._writing() as connection:
+            self._change(connection, job, {"lease_until": time.time() + self.lease_s})
+
+    def release(self, job: Job) -> None:
+        """Give a job back for another to go on with it; this does not count as an attempt."""
+        with self._writing() as connection:
+            given_back = {"status": "queued", "worker": None, "lease_until": None, "attempt": _jobs.c.attempt - 1}
+            connection.execute(sql.update(_jobs).where(_held(job)).values(given_back))
+
+    def unfinished_parts(self, job: Job) -> list[Part]:
+        """Return what is still to be made."""
+        wanted = sql.select(_parts.c.position, _parts.c.request).where(
+            _parts.c.job_id == job.id, _parts.c.content.is_(None)
+        )
+        with self._reading() as connection:
+            rows = connection.execute(wanted.order_by(_parts.c.position)).all()
+        return [Part(position, json.loads(request)) for position, request in rows]
+
+    def finished_parts(self, job: Job) -> Iterator[FinishedPart]:
+        """Yield what was made, in order, not all of it in memory."""
+        for position in range(job.num_parts):
+            wanted = sql.select(_parts.c.content, _parts.c.is_failed).where(
+                _parts.c.job_id == job.id, _parts.c.position == position, _parts.c.content.is_not(None)
+            )
+            with self._reading() as connection:
+                row = connection.execute(wanted).one_or_none()
+            if row is None:
+                raise LeaseLostError(job.id)  # parts go only with their job
+            yield FinishedPart(position, row.content, row.is_failed)
+
+    def save(self, job: Job, part: FinishedPart) -> None:
+        """Keep what was made of one part, and renew the lease.
+
+        Raises:
+            LeaseLostError: the job is not this worker's any more.
+        """
+        with self._writing() as connection:
+            changes = {
+                "lease_until": time.time() + self.lease_s,
+                "num_done": _jobs.c.num_done + 1,
+                "num_failed": _jobs.c.num_failed + int(part.is_failed),
+            }
+            self._change(connection, job, changes)
+            place = sql.and_(_parts.c.job_id == job.id, _parts.c.position == part.position, _parts.c.content.is_(None))
+            kept = sql.update(_parts).where(place).values(content=part.content, is_failed=part.is_failed)
+            if connection.execute(kept).rowcount != 1:
+                raise LeaseLostError(job.id)
+
+    def complete(self, job: Job, result: dict[str, Any]) -> None:
+        """End a job well.
+
+        Raises:
+            LeaseLostError: the job is not this worker's any more.
+        """
+        self._finish(job, "completed", result=json.dumps(result))
+
+    def fail(self, job: Job, code: str, message: str) -> None:
+        """End a job badly.
+
+        Raises:
+            LeaseLostError: the job is not this worker's any more.
+        """
+        self._finish(job, "failed", error_code=code, error_message=message)
+
+    def expire(self) -> None:
+        """Delete what ended long ago; give up what waited too long for somebody who serves its model."""
+        now_s = time.time()
+        is_old = _jobs.c.expires_at < now_s
+        with self._writing() as connection:
+            connection.execute(sql.delete(_jobs).where(is_old, _jobs.c.status.not_in(UNFINISHED)))
+            is_left = sql.or_(_jobs.c.status == "queued", _jobs.c.lease_until < now_s)
+            message = "nobody worked on it in time; create it again"
+            self._end(
+                connection, sql.and_(is_old, _jobs.c.status.in_(UNFINISHED), is_left), "failed", "expired", message
+            )
+
+    # -- inside -------------------------------------------------------------------------------
+
+    def _writing(self) -> AbstractContextManager[Connection]:
+        return self._engine.begin()
+
+    def _reading(self) -> AbstractContextManager[Connection]:
+        return self._engine.execution_options(is_reading=True).begin()
+
+    def _known(self, connection: Connection, wanted: JobRequest) -> Job | None:
+        same = (
+            _jobs.c.owner == wanted.owner,
+            _jobs.c.kind == wanted.kind,
+            _jobs.c.idempotency_key == wanted.idempotency_key,
+        )
+        row = connection.execute(sql.select(_jobs).where(*same)).one_or_none()
+        if row is not None and row.body_sha256 != wanted.body_sha256:
+            key = str(wanted.idempotency_key)[:64]
+            message = f"Idempotency-Key {key!r} was used with another body; a new request needs a new key"
+            raise invalid(message, "Idempotency-Key", "idempotency_key_reused", 422)
+        return None if row is None else _to_job(row)
+
+    @staticmethod
+    def _check_limits(connection: Connection, owner: str, limits: JobLimits) -> None:
+        is_his = _jobs.c.owner == owner
+        counted = sql.select(sql.func.count(), sql.func.count(sql.case((is_his, 1)))).select_from(_jobs)
+        total, his = connection.execute(counted.where(_jobs.c.status.in_(UNFINISHED))).one()
+        if his >= limits.per_owner:
+            what = f"{his} of your jobs are unfinished, which is the most"
+        elif total >= limits.total:
+            what = f"{total} jobs are unfinished on this server, which is the most"
+        else:
+            return
+        headers = {"retry-after": "10"}
+        message = f"{what}; retry when one has ended, or cancel one"
+        raise APIError(429, message, "rate_limit_error", code="too_many_jobs", headers=headers)
+
+    def _change(self, connection: Connection, job: Job, changes: dict[str, Any]) -> None:
+        if connection.execute(sql.update(_jobs).where(_held(job)).values(changes)).rowcount != 1:
+            raise LeaseLostError(job.id)
+
+    def _finish(self, job: Job, status: JobStatus, **values: str) -> None:
+        with self._writing() as connection:
+            if not self._end(connection, _held(job), status, **values):
+                raise LeaseLostError(job.id)
+
+    def _end(
+        self,
+        connection: Connection,
+        which: ColumnElement[bool],
+        status: JobStatus,
+        error_code: str | None = None,
+        error_message: str | None = None,
+        result: str | None = None,
+    ) -> int:
+        """Let jobs end; their parts are of no more use. Returns how many did."""
+        now_s = time.time()
+        ended = connection.execute(
+            sql.update(_jobs)
+            .where(which)
+            .values(
+                status=status,
+                error_code=error_code,
+                error_message=error_message,
+                result=result,
+                completed_at=now_s,
+                expires_at=now_s + self._keep_s,
+                lease_until=None,
+                worker=None,
+            )
+            .returning(_jobs.c.id)
+        ).scalars()
+        ids = ended.all()
+        if ids:
+            connection.execute(sql.delete(_parts).where(_parts.c.job_id.in_(ids)))
+        return len(ids)
+
+
+def _make_durable(engine: sql.Engine) -> None:
+    """SQLite as a queue needs it: what is committed is on the disk, and writers wait for each other."""
+
+    @sql.event.listens_for(engine, "connect")
+    def set_up(connection: Any, _: object) -> None:
+        connection.isolation_level = None  # transactions begin below, not when the driver thinks so
+        for setting in ("journal_mode=WAL", "synchronous=FULL", f"busy_timeout={BUSY_TIMEOUT_MS}", "foreign_keys=ON"):
+            connection.execute(f"PRAGMA {setting}")
+
+    @sql.event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        # Who first reads and then writes could not wait for another who wrote between: it takes its turn at once.
+        is_reading = connection.get_execution_options().get("is_reading", False)
+        connection.exec_driver_sql("BEGIN" if is_reading else "BEGIN IMMEDIATE")
+
+
+def _owned(kind: JobKind, owner: str, job_id: str) -> ColumnElement[bool]:
+    return sql.and_(_jobs.c.id == job_id[:64], _jobs.c.kind == kind, _jobs.c.owner == owner)
+
+
+def _held(job: Job) -> ColumnElement[bool]:
+    """Whether it is still under the lease that it was claimed by."""
+    return sql.and_(_jobs.c.id == job.id, _jobs.c.status == "in_progress", _jobs.c.worker == job.worker)
+
+
+def _to_job(row: Row[Any]) -> Job:
+    values = {name: row._mapping[name] for name in Job.__dataclass_fields__}
+    assert values["kind"] in get_args(JobKind) and values["status"] in get_args(JobStatus)
+    values |= {"request": json.loads(values["request"]), "result": json.loads(values["result"] or "{}")}
+    return Job(**values)
+
+
+def _not_found(kind: JobKind, job_id: str) -> APIError:
+    return invalid(f"{kind} {job_id[:64]!r} does not exist, or not any more", f"{kind}_id", "not_found", 404)
