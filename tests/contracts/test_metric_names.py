@@ -20,6 +20,7 @@ METRICS = {
     "tdm_denoise_seconds": ("histogram", set()),
     "tdm_e2e_seconds": ("histogram", set()),
     "tdm_image_encode_seconds": ("histogram", set()),
+    "tdm_jobs": ("counter", {"kind", "status"}),
     "tdm_live_samples": ("gauge", set()),
     "tdm_live_samples_limit": ("gauge", set()),
     "tdm_model_info": ("gauge", {"backend", "digest_short", "model"}),
@@ -61,6 +62,7 @@ def used_metrics(model: LoadedModel) -> ServerMetrics:
     metrics.observe_answer("POST", "/v1/images/generations", 200)
     metrics.rejected.labels("queue_full").inc()
     metrics.steps_used.labels(2).inc()
+    metrics.jobs.labels("video", "completed").inc()
     return metrics
 
 

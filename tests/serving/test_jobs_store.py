@@ -75,7 +75,7 @@ def make_all(store: JobStore, job: Job) -> None:
 
 
 def claimed(store: JobStore, worker: str = "w") -> Job:
-    job = store.claim(worker, "m")
+    job = store.claim(worker, ["m"])
     assert job is not None
     return job
 
@@ -94,7 +94,7 @@ def test_a_job_from_beginning_to_end(store: JobStore, clock: Clock) -> None:
     store.complete(job, {"file": "x"})
     ended = store.get("video", "ann", job.id)
     assert (ended.status, ended.num_done, ended.num_failed, ended.result) == ("completed", 3, 1, {"file": "x"})
-    assert store.claim("w", "m") is None
+    assert store.claim("w", ["m"]) is None
     assert not store.unfinished_parts(job), "parts go with the end of their job"
 
 
@@ -122,9 +122,9 @@ def test_a_lost_worker_is_replaced_once(store: JobStore, clock: Clock) -> None:
     create(store)
     for _ in range(MAX_ATTEMPTS):
         job = claimed(store)
-        assert store.claim("another", "m") is None
+        assert store.claim("another", ["m"]) is None
         clock.now_s += LEASE_S + 1
-    assert store.claim("w", "m") is None
+    assert store.claim("w", ["m"]) is None
     ended = store.get("video", "ann", job.id)
     assert (ended.status, ended.error_code) == ("failed", "worker_lost")
 
@@ -134,7 +134,7 @@ def test_what_is_renewed_or_given_back_costs_no_attempt(store: JobStore, clock: 
     job = claimed(store)
     for _ in range(5):
         clock.now_s += 0.9 * LEASE_S
-        assert store.claim("another", "m") is None
+        assert store.claim("another", ["m"]) is None
         store.renew(job)
     for _ in range(5):
         store.release(job)
@@ -159,18 +159,18 @@ def test_what_its_owner_ends_is_not_the_workers_any_more(store: JobStore, end: s
     getattr(store, end)("video", "ann", job.id)
     with pytest.raises(LeaseLostError):
         store.save(job, FinishedPart(0, b"made", is_failed=False))
-    assert store.claim("w", "m") is None
+    assert store.claim("w", ["m"]) is None
 
 
 def test_a_job_of_another_model_is_left_alone(store: JobStore) -> None:
     create(store)
-    assert store.claim("w", "another") is None
+    assert store.claim("w", ["another"]) is None
 
 
 def test_of_many_who_claim_at_once_one_gets_each_job(store: JobStore) -> None:
     ids = {create(store).id for _ in range(6)}
     with ThreadPoolExecutor(8) as pool:
-        found = [job for job in pool.map(lambda n: store.claim(f"w{n}", "m"), range(12)) if job is not None]
+        found = [job for job in pool.map(lambda n: store.claim(f"w{n}", ["m"]), range(12)) if job is not None]
     assert sorted(job.id for job in found) == sorted(ids)
 
 
@@ -313,7 +313,7 @@ class Queue(RuleBasedStateMachine):
 
     @rule()
     def take(self) -> None:
-        if job := self.store.claim("w", "m"):
+        if job := self.store.claim("w", ["m"]):
             assert job.id not in self.ended
             assert self.held_until_s.get(job.id, 0.0) < self.clock.now_s
             self.held_until_s[job.id] = self.clock.now_s + LEASE_S
