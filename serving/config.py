@@ -122,6 +122,8 @@ class ServerConfig:
         if not 60 <= self.artifact_ttl_s <= 366 * 24 * 3600:
             hours = self.artifact_ttl_s / 3600
             raise ValueError(f"--artifact-ttl-hours is {hours:g}; files are kept from a minute to a year")
+        if self.public_url is not None and not self.public_url.startswith(("http://", "https://")):
+            raise ValueError(f"--public-url is {self.public_url[:80]!r}; it must begin with http:// or https://")
         if self.max_open_requests < 1:
             raise ValueError(f"max_open_requests is {self.max_open_requests}; it must be at least 1")
         if self.otlp_endpoint is not None and not self.otlp_endpoint.startswith(("http://", "https://")):

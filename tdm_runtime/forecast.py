@@ -12,6 +12,8 @@ from tdm_runtime.cost_model import CostModel, Kind
 TEXT = Kind("text")
 NO_PREVIEW = Kind("")
 NEVER_S = float("inf")
+MAX_BACKGROUND_COST = 1.1
+"""Times what a call takes, that it may take with background work besides."""
 Urgency = tuple[float, int]
 """(deadline in monotonic seconds, order of arrival): unique among the live, the smallest goes first."""
 
@@ -87,6 +89,7 @@ class Work:
             promised_s=self.promised_s,
             needs_text=self.needs_text,
             text=self.text,
+            is_background=self.is_background,
             preview=self.preview,
             previews_left=self.previews_left,
             unseen_steps=self.unseen_steps,
@@ -131,12 +134,24 @@ Item = TypeVar("Item", bound=Work)
 def choose(ordered: Sequence[Item], costs: CostModel, capacity: int) -> list[Item]:
     """Return the samples of the next call: the most urgent and, in order, as many of its lane as help.
 
+    Where somebody waits for the most urgent, background work fills what room is about free.
+
     Args:
         ordered: at least one sample, most urgent first.
     """
     lane = ordered[0].lane
-    mates = [item for item in ordered if item.lane == lane][:capacity]
-    return mates[: costs.batch_size(lane.kind, len(mates))]
+    mates = [item for item in ordered if item.lane == lane]
+    waited_for = mates if ordered[0].is_background else [item for item in mates if not item.is_background]
+    batch = waited_for[: costs.batch_size(lane.kind, min(capacity, len(waited_for)))]
+    if len(waited_for) == len(mates):
+        return batch
+    alone_s, room = costs.seconds(lane.kind, len(batch)), costs.batch_size(lane.kind, min(capacity, len(mates)))
+    for item in mates:
+        if item.is_background and len(batch) < room:
+            if costs.seconds(lane.kind, len(batch) + 1) > MAX_BACKGROUND_COST * alone_s:
+                break
+            batch.append(item)
+    return batch
 
 
 def call_seconds(batch: Sequence[Work], costs: CostModel) -> float:

@@ -18,55 +18,15 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import sqlalchemy as sql
-from sqlalchemy import Column, ColumnElement, Connection, Index, Row, Table
+from sqlalchemy import ColumnElement, Connection, Row
 
 from serving.errors import APIError, invalid
+from serving.jobs.tables import jobs, open_database, parts
 
 JobKind = Literal["video", "batch"]
 JobStatus = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
 UNFINISHED = ("queued", "in_progress")
 MAX_ATTEMPTS = 2
-BUSY_TIMEOUT_MS = 10_000
-
-_metadata = sql.MetaData()
-_jobs = Table(
-    "jobs",
-    _metadata,
-    Column("id", sql.String(64), primary_key=True),
-    Column("kind", sql.String(16), nullable=False),
-    Column("owner", sql.String(64), nullable=False),
-    Column("model", sql.String(255), nullable=False),
-    Column("status", sql.String(16), nullable=False),
-    Column("num_parts", sql.Integer, nullable=False),
-    Column("num_done", sql.Integer, nullable=False),
-    Column("num_failed", sql.Integer, nullable=False),
-    Column("request", sql.Text, nullable=False),
-    Column("result", sql.Text),
-    Column("error_code", sql.String(64)),
-    Column("error_message", sql.Text),
-    Column("created_at", sql.Double, nullable=False),
-    Column("started_at", sql.Double),
-    Column("completed_at", sql.Double),
-    Column("expires_at", sql.Double, nullable=False),
-    Column("attempt", sql.Integer, nullable=False),
-    Column("lease_until", sql.Double),
-    Column("worker", sql.String(64)),
-    Column("idempotency_key", sql.String(255)),
-    Column("body_sha256", sql.String(64)),
-    sql.UniqueConstraint("owner", "kind", "idempotency_key"),
-    Index("jobs_to_claim", "model", "status", "created_at"),
-    Index("jobs_of_owner", "owner", "kind", "created_at", "id"),
-    Index("jobs_to_expire", "expires_at"),
-)
-_parts = Table(
-    "job_parts",
-    _metadata,
-    Column("job_id", sql.String(64), sql.ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
-    Column("position", sql.Integer, primary_key=True),
-    Column("request", sql.Text),
-    Column("content", sql.LargeBinary),
-    Column("is_failed", sql.Boolean),
-)
 
 
 @dataclass(frozen=True)
@@ -162,14 +122,7 @@ class JobStore:
         """
         self.lease_s = lease_s
         self._keep_s = keep_s
-        try:
-            self._engine = sql.create_engine(url, pool_pre_ping=True)
-            if self._engine.dialect.name == "sqlite":
-                _make_durable(self._engine)
-            _metadata.create_all(self._engine)
-        except (sql.exc.SQLAlchemyError, ImportError) as error:
-            reason = str(error).splitlines()[0]  # never the URL, which may hold a password
-            raise ValueError(f"the database of jobs cannot be used ({reason}); see --database-url") from None
+        self._engine = open_database(url)
 
     def close(self) -> None:
         self._engine.dispose()
@@ -213,12 +166,12 @@ class JobStore:
                 "idempotency_key": wanted.idempotency_key,
                 "body_sha256": wanted.body_sha256,
             }
-            inserted = connection.execute(sql.insert(_jobs).values(row).returning(_jobs)).one()
-            parts = [
+            inserted = connection.execute(sql.insert(jobs).values(row).returning(jobs)).one()
+            of_parts = [
                 {"job_id": row["id"], "position": position, "request": json.dumps(part)}
                 for position, part in enumerate(wanted.parts)
             ]
-            connection.execute(sql.insert(_parts), parts)
+            connection.execute(sql.insert(parts), of_parts)
             return _to_job(inserted)
 
     def get(self, kind: JobKind, owner: str, job_id: str) -> Job:
@@ -227,7 +180,7 @@ class JobStore:
             APIError: 404, the caller has no such job.
         """
         with self._reading() as connection:
-            row = connection.execute(sql.select(_jobs).where(_owned(kind, owner, job_id))).one_or_none()
+            row = connection.execute(sql.select(jobs).where(_owned(kind, owner, job_id))).one_or_none()
         if row is None:
             raise _not_found(kind, job_id)
         return _to_job(row)
@@ -238,13 +191,13 @@ class JobStore:
         Raises:
             APIError: 404, `after` is none of them.
         """
-        place = sql.tuple_(_jobs.c.created_at, _jobs.c.id)
-        found = sql.select(_jobs).where(_jobs.c.kind == kind, _jobs.c.owner == owner).limit(limit)
+        place = sql.tuple_(jobs.c.created_at, jobs.c.id)
+        found = sql.select(jobs).where(jobs.c.kind == kind, jobs.c.owner == owner).limit(limit)
         if after is not None:
             last = self.get(kind, owner, after)
             here = sql.tuple_(sql.literal(last.created_at, sql.Double), sql.literal(last.id))
             found = found.where(place < here if newest_first else place > here)
-        keys = (_jobs.c.created_at, _jobs.c.id)
+        keys = (jobs.c.created_at, jobs.c.id)
         found = found.order_by(*(key.desc() if newest_first else key for key in keys))
         with self._reading() as connection:
             return [_to_job(row) for row in connection.execute(found)]
@@ -256,7 +209,7 @@ class JobStore:
             APIError: 404, the caller has no such job.
         """
         with self._writing() as connection:
-            is_his = sql.and_(_owned(kind, owner, job_id), _jobs.c.status.in_(UNFINISHED))
+            is_his = sql.and_(_owned(kind, owner, job_id), jobs.c.status.in_(UNFINISHED))
             self._end(connection, is_his, "cancelled")
         return self.get(kind, owner, job_id)
 
@@ -267,9 +220,7 @@ class JobStore:
             APIError: 404, the caller has no such job.
         """
         with self._writing() as connection:
-            row = connection.execute(
-                sql.delete(_jobs).where(_owned(kind, owner, job_id)).returning(_jobs)
-            ).one_or_none()
+            row = connection.execute(sql.delete(jobs).where(_owned(kind, owner, job_id)).returning(jobs)).one_or_none()
         if row is None:
             raise _not_found(kind, job_id)
         return _to_job(row)
@@ -284,23 +235,23 @@ class JobStore:
             models: what it serves.
         """
         now_s = time.time()
-        is_lost = sql.and_(_jobs.c.status == "in_progress", _jobs.c.lease_until < now_s)
-        is_free = sql.and_(_jobs.c.model.in_(models), sql.or_(_jobs.c.status == "queued", is_lost))
-        next_id = sql.select(_jobs.c.id).where(is_free).order_by(_jobs.c.created_at).limit(1)
+        is_lost = sql.and_(jobs.c.status == "in_progress", jobs.c.lease_until < now_s)
+        is_free = sql.and_(jobs.c.model.in_(models), sql.or_(jobs.c.status == "queued", is_lost))
+        next_id = sql.select(jobs.c.id).where(is_free).order_by(jobs.c.created_at).limit(1)
         with self._writing() as connection:
             message = f"the server that worked on it was lost, {MAX_ATTEMPTS} times; create it again"
-            self._end(connection, sql.and_(is_lost, _jobs.c.attempt >= MAX_ATTEMPTS), "failed", "worker_lost", message)
+            self._end(connection, sql.and_(is_lost, jobs.c.attempt >= MAX_ATTEMPTS), "failed", "worker_lost", message)
             row = connection.execute(
-                sql.update(_jobs)
-                .where(_jobs.c.id == next_id.with_for_update(skip_locked=True).scalar_subquery(), is_free)
+                sql.update(jobs)
+                .where(jobs.c.id == next_id.with_for_update(skip_locked=True).scalar_subquery(), is_free)
                 .values(
                     status="in_progress",
                     worker=f"{worker[:40]}/{secrets.token_hex(8)}",  # of this lease alone
-                    attempt=_jobs.c.attempt + 1,
+                    attempt=jobs.c.attempt + 1,
                     lease_until=now_s + self.lease_s,
-                    started_at=sql.func.coalesce(_jobs.c.started_at, now_s),
+                    started_at=sql.func.coalesce(jobs.c.started_at, now_s),
                 )
-                .returning(_jobs)
+                .returning(jobs)
             ).one_or_none()
         return None if row is None else _to_job(row)
 
@@ -316,23 +267,23 @@ class JobStore:
     def release(self, job: Job) -> None:
         """Give a job back for another to go on with it; this does not count as an attempt."""
         with self._writing() as connection:
-            given_back = {"status": "queued", "worker": None, "lease_until": None, "attempt": _jobs.c.attempt - 1}
-            connection.execute(sql.update(_jobs).where(_held(job)).values(given_back))
+            given_back = {"status": "queued", "worker": None, "lease_until": None, "attempt": jobs.c.attempt - 1}
+            connection.execute(sql.update(jobs).where(_held(job)).values(given_back))
 
     def unfinished_parts(self, job: Job) -> list[Part]:
         """Return what is still to be made."""
-        wanted = sql.select(_parts.c.position, _parts.c.request).where(
-            _parts.c.job_id == job.id, _parts.c.content.is_(None)
+        wanted = sql.select(parts.c.position, parts.c.request).where(
+            parts.c.job_id == job.id, parts.c.content.is_(None)
         )
         with self._reading() as connection:
-            rows = connection.execute(wanted.order_by(_parts.c.position)).all()
+            rows = connection.execute(wanted.order_by(parts.c.position)).all()
         return [Part(position, json.loads(request)) for position, request in rows]
 
     def finished_parts(self, job: Job) -> Iterator[FinishedPart]:
         """Yield what was made, in order, not all of it in memory."""
         for position in range(job.num_parts):
-            wanted = sql.select(_parts.c.content, _parts.c.is_failed).where(
-                _parts.c.job_id == job.id, _parts.c.position == position, _parts.c.content.is_not(None)
+            wanted = sql.select(parts.c.content, parts.c.is_failed).where(
+                parts.c.job_id == job.id, parts.c.position == position, parts.c.content.is_not(None)
             )
             with self._reading() as connection:
                 row = connection.execute(wanted).one_or_none()
@@ -349,12 +300,12 @@ class JobStore:
         with self._writing() as connection:
             changes = {
                 "lease_until": time.time() + self.lease_s,
-                "num_done": _jobs.c.num_done + 1,
-                "num_failed": _jobs.c.num_failed + int(part.is_failed),
+                "num_done": jobs.c.num_done + 1,
+                "num_failed": jobs.c.num_failed + int(part.is_failed),
             }
             self._change(connection, job, changes)
-            place = sql.and_(_parts.c.job_id == job.id, _parts.c.position == part.position, _parts.c.content.is_(None))
-            kept = sql.update(_parts).where(place).values(content=part.content, is_failed=part.is_failed)
+            place = sql.and_(parts.c.job_id == job.id, parts.c.position == part.position, parts.c.content.is_(None))
+            kept = sql.update(parts).where(place).values(content=part.content, is_failed=part.is_failed)
             if connection.execute(kept).rowcount != 1:
                 raise LeaseLostError(job.id)
 
@@ -377,13 +328,13 @@ class JobStore:
     def expire(self) -> None:
         """Delete what ended long ago; give up what waited too long for somebody who serves its model."""
         now_s = time.time()
-        is_old = _jobs.c.expires_at < now_s
+        is_old = jobs.c.expires_at < now_s
         with self._writing() as connection:
-            connection.execute(sql.delete(_jobs).where(is_old, _jobs.c.status.not_in(UNFINISHED)))
-            is_left = sql.or_(_jobs.c.status == "queued", _jobs.c.lease_until < now_s)
+            connection.execute(sql.delete(jobs).where(is_old, jobs.c.status.not_in(UNFINISHED)))
+            is_left = sql.or_(jobs.c.status == "queued", jobs.c.lease_until < now_s)
             message = "nobody worked on it in time; create it again"
             self._end(
-                connection, sql.and_(is_old, _jobs.c.status.in_(UNFINISHED), is_left), "failed", "expired", message
+                connection, sql.and_(is_old, jobs.c.status.in_(UNFINISHED), is_left), "failed", "expired", message
             )
 
     # -- inside -------------------------------------------------------------------------------
@@ -396,11 +347,11 @@ class JobStore:
 
     def _known(self, connection: Connection, wanted: JobRequest) -> Job | None:
         same = (
-            _jobs.c.owner == wanted.owner,
-            _jobs.c.kind == wanted.kind,
-            _jobs.c.idempotency_key == wanted.idempotency_key,
+            jobs.c.owner == wanted.owner,
+            jobs.c.kind == wanted.kind,
+            jobs.c.idempotency_key == wanted.idempotency_key,
         )
-        row = connection.execute(sql.select(_jobs).where(*same)).one_or_none()
+        row = connection.execute(sql.select(jobs).where(*same)).one_or_none()
         if row is not None and row.body_sha256 != wanted.body_sha256:
             key = str(wanted.idempotency_key)[:64]
             message = f"Idempotency-Key {key!r} was used with another body; a new request needs a new key"
@@ -409,9 +360,9 @@ class JobStore:
 
     @staticmethod
     def _check_limits(connection: Connection, owner: str, limits: JobLimits) -> None:
-        is_his = _jobs.c.owner == owner
-        counted = sql.select(sql.func.count(), sql.func.count(sql.case((is_his, 1)))).select_from(_jobs)
-        total, his = connection.execute(counted.where(_jobs.c.status.in_(UNFINISHED))).one()
+        is_his = jobs.c.owner == owner
+        counted = sql.select(sql.func.count(), sql.func.count(sql.case((is_his, 1)))).select_from(jobs)
+        total, his = connection.execute(counted.where(jobs.c.status.in_(UNFINISHED))).one()
         if his >= limits.per_owner:
             what = f"{his} of your jobs are unfinished, which is the most"
         elif total >= limits.total:
@@ -423,7 +374,7 @@ class JobStore:
         raise APIError(429, message, "rate_limit_error", code="too_many_jobs", headers=headers)
 
     def _change(self, connection: Connection, job: Job, changes: dict[str, Any]) -> None:
-        if connection.execute(sql.update(_jobs).where(_held(job)).values(changes)).rowcount != 1:
+        if connection.execute(sql.update(jobs).where(_held(job)).values(changes)).rowcount != 1:
             raise LeaseLostError(job.id)
 
     def _finish(self, job: Job, status: JobStatus, **values: str) -> None:
@@ -443,7 +394,7 @@ class JobStore:
         """Let jobs end; their parts are of no more use. Returns how many did."""
         now_s = time.time()
         ended = connection.execute(
-            sql.update(_jobs)
+            sql.update(jobs)
             .where(which)
             .values(
                 status=status,
@@ -455,37 +406,21 @@ class JobStore:
                 lease_until=None,
                 worker=None,
             )
-            .returning(_jobs.c.id)
+            .returning(jobs.c.id)
         ).scalars()
         ids = ended.all()
         if ids:
-            connection.execute(sql.delete(_parts).where(_parts.c.job_id.in_(ids)))
+            connection.execute(sql.delete(parts).where(parts.c.job_id.in_(ids)))
         return len(ids)
 
 
-def _make_durable(engine: sql.Engine) -> None:
-    """SQLite as a queue needs it: what is committed is on the disk, and writers wait for each other."""
-
-    @sql.event.listens_for(engine, "connect")
-    def set_up(connection: Any, _: object) -> None:
-        connection.isolation_level = None  # transactions begin below, not when the driver thinks so
-        for setting in ("journal_mode=WAL", "synchronous=FULL", f"busy_timeout={BUSY_TIMEOUT_MS}", "foreign_keys=ON"):
-            connection.execute(f"PRAGMA {setting}")
-
-    @sql.event.listens_for(engine, "begin")
-    def begin(connection: Connection) -> None:
-        # Who first reads and then writes could not wait for another who wrote between: it takes its turn at once.
-        is_reading = connection.get_execution_options().get("is_reading", False)
-        connection.exec_driver_sql("BEGIN" if is_reading else "BEGIN IMMEDIATE")
-
-
 def _owned(kind: JobKind, owner: str, job_id: str) -> ColumnElement[bool]:
-    return sql.and_(_jobs.c.id == job_id[:64], _jobs.c.kind == kind, _jobs.c.owner == owner)
+    return sql.and_(jobs.c.id == job_id[:64], jobs.c.kind == kind, jobs.c.owner == owner)
 
 
 def _held(job: Job) -> ColumnElement[bool]:
     """Whether it is still under the lease that it was claimed by."""
-    return sql.and_(_jobs.c.id == job.id, _jobs.c.status == "in_progress", _jobs.c.worker == job.worker)
+    return sql.and_(jobs.c.id == job.id, jobs.c.status == "in_progress", jobs.c.worker == job.worker)
 
 
 def _to_job(row: Row[Any]) -> Job:

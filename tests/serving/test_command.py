@@ -77,6 +77,7 @@ def test_what_only_loading_shows(tiny_checkpoint: Path, tmp_path: Path) -> None:
         ["--max-live", "0"],
         ["--artifact-ttl-hours", "0"],
         ["--artifact-ttl-hours", "nan"],
+        ["--public-url", "images.example.org"],
         ["--backend", "abacus"],
         ["--precision", "fp12"],
         ["--precision", "int8", "--backend", "torch"],

@@ -39,9 +39,11 @@ COST = 16 * 16 * 2 / 1e6
 
 
 @pytest.fixture(scope="module")
-def images(tiny_checkpoint: Path) -> Iterator[ImageService]:
+def images(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ImageService]:
     backend = BackendConfig("torch", threads=1, device="cpu")
-    service = ImageService(ServerConfig(models=(ModelSource(tiny_checkpoint),), backend=backend), ServerMetrics())
+    state = tmp_path_factory.mktemp("state")
+    config = ServerConfig(models=(ModelSource(tiny_checkpoint),), backend=backend, state_folder=state)
+    service = ImageService(config, ServerMetrics())
     yield service
     service.close()
 

@@ -26,13 +26,15 @@ from PIL import Image
 from benchmarks.cli import main as tdm_bench
 from serving.access import APIKey, draw_key, hash_key, save_keys
 from serving.cli import main as tdm_serve
-from serving.config import ServerConfig
+from serving.config import ModelSource, ServerConfig
+from serving.metrics import ServerMetrics
 from serving.rpc import calls, edge
 from serving.rpc.errors import printable
 from serving.rpc.front import GRPCFront
 from serving.rpc.protos import images_pb2 as pb
 from serving.rpc.protos import images_pb2_grpc, open_inference_pb2, open_inference_pb2_grpc
 from serving.schema.images import ImageRequest
+from serving.service import ImageService
 from serving.services import Services
 from tdm_runtime.backend_choice import BackendConfig
 from tests.serving.conftest import RunningServer, free_port
@@ -492,11 +494,16 @@ def services(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
     file = tmp_path_factory.mktemp("keys") / "keys.json"
     save_keys(file, list(KEYS))
     backend = BackendConfig("torch", threads=1)
-    started = Services.start(
-        ServerConfig(
-            checkpoint=tiny_checkpoint, backend=backend, api_keys=file, body_timeout_s=0.3, max_open_requests=2
-        )
+    config = ServerConfig(
+        models=(ModelSource(tiny_checkpoint),),
+        backend=backend,
+        api_keys=file,
+        body_timeout_s=0.3,
+        max_open_requests=2,
+        state_folder=tmp_path_factory.mktemp("state"),
     )
+    metrics = ServerMetrics()
+    started = Services.start(config, metrics, ImageService(config, metrics))
     yield started
     started.close()
 

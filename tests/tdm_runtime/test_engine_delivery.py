@@ -134,6 +134,28 @@ def test_background_work_comes_after_all_others(tiny_model: LoadedModel) -> None
     engine.close()
 
 
+@pytest.mark.parametrize(("second_s", "sizes"), [(0.0, [2] * 5), (0.5, [1] * 10)])
+def test_background_work_shares_a_call_where_that_is_about_free(
+    tiny_model: LoadedModel, second_s: float, sizes: list[int]
+) -> None:
+    class Costs(KnownCosts):
+        """Each sample after the first makes a call longer."""
+
+        def seconds(self, kind: Kind, size: int = 1) -> float:
+            return 1.0 + second_s * (size - 1)
+
+    engine = DiffusionEngine(tiny_model, costs=Costs())
+    futures = [engine.submit(PARAMS, Delivery(is_background=is_background)) for is_background in (True, False)]
+    seen = list[int]()
+    while engine.num_live:
+        live = engine.num_live
+        before = engine.stats.sample_steps
+        engine.step()
+        seen.append(engine.stats.sample_steps - before or live - engine.num_live)
+    assert seen == sizes and all(future.done() for future in futures)
+    engine.close()
+
+
 def test_a_late_picture_comes_all_the_same(tiny_model: LoadedModel) -> None:
     engine = DiffusionEngine(tiny_model, costs=KnownCosts())
     future = engine.submit(PARAMS, Delivery(latency_budget_ms=4600))
