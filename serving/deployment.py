@@ -233,6 +233,6 @@ def app(arguments: dict[str, str]) -> Application:
     Args:
         arguments: `command`: the arguments of `tdm-serve`; what belongs to one machine, as its port, is Ray's there.
     """
-    from serving.cli import parse_arguments
+    from serving.arguments import parse_arguments
 
     return build_application(parse_arguments(["--front", "ray", *shlex.split(arguments.get("command", ""))]))

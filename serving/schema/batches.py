@@ -29,7 +29,10 @@ class BatchLine(BaseModel):
     custom_id: str = Field(min_length=1, max_length=64, description="The client's own name of it; unique in a batch.")
     method: Literal["POST"] = "POST"
     url: Literal["/v1/images/generations"] = "/v1/images/generations"
-    body: dict[str, Any] = Field(description="Of POST /v1/images/generations, without stream and latency_budget_ms.")
+    body: dict[str, Any] = Field(
+        description="Of POST /v1/images/generations, without stream and latency_budget_ms.",
+        json_schema_extra=ImageRequest.model_json_schema(),
+    )
 
 
 class BatchRequest(BaseModel):
@@ -38,7 +41,10 @@ class BatchRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     endpoint: Literal["/v1/images/generations"] = "/v1/images/generations"
-    requests: list[dict[str, Any]] = Field(description=f"1..{MAX_REQUESTS} of {{custom_id, body}}.")
+    requests: list[dict[str, Any]] = Field(
+        description=f"1..{MAX_REQUESTS} of {{custom_id, body}}.",
+        json_schema_extra={"minItems": 1, "maxItems": MAX_REQUESTS, "items": BatchLine.model_json_schema()},
+    )
     completion_window: Literal["24h"] = "24h"
     metadata: dict[str, str] | None = Field(None, max_length=16, description="Comes back with the batch.")
 

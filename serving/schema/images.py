@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from serving.answers import ImageAnswer, ImageTimings, PartialAnswer, Usage
 from serving.errors import invalid
@@ -23,6 +23,11 @@ MAX_PICTURES = 10
 MAX_BUDGET_MS = 600_000.0
 SIZE_PATTERN = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", re.ASCII)
 
+# What is checked with a better message than pydantic's is told to the readers of the schema here.
+PROMPT_SCHEMA: dict[str, JsonValue] = {"minLength": 1, "maxLength": MAX_PROMPT_CHARACTERS, "pattern": r"\S"}
+SIZE_SCHEMA: dict[str, JsonValue] = {"pattern": f"^(auto|{SIZE_PATTERN.pattern})$"}
+SEED_SCHEMA: dict[str, JsonValue] = {"minimum": 0, "maximum": MAX_SEED}
+
 
 class ImageRequest(BaseModel):
     """Body of POST /v1/images/generations. Names follow OpenAI; sampling fields follow diffusers."""
@@ -31,19 +36,19 @@ class ImageRequest(BaseModel):
 
     prompt: str = Field(
         description=f"What the picture shows, 1..{MAX_PROMPT_CHARACTERS} characters.",
-        json_schema_extra={"minLength": 1, "maxLength": MAX_PROMPT_CHARACTERS, "pattern": r"\S"},
+        json_schema_extra=PROMPT_SCHEMA,
     )
     model: str | None = Field(None, description="Model id from /v1/models; the served model by default.")
     n: int = Field(1, ge=1, le=MAX_PICTURES, description="Pictures; the i-th uses seed + i.")
     size: str = Field(
         "auto",
         description='"WxH" from the model\'s sizes, or "auto".',
-        json_schema_extra={"pattern": f"^(auto|{SIZE_PATTERN.pattern})$"},
+        json_schema_extra=SIZE_SCHEMA,
     )
     seed: int | None = Field(
         None,
         description=f"0..{MAX_SEED}; drawn by the server when absent.",
-        json_schema_extra={"minimum": 0, "maximum": MAX_SEED},
+        json_schema_extra=SEED_SCHEMA,
     )
     num_inference_steps: int | Literal["auto"] | None = Field(
         None, description='One of the model\'s step counts; "auto" takes as many as the budget, or the load, allows.'

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from serving.errors import invalid
 from serving.jobs.store import Job
-from serving.schema.images import ImageRequest
+from serving.schema.images import PROMPT_SCHEMA, SEED_SCHEMA, SIZE_SCHEMA, ImageRequest
 from tdm_runtime.params import MAX_PROMPT_CHARACTERS, MAX_SEED, DecoderName, SamplingParams
 from tdm_runtime.recipe import Recipe
 
@@ -27,12 +27,20 @@ class VideoRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    prompt: str = Field(description=f"What the clip shows, 1..{MAX_PROMPT_CHARACTERS} characters.")
+    prompt: str = Field(
+        description=f"What the clip shows, 1..{MAX_PROMPT_CHARACTERS} characters.", json_schema_extra=PROMPT_SCHEMA
+    )
     model: str | None = Field(None, description="Model id from /v1/models; the served model by default.")
-    size: str = Field("auto", description='"WxH" from the model\'s sizes, or "auto".')
-    seconds: str | int = Field("4", description=f"A whole number, 1..{MAX_SECONDS}; OpenAI's are 4, 8 and 12.")
+    size: str = Field("auto", description='"WxH" from the model\'s sizes, or "auto".', json_schema_extra=SIZE_SCHEMA)
+    seconds: str | int = Field(
+        "4",
+        description=f"A whole number, 1..{MAX_SECONDS}; OpenAI's are 4, 8 and 12.",
+        json_schema_extra={"pattern": "^0?[1-9]$|^1[0-2]$", "minimum": 1, "maximum": MAX_SECONDS},
+    )
     fps: int = Field(12, ge=1, le=MAX_FPS, description="Frames a second.")
-    seed: int | None = Field(None, description=f"0..{MAX_SEED}; drawn by the server when absent.")
+    seed: int | None = Field(
+        None, description=f"0..{MAX_SEED}; drawn by the server when absent.", json_schema_extra=SEED_SCHEMA
+    )
     num_inference_steps: int | None = Field(None, description="One of the model's step counts, for every frame.")
     decoder: DecoderName = Field("full", description="tiny decodes several times faster and a little softer.")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import FastAPI, Query, Request
 
@@ -11,18 +11,20 @@ from serving.jobs.store import JobRequest
 from serving.schema.batches import MAX_BATCH_BYTES, Batch, BatchLine, BatchList, BatchRequest, read_batch, to_batch
 from serving.services import Services
 from serving.web.body import check_media_type, read_bytes
+from serving.web.documentation import documented_body
 from serving.web.edge import caller_of
 from serving.web.files import base_url
 from serving.web.jobs import MAX_PAGE, create_job
 
 JSON_LINES = ("application/jsonl", "application/x-ndjson")
+DOCUMENTED_BODY = documented_body(json=BatchRequest.model_json_schema(), jsonl=BatchLine.model_json_schema())
 
 
 def add_batch_routes(app: FastAPI, services: Services) -> None:
     """Batches of image requests."""
     max_live = services.config.engine.max_live
 
-    @app.post("/v1/batches", openapi_extra=_documented_body())
+    @app.post("/v1/batches", openapi_extra=DOCUMENTED_BODY)
     async def create_batch(request: Request) -> Batch:
         """Accept image requests, all or none, to be answered while nobody waits."""
         is_lines = request.headers.get("content-type", "").split(";")[0].strip().lower() in JSON_LINES
@@ -59,11 +61,3 @@ def add_batch_routes(app: FastAPI, services: Services) -> None:
     async def cancel_batch(batch_id: str, request: Request) -> Batch:
         """Stop a batch; what it made so far is deleted."""
         return to_batch(await services.jobs.cancel("batch", caller_of(request).name, batch_id))
-
-
-def _documented_body() -> dict[str, Any]:
-    content = {
-        "application/json": {"schema": BatchRequest.model_json_schema()},
-        "application/jsonl": {"schema": BatchLine.model_json_schema()},
-    }
-    return {"requestBody": {"required": True, "content": content}}

@@ -8,11 +8,20 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
+from serving.idempotency import MAX_KEY_CHARACTERS
 from serving.services import Services
 from serving.web.edge import OPEN_PATHS, OPEN_PREFIXES
 
 ERRORS = "Refused or failed. `message` names the value, the limit and the remedy; `x-should-retry: false` says that "
 ERRORS += "the same request fails again, `retry-after` and `retry-after-ms` when it may not."
+
+MEDIA_TYPES = {"json": "application/json", "jsonl": "application/jsonl", "form": "multipart/form-data"}
+IDEMPOTENCY_KEY = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "description": "The same request with the same key gets the same answer, made once.",
+    "schema": {"type": "string", "pattern": f"^[ -~]{{1,{MAX_KEY_CHARACTERS}}}$"},
+}
 
 
 class ErrorDetail(BaseModel):
@@ -64,12 +73,11 @@ def _document(app: FastAPI, services: Services) -> dict[str, Any]:
     return spec
 
 
-def json_body(schema: dict[str, Any], **other: dict[str, Any]) -> dict[str, Any]:
+def documented_body(**schemas: dict[str, Any]) -> dict[str, Any]:
     """A request body that is parsed by hand, to be stricter than the framework.
 
     Args:
-        other: schemas of other media types that are read, by their name with `_` for `/`.
+        schemas: of each media type that is read, by the second half of its name.
     """
-    content = {"application/json": {"schema": schema}}
-    content |= {name.replace("_", "/", 1): {"schema": found} for name, found in other.items()}
-    return {"requestBody": {"required": True, "content": content}}
+    content = {MEDIA_TYPES[name]: {"schema": schema} for name, schema in schemas.items()}
+    return {"requestBody": {"required": True, "content": content}, "parameters": [IDEMPOTENCY_KEY]}

@@ -18,7 +18,7 @@ from serving.schema.models import ModelCard, ModelList
 from serving.schema.parsing import parse_body
 from serving.services import Services
 from serving.web.body import read_json
-from serving.web.documentation import json_body
+from serving.web.documentation import documented_body
 from serving.web.edge import caller_of, note_error, shown_request_id
 from serving.web.files import base_url
 from tdm_runtime.codec import ImageFormat
@@ -40,7 +40,7 @@ def add_image_routes(app: FastAPI, services: Services) -> None:
 
     @app.post(
         "/v1/images/generations",
-        openapi_extra=json_body(ImageRequest.model_json_schema()),
+        openapi_extra=documented_body(json=ImageRequest.model_json_schema()),
         response_model=ImageResponse,
         responses=ANSWERS,
     )

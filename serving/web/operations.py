@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fastapi import FastAPI, Response
-from fastapi.responses import FileResponse
+from fastapi.responses import FileResponse, PlainTextResponse
 from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel
 
@@ -51,7 +51,7 @@ def add_operation_routes(app: FastAPI, services: Services) -> None:
             raise not_ready("the server is stopping, or its engine is not running")
         return Readiness(live=services.images.num_live, max_live=services.config.engine.max_live)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Prometheus metrics."""
         return Response(services.metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")

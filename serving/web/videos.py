@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from fastapi import FastAPI, Query, Request, Response
 
@@ -23,16 +23,19 @@ from serving.schema.videos import (
 )
 from serving.services import Services
 from serving.web.body import read_form, read_json
+from serving.web.documentation import documented_body
 from serving.web.edge import caller_of
 from serving.web.files import file_response
 from serving.web.jobs import MAX_PAGE, check_decoder, create_job
+
+VIDEO_SCHEMA = VideoRequest.model_json_schema()
 
 
 def add_video_routes(app: FastAPI, services: Services) -> None:
     """Clips and the jobs that make them."""
     config = services.config
 
-    @app.post("/v1/videos", openapi_extra=_documented_body(), response_model=Video)
+    @app.post("/v1/videos", openapi_extra=documented_body(json=VIDEO_SCHEMA, form=VIDEO_SCHEMA), response_model=Video)
     async def create_video(request: Request) -> Response:
         """Start making a clip: what an image model makes of noise that walks around a circle."""
         if request.headers.get("content-type", "").startswith("multipart/form-data"):
@@ -89,9 +92,3 @@ def add_video_routes(app: FastAPI, services: Services) -> None:
 def _shown(job: Job) -> Response:
     headers = {} if job.is_finished else {"openai-poll-after-ms": str(POLL_AFTER_MS)}
     return Response(to_video(job).model_dump_json(), media_type="application/json", headers=headers)
-
-
-def _documented_body() -> dict[str, Any]:
-    schema = VideoRequest.model_json_schema()
-    content = {"application/json": {"schema": schema}, "multipart/form-data": {"schema": schema}}
-    return {"requestBody": {"required": True, "content": content}}

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from serving.answers import ImageAnswer
-from serving.cli import parse_arguments
+from serving.arguments import parse_arguments
 from serving.config import LoraSource, ModelSource, ServerConfig
 from serving.errors import APIError
 from serving.metrics import ServerMetrics

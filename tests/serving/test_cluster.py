@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from serving.cli import parse_arguments
+from serving.arguments import parse_arguments
 from tests.serving import cluster
 from tests.serving.conftest import free_port
 

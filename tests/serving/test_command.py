@@ -12,7 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from serving.cli import check_artifacts, main
+from serving.checks import check_artifacts
+from serving.cli import main
+from serving.config import ServerConfig
+from serving.logs import set_up_logging
 from tdm_runtime.backend_choice import BackendConfig
 from tdm_runtime.checkpoint import open_checkpoint
 from tdm_runtime.errors import ArtifactError
@@ -149,6 +152,7 @@ def test_what_is_missing_is_built_once(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    set_up_logging(ServerConfig())
     checkpoint, config = open_checkpoint(tiny_checkpoint), BackendConfig("onnxruntime")
     check_artifacts(checkpoint, config)
     assert f"building {checkpoint.recipe.name} for this machine, once" in capsys.readouterr().out

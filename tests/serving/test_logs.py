@@ -85,9 +85,9 @@ def test_a_thread_that_dies_is_told_in_the_same_form(log: Path) -> None:
 
 
 def test_libraries_tell_their_warnings_in_the_same_form(log: Path) -> None:
-    logging.getLogger("uvicorn.error").warning("odd")
+    logging.getLogger("uvicorn.asgi").warning("odd")
     logging.getLogger("opentelemetry.sdk").info("not worth a line")
-    assert [line["logger"] for line in lines(log)] == ["uvicorn.error"]
+    assert [line["logger"] for line in lines(log)] == ["uvicorn.asgi"]
 
 
 @pytest.mark.usefixtures("log")
