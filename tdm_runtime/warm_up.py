@@ -20,7 +20,7 @@ from tdm_runtime.text_encoder import TextEncoder
 
 PASSES = 3
 ROUNDS = 5
-PASS_S = 0.3
+PASS_S = 0.1
 """A pass over one size ends after so many rounds or seconds, whichever is first."""
 BOOKKEEPING_S = 3e-4
 """About what the engine adds to each call of the model; a larger batch shares it."""

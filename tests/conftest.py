@@ -62,8 +62,9 @@ def tiny_artifacts(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture(scope="session")
-def tdm_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    """One server for all tests; its clean exit on SIGTERM is checked at the end."""
+def tdm_server(artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """One server for all tests, of those artifacts; its clean exit on SIGTERM is checked at the end."""
+    assert artifacts.is_dir()
     running = start_server(tmp_path_factory.mktemp("server") / "log", "--max-live", "32")
     yield running
     assert running.stop() == 0, running.log.read_text()[-2000:]

@@ -1,14 +1,10 @@
-"""Clips over HTTP, by the official client where it has the call; and when what makes them is killed."""
+"""Clips over HTTP, by the official client where it has the call."""
 
 from __future__ import annotations
 
 import io
 import math
-import signal
-import sqlite3
 import time
-from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,18 +13,16 @@ import av
 import httpx
 import numpy as np
 import openai
-import psutil
 import pytest
 from PIL import Image
 
-from serving.keys_cli import main as tdm_keys
 from tdm_runtime.backend_choice import BackendConfig, load_model
 from tdm_runtime.checkpoint import DEFAULT_CHECKPOINT
 from tdm_runtime.cli import main as tdm_generate
 from tdm_runtime.decoder import Pixels
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.pipeline import generate
-from tests.serving.conftest import RunningServer, start_server
+from tests.serving.conftest import RunningServer
 from tests.serving.test_server import BACKEND_LINE, psnr_db
 
 CLIP = {"prompt": "a red heart", "seed": 7, "seconds": "2", "fps": 4, "num_inference_steps": 2}
@@ -53,7 +47,7 @@ def frames_of(clip: bytes) -> list[Pixels]:
         return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
 
 
-def wait_for(http: httpx.Client, video_id: str, progress: int = 100) -> dict[str, Any]:
+def wait_for_clip(http: httpx.Client, video_id: str, progress: int = 100) -> dict[str, Any]:
     """Poll until a clip has come so far, or ended; through a server that comes back."""
     deadline_s = time.monotonic() + TIMEOUT_S
     while time.monotonic() < deadline_s:
@@ -107,7 +101,7 @@ def test_the_official_client_makes_a_clip(client: openai.OpenAI, server: Running
 def test_the_same_request_makes_the_same_bytes_and_its_receipt_holds(http: httpx.Client, tmp_path: Path) -> None:
     ids = [http.post("/v1/videos", json=CLIP).json()["id"] for _ in range(2)]
     for video_id in ids:
-        assert wait_for(http, video_id)["status"] == "completed"
+        assert wait_for_clip(http, video_id)["status"] == "completed"
     one, other = (http.get(f"/v1/videos/{video_id}/content").content for video_id in ids)
     assert one == other
     file = tmp_path / "thumbnail.png"
@@ -122,7 +116,7 @@ def test_what_is_being_made_says_when_to_look_again_and_can_be_deleted(http: htt
     assert (video["status"], video["completed_at"], video["expires_at"]) == ("queued", None, None)
     content = http.get(f"/v1/videos/{video['id']}/content")
     assert content.status_code == 409 and content.headers["x-should-retry"] == "false"
-    wait_for(http, video["id"], progress=1)
+    wait_for_clip(http, video["id"], progress=1)
     assert http.delete(f"/v1/videos/{video['id']}").json() == {
         "id": video["id"],
         "object": "video.deleted",
@@ -138,7 +132,7 @@ def test_what_is_being_made_says_when_to_look_again_and_can_be_deleted(http: htt
 def test_pages(http: httpx.Client) -> None:
     ids = [http.post("/v1/videos", json=CLIP | {"seconds": 1, "fps": 1, "seed": n}).json()["id"] for n in range(3)]
     for video_id in ids:
-        wait_for(http, video_id)
+        wait_for_clip(http, video_id)
     page = http.get("/v1/videos", params={"limit": 2}).json()
     assert [video["id"] for video in page["data"]] == ids[:0:-1]
     assert (page["first_id"], page["last_id"], page["has_more"]) == (ids[2], ids[1], True)
@@ -160,7 +154,7 @@ def test_an_idempotency_key_gives_the_same_job(http: httpx.Client) -> None:
     assert http.post("/v1/videos", json=small, headers=headers).json()["id"] == first["id"]
     assert http.post("/v1/videos", files=form | {"seconds": (None, "2")}, headers=headers).status_code == 422
     assert http.post("/v1/videos", json=small | {"seed": 8}, headers=headers).status_code == 422
-    wait_for(http, first["id"])
+    wait_for_clip(http, first["id"])
 
 
 # -- hostile ---------------------------------------------------------------------------------------
@@ -248,86 +242,3 @@ def test_an_unknown_clip_is_a_404(http: httpx.Client, video_id: str) -> None:
 def test_an_unknown_variant_is_refused(http: httpx.Client) -> None:
     answer = http.get("/v1/videos/video_x/content", params={"variant": "../jobs.db"})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "variant")
-
-
-# -- keys and kill -9, on a server of their own -----------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def keys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, str]]]:
-    """A key file, and the keys of ann and bob."""
-    file, found = tmp_path_factory.mktemp("keys") / "keys.json", dict[str, str]()
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("ann", "bob"):
-            printed = io.StringIO()
-            patch.setattr("sys.stdout", printed)
-            assert tdm_keys(["add", str(file), name]) == 0
-            (found[name],) = (word for word in printed.getvalue().split() if word.startswith("tdm-"))
-            patch.undo()
-    yield file, found
-
-
-def as_caller(server: RunningServer, key: str) -> httpx.Client:
-    return httpx.Client(base_url=server.url, timeout=60, headers={"authorization": f"Bearer {key}"})
-
-
-def row(state: Path, video_id: str) -> tuple[str, int, int]:
-    """Status, attempt and frames made, as the database has them."""
-    with closing(sqlite3.connect(state / "jobs.db")) as database:
-        found: tuple[str, int, int] = database.execute(
-            "SELECT status, attempt, num_done FROM jobs WHERE id = ?", (video_id,)
-        ).fetchone()
-    return found
-
-
-def kill(server: RunningServer, name: str) -> None:
-    """SIGKILL this server's processes of a name; all of them where it is empty."""
-    root = psutil.Process(server.process.pid)
-    for process in [root, *root.children(recursive=True)]:
-        if process.name().startswith(name):
-            process.send_signal(signal.SIGKILL)
-
-
-@pytest.mark.timeout(600)  # two starts and a replica's, on whatever machine
-def test_a_clip_outlives_whoever_makes_it(tmp_path: Path, keys: tuple[Path, dict[str, str]]) -> None:
-    """The whole server is killed while it works on a clip, then the replica with another: both are made to the end,
-    from where they stood. Who stops in order gives its work back. And nobody but their owner ever sees them."""
-    file, found = keys
-    state = tmp_path / "state"
-    arguments = ["--api-keys", str(file), "--state-folder", str(state)]
-    clip = CLIP | {"seconds": 6, "fps": 12, "num_inference_steps": 4}
-
-    def begin(server: RunningServer) -> dict[str, Any]:
-        """A clip that somebody works on."""
-        ann, bob = (as_caller(server, found[name]) for name in ("ann", "bob"))
-        video = wait_for(ann, ann.post("/v1/videos", json=clip).json()["id"], progress=10)
-        assert video["status"] == "in_progress", "it was made before anything could be killed"
-        for path in (f"/v1/videos/{video['id']}", f"/v1/videos/{video['id']}/content"):
-            assert bob.get(path).status_code == 404 and httpx.get(server.url + path).status_code == 401
-        assert bob.delete(f"/v1/videos/{video['id']}").status_code == 404
-        assert bob.get("/v1/videos").json()["data"] == []
-        return video
-
-    def end(server: RunningServer, before: dict[str, Any]) -> None:
-        """The same clip, made from where it stood."""
-        ann = as_caller(server, found["ann"])
-        assert wait_for(ann, before["id"], progress=1)["progress"] >= before["progress"], "what was made is kept"
-        assert wait_for(ann, before["id"])["status"] == "completed"
-        assert row(state, before["id"])[1] == 2, "attempts"
-        assert len(frames_of(ann.get(f"/v1/videos/{before['id']}/content").content)) == 72
-
-    server = start_server(tmp_path / "log", *arguments)
-    video = begin(server)
-    kill(server, "")
-    server.process.wait(timeout=30)
-    server = start_server(tmp_path / "log", *arguments)
-    end(server, video)
-
-    video = begin(server)
-    kill(server, "ray::ServeReplica")
-    end(server, video)
-
-    video = begin(server)
-    assert server.stop() == 0, server.log.read_text()[-2000:]
-    status, attempt, num_done = row(state, video["id"])
-    assert (status, attempt) == ("queued", 0) and num_done > 0, "no attempt is lost by who stops in order"

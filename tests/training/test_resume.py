@@ -17,9 +17,9 @@ from training.loop import LoopConfig, step_generator
 
 @needs_font
 def test_every_stage_resumes_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    loop = LoopConfig(steps=4, save_every_s=0.0)
+    loop = LoopConfig(steps=3, save_every_s=0.0)
     autoencoder, teacher = AutoencoderConfig(loop, batch_size=2), TeacherConfig(loop, batch_size=4, scenes=16)
-    student = replace(EMOJI, steps=4, save_every_s=0.0, batch_size=4)
+    student = replace(EMOJI, steps=3, save_every_s=0.0, batch_size=4)
     assert_resumes(lambda folder: train_autoencoder(folder, autoencoder), tmp_path / "a", monkeypatch)
     vae = tmp_path / "a" / "peace"
     assert_resumes(lambda folder: train_teacher(folder, vae, teacher), tmp_path / "t", monkeypatch)

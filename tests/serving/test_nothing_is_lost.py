@@ -1,0 +1,165 @@
+"""What was accepted is answered: by a server that stops, and by whoever comes after one that was killed."""
+
+from __future__ import annotations
+
+import io
+import re
+import signal
+import sqlite3
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from serving.keys_cli import main as tdm_keys
+from tests.serving.conftest import RunningServer, start_server
+from tests.serving.test_videos import CLIP, frames_of, wait_for_clip
+
+LONG_CLIP = CLIP | {"seconds": 6, "fps": 12, "num_inference_steps": 4}
+NUM_FRAMES = 72
+SEEN_LIVE = 20
+"""Of 60 pictures asked for at once: enough to know that work is in flight."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("nothing-is-lost")
+
+
+@pytest.fixture(scope="module")
+def keys(folder: Path) -> dict[str, str]:
+    """The keys of ann and bob."""
+    found = dict[str, str]()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("ann", "bob"):
+            patch.setattr("sys.stdout", printed := io.StringIO())
+            assert tdm_keys(["add", str(folder / "keys.json"), name]) == 0
+            (found[name],) = (word for word in printed.getvalue().split() if word.startswith("tdm-"))
+            patch.undo()
+    return found
+
+
+@pytest.fixture(scope="module")
+def own_server(folder: Path, keys: dict[str, str]) -> Iterator[RunningServer]:
+    """One with keys, that the last test stops."""
+    server = start_with_keys(folder, "log")
+    yield server
+    if server.process.poll() is None:
+        server.stop()
+
+
+def start_with_keys(folder: Path, log: str) -> RunningServer:
+    return start_server(folder / log, "--api-keys", str(folder / "keys.json"))
+
+
+def as_caller(server: RunningServer, key: str) -> httpx.Client:
+    return httpx.Client(base_url=server.url, timeout=60, headers={"authorization": f"Bearer {key}"})
+
+
+def row(folder: Path, video_id: str) -> tuple[str, int, int]:
+    """Status, attempt and frames made, as the database has them."""
+    with closing(sqlite3.connect(folder / "state" / "jobs.db")) as database:
+        found: tuple[str, int, int] = database.execute(
+            "SELECT status, attempt, num_done FROM jobs WHERE id = ?", (video_id,)
+        ).fetchone()
+    return found
+
+
+def kill(server: RunningServer, name: str) -> None:
+    """SIGKILL this server's processes of a name; all of them where it is empty."""
+    root = psutil.Process(server.process.pid)
+    for process in [root, *root.children(recursive=True)]:
+        if process.name().startswith(name):
+            process.send_signal(signal.SIGKILL)
+
+
+def begin_clip(server: RunningServer, keys: dict[str, str]) -> dict[str, Any]:
+    """Ask for a clip and see that it is being made, and that nobody but its owner sees it."""
+    ann, bob = (as_caller(server, keys[name]) for name in ("ann", "bob"))
+    video = wait_for_clip(ann, ann.post("/v1/videos", json=LONG_CLIP).json()["id"], progress=10)
+    assert video["status"] == "in_progress", "it was made before anything could be killed"
+    for path in (f"/v1/videos/{video['id']}", f"/v1/videos/{video['id']}/content"):
+        assert bob.get(path).status_code == 404 and httpx.get(server.url + path).status_code == 401
+    assert bob.delete(f"/v1/videos/{video['id']}").status_code == 404
+    assert bob.get("/v1/videos").json()["data"] == []
+    return video
+
+
+def check_clip(server: RunningServer, keys: dict[str, str], folder: Path, before: dict[str, Any]) -> None:
+    """The same clip is made, from where it stood, by a second attempt."""
+    ann = as_caller(server, keys["ann"])
+    assert wait_for_clip(ann, before["id"], progress=1)["progress"] >= before["progress"], "what was made is kept"
+    assert wait_for_clip(ann, before["id"])["status"] == "completed"
+    assert row(folder, before["id"])[1] == 2, "attempts"
+    assert len(frames_of(ann.get(f"/v1/videos/{before['id']}/content").content)) == NUM_FRAMES
+
+
+def live_samples(server: RunningServer, headers: dict[str, str]) -> float:
+    found = re.search(
+        r"^tdm_live_samples (\S+)$", httpx.get(f"{server.url}/metrics", headers=headers).text, re.MULTILINE
+    )
+    assert found is not None
+    return float(found[1])
+
+
+@contextmanager
+def pictures_in_flight(server: RunningServer, headers: dict[str, str]) -> Iterator[list[Future[int]]]:
+    """Yields the statuses to come of six large requests that are being worked on."""
+    body = {"prompt": "a cat", "n": 10, "num_inference_steps": 4}
+
+    def ask(_: int) -> int:
+        address = f"{server.url}/v1/images/generations"
+        return httpx.post(address, json=body, headers=headers, timeout=60).status_code
+
+    with ThreadPoolExecutor(6) as pool:
+        asked = [pool.submit(ask, n) for n in range(6)]
+        while live_samples(server, headers) < SEEN_LIVE:
+            assert not all(future.done() for future in asked), "the load was gone before it was seen"
+            time.sleep(0.01)
+        yield asked
+
+
+def test_a_clip_outlives_the_replica_that_makes_it(
+    own_server: RunningServer, folder: Path, keys: dict[str, str]
+) -> None:
+    video = begin_clip(own_server, keys)
+    kill(own_server, "ray::ServeReplica")
+    check_clip(own_server, keys, folder, video)
+
+
+def test_a_server_that_stops_answers_what_it_accepted_and_gives_its_jobs_back(
+    own_server: RunningServer, folder: Path, keys: dict[str, str]
+) -> None:
+    video = begin_clip(own_server, keys)
+    with pictures_in_flight(own_server, {"authorization": f"Bearer {keys['bob']}"}) as asked:
+        assert own_server.stop() == 0, own_server.log.read_text()[-2000:]
+        assert [future.result() for future in asked] == [200] * 6
+    status, attempt, num_done = row(folder, video["id"])
+    assert (status, attempt) == ("queued", 0) and num_done > 0, "no attempt is lost by who stops in order"
+
+
+def test_rays_proxy_answers_what_it_accepted_too(tmp_path: Path) -> None:
+    server = start_server(tmp_path / "log", "--front", "ray")
+    answer = httpx.get(f"{server.url}/health", headers={"x-request-id": "abc-123"})
+    assert answer.headers.get_list("x-request-id") == ["abc-123"]
+    with pictures_in_flight(server, {}) as asked:
+        assert server.stop() == 0, server.log.read_text()[-2000:]
+        assert [future.result() for future in asked] == [200] * 6
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_clip_outlives_the_server_that_makes_it(folder: Path, keys: dict[str, str]) -> None:
+    server = start_with_keys(folder, "first")
+    video = begin_clip(server, keys)
+    kill(server, "")
+    server.process.wait(timeout=30)
+    server = start_with_keys(folder, "second")
+    check_clip(server, keys, folder, video)
+    assert server.stop() == 0
