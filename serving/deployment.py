@@ -14,6 +14,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
 from serving.answers import ImageAnswer, PartialAnswer
+from serving.arrival import arrive
 from serving.config import LogFormat, ServerConfig
 from serving.errors import APIError
 from serving.logs import set_up_logging
@@ -130,15 +131,21 @@ class EngineDeployment:
         except Exception as error:
             return refusal(error)
 
-    async def generate(self, request: ImageRequest, as_pixels: bool, is_background: bool) -> ImageAnswer | APIError:
-        """As `ImageService.generate`."""
+    async def generate(
+        self, request: ImageRequest, as_pixels: bool, is_background: bool, elapsed_s: float
+    ) -> ImageAnswer | APIError:
+        """As `ImageService.generate`, of a request that arrived so long ago."""
+        arrive(elapsed_s)
         try:
             return await self.images.generate(request, as_pixels, is_background)
         except Exception as error:
             return refusal(error)
 
-    async def stream(self, request: ImageRequest) -> AsyncIterator[PartialAnswer | ImageAnswer | APIError]:
-        """As `ImageService.stream`."""
+    async def stream(
+        self, request: ImageRequest, elapsed_s: float
+    ) -> AsyncIterator[PartialAnswer | ImageAnswer | APIError]:
+        """As `ImageService.stream`, of a request that arrived so long ago."""
+        arrive(elapsed_s)
         try:
             async for part in await self.images.stream(request):
                 yield part

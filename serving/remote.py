@@ -19,6 +19,7 @@ from ray.exceptions import RayError, TaskCancelledError
 from ray.serve.handle import DeploymentHandle
 
 from serving.answers import ImageAnswer, PartialAnswer
+from serving.arrival import since_arrival_s
 from serving.errors import APIError, from_exception, not_ready, unknown_model
 from serving.metrics import ServerMetrics
 from serving.schema.images import ImageRequest
@@ -115,7 +116,9 @@ class RemoteImages:
         request = self._checked(request)
 
         async def ask() -> ImageAnswer:
-            answer: ImageAnswer | APIError = await self._engines.generate.remote(request, as_pixels, is_background)
+            answer: ImageAnswer | APIError = await self._engines.generate.remote(
+                request, as_pixels, is_background, since_arrival_s()
+            )
             return _unwrapped(answer)
 
         with self._counted(request.n):
@@ -147,7 +150,7 @@ class RemoteImages:
             for attempt in range(TRIES):
                 num_skipped = num_told  # the second engine begins anew; these were told
                 try:
-                    async for part in engines.stream.remote(request):
+                    async for part in engines.stream.remote(request, since_arrival_s()):
                         if num_skipped:
                             num_skipped -= 1
                             continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -13,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from serving.answers import ImageAnswer, ImageTimings, InputTokenDetails, MadeImage, PartialAnswer, Usage
+from serving.arrival import since_arrival_s
 from serving.catalog import Catalog, Served, load_base
 from serving.config import ServerConfig
 from serving.metrics import ServerMetrics
@@ -34,6 +36,11 @@ from tdm_runtime.text_encoder import PromptEmbedding
 
 logger = logging.getLogger(__name__)
 
+SWITCH_S = 1e-4
+"""How long a thread may keep the interpreter from others, in place of Python's 5 ms. The engine's gives it up for every
+operation on tensors, and is to have it back at once, however busy the event loop is."""
+HAND_OVER = Kind("hand-over")
+"""From the engine's thread to the event loop, which has others to answer as well."""
 SMALL_PIXELS = 3 * 128 * 128
 """Numbers in a request's pictures up to which a thread of its own costs more than encoding them."""
 
@@ -45,8 +52,9 @@ class Submitted:
     request: ImageRequest
     model: LoadedModel
     futures: Sequence[Future[Picture]]
-    started_s: float
-    """Monotonic."""
+    arrived_s: float
+    """Monotonic, as the next."""
+    submitted_s: float
     is_background: bool
     """Nobody waits for it."""
 
@@ -62,6 +70,7 @@ class ImageService:
     def __init__(self, config: ServerConfig, metrics: ServerMetrics) -> None:
         self.config = config
         self.metrics = metrics
+        sys.setswitchinterval(SWITCH_S)
         torch.set_num_threads(1)  # of this thread: only the engine's may have more, see loaded_model
         self._safety = Safety.load(config)
         bases = [load_base(source, config.backend) for source in config.models]
@@ -192,14 +201,20 @@ class ImageService:
     def _submit(
         self, request: ImageRequest, on_preview: Callable[[Preview], None] | None, is_background: bool = False
     ) -> Submitted:
-        started_s = time.monotonic()
         self._safety.check_prompt(request.prompt)
         model = self.catalog.find(request.model).model
         params = request.to_sampling_params(model.recipe)
         _trace(model, params)
         encoding_ms = 1e3 * len(params) * self.engine.call_seconds(_encoding(request, params[0]))
-        delivery = replace(request.to_delivery(model.recipe, encoding_ms, on_preview), is_background=is_background)
-        submitted = Submitted(request, model, self.engine.submit_all(params, delivery, model), started_s, is_background)
+        waited_s = since_arrival_s()
+        delivery = replace(
+            request.to_delivery(model.recipe, encoding_ms, on_preview),
+            elapsed_ms=1e3 * (waited_s + self.engine.call_seconds(HAND_OVER)),
+            is_background=is_background,
+        )
+        now_s = time.monotonic()
+        futures = self.engine.submit_all(params, delivery, model)
+        submitted = Submitted(request, model, futures, now_s - waited_s, now_s, is_background)
         if request.latency_budget_ms is not None:
             self.metrics.budgets_promised.inc()
         return submitted
@@ -220,6 +235,9 @@ class ImageService:
             raise
         finally:
             submitted.cancel()  # a finished one is not changed by this
+        handed_s = time.monotonic()
+        made_s = submitted.submitted_s + 1e-3 * max(picture.timings.total_ms for picture in pictures)
+        self.engine.observe(HAND_OVER, 1, max(0.0, handed_s - made_s))
         if self._safety.is_on:
             for picture in pictures:
                 await asyncio.to_thread(self._safety.check_picture, picture.pixels)
@@ -229,11 +247,12 @@ class ImageService:
         else:
             images = await asyncio.to_thread(_made_images, model, pictures, request, as_pixels)
         ended_s = time.monotonic()
-        encode_ms, total_ms = 1e3 * (ended_s - encoding_s), 1e3 * (ended_s - submitted.started_s)
+        encode_ms, total_ms = 1e3 * (ended_s - encoding_s), 1e3 * (ended_s - submitted.arrived_s)
         if not as_pixels:
             self.engine.observe(_encoding(request, pictures[0].params), 1, (ended_s - encoding_s) / len(pictures))
         slowest = max((picture.timings for picture in pictures), key=lambda t: t.queue_ms + sum(t.steps_ms))
-        timings = _timings(slowest, encode_ms, total_ms)
+        waited_ms = 1e3 * (submitted.submitted_s - submitted.arrived_s)
+        timings = _timings(slowest, waited_ms, encode_ms, total_ms)
         budget_ms = request.latency_budget_ms
         budget_kept = None if budget_ms is None else total_ms <= budget_ms
         if not submitted.is_background:
@@ -331,9 +350,9 @@ def _usage(model: LoadedModel, pictures: Sequence[Picture]) -> Usage:
     )
 
 
-def _timings(slowest: Timings, encode_ms: float, total_ms: float) -> ImageTimings:
+def _timings(slowest: Timings, waited_ms: float, encode_ms: float, total_ms: float) -> ImageTimings:
     return ImageTimings(
-        queue_ms=slowest.queue_ms,
+        queue_ms=waited_ms + slowest.queue_ms,
         text_ms=slowest.text_ms,
         steps_ms=slowest.steps_ms,
         decode_ms=slowest.decode_ms,

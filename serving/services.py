@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from serving.access import Access, Caller
+from serving.arrival import Turnstile
 from serving.artifacts import ArtifactStore, open_artifacts
 from serving.config import ServerConfig
 from serving.idempotency import Replays
@@ -27,6 +28,7 @@ class Services:
     replays: Replays
     artifacts: ArtifactStore
     jobs: JobService
+    turnstile: Turnstile = field(default_factory=Turnstile)
     tracing: Tracing | None = None
     """None where it is off."""
     num_active: int = 0
@@ -42,7 +44,7 @@ class Services:
         """
         access, artifacts = Access(config.api_keys), open_artifacts(config)
         jobs = JobService(config, images, artifacts, metrics)
-        services = cls(config, metrics, access, images, Replays(), artifacts, jobs, Tracing.start(config))
+        services = cls(config, metrics, access, images, Replays(), artifacts, jobs, tracing=Tracing.start(config))
         metrics.watch_requests(lambda: services.num_active, config.max_open_requests)
         metrics.watch_live(lambda: images.num_live, config.engine.max_live * config.max_replicas)
         return services

@@ -106,6 +106,8 @@ class DiffusionEngine:
         """Guards everything above that changes, and the samples' places in the queue."""
         self._is_closing = False
         self._failure: BaseException | None = None
+        self._free_s: float | None = None
+        """When the last call was over, monotonic; None where the thread has been idle since, or busy with a task."""
         self._thread = threading.Thread(target=self._run_forever, name="diffusion-engine", daemon=True)
 
     # -- called from any thread ---------------------------------------------------------------
@@ -262,7 +264,7 @@ class DiffusionEngine:
         batch, text_s = self._prepare(batch)
         if batch:
             outcomes = self._run(batch)
-            self._advance(batch, outcomes, began_s + text_s)
+            self._advance(batch, outcomes, began_s + text_s, (self._free_s or began_s) + text_s)
 
     def _run_forever(self) -> None:
         torch.set_num_threads(1)  # this thread's own setting: a backend that wants more says so in its calls
@@ -284,6 +286,7 @@ class DiffusionEngine:
                     return True
                 if not tasks and self._is_closing:
                     return False
+                self._free_s = None
                 if not tasks:
                     self._wake.wait()
             for task in tasks:
@@ -330,20 +333,27 @@ class DiffusionEngine:
         """Compute what is next for each sample of one lane."""
         return self._calls.denoise(batch) if batch[0].steps_left else self._calls.decode(batch)
 
-    def _advance(self, batch: list[Sample], outcomes: Sequence[Stepped | Pixels | TDMError], started_s: float) -> None:
+    def _advance(
+        self,
+        batch: list[Sample],
+        outcomes: Sequence[Stepped | Pixels | TDMError],
+        started_s: float,
+        free_s: float,
+    ) -> None:
         """Move each sample on; the finished and the failed leave.
 
         Args:
-            started_s: when the call's scheduling began, monotonic, less the time that prompts took: what a call costs
-                is the time until the next can begin.
+            started_s: when the call's scheduling began, monotonic, less the time that prompts took.
+            free_s: when the call before it was over, less that time: what a call costs is the time until the next is
+                over, which on a busy machine is more than its own.
         """
-        ended_s = time.monotonic()
+        self._free_s = ended_s = time.monotonic()
         kind, is_step = batch[0].lane.kind, batch[0].steps_left > 0
         for sample, outcome in zip(batch, outcomes, strict=True):
             self._note(sample, outcome, started_s, ended_s)
         with self._wake:
             self._scheduler.end_call()
-            self.costs.observe(kind, len(batch), ended_s - started_s)
+            self.costs.observe(kind, len(batch), ended_s - free_s)
             shown = [sample for sample in batch if sample.is_shown]
             left = [s for s, out in zip(batch, outcomes, strict=True) if s.advance() or isinstance(out, TDMError)]
             for sample in left:
@@ -377,8 +387,11 @@ class DiffusionEngine:
         """Tell what the step that was just taken expects the picture to be."""
         started_s = time.monotonic()
         pixels = self._calls.preview(sample)
+        ended_s = time.monotonic()
         with self._wake:
-            self.costs.observe(sample.preview, 1, time.monotonic() - started_s)
+            self.costs.observe(sample.preview, 1, ended_s - started_s)
+        if self._free_s is not None:
+            self._free_s += ended_s - started_s
         if not isinstance(pixels, TDMError):
             self._tell(sample, Preview(sample.params, pixels, sample.step_index, is_draft=False))
 

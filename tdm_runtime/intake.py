@@ -69,7 +69,9 @@ class Intake:
             deadline_s = sample.unpromised_s
             sample.target_s = sample.submitted_s + self._auto_stretch * unloaded_s
         else:
-            deadline_s = sample.target_s = sample.promised_s = sample.submitted_s + 1e-3 * budget_ms
+            sample.elapsed_s = 1e-3 * sample.delivery.elapsed_ms
+            deadline_s = sample.submitted_s + 1e-3 * budget_ms - sample.elapsed_s
+            sample.target_s = sample.promised_s = deadline_s
         sample.urgency = (deadline_s, sample.urgency[1])
 
     def drafts(self, sample: Sample) -> list[Sample]:

@@ -135,10 +135,11 @@ class StepScheduler(Generic[Item]):
 
     def _refusal(self, items: Sequence[Item], now_s: float) -> TDMError:
         """Why a budget is not promised, and when it would be, or with which one."""
-        promised_s = min(item.promised_s for item in items)
+        hardest = min(items, key=lambda item: item.promised_s)
+        promised_s = hardest.promised_s
         budget_ms, needed_ms = 1e3 * (promised_s - now_s), 1e3 * self._unloaded_s(items)
         what = f"{_counted(len(items), 'picture')} of {_counted(items[0].steps_left, 'step')}"
-        if needed_ms > budget_ms:
+        if needed_ms > budget_ms + 1e3 * hardest.elapsed_s:
             return InvalidRequestError(
                 f"latency_budget_ms leaves {budget_ms:.3g} ms; {what} would take {needed_ms:.3g} ms with nothing "
                 "else to do, allow for more or ask for fewer steps",
@@ -149,7 +150,7 @@ class StepScheduler(Generic[Item]):
         last_s = max([promised_s, *(item.promised_s for item in self._live.values() if item.promised_s < NEVER_S)])
         ahead_ms = 1e3 * (max(0.0, self._running_until_s - now_s) + self.backlog_s(last_s))
         return DeadlineError(
-            f"latency_budget_ms leaves {budget_ms:.3g} ms; {what} would take {needed_ms:.3g} ms and "
+            f"latency_budget_ms leaves {max(0.0, budget_ms):.3g} ms; {what} would take {needed_ms:.3g} ms and "
             f"{ahead_ms:.3g} ms of work were promised before, retry later or allow for more",
             retry_after_s=1e-3 * max(1.0, ahead_ms + needed_ms - budget_ms),
         )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import grpc
 
 from serving.access import Caller
+from serving.arrival import since_arrival_s
 from serving.errors import APIError
 from serving.schema.images import MAX_BUDGET_MS, ImageRequest
 from tdm_runtime.errors import InvalidRequestError
@@ -28,11 +29,11 @@ class Call:
     context: grpc.aio.ServicerContext
 
     def budget_ms(self) -> float | None:
-        """What the deadline leaves for the server's work; None where there is none, or it is no budget."""
+        """What the deadline leaves from the arrival on; None where there is none, or it is no budget."""
         remaining_s = self.context.time_remaining()
         if remaining_s is None or NO_DEADLINE_BUDGET in tuple(self.context.invocation_metadata() or ()):
             return None
-        budget_ms = 1e3 * float(remaining_s) - DEADLINE_MARGIN_MS
+        budget_ms = 1e3 * (float(remaining_s) + since_arrival_s()) - DEADLINE_MARGIN_MS
         return budget_ms if budget_ms <= MAX_BUDGET_MS else None
 
 

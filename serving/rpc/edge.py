@@ -16,6 +16,7 @@ from google.protobuf.message import DecodeError, Message
 
 from serving import logs
 from serving.access import ANYBODY, Caller
+from serving.arrival import arrive
 from serving.errors import APIError, invalid, not_ready
 from serving.rpc.calls import Call, enter
 from serving.rpc.errors import code_of, trailers_of, unreadable
@@ -86,6 +87,9 @@ class Edge(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc is untyped
         services.num_active += not is_watcher
         try:
             enter(Call(self._admit(method, metadata.get("authorization")), context))
+            arrive()
+            if method not in STATUS_METHODS:
+                await services.turnstile.passed()
             await _serve(handler, context, services.config.body_timeout_s)
         except asyncio.CancelledError:
             code = grpc.StatusCode.CANCELLED if context.time_remaining() != 0 else grpc.StatusCode.DEADLINE_EXCEEDED

@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving import logs
 from serving.access import Caller
+from serving.arrival import arrive
 from serving.errors import APIError, from_exception, invalid, not_ready
 from serving.metrics import OTHER
 from serving.services import Services
@@ -98,6 +99,7 @@ class EdgeMiddleware:
         services, span = self.services, current_span()
         request_id = shown_request_id(headers)
         started_s = time.monotonic()
+        arrive()
         status = 0
         services.num_active += 1
 
@@ -112,6 +114,8 @@ class EdgeMiddleware:
 
         try:
             self._admit(scope, headers)
+            if scope["path"] not in STATUS_PATHS:
+                await services.turnstile.passed()
             await self.app(scope, receive, send_with_headers)
         except asyncio.CancelledError:
             status = CLIENT_CLOSED_REQUEST
