@@ -180,7 +180,12 @@ class Forecast:
 
 
 def forecast(
-    works: Sequence[Work], costs: CostModel, capacity: int, now_s: float, watched: Collection[Urgency] = ()
+    works: Sequence[Work],
+    costs: CostModel,
+    capacity: int,
+    now_s: float,
+    watched: Collection[Urgency] = (),
+    margin: float = MARGIN,
 ) -> Forecast:
     """Run the scheduler ahead of time, on copies, until every promise and the watched samples are decided.
 
@@ -190,6 +195,7 @@ def forecast(
 
     Args:
         watched: samples to be followed besides those that have a promise.
+        margin: usual deviations to spare.
     """
     finish_s: dict[Urgency, float] = {}
     variance = 0.0
@@ -206,6 +212,6 @@ def forecast(
             live.remove(work)
             open_ends.discard(work.urgency)
             finish_s[work.urgency] = now_s
-            if now_s + MARGIN * math.sqrt(variance) > work.promised_s:
+            if now_s + margin * math.sqrt(variance) > work.promised_s:
                 return Forecast(finish_s, work.urgency)
     return Forecast(finish_s, None)

@@ -17,7 +17,7 @@ from typing import Generic, TypeVar
 
 from tdm_runtime.cost_model import CostModel, Kind
 from tdm_runtime.errors import DeadlineError, InvalidRequestError, TDMError
-from tdm_runtime.forecast import NEVER_S, Forecast, Urgency, Work, call_seconds, choose, forecast
+from tdm_runtime.forecast import MARGIN, NEVER_S, Forecast, Urgency, Work, call_seconds, choose, forecast
 from tdm_runtime.load import MovingRate
 
 Item = TypeVar("Item", bound=Work)
@@ -226,7 +226,9 @@ class StepScheduler(Generic[Item]):
 
     # -- promises -----------------------------------------------------------------------------
 
-    def _ahead(self, now_s: float, added: Sequence[Work] = (), watched: Collection[Urgency] = ()) -> Forecast:
+    def _ahead(
+        self, now_s: float, added: Sequence[Work] = (), watched: Collection[Urgency] = (), margin: float = MARGIN
+    ) -> Forecast:
         """What becomes of the live samples and those added, from the end of the running call on."""
         works: list[Work] = [*added]
         for item in self._live.values():
@@ -234,16 +236,18 @@ class StepScheduler(Generic[Item]):
             if item not in self._running or not work.advance():
                 works.append(work)
         starts_s = max(now_s, self._running_until_s) if self._running else now_s
-        return forecast(works, self.costs, self.capacity, starts_s, watched)
+        return forecast(works, self.costs, self.capacity, starts_s, watched, margin)
 
     def _give_up_lost(self, now_s: float) -> bool:
-        """Take back what cannot be kept, whoever else comes: the machine was slower than it was.
+        """Take back what is not expected to be kept, whoever else comes: the machine was slower than it was.
+
+        What was promised with something to spare may have used that up since; that is what it was for.
 
         Returns:
             Whether anything was.
         """
         before = self.num_late
-        while (broken := self._ahead(now_s).broken) is not None:
+        while (broken := self._ahead(now_s, margin=0.0).broken) is not None:
             self._give_up([self._live[broken]])
         return self.num_late > before
 
