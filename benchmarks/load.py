@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from benchmarks.targets import Outcome, Target
 from benchmarks.workload import Request
 
+MAX_WAIT_S = 60.0
+"""However much later a refusal says to come back."""
+
 
 @dataclass(frozen=True)
 class Record:
@@ -54,6 +57,8 @@ async def closed_loop(
 ) -> None:
     """Keep `concurrency` requests in flight until they run out or `duration_s` is over.
 
+    Who is refused sends the next when the refusal says to come back, as the official client does.
+
     Raises:
         ValueError: a concurrency below 1.
     """
@@ -67,8 +72,11 @@ async def closed_loop(
             sent_s = time.perf_counter() - started_s
             outcome = await target.send(request)
             recording.records.append(Record(request, sent_s, sent_s, outcome.answered_s - started_s, outcome))
-            if duration_s is not None and time.perf_counter() - started_s >= duration_s:
+            wait_s = min(outcome.retry_after_s, MAX_WAIT_S)
+            if duration_s is not None and time.perf_counter() - started_s + wait_s >= duration_s:
                 return
+            if wait_s:
+                await asyncio.sleep(wait_s)
 
     async with asyncio.TaskGroup() as clients:
         for _ in range(concurrency):

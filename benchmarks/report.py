@@ -51,7 +51,9 @@ def figures(
         found["goodput_share"] = _ratio(good, len(records))
         found["goodput_e2el_ms"] = goodput_ms
     steps_used = [record.outcome.steps_used for record in completed if record.outcome.steps_used is not None]
+    kept = [record.outcome.is_budget_kept for record in completed if record.outcome.is_budget_kept is not None]
     found |= {
+        "budgets_kept_share": _ratio(sum(kept), len(kept)) if kept else None,
         "stages_ms": _stages(completed),
         "steps_used": {str(steps): count for steps, count in sorted(Counter(steps_used).items())},
         "mean_steps_used": float(np.mean(steps_used)) if steps_used else None,
@@ -108,6 +110,8 @@ def terminal_table(title: str, found: Figures) -> str:
             (f"share of all requests {limit}", found["goodput_share"]),
         ]
     rows += [(f"latency {name.removesuffix('_e2el_ms')}, ms", found[name]) for name in found if _is_latency(name)]
+    if found["budgets_kept_share"] is not None:
+        rows.append(("share of promised budgets that were kept", found["budgets_kept_share"]))
     if found["mean_steps_used"] is not None:
         shares = ", ".join(f"{count} of K = {steps}" for steps, count in found["steps_used"].items())
         rows += [("steps used, mean", found["mean_steps_used"]), ("steps used", shares)]

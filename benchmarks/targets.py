@@ -48,6 +48,10 @@ class Outcome:
     """None where the answer does not say."""
     stages_ms: Mapping[str, float] = field(default_factory=dict)
     """Stage -> duration; they add up to the round trip. Empty where the answer does not say."""
+    retry_after_s: float = 0.0
+    """When a refusal says to come back."""
+    is_budget_kept: bool | None = None
+    """Whether the server kept what it promised, by its own clock; None where it promised nothing or does not say."""
 
 
 class Target(Protocol):
@@ -86,7 +90,9 @@ class EngineTarget:
             loop = asyncio.get_running_loop()
             png = await loop.run_in_executor(self._encoding, encode_image, picture.pixels, "png")
         except TDMError as error:
-            return Outcome(time.perf_counter(), type(error).__name__, isinstance(error, OverloadedError))
+            is_refused = isinstance(error, OverloadedError)
+            retry_after_s = error.retry_after_s if isinstance(error, OverloadedError) else 0.0
+            return Outcome(time.perf_counter(), type(error).__name__, is_refused, retry_after_s=retry_after_s)
         answered_s = time.perf_counter()
         timings = picture.timings
         stages = split_stages(
@@ -131,16 +137,18 @@ class OpenAITarget:
             return Outcome(time.perf_counter(), type(error).__name__)
         answered_s = time.perf_counter()
         if response.status != 200:
-            return Outcome(answered_s, _error_code(response.status, raw), response.status == REFUSED)
+            code, is_refused = _error_code(response.status, raw), response.status == REFUSED
+            return Outcome(answered_s, code, is_refused, retry_after_s=_retry_after_s(response.headers))
         try:
             answer = json.loads(raw)
             first = answer["data"][0]
             png = base64.b64decode(first["b64_json"], validate=True)
             steps_used = first.get("num_inference_steps")
             stages = split_stages(answer.get("timings") or {}, 1e3 * (answered_s - sent_s))
+            is_kept = answer.get("latency_budget_kept")
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, binascii.Error):
             return Outcome(answered_s, "unreadable_answer")
-        return Outcome(answered_s, picture_fault(png, request.size), False, steps_used, stages)
+        return Outcome(answered_s, picture_fault(png, request.size), False, steps_used, stages, is_budget_kept=is_kept)
 
     def _body(self, request: Request) -> dict[str, Any]:
         size = None if request.size is None else f"{request.size[0]}x{request.size[1]}"
@@ -210,6 +218,16 @@ def split_stages(timings: Mapping[str, Any], round_trip_ms: float, transport: st
     if total_ms is not None:
         stages[transport] = round_trip_ms - float(total_ms)
     return stages
+
+
+def _retry_after_s(headers: Mapping[str, str]) -> float:
+    """What an answer's headers say, as the official client reads them; 0 where they say nothing."""
+    for name, seconds in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
+        try:
+            return max(0.0, seconds * float(headers[name]))
+        except (KeyError, ValueError):
+            continue
+    return 0.0
 
 
 def _error_code(status: int, raw: bytes) -> str:

@@ -15,7 +15,7 @@ NEVER_S = float("inf")
 MAX_BACKGROUND_COST = 1.1
 """Times what a call takes, that it may take with background work besides."""
 MARGIN = 3.0
-"""Usual deviations that a promise has to spare: 99 of 100 normal ones are less than 2.9 mean absolute deviations late."""
+"""Usual deviations that a promise has to spare: 99 of 100 normal ones are late by less than 2.9 of them."""
 Urgency = tuple[float, int]
 """(deadline in monotonic seconds, order of arrival): unique among the live, the smallest goes first."""
 

@@ -24,6 +24,8 @@ Item = TypeVar("Item", bound=Work)
 DEMAND_WINDOW = 20
 """Unloaded times of a sample in which demand is counted."""
 MIN_WINDOW_S = 0.25
+MAX_RETURN_S = 5.0
+"""Who is refused is not sent away for longer because others were, who may not come back."""
 MAX_LOAD = 0.7
 """Share of the machine's time, in its best batches, at which open step counts stay at their smallest: chance, batches
 that are not the best, and what is not the model's, need the rest."""
@@ -58,6 +60,8 @@ class StepScheduler(Generic[Item]):
         self._live: dict[Urgency, Item] = {}
         self._settled_demand = MovingRate()
         """Seconds of work a second, of step counts that were asked for."""
+        self._returns_s = 0.0
+        """When all who were refused will have been served, if they come back when they were told to, monotonic."""
         self._open_demand = MovingRate()
         """Samples a second whose step count was left open."""
 
@@ -152,8 +156,16 @@ class StepScheduler(Generic[Item]):
         return DeadlineError(
             f"latency_budget_ms leaves {max(0.0, budget_ms):.3g} ms; {what} would take {needed_ms:.3g} ms and "
             f"{ahead_ms:.3g} ms of work were promised before, retry later or allow for more",
-            retry_after_s=1e-3 * max(1.0, ahead_ms + needed_ms - budget_ms),
+            retry_after_s=self._turn_s(items, now_s + 1e-3 * max(1.0, ahead_ms + needed_ms - budget_ms)) - now_s,
         )
+
+    def _turn_s(self, items: Sequence[Item], earliest_s: float) -> float:
+        """When those who are refused may come back, each at a time of its own: all at once would be refused again."""
+        turn_s = min(max(earliest_s, self._returns_s), earliest_s + MAX_RETURN_S)
+        self._returns_s = turn_s + sum(
+            item.seconds_shared(self.costs, item.steps_left, self.capacity) for item in items
+        )
+        return turn_s
 
     def _unloaded_s(self, items: Sequence[Item]) -> float:
         """How long samples take with nothing else to do."""
