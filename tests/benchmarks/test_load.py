@@ -11,8 +11,8 @@ import pytest
 
 from benchmarks.load import Recording, closed_loop, open_loop
 from benchmarks.report import figures
-from benchmarks.targets import EngineTarget, OpenAITarget, Target, http_session, picture_fault, served_models
-from benchmarks.workload import Steps, Workload
+from benchmarks.targets import EngineTarget, OpenAITarget, Outcome, Target, http_session, picture_fault, served_models
+from benchmarks.workload import Request, Steps, Workload
 from tdm_runtime.engine import DiffusionEngine, EngineConfig
 from tdm_runtime.loaded_model import LoadedModel
 from tests.benchmarks.small_server import SmallServer, serving
@@ -47,6 +47,22 @@ def test_a_closed_loop_never_has_more_in_flight(engine: DiffusionEngine):
     for record in recording.records:
         beside = [r for r in recording.records if r.sent_s <= record.sent_s < r.answered_s]
         assert len(beside) <= 3
+
+
+def test_who_is_refused_comes_back_when_it_was_told():
+    """And not at all where that is after the end."""
+
+    class Refusing:
+        async def send(self, request: Request) -> Outcome:
+            await asyncio.sleep(0)
+            told_s = 0.05 if len(recording.records) < 6 else 60.0
+            return Outcome(time.perf_counter(), "429 queue_full", is_refused=True, retry_after_s=told_s)
+
+    recording = Recording()
+    asyncio.run(closed_loop(Refusing(), workload(1).requests(), 2, recording, duration_s=30))
+    sent_s = sorted(record.sent_s for record in recording.records)
+    assert len(sent_s) == 8
+    assert all(later - earlier >= 0.05 for earlier, later in zip(sent_s, sent_s[2:], strict=False))
 
 
 def test_latency_counts_from_the_schedule_where_the_sender_is_late(engine: DiffusionEngine):

@@ -18,6 +18,7 @@ from PIL import Image
 
 from serving import access
 from serving.access import Access, APIKey, Bucket, Caller, hash_key, load_keys, save_keys
+from serving.arrival import arrive
 from serving.config import ModelSource, ServerConfig
 from serving.errors import APIError
 from serving.idempotency import Replays, seed_of
@@ -32,6 +33,7 @@ from serving.web.edge import OPEN_PATHS
 from serving.web.images import accepted_format
 from tdm_runtime.backend_choice import BackendConfig
 from tdm_runtime.decoder import Pixels
+from tdm_runtime.errors import DeadlineError
 
 BODY = {"prompt": "a cat", "size": "16x16", "num_inference_steps": 2}
 PATH = "/v1/images/generations"
@@ -211,6 +213,20 @@ def test_more_open_requests_than_are_allowed_are_refused(images: ImageService) -
             refused = next(answer for answer in answers if answer.status_code == 429)
             assert refused.json()["error"]["code"] == "too_many_requests"
             assert "4 requests are open" in refused.json()["error"]["message"]
+
+    run(test)
+
+
+def test_the_time_before_its_turn_counts_against_the_budget(images: ImageService) -> None:
+    async def test() -> None:
+        wanted = ImageRequest(**BODY, latency_budget_ms=8000)
+        arrive(ago_s=3.0)
+        answer = await images.generate(wanted)
+        assert 3000 < answer.timings.total_ms < 8000 and answer.latency_budget_kept
+        assert answer.timings.queue_ms > 3000
+        arrive(ago_s=9.0)
+        with pytest.raises(DeadlineError):
+            await images.generate(wanted)
 
     run(test)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -14,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from tdm_runtime.cost_model import CostModel, Kind
 from tdm_runtime.errors import DeadlineError, InvalidRequestError
 from tdm_runtime.forecast import NEVER_S, TEXT, Lane, Work, call_seconds, forecast
-from tdm_runtime.step_scheduler import StepScheduler
+from tdm_runtime.step_scheduler import MAX_RETURN_S, StepScheduler
 
 SHAPES = ((4, 8, 8), (4, 16, 16), (4, 64, 64))
 STEP_S = (1.0, 2.0, 20.0)
@@ -258,6 +259,42 @@ def test_a_budget_that_is_refused_now_is_kept_after_the_time_that_is_named() -> 
         _, ended_s = run_call(scheduler, now_s)
         later_s = now_s = max(ended_s, now_s + 0.1)
     scheduler.admit([request(2, steps=2, now_s=later_s, budget_s=3.0)], later_s)
+
+
+def test_who_is_refused_because_of_others_may_come_again() -> None:
+    """Of a budget of 5 s that anybody could keep 3.5 s have passed: it is late, and not the request's mistake."""
+    late = request(0, steps=2, budget_s=1.5)
+    late.elapsed_s = 3.5
+    with pytest.raises(DeadlineError):
+        scheduler_of(late)
+
+
+def test_each_who_is_refused_comes_back_at_a_time_of_its_own() -> None:
+    """Eight at once would be seven who are refused again; nor is anybody sent away for ever."""
+    scheduler = scheduler_of(request(0, steps=4, budget_s=5.0))
+    told_s = []
+    for order in range(1, 9):
+        with pytest.raises(DeadlineError) as caught:
+            scheduler.admit([request(order, steps=2, budget_s=3.0)], 0.0)
+        told_s.append(caught.value.retry_after_s)
+    assert all(later > earlier for earlier, later in pairwise(told_s[:3]))
+    assert max(told_s) <= told_s[0] + MAX_RETURN_S
+
+
+def test_a_promise_is_given_with_something_to_spare_and_may_use_it_up() -> None:
+    costs = known_costs()
+    denoise = Kind("denoise", SHAPES[0])
+    for seconds in (0.5, 1.5) * 20:
+        costs.observe(denoise, 1, seconds)
+    fits_s = scheduler_of().costs.seconds(denoise) + 0.7 + 0.1
+    scheduler: StepScheduler[Request] = StepScheduler(costs, 1)
+    with pytest.raises(DeadlineError):
+        scheduler.admit([request(0, budget_s=1.3 * fits_s)], 0.0)
+    first = request(1, budget_s=4 * fits_s)
+    scheduler.admit([first], 0.0)
+    with pytest.raises(DeadlineError):  # the first is short of what it had to spare, and still expected in time
+        scheduler.admit([request(2, budget_s=2 * fits_s, now_s=2.5 * fits_s)], 2.5 * fits_s)
+    assert (scheduler.num_late, scheduler.live()) == (0, [first])
 
 
 def test_a_promise_is_not_given_at_the_cost_of_an_earlier_one() -> None:
