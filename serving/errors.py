@@ -10,6 +10,9 @@ from fastapi.responses import JSONResponse
 
 from tdm_runtime.errors import DeadlineError, GenerationError, InvalidRequestError, NotFiniteError, OverloadedError
 
+CLIENT_CLOSED_REQUEST = 499
+"""As a status in logs and metrics: the client left before its answer."""
+
 
 @dataclass
 class APIError(Exception):

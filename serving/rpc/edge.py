@@ -17,13 +17,12 @@ from google.protobuf.message import DecodeError, Message
 from serving import logs
 from serving.access import ANYBODY, Caller
 from serving.arrival import arrive
-from serving.errors import APIError, invalid, not_ready
+from serving.edge import check_open, note_error, tell_code, too_many
+from serving.errors import CLIENT_CLOSED_REQUEST, APIError, invalid
 from serving.rpc.calls import Call, enter
 from serving.rpc.errors import code_of, trailers_of, unreadable
 from serving.services import Services
 from serving.tracing import request_span
-from serving.web.body import CLIENT_CLOSED_REQUEST
-from serving.web.edge import note_error, tell_code
 from serving.web.front import MAX_REQUEST_ID
 
 logger = logging.getLogger(__name__)
@@ -120,14 +119,11 @@ class Edge(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc is untyped
         """
         services = self.services
         if method == WATCH and self._num_watchers > MAX_WATCHERS:
-            raise _too_many(f"{MAX_WATCHERS} calls watch the server's health")
+            raise too_many(f"{MAX_WATCHERS} calls watch the server's health")
         caller = ANYBODY if method in OPEN_METHODS else services.access.caller(authorization)
         if method in STATUS_METHODS:
             return caller
-        if services.is_draining:
-            raise not_ready("the server is stopping; send the request to another")
-        if services.num_active > services.config.max_open_requests:
-            raise _too_many(f"{services.config.max_open_requests} requests are open")
+        check_open(services)
         return caller
 
 
@@ -181,11 +177,6 @@ def _known(error: Exception, method: str) -> Exception:
     if isinstance(error, NotImplementedError):
         return APIError(501, f"{method} is not served", code="not_implemented")
     return error
-
-
-def _too_many(what: str) -> APIError:
-    message = f"{what}, which is the most; retry in a second"
-    return APIError(429, message, "rate_limit_error", code="too_many_requests", headers={"retry-after": "1"})
 
 
 def request_id_of(given: str) -> str:

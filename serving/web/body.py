@@ -10,9 +10,8 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
 from serving.config import ServerConfig
-from serving.errors import APIError, invalid
+from serving.errors import CLIENT_CLOSED_REQUEST, APIError, invalid
 
-CLIENT_CLOSED_REQUEST = 499
 MAX_FORM_FIELDS = 32
 
 

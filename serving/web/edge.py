@@ -15,11 +15,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serving import logs
 from serving.access import Caller
 from serving.arrival import arrive
-from serving.errors import APIError, from_exception, invalid, not_ready
+from serving.edge import check_open, note_error, tell_code
+from serving.errors import CLIENT_CLOSED_REQUEST, invalid
 from serving.metrics import OTHER
 from serving.services import Services
 from serving.tracing import current_span, request_span
-from serving.web.body import CLIENT_CLOSED_REQUEST
 from tdm_runtime.errors import shown
 
 logger = logging.getLogger(__name__)
@@ -158,31 +158,7 @@ class EdgeMiddleware:
         scope["caller"] = services.access.caller(headers.get("authorization"))
         if path in STATUS_PATHS:
             return
-        if services.is_draining:
-            raise not_ready("the server is stopping; send the request to another")
-        most = services.config.max_open_requests
-        if services.num_active > most:
-            message = f"{most} requests are open, which is the most; retry in a second"
-            raise APIError(429, message, "rate_limit_error", code="too_many_requests", headers={"retry-after": "1"})
-
-
-def note_error(error: Exception, services: Services, request_id: str) -> APIError:
-    """Turn an exception into what the client is told, counted and, where it is ours, logged."""
-    answer = from_exception(error)
-    services.metrics.rejected.labels(answer.code).inc()
-    tell_code(answer.code, answer.status)
-    if answer.code == "not_finite":
-        services.metrics.not_finite.inc()
-    if answer.code == "internal_error":
-        logger.error("request %s failed", request_id, exc_info=error)
-    return answer
-
-
-def tell_code(code: str | None, status: int) -> None:
-    """Why a request got no answer, or not the one it wanted: for its log line and its span."""
-    logs.note(code=code)
-    if (span := current_span()) is not None:
-        span.fail(code, status)
+        check_open(services)
 
 
 def shown_request_id(headers: Headers) -> str:

@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 
 from serving.answers import ImageAnswer, ImageTimings, PartialAnswer
+from serving.edge import note_error
 from serving.errors import invalid
 from serving.idempotency import check_key, seed_of
 from serving.schema.images import ImageRequest, ImageResponse, to_event, to_response
@@ -19,7 +20,7 @@ from serving.schema.parsing import parse_body
 from serving.services import Services
 from serving.web.body import read_json
 from serving.web.documentation import documented_body
-from serving.web.edge import caller_of, note_error, shown_request_id
+from serving.web.edge import caller_of, shown_request_id
 from serving.web.files import base_url
 from tdm_runtime.codec import ImageFormat
 
