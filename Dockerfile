@@ -1,4 +1,4 @@
-# docker build -t tdm-serve . && docker run -p 8000:8000 tdm-serve
+# docker build -t tdm-serve . && docker run -p 8000:8000 -v tdm-state:/state tdm-serve
 FROM python:3.11-slim
 
 # PyTorch's CPU wheel index, where the default index serves CUDA builds.
@@ -12,12 +12,14 @@ COPY export export
 COPY serving serving
 COPY training training
 COPY checkpoints checkpoints
-RUN pip install --no-cache-dir --editable . && useradd --create-home tdm
+RUN pip install --no-cache-dir --editable . && useradd --create-home tdm && install -d -o tdm -m 700 /state
 USER tdm
 # So that the first start builds nothing.
 RUN tdm-export
 ENV RAY_USAGE_STATS_ENABLED=0
 EXPOSE 8000
+# Jobs and kept files.
+VOLUME /state
 HEALTHCHECK --start-period=60s CMD python -c "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/ready')"
 # Inside a container the container's network is the boundary.
-CMD ["tdm-serve", "--host", "0.0.0.0"]
+CMD ["tdm-serve", "--host", "0.0.0.0", "--state-folder", "/state"]
