@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import http.client
-import signal
 import socket
-import threading
-import time
 from collections.abc import Awaitable, Callable, Iterator
 
-import httpx
 import psutil
 import pytest
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -19,10 +15,9 @@ from serving.cli import main
 from serving.web import front
 from serving.web.front import HTTPFront, bind, reserve
 from tests.serving.conftest import RunningServer, free_port, start_server
+from tests.serving.killing import check_recovery, make_picture, processes
 
-PICTURE = {"prompt": "a cat", "num_inference_steps": 1}
 HEAD = b"POST / HTTP/1.1\r\nHost: a\r\n"
-RECOVERY_S = 30
 
 
 # -- over a small application ----------------------------------------------------------------------
@@ -239,20 +234,6 @@ def neighbour(server: RunningServer, tmp_path_factory: pytest.TempPathFactory) -
     assert running.stop() == 0, running.log.read_text()[-2000:]
 
 
-def make_picture(server: RunningServer) -> int:
-    return httpx.post(f"{server.url}/v1/images/generations", json=PICTURE, timeout=60).status_code
-
-
-def processes(server: RunningServer) -> list[psutil.Process]:
-    root = psutil.Process(server.process.pid)
-    return [root, *root.children(recursive=True)]
-
-
-def find_replica(server: RunningServer) -> psutil.Process:
-    (replica,) = (process for process in processes(server) if process.name().startswith("ray::ServeReplica"))
-    return replica
-
-
 def tells_anybody(host: str, port: int) -> bool:
     """Whether a plain GET is answered with a page."""
     connection = http.client.HTTPConnection(host, port, timeout=5)
@@ -287,31 +268,5 @@ def test_nothing_but_the_front_tells_anybody_anything(server: RunningServer) -> 
 
 @pytest.mark.parametrize("time_", ["first", "second"])
 def test_a_killed_replica_comes_back(neighbour: RunningServer, time_: str) -> None:
-    """What was in flight fails, at once; nothing hangs. Twice, as the first time could use up what recovery needs."""
-    stop, outcomes = threading.Event(), list[int | str]()
-
-    def ask() -> None:
-        while not stop.is_set():
-            try:
-                outcomes.append(make_picture(neighbour))
-            except httpx.TransportError as error:
-                outcomes.append(type(error).__name__)
-                time.sleep(0.1)
-
-    threads = [threading.Thread(target=ask) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    time.sleep(0.5)
-    find_replica(neighbour).send_signal(signal.SIGKILL)
-    killed_s = time.monotonic()
-    time.sleep(0.5)
-    num_before = outcomes.count(200)
-    while outcomes.count(200) <= num_before and time.monotonic() - killed_s < RECOVERY_S:
-        time.sleep(0.1)
-    stop.set()
-    for thread in threads:
-        thread.join(timeout=10)
-        assert not thread.is_alive(), "a request hangs"
-    assert outcomes.count(200) > num_before > 0
-    assert set(outcomes) <= {200, "ConnectError", "ReadError", "RemoteProtocolError"}
-    assert httpx.get(f"{neighbour.url}/ready").status_code == 200
+    """Twice, as the first time could use up what recovery needs."""
+    check_recovery(neighbour, "ray::ServeReplica")

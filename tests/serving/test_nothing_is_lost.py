@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import re
-import signal
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -14,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 
 from serving.keys_cli import main as tdm_keys
 from tests.serving.conftest import RunningServer, start_server
+from tests.serving.killing import check_recovery, kill
 from tests.serving.test_videos import CLIP, frames_of, wait_for_clip
 
 LONG_CLIP = CLIP | {"seconds": 6, "fps": 12, "num_inference_steps": 4}
@@ -69,14 +68,6 @@ def row(folder: Path, video_id: str) -> tuple[str, int, int]:
             "SELECT status, attempt, num_done FROM jobs WHERE id = ?", (video_id,)
         ).fetchone()
     return found
-
-
-def kill(server: RunningServer, name: str) -> None:
-    """SIGKILL this server's processes of a name; all of them where it is empty."""
-    root = psutil.Process(server.process.pid)
-    for process in [root, *root.children(recursive=True)]:
-        if process.name().startswith(name):
-            process.send_signal(signal.SIGKILL)
 
 
 def begin_clip(server: RunningServer, keys: dict[str, str]) -> dict[str, Any]:
@@ -144,10 +135,11 @@ def test_a_server_that_stops_answers_what_it_accepted_and_gives_its_jobs_back(
     assert (status, attempt) == ("queued", 0) and num_done > 0, "no attempt is lost by who stops in order"
 
 
-def test_rays_proxy_answers_what_it_accepted_too(tmp_path: Path) -> None:
+def test_rays_proxy_comes_back_and_answers_what_it_accepted_too(tmp_path: Path) -> None:
     server = start_server(tmp_path / "log", "--front", "ray")
     answer = httpx.get(f"{server.url}/health", headers={"x-request-id": "abc-123"})
     assert answer.headers.get_list("x-request-id") == ["abc-123"]
+    check_recovery(server, "ray::ProxyActor")
     with pictures_in_flight(server, {}) as asked:
         assert server.stop() == 0, server.log.read_text()[-2000:]
         assert [future.result() for future in asked] == [200] * 6

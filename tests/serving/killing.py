@@ -1,0 +1,63 @@
+"""SIGKILL for processes of a running server, and what its clients then see."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+
+import httpx
+import psutil
+
+from tests.serving.conftest import RunningServer
+
+PICTURE = {"prompt": "a cat", "num_inference_steps": 1}
+RECOVERY_S = 30
+
+
+def make_picture(server: RunningServer) -> int:
+    return httpx.post(f"{server.url}/v1/images/generations", json=PICTURE, timeout=60).status_code
+
+
+def processes(server: RunningServer) -> list[psutil.Process]:
+    root = psutil.Process(server.process.pid)
+    return [root, *root.children(recursive=True)]
+
+
+def kill(server: RunningServer, name: str) -> int:
+    """SIGKILL this server's processes of a name, all of them where it is empty. Returns how many."""
+    found = [process for process in processes(server) if process.name().startswith(name)]
+    for process in found:
+        process.send_signal(signal.SIGKILL)
+    return len(found)
+
+
+def check_recovery(server: RunningServer, name: str) -> None:
+    """Kill a process under load: what was in flight fails, at once; nothing hangs; and the server answers again."""
+    stop, outcomes = threading.Event(), list[int | str]()
+
+    def ask() -> None:
+        while not stop.is_set():
+            try:
+                outcomes.append(make_picture(server))
+            except httpx.TransportError as error:
+                outcomes.append(type(error).__name__)
+                time.sleep(0.1)
+
+    threads = [threading.Thread(target=ask) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.5)
+    assert kill(server, name) == 1
+    killed_s = time.monotonic()
+    time.sleep(0.5)
+    num_before = outcomes.count(200)
+    while outcomes.count(200) <= num_before and time.monotonic() - killed_s < RECOVERY_S:
+        time.sleep(0.1)
+    stop.set()
+    for thread in threads:
+        thread.join(timeout=10)
+        assert not thread.is_alive(), "a request hangs"
+    assert outcomes.count(200) > num_before > 0
+    assert set(outcomes) <= {200, "ConnectError", "ReadError", "RemoteProtocolError"}
+    assert httpx.get(f"{server.url}/ready").status_code == 200
