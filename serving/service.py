@@ -7,14 +7,15 @@ import gc
 import logging
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
 import torch
 
-from serving.answers import ImageAnswer, ImageTimings, InputTokenDetails, MadeImage, PartialAnswer, Usage
+from serving.answers import ImageAnswer, PartialAnswer
 from serving.arrival import since_arrival_s
+from serving.assembly import encoding_kind, to_images, to_partial, to_timings, to_usage, to_warnings
 from serving.catalog import Catalog, Served, load_base
 from serving.config import ServerConfig
 from serving.metrics import ServerMetrics
@@ -24,15 +25,13 @@ from serving.schema.models import ModelCard
 from serving.tracing import current_span
 from tdm_runtime.codec import describe_parameters, encode_image
 from tdm_runtime.cost_model import Kind
-from tdm_runtime.decoder import Pixels
 from tdm_runtime.delivery import Delivery, Preview
 from tdm_runtime.engine import DiffusionEngine
 from tdm_runtime.loaded_model import LoadedModel
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.receipt import receipt_of
 from tdm_runtime.recipe import Recipe
-from tdm_runtime.sample import Picture, Timings
-from tdm_runtime.text_encoder import PromptEmbedding
+from tdm_runtime.sample import Picture
 
 logger = logging.getLogger(__name__)
 
@@ -205,7 +204,7 @@ class ImageService:
         model = self.catalog.find(request.model).model
         params = request.to_sampling_params(model.recipe)
         _trace(model, params)
-        encoding_ms = 1e3 * len(params) * self.engine.call_seconds(_encoding(request, params[0]))
+        encoding_ms = 1e3 * len(params) * self.engine.call_seconds(encoding_kind(request, params[0]))
         waited_s = since_arrival_s()
         delivery = replace(
             request.to_delivery(model.recipe, encoding_ms, on_preview),
@@ -221,7 +220,7 @@ class ImageService:
 
     def _partial(self, preview: Preview, index: int, request: ImageRequest) -> PartialAnswer:
         self._safety.check_picture(preview.pixels)
-        return _partial_answer(preview, index, request)
+        return to_partial(preview, index, request)
 
     async def _finish(self, submitted: Submitted, as_pixels: bool = False) -> ImageAnswer:
         """Wait for a request's pictures and encode them."""
@@ -243,16 +242,16 @@ class ImageService:
                 await asyncio.to_thread(self._safety.check_picture, picture.pixels)
         encoding_s = time.monotonic()
         if sum(picture.pixels.size for picture in pictures) <= SMALL_PIXELS:
-            images = _made_images(model, pictures, request, as_pixels)
+            images = to_images(model, pictures, request, as_pixels)
         else:
-            images = await asyncio.to_thread(_made_images, model, pictures, request, as_pixels)
+            images = await asyncio.to_thread(to_images, model, pictures, request, as_pixels)
         ended_s = time.monotonic()
         encode_ms, total_ms = 1e3 * (ended_s - encoding_s), 1e3 * (ended_s - submitted.arrived_s)
         if not as_pixels:
-            self.engine.observe(_encoding(request, pictures[0].params), 1, (ended_s - encoding_s) / len(pictures))
+            self.engine.observe(encoding_kind(request, pictures[0].params), 1, (ended_s - encoding_s) / len(pictures))
         slowest = max((picture.timings for picture in pictures), key=lambda t: t.queue_ms + sum(t.steps_ms))
         waited_ms = 1e3 * (submitted.submitted_s - submitted.arrived_s)
-        timings = _timings(slowest, waited_ms, encode_ms, total_ms)
+        timings = to_timings(slowest, waited_ms, encode_ms, total_ms)
         budget_ms = request.latency_budget_ms
         budget_kept = None if budget_ms is None else total_ms <= budget_ms
         if not submitted.is_background:
@@ -269,11 +268,11 @@ class ImageService:
             output_format=request.output_format,
             width=pictures[0].params.width,
             height=pictures[0].params.height,
-            usage=_usage(model, pictures),
+            usage=to_usage(model, pictures),
             timings=timings,
             predicted_ms=max(picture.predicted_ms for picture in pictures) + encode_ms,
             latency_budget_kept=budget_kept,
-            warnings=_warnings(pictures[0].prompt),
+            warnings=to_warnings(pictures[0].prompt),
         )
 
 
@@ -306,71 +305,3 @@ def _trace(model: LoadedModel, params: Sequence[SamplingParams]) -> None:
             "tdm.n": len(params),
         }
     )
-
-
-def _made_images(
-    model: LoadedModel, pictures: Sequence[Picture], request: ImageRequest, as_pixels: bool
-) -> list[MadeImage]:
-    images = []
-    for picture in pictures:
-        params = picture.params
-        receipt = receipt_of(model, params, picture.pixels, picture.is_strict)
-        embedded: dict[str, str] = {}
-        if request.metadata and not as_pixels:
-            text = describe_parameters(params, model.recipe, model.digest)
-            embedded = {"parameters": text, "receipt": receipt.to_json()}
-        content = picture.pixels.tobytes() if as_pixels else _encoded(picture.pixels, request, embedded)
-        images.append(MadeImage(content, params.seed, params.num_inference_steps, picture.is_cached, receipt))
-    return images
-
-
-def _partial_answer(preview: Preview, index: int, request: ImageRequest) -> PartialAnswer:
-    return PartialAnswer(
-        content=_encoded(preview.pixels, request, {}),
-        index=index,
-        created=int(time.time()),
-        output_format=request.output_format,
-        width=preview.params.width,
-        height=preview.params.height,
-        is_draft=preview.is_draft,
-        num_steps_taken=preview.num_steps_taken,
-    )
-
-
-def _usage(model: LoadedModel, pictures: Sequence[Picture]) -> Usage:
-    first = pictures[0]
-    text_tokens = min(first.prompt.num_tokens, first.prompt.max_tokens)
-    _, height, width = model.latent_shape(first.params)
-    output_tokens = height * width * len(pictures)
-    return Usage(
-        input_tokens=text_tokens,
-        input_tokens_details=InputTokenDetails(text_tokens=text_tokens),
-        output_tokens=output_tokens,
-        total_tokens=text_tokens + output_tokens,
-    )
-
-
-def _timings(slowest: Timings, waited_ms: float, encode_ms: float, total_ms: float) -> ImageTimings:
-    return ImageTimings(
-        queue_ms=waited_ms + slowest.queue_ms,
-        text_ms=slowest.text_ms,
-        steps_ms=slowest.steps_ms,
-        decode_ms=slowest.decode_ms,
-        encode_ms=encode_ms,
-        total_ms=total_ms,
-    )
-
-
-def _encoded(pixels: Pixels, request: ImageRequest, embedded: Mapping[str, str]) -> bytes:
-    return encode_image(pixels, request.output_format, compression=request.output_compression, **embedded)
-
-
-def _encoding(request: ImageRequest, params: SamplingParams) -> Kind:
-    """What the engine calls the encoding of a file of this format and size."""
-    return Kind(f"encode:{request.output_format}", (params.height, params.width))
-
-
-def _warnings(prompt: PromptEmbedding) -> list[str]:
-    if not prompt.is_truncated:
-        return []
-    return [f"the prompt has {prompt.num_tokens} tokens; the model read the first {prompt.max_tokens}"]
