@@ -41,7 +41,8 @@ def prepare_environment() -> None:
 
     Nothing is reported home. Ray's internal ports listen on every interface, so they want a token
     that only this server's processes know. Its three pages of statistics listen there without one, so
-    they stay off: the server has its own. Two of them are off only where their port is none.
+    they stay off: the server has its own. Two of them are off only where their port is none. Ray would
+    run the replica at the priority of a batch job (nice 15), behind whatever else the machine does.
     """
     os.environ |= {
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -50,6 +51,7 @@ def prepare_environment() -> None:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_enable_metrics_collection": "0",
+        "RAY_worker_niceness": "0",
         "AUTOSCALER_METRIC_PORT": str(NO_PORT),
         "DASHBOARD_METRIC_PORT": str(NO_PORT),
     }
