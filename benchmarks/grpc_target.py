@@ -48,7 +48,9 @@ class GRPCTarget:
         except TimeoutError:
             return Outcome(time.perf_counter(), "timeout")
         except grpc.aio.AioRpcError as error:
-            return Outcome(time.perf_counter(), _error_code(error), error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED)
+            is_refused = error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+            retry_after_s = 1e-3 * float(_trailer(error, "retry-after-ms") or 0)
+            return Outcome(time.perf_counter(), _error_code(error), is_refused, retry_after_s=retry_after_s)
         answered_s = time.perf_counter()
         (image,) = answer.images
         timings = {name: getattr(answer.timings, name) for name in STAGES}
@@ -104,5 +106,10 @@ def _method(channel: grpc.aio.Channel, service: ServiceDescriptor, name: str) ->
 
 def _error_code(error: grpc.aio.AioRpcError) -> str:
     """ "RESOURCE_EXHAUSTED queue_full", or the status alone."""
-    code = dict(error.trailing_metadata() or ()).get("code")
-    return f"{error.code().name} {code}" if isinstance(code, str) else str(error.code().name)
+    code = _trailer(error, "code")
+    return str(error.code().name) if code is None else f"{error.code().name} {code}"
+
+
+def _trailer(error: grpc.aio.AioRpcError, name: str) -> str | None:
+    value = dict(error.trailing_metadata() or ()).get(name)
+    return value if isinstance(value, str) else None
