@@ -33,8 +33,6 @@ class Delivery:
 
     latency_budget_ms: float | None = None
     """From submission to pixels, a promise: a request that cannot keep it is refused at once. None promises nothing."""
-    elapsed_ms: float = 0.0
-    """So much of the budget has passed, or will on the way back, because of others: later it may be kept."""
     min_inference_steps: int | None = None
     """The engine takes as many steps as the budget allows, from these to `SamplingParams.num_inference_steps`, and
     says how many. None takes exactly `num_inference_steps`."""
@@ -48,6 +46,8 @@ class Delivery:
     """Nobody waits for it at this moment: whatever others ask for comes first, for a long while."""
     draft: bool = False
     """Also make the picture of one step from the same noise and tell `on_preview` of it first."""
+    elapsed_ms: float = 0.0
+    """So much of the budget has passed, or will on the way back, because of others: later it may be kept."""
 
     def __post_init__(self) -> None:
         budget_ms = self.latency_budget_ms
