@@ -28,10 +28,16 @@ UNBUFFERED = {"cache-control": "no-store", "x-accel-buffering": "no"}
 """For streams: proxies pass every event on as it comes."""
 MEDIA_TYPES: dict[str, ImageFormat] = {"image/png": "png", "image/webp": "webp", "image/jpeg": "jpeg"}
 PICTURE = {"schema": {"type": "string", "format": "binary"}}
+EVENT = {
+    "type": "object",
+    "description": "One event; `data` is JSON.",
+    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+    "required": ["event", "data"],
+}
 ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The pictures; with `stream`, events; with `Accept: image/png`, webp or jpeg, a file.",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}, **dict.fromkeys(MEDIA_TYPES, PICTURE)},
+        "content": {"text/event-stream": {"schema": EVENT}, **dict.fromkeys(MEDIA_TYPES, PICTURE)},
     }
 }
 

@@ -15,8 +15,9 @@ PICTURE = {"prompt": "a cat", "num_inference_steps": 1}
 RECOVERY_S = 30
 
 
-def make_picture(server: RunningServer) -> int:
-    return httpx.post(f"{server.url}/v1/images/generations", json=PICTURE, timeout=60).status_code
+def make_picture(server: RunningServer, headers: dict[str, str]) -> int:
+    address = f"{server.url}/v1/images/generations"
+    return httpx.post(address, json=PICTURE, headers=headers, timeout=60).status_code
 
 
 def processes(server: RunningServer) -> list[psutil.Process]:
@@ -32,14 +33,14 @@ def kill(server: RunningServer, name: str) -> int:
     return len(found)
 
 
-def check_recovery(server: RunningServer, name: str) -> None:
+def check_recovery(server: RunningServer, name: str, headers: dict[str, str]) -> None:
     """Kill a process under load: what was in flight fails, at once; nothing hangs; and the server answers again."""
     stop, outcomes = threading.Event(), list[int | str]()
 
     def ask() -> None:
         while not stop.is_set():
             try:
-                outcomes.append(make_picture(server))
+                outcomes.append(make_picture(server, headers))
             except httpx.TransportError as error:
                 outcomes.append(type(error).__name__)
                 time.sleep(0.1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import socket
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 
 import psutil
 import pytest
@@ -14,8 +14,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from serving.cli import main
 from serving.web import front
 from serving.web.front import HTTPFront, bind, reserve
-from tests.serving.conftest import RunningServer, free_port, start_server
-from tests.serving.killing import check_recovery, make_picture, processes
+from tests.serving.conftest import RunningServer, free_port
+from tests.serving.killing import processes
 
 HEAD = b"POST / HTTP/1.1\r\nHost: a\r\n"
 
@@ -226,14 +226,6 @@ def test_an_address_is_held_for_one_server_and_all_its_replicas() -> None:
 # -- on real servers -------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def neighbour(server: RunningServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    """A second server beside the session's."""
-    running = start_server(tmp_path_factory.mktemp("neighbour") / "log")
-    yield running
-    assert running.stop() == 0, running.log.read_text()[-2000:]
-
-
 def tells_anybody(host: str, port: int) -> bool:
     """Whether a plain GET is answered with a page."""
     connection = http.client.HTTPConnection(host, port, timeout=5)
@@ -244,12 +236,6 @@ def tells_anybody(host: str, port: int) -> bool:
         return False
     finally:
         connection.close()
-
-
-def test_servers_stand_side_by_side(server: RunningServer, neighbour: RunningServer) -> None:
-    assert make_picture(server) == make_picture(neighbour) == 200
-    for one, other in ((server, neighbour), (neighbour, server)):
-        assert one.port not in {c.laddr.port for p in processes(other) for c in p.net_connections("tcp")}
 
 
 def test_a_second_server_on_one_port_is_refused(server: RunningServer, capsys: pytest.CaptureFixture[str]) -> None:
@@ -264,9 +250,3 @@ def test_nothing_but_the_front_tells_anybody_anything(server: RunningServer) -> 
     loopback = {"0.0.0.0": "127.0.0.1", "::": "::1"}
     telling = {a.port for a in listening if tells_anybody(loopback.get(a.ip, a.ip), a.port)}
     assert telling == {server.port}
-
-
-@pytest.mark.parametrize("time_", ["first", "second"])
-def test_a_killed_replica_comes_back(neighbour: RunningServer, time_: str) -> None:
-    """Twice, as the first time could use up what recovery needs."""
-    check_recovery(neighbour, "ray::ServeReplica")

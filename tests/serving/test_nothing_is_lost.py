@@ -17,7 +17,7 @@ import pytest
 
 from serving.keys_cli import main as tdm_keys
 from tests.serving.conftest import RunningServer, start_server
-from tests.serving.killing import check_recovery, kill
+from tests.serving.killing import check_recovery, kill, make_picture, processes
 from tests.serving.test_videos import CLIP, frames_of, wait_for_clip
 
 LONG_CLIP = CLIP | {"seconds": 6, "fps": 12, "num_inference_steps": 4}
@@ -57,8 +57,12 @@ def start_with_keys(folder: Path, log: str) -> RunningServer:
     return start_server(folder / log, "--api-keys", str(folder / "keys.json"))
 
 
+def bearer(key: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {key}"}
+
+
 def as_caller(server: RunningServer, key: str) -> httpx.Client:
-    return httpx.Client(base_url=server.url, timeout=60, headers={"authorization": f"Bearer {key}"})
+    return httpx.Client(base_url=server.url, timeout=60, headers=bearer(key))
 
 
 def row(folder: Path, video_id: str) -> tuple[str, int, int]:
@@ -116,6 +120,18 @@ def pictures_in_flight(server: RunningServer, headers: dict[str, str]) -> Iterat
         yield asked
 
 
+def test_servers_stand_side_by_side(server: RunningServer, own_server: RunningServer, keys: dict[str, str]) -> None:
+    assert make_picture(server, {}) == make_picture(own_server, bearer(keys["bob"])) == 200
+    for one, other in ((server, own_server), (own_server, server)):
+        assert one.port not in {c.laddr.port for p in processes(other) for c in p.net_connections("tcp")}
+
+
+@pytest.mark.parametrize("time_", ["first", "second"])
+def test_a_killed_replica_comes_back(own_server: RunningServer, keys: dict[str, str], time_: str) -> None:
+    """Twice, as the first time could use up what recovery needs."""
+    check_recovery(own_server, "ray::ServeReplica", bearer(keys["bob"]))
+
+
 def test_a_clip_outlives_the_replica_that_makes_it(
     own_server: RunningServer, folder: Path, keys: dict[str, str]
 ) -> None:
@@ -128,18 +144,20 @@ def test_a_server_that_stops_answers_what_it_accepted_and_gives_its_jobs_back(
     own_server: RunningServer, folder: Path, keys: dict[str, str]
 ) -> None:
     video = begin_clip(own_server, keys)
-    with pictures_in_flight(own_server, {"authorization": f"Bearer {keys['bob']}"}) as asked:
+    with pictures_in_flight(own_server, bearer(keys["bob"])) as asked:
         assert own_server.stop() == 0, own_server.log.read_text()[-2000:]
         assert [future.result() for future in asked] == [200] * 6
     status, attempt, num_done = row(folder, video["id"])
     assert (status, attempt) == ("queued", 0) and num_done > 0, "no attempt is lost by who stops in order"
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_rays_proxy_comes_back_and_answers_what_it_accepted_too(tmp_path: Path) -> None:
     server = start_server(tmp_path / "log", "--front", "ray")
     answer = httpx.get(f"{server.url}/health", headers={"x-request-id": "abc-123"})
     assert answer.headers.get_list("x-request-id") == ["abc-123"]
-    check_recovery(server, "ray::ProxyActor")
+    check_recovery(server, "ray::ProxyActor", {})
     with pictures_in_flight(server, {}) as asked:
         assert server.stop() == 0, server.log.read_text()[-2000:]
         assert [future.result() for future in asked] == [200] * 6

@@ -125,7 +125,7 @@ def storm(engine: DiffusionEngine, num_requests: int, seed: int) -> list[Client]
     return clients
 
 
-@pytest.mark.parametrize("num_requests", [2_500, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_requests", [1_000, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_every_request_is_answered_exactly_once_and_nothing_leaks(tiny_checkpoint: Path, num_requests: int) -> None:
     torch.set_num_threads(1)
     model = load_model(tiny_checkpoint, device="cpu")

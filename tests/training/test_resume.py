@@ -15,6 +15,7 @@ from training.emoji.teacher import TeacherConfig, train_teacher
 from training.loop import LoopConfig, step_generator
 
 
+@pytest.mark.slow  # test_processes.py kills small runs of the same loop
 @needs_font
 def test_every_stage_resumes_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loop = LoopConfig(steps=3, save_every_s=0.0)
