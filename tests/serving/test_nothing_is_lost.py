@@ -126,7 +126,7 @@ def test_servers_stand_side_by_side(server: RunningServer, own_server: RunningSe
         assert one.port not in {c.laddr.port for p in processes(other) for c in p.net_connections("tcp")}
 
 
-@pytest.mark.parametrize("time_", ["first", "second"])
+@pytest.mark.parametrize("time_", ["first", pytest.param("second", marks=pytest.mark.slow)])
 def test_a_killed_replica_comes_back(own_server: RunningServer, keys: dict[str, str], time_: str) -> None:
     """Twice, as the first time could use up what recovery needs."""
     check_recovery(own_server, "ray::ServeReplica", bearer(keys["bob"]))
