@@ -89,10 +89,10 @@ class EngineTarget:
             encoding_s = time.perf_counter()
             loop = asyncio.get_running_loop()
             png = await loop.run_in_executor(self._encoding, encode_image, picture.pixels, "png")
+        except OverloadedError as error:
+            return Outcome(time.perf_counter(), type(error).__name__, True, retry_after_s=error.retry_after_s)
         except TDMError as error:
-            is_refused = isinstance(error, OverloadedError)
-            retry_after_s = error.retry_after_s if isinstance(error, OverloadedError) else 0.0
-            return Outcome(time.perf_counter(), type(error).__name__, is_refused, retry_after_s=retry_after_s)
+            return Outcome(time.perf_counter(), type(error).__name__)
         answered_s = time.perf_counter()
         timings = picture.timings
         stages = split_stages(

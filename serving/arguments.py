@@ -16,85 +16,13 @@ from tdm_runtime.engine import EngineConfig
 
 def parse_arguments(arguments: list[str] | None = None) -> ServerConfig:
     """Read the command line; exits with status 2 on a mistake."""
-    defaults, engine = ServerConfig(), EngineConfig()
     parser = argparse.ArgumentParser(prog="tdm-serve", description="Serve a few-step diffusion checkpoint over HTTP.")
-    models = parser.add_mutually_exclusive_group()
-    models.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT, help="checkpoint folder (%(default)s)")
-    models.add_argument(
-        "--model",
-        action="append",
-        default=[],
-        type=model_source,
-        metavar="NAME=FOLDER",
-        help="a checkpoint and what requests call it; may be given several times, the first is the default",
-    )
-    parser.add_argument(
-        "--lora",
-        action="append",
-        default=[],
-        type=lora_source,
-        metavar="NAME=PATH[:SCALE][@MODEL]",
-        help="a LoRA in the manner of diffusers, kohya or PEFT, and what requests call it; may be given several times",
-    )
-    parser.add_argument(
-        "--lora-folder", type=Path, help="folder of LoRAs that are served as they come, change and go, by their names"
-    )
-    parser.add_argument("--host", default=defaults.host, help="address to listen on (%(default)s)")
-    parser.add_argument("--port", type=int, default=defaults.port, help="(%(default)s)")
-    parser.add_argument("--grpc-port", type=int, help="answer gRPC there as well; without it, only HTTP")
-    parser.add_argument(
-        "--front",
-        choices=get_args(FrontName),
-        default=defaults.front,
-        help="who answers HTTP: the replica, or Ray's proxy: slower, finds replicas on any machine (%(default)s)",
-    )
-    parser.add_argument(
-        "--replicas",
-        type=replica_range,
-        default=(1, 1),
-        metavar="N or N-M",
-        help="processes with engines; a range, with --front ray, follows the load (1)",
-    )
-    parser.add_argument(
-        "--max-batch-size", type=int, default=engine.max_batch_size, help="pictures in one denoiser call (%(default)s)"
-    )
-    parser.add_argument(
-        "--max-live", type=int, default=engine.max_live, help="pictures accepted and unanswered (%(default)s)"
-    )
-    parser.add_argument(
-        "--result-cache-mb",
-        type=int,
-        default=engine.result_cache_bytes // 2**20,
-        help="MiB of finished pictures kept for who asks for exactly the same again (%(default)s)",
-    )
-    parser.add_argument(
-        "--api-keys", type=Path, help="file of API keys, made by `tdm-keys add`; without it, everybody may ask"
-    )
-    parser.add_argument("--blocked-words", type=Path, help="file of words that prompts may not hold, one a line")
-    parser.add_argument(
-        "--safety-checker", metavar="MODULE:FACTORY", help="what checks prompts and pictures, see docs/security.md"
-    )
-    parser.add_argument(
-        "--state-folder", type=Path, default=defaults.state_folder, help="of jobs and kept files (%(default)s)"
-    )
-    parser.add_argument("--database-url", help="of jobs, as postgresql+psycopg://...; SQLite in the state folder else")
-    parser.add_argument("--artifacts-url", help="of kept files, as s3://bucket/folder; in the state folder else")
-    parser.add_argument(
-        "--artifact-ttl-hours",
-        type=float,
-        default=defaults.artifact_ttl_s / 3600,
-        help="how long files and ended jobs are kept (%(default)s)",
-    )
-    parser.add_argument("--public-url", help="what clients call this server, as https://images.example.org")
-    parser.add_argument(
-        "--max-open-requests",
-        type=int,
-        default=defaults.max_open_requests,
-        help="requests open at once; more are refused (%(default)s)",
-    )
+    add_model_arguments(parser)
+    add_front_arguments(parser)
+    add_service_arguments(parser)
     add_backend_arguments(parser)
     parser.add_argument(
-        "--log-level", choices=["info", "warning", "error"], default=defaults.log_level, help="(%(default)s)"
+        "--log-level", choices=["info", "warning", "error"], default=ServerConfig.log_level, help="(%(default)s)"
     )
     add_telemetry_arguments(parser)
     given = parser.parse_args(arguments)
@@ -132,6 +60,94 @@ def parse_arguments(arguments: list[str] | None = None) -> ServerConfig:
         )
     except ValueError as error:
         parser.error(str(error))
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is served."""
+    models = parser.add_mutually_exclusive_group()
+    models.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT, help="checkpoint folder (%(default)s)")
+    models.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        type=model_source,
+        metavar="NAME=FOLDER",
+        help="a checkpoint and what requests call it; may be given several times, the first is the default",
+    )
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        type=lora_source,
+        metavar="NAME=PATH[:SCALE][@MODEL]",
+        help="a LoRA in the manner of diffusers, kohya or PEFT, and what requests call it; may be given several times",
+    )
+    parser.add_argument(
+        "--lora-folder", type=Path, help="folder of LoRAs that are served as they come, change and go, by their names"
+    )
+
+
+def add_front_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where it is served, by how many, and how much of it at once."""
+    defaults, engine = ServerConfig(), EngineConfig()
+    parser.add_argument("--host", default=defaults.host, help="address to listen on (%(default)s)")
+    parser.add_argument("--port", type=int, default=defaults.port, help="(%(default)s)")
+    parser.add_argument("--grpc-port", type=int, help="answer gRPC there as well; without it, only HTTP")
+    parser.add_argument(
+        "--front",
+        choices=get_args(FrontName),
+        default=defaults.front,
+        help="who answers HTTP: the replica, or Ray's proxy: slower, finds replicas on any machine (%(default)s)",
+    )
+    parser.add_argument(
+        "--replicas",
+        type=replica_range,
+        default=(1, 1),
+        metavar="N or N-M",
+        help="processes with engines; a range, with --front ray, follows the load (1)",
+    )
+    parser.add_argument(
+        "--max-batch-size", type=int, default=engine.max_batch_size, help="pictures in one denoiser call (%(default)s)"
+    )
+    parser.add_argument(
+        "--max-live", type=int, default=engine.max_live, help="pictures accepted and unanswered (%(default)s)"
+    )
+    parser.add_argument(
+        "--result-cache-mb",
+        type=int,
+        default=engine.result_cache_bytes // 2**20,
+        help="MiB of finished pictures kept for who asks for exactly the same again (%(default)s)",
+    )
+
+
+def add_service_arguments(parser: argparse.ArgumentParser) -> None:
+    """Who may ask, for what, and where jobs and files are kept."""
+    defaults = ServerConfig()
+    parser.add_argument(
+        "--api-keys", type=Path, help="file of API keys, made by `tdm-keys add`; without it, everybody may ask"
+    )
+    parser.add_argument("--blocked-words", type=Path, help="file of words that prompts may not hold, one a line")
+    parser.add_argument(
+        "--safety-checker", metavar="MODULE:FACTORY", help="what checks prompts and pictures, see docs/security.md"
+    )
+    parser.add_argument(
+        "--state-folder", type=Path, default=defaults.state_folder, help="of jobs and kept files (%(default)s)"
+    )
+    parser.add_argument("--database-url", help="of jobs, as postgresql+psycopg://...; SQLite in the state folder else")
+    parser.add_argument("--artifacts-url", help="of kept files, as s3://bucket/folder; in the state folder else")
+    parser.add_argument(
+        "--artifact-ttl-hours",
+        type=float,
+        default=defaults.artifact_ttl_s / 3600,
+        help="how long files and ended jobs are kept (%(default)s)",
+    )
+    parser.add_argument("--public-url", help="what clients call this server, as https://images.example.org")
+    parser.add_argument(
+        "--max-open-requests",
+        type=int,
+        default=defaults.max_open_requests,
+        help="requests open at once; more are refused (%(default)s)",
+    )
 
 
 def add_telemetry_arguments(parser: argparse.ArgumentParser) -> None:

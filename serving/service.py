@@ -270,7 +270,7 @@ class ImageService:
             height=pictures[0].params.height,
             usage=to_usage(model, pictures),
             timings=timings,
-            predicted_ms=max(picture.predicted_ms for picture in pictures) + encode_ms,
+            predicted_ms=max(picture.predicted_ms for picture in pictures) + waited_ms + encode_ms,
             latency_budget_kept=budget_kept,
             warnings=to_warnings(pictures[0].prompt),
         )

@@ -106,8 +106,8 @@ class DiffusionEngine:
         """Guards everything above that changes, and the samples' places in the queue."""
         self._is_closing = False
         self._failure: BaseException | None = None
-        self._free_s: float | None = None
-        """When the last call was over, monotonic; None where the thread has been idle since, or busy with a task."""
+        self._free_s = time.monotonic()
+        """Since when the next call could have been made: the last was over, or work came; monotonic."""
         self._thread = threading.Thread(target=self._run_forever, name="diffusion-engine", daemon=True)
 
     # -- called from any thread ---------------------------------------------------------------
@@ -264,7 +264,7 @@ class DiffusionEngine:
         batch, text_s = self._prepare(batch)
         if batch:
             outcomes = self._run(batch)
-            self._advance(batch, outcomes, began_s + text_s, (self._free_s or began_s) + text_s)
+            self._advance(batch, outcomes, began_s, text_s)
 
     def _run_forever(self) -> None:
         torch.set_num_threads(1)  # this thread's own setting: a backend that wants more says so in its calls
@@ -286,11 +286,11 @@ class DiffusionEngine:
                     return True
                 if not tasks and self._is_closing:
                     return False
-                self._free_s = None
                 if not tasks:
                     self._wake.wait()
             for task in tasks:
                 task()
+            self._free_s = time.monotonic()
 
     def _schedule(self, now_s: float) -> list[Sample]:
         with self._wake:
@@ -337,16 +337,17 @@ class DiffusionEngine:
         self,
         batch: list[Sample],
         outcomes: Sequence[Stepped | Pixels | TDMError],
-        started_s: float,
-        free_s: float,
+        began_s: float,
+        text_s: float,
     ) -> None:
         """Move each sample on; the finished and the failed leave.
 
         Args:
-            started_s: when the call's scheduling began, monotonic, less the time that prompts took.
-            free_s: when the call before it was over, less that time: what a call costs is the time until the next is
-                over, which on a busy machine is more than its own.
+            began_s: when the call's scheduling began, monotonic.
+            text_s: what prompts took of the time since, which is no cost of the call. What is counts from the end of
+                the call before it: on a busy machine that is more than its own time.
         """
+        started_s, free_s = began_s + text_s, self._free_s + text_s
         self._free_s = ended_s = time.monotonic()
         kind, is_step = batch[0].lane.kind, batch[0].steps_left > 0
         for sample, outcome in zip(batch, outcomes, strict=True):
@@ -390,8 +391,7 @@ class DiffusionEngine:
         ended_s = time.monotonic()
         with self._wake:
             self.costs.observe(sample.preview, 1, ended_s - started_s)
-        if self._free_s is not None:
-            self._free_s += ended_s - started_s
+        self._free_s += ended_s - started_s
         if not isinstance(pixels, TDMError):
             self._tell(sample, Preview(sample.params, pixels, sample.step_index, is_draft=False))
 

@@ -77,7 +77,7 @@ def documented_body(**schemas: dict[str, Any]) -> dict[str, Any]:
     """A request body that is parsed by hand, to be stricter than the framework.
 
     Args:
-        schemas: of each media type that is read, by the second half of its name.
+        schemas: of each media type that is read, by its name in `MEDIA_TYPES`.
     """
     content = {MEDIA_TYPES[name]: {"schema": schema} for name, schema in schemas.items()}
     return {"requestBody": {"required": True, "content": content}, "parameters": [IDEMPOTENCY_KEY]}

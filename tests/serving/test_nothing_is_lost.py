@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import re
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ import pytest
 from serving.keys_cli import main as tdm_keys
 from tests.serving.conftest import RunningServer, start_server
 from tests.serving.killing import check_recovery, kill, make_picture, processes
+from tests.serving.test_server import metric
 from tests.serving.test_videos import CLIP, frames_of, wait_for_clip
 
 LONG_CLIP = CLIP | {"seconds": 6, "fps": 12, "num_inference_steps": 4}
@@ -95,14 +95,6 @@ def check_clip(server: RunningServer, keys: dict[str, str], folder: Path, before
     assert len(frames_of(ann.get(f"/v1/videos/{before['id']}/content").content)) == NUM_FRAMES
 
 
-def live_samples(server: RunningServer, headers: dict[str, str]) -> float:
-    found = re.search(
-        r"^tdm_live_samples (\S+)$", httpx.get(f"{server.url}/metrics", headers=headers).text, re.MULTILINE
-    )
-    assert found is not None
-    return float(found[1])
-
-
 @contextmanager
 def pictures_in_flight(server: RunningServer, headers: dict[str, str]) -> Iterator[list[Future[int]]]:
     """Yields the statuses to come of six large requests that are being worked on."""
@@ -112,9 +104,9 @@ def pictures_in_flight(server: RunningServer, headers: dict[str, str]) -> Iterat
         address = f"{server.url}/v1/images/generations"
         return httpx.post(address, json=body, headers=headers, timeout=60).status_code
 
-    with ThreadPoolExecutor(6) as pool:
+    with ThreadPoolExecutor(6) as pool, httpx.Client(base_url=server.url, headers=headers) as http:
         asked = [pool.submit(ask, n) for n in range(6)]
-        while live_samples(server, headers) < SEEN_LIVE:
+        while metric(http, "tdm_live_samples") < SEEN_LIVE:
             assert not all(future.done() for future in asked), "the load was gone before it was seen"
             time.sleep(0.01)
         yield asked
