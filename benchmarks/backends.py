@@ -24,7 +24,7 @@ from typing import Any, cast
 
 from benchmarks.machine import machine
 from tdm_runtime.backends import BackendName, Precision
-from tdm_runtime.checkpoint import DEFAULT_CHECKPOINT, open_checkpoint
+from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT, open_checkpoint
 from tdm_runtime.params import DecoderName
 
 STOCK = ("stock-fp32", "stock-bf16")
@@ -140,8 +140,9 @@ def stock(given: argparse.Namespace, name: str) -> MakePng:
 
 def ours(given: argparse.Namespace, name: str) -> MakePng:
     """This runtime: `load_model`, `generate`, `encode_image`."""
-    from tdm_runtime.backend_choice import BackendConfig, load_model
-    from tdm_runtime.codec import encode_image
+    from tdm_runtime.media.image_file import encode_image
+    from tdm_runtime.model.artifacts import BackendConfig
+    from tdm_runtime.model.choice import load_model
     from tdm_runtime.params import SamplingParams
     from tdm_runtime.pipeline import generate
 

@@ -31,10 +31,10 @@ from benchmarks.quality import quality_per_step_count
 from benchmarks.report import Figures, figures, stage_table, terminal_table, write_json
 from benchmarks.targets import EngineTarget, OpenAITarget, Target, http_session, running_engine, served_models
 from benchmarks.workload import Workload, arrival_times, arrivals_within
-from tdm_runtime.backend_choice import load_model
 from tdm_runtime.cli import backend_config
-from tdm_runtime.engine import EngineConfig
+from tdm_runtime.engine.engine import EngineConfig
 from tdm_runtime.errors import TDMError
+from tdm_runtime.model.choice import load_model
 
 INTERRUPTED = 130
 QUALITY_PICTURES = 32

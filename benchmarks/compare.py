@@ -23,11 +23,12 @@ from benchmarks.overhead import overhead
 from benchmarks.phases import STEPS, NothingMeasuredError, Plan
 from benchmarks.quality import quality_per_step_count
 from benchmarks.report import write_json
-from tdm_runtime.backend_choice import BackendConfig, load_model
-from tdm_runtime.checkpoint import DEFAULT_CHECKPOINT, open_checkpoint
+from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT, open_checkpoint
 from tdm_runtime.cli import backend_config
 from tdm_runtime.errors import TDMError
-from tdm_runtime.loaded_model import LoadedModel
+from tdm_runtime.model.artifacts import BackendConfig
+from tdm_runtime.model.choice import load_model
+from tdm_runtime.model.loaded_model import LoadedModel
 
 PHASES = ("contenders", "slo", "joining", "isolation", "overhead", "quality")
 RESULT_FILE = "compare.json"

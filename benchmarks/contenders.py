@@ -58,7 +58,7 @@ def all_contenders(
         peer_arguments: of every peer's, beside port and backend.
         peers_python: interpreter of an environment that has what the peers need.
     """
-    ours = Contender(OURS, "serving.cli", tuple(our_arguments), "/ready", "ours")
+    ours = Contender(OURS, "serving.command.cli", tuple(our_arguments), "/ready", "ours")
     peers = [
         Contender(
             f"{name} {backend}",

@@ -8,7 +8,7 @@ import subprocess
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tdm_runtime.manifest import installed
+from tdm_runtime.backends.machine import installed
 
 PACKAGES = ("torch", "diffusers", "openvino")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from benchmarks.workload import Size, Steps
-from tdm_runtime.checkpoint import DEFAULT_CHECKPOINT
+from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT
 from tdm_runtime.cli import add_backend_arguments
 
 USAGE_ERROR = 2

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from benchmarks.workload import Workload
 from tdm_runtime.backends import Backend
-from tdm_runtime.codec import encode_image
-from tdm_runtime.engine import DiffusionEngine
-from tdm_runtime.loaded_model import LoadedModel
+from tdm_runtime.engine.engine import DiffusionEngine
+from tdm_runtime.media.image_file import encode_image
+from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.params import SamplingParams
 
 WARM_UPS = 5

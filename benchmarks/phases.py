@@ -13,8 +13,8 @@ from benchmarks.load import Recording, closed_loop, open_loop
 from benchmarks.report import Figures, figures
 from benchmarks.targets import EngineTarget, OpenAITarget, Target, http_session, running_engine, served_models
 from benchmarks.workload import Size, Workload, arrivals_within
-from tdm_runtime.engine import DiffusionEngine, EngineConfig
-from tdm_runtime.loaded_model import LoadedModel
+from tdm_runtime.engine.engine import DiffusionEngine, EngineConfig
+from tdm_runtime.model.loaded_model import LoadedModel
 
 STEPS = 4
 """What every contender is asked for where the step count is fixed."""

@@ -10,9 +10,9 @@ import numpy as np
 
 from benchmarks.plots import Quality
 from benchmarks.workload import Workload
-from tdm_runtime.codec import encode_image
-from tdm_runtime.decoder import Pixels
-from tdm_runtime.loaded_model import LoadedModel
+from tdm_runtime.media.image_file import encode_image
+from tdm_runtime.model.decoder import Pixels
+from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.pipeline import generate
 

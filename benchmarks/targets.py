@@ -17,13 +17,13 @@ from typing import Any, Protocol
 import aiohttp
 
 from benchmarks.workload import Request, Size
-from tdm_runtime.codec import encode_image
-from tdm_runtime.delivery import Delivery
-from tdm_runtime.engine import DiffusionEngine, EngineConfig
+from tdm_runtime.engine.delivery import Delivery
+from tdm_runtime.engine.engine import DiffusionEngine, EngineConfig
+from tdm_runtime.engine.warm_up import warm_up
 from tdm_runtime.errors import OverloadedError, TDMError
-from tdm_runtime.loaded_model import LoadedModel
+from tdm_runtime.media.image_file import encode_image
+from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.params import SamplingParams
-from tdm_runtime.warm_up import warm_up
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 ROUTE = "/v1/images/generations"

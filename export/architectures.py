@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdm_runtime.components import ComponentName
+from tdm_runtime.backends.interface import ComponentName
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,13 @@ from export.onnx_export import OPSET, export_onnx
 from export.openvino_build import Inputs, write_int8_ir, write_ir
 from export.prompts import CALIBRATION
 from tdm_runtime.backends import Backend, BackendName, Precision
-from tdm_runtime.checkpoint import Checkpoint, file_sha256
-from tdm_runtime.components import Interface, component_names, load_component
-from tdm_runtime.decoder import Decoder
-from tdm_runtime.loaded_model import component_backend, load_build
-from tdm_runtime.manifest import MANIFEST_FILE, TOOLS, Build, BuiltComponent, Manifest, installed
+from tdm_runtime.backends.interface import Interface
+from tdm_runtime.backends.machine import TOOLS, installed
+from tdm_runtime.checkpoint.folder import Checkpoint, file_sha256
+from tdm_runtime.checkpoint.manifest import MANIFEST_FILE, Build, BuiltComponent, Manifest
+from tdm_runtime.model.components import component_names, load_component
+from tdm_runtime.model.decoder import Decoder
+from tdm_runtime.model.load import component_backend, load_build
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.pipeline import generate
 

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import get_args
 
 from tdm_runtime.backends import BackendName, Precision
-from tdm_runtime.checkpoint import DEFAULT_CHECKPOINT, Checkpoint, open_checkpoint
+from tdm_runtime.backends.machine import gpu_architecture, installed
+from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT, Checkpoint, open_checkpoint
+from tdm_runtime.checkpoint.manifest import Manifest, default_artifacts, load_manifest
 from tdm_runtime.errors import TDMError
-from tdm_runtime.manifest import Manifest, default_artifacts, gpu_architecture, installed, load_manifest
 
 USAGE_ERROR = 2
 EXPORTED: tuple[BackendName, ...] = ("openvino", "onnxruntime", "tensorrt")
@@ -119,7 +120,7 @@ def _and_those_there(checkpoint: Checkpoint, folder: Path, targets: Targets) -> 
 
 def _up_to_date(checkpoint: Checkpoint, folder: Path, targets: Targets) -> Manifest | None:
     """The manifest that is there, where it has every target for this machine and was verified."""
-    from tdm_runtime.manifest import check_build
+    from tdm_runtime.checkpoint.manifest import check_build
 
     try:
         manifest = load_manifest(folder, checkpoint)

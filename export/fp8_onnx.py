@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tdm_runtime.backends import Backend
-from tdm_runtime.checkpoint import Checkpoint
-from tdm_runtime.loaded_model import load_with_torch
+from tdm_runtime.checkpoint.folder import Checkpoint
+from tdm_runtime.model.load import load_with_torch
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.pipeline import generate
 

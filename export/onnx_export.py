@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from export.errors import ExportError
-from export.families import traceable, translations
-from tdm_runtime.components import Interface, TensorSpec
+from export.traceable import traceable, translations
+from tdm_runtime.backends.interface import Interface, TensorSpec
 
 OPSET = 20
 EXAMPLE_SIZES: Mapping[str, int] = {"batch": 2, "height": 16, "width": 24, "frames": 3, "tokens": 24}

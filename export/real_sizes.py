@@ -25,10 +25,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from export.architectures import REAL_SIZES, RealSize, random_model
-from export.families import VideoDecoderModule, interface_of
 from export.onnx_export import export_onnx
 from export.openvino_build import write_ir
-from tdm_runtime.checkpoint import (
+from tdm_runtime.backends.interface import ComponentName, Interface
+from tdm_runtime.checkpoint.folder import (
     DEFAULT_CHECKPOINT,
     TINY_VAE,
     TINY_VAE_WEIGHTS,
@@ -36,9 +36,10 @@ from tdm_runtime.checkpoint import (
     file_sha256,
     open_checkpoint,
 )
-from tdm_runtime.components import ComponentName, DecoderModule, Interface, TextEncoderModule
-from tdm_runtime.models import denoiser_for
-from tdm_runtime.recipe import RECIPE_FILE, load_recipe
+from tdm_runtime.checkpoint.recipe import RECIPE_FILE, load_recipe
+from tdm_runtime.families import denoiser_for
+from tdm_runtime.families.interfaces import interface_of
+from tdm_runtime.model.components import DecoderModule, TextEncoderModule, VideoDecoderModule
 
 Figures = dict[str, Any]
 RESULTS_FILE = "results.jsonl"

@@ -19,12 +19,14 @@ from export.fp8_onnx import record_calls, write_fp8_onnx
 from export.onnx_export import export_onnx
 from export.prompts import CALIBRATION
 from tdm_runtime.backends import TORCH_DTYPES, Precision
+from tdm_runtime.backends.interface import ComponentName, Interface
+from tdm_runtime.backends.machine import gpu_architecture, installed
 from tdm_runtime.backends.tensorrt import BuiltFor, Log, SizeRange, built_for_file, import_tensorrt, refit
-from tdm_runtime.checkpoint import Checkpoint, file_sha256
-from tdm_runtime.components import ComponentName, Interface, component_names, load_component
-from tdm_runtime.decoder import MAX_CALL_PIXELS
+from tdm_runtime.checkpoint.folder import Checkpoint, file_sha256
+from tdm_runtime.checkpoint.manifest import Build, BuiltComponent, Manifest, default_artifacts
 from tdm_runtime.errors import BackendError
-from tdm_runtime.manifest import Build, BuiltComponent, Manifest, default_artifacts, gpu_architecture, installed
+from tdm_runtime.model.components import component_names, load_component
+from tdm_runtime.model.decoder import MAX_CALL_PIXELS
 
 MAX_BATCH = 8
 """Samples of one call, as many as an engine batches unless told otherwise; larger batches are cut."""

@@ -14,11 +14,13 @@ from torch.nn import functional
 
 from export.prompts import VERIFICATION
 from tdm_runtime.backends import Backend
-from tdm_runtime.checkpoint import Checkpoint
-from tdm_runtime.components import ComponentName, load_component
-from tdm_runtime.decoder import Pixels
-from tdm_runtime.loaded_model import LoadedModel, component_backend, load_build, load_with_torch
-from tdm_runtime.manifest import ComponentParity, Manifest, PictureParity
+from tdm_runtime.backends.interface import ComponentName
+from tdm_runtime.checkpoint.folder import Checkpoint
+from tdm_runtime.checkpoint.manifest import ComponentParity, Manifest, PictureParity
+from tdm_runtime.model.components import load_component
+from tdm_runtime.model.decoder import Pixels
+from tdm_runtime.model.load import component_backend, load_build, load_with_torch
+from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.pipeline import generate
 

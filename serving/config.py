@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from tdm_runtime.backend_choice import BackendConfig
-from tdm_runtime.checkpoint import DEFAULT_CHECKPOINT
-from tdm_runtime.engine import EngineConfig
+from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT
+from tdm_runtime.engine.engine import EngineConfig
+from tdm_runtime.model.artifacts import BackendConfig
 
 FrontName = Literal["direct", "ray"]
 LogFormat = Literal["text", "json"]
@@ -77,7 +77,7 @@ class ServerConfig:
     blocked_words: Path | None = None
     """File of words that prompts may not hold, one a line."""
     safety_checker: str | None = None
-    """`MODULE:FACTORY` of a checker of one's own (`serving.safety.SafetyChecker`)."""
+    """`MODULE:FACTORY` of a checker of one's own (`serving.images.safety.SafetyChecker`)."""
     state_folder: Path = field(default_factory=default_state_folder)
     """What outlives the server: jobs and files, where the two below do not say otherwise."""
     database_url: str | None = None

@@ -13,16 +13,16 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
-from serving.answers import ImageAnswer, PartialAnswer
-from serving.arrival import arrive
 from serving.config import LogFormat, ServerConfig
 from serving.errors import APIError
-from serving.logs import set_up_logging
-from serving.metrics import ServerMetrics
-from serving.remote import Listing, RemoteImages, refusal
-from serving.schema.images import ImageRequest
-from serving.services import Services
-from serving.web.front import HTTPFront
+from serving.fronts.arrival import arrive
+from serving.fronts.services import Services
+from serving.images.remote import Listing, RemoteImages, refusal
+from serving.schema.answers import ImageAnswer, PartialAnswer
+from serving.schema.image_request import ImageRequest
+from serving.telemetry.logs import set_up_logging
+from serving.telemetry.metrics import ServerMetrics
+from serving.web.http_front import HTTPFront
 from tdm_runtime.params import SamplingParams
 
 
@@ -54,7 +54,7 @@ async def start_grpc(config: ServerConfig, services: Services) -> list[Front]:
     """Listen for gRPC, where that is asked for."""
     if config.grpc_port is None:
         return []
-    from serving.rpc.front import GRPCFront
+    from serving.rpc.grpc_front import GRPCFront
 
     return [await GRPCFront.start(services, config.host, config.grpc_port)]
 
@@ -73,7 +73,7 @@ class DirectDeployment:
     """One replica: engine and fronts in one process. Admission is the engine's own, so Ray queues nothing."""
 
     async def __init__(self, config: ServerConfig) -> None:  # type: ignore[misc]  # Ray awaits it
-        from serving.service import ImageService
+        from serving.images.local import ImageService
 
         set_up_logging(config)
         metrics = ServerMetrics()
@@ -119,7 +119,7 @@ class EngineDeployment:
     """One engine behind an ingress. What it refuses it returns: Ray would wrap what is raised."""
 
     def __init__(self, config: ServerConfig) -> None:
-        from serving.service import ImageService
+        from serving.images.local import ImageService
 
         set_up_logging(config)
         self.images = ImageService(config, ServerMetrics())
@@ -240,6 +240,6 @@ def app(arguments: dict[str, str]) -> Application:
     Args:
         arguments: `command`: the arguments of `tdm-serve`; what belongs to one machine, as its port, is Ray's there.
     """
-    from serving.arguments import parse_arguments
+    from serving.command.arguments import parse_arguments
 
     return build_application(parse_arguments(["--front", "ray", *shlex.split(arguments.get("command", ""))]))

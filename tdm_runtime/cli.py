@@ -9,15 +9,16 @@ import time
 from pathlib import Path
 from typing import cast, get_args
 
-from tdm_runtime.backend_choice import TORCH_BACKENDS, BackendConfig, load_model
 from tdm_runtime.backends import BACKENDS, PRECISIONS
-from tdm_runtime.checkpoint import DEFAULT_CHECKPOINT
-from tdm_runtime.codec import ImageFormat, describe_parameters, encode_image
-from tdm_runtime.decoder import Pixels
+from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT
 from tdm_runtime.errors import BackendError, CheckpointError, TDMError, shown
+from tdm_runtime.media.image_file import ImageFormat, describe_parameters, encode_image
+from tdm_runtime.media.receipt import read_claims, receipt_of
+from tdm_runtime.model.artifacts import TORCH_BACKENDS, BackendConfig
+from tdm_runtime.model.choice import load_model
+from tdm_runtime.model.decoder import Pixels
 from tdm_runtime.params import MAX_SEED, DecoderName, SamplingParams
 from tdm_runtime.pipeline import generate
-from tdm_runtime.receipt import read_claims, receipt_of
 
 FORMATS = {".png": "png", ".webp": "webp", ".jpg": "jpeg", ".jpeg": "jpeg"}
 

@@ -7,8 +7,8 @@ import unicodedata
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from tdm_runtime.checkpoint.recipe import Recipe
 from tdm_runtime.errors import InvalidRequestError, shown
-from tdm_runtime.recipe import Recipe
 
 DecoderName = Literal["full", "tiny"]
 MAX_PROMPT_CHARACTERS = 2000

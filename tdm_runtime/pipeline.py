@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import torch
 
-from tdm_runtime.decoder import Pixels
 from tdm_runtime.errors import NotFiniteError
-from tdm_runtime.loaded_model import LoadedModel, adapter_inputs
-from tdm_runtime.noise import initial_noise
+from tdm_runtime.model.decoder import Pixels
+from tdm_runtime.model.loaded_model import LoadedModel, adapter_inputs
 from tdm_runtime.params import SamplingParams
-from tdm_runtime.sampler import apply_step, gather_rows
+from tdm_runtime.sampling.noise import initial_noise
+from tdm_runtime.sampling.sampler import apply_step, gather_rows
 
 OnPreview = Callable[[int, Pixels], None]
 """Told the number of steps taken and a picture, uint8 [H, W, 3]."""

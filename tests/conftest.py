@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from export.cli import main as tdm_export
-from tdm_runtime.backend_choice import load_model
 from tdm_runtime.backends.openvino import has_bf16
-from tdm_runtime.checkpoint import DEFAULT_CHECKPOINT, open_checkpoint
-from tdm_runtime.loaded_model import LoadedModel
-from tdm_runtime.manifest import default_artifacts
+from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT, open_checkpoint
+from tdm_runtime.checkpoint.manifest import default_artifacts
+from tdm_runtime.model.choice import load_model
+from tdm_runtime.model.loaded_model import LoadedModel
 from tests.serving.conftest import RunningServer, start_server
 from tests.tiny_checkpoint import write_tiny_checkpoint
 

@@ -14,16 +14,16 @@ import numpy as np
 import pytest
 import torch
 
-from tdm_runtime.loaded_model import LoadedModel
-from tdm_runtime.noise import initial_noise
+from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.pipeline import generate
-from training.emoji.autoencoder import to_pixels
-from training.emoji.samplers import pictures_told, student_pictures
-from training.emoji.scenes import Scene, caption
-from training.emoji.score import Score, Scorer, glyph_named, scoring_scenes
-from training.emoji.tiny_autoencoder import StudentSampler, psnr_db
-from training.emoji.tiny_report import Autoencoders, load_autoencoders, student_latents
+from tdm_runtime.sampling.noise import initial_noise
+from training.emoji.data.scenes import Scene, caption
+from training.emoji.report.samplers import pictures_told, student_pictures
+from training.emoji.report.score import Score, Scorer, glyph_named, scoring_scenes
+from training.emoji.report.tiny_report import Autoencoders, load_autoencoders, student_latents
+from training.emoji.stages.autoencoder import to_pixels
+from training.emoji.stages.tiny_autoencoder import StudentSampler, psnr_db
 
 PROMPTS = 48
 GLYPHS_FLOOR = 0.93

@@ -9,9 +9,9 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from tdm_runtime.checkpoint import DEFAULT_CHECKPOINT
-from training.emoji.student import build_recipe
-from training.publish import write_checkpoint
+from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT
+from training.emoji.stages.publish import write_checkpoint
+from training.emoji.stages.student import build_recipe
 
 
 def write_tiny_checkpoint(folder: Path) -> Path:

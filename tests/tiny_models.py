@@ -16,7 +16,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 
-from tdm_runtime.models.conditioning import Conditioning
+from tdm_runtime.families.conditioning import Conditioning
 
 TEXT_DIM = 16
 TEXT_TOKENS = 6

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from tests.tiny_models import POOLED_DIM, TEXT_DIM, TINY_MODELS
-from training.base_model import PIPELINES
+from training.pretrained.base_model import PIPELINES
 
 CLASS_NAMES = {layout.family: name for name, layout in PIPELINES.items()}
 SCHEDULERS: Mapping[str, Callable[[], Any]] = {

@@ -19,12 +19,12 @@ from pathlib import Path
 
 import torch
 
-from tdm_runtime.checkpoint import DEFAULT_CHECKPOINT, TINY_VAE
+from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT, TINY_VAE
 from tdm_runtime.errors import TDMError
 from training.config import config_as_toml, load_config
-from training.finetune import FinetuneConfig
-from training.loop import LoopConfig
-from training.presets import PRESETS
+from training.pretrained.presets import PRESETS
+from training.run.finetune import FinetuneConfig
+from training.run.loop import LoopConfig
 
 EMOJI_STAGES = ("autoencoder", "teacher", "decoder", "student", "tiny-autoencoder", "publish")
 DEFAULT_RUN = Path("runs/emoji")
@@ -112,35 +112,35 @@ def _emoji(given: argparse.Namespace) -> None:
 
 
 def _autoencoder(given: argparse.Namespace) -> None:
-    from training.emoji.autoencoder import AutoencoderConfig, train_autoencoder
+    from training.emoji.stages.autoencoder import AutoencoderConfig, train_autoencoder
 
     config = AutoencoderConfig()
     train_autoencoder(given.run / "autoencoder", replace(config, loop=_loop(config.loop, given)))
 
 
 def _teacher(given: argparse.Namespace) -> None:
-    from training.emoji.teacher import TeacherConfig, train_teacher
+    from training.emoji.stages.teacher import TeacherConfig, train_teacher
 
     config = TeacherConfig()
     train_teacher(given.run / "teacher", given.run / "autoencoder", replace(config, loop=_loop(config.loop, given)))
 
 
 def _decoder(given: argparse.Namespace) -> None:
-    from training.emoji.autoencoder import DecoderConfig, train_decoder
+    from training.emoji.stages.autoencoder import DecoderConfig, train_decoder
 
     config = DecoderConfig()
     train_decoder(given.run / "decoder", given.run / "autoencoder", replace(config, loop=_loop(config.loop, given)))
 
 
 def _student(given: argparse.Namespace) -> None:
-    from training.emoji.student import EMOJI, train_student
+    from training.emoji.stages.student import EMOJI, train_student
 
     config = replace(EMOJI, seed=given.seed, steps=given.steps or EMOJI.steps)
     train_student(given.run / "student", given.run / "teacher", config, given.run / "autoencoder")
 
 
 def _tiny_autoencoder(given: argparse.Namespace) -> None:
-    from training.emoji.tiny_autoencoder import TinyAutoencoderConfig, train_tiny_autoencoder
+    from training.emoji.stages.tiny_autoencoder import TinyAutoencoderConfig, train_tiny_autoencoder
 
     config = TinyAutoencoderConfig()
     train_tiny_autoencoder(
@@ -153,7 +153,7 @@ def _tiny_autoencoder(given: argparse.Namespace) -> None:
 
 
 def _publish(given: argparse.Namespace) -> None:
-    from training.publish import publish
+    from training.emoji.stages.publish import publish
 
     tiny = given.run / "tiny-autoencoder"
     publish(
@@ -170,31 +170,31 @@ def _loop(loop: LoopConfig, given: argparse.Namespace) -> LoopConfig:
 
 
 def _score(given: argparse.Namespace) -> None:
-    from training.emoji.report import print_scores
+    from training.emoji.report.scores import print_scores
 
     print_scores(given.checkpoint, given.run)
 
 
 def _wrong_k(given: argparse.Namespace) -> None:
-    from training.emoji.report import print_wrong_step_counts
+    from training.emoji.report.scores import print_wrong_step_counts
 
     print_wrong_step_counts(given.checkpoint)
 
 
 def _tiny_vae(given: argparse.Namespace) -> None:
-    from training.emoji.tiny_report import print_tiny_vae
+    from training.emoji.report.tiny_report import print_tiny_vae
 
     print_tiny_vae(given.checkpoint)
 
 
 def _grid(given: argparse.Namespace) -> None:
-    from training.emoji.grid import draw_grid
+    from training.emoji.report.grid import draw_grid
 
     draw_grid(given.checkpoint, given.run, given.output)
 
 
 def _ablate(given: argparse.Namespace) -> None:
-    from training.emoji.ablation import VARIANTS, print_ablation, run_ablation
+    from training.emoji.report.ablation import VARIANTS, print_ablation, run_ablation
 
     if unknown := sorted(set(given.variants or ()) - set(VARIANTS)):
         raise ValueError(f"unknown variants {unknown}; known are {list(VARIANTS)}")
@@ -215,28 +215,28 @@ def _preset(given: argparse.Namespace) -> None:
 
 
 def _embed(given: argparse.Namespace) -> None:
-    from training.prompts import embed_prompts
+    from training.pretrained.prompts import embed_prompts
 
     preset = PRESETS[given.preset]
     embed_prompts(given.base, given.prompts, given.output, preset.width, preset.height)
 
 
 def _encode(given: argparse.Namespace) -> None:
-    from training.latents import encode_latents
+    from training.pretrained.latents import encode_latents
 
     preset = PRESETS[given.preset]
     encode_latents(given.base, given.images, given.output, preset.width, preset.height)
 
 
 def _finetune(given: argparse.Namespace) -> None:
-    from training.backbones import finetune_backbone
+    from training.pretrained.train import finetune_backbone
 
     config = FinetuneConfig(steps=given.steps, learning_rate=given.learning_rate)
     finetune_backbone(given.output, given.base, given.embeddings, config)
 
 
 def _distill(given: argparse.Namespace) -> None:
-    from training.backbones import train_backbone
+    from training.pretrained.train import train_backbone
 
     config = load_config(PRESETS[given.preset], given.config)
     train_backbone(given.output, given.base, given.embeddings, config, student_folder=given.student)

@@ -1,6 +1,6 @@
 """What a distillation is: every choice the paper ablates, as one frozen value.
 
-A run is a preset (`training/presets.py`), changed by a TOML file of the same field names.
+A run is a preset (`training/pretrained/presets.py`), changed by a TOML file of the same field names.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from tdm_runtime.checkpoint.recipe import MAX_STEPS
 from tdm_runtime.errors import TDMError
-from tdm_runtime.recipe import MAX_STEPS
-from tdm_runtime.step_table import Solver
-from training.precision import Precision
+from tdm_runtime.sampling.step_table import Solver
+from training.methods.precision import Precision
 
 Method = Literal["tdm", "lcm"]
 Interval = Literal["disjoint", "reverse", "full"]

@@ -15,15 +15,15 @@ from statistics import mean
 import torch
 from torch import Tensor, nn
 
-from tdm_runtime.models.conditioning import Conditioning
-from tdm_runtime.noise_schedule import DiffusionSchedule
-from tdm_runtime.step_condition import embed_step_count
+from tdm_runtime.families.conditioning import Conditioning
+from tdm_runtime.families.step_condition import embed_step_count
+from tdm_runtime.sampling.schedule import DiffusionSchedule
 from training.config import DistillConfig
-from training.distill import Distiller, Run
-from training.loop import step_generator
-from training.presets import as_dmd2
-from training.roles import SeparateRoles
-from training.trajectory import Coordinates, places_at, roll_out
+from training.methods.roles import SeparateRoles
+from training.methods.trajectory import Coordinates, places_at, roll_out
+from training.pretrained.presets import as_dmd2
+from training.run.distill import Distiller, Run
+from training.run.loop import step_generator
 
 COORDINATES = Coordinates(DiffusionSchedule(beta_schedule="squaredcos_cap_v2"), "sample")
 CONDITION_DIM = 32

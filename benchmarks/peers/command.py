@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from benchmarks.peers.pipelines import PEER_BACKENDS, PeerBackend
-from tdm_runtime.checkpoint import DEFAULT_CHECKPOINT
+from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT
 
 MISSING_DEPENDENCY = 3
 """Exit status."""

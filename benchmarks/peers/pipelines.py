@@ -11,12 +11,12 @@ from typing import Any, Literal, Protocol, get_args
 
 import torch
 
-from tdm_runtime.checkpoint import open_checkpoint
-from tdm_runtime.decoder import Pixels
-from tdm_runtime.loaded_model import LoadedModel
-from tdm_runtime.noise import initial_noise
+from tdm_runtime.checkpoint.folder import open_checkpoint
+from tdm_runtime.model.decoder import Pixels
+from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.params import SamplingParams
-from tdm_runtime.sampler import apply_step, gather_rows
+from tdm_runtime.sampling.noise import initial_noise
+from tdm_runtime.sampling.sampler import apply_step, gather_rows
 
 PeerBackend = Literal["stock-fp32", "stock-bf16", "ours"]
 PEER_BACKENDS: tuple[PeerBackend, ...] = get_args(PeerBackend)
@@ -71,7 +71,7 @@ class OurPipeline:
         self._model = model
 
     def make(self, prompts: Sequence[str], seeds: Sequence[int], steps: int) -> list[bytes]:
-        from tdm_runtime.codec import encode_image
+        from tdm_runtime.media.image_file import encode_image
 
         width, height = self._model.recipe.native_sizes[0]
         batch = [
@@ -120,7 +120,8 @@ def load_pipeline(backend: PeerBackend, checkpoint: Path, max_batch_size: int) -
     """
     pipeline: Pipeline
     if backend == "ours":
-        from tdm_runtime.backend_choice import BackendConfig, load_model
+        from tdm_runtime.model.artifacts import BackendConfig
+        from tdm_runtime.model.choice import load_model
 
         model = load_model(checkpoint, BackendConfig("auto", threads=0))
         print(f"backend: {model.choice or model.backend}", flush=True)

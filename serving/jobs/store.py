@@ -1,7 +1,7 @@
 """The queue of jobs: rows of a database, SQLite beside one machine's servers or PostgreSQL for several machines.
 
 A job is a number of parts, as frames or a batch's requests. What a worker finished of it is kept, so that whoever
-goes on with the job makes the rest only. Laws (tests/serving/test_jobs_store.py): a job is held by one worker at a
+goes on with the job makes the rest only. Laws (tests/serving/jobs/test_store.py): a job is held by one worker at a
 time; what is not renewed is handed on once, then it failed; whatever a worker changes, it changes under its lease.
 
 Times are Unix seconds by the clocks of the servers, which must agree to a fraction of a lease.
@@ -14,97 +14,26 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import sqlalchemy as sql
 from sqlalchemy import ColumnElement, Connection, Row
 
 from serving.errors import APIError, invalid
+from serving.jobs.job import (
+    UNFINISHED,
+    FinishedPart,
+    Job,
+    JobKind,
+    JobLimits,
+    JobRequest,
+    JobStatus,
+    LeaseLostError,
+    Part,
+)
 from serving.jobs.tables import jobs, open_database, parts
 
-JobKind = Literal["video", "batch"]
-JobStatus = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
-UNFINISHED = ("queued", "in_progress")
 MAX_ATTEMPTS = 2
-
-
-@dataclass(frozen=True)
-class JobRequest:
-    """What is to be done, and for whom."""
-
-    kind: JobKind
-    owner: str
-    """Name of the caller's key."""
-    model: str
-    request: dict[str, Any]
-    parts: Sequence[dict[str, Any]]
-    """Of each part, what is its own."""
-    idempotency_key: str | None = None
-    body_sha256: str | None = None
-    """Of what came with the key."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """A job as it stood when it was read."""
-
-    id: str
-    kind: JobKind
-    owner: str
-    model: str
-    status: JobStatus
-    num_parts: int
-    num_done: int
-    """Parts that are made, those that failed included."""
-    num_failed: int
-    request: dict[str, Any]
-    result: dict[str, Any]
-    """What came of it; empty before."""
-    error_code: str | None
-    error_message: str | None
-    created_at: float
-    started_at: float | None
-    completed_at: float | None
-    """When it ended, however it did."""
-    expires_at: float
-    attempt: int
-    """Leases that were taken on it and not given back."""
-    worker: str | None
-    """Names the lease."""
-
-    @property
-    def is_finished(self) -> bool:
-        return self.status not in UNFINISHED
-
-
-@dataclass(frozen=True)
-class Part:
-    """One part of a job."""
-
-    position: int
-    request: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class FinishedPart:
-    """What came of one part."""
-
-    position: int
-    content: bytes
-    is_failed: bool
-
-
-@dataclass(frozen=True)
-class JobLimits:
-    """How much may wait."""
-
-    per_owner: int = 16
-    total: int = 256
-
-
-class LeaseLostError(Exception):
-    """The job is not this worker's any more: it was cancelled or deleted, or went to another."""
 
 
 class JobStore:

@@ -9,10 +9,11 @@ import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from serving.artifacts import ArtifactStore
 from serving.errors import from_exception, retry_after_s
-from serving.jobs.store import FinishedPart, Job, JobKind, JobStore, LeaseLostError, Part
-from serving.metrics import ServerMetrics
+from serving.jobs.artifacts import ArtifactStore
+from serving.jobs.job import FinishedPart, Job, JobKind, LeaseLostError, Part
+from serving.jobs.store import JobStore
+from serving.telemetry.metrics import ServerMetrics
 
 logger = logging.getLogger(__name__)
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import grpc
 
-from serving.access import Caller
-from serving.arrival import since_arrival_s
 from serving.errors import APIError
-from serving.schema.images import MAX_BUDGET_MS, ImageRequest
+from serving.fronts.access import Caller
+from serving.fronts.arrival import since_arrival_s
+from serving.schema.image_request import MAX_BUDGET_MS, ImageRequest
 from tdm_runtime.errors import InvalidRequestError
 
 DEADLINE_MARGIN_MS = 5.0

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 
-from serving.services import Services
-from serving.web.batches import add_batch_routes
+from serving.fronts.services import Services
+from serving.web.batch_routes import add_batch_routes
 from serving.web.documentation import document
-from serving.web.edge import add_edges
-from serving.web.files import add_file_routes
-from serving.web.images import add_image_routes
-from serving.web.operations import add_operation_routes, add_playground
-from serving.web.videos import add_video_routes
+from serving.web.file_routes import add_file_routes
+from serving.web.http_edge import add_edges
+from serving.web.image_routes import add_image_routes
+from serving.web.operation_routes import add_operation_routes, add_playground
+from serving.web.video_routes import add_video_routes
 
 DESCRIPTION = (
     "Pictures in 1 to 4 deterministic diffusion steps. Follows the OpenAI API; sampling fields follow diffusers."

@@ -8,9 +8,9 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
-from serving.idempotency import MAX_KEY_CHARACTERS
-from serving.services import Services
-from serving.web.edge import OPEN_PATHS, OPEN_PREFIXES
+from serving.fronts.idempotency import MAX_KEY_CHARACTERS
+from serving.fronts.services import Services
+from serving.web.http_edge import OPEN_PATHS, OPEN_PREFIXES
 
 ERRORS = "Refused or failed. `message` names the value, the limit and the remedy; `x-should-retry: false` says that "
 ERRORS += "the same request fails again, `retry-after` and `retry-after-ms` when it may not."

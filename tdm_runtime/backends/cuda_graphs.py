@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from tdm_runtime.backends.buckets import in_buckets
+from tdm_runtime.backends.interface import Interface
 from tdm_runtime.backends.pytorch import TorchBackend
-from tdm_runtime.components import Interface
 from tdm_runtime.errors import BackendError
 
 MAX_GRAPHS = 32

@@ -17,7 +17,7 @@ from torch.utils.dlpack import from_dlpack
 
 from tdm_runtime.backends.buckets import in_buckets
 from tdm_runtime.backends.cuda_graphs import cuda_stream, side_stream
-from tdm_runtime.components import Interface
+from tdm_runtime.backends.interface import Interface
 from tdm_runtime.errors import ArtifactError, BackendError
 
 Provider = Literal["cpu", "cuda", "tensorrt"]

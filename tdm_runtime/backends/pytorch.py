@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tdm_runtime.backends.buckets import in_buckets
-from tdm_runtime.components import Interface
+from tdm_runtime.backends.interface import Interface
 
 MAX_PROGRAMS = 128
 """Shapes that are compiled for one component; torch would stop at 8 and run the rest eagerly, without a word."""

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from tdm_runtime.backends import Precision
 from tdm_runtime.backends.cuda_graphs import cuda_stream, side_stream
-from tdm_runtime.components import Interface
+from tdm_runtime.backends.interface import Interface
+from tdm_runtime.backends.machine import gpu_architecture
 from tdm_runtime.errors import ArtifactError, BackendError
-from tdm_runtime.manifest import gpu_architecture
 
 logger = logging.getLogger(__name__)
 

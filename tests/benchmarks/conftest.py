@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tdm_runtime.backend_choice import BackendConfig, load_model
-from tdm_runtime.engine import DiffusionEngine, EngineConfig
-from tdm_runtime.loaded_model import LoadedModel
+from tdm_runtime.engine.engine import DiffusionEngine, EngineConfig
+from tdm_runtime.model.artifacts import BackendConfig
+from tdm_runtime.model.choice import load_model
+from tdm_runtime.model.loaded_model import LoadedModel
 from tests.benchmarks.small_server import SmallServer, serving
 
 

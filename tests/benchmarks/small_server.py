@@ -15,11 +15,12 @@ from pathlib import Path
 
 from aiohttp import web
 
-from tdm_runtime.backend_choice import BackendConfig, load_model
-from tdm_runtime.codec import encode_image
-from tdm_runtime.delivery import Delivery
-from tdm_runtime.engine import DiffusionEngine
+from tdm_runtime.engine.delivery import Delivery
+from tdm_runtime.engine.engine import DiffusionEngine
 from tdm_runtime.errors import InvalidRequestError, OverloadedError
+from tdm_runtime.media.image_file import encode_image
+from tdm_runtime.model.artifacts import BackendConfig
+from tdm_runtime.model.choice import load_model
 from tdm_runtime.params import SamplingParams
 
 

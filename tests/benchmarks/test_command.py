@@ -19,7 +19,7 @@ from benchmarks.contenders import Contender, NotRunError, running
 from benchmarks.machine import machine
 from benchmarks.phases import SCENARIOS, Plan, joining, measure_server, ours_within_slo, peer_within_slo
 from benchmarks.workload import arrivals_within
-from tdm_runtime.loaded_model import LoadedModel
+from tdm_runtime.model.loaded_model import LoadedModel
 from tests.benchmarks.small_server import SmallServer
 
 SMALL_SERVER = "tests.benchmarks.small_server"

@@ -13,8 +13,8 @@ from benchmarks.load import Recording, closed_loop, open_loop
 from benchmarks.report import figures
 from benchmarks.targets import EngineTarget, OpenAITarget, Outcome, Target, http_session, picture_fault, served_models
 from benchmarks.workload import Request, Steps, Workload
-from tdm_runtime.engine import DiffusionEngine, EngineConfig
-from tdm_runtime.loaded_model import LoadedModel
+from tdm_runtime.engine.engine import DiffusionEngine, EngineConfig
+from tdm_runtime.model.loaded_model import LoadedModel
 from tests.benchmarks.small_server import SmallServer, serving
 
 SIZES = ((16, 16), (24, 16))

@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.peers.pipelines import Job, OneThread, StockPipeline, generate_batch, make_grouped
-from tdm_runtime.backend_choice import load_model
+from tdm_runtime.model.choice import load_model
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.pipeline import generate
 

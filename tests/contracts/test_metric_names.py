@@ -5,10 +5,10 @@ from __future__ import annotations
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from serving.answers import ImageTimings
-from serving.metrics import METHODS, OTHER, SECONDS, ServerMetrics
-from tdm_runtime.engine import DiffusionEngine
-from tdm_runtime.loaded_model import LoadedModel
+from serving.schema.answers import ImageTimings
+from serving.telemetry.metrics import METHODS, OTHER, SECONDS, ServerMetrics
+from tdm_runtime.engine.engine import DiffusionEngine
+from tdm_runtime.model.loaded_model import LoadedModel
 
 METRICS = {
     "tdm_batch_size": ("histogram", set()),

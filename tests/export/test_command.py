@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from export.cli import main
-from tdm_runtime.backend_choice import CHOICE_FILE, BackendConfig, load_model
 from tdm_runtime.backends import BackendName, Precision
-from tdm_runtime.checkpoint import file_sha256, open_checkpoint
-from tdm_runtime.decoder import Pixels
-from tdm_runtime.manifest import MANIFEST_FILE, Build, Manifest, PictureParity, load_manifest
+from tdm_runtime.checkpoint.folder import file_sha256, open_checkpoint
+from tdm_runtime.checkpoint.manifest import MANIFEST_FILE, Build, Manifest, PictureParity, load_manifest
+from tdm_runtime.model.artifacts import BackendConfig
+from tdm_runtime.model.choice import CHOICE_FILE, load_model
+from tdm_runtime.model.decoder import Pixels
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.pipeline import generate
 

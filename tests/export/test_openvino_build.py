@@ -15,8 +15,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from export.errors import ExportError
 from export.openvino_build import MIN_HALVED_ELEMENTS, write_int8_ir, write_ir
-from tdm_runtime.checkpoint import open_checkpoint
-from tdm_runtime.manifest import load_manifest
+from tdm_runtime.checkpoint.folder import open_checkpoint
+from tdm_runtime.checkpoint.manifest import load_manifest
 
 Array = NDArray[Any]
 SIDE = 48

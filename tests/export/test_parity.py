@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tdm_runtime.backend_choice import BackendConfig, load_model
 from tdm_runtime.backends import BackendName, Precision
 from tdm_runtime.backends.openvino import has_bf16
-from tdm_runtime.checkpoint import open_checkpoint
-from tdm_runtime.decoder import Pixels
-from tdm_runtime.loaded_model import LoadedModel
-from tdm_runtime.manifest import Build, load_manifest
+from tdm_runtime.checkpoint.folder import open_checkpoint
+from tdm_runtime.checkpoint.manifest import Build, load_manifest
+from tdm_runtime.model.artifacts import BackendConfig
+from tdm_runtime.model.choice import load_model
+from tdm_runtime.model.decoder import Pixels
+from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.pipeline import generate
 

@@ -15,7 +15,7 @@ from diffusers import StableDiffusionPipeline
 from export import real_sizes
 from export.architectures import REAL_SIZES, empty_model, random_model
 from export.real_sizes import RESULTS_FILE, main, table, write_random_sd15
-from tdm_runtime.checkpoint import open_checkpoint
+from tdm_runtime.checkpoint.folder import open_checkpoint
 
 SMALLER: dict[str, dict[str, Any]] = {
     "text_encoder": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},

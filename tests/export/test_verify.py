@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from export.verify import EQUAL_DB, VerifyConfig, component_parity, parity_table, psnr_db, ssim, verify
-from tdm_runtime.checkpoint import open_checkpoint
-from tdm_runtime.decoder import Pixels
-from tdm_runtime.manifest import ComponentParity, Manifest, PictureParity, load_manifest
+from tdm_runtime.checkpoint.folder import open_checkpoint
+from tdm_runtime.checkpoint.manifest import ComponentParity, Manifest, PictureParity, load_manifest
+from tdm_runtime.model.decoder import Pixels
 
 PROMPTS = ("a red apple", "a cat left of a dog")
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from export.accelerator import Part, main
 from export.accelerator_report import REPORT_FILE, TABLE_FILE
-from tdm_runtime.components import Interface, TensorSpec
+from tdm_runtime.backends.interface import Interface, TensorSpec
 
 
 def report_of(folder: Path) -> dict[str, Any]:

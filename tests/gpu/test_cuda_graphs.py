@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from tdm_runtime.backend_choice import BackendConfig, load_model
 from tdm_runtime.backends.cuda_graphs import CudaGraphBackend
 from tdm_runtime.backends.pytorch import TorchBackend
-from tdm_runtime.components import DecoderModule
-from tdm_runtime.engine import DiffusionEngine
-from tdm_runtime.loaded_model import LoadedModel
+from tdm_runtime.engine.engine import DiffusionEngine
+from tdm_runtime.model.artifacts import BackendConfig
+from tdm_runtime.model.choice import load_model
+from tdm_runtime.model.components import DecoderModule
+from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.pipeline import generate
 from tests.gpu.tiny_denoiser import relative_l2, tiny_denoiser, tiny_inputs

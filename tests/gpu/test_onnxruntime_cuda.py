@@ -12,7 +12,7 @@ import torch
 from export.onnx_export import export_onnx
 from tdm_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from tdm_runtime.backends.pytorch import TorchBackend
-from tdm_runtime.components import DecoderModule
+from tdm_runtime.model.components import DecoderModule
 from tests.gpu.tiny_denoiser import relative_l2, tiny_denoiser, tiny_inputs
 from tests.tiny_pipelines import build_vae
 

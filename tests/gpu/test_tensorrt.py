@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from export.fp8_onnx import record_calls, write_fp8_onnx
 from export.onnx_export import export_onnx
 from export.tensorrt_build import build_plan, cast_last, precision_of, refit_plan, require_capability, size_ranges
+from tdm_runtime.backends.interface import Interface, TensorSpec
 from tdm_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from tdm_runtime.backends.pytorch import TorchBackend
 from tdm_runtime.backends.tensorrt import BuiltFor, TensorRTBackend, built_for_file, import_tensorrt, sizes_of
-from tdm_runtime.checkpoint import DEFAULT_CHECKPOINT, open_checkpoint
-from tdm_runtime.components import DecoderModule, Interface, TensorSpec, load_component
+from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT, open_checkpoint
 from tdm_runtime.errors import ArtifactError, BackendError
+from tdm_runtime.model.components import DecoderModule, load_component
 from tests.gpu.tiny_denoiser import relative_l2, tiny_denoiser, tiny_inputs
 from tests.tiny_pipelines import build_vae
 

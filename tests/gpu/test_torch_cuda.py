@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from tdm_runtime.backend_choice import load_model
-from tdm_runtime.engine import DiffusionEngine
-from tdm_runtime.loaded_model import LoadedModel
+from tdm_runtime.engine.engine import DiffusionEngine
+from tdm_runtime.model.choice import load_model
+from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.pipeline import generate
 

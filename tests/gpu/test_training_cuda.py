@@ -9,8 +9,8 @@ import torch
 from accelerate import PartialState
 
 from tests.training.tiny_runs import UNIFY, tiny_distiller
-from training.distill import Distiller
-from training.loop import step_generator
+from training.run.distill import Distiller
+from training.run.loop import step_generator
 
 pytestmark = [
     pytest.mark.gpu,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from export.families import interface_of
-from tdm_runtime.components import Interface
-from tdm_runtime.models import Denoiser, denoiser_for
+from tdm_runtime.backends.interface import Interface
+from tdm_runtime.families import Denoiser, denoiser_for
+from tdm_runtime.families.interfaces import interface_of
 from tests.tiny_models import TEXT_DIM, TEXT_TOKENS, TINY_MODELS, TINY_SHAPES, tiny_conditioning
 
 CONDITION_DIM = 8

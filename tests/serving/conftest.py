@@ -47,7 +47,7 @@ def start_server(log: Path, *arguments: str) -> RunningServer:
     port, grpc_port = free_port(), free_port()
     ports = ["--port", str(port), "--grpc-port", str(grpc_port)]
     state = ["--state-folder", str(log.parent / "state")]
-    command = [sys.executable, "-m", "serving.cli", *ports, *state, *arguments]
+    command = [sys.executable, "-m", "serving.command.cli", *ports, *state, *arguments]
     with log.open("wb") as stream:
         process = subprocess.Popen(command, stdout=stream, stderr=stream, env=os.environ | {"PYTHONUNBUFFERED": "1"})
     server = RunningServer(process, port, log, grpc_port)

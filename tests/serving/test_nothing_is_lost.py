@@ -14,11 +14,11 @@ from typing import Any
 import httpx
 import pytest
 
-from serving.keys_cli import main as tdm_keys
+from serving.command.keys import main as tdm_keys
 from tests.serving.conftest import RunningServer, start_server
 from tests.serving.killing import check_recovery, kill, make_picture, processes
-from tests.serving.test_server import metric
-from tests.serving.test_videos import CLIP, frames_of, wait_for_clip
+from tests.serving.web.test_server import metric
+from tests.serving.web.test_videos import CLIP, frames_of, wait_for_clip
 
 LONG_CLIP = CLIP | {"seconds": 6, "fps": 12, "num_inference_steps": 4}
 NUM_FRAMES = 72

@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tdm_runtime.backend_choice import CHOICE_FILE, BackendConfig, load_model
+from tdm_runtime.checkpoint.recipe import RECIPE_FILE
 from tdm_runtime.cli import main
-from tdm_runtime.codec import EXIF_IFD, EXIF_USER_COMMENT, describe_parameters
-from tdm_runtime.decoder import Pixels
-from tdm_runtime.loaded_model import LoadedModel
+from tdm_runtime.media.image_file import EXIF_IFD, EXIF_USER_COMMENT, describe_parameters
+from tdm_runtime.model.artifacts import BackendConfig
+from tdm_runtime.model.choice import CHOICE_FILE, load_model
+from tdm_runtime.model.decoder import Pixels
+from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.params import MAX_SEED, DecoderName, SamplingParams
 from tdm_runtime.pipeline import generate
-from tdm_runtime.recipe import RECIPE_FILE
 
 
 def command(checkpoint_folder: Path, output: Path, *more: str, prompt: str = "a red apple") -> list[str]:

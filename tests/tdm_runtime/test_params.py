@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from tdm_runtime.checkpoint.recipe import Recipe
 from tdm_runtime.errors import InvalidRequestError
-from tdm_runtime.noise_schedule import DiffusionSchedule, spaced_timesteps
 from tdm_runtime.params import MAX_PROMPT_CHARACTERS, MAX_SEED, SamplingParams
-from tdm_runtime.recipe import Recipe
+from tdm_runtime.sampling.schedule import DiffusionSchedule, spaced_timesteps
 
 LONGEST_MESSAGE = 200
 RECIPE = Recipe(

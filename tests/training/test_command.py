@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from tdm_runtime.recipe import load_recipe
+from tdm_runtime.checkpoint.recipe import load_recipe
 from tests.tiny_pipelines import build_pipeline
 from training.cli import main
 from training.config import load_config
-from training.presets import PRESETS
+from training.pretrained.presets import PRESETS
 
 SMALL = """
 steps = 2

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from training.config import ConfigError, DistillConfig, config_as_toml, load_config, with_changes
-from training.presets import PRESETS, as_dmd2, as_lcm
+from training.pretrained.presets import PRESETS, as_dmd2, as_lcm
 
 VARIANTS = {
     **PRESETS,

@@ -8,16 +8,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tdm_runtime.models import Conditioning, denoiser_for
-from tdm_runtime.noise_schedule import DiffusionSchedule, FlowSchedule, NoiseSchedule
-from tdm_runtime.step_table import PredictionType
+from tdm_runtime.families import Conditioning, denoiser_for
+from tdm_runtime.sampling.schedule import DiffusionSchedule, FlowSchedule, NoiseSchedule
+from tdm_runtime.sampling.step_table import PredictionType
 from tests.tiny_models import TINY_MODELS, TINY_SHAPES, tiny_conditioning
-from training.backbones import build_roles, coordinates_of
-from training.base_model import BaseModel, Family
 from training.config import DistillConfig
-from training.distill import Distiller, Run
-from training.loop import step_generator
-from training.processes import Processes
+from training.pretrained.base_model import BaseModel, Family
+from training.pretrained.train import build_roles, coordinates_of
+from training.run.distill import Distiller, Run
+from training.run.loop import step_generator
+from training.run.processes import Processes
 
 PROMPTS = 8
 NOISE: Mapping[Family, tuple[NoiseSchedule, PredictionType]] = {

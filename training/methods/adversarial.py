@@ -7,12 +7,12 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from tdm_runtime.models.denoiser import Denoiser
-from tdm_runtime.models.unet import UNetDenoiser
-from training.batch import Batch, Forward
-from training.losses import adversarial_loss, discriminator_loss
+from tdm_runtime.families.denoiser import Denoiser
+from tdm_runtime.families.unet import UNetDenoiser
+from training.methods.batch import Batch, Forward
+from training.methods.losses import adversarial_loss, discriminator_loss
+from training.methods.precision import autocast
 from training.methods.tdm import TDM, StudentSample
-from training.precision import autocast
 
 
 def build_discriminator(teacher: Denoiser) -> Denoiser:

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tdm_runtime.models.conditioning import Conditioning
-from training.batch import Batch
-from training.losses import consistency_loss, consistency_scalings
-from training.roles import CleanEstimator, Guided
-from training.trajectory import Coordinates
+from tdm_runtime.families.conditioning import Conditioning
+from training.methods.batch import Batch
+from training.methods.losses import consistency_loss, consistency_scalings
+from training.methods.roles import CleanEstimator, Guided
+from training.methods.trajectory import Coordinates
 
 GRID = 50
 """Timesteps of the teacher's solver; a skip of T / 50 = 20 is LCM's."""

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from training.batch import Batch, Forward
 from training.config import DistillConfig
-from training.losses import (
+from training.methods.batch import Batch, Forward
+from training.methods.losses import (
     ForwardKernel,
     elementwise_pseudo_huber,
     fake_score_loss,
@@ -23,8 +23,8 @@ from training.losses import (
     revised_samples,
     trajectory_score_loss,
 )
-from training.roles import Guided, Roles, TrainedRole
-from training.trajectory import Start, Trajectories, advance, roll_out
+from training.methods.roles import Guided, Roles, TrainedRole
+from training.methods.trajectory import Start, Trajectories, advance, roll_out
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""The commands `tdm-serve` and `tdm-keys`: arguments, checks before the start, start and end."""

@@ -1,0 +1,193 @@
+"""The command line of `tdm-serve`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from pathlib import Path
+from typing import get_args
+
+from serving.config import FrontName, LogFormat, LoraSource, ModelSource, ServerConfig
+from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT
+from tdm_runtime.cli import add_backend_arguments, backend_config
+from tdm_runtime.engine.engine import EngineConfig
+
+
+def parse_arguments(arguments: list[str] | None = None) -> ServerConfig:
+    """Read the command line; exits with status 2 on a mistake."""
+    parser = argparse.ArgumentParser(prog="tdm-serve", description="Serve a few-step diffusion checkpoint over HTTP.")
+    add_model_arguments(parser)
+    add_front_arguments(parser)
+    add_service_arguments(parser)
+    add_backend_arguments(parser)
+    parser.add_argument(
+        "--log-level", choices=["info", "warning", "error"], default=ServerConfig.log_level, help="(%(default)s)"
+    )
+    add_telemetry_arguments(parser)
+    given = parser.parse_args(arguments)
+    try:
+        return ServerConfig(
+            models=tuple(given.model) or (ModelSource(given.checkpoint.resolve()),),
+            loras=tuple(given.lora),
+            lora_folder=given.lora_folder and given.lora_folder.resolve(),
+            host=given.host,
+            port=given.port,
+            grpc_port=given.grpc_port,
+            front=given.front,
+            min_replicas=given.replicas[0],
+            max_replicas=given.replicas[1],
+            api_keys=given.api_keys and given.api_keys.resolve(),
+            state_folder=given.state_folder.resolve(),
+            database_url=given.database_url,
+            artifacts_url=given.artifacts_url,
+            artifact_ttl_s=given.artifact_ttl_hours * 3600,
+            public_url=given.public_url and given.public_url.rstrip("/"),
+            max_open_requests=given.max_open_requests,
+            blocked_words=given.blocked_words and given.blocked_words.resolve(),
+            safety_checker=given.safety_checker,
+            engine=EngineConfig(
+                max_batch_size=given.max_batch_size,
+                max_live=given.max_live,
+                result_cache_bytes=given.result_cache_mb * 2**20,
+            ),
+            backend=backend_config(given),
+            log_level=given.log_level,
+            log_format=given.log_format,
+            log_file=given.log_file and given.log_file.resolve(),
+            otlp_endpoint=given.otlp_endpoint or None,
+            trace_file=given.trace_file and given.trace_file.resolve(),
+        )
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is served."""
+    models = parser.add_mutually_exclusive_group()
+    models.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT, help="checkpoint folder (%(default)s)")
+    models.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        type=model_source,
+        metavar="NAME=FOLDER",
+        help="a checkpoint and what requests call it; may be given several times, the first is the default",
+    )
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        type=lora_source,
+        metavar="NAME=PATH[:SCALE][@MODEL]",
+        help="a LoRA in the manner of diffusers, kohya or PEFT, and what requests call it; may be given several times",
+    )
+    parser.add_argument(
+        "--lora-folder", type=Path, help="folder of LoRAs that are served as they come, change and go, by their names"
+    )
+
+
+def add_front_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where it is served, by how many, and how much of it at once."""
+    defaults, engine = ServerConfig(), EngineConfig()
+    parser.add_argument("--host", default=defaults.host, help="address to listen on (%(default)s)")
+    parser.add_argument("--port", type=int, default=defaults.port, help="(%(default)s)")
+    parser.add_argument("--grpc-port", type=int, help="answer gRPC there as well; without it, only HTTP")
+    parser.add_argument(
+        "--front",
+        choices=get_args(FrontName),
+        default=defaults.front,
+        help="who answers HTTP: the replica, or Ray's proxy: slower, finds replicas on any machine (%(default)s)",
+    )
+    parser.add_argument(
+        "--replicas",
+        type=replica_range,
+        default=(1, 1),
+        metavar="N or N-M",
+        help="processes with engines; a range, with --front ray, follows the load (1)",
+    )
+    parser.add_argument(
+        "--max-batch-size", type=int, default=engine.max_batch_size, help="pictures in one denoiser call (%(default)s)"
+    )
+    parser.add_argument(
+        "--max-live", type=int, default=engine.max_live, help="pictures accepted and unanswered (%(default)s)"
+    )
+    parser.add_argument(
+        "--result-cache-mb",
+        type=int,
+        default=engine.result_cache_bytes // 2**20,
+        help="MiB of finished pictures kept for who asks for exactly the same again (%(default)s)",
+    )
+
+
+def add_service_arguments(parser: argparse.ArgumentParser) -> None:
+    """Who may ask, for what, and where jobs and files are kept."""
+    defaults = ServerConfig()
+    parser.add_argument(
+        "--api-keys", type=Path, help="file of API keys, made by `tdm-keys add`; without it, everybody may ask"
+    )
+    parser.add_argument("--blocked-words", type=Path, help="file of words that prompts may not hold, one a line")
+    parser.add_argument(
+        "--safety-checker", metavar="MODULE:FACTORY", help="what checks prompts and pictures, see docs/security.md"
+    )
+    parser.add_argument(
+        "--state-folder", type=Path, default=defaults.state_folder, help="of jobs and kept files (%(default)s)"
+    )
+    parser.add_argument("--database-url", help="of jobs, as postgresql+psycopg://...; SQLite in the state folder else")
+    parser.add_argument("--artifacts-url", help="of kept files, as s3://bucket/folder; in the state folder else")
+    parser.add_argument(
+        "--artifact-ttl-hours",
+        type=float,
+        default=defaults.artifact_ttl_s / 3600,
+        help="how long files and ended jobs are kept (%(default)s)",
+    )
+    parser.add_argument("--public-url", help="what clients call this server, as https://images.example.org")
+    parser.add_argument(
+        "--max-open-requests",
+        type=int,
+        default=defaults.max_open_requests,
+        help="requests open at once; more are refused (%(default)s)",
+    )
+
+
+def add_telemetry_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where logs and traces go."""
+    parser.add_argument(
+        "--log-format", choices=get_args(LogFormat), default="text", help="json is one object a line (%(default)s)"
+    )
+    parser.add_argument("--log-file", type=Path, help="in place of stderr")
+    parser.add_argument(
+        "--otlp-endpoint",
+        metavar="URL",
+        default=os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT"),
+        help="OpenTelemetry collector that takes traces by HTTP, as http://127.0.0.1:4318; none by default, or "
+        "OTEL_EXPORTER_OTLP_ENDPOINT",
+    )
+    parser.add_argument("--trace-file", type=Path, metavar="FILE", help="write traces as JSON lines, too")
+
+
+def model_source(text: str) -> ModelSource:
+    """Read NAME=FOLDER."""
+    name, equals, folder = text.partition("=")
+    if not (name and equals and folder):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FOLDER")
+    return ModelSource(Path(folder).resolve(), name)
+
+
+def lora_source(text: str) -> LoraSource:
+    """Read NAME=PATH[:SCALE][@MODEL]."""
+    found = re.fullmatch(r"(?P<name>[^=]+)=(?P<path>.+?)(?::(?P<scale>[-+.\deE]+))?(?:@(?P<base>[^@/]+))?", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH[:SCALE][@MODEL]")
+    try:
+        return LoraSource(found["name"], Path(found["path"]).resolve(), float(found["scale"] or 1), found["base"])
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def replica_range(text: str) -> tuple[int, int]:
+    """Read N or N-M."""
+    if re.fullmatch(r"\d{1,3}(-\d{1,3})?", text, re.ASCII) is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor a range as 1-4")
+    fewest, _, most = text.partition("-")
+    return int(fewest), int(most or fewest)

@@ -1,0 +1,122 @@
+"""What `tdm-serve` refuses before anything is started, since the first request is too late."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+from serving.config import ServerConfig
+from serving.fronts.access import load_keys
+from serving.fronts.address import reserve
+from serving.images.safety import Safety
+from serving.jobs.artifacts import open_artifacts
+from serving.jobs.job_service import open_store
+from serving.telemetry.logs import start_logger
+from tdm_runtime.checkpoint.folder import Checkpoint, open_checkpoint
+from tdm_runtime.checkpoint.lora_file import read_lora
+from tdm_runtime.errors import ArtifactError, CheckpointError
+from tdm_runtime.model.artifacts import TORCH_BACKENDS, Artifacts, BackendConfig
+
+
+def check(config: ServerConfig) -> ExitStack:
+    """Refuse what could not be served; build artifacts where there are none.
+
+    Returns:
+        the addresses, held for this server until it is closed.
+
+    Raises:
+        TDMError, OSError, ValueError: naming what is wrong and what to do.
+    """
+    if config.trace_file is not None:
+        config.trace_file.open("a").close()
+    checkpoints = check_models(config)
+    if config.api_keys is not None:
+        load_keys(config.api_keys)
+    Safety.load(config)
+    check_state(config)
+    with reserve_addresses(config) as held:
+        for checkpoint in checkpoints:
+            check_artifacts(checkpoint, config.backend)
+        return held.pop_all()
+
+
+def check_models(config: ServerConfig) -> list[Checkpoint]:
+    """Open what is to be served, so that a mistake is said before anything is started.
+
+    Raises:
+        CheckpointError: a checkpoint or a LoRA cannot be served, or two have one name.
+    """
+    checkpoints = [open_checkpoint(source.folder) for source in config.models]
+    opened = zip(config.models, checkpoints, strict=True)
+    names = [source.name or checkpoint.recipe.name for source, checkpoint in opened]
+    bases = list(names)
+    for lora in config.loras:
+        read_lora(lora.path)
+        names.append(lora.name)
+        if lora.base is not None and lora.base not in bases:
+            raise CheckpointError(f"the base of {lora.name} is {lora.base!r}; this server has {', '.join(bases)}")
+    if doubled := sorted({name for name in names if names.count(name) > 1}):
+        raise CheckpointError(f"two models are called {doubled[0]!r}; give each a name of its own")
+    if len(bases) > 1 and config.backend.artifacts is not None:
+        raise CheckpointError("--artifacts is of one checkpoint; leave it out, each has a folder of its own by default")
+    if config.lora_folder is not None and not config.lora_folder.is_dir():
+        raise CheckpointError(f"--lora-folder {config.lora_folder} is not a folder; make it, or leave it out")
+    return checkpoints
+
+
+def reserve_addresses(config: ServerConfig) -> ExitStack:
+    """Hold the addresses for this server until the returned stack is closed.
+
+    Raises:
+        OSError: naming the address and what to do.
+    """
+    with ExitStack() as held:
+        for port, flag in ((config.port, "--port"), (config.grpc_port, "--grpc-port")):
+            try:
+                if port is not None:
+                    held.enter_context(reserve(config.host, port))
+            except OSError as error:
+                message = f"cannot listen on {config.host}:{port} ({error.strerror}); choose another with {flag}"
+                raise OSError(message) from None
+        return held.pop_all()
+
+
+def check_state(config: ServerConfig) -> None:
+    """Refuse a database or a place for files that cannot be used.
+
+    Raises:
+        ValueError, OSError: naming what is wrong.
+    """
+    open_artifacts(config)
+    open_store(config).close()
+
+
+def check_artifacts(checkpoint: Checkpoint, config: BackendConfig) -> None:
+    """Refuse artifacts that cannot be used; build those of the default folder where there are none.
+
+    Raises:
+        ArtifactError: the artifacts are of another checkpoint or machine; or they could not be built.
+    """
+    try:
+        artifacts = Artifacts.find(checkpoint, config)
+        if not artifacts.is_missing(config):
+            if config.backend != "auto" and config.backend not in TORCH_BACKENDS:
+                artifacts.require(config.backend, config.precision)
+            return
+    except ArtifactError:
+        if config.allow_fallback:
+            return  # what the replica runs in their place, and why, is said when it has loaded
+        raise
+    start_logger.info("building %s for this machine, once (--backend torch does without)", checkpoint.recipe.name)
+    command = [sys.executable, "-m", "export.cli", str(checkpoint.folder)]
+    if config.backend != "auto":
+        command += ["--backend", config.backend]
+    if config.precision is not None:
+        command += ["--precision", config.precision]
+    if subprocess.run(command, stdout=subprocess.DEVNULL, cwd=Path(__file__).resolve().parent.parent).returncode == 0:
+        return
+    if config.backend != "auto" and not config.allow_fallback:
+        raise ArtifactError("the artifacts could not be built, see above; --allow-fallback serves with torch")
+    start_logger.warning("the artifacts could not be built, see above; serving with torch")

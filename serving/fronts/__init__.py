@@ -1,0 +1,1 @@
+"""What every front shares: services, access, limits, idempotency, addresses."""

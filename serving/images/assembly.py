@@ -1,0 +1,91 @@
+"""Puts answers together of what the engine made."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+from serving.schema.answers import ImageTimings, InputTokenDetails, MadeImage, PartialAnswer, Usage
+from serving.schema.image_request import ImageRequest
+from tdm_runtime.engine.delivery import Preview
+from tdm_runtime.engine.sample import Picture, Timings
+from tdm_runtime.media.image_file import describe_parameters, encode_image
+from tdm_runtime.media.receipt import receipt_of
+from tdm_runtime.model.decoder import Pixels
+from tdm_runtime.model.loaded_model import LoadedModel
+from tdm_runtime.model.text_encoder import PromptEmbedding
+from tdm_runtime.params import SamplingParams
+from tdm_runtime.scheduling.cost_model import Kind
+
+
+def to_images(
+    model: LoadedModel, pictures: Sequence[Picture], request: ImageRequest, as_pixels: bool
+) -> list[MadeImage]:
+    """Files, or bare pixels, with seeds and receipts."""
+    images = []
+    for picture in pictures:
+        params = picture.params
+        receipt = receipt_of(model, params, picture.pixels, picture.is_strict)
+        embedded: dict[str, str] = {}
+        if request.metadata and not as_pixels:
+            text = describe_parameters(params, model.recipe, model.digest)
+            embedded = {"parameters": text, "receipt": receipt.to_json()}
+        content = picture.pixels.tobytes() if as_pixels else _encoded(picture.pixels, request, embedded)
+        images.append(MadeImage(content, params.seed, params.num_inference_steps, picture.is_cached, receipt))
+    return images
+
+
+def to_partial(preview: Preview, index: int, request: ImageRequest) -> PartialAnswer:
+    """A file of what is to be seen on the way."""
+    return PartialAnswer(
+        content=_encoded(preview.pixels, request, {}),
+        index=index,
+        created=int(time.time()),
+        output_format=request.output_format,
+        width=preview.params.width,
+        height=preview.params.height,
+        is_draft=preview.is_draft,
+        num_steps_taken=preview.num_steps_taken,
+    )
+
+
+def to_usage(model: LoadedModel, pictures: Sequence[Picture]) -> Usage:
+    """Tokens read and latent positions made."""
+    first = pictures[0]
+    text_tokens = min(first.prompt.num_tokens, first.prompt.max_tokens)
+    _, height, width = model.latent_shape(first.params)
+    output_tokens = height * width * len(pictures)
+    return Usage(
+        input_tokens=text_tokens,
+        input_tokens_details=InputTokenDetails(text_tokens=text_tokens),
+        output_tokens=output_tokens,
+        total_tokens=text_tokens + output_tokens,
+    )
+
+
+def to_timings(slowest: Timings, waited_ms: float, encode_ms: float, total_ms: float) -> ImageTimings:
+    """Of a request, by its slowest picture; what it waited for its turn counts as queue."""
+    return ImageTimings(
+        queue_ms=waited_ms + slowest.queue_ms,
+        text_ms=slowest.text_ms,
+        steps_ms=slowest.steps_ms,
+        decode_ms=slowest.decode_ms,
+        encode_ms=encode_ms,
+        total_ms=total_ms,
+    )
+
+
+def _encoded(pixels: Pixels, request: ImageRequest, embedded: Mapping[str, str]) -> bytes:
+    return encode_image(pixels, request.output_format, compression=request.output_compression, **embedded)
+
+
+def encoding_kind(request: ImageRequest, params: SamplingParams) -> Kind:
+    """What the engine calls the encoding of a file of this format and size."""
+    return Kind(f"encode:{request.output_format}", (params.height, params.width))
+
+
+def to_warnings(prompt: PromptEmbedding) -> list[str]:
+    """What the client may want to know of a prompt."""
+    if not prompt.is_truncated:
+        return []
+    return [f"the prompt has {prompt.num_tokens} tokens; the model read the first {prompt.max_tokens}"]

@@ -1,0 +1,241 @@
+"""The models that requests may name: checkpoints, and LoRAs on them that come and go while the server runs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pydantic
+
+from serving.config import LoraSource, ModelSource, ServerConfig
+from serving.errors import unknown_model
+from tdm_runtime.checkpoint.folder import Checkpoint, open_checkpoint
+from tdm_runtime.checkpoint.lora_file import FOLDER_FILES, read_lora
+from tdm_runtime.checkpoint.recipe import RECIPE_FILE
+from tdm_runtime.engine.engine import DiffusionEngine
+from tdm_runtime.engine.warm_up import warm_up
+from tdm_runtime.errors import CheckpointError, TDMError
+from tdm_runtime.model.artifacts import BackendConfig
+from tdm_runtime.model.choice import load_model
+from tdm_runtime.model.loaded_model import LoadedModel
+from tdm_runtime.model.lora import LoraBase
+
+logger = logging.getLogger(__name__)
+
+LOOK_AGAIN_S = 1.0
+"""The folder of LoRAs is looked at so often; what has changed is read when it has not changed since the last look."""
+Stamp = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model that requests may name."""
+
+    model: LoadedModel
+    created: int
+    """Unix seconds."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """A checkpoint and its model."""
+
+    checkpoint: Checkpoint
+    model: LoadedModel
+
+
+def load_base(source: ModelSource, backend: BackendConfig) -> Base:
+    """Load a checkpoint.
+
+    Raises:
+        CheckpointError, BackendError: it cannot be served.
+    """
+    model = load_model(source.folder, backend)
+    if source.name is not None:
+        model = replace(model, recipe=replace(model.recipe, name=source.name))
+    logger.info("%s runs on %s", model.name, model.choice or model.backend)
+    return Base(open_checkpoint(source.folder), model)
+
+
+class Catalog:
+    """Finds models by name. Readers see it whole: it changes by being replaced."""
+
+    def __init__(self, engine: DiffusionEngine, bases: Sequence[Base], config: ServerConfig) -> None:
+        """Warm up every model, then follow the folder of LoRAs.
+
+        Raises:
+            TDMError: a LoRA does not fit its base, or two models have one name.
+        """
+        self._engine = engine
+        self._bases = {base.model.name: base for base in bases}
+        self._lora_bases: dict[str, LoraBase] = {}
+        self._served: dict[str, Served] = {}
+        self._threads = config.backend.threads or None
+        self._retired: list[LoadedModel] = []
+        """LoRAs that nobody can name any more and some samples still have."""
+        for base in bases:
+            warm_up(engine, base.model)
+            changed_s = (base.checkpoint.folder / RECIPE_FILE).stat().st_mtime
+            self._add(Served(base.model, int(changed_s)))
+        for lora in config.loras:
+            self._add(self._loaded(lora))
+        self._folder = None if config.lora_folder is None else LoraFolder(config.lora_folder)
+        self._is_closing = threading.Event()
+        self._watching = threading.Thread(target=self._watch, name="lora-folder", daemon=True)
+        if self._folder is not None:
+            self.look_again()
+            self.look_again()  # what lay there at the start is served from the start
+            self._watching.start()
+
+    def served(self) -> list[Served]:
+        """All of them, the default first."""
+        return list(self._served.values())
+
+    def find(self, name: str | None) -> Served:
+        """The model of this name; None is the default.
+
+        Raises:
+            APIError: 404, there is none.
+        """
+        served = self._served
+        if name is None:
+            return next(iter(served.values()))
+        if name not in served:
+            raise unknown_model(name, served)
+        return served[name]
+
+    def close(self) -> None:
+        """Look at the folder no more."""
+        self._is_closing.set()
+        if self._watching.ident is not None:
+            self._watching.join()
+
+    def look_again(self) -> None:
+        """Follow what has changed in the folder of LoRAs."""
+        if self._folder is None:
+            return
+        for lora in self._folder.changed():
+            try:
+                self._replace(self._loaded(lora))
+                logger.info("LoRA %s is served from %s", lora.name, lora.path)
+            except TDMError as error:
+                logger.error("LoRA %s is not served as it is now: %s", lora.name, error)
+        for name in self._folder.gone():
+            if (old := self._served.get(name)) is not None and old.model.base is not None:
+                self._served = {key: served for key, served in self._served.items() if key != name}
+                self._retired.append(old.model)
+                logger.info("LoRA %s is gone", name)
+        self._forget_retired()
+
+    def _watch(self) -> None:
+        while not self._is_closing.wait(LOOK_AGAIN_S):
+            try:
+                self.look_again()
+            except Exception:
+                logger.exception("the folder of LoRAs could not be followed; it is looked at again")
+
+    def _loaded(self, lora: LoraSource) -> Served:
+        """Put a LoRA on its base, between two calls of the engine.
+
+        Raises:
+            CheckpointError: it cannot be.
+        """
+        name = lora.base or next(iter(self._bases))
+        if name not in self._bases:
+            raise CheckpointError(f"the base of {lora.name} is {name!r}; this server has {', '.join(self._bases)}")
+        base = self._bases[name]
+        if name not in self._lora_bases:
+            self._lora_bases[name] = LoraBase(base.checkpoint, base.model, self._threads)
+        lora_base = self._lora_bases[name]
+        prepared = lora_base.prepare(lora.name, read_lora(lora.path), lora.scale)
+        attached: list[LoadedModel] = []
+        self._engine.run_on_thread(lambda: attached.append(lora_base.attach(prepared)))
+        if not any(served.model.base == name for served in self._served.values()):
+            warm_up(self._engine, attached[0])  # what calls of LoRAs cost is the same for all of a base
+        return Served(attached[0], int(time.time()))
+
+    def _add(self, served: Served) -> None:
+        if (name := served.model.name) in self._served:
+            raise CheckpointError(
+                f"two models are called {name!r}; give each a name of its own with --model NAME=FOLDER"
+            )
+        self._served = {**self._served, name: served}
+
+    def _replace(self, served: Served) -> None:
+        name = served.model.name
+        old = self._served.get(name)
+        if old is not None and old.model.base is None:
+            raise CheckpointError(f"{name!r} is the name of a checkpoint; call the LoRA something else")
+        if old is not None:
+            self._retired.append(old.model)
+        self._served = {**self._served, name: served}
+
+    def _forget_retired(self) -> None:
+        """Free LoRAs whose last picture is made."""
+        for model in [model for model in self._retired if not self._engine.is_used(model)]:
+            assert model.base is not None, "checkpoints are not retired"
+            lora_base = self._lora_bases[model.base]
+            self._engine.run_on_thread(lambda lora_base=lora_base, model=model: lora_base.detach(model))  # type: ignore[misc]
+            self._retired.remove(model)
+
+
+class _Beside(pydantic.BaseModel):
+    """`NAME.json` beside `NAME.safetensors`."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    scale: float = 1.0
+    base: str | None = None
+
+
+class LoraFolder:
+    """What lies in a folder, and what of it is other than at the last look."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._seen: dict[str, Stamp] = {}
+        """As of the last look."""
+        self._told: dict[str, Stamp] = {}
+        """As of when it was last told of."""
+        self._gone: list[str] = []
+
+    def changed(self) -> list[LoraSource]:
+        """LoRAs that came or changed and then lay still for a look."""
+        files = dict(self._files())
+        stamps = {name: self._stamp(name, file) for name, file in files.items()}
+        still = [name for name, stamp in stamps.items() if self._seen.get(name) == stamp != self._told.get(name)]
+        self._gone = [name for name in self._told if name not in stamps]
+        self._seen = stamps
+        self._told = {name: stamp for name, stamp in self._told.items() if name in stamps}
+        self._told |= {name: stamps[name] for name in still}
+        return [lora for name in still if (lora := self._source(name, files[name])) is not None]
+
+    def gone(self) -> list[str]:
+        """Names that the last look missed."""
+        return self._gone
+
+    def _files(self) -> Iterator[tuple[str, Path]]:
+        for entry in sorted(self._folder.iterdir()):
+            if entry.suffix == ".safetensors" and entry.is_file():
+                yield entry.stem, entry
+            elif entry.is_dir() and any((entry / file).is_file() for file in FOLDER_FILES):
+                yield entry.name, entry
+
+    def _stamp(self, name: str, file: Path) -> Stamp:
+        places = [file, self._folder / f"{name}.json", *(file / inside for inside in FOLDER_FILES)]
+        found = [place.stat() for place in places if place.exists()]
+        return tuple(number for stat in found for number in (stat.st_mtime_ns, stat.st_size))
+
+    def _source(self, name: str, file: Path) -> LoraSource | None:
+        beside = self._folder / f"{name}.json"
+        try:
+            told = _Beside.model_validate(json.loads(beside.read_bytes()) if beside.is_file() else {})
+            return LoraSource(name, file, told.scale, told.base)
+        except (OSError, ValueError) as error:
+            logger.error("LoRA %s is not served: %s cannot be used (%s)", name, beside, error)
+            return None

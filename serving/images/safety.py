@@ -1,0 +1,115 @@
+"""What a server refuses to draw: a hook for a checker of one's own, and one that knows words."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from serving.config import ServerConfig
+from serving.errors import invalid
+from tdm_runtime.model.decoder import Pixels
+
+
+class SafetyChecker(Protocol):
+    """Says why something is not to be made or shown; None where it may be. Called from any thread."""
+
+    def check_prompt(self, prompt: str) -> str | None:
+        """Before anything is made."""
+
+    def check_picture(self, pixels: Pixels) -> str | None:
+        """uint8 [H, W, 3], of every picture and every preview, before it leaves."""
+
+
+class BlockedWords:
+    """Refuses prompts that hold words of a list, however they are cased, spaced or accented."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        """
+        Raises:
+            ValueError: the list is empty.
+        """
+        folded = sorted({_folded(word) for word in words if word.strip()}, key=len, reverse=True)
+        if not folded:
+            raise ValueError("the list of blocked words is empty; write one a line, or leave it out")
+        self._pattern = re.compile(rf"\b(?:{'|'.join(map(re.escape, folded))})\b")
+
+    def check_prompt(self, prompt: str) -> str | None:
+        return "a word that this server does not draw" if self._pattern.search(_folded(prompt)) else None
+
+    def check_picture(self, pixels: Pixels) -> str | None:
+        return None
+
+
+def _folded(text: str) -> str:
+    """Without case, accents, full-width letters, invisible characters and doubled blanks."""
+    parts = unicodedata.normalize("NFKD", text.casefold())
+    kept = (part for part in parts if unicodedata.category(part) not in ("Mn", "Cf"))
+    return " ".join("".join(kept).split())
+
+
+class Safety:
+    """All checkers of a server."""
+
+    def __init__(self, checkers: Sequence[SafetyChecker] = ()) -> None:
+        self._checkers = checkers
+
+    @classmethod
+    def load(cls, config: ServerConfig) -> Safety:
+        """Make the checkers that a configuration names.
+
+        Raises:
+            ValueError: one cannot be made; says why.
+        """
+        checkers: list[SafetyChecker] = []
+        if config.blocked_words is not None:
+            checkers.append(BlockedWords(_lines(config.blocked_words)))
+        if config.safety_checker is not None:
+            checkers.append(_made(config.safety_checker))
+        return cls(checkers)
+
+    @property
+    def is_on(self) -> bool:
+        """Whether there is anything to ask."""
+        return bool(self._checkers)
+
+    def check_prompt(self, prompt: str) -> None:
+        """
+        Raises:
+            APIError: 400 `content_policy_violation`.
+        """
+        for checker in self._checkers:
+            if reason := checker.check_prompt(prompt):
+                raise invalid(f"the prompt holds {reason}; ask for another", "prompt", "content_policy_violation")
+
+    def check_picture(self, pixels: Pixels) -> None:
+        """
+        Raises:
+            APIError: 400 `content_policy_violation`.
+        """
+        for checker in self._checkers:
+            if reason := checker.check_picture(pixels):
+                message = f"the picture shows {reason}; ask for another, or take another seed"
+                raise invalid(message, "prompt", "content_policy_violation")
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} cannot be read ({error}); write one word a line, in UTF-8") from None
+
+
+def _made(name: str) -> SafetyChecker:
+    """Import MODULE:FACTORY and call it."""
+    module, _, factory = name.partition(":")
+    try:
+        checker: SafetyChecker = getattr(importlib.import_module(module), factory)()
+        if not (callable(checker.check_prompt) and callable(checker.check_picture)):
+            raise TypeError("check_prompt and check_picture are not both functions")
+    except Exception as error:
+        raise ValueError(f"the safety checker {name!r} cannot be made: {type(error).__name__}: {error}") from error
+    return checker

@@ -1,0 +1,80 @@
+"""Many image requests as one job."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from serving.errors import from_exception, retry_after_s
+from serving.images.interface import Images
+from serving.jobs.artifacts import ArtifactStore
+from serving.jobs.job import FinishedPart, Job, Part
+from serving.schema.image_request import ImageRequest, to_response
+
+
+class BatchRenderer:
+    """A part is a request; its content is a line of output."""
+
+    def __init__(self, images: Images, artifacts: ArtifactStore, keep_s: float) -> None:
+        self._images = images
+        self._artifacts = artifacts
+        self._keep_s = keep_s
+
+    def num_pictures(self, part: Part) -> int:
+        """As many as are asked for."""
+        return int(part.request["body"].get("n", 1))
+
+    async def make(self, job: Job, part: Part) -> FinishedPart:
+        """Answer a request; its failure is an answer too.
+
+        Raises:
+            Exception: not now; `retry_after_s` knows when.
+        """
+        try:
+            status, body = 200, await self._answer(job, part)
+        except Exception as error:
+            if retry_after_s(error) is not None:
+                raise
+            told = from_exception(error)
+            status, body = told.status, told.to_body()
+        line = {
+            "id": f"{job.id}-{part.position}",
+            "custom_id": part.request["custom_id"],
+            "response": {"status_code": status, "request_id": f"{job.id}-{part.position}", "body": body},
+            "error": None,
+        }
+        return FinishedPart(part.position, json.dumps(line).encode() + b"\n", is_failed=status != 200)
+
+    async def _answer(self, job: Job, part: Part) -> Any:
+        wanted = ImageRequest.model_validate(part.request["body"])
+        answer = await self._images.generate(wanted, is_background=True)
+        if wanted.response_format == "b64_json":
+            return to_response(answer, urls=None).model_dump()
+        base_url = job.request["base_url"]
+        published = await asyncio.to_thread(self._artifacts.publish, answer, base_url, self._keep_s)
+        return to_response(answer, *published).model_dump()
+
+    def finish(self, job: Job, parts: Callable[[], Iterator[FinishedPart]]) -> dict[str, Any]:
+        """Write the lines to one file, those of failures to another. Returns their ids, None where there is no line."""
+        return {
+            "output_file_id": self._file(part.content for part in parts() if not part.is_failed),
+            "error_file_id": self._file(part.content for part in parts() if part.is_failed),
+        }
+
+    def discard(self, result: Mapping[str, Any]) -> None:
+        for name in filter(None, result.values()):
+            self._artifacts.delete(name)
+
+    def _file(self, lines: Iterator[bytes]) -> str | None:
+        first = next(lines, None)
+        if first is None:
+            return None
+
+        def all_lines() -> Iterator[bytes]:
+            yield first
+            yield from lines
+
+        return self._artifacts.put(all_lines(), "jsonl", int(time.time() + self._keep_s))

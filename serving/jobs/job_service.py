@@ -1,0 +1,108 @@
+"""Jobs as the fronts see them: accepted, looked at, ended. All that blocks happens off the event loop's thread."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from serving.config import ServerConfig
+from serving.images.interface import Images
+from serving.jobs.artifacts import ArtifactStore
+from serving.jobs.batch_job import BatchRenderer
+from serving.jobs.job import Job, JobKind, JobLimits, JobRequest
+from serving.jobs.store import JobStore
+from serving.jobs.video_job import VideoRenderer
+from serving.jobs.worker import JobWorker, Renderer
+from serving.telemetry.metrics import ServerMetrics
+
+LEASE_S = 10.0
+"""A server that did not say for so long that it still works on a job has lost it."""
+
+
+class JobService:
+    """One replica's view of the queue, and its worker."""
+
+    def __init__(self, config: ServerConfig, images: Images, artifacts: ArtifactStore, metrics: ServerMetrics) -> None:
+        """
+        Raises:
+            ValueError, OSError: the database cannot be used.
+        """
+        keep_s = config.artifact_ttl_s
+        self._store = open_store(config)
+        self._limits = JobLimits()
+        self._renderers: dict[JobKind, Renderer] = {
+            "video": VideoRenderer(images, artifacts, keep_s),
+            "batch": BatchRenderer(images, artifacts, keep_s),
+        }
+        self._worker = JobWorker(
+            self._store, artifacts, self._renderers, lambda: [card.id for card in images.models()], metrics
+        )
+
+    def start(self) -> None:
+        """Work on jobs from now on, in the running event loop."""
+        self._worker.start()
+
+    async def stop(self) -> None:
+        """Work on none any more; what is not done, another server goes on with."""
+        await self._worker.stop()
+
+    def close(self) -> None:
+        self._store.close()
+
+    async def create(self, wanted: JobRequest, approve: Callable[[], None]) -> Job:
+        """Accept a job: when this returns, nothing but its deletion keeps it from being made.
+
+        Raises:
+            APIError: see `JobStore.create`.
+        """
+        job = await asyncio.to_thread(self._store.create, wanted, self._limits, approve)
+        self._worker.wake()
+        return job
+
+    async def get(self, kind: JobKind, owner: str, job_id: str) -> Job:
+        """
+        Raises:
+            APIError: 404, the caller has no such job.
+        """
+        return await asyncio.to_thread(self._store.get, kind, owner, job_id)
+
+    async def page(self, kind: JobKind, owner: str, after: str | None, limit: int, newest_first: bool) -> list[Job]:
+        """Return a caller's jobs in the order of their creation.
+
+        Raises:
+            APIError: 404, `after` is none of them.
+        """
+        return await asyncio.to_thread(self._store.page, kind, owner, after, limit, newest_first)
+
+    async def cancel(self, kind: JobKind, owner: str, job_id: str) -> Job:
+        """End a job; one that has ended stays as it is.
+
+        Raises:
+            APIError: 404, the caller has no such job.
+        """
+        job = await asyncio.to_thread(self._store.cancel, kind, owner, job_id)
+        self._worker.drop(job.id)
+        return job
+
+    async def delete(self, kind: JobKind, owner: str, job_id: str) -> None:
+        """Forget a job and what came of it, whatever its state.
+
+        Raises:
+            APIError: 404, the caller has no such job.
+        """
+        job = await asyncio.to_thread(self._store.delete, kind, owner, job_id)
+        self._worker.drop(job.id)
+        await asyncio.to_thread(self._renderers[kind].discard, job.result)
+
+
+def open_store(config: ServerConfig) -> JobStore:
+    """Return the queue that a configuration names; where it is in the state folder, that is made.
+
+    Raises:
+        ValueError, OSError: it cannot be used.
+    """
+    url = config.database_url
+    if url is None:
+        config.state_folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        url = f"sqlite:///{config.state_folder / 'jobs.db'}"
+    return JobStore(url, LEASE_S, config.artifact_ttl_s)

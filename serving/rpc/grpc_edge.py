@@ -1,0 +1,184 @@
+"""What every call passes: who asks, how many at once, a message in time, failures in one shape, one log line."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import aclosing
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError, Message
+
+from serving.errors import CLIENT_CLOSED_REQUEST, APIError, invalid
+from serving.fronts.access import ANYBODY, Caller
+from serving.fronts.arrival import arrive
+from serving.fronts.edge import MAX_REQUEST_ID, check_open, note_error, tell_code, too_many
+from serving.fronts.services import Services
+from serving.rpc.calls import Call, enter
+from serving.rpc.statuses import code_of, trailers_of, unreadable
+from serving.telemetry import logs
+from serving.telemetry.tracing import request_span
+
+logger = logging.getLogger(__name__)
+
+WATCH = "/grpc.health.v1.Health/Watch"
+INFERENCE = "/inference.GRPCInferenceService"
+OPEN_METHODS = ("/grpc.health.v1.Health/Check", WATCH, f"{INFERENCE}/ServerLive", f"{INFERENCE}/ServerReady")
+"""Served without a key: whether it runs."""
+STATUS_METHODS = (*OPEN_METHODS, f"{INFERENCE}/ModelReady")
+"""Answered while the server stops, and however many others there are."""
+MAX_WATCHERS = 64
+"""Calls that stay open to be told of changes, by whoever has no key either."""
+
+
+class Edge(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc is untyped
+    """Keys, a bound on open calls, reading, counting; every exception as a gRPC status.
+
+    Methods of every kind are served as streams of bytes, which on the wire are the same. So a call is let in
+    before its message is read, and nothing that a client sends reaches grpc's own handling of exceptions, which
+    tells clients what was raised.
+    """
+
+    def __init__(self, services: Services) -> None:
+        self.services = services
+        self._num_watchers = 0
+
+    async def intercept_service(
+        self, continuation: Callable[[Any], Awaitable[grpc.RpcMethodHandler | None]], handler_call_details: Any
+    ) -> grpc.RpcMethodHandler | None:
+        """Put the edge around a method; None, there is no such method."""
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        method: str = handler_call_details.method
+
+        async def answer(_: object, context: grpc.aio.ServicerContext) -> None:
+            metadata = {name: value for name, value in context.invocation_metadata() or () if isinstance(value, str)}
+            metadata["x-request-id"] = request_id_of(metadata.get("x-request-id", ""))
+            logs.begin_request(request_id=metadata["x-request-id"], method="gRPC")
+            tracing = None if method in STATUS_METHODS else self.services.tracing
+            with request_span(tracing, metadata, f"gRPC {method}") as span:
+                if span is not None:
+                    logs.note(trace_id=span.trace_id)
+                await self._answer(method, handler, context, metadata)
+
+        return grpc.stream_stream_rpc_method_handler(answer, response_serializer=handler.response_serializer)
+
+    async def _answer(
+        self,
+        method: str,
+        handler: grpc.RpcMethodHandler,
+        context: grpc.aio.ServicerContext,
+        metadata: Mapping[str, str],
+    ) -> None:
+        services, started_s, code = self.services, time.monotonic(), grpc.StatusCode.OK
+        request_id = metadata["x-request-id"]
+        about = (("x-request-id", request_id),)
+        context.set_trailing_metadata(about)
+        is_watcher = method == WATCH
+        self._num_watchers += is_watcher
+        services.num_active += not is_watcher
+        try:
+            enter(Call(self._admit(method, metadata.get("authorization")), context))
+            arrive()
+            if method not in STATUS_METHODS:
+                await services.turnstile.passed()
+            await _serve(handler, context, services.config.body_timeout_s)
+        except asyncio.CancelledError:
+            code = grpc.StatusCode.CANCELLED if context.time_remaining() != 0 else grpc.StatusCode.DEADLINE_EXCEEDED
+            if not is_watcher:
+                services.metrics.cancelled.inc()
+                tell_code("client_closed", CLIENT_CLOSED_REQUEST)
+            raise
+        except grpc.aio.AbortError:  # a service that knows gRPC's codes itself
+            code = context.code()
+            raise
+        except Exception as error:
+            failure = note_error(_known(error, method), services, request_id)
+            code = code_of(failure)
+            await context.abort(code, failure.message, about + trailers_of(failure))
+        finally:
+            self._num_watchers -= is_watcher
+            services.num_active -= not is_watcher
+            services.metrics.observe_answer("gRPC", method, code.name)
+            elapsed_ms = 1e3 * (time.monotonic() - started_s)
+            fields = {"route": method, "status": code.name, "duration_ms": round(elapsed_ms, 2)}
+            logger.info("gRPC %s %s %.1f ms %s", method, code.name, elapsed_ms, request_id, extra=fields)
+
+    def _admit(self, method: str, authorization: str | None) -> Caller:
+        """Who makes the call.
+
+        Raises:
+            APIError: what the call is refused for.
+        """
+        services = self.services
+        if method == WATCH and self._num_watchers > MAX_WATCHERS:
+            raise too_many(f"{MAX_WATCHERS} calls watch the server's health")
+        caller = ANYBODY if method in OPEN_METHODS else services.access.caller(authorization)
+        if method in STATUS_METHODS:
+            return caller
+        check_open(services)
+        return caller
+
+
+async def _serve(handler: grpc.RpcMethodHandler, context: grpc.aio.ServicerContext, timeout_s: float) -> None:
+    """Read, let the method answer, write."""
+    given: Any
+    if handler.request_streaming:
+        given = _read_all(handler, context, timeout_s)
+    elif (given := await _read(handler, context, timeout_s)) is None:
+        raise invalid("the call carries no message; send one", None, "invalid_message")
+    behaviour = handler.stream_stream or handler.stream_unary or handler.unary_stream or handler.unary_unary
+    answer = behaviour(given, context)
+    if inspect.isasyncgen(answer):
+        async with aclosing(answer):
+            async for part in answer:
+                await context.write(part)
+    elif (message := await answer) is not None:
+        await context.write(message)
+
+
+async def _read_all(
+    handler: grpc.RpcMethodHandler, context: grpc.aio.ServicerContext, timeout_s: float
+) -> AsyncIterator[Message]:
+    while (message := await _read(handler, context, timeout_s)) is not None:
+        yield message
+
+
+async def _read(handler: grpc.RpcMethodHandler, context: grpc.aio.ServicerContext, timeout_s: float) -> Message | None:
+    """The client's next message; None after the last.
+
+    Raises:
+        APIError: 408, it takes longer than `timeout_s` to arrive; or 400, it is not what it should be.
+    """
+    try:
+        async with asyncio.timeout(timeout_s):
+            raw = await context.read()
+    except TimeoutError:
+        message = f"no message arrived within {timeout_s:g} s; send it at once"
+        raise APIError(408, message, code="body_timeout") from None
+    if raw is grpc.aio.EOF:
+        return None
+    parse = handler.request_deserializer
+    try:
+        return parse(raw)
+    except DecodeError:
+        raise unreadable(parse.__self__) from None
+
+
+def _known(error: Exception, method: str) -> Exception:
+    """Generated code raises this for what a .proto has and a server has not."""
+    if isinstance(error, NotImplementedError):
+        return APIError(501, f"{method} is not served", code="not_implemented")
+    return error
+
+
+def request_id_of(given: str) -> str:
+    """The client's own, where it is one that metadata may hold."""
+    is_usable = 0 < len(given) <= MAX_REQUEST_ID and given.isascii() and given.isprintable()
+    return given if is_usable else str(uuid.uuid4())

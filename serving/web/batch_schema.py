@@ -1,0 +1,206 @@
+"""/v1/batches: what it reads and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from serving.errors import APIError, invalid
+from serving.jobs.job import Job
+from serving.schema.image_request import ImageRequest
+from serving.schema.parsing import parse_body, parse_json, validate
+from tdm_runtime.checkpoint.recipe import Recipe
+from tdm_runtime.errors import InvalidRequestError
+
+MAX_REQUESTS = 1000
+MAX_BATCH_BYTES = 8 * 2**20
+MAX_TOLD = 5
+"""Bad requests that a refusal names."""
+
+
+class BatchLine(BaseModel):
+    """One request of a batch."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    custom_id: str = Field(min_length=1, max_length=64, description="The client's own name of it; unique in a batch.")
+    method: Literal["POST"] = "POST"
+    url: Literal["/v1/images/generations"] = "/v1/images/generations"
+    body: dict[str, Any] = Field(
+        description="Of POST /v1/images/generations, without stream and latency_budget_ms.",
+        json_schema_extra=ImageRequest.model_json_schema(),
+    )
+
+
+class BatchRequest(BaseModel):
+    """Body of POST /v1/batches as JSON."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    endpoint: Literal["/v1/images/generations"] = "/v1/images/generations"
+    requests: list[dict[str, Any]] = Field(
+        description=f"1..{MAX_REQUESTS} of {{custom_id, body}}.",
+        json_schema_extra={"minItems": 1, "maxItems": MAX_REQUESTS, "items": BatchLine.model_json_schema()},
+    )
+    completion_window: Literal["24h"] = "24h"
+    metadata: dict[str, str] | None = Field(None, max_length=16, description="Comes back with the batch.")
+
+
+@dataclass(frozen=True)
+class CheckedBatch:
+    """A batch of which every request can be answered."""
+
+    model: str
+    """Of its first request."""
+    parts: list[dict[str, Any]]
+    """{custom_id, body}; every body has its seed, so that it is answered the same again."""
+    cost: float
+    """In megapixel-steps."""
+    metadata: dict[str, str] | None
+
+
+def read_batch(body: bytes, is_lines: bool, recipe: Callable[[str | None], Recipe], max_live: int) -> CheckedBatch:
+    """Read a batch, all of it or nothing; takes a while for a large one.
+
+    Args:
+        recipe: of a model by its name.
+        is_lines: OpenAI's form of one JSON object a line; one object for all of them else.
+        max_live: pictures that the engine takes at once.
+
+    Raises:
+        APIError: 400 naming the first bad requests by their line, or by their place in `requests`, from 1.
+    """
+    metadata = None
+    if is_lines:
+        lines: list[tuple[int, Any]] = [(n, line) for n, line in enumerate(body.split(b"\n"), 1) if line.strip()]
+    else:
+        batch = parse_body(body, BatchRequest)
+        lines, metadata = list(enumerate(batch.requests, 1)), batch.metadata
+    if not 1 <= len(lines) <= MAX_REQUESTS:
+        raise invalid(f"the batch has {len(lines)} requests; send 1 to {MAX_REQUESTS}", "requests", "invalid_value")
+    parts: list[dict[str, Any]] = []
+    bad: list[str] = []
+    cost, known = 0.0, set[str]()
+    for number, line in lines:
+        try:
+            part, line_cost = _read_line(line, recipe, max_live, known)
+        except (APIError, InvalidRequestError) as error:
+            bad.append(f"{'line' if is_lines else 'request'} {number}: {error}")
+            continue
+        parts.append(part)
+        cost += line_cost
+    if bad:
+        told = "; ".join(bad[:MAX_TOLD]) + (f"; and {len(bad) - MAX_TOLD} more" if len(bad) > MAX_TOLD else "")
+        raise invalid(f"nothing was accepted. {told}", "requests", "invalid_batch")
+    return CheckedBatch(parts[0]["body"]["model"], parts, cost, metadata)
+
+
+def _read_line(
+    line: Any, recipe: Callable[[str | None], Recipe], max_live: int, known: set[str]
+) -> tuple[dict[str, Any], float]:
+    """Return a request with its seed, and what it costs."""
+    raw = parse_json(line) if isinstance(line, bytes) else line
+    if not isinstance(raw, dict):
+        raise invalid("it is no JSON object", None, "invalid_json")
+    read = validate(raw, BatchLine)
+    if read.custom_id in known:
+        raise invalid(f"custom_id {read.custom_id!r} appears twice", "custom_id", "invalid_value")
+    known.add(read.custom_id)
+    wanted = validate(read.body, ImageRequest)
+    for field in ("stream", "latency_budget_ms"):
+        if getattr(wanted, field):
+            raise invalid(f"{field} is for who waits; leave it out of a batch", field, "invalid_value")
+    if wanted.n > max_live:
+        raise invalid(f"n is {wanted.n}; this server has at most {max_live} pictures at once", "n", "invalid_value")
+    found = recipe(wanted.model)
+    params = wanted.to_sampling_params(found)
+    wanted.to_delivery(found, 0.0, None)
+    body = read.body | {"seed": params[0].seed, "model": found.name}
+    return {"custom_id": read.custom_id, "body": body}, wanted.cost(found)
+
+
+class BatchCounts(BaseModel):
+    """Requests of a batch."""
+
+    total: int
+    completed: int
+    failed: int
+
+
+class BatchErrorItem(BaseModel):
+    """Why a batch failed as a whole."""
+
+    code: str
+    message: str
+    line: None = None
+    param: None = None
+
+
+class BatchErrors(BaseModel):
+    """Why a batch failed as a whole."""
+
+    object: Literal["list"] = "list"
+    data: list[BatchErrorItem]
+
+
+class Batch(BaseModel):
+    """A batch, as OpenAI's client reads it."""
+
+    id: str
+    object: Literal["batch"] = "batch"
+    endpoint: Literal["/v1/images/generations"] = "/v1/images/generations"
+    model: str
+    completion_window: Literal["24h"] = "24h"
+    input_file_id: str = ""
+    """Always empty: the requests come with the batch."""
+    status: Literal["in_progress", "completed", "failed", "cancelled"]
+    """Requests are checked before they are accepted, so none is ever `validating`."""
+    created_at: int
+    in_progress_at: int | None
+    completed_at: int | None
+    failed_at: int | None
+    cancelled_at: int | None
+    expires_at: int
+    """When it and its files are deleted; Unix seconds."""
+    request_counts: BatchCounts
+    output_file_id: str | None
+    """JSON lines {id, custom_id, response, error}, at /v1/files/{id}/content."""
+    error_file_id: str | None
+    """The same of requests that failed."""
+    errors: BatchErrors | None
+    metadata: dict[str, str] | None
+
+
+class BatchList(BaseModel):
+    """Answer of GET /v1/batches."""
+
+    object: Literal["list"] = "list"
+    data: list[Batch]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+def to_batch(job: Job) -> Batch:
+    """A job as the API shows it."""
+    ended_at = None if job.completed_at is None else int(job.completed_at)
+    error = job.error_code and BatchErrorItem(code=job.error_code, message=job.error_message or "")
+    return Batch(
+        id=job.id,
+        model=job.model,
+        status="in_progress" if job.status == "queued" else job.status,
+        created_at=int(job.created_at),
+        in_progress_at=None if job.started_at is None else int(job.started_at),
+        completed_at=ended_at if job.status == "completed" else None,
+        failed_at=ended_at if job.status == "failed" else None,
+        cancelled_at=ended_at if job.status == "cancelled" else None,
+        expires_at=int(job.expires_at),
+        request_counts=BatchCounts(total=job.num_parts, completed=job.num_done - job.num_failed, failed=job.num_failed),
+        output_file_id=job.result.get("output_file_id"),
+        error_file_id=job.result.get("error_file_id"),
+        errors=BatchErrors(data=[error]) if error else None,
+        metadata=job.request.get("metadata"),
+    )

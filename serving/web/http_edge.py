@@ -1,0 +1,166 @@
+"""What every request passes: who asks, how many at once, errors in one shape, one log line."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serving.errors import CLIENT_CLOSED_REQUEST, invalid
+from serving.fronts.access import Caller
+from serving.fronts.arrival import arrive
+from serving.fronts.edge import check_open, note_error, tell_code
+from serving.fronts.services import Services
+from serving.telemetry import logs
+from serving.telemetry.metrics import OTHER
+from serving.telemetry.tracing import current_span, request_span
+from tdm_runtime.errors import shown
+
+logger = logging.getLogger(__name__)
+
+OPEN_PATHS = ("/health", "/ready", "/")
+"""Served without a key: whether it runs, and the page that asks for the key."""
+OPEN_PREFIXES = ("/playground/static/", "/v1/files/")
+"""Files are found by names that nobody guesses, for as long as they live."""
+STATUS_PATHS = ("/health", "/ready", "/metrics")
+"""Answered while the server stops, and however many others there are. Asked all the time, so they are not traced."""
+SECURITY_HEADERS = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+}
+MOUNTED = "{path}"
+"""How the template of a mounted folder ends; what is found in one leaves no route behind."""
+UNSERVED_STATUS = {404: "not_found", 405: "method_not_allowed"}
+
+
+def add_edges(app: FastAPI, services: Services) -> None:
+    """Put the edge around an application, and give its own refusals the one shape."""
+    routes = frozenset(path for route in app.routes if (path := getattr(route, "path_format", None)))
+    app.add_middleware(EdgeMiddleware, services=services, routes=routes)
+
+    @app.exception_handler(HTTPException)
+    async def unserved(request: Request, error: HTTPException) -> Response:
+        code = UNSERVED_STATUS.get(error.status_code, "http_error")
+        message = f"{request.method} {request.url.path[:80]}: {error.detail}; see /openapi.json for what is served"
+        answer = invalid(message, None, code, error.status_code)
+        tell_code(code, error.status_code)
+        answer.headers |= dict(error.headers or {})
+        return answer.to_response()
+
+    @app.exception_handler(RequestValidationError)
+    async def unread(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        param = str(first["loc"][-1])
+        message = f"{param[:64]} is {shown(first.get('input'))}; {first['msg'][:1].lower()}{first['msg'][1:]}"
+        return note_error(invalid(message, param[:64], "invalid_value"), services, "-").to_response()
+
+
+def caller_of(request: Request) -> Caller:
+    """Who asks, as the edge found out."""
+    caller = request.scope["caller"]
+    assert isinstance(caller, Caller), "the edge lets nobody pass unseen"
+    return caller
+
+
+class EdgeMiddleware:
+    """Keys, a bound on open requests, security headers, telemetry; every exception as an API error."""
+
+    def __init__(self, app: ASGIApp, services: Services, routes: frozenset[str]) -> None:
+        """
+        Args:
+            routes: templates of what is served.
+        """
+        self.app = app
+        self.services = services
+        self._routes = routes
+        self._mounts = [route for route in routes if route.endswith(f"/{MOUNTED}")]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        logs.begin_request(request_id=headers.get("x-request-id", "-")[:64], method=scope["method"])
+        tracing = None if scope["path"] in STATUS_PATHS else self.services.tracing
+        with request_span(tracing, headers, scope["method"]) as span:
+            if span is not None:
+                logs.note(trace_id=span.trace_id)
+            await self._answer(scope, receive, send, headers)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, headers: Headers) -> None:
+        services, span = self.services, current_span()
+        request_id = shown_request_id(headers)
+        started_s = time.monotonic()
+        arrive()
+        status = 0
+        services.num_active += 1
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message).update(SECURITY_HEADERS)
+                if span is not None:
+                    MutableHeaders(scope=message)["traceresponse"] = span.traceparent
+            await send(message)
+
+        try:
+            self._admit(scope, headers)
+            if scope["path"] not in STATUS_PATHS:
+                await services.turnstile.passed()
+            await self.app(scope, receive, send_with_headers)
+        except asyncio.CancelledError:
+            status = CLIENT_CLOSED_REQUEST
+            services.metrics.cancelled.inc()
+            tell_code("client_closed", status)
+            raise
+        except Exception as error:
+            if status:  # the response is on its way: nothing can be said any more
+                tell_code("internal_error", 500)
+                raise
+            response = note_error(error, services, request_id).to_response()
+            await response(scope, receive, send_with_headers)
+        finally:
+            services.num_active -= 1
+            self._tell(scope, status, 1e3 * (time.monotonic() - started_s), request_id)
+
+    def _tell(self, scope: Scope, status: int, elapsed_ms: float, request_id: str) -> None:
+        """Count, log and trace what became of a request."""
+        method, route = scope["method"], self._route(scope)
+        self.services.metrics.observe_answer(method, route, status)
+        shown = repr(scope["path"][:80]) if route == OTHER else route  # a template tells no name of a file
+        fields = {"route": route, "status": status, "duration_ms": round(elapsed_ms, 2)}
+        logger.info("%s %s %d %.1f ms %s", method, shown, status, elapsed_ms, request_id, extra=fields)
+        if (span := current_span()) is not None:
+            span.rename(f"{method} {route}")
+            span.set({"http.request.method": method, "http.route": route, "http.response.status_code": status})
+
+    def _route(self, scope: Scope) -> str:
+        """The template of what was asked for."""
+        route = str(getattr(scope.get("route"), "path_format", scope["path"]))
+        if route in self._routes:
+            return route
+        return next((mount for mount in self._mounts if route.startswith(mount.removesuffix(MOUNTED))), OTHER)
+
+    def _admit(self, scope: Scope, headers: Headers) -> None:
+        """Let a request pass with its caller, or raise what it is refused for."""
+        path, services = scope["path"], self.services
+        if path in OPEN_PATHS or path.startswith(OPEN_PREFIXES):
+            return
+        scope["caller"] = services.access.caller(headers.get("authorization"))
+        if path in STATUS_PATHS:
+            return
+        check_open(services)
+
+
+def shown_request_id(headers: Headers) -> str:
+    """As the log may repeat it; the front makes one where the client sent none."""
+    return repr(headers.get("x-request-id", "-")[:64])

@@ -1,0 +1,179 @@
+"""POST /v1/images/generations and GET /v1/models."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import StreamingResponse
+
+from serving.errors import invalid
+from serving.fronts.edge import note_error
+from serving.fronts.idempotency import check_key, seed_of
+from serving.fronts.services import Services
+from serving.schema.answers import ImageAnswer, ImageTimings, PartialAnswer
+from serving.schema.image_request import ImageRequest, ImageResponse, to_event, to_response
+from serving.schema.models import ModelCard, ModelList
+from serving.schema.parsing import parse_body
+from serving.web.body import read_json
+from serving.web.documentation import documented_body
+from serving.web.file_routes import base_url
+from serving.web.http_edge import caller_of, shown_request_id
+from tdm_runtime.media.image_file import ImageFormat
+
+UNBUFFERED = {"cache-control": "no-store", "x-accel-buffering": "no"}
+"""For streams: proxies pass every event on as it comes."""
+MEDIA_TYPES: dict[str, ImageFormat] = {"image/png": "png", "image/webp": "webp", "image/jpeg": "jpeg"}
+PICTURE = {"schema": {"type": "string", "format": "binary"}}
+EVENT = {
+    "type": "object",
+    "description": "One event; `data` is JSON.",
+    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+    "required": ["event", "data"],
+}
+ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The pictures; with `stream`, events; with `Accept: image/png`, webp or jpeg, a file.",
+        "content": {"text/event-stream": {"schema": EVENT}, **dict.fromkeys(MEDIA_TYPES, PICTURE)},
+    }
+}
+
+
+def add_image_routes(app: FastAPI, services: Services) -> None:
+    """Pictures and the models that make them."""
+
+    @app.post(
+        "/v1/images/generations",
+        openapi_extra=documented_body(json=ImageRequest.model_json_schema()),
+        response_model=ImageResponse,
+        responses=ANSWERS,
+    )
+    async def generate_images(request: Request) -> Response:
+        """Make pictures for a prompt."""
+        caller = caller_of(request)
+        body = await read_json(request, services.config)
+        wanted = parse_body(body, ImageRequest)
+        accepted = accepted_format(request.headers.get("accept", "*/*"))
+        if accepted is not None:
+            wanted = as_file(wanted, accepted)
+        key = request.headers.get("idempotency-key")
+        if key is not None:
+            check_key(key)
+            if wanted.seed is None:
+                wanted = wanted.model_copy(update={"seed": seed_of(caller.name, key)})
+
+        async def answer() -> Response:
+            services.spend(caller, wanted)
+            made = await services.images.generate(wanted)
+            return file_response(made) if accepted is not None else await json_response(made, wanted, request, services)
+
+        if wanted.stream:
+            services.spend(caller, wanted)
+            parts = await services.images.stream(wanted)
+            text = server_sent(parts, services, shown_request_id(request.headers))
+            return StreamingResponse(text, media_type="text/event-stream", headers=UNBUFFERED)
+        if key is None:
+            return await answer()
+        return await services.replays.once(caller.name, key, f"{accepted}\0".encode() + body, answer)
+
+    @app.get("/v1/models")
+    async def list_models() -> ModelList:
+        """List the served models."""
+        return ModelList(data=services.images.models())
+
+    @app.get("/v1/models/{model_id}")
+    async def get_model(model_id: str) -> ModelCard:
+        """Describe one model."""
+        return services.images.model_card(model_id)
+
+
+def accepted_format(accept: str) -> ImageFormat | None:
+    """The picture format that an `Accept` header asks for; None where JSON will do."""
+    found: list[tuple[float, str]] = []
+    for part in accept.split(","):
+        media_type, *settings = (word.strip().lower() for word in part.split(";"))
+        weights = [word[2:] for word in settings if word.startswith("q=")]
+        try:
+            found.append((float(weights[0]) if weights else 1.0, media_type))
+        except ValueError:
+            continue
+    best = max((weight for weight, _ in found), default=0.0)
+    first = next((media_type for weight, media_type in found if weight == best), "")
+    return MEDIA_TYPES.get(first)
+
+
+def as_file(request: ImageRequest, image_format: ImageFormat) -> ImageRequest:
+    """The request whose answer is one picture's bytes.
+
+    Raises:
+        APIError: 400, it cannot be.
+    """
+    if request.n != 1 or request.stream:
+        param = "n" if request.n != 1 else "stream"
+        message = f"{param} is {getattr(request, param)!r}; Accept: image/{image_format} gets one picture's bytes"
+        raise invalid(f"{message}, accept application/json for more", param, "invalid_value")
+    if request.response_format == "url":
+        message = f"response_format is 'url' and Accept says image/{image_format}; accept application/json for a URL"
+        raise invalid(message, "response_format", "invalid_value")
+    if "output_format" in request.model_fields_set and request.output_format != image_format:
+        message = f"output_format is {request.output_format!r} and Accept says image/{image_format}; leave one out"
+        raise invalid(message, "output_format", "invalid_value")
+    return request.model_copy(update={"output_format": image_format})
+
+
+def file_response(answer: ImageAnswer) -> Response:
+    """One picture's bytes; what JSON would say of it, in headers and, of a PNG, in its chunks."""
+    (image,) = answer.images
+    headers = {
+        "server-timing": server_timing(answer.timings),
+        "cache-control": "no-store",
+        "x-tdm-model": answer.model,
+        "x-tdm-seed": str(image.seed),
+        "x-tdm-num-inference-steps": str(image.num_inference_steps),
+        "x-tdm-predicted-ms": f"{answer.predicted_ms:.2f}",
+        "x-tdm-warnings": "; ".join(answer.warnings),
+    }
+    if answer.latency_budget_kept is not None:
+        headers["x-tdm-latency-budget-kept"] = str(answer.latency_budget_kept).lower()
+    return Response(image.content, media_type=f"image/{answer.output_format}", headers=headers)
+
+
+async def json_response(answer: ImageAnswer, wanted: ImageRequest, request: Request, services: Services) -> Response:
+    """Pictures in JSON, or where to fetch them."""
+    if wanted.response_format == "url":
+        base = base_url(request, services.config)
+        published = await asyncio.to_thread(services.artifacts.publish, answer, base, services.config.artifact_ttl_s)
+        body = to_response(answer, *published).model_dump_json()
+    else:
+        body = to_response(answer, urls=None).model_dump_json()
+    headers = {"server-timing": server_timing(answer.timings)}
+    return Response(body, media_type="application/json", headers=headers)
+
+
+async def server_sent(
+    parts: AsyncIterator[PartialAnswer | ImageAnswer], services: Services, request_id: str
+) -> AsyncIterator[str]:
+    """Events as text; a failure among them is one too."""
+    try:
+        async for part in parts:
+            event = to_event(part)
+            yield f"event: {event.type}\ndata: {event.model_dump_json()}\n\n"
+    except Exception as error:
+        answer = note_error(error, services, request_id)
+        yield f"event: error\ndata: {json.dumps(answer.to_body())}\n\n"
+
+
+def server_timing(timings: ImageTimings) -> str:
+    """The standard header that browsers show in their network panel."""
+    stages = {
+        "queue": timings.queue_ms,
+        "text": timings.text_ms,
+        "denoise": sum(timings.steps_ms),
+        "decode": timings.decode_ms,
+        "encode": timings.encode_ms,
+        "total": timings.total_ms,
+    }
+    return ", ".join(f"{name};dur={duration:.2f}" for name, duration in stages.items())

@@ -1,0 +1,94 @@
+"""/v1/videos: clips, made while nobody waits."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from fastapi import FastAPI, Query, Request, Response
+
+from serving.errors import invalid
+from serving.fronts.services import Services
+from serving.jobs.job import Job, JobRequest
+from serving.jobs.video_job import frame_parts
+from serving.schema.parsing import parse_body, validate
+from serving.web.body import read_form, read_json
+from serving.web.documentation import documented_body
+from serving.web.file_routes import file_response
+from serving.web.http_edge import caller_of
+from serving.web.job_routes import MAX_PAGE, check_decoder, create_job
+from serving.web.video_schema import (
+    POLL_AFTER_MS,
+    DeletedVideo,
+    Video,
+    VideoList,
+    VideoRequest,
+    VideoVariant,
+    from_form,
+    to_job_request,
+    to_video,
+)
+
+VIDEO_SCHEMA = VideoRequest.model_json_schema()
+
+
+def add_video_routes(app: FastAPI, services: Services) -> None:
+    """Clips and the jobs that make them."""
+    config = services.config
+
+    @app.post("/v1/videos", openapi_extra=documented_body(json=VIDEO_SCHEMA, form=VIDEO_SCHEMA), response_model=Video)
+    async def create_video(request: Request) -> Response:
+        """Start making a clip: what an image model makes of noise that walks around a circle."""
+        if request.headers.get("content-type", "").startswith("multipart/form-data"):
+            wanted = validate(from_form(await read_form(request, config)), VideoRequest)
+        else:
+            wanted = parse_body(await read_json(request, config), VideoRequest)
+        card = services.images.model_card(wanted.model)
+        params = wanted.to_sampling_params(services.images.recipe(card.id))
+        check_decoder(params.decoder, card)
+        num_frames = wanted.num_seconds * wanted.fps
+        job_request = to_job_request(params, wanted)
+        asked = JobRequest("video", caller_of(request).name, card.id, job_request, frame_parts(num_frames))
+        cost = num_frames * params.width * params.height * params.num_inference_steps / 1e6
+        return _shown(await create_job(request, services, asked, cost, wanted.model_dump_json().encode()))
+
+    @app.get("/v1/videos")
+    async def list_videos(
+        request: Request,
+        after: Annotated[str | None, Query(max_length=64)] = None,
+        limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 20,
+        order: Literal["asc", "desc"] = "desc",
+    ) -> VideoList:
+        """List the caller's clips, the newest first."""
+        found = await services.jobs.page("video", caller_of(request).name, after, limit + 1, order == "desc")
+        data = [to_video(job) for job in found[:limit]]
+        return VideoList(
+            data=data,
+            first_id=data[0].id if data else None,
+            last_id=data[-1].id if data else None,
+            has_more=len(found) > limit,
+        )
+
+    @app.get("/v1/videos/{video_id}", response_model=Video)
+    async def get_video(video_id: str, request: Request) -> Response:
+        """How far a clip is."""
+        return _shown(await services.jobs.get("video", caller_of(request).name, video_id))
+
+    @app.get("/v1/videos/{video_id}/content", response_class=Response)
+    async def get_content(video_id: str, request: Request, variant: VideoVariant = "video") -> Response:
+        """Fetch a clip as MP4, its first frame or its spritesheet as PNG."""
+        job = await services.jobs.get("video", caller_of(request).name, video_id)
+        if job.status != "completed":
+            message = f"video {job.id} is {job.status}; fetch it when it is completed"
+            raise invalid(message, "video_id", f"video_{job.status}", 409)
+        return await file_response(services.artifacts, job.result[variant], request)
+
+    @app.delete("/v1/videos/{video_id}")
+    async def delete_video(video_id: str, request: Request) -> DeletedVideo:
+        """Delete a clip; one that is being made stops."""
+        await services.jobs.delete("video", caller_of(request).name, video_id)
+        return DeletedVideo(id=video_id)
+
+
+def _shown(job: Job) -> Response:
+    headers = {} if job.is_finished else {"openai-poll-after-ms": str(POLL_AFTER_MS)}
+    return Response(to_video(job).model_dump_json(), media_type="application/json", headers=headers)

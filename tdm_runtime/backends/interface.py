@@ -1,0 +1,74 @@
+"""`Interface`: the tensors that a component is called with and the one that it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    pass
+
+
+ComponentName = Literal["text_encoder", "denoiser", "decoder", "tiny_decoder"]
+
+
+DType = Literal["float32", "int64", "uint8"]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of an interface."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int | str, ...]
+    """A number is fixed; a name ("batch", "height", ...) may differ from call to call."""
+
+    def resolve(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape with its names replaced by sizes."""
+        return tuple(size if isinstance(size, int) else sizes[size] for size in self.shape)
+
+
+@dataclass(frozen=True)
+class Interface:
+    """What a component is called with and what it returns. The first axis of every tensor is the batch."""
+
+    inputs: tuple[TensorSpec, ...]
+    output: TensorSpec
+
+    @property
+    def size_names(self) -> tuple[str, ...]:
+        """The sizes that may differ from call to call, each once."""
+        names = [size for spec in self.inputs for size in spec.shape if isinstance(size, str)]
+        return tuple(dict.fromkeys(names))
+
+    @property
+    def kept_float32(self) -> frozenset[str]:
+        """Inputs that stay float32 in any arithmetic: what becomes angles, and what SDXL joins to them."""
+        names = {spec.name for spec in self.inputs}
+        joined = {"pooled_prompt_embeds"} if "time_ids" in names else set()
+        return frozenset(names & ({"timesteps", "time_ids"} | joined))
+
+    def random_inputs(self, sizes: Mapping[str, int], generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Inputs such as a request brings: normal latents and embeddings, timesteps in [1, 999], K in [1, 4]."""
+        return tuple(_random(spec, spec.resolve(sizes), generator) for spec in self.inputs)
+
+
+def _random(spec: TensorSpec, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    match spec.name:
+        case "timesteps":
+            return torch.randint(1, 1000, tuple(shape), generator=generator).float()
+        case "step_counts":
+            return torch.randint(1, 5, tuple(shape), generator=generator)
+        case "input_ids":
+            return torch.randint(0, 100, tuple(shape), generator=generator)
+        case "attention_mask":
+            lengths = torch.randint(1, shape[1] + 1, (shape[0], 1), generator=generator)
+            return (torch.arange(shape[1]) < lengths).long()
+        case "time_ids":
+            return torch.tensor([[512.0, 512.0, 0.0, 0.0, 512.0, 512.0]]).repeat(shape[0], 1)
+    return torch.randn(tuple(shape), generator=generator)

@@ -1,0 +1,1 @@
+"""The files of a checkpoint: folder, recipe, manifest, tokenizer, LoRA files."""

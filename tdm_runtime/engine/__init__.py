@@ -1,0 +1,1 @@
+"""`DiffusionEngine`: many requests, one thread; what surrounds it."""

@@ -1,0 +1,120 @@
+"""The engine's calls to the model: for a batch in, one outcome a sample. Knows no queue and no promise."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tdm_runtime.engine.sample import Sample
+from tdm_runtime.errors import GenerationError, NotFiniteError, TDMError
+from tdm_runtime.model.decoder import Pixels
+from tdm_runtime.model.loaded_model import adapter_inputs
+from tdm_runtime.params import DecoderName
+from tdm_runtime.sampling.noise import initial_noise
+from tdm_runtime.sampling.sampler import apply_step, gather_rows
+
+logger = logging.getLogger(__name__)
+
+Stepped = tuple[Tensor, Tensor]
+"""A sample's next latents and its denoised estimate, [C, H, W] each."""
+Result = TypeVar("Result")
+
+
+class ModelCalls:
+    """Runs calls. Where one fails, its halves are tried once, so that in the end only the culprit fails."""
+
+    def __init__(self, on_out_of_memory: Callable[[int], None]) -> None:
+        """
+        Args:
+            on_out_of_memory: told the number of samples of a call that did not fit into memory.
+        """
+        self._on_out_of_memory = on_out_of_memory
+
+    def prepare(self, samples: Sequence[Sample]) -> list[TDMError | None]:
+        """Encode prompts and draw noise, for samples of one lane."""
+        return self._isolated(self._prepared, samples)
+
+    def denoise(self, samples: Sequence[Sample]) -> list[Stepped | TDMError]:
+        """Take one step of each sample, whatever its step count and its solver."""
+        return self._isolated(self._stepped, samples)
+
+    def decode(self, samples: Sequence[Sample]) -> list[Pixels | TDMError]:
+        """Turn latents of one shape into pixels, by one decoder."""
+        name = samples[0].params.decoder
+        return self._isolated(lambda part: _decoded(part[0], name, [s.latents for s in part]), samples)
+
+    def preview(self, sample: Sample) -> Pixels | TDMError:
+        """What the latest step expects the picture to be."""
+        name = sample.model.preview_decoder
+        return self._isolated(lambda part: _decoded(sample, name, [s.denoised for s in part]), [sample])[0]
+
+    def _isolated(
+        self, call: Callable[[Sequence[Sample]], list[Result | TDMError]], samples: Sequence[Sample]
+    ) -> list[Result | TDMError]:
+        try:
+            return call(samples)
+        except Exception as error:
+            if isinstance(error, torch.OutOfMemoryError | MemoryError):
+                self._on_out_of_memory(len(samples))
+                torch.cuda.empty_cache()
+            if len(samples) == 1:
+                return [_as_tdm_error(error)]
+            logger.warning("a call of %d failed (%s); its halves are tried", len(samples), type(error).__name__)
+            middle = len(samples) // 2
+            return self._isolated(call, samples[:middle]) + self._isolated(call, samples[middle:])
+
+    def _prepared(self, samples: Sequence[Sample]) -> list[TDMError | None]:
+        for text_encoder in {sample.model.text_encoder for sample in samples}:  # LoRAs may have their own
+            readers = [sample for sample in samples if sample.model.text_encoder is text_encoder]
+            prompts = text_encoder.encode_all([sample.params.prompt for sample in readers])
+            for sample, prompt in zip(readers, prompts, strict=True):
+                sample.prompt = prompt
+        for sample in samples:
+            noise = initial_noise(sample.params.seed, sample.denoise.kind.shape, sample.params.noise_angle)
+            sample.latents = (sample.table.initial_scale * noise).to(sample.model.denoiser.device)
+            sample.denoised = torch.zeros_like(sample.latents)
+        return [None] * len(samples)
+
+    @torch.inference_mode()
+    def _stepped(self, samples: Sequence[Sample]) -> list[Stepped | TDMError]:
+        """One denoiser call and one fused solver update."""
+        denoiser = samples[0].model.denoiser  # of one lane, so of all
+        device = denoiser.device
+        rows = gather_rows([(s.table, s.step_index) for s in samples], device)
+        step_counts = torch.from_numpy(np.array([s.params.num_inference_steps for s in samples])).to(device)
+        prompt_embeds = _stacked([s.prompt.prompt_embeds for s in samples if s.prompt is not None])
+        latents = _stacked([s.latents for s in samples])
+        needs_previous = any(s.table.c[s.step_index] for s in samples)
+        previous = _stacked([s.denoised for s in samples]) if needs_previous else None
+        adapters = adapter_inputs([s.model for s in samples])
+        model_output = denoiser(latents, rows[:, 0], step_counts, prompt_embeds, *adapters)
+        latents, denoised = apply_step(rows, latents, model_output, previous)
+        is_finite = torch.isfinite(latents.flatten(1).sum(1)).tolist()
+        return [
+            (latents[n], denoised[n])
+            if is_finite[n]
+            else NotFiniteError("the model produced NaN or infinity; no picture was made")
+            for n in range(len(samples))
+        ]
+
+
+def _decoded(sample: Sample, decoder: DecoderName, latents: Sequence[Tensor | None]) -> list[Pixels | TDMError]:
+    return list(sample.model.decoders[decoder].decode(_stacked(latents)))
+
+
+def _stacked(tensors: Sequence[Tensor | None]) -> Tensor:
+    """[B, ...]; a view where there is one tensor only."""
+    there = [tensor for tensor in tensors if tensor is not None]
+    return there[0][None] if len(there) == 1 else torch.stack(there)
+
+
+def _as_tdm_error(error: Exception) -> TDMError:
+    if isinstance(error, TDMError):
+        return error
+    logger.error("generation failed", exc_info=error)
+    return GenerationError(f"generation failed ({type(error).__name__}); the request was not at fault, retry it")

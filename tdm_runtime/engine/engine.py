@@ -1,0 +1,452 @@
+"""`DiffusionEngine`: many requests, one model, one thread.
+
+A step is schedule, run, advance. Samples with different step counts, at different steps, share the
+call; finished ones leave and waiting ones join between any two calls.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from tdm_runtime.engine.calls import ModelCalls, Stepped
+from tdm_runtime.engine.delivery import Delivery, Preview
+from tdm_runtime.engine.intake import Intake
+from tdm_runtime.engine.result_cache import ResultCache
+from tdm_runtime.engine.sample import Picture, Sample
+from tdm_runtime.errors import CancelledError, GenerationError, OverloadedError, TDMError
+from tdm_runtime.model.decoder import Pixels
+from tdm_runtime.model.loaded_model import LoadedModel
+from tdm_runtime.params import SamplingParams
+from tdm_runtime.scheduling.cost_model import CostModel, Kind
+from tdm_runtime.scheduling.scheduler import StepScheduler
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Bounds and temper of the engine."""
+
+    max_batch_size: int = 32
+    """Samples in one call at most; how many there are below that is up to what they cost."""
+    max_live: int = 128
+    """Samples accepted and not yet answered; beyond, submissions are refused."""
+    patience: float = 20.0
+    """Deadline of a sample without a budget: so many times its own unloaded time after its arrival. Only an order."""
+    auto_stretch: float = 3.0
+    """Without a budget, steps are chosen to end within so many times the unloaded time of the most steps."""
+    result_cache_bytes: int = 0
+    """Pixels of finished pictures that are kept for who asks for the same again."""
+    joining: bool = True
+    """False lets no sample join before those that started together are done; to compare with."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch_size", "max_live", "patience", "auto_stretch"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        if self.result_cache_bytes < 0:
+            raise ValueError(f"result_cache_bytes is {self.result_cache_bytes}; give a number of bytes, or 0 for none")
+
+
+@dataclass
+class EngineStats:
+    """Counters since the start. A picture is counted before its future is resolved."""
+
+    steps: int = 0
+    """Denoiser calls."""
+    sample_steps: int = 0
+    """Samples in those calls, summed."""
+    finished: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    refused: int = 0
+    out_of_memory: int = 0
+    """Calls that did not fit into memory."""
+
+
+class DiffusionEngine:
+    """Accepts requests from any thread, runs them on its own.
+
+    A caller cancels through the future; it takes effect at the next call.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        config: EngineConfig = EngineConfig(),
+        observe_batch: Callable[[int, float], None] = lambda size, seconds: None,
+        costs: CostModel | None = None,
+    ) -> None:
+        """
+        Args:
+            model: what makes pictures where a submission names none.
+            observe_batch: told size and seconds of every denoiser call.
+            costs: what is known already of what calls cost.
+        """
+        self.model = model
+        self.config = config
+        self.stats = EngineStats()
+        self.costs = CostModel() if costs is None else costs
+        self._observe_batch = observe_batch
+        self._scheduler: StepScheduler[Sample] = StepScheduler(self.costs, config.max_batch_size, config.joining)
+        self._calls = ModelCalls(self._ask_for_fewer_than)
+        self._results = ResultCache(config.result_cache_bytes)
+        self._intake = Intake(self.costs, config.patience, config.auto_stretch)
+        self._unanswered: set[Sample] = set()
+        self._tasks: list[Callable[[], None]] = []
+        self._wake = threading.Condition()
+        """Guards everything above that changes, and the samples' places in the queue."""
+        self._is_closing = False
+        self._failure: BaseException | None = None
+        self._free_s = time.monotonic()
+        """Since when the next call could have been made: the last was over, or work came; monotonic."""
+        self._thread = threading.Thread(target=self._run_forever, name="diffusion-engine", daemon=True)
+
+    # -- called from any thread ---------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the engine's thread."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Finish what was accepted, then stop. Submissions are refused from here on."""
+        with self._wake:
+            self._is_closing = True
+            self._wake.notify()
+        if self._thread.ident is not None:
+            self._thread.join()
+        self._fail_unanswered("the engine was closed before it started; send the request to another replica")
+
+    def __enter__(self) -> DiffusionEngine:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether the engine's thread runs and takes requests."""
+        return self._thread.is_alive() and self._failure is None and not self._is_closing
+
+    def is_used(self, model: LoadedModel) -> bool:
+        """Whether a sample of this model is accepted and not yet answered."""
+        with self._wake:
+            return any(sample.model is model for sample in self._unanswered)
+
+    @property
+    def num_live(self) -> int:
+        """Samples accepted and not yet answered."""
+        return len(self._unanswered)
+
+    @property
+    def result_cache_hits(self) -> int:
+        """Pictures that were not made because they had been."""
+        return self._results.hits
+
+    @property
+    def num_late(self) -> int:
+        """Promises that were not kept."""
+        return self._scheduler.num_late
+
+    def call_seconds(self, kind: Kind) -> float:
+        """What one call of one sample takes, as a promise counts on it; 0 for what was never seen."""
+        with self._wake:
+            return self.costs.seconds(kind)
+
+    def observe(self, kind: Kind, size: int, seconds: float) -> None:
+        """Learn what a call took that is not the engine's own, as encoding a file."""
+        with self._wake:
+            self.costs.observe(kind, size, seconds)
+
+    def limit(self, kind: Kind, size: int) -> None:
+        """Learn that more samples than `size` in a call do not help."""
+        with self._wake:
+            self.costs.limit(kind, size)
+
+    def run_on_thread(self, task: Callable[[], None]) -> None:
+        """Run something between two calls, on the thread that the model runs on, and wait for it.
+
+        Raises:
+            RuntimeError: the engine was not started, or is stopping.
+        """
+        done: Future[None] = Future()
+
+        def run() -> None:
+            try:
+                task()
+                done.set_result(None)
+            except BaseException as error:
+                done.set_exception(error)
+
+        with self._wake:
+            if not self.is_healthy:
+                raise RuntimeError("the engine's thread is not running; start it first")
+            self._tasks.append(run)
+            self._wake.notify()
+        done.result()
+
+    def submit(
+        self, params: SamplingParams, delivery: Delivery = Delivery(), model: LoadedModel | None = None
+    ) -> Future[Picture]:
+        """Accept one picture.
+
+        Args:
+            model: what makes it; any number of models share the engine.
+
+        Returns:
+            A future: `cancel()` stops the work at the next call.
+
+        Raises:
+            InvalidRequestError: the checkpoint does not serve these parameters, or nobody could in that time.
+            DeadlineError: the budget cannot be kept now.
+            OverloadedError: `max_live` samples wait already.
+        """
+        return self.submit_all([params], delivery, model)[0]
+
+    def submit_all(
+        self, requests: Sequence[SamplingParams], delivery: Delivery = Delivery(), model: LoadedModel | None = None
+    ) -> list[Future[Picture]]:
+        """Accept several pictures or, where one of them does not fit, none. As `submit`."""
+        now_s = time.monotonic()
+        wanted = [self._intake.sample(model or self.model, params, delivery, now_s) for params in requests]
+        made: list[tuple[Sample, Picture]] = []
+        with self._wake:
+            if self._is_closing or self._failure is not None:
+                raise OverloadedError("the engine is stopping; send the request to another replica", retry_after_s=1.0)
+            waiting = []
+            for sample in wanted:
+                if picture := self._cached(sample):
+                    made.append((sample, picture))
+                else:
+                    waiting += [*self._intake.drafts(sample), sample]
+            self._admit(waiting, now_s)
+            self._unanswered.update(waiting, (sample for sample, _ in made))
+            self._wake.notify()
+        for sample, picture in made:
+            self._answer(sample, picture)
+        return [sample.future for sample in wanted]
+
+    def _admit(self, samples: list[Sample], now_s: float) -> None:
+        try:
+            if self.num_live + len(samples) > self.config.max_live:
+                raise OverloadedError(
+                    f"{self.num_live} pictures are queued and at most {self.config.max_live} may be; "
+                    f"{len(samples)} more do not fit, retry later or ask for fewer",
+                    retry_after_s=max(0.1, 0.5 * self._scheduler.backlog_s()),
+                )
+            self._scheduler.admit(samples, now_s)
+        except TDMError:
+            self.stats.refused += sum(sample.draft_of is None for sample in samples)
+            raise
+
+    def _cached(self, sample: Sample) -> Picture | None:
+        params, strict, digest = sample.params, sample.delivery.strict, sample.model.digest
+        for steps in reversed(sample.open_steps or (params.num_inference_steps,)):
+            if picture := self._results.get(digest, replace(params, num_inference_steps=steps), strict):
+                return picture
+        return None
+
+    # -- the engine's thread ------------------------------------------------------------------
+
+    def step(self) -> None:
+        """Make one call: schedule, run, advance."""
+        began_s = time.monotonic()
+        batch = self._schedule(began_s)
+        batch, text_s = self._prepare(batch)
+        if batch:
+            outcomes = self._run(batch)
+            self._advance(batch, outcomes, began_s, text_s)
+
+    def _run_forever(self) -> None:
+        torch.set_num_threads(1)  # this thread's own setting: a backend that wants more says so in its calls
+        try:
+            while self._wait_for_work():
+                self.step()
+        except BaseException as error:
+            logger.exception("the engine's thread died")
+            with self._wake:
+                self._failure = error
+            self._fail_unanswered("the engine stopped unexpectedly; retry on another replica")
+
+    def _wait_for_work(self) -> bool:
+        """Block until there is a sample to run. False when closing and none is left."""
+        while True:
+            with self._wake:
+                tasks, self._tasks = self._tasks, []
+                if not tasks and len(self._scheduler):
+                    return True
+                if not tasks and self._is_closing:
+                    return False
+                if not tasks:
+                    self._wake.wait()
+            for task in tasks:
+                task()
+            self._free_s = time.monotonic()
+
+    def _schedule(self, now_s: float) -> list[Sample]:
+        with self._wake:
+            abandoned = [sample for sample in self._scheduler.live() if sample.is_abandoned]
+            for sample in abandoned:
+                self._scheduler.remove(sample)
+            batch = self._scheduler.schedule(now_s)
+        for sample in abandoned:
+            self._answer(sample, CancelledError("cancelled by the caller"))
+        return batch
+
+    def _prepare(self, batch: list[Sample]) -> tuple[list[Sample], float]:
+        """Encode the prompts and draw the noise of newcomers.
+
+        Returns:
+            Who is ready for its call, and the seconds that took.
+        """
+        newcomers = [sample for sample in batch if sample.latents is None]
+        if not newcomers:
+            return batch, 0.0
+        started_s = time.monotonic()
+        outcomes = self._calls.prepare(newcomers)
+        ended_s = time.monotonic()
+        num_encoded = sum(sample.needs_text for sample in newcomers)
+        for sample in newcomers:
+            sample.timings.wait(1e3 * (started_s - sample.submitted_s))
+            sample.timings.text_ms = 1e3 * (ended_s - started_s)
+            sample.ready_s = ended_s
+        failed = {s: error for s, error in zip(newcomers, outcomes, strict=True) if error is not None}
+        with self._wake:
+            if num_encoded:
+                self.costs.observe(batch[0].text, 1, (ended_s - started_s) / num_encoded)
+            for sample in failed:
+                self._scheduler.remove(sample)
+        for sample, error in failed.items():
+            self._answer(sample, error)
+        return [sample for sample in batch if sample not in failed], ended_s - started_s
+
+    def _run(self, batch: list[Sample]) -> Sequence[Stepped | Pixels | TDMError]:
+        """Compute what is next for each sample of one lane."""
+        return self._calls.denoise(batch) if batch[0].steps_left else self._calls.decode(batch)
+
+    def _advance(
+        self,
+        batch: list[Sample],
+        outcomes: Sequence[Stepped | Pixels | TDMError],
+        began_s: float,
+        text_s: float,
+    ) -> None:
+        """Move each sample on; the finished and the failed leave.
+
+        Args:
+            began_s: when the call's scheduling began, monotonic.
+            text_s: what prompts took of the time since, which is no cost of the call. What is counts from the end of
+                the call before it: on a busy machine that is more than its own time.
+        """
+        started_s, free_s = began_s + text_s, self._free_s + text_s
+        self._free_s = ended_s = time.monotonic()
+        kind, is_step = batch[0].lane.kind, batch[0].steps_left > 0
+        for sample, outcome in zip(batch, outcomes, strict=True):
+            self._note(sample, outcome, started_s, ended_s)
+        with self._wake:
+            self._scheduler.end_call()
+            self.costs.observe(kind, len(batch), ended_s - free_s)
+            shown = [sample for sample in batch if sample.is_shown]
+            left = [s for s, out in zip(batch, outcomes, strict=True) if s.advance() or isinstance(out, TDMError)]
+            for sample in left:
+                self._scheduler.remove(sample)
+            if is_step:
+                self.stats.steps += 1
+                self.stats.sample_steps += len(batch)
+        if is_step:
+            self._observe_batch(len(batch), ended_s - started_s)
+        for sample, outcome in zip(batch, outcomes, strict=True):
+            if isinstance(outcome, TDMError):
+                self._answer(sample, outcome)
+            elif isinstance(outcome, np.ndarray):
+                self._answer(sample, self._to_picture(sample, outcome))
+            elif sample in shown:
+                self._show(sample)
+
+    def _note(self, sample: Sample, outcome: Stepped | Pixels | TDMError, started_s: float, ended_s: float) -> None:
+        """Keep what a call made of a sample, and when."""
+        began_s = max(started_s, sample.ready_s)
+        sample.timings.wait(1e3 * (began_s - sample.ready_s))
+        if sample.steps_left:
+            sample.timings.steps_ms.append(1e3 * (ended_s - began_s))
+        else:
+            sample.timings.decode_ms = 1e3 * (ended_s - began_s)
+        sample.ready_s = ended_s
+        if isinstance(outcome, tuple):
+            sample.latents, sample.denoised = outcome
+
+    def _show(self, sample: Sample) -> None:
+        """Tell what the step that was just taken expects the picture to be."""
+        started_s = time.monotonic()
+        pixels = self._calls.preview(sample)
+        ended_s = time.monotonic()
+        with self._wake:
+            self.costs.observe(sample.preview, 1, ended_s - started_s)
+        self._free_s += ended_s - started_s
+        if not isinstance(pixels, TDMError):
+            self._tell(sample, Preview(sample.params, pixels, sample.step_index, is_draft=False))
+
+    def _to_picture(self, sample: Sample, pixels: Pixels) -> Picture:
+        assert sample.prompt is not None
+        predicted_ms = 1e3 * (sample.predicted_s - sample.submitted_s)
+        is_strict = sample.delivery.strict or sample.model.is_batch_invariant
+        return Picture(sample.params, pixels, sample.timings, sample.prompt, predicted_ms, is_strict)
+
+    def _ask_for_fewer_than(self, size: int) -> None:
+        """A call of so many samples did not fit into memory."""
+        self.stats.out_of_memory += 1
+        if kind := self._scheduler.running_kind:
+            self.limit(kind, size // 2)
+
+    # -- any of the engine's threads ----------------------------------------------------------
+
+    def _answer(self, sample: Sample, outcome: Picture | TDMError) -> None:
+        """Resolve a sample's future, exactly once: whoever comes second is ignored."""
+        with self._wake:
+            if sample not in self._unanswered:
+                return
+            self._unanswered.remove(sample)
+            is_wanted = sample.future.set_running_or_notify_cancel()  # from here on it cannot be cancelled
+            if sample.draft_of is None:
+                self._count(outcome if is_wanted else None)
+            if isinstance(outcome, Picture):
+                self._results.put(sample.model.digest, outcome)
+        if not is_wanted:
+            return
+        if isinstance(outcome, TDMError):
+            sample.future.set_exception(outcome)
+            return
+        if sample.draft_of is not None:
+            self._tell(sample.draft_of, Preview(outcome.params, outcome.pixels, 1, is_draft=True))
+        sample.future.set_result(outcome)
+
+    def _count(self, outcome: Picture | TDMError | None) -> None:
+        if outcome is None:
+            self.stats.cancelled += 1
+        elif isinstance(outcome, Picture):
+            self.stats.finished += 1
+        else:
+            self.stats.failed += 1
+
+    def _tell(self, sample: Sample, preview: Preview) -> None:
+        if sample.delivery.on_preview is None or sample.future.done():
+            return
+        try:
+            sample.delivery.on_preview(preview)
+        except Exception:
+            logger.exception("a listener to previews failed; its picture is made all the same")
+
+    def _fail_unanswered(self, message: str) -> None:
+        with self._wake:
+            samples = list(self._unanswered)
+        for sample in samples:
+            self._answer(sample, GenerationError(message))

@@ -1,0 +1,88 @@
+"""From a request to the sample that the engine carries."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+from tdm_runtime.engine.delivery import Delivery
+from tdm_runtime.engine.sample import Sample
+from tdm_runtime.model.loaded_model import LoadedModel
+from tdm_runtime.params import SamplingParams
+from tdm_runtime.scheduling.cost_model import CostModel
+from tdm_runtime.scheduling.work import Lane
+
+BACKGROUND_PATIENCE = 50.0
+"""Times the patience of others; then background work is as urgent as what arrives just now, so that it is done."""
+
+
+class Intake:
+    """Gives requests their place in the order of arrival, and their deadlines."""
+
+    def __init__(self, costs: CostModel, patience: float, auto_stretch: float) -> None:
+        """
+        Args:
+            patience, auto_stretch: see `EngineConfig`.
+        """
+        self._costs = costs
+        self._patience = patience
+        self._auto_stretch = auto_stretch
+        self._order = itertools.count()
+
+    def sample(self, model: LoadedModel, params: SamplingParams, delivery: Delivery, now_s: float) -> Sample:
+        """Return the sample of a request.
+
+        Raises:
+            InvalidRequestError: the model does not serve these parameters.
+        """
+        model.check(params)
+        shape, order = model.latent_shape(params), next(self._order)
+        open_steps = delivery.open_step_counts(params, model.recipe.step_counts)
+        alone = order if delivery.strict and not model.is_batch_invariant else None
+        sample = Sample(
+            denoise=Lane(model.kind("denoise", shape), alone),
+            decode=Lane(model.kind(f"decode:{params.decoder}", shape), alone),
+            steps_left=params.num_inference_steps,
+            urgency=(now_s, order),
+            open_steps=open_steps,
+            needs_text=model.text_encoder.expect(params.prompt),
+            text=model.kind("text"),
+            preview=model.kind(f"decode:{model.preview_decoder}", shape),
+            previews_left=delivery.num_previews,
+            model=model,
+            params=params,
+            delivery=delivery,
+            is_background=delivery.is_background,
+            submitted_s=now_s,
+            ready_s=now_s,
+        )
+        self._set_deadlines(sample)
+        if open_steps:
+            sample.steps_left = open_steps[0]
+        return sample
+
+    def _set_deadlines(self, sample: Sample) -> None:
+        unloaded_s, budget_ms = sample.seconds_left(self._costs), sample.delivery.latency_budget_ms
+        patience = self._patience * (BACKGROUND_PATIENCE if sample.is_background else 1.0)
+        sample.unpromised_s = sample.submitted_s + patience * unloaded_s
+        if budget_ms is None:
+            deadline_s = sample.unpromised_s
+            sample.target_s = sample.submitted_s + self._auto_stretch * unloaded_s
+        else:
+            sample.elapsed_s = 1e-3 * sample.delivery.elapsed_ms
+            deadline_s = sample.submitted_s + 1e-3 * budget_ms - sample.elapsed_s
+            sample.target_s = sample.promised_s = deadline_s
+        sample.urgency = (deadline_s, sample.urgency[1])
+
+    def drafts(self, sample: Sample) -> list[Sample]:
+        """Return the quick look that a request asks for besides: due when it is, and served before it."""
+        if not sample.delivery.draft or sample.params.num_inference_steps == 1:
+            return []
+        params = replace(sample.params, num_inference_steps=1)
+        delivery = replace(sample.delivery, min_inference_steps=None, num_previews=0)
+        draft = self.sample(sample.model, params, delivery, sample.submitted_s)
+        draft.draft_of = sample
+        sample.unseen_steps = 1  # the draft shows as much, and better
+        deadline_s, (_, earlier), (_, later) = sample.urgency[0], sample.urgency, draft.urgency
+        draft.urgency, sample.urgency = (deadline_s, earlier), (deadline_s, later)
+        return [draft]

@@ -1,0 +1,145 @@
+"""Before the first request: run everything once, so that none pays for a first time, and learn what calls cost."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from tdm_runtime.engine.delivery import Delivery
+from tdm_runtime.engine.engine import DiffusionEngine
+from tdm_runtime.model.decoder import Decoder
+from tdm_runtime.model.loaded_model import LoadedModel, adapter_inputs
+from tdm_runtime.model.text_encoder import TextEncoder
+from tdm_runtime.params import SamplingParams
+from tdm_runtime.scheduling.cost_model import MIN_GAIN, Kind
+
+PASSES = 3
+ROUNDS = 5
+PASS_S = 0.1
+"""A pass over one size ends after so many rounds or seconds, whichever is first."""
+BOOKKEEPING_S = 3e-4
+"""About what the engine adds to each call of the model; a larger batch shares it."""
+PROMPT = "warm-up"
+
+
+def warm_up(engine: DiffusionEngine, model: LoadedModel | None = None) -> None:
+    """Run every size, step count and decoder of a model, in batches that grow until they do not help.
+
+    The engine may be serving: each call is made between two of its own.
+
+    Args:
+        model: None is the engine's own.
+
+    Raises:
+        TDMError: the model cannot make a picture; better now than at the first request.
+    """
+    model = model or engine.model
+    _learn_costs(engine, model)
+    recipe = model.recipe
+    for (width, height), decoder, steps in itertools.product(recipe.native_sizes, model.decoders, recipe.step_counts):
+        engine.submit(SamplingParams(PROMPT, 0, steps, width, height, decoder), model=model).result()
+    width, height = recipe.native_sizes[0]
+    params = SamplingParams(PROMPT, 0, recipe.step_counts[-1], width, height)
+    engine.submit(params, Delivery(on_preview=lambda preview: None, num_previews=1), model).result()
+
+
+def _learn_costs(engine: DiffusionEngine, model: LoadedModel) -> None:
+    numbers = itertools.count()
+    _learn(engine, model.kind("text"), partial(_encode, model.text_encoder, numbers), capacity=1)
+    size = 2
+    while size <= engine.config.max_batch_size:  # newcomers are encoded together; what that saves is not counted on
+        _seconds(engine, partial(_encode, model.text_encoder, numbers), size)
+        size *= 2
+    for width, height in model.recipe.native_sizes:
+        params = SamplingParams(PROMPT, 0, model.recipe.default_steps, width, height)
+        shape = model.latent_shape(params)
+        _learn(engine, model.kind("denoise", shape), _denoise(engine, model, params))
+        for name, decoder in model.decoders.items():
+            kind = model.kind(f"decode:{name}", shape)
+            if engine.call_seconds(kind):
+                continue  # a LoRA decodes as its base does
+            latents = torch.zeros(engine.config.max_batch_size, *shape, device=model.denoiser.device)
+            _learn(engine, kind, partial(_decode, decoder, latents))
+
+
+def _encode(text_encoder: TextEncoder, numbers: Iterator[int], size: int) -> object:
+    """Encode prompts that were not seen before."""
+    return text_encoder.encode_all([f"{PROMPT} {size} {next(numbers)}" for _ in range(size)])
+
+
+def _decode(decoder: Decoder, latents: Tensor, size: int) -> object:
+    return decoder.decode(latents[:size])
+
+
+def _denoise(engine: DiffusionEngine, model: LoadedModel, params: SamplingParams) -> Callable[[int], object]:
+    """A denoiser call of any number of samples."""
+    device, steps, count = model.denoiser.device, params.num_inference_steps, engine.config.max_batch_size
+    latents = torch.randn(count, *model.latent_shape(params)).to(device)
+    timesteps = torch.full((count,), float(model.recipe.step_tables[steps].timesteps[0]), device=device)
+    step_counts = torch.full((count,), steps, device=device)
+    prompts: list[Tensor] = []
+    engine.run_on_thread(lambda: prompts.append(model.text_encoder.encode(params.prompt).prompt_embeds))
+    embeds = torch.stack(prompts * count)
+
+    inputs = (latents, timesteps, step_counts, embeds, *adapter_inputs([model] * count))
+
+    def call(size: int) -> object:
+        output = model.denoiser(*(tensor[:size] for tensor in inputs))
+        return output.sum().item()  # waits for a GPU
+
+    return call
+
+
+def _learn(engine: DiffusionEngine, kind: Kind, call: Callable[[int], object], capacity: int | None = None) -> None:
+    """Measure a kind of call at 1, 2, 4, ... samples, until twice more of them gave no more a second."""
+    times_s: dict[int, list[float]] = {}
+    size, without_gain = 1, 0
+    while size <= (capacity or engine.config.max_batch_size) and without_gain < 2:
+        try:
+            _seconds(engine, call, size)  # compiles, where there is something to compile
+            times_s[size] = _times(engine, call, size)
+        except (torch.OutOfMemoryError, MemoryError):
+            if size == 1:
+                raise
+            break
+        without_gain = 0 if _fastest(times_s) == size else without_gain + 1
+        size *= 2
+    for _ in range(PASSES - 1):  # one after the other, so that a mood of the machine hits no size alone
+        for size in times_s:
+            times_s[size] += _times(engine, call, size)
+    for size, seen_s in times_s.items():
+        engine.observe(kind, size, min(seen_s) + BOOKKEEPING_S)  # how much slower it usually is, calls will tell
+    engine.limit(kind, max(times_s))
+
+
+def _fastest(times_s: Mapping[int, Sequence[float]]) -> int:
+    """The size of the most samples a second; the smallest of those that are about as good."""
+    rates = {size: size / min(seen_s) for size, seen_s in times_s.items()}
+    return next(size for size, rate in rates.items() if rate * (1 + MIN_GAIN) >= max(rates.values()))
+
+
+def _times(engine: DiffusionEngine, call: Callable[[int], object], size: int) -> list[float]:
+    """Seconds of some calls."""
+    times_s: list[float] = []
+    ends_s = time.monotonic() + PASS_S
+    while len(times_s) < ROUNDS and (not times_s or time.monotonic() < ends_s):
+        times_s.append(_seconds(engine, call, size))
+    return times_s
+
+
+def _seconds(engine: DiffusionEngine, call: Callable[[int], object], size: int) -> float:
+    """Of one call on the engine's thread."""
+    times_s: list[float] = []
+
+    def run() -> None:
+        began_s = time.monotonic()
+        call(size)
+        times_s.append(time.monotonic() - began_s)
+
+    engine.run_on_thread(run)
+    return times_s[0]

@@ -1,0 +1,184 @@
+"""What every denoiser adapter shares: one signature, and the input for the step count K.
+
+diffusers' `TimestepEmbedding` adds `cond_proj(condition)` to the sinusoid of the timestep. A
+pretrained model gets a zero `cond_proj`, so that it starts as the model it was (TDM, sec. 3.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from tdm_runtime.errors import CheckpointError
+from tdm_runtime.families.conditioning import Conditioning
+from tdm_runtime.families.step_condition import embed_step_count
+
+
+class Denoiser(nn.Module):
+    """A diffusers denoiser as every backend, trainer and exporter sees it: tensors in, one tensor out.
+
+    One call at a time: K may reach the model beside its arguments (`PassedCondition`).
+    """
+
+    timestep_embedding_name: ClassVar[str]
+    """Where the model keeps the TimestepEmbedding that K enters."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.training = model.training  # a fresh nn.Module says True, whatever it holds
+        self.latent_channels: int = model.config.in_channels
+        self.patch_size: int = getattr(model.config, "patch_size", 1)
+        """Latents per token side; latent height and width are multiples of it."""
+
+    @property
+    def timestep_embedding(self) -> Any:
+        """diffusers' TimestepEmbedding that holds `cond_proj`."""
+        return self.model.get_submodule(self.timestep_embedding_name)
+
+    @property
+    def condition_dim(self) -> int | None:
+        """Width of the embedding of K that the model takes; None where it has no input for K."""
+        projection = self.timestep_embedding.cond_proj
+        return None if projection is None else int(projection.in_features)
+
+    def forward(
+        self,
+        latents: Tensor,
+        timesteps: Tensor,
+        step_counts: Tensor | None,
+        prompt_embeds: Tensor,
+        pooled_prompt_embeds: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        time_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Predict the model output.
+
+        Args:
+            latents: [B, C, H, W], of a video [B, C, F, H, W].
+            timesteps: whole or fractional, [B].
+            step_counts: [B], each sample's K; unread where the model has no input for it. None asks
+                without K, as a teacher is asked: exactly the model as it was pretrained.
+            prompt_embeds, pooled_prompt_embeds, attention_mask, time_ids: see `Conditioning`.
+
+        Returns:
+            Shaped as latents, of the recipe's prediction type.
+
+        Raises:
+            ValueError: the model reads a part of the conditioning that is None.
+        """
+        prompt = Conditioning(prompt_embeds, pooled_prompt_embeds, attention_mask, time_ids)
+        return self.predict(latents, timesteps, self._embedded(step_counts), prompt)
+
+    def predict(self, latents: Tensor, timesteps: Tensor, condition: Tensor | None, prompt: Conditioning) -> Tensor:
+        """Call the model as its family is called; `condition` is the embedded K, [B, condition_dim]."""
+        raise NotImplementedError
+
+    def add_step_condition(self, dim: int = 256) -> None:
+        """Give the model an input for K that changes nothing yet. A model that has one keeps it.
+
+        Args:
+            dim: width of the embedding of K, even, at least 4.
+        """
+        if dim < 4 or dim % 2:
+            raise ValueError(f"dim is {dim}; the embedding of K has an even width of at least 4")
+        if self.condition_dim is not None:
+            return
+        first = self.timestep_embedding.linear_1
+        projection = nn.Linear(dim, first.in_features, bias=False, device=first.weight.device, dtype=first.weight.dtype)
+        nn.init.zeros_(projection.weight)
+        self.timestep_embedding.cond_proj = projection
+
+    def step_condition_state(self) -> dict[str, Tensor]:
+        """The weights that read K, by their name in the model, copied to the CPU; empty without such an input.
+
+        `from_pretrained` knows them for a UNet only: other families keep them in a file beside the model.
+        """
+        if self.condition_dim is None:
+            return {}
+        return {self._projection_name: self.timestep_embedding.cond_proj.weight.detach().cpu().clone()}
+
+    def load_step_condition(self, state: Mapping[str, Tensor]) -> None:
+        """Take weights that `step_condition_state` gave, adding the input for K where there is none.
+
+        Raises:
+            CheckpointError: they are of another model.
+        """
+        name, rows = self._projection_name, self.timestep_embedding.linear_1.in_features
+        if set(state) != {name}:
+            raise CheckpointError(
+                f"the step condition has the weights {sorted(state)}, {type(self).__name__} reads {[name]}; "
+                "load the file that was saved beside this model"
+            )
+        shape = tuple(state[name].shape)
+        allowed = (rows, self.condition_dim or shape[-1])
+        if shape != allowed:
+            raise CheckpointError(f"{name} has shape {shape}, the model takes {allowed}; load the file of this model")
+        self.add_step_condition(shape[1])
+        with torch.no_grad():
+            self.timestep_embedding.cond_proj.weight.copy_(state[name])
+
+    @property
+    def _projection_name(self) -> str:
+        return f"{self.timestep_embedding_name}.cond_proj.weight"
+
+    def _embedded(self, step_counts: Tensor | None) -> Tensor | None:
+        dim = self.condition_dim
+        if step_counts is None or dim is None:
+            return None
+        return embed_step_count(step_counts, dim).to(self.timestep_embedding.cond_proj.weight.dtype)
+
+
+class PassedCondition:
+    """Hands K to a TimestepEmbedding that its model calls without a condition.
+
+    The hook stays, the condition is there for one block only: torch.compile does not look at hooks
+    that come and go. Gradient checkpointing recomputes transformer blocks, which come after the embedding.
+    """
+
+    def __init__(self, embedding: nn.Module) -> None:
+        self._condition: Tensor | None = None
+        embedding.register_forward_pre_hook(self._add, with_kwargs=True)
+
+    @contextmanager
+    def during(self, condition: Tensor | None) -> Iterator[None]:
+        """Within the block the embedding is called with `condition`; also after an error it is forgotten."""
+        self._condition = condition
+        try:
+            yield
+        finally:
+            self._condition = None
+
+    def _add(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        return None if self._condition is None else (args, {**kwargs, "condition": self._condition})
+
+
+def require(name: str, value: Tensor | None, family: str) -> Tensor:
+    """Return a part of the conditioning that a family cannot do without.
+
+    Raises:
+        ValueError: it is None.
+    """
+    if value is None:
+        raise ValueError(f"{name} is None; {family} reads it: encode prompts with all text encoders of the checkpoint")
+    return value
+
+
+def require_outputs(model: Any, allowed: tuple[int, ...]) -> None:
+    """Check that a model predicts its own latents.
+
+    Raises:
+        CheckpointError: it does not, as inpainting and image-to-video models, which read a picture too.
+    """
+    inputs, outputs = model.config.in_channels, getattr(model.config, "out_channels", None)
+    if outputs is not None and outputs not in allowed:
+        raise CheckpointError(
+            f"{type(model).__name__} takes {inputs} channels and gives {outputs}, allowed are "
+            f"{' or '.join(map(str, allowed))}; use a text-to-image or text-to-video checkpoint"
+        )

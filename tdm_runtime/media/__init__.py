@@ -1,0 +1,1 @@
+"""Picture and clip files, and their receipts."""

@@ -1,0 +1,176 @@
+"""A receipt: everything that made a picture, so that anybody with the checkpoint can make it again."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydantic
+from PIL import Image, UnidentifiedImageError
+
+from tdm_runtime.errors import InvalidRequestError
+from tdm_runtime.media.image_file import RECEIPT_CHUNK
+from tdm_runtime.model.decoder import Pixels
+from tdm_runtime.model.loaded_model import LoadedModel
+from tdm_runtime.params import DecoderName, SamplingParams
+
+TOLERANCE_LEVELS = 2
+"""Of 255, that a picture of a batch may be away from the same made alone, where nobody asked for the same bits."""
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """One picture's."""
+
+    model: str
+    digest: str
+    """sha256 of the checkpoint's recipe and, through it, of its weights."""
+    prompt: str
+    seed: int
+    num_inference_steps: int
+    width: int
+    height: int
+    decoder: DecoderName
+    backend: str
+    """What ran it, as "openvino bf16"."""
+    bucket: tuple[int, ...]
+    """Latent shape [C, H, W]: what it shared calls with."""
+    is_strict: bool
+    """Whether the same bits come of it, on this backend, whatever shares the call."""
+    pixels_sha256: str
+    """Of the pixels, uint8 [H, W, 3], row by row."""
+    noise_angle: float = 0.0
+    """See `SamplingParams`; other than 0 in the frames of a clip."""
+
+    def to_params(self) -> SamplingParams:
+        """What to ask for.
+
+        Raises:
+            InvalidRequestError: a value outside its limits.
+        """
+        return SamplingParams(
+            prompt=self.prompt,
+            seed=self.seed,
+            num_inference_steps=self.num_inference_steps,
+            width=self.width,
+            height=self.height,
+            decoder=self.decoder,
+            noise_angle=self.noise_angle,
+        )
+
+    def to_json(self) -> str:
+        return _ADAPTER.dump_json(self).decode()
+
+
+_ADAPTER = pydantic.TypeAdapter(Receipt)
+
+
+def receipt_of(model: LoadedModel, params: SamplingParams, pixels: Pixels, is_strict: bool) -> Receipt:
+    """Write a picture's receipt.
+
+    Args:
+        is_strict: see `Receipt.is_strict`.
+    """
+    return Receipt(
+        model=model.recipe.name,
+        digest=model.digest,
+        prompt=params.prompt,
+        seed=params.seed,
+        num_inference_steps=params.num_inference_steps,
+        width=params.width,
+        height=params.height,
+        decoder=params.decoder,
+        backend=model.backend,
+        bucket=model.latent_shape(params),
+        is_strict=is_strict,
+        pixels_sha256=pixels_sha256(pixels),
+        noise_angle=params.noise_angle,
+    )
+
+
+def pixels_sha256(pixels: Pixels) -> str:
+    return hashlib.sha256(pixels.tobytes()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A receipt and, where they came with it, the pixels of a lossless file."""
+
+    receipt: Receipt
+    pixels: Pixels | None = None
+
+    def check(self, made: Pixels) -> str | None:
+        """What speaks against a picture being the one of the receipt; None where nothing does."""
+        if pixels_sha256(made) == self.receipt.pixels_sha256:
+            return None
+        if self.receipt.is_strict:
+            return "its bits differ from the receipt's"
+        if self.pixels is None:
+            return (
+                "its bits differ from the receipt's, which promises none (is_strict is false); "
+                "verify the PNG file to see by how much"
+            )
+        levels = int(np.abs(made.astype(int) - self.pixels).max())
+        return f"it is {levels} levels of 255 away" if levels > TOLERANCE_LEVELS else None
+
+
+def read_claims(file: Path) -> list[Claim]:
+    """Read the receipts of a file: a PNG with one inside, a receipt in JSON, or a server's answer.
+
+    Raises:
+        InvalidRequestError: there is none.
+        OSError: the file cannot be read.
+    """
+    content = file.read_bytes()
+    claims = _claims_of_png(content) if content.startswith(b"\x89PNG") else list(_claims_of_json(content))
+    if not claims:
+        raise InvalidRequestError(
+            f"{file} holds no receipt; give a PNG with metadata, a receipt in JSON or a server's answer"
+        )
+    return claims
+
+
+def _claims_of_png(content: bytes) -> list[Claim]:
+    try:
+        with Image.open(io.BytesIO(content)) as picture:
+            picture.load()
+            text = getattr(picture, "text", {}).get(RECEIPT_CHUNK)
+            pixels = np.asarray(picture.convert("RGB"))
+    except (UnidentifiedImageError, OSError, SyntaxError):
+        return []
+    return [] if text is None else [Claim(receipt, pixels) for receipt in _receipts_in(_decoded(text.encode()))]
+
+
+def _claims_of_json(content: bytes) -> Iterator[Claim]:
+    for receipt in _receipts_in(_decoded(content)):
+        yield Claim(receipt)
+
+
+def _decoded(content: bytes) -> Any:
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _receipts_in(raw: Any) -> Iterator[Receipt]:
+    """The receipts anywhere inside decoded JSON."""
+    if isinstance(raw, list):
+        for item in raw:
+            yield from _receipts_in(item)
+    elif isinstance(raw, dict) and "pixels_sha256" in raw:
+        try:
+            yield _ADAPTER.validate_python(raw)
+        except pydantic.ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise InvalidRequestError(f"the receipt's {where} is wrong: {first['msg']}") from None
+    elif isinstance(raw, dict):
+        for item in raw.values():
+            yield from _receipts_in(item)

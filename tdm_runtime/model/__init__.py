@@ -1,0 +1,1 @@
+"""A checkpoint in memory: its components, what runs them, LoRAs."""

@@ -1,0 +1,239 @@
+"""Which backend runs a checkpoint: the one that is asked for, or the fastest that was measured."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import pydantic
+import torch
+
+from tdm_runtime.backends import BackendName, Precision
+from tdm_runtime.backends.machine import TOOLS, gpu_architecture, installed
+from tdm_runtime.checkpoint.folder import Checkpoint, file_sha256, open_checkpoint
+from tdm_runtime.checkpoint.manifest import (
+    MANIFEST_FILE,
+    PictureParity,
+    export_command,
+)
+from tdm_runtime.errors import ArtifactError, BackendError
+from tdm_runtime.model.artifacts import Artifacts, BackendConfig
+from tdm_runtime.model.loaded_model import LoadedModel
+from tdm_runtime.params import SamplingParams
+
+MIN_PSNR_DB = 35.0
+"""Pictures of a backend that is chosen without being asked for keep at least this against torch float32."""
+CHOICE_FILE = "choice.json"
+ROUNDS = 20
+ROUNDS_S = 1.0
+"""A measurement ends after so many rounds or seconds, whichever is first."""
+FEW_THREADS_BELOW_S = 0.5
+"""Only a picture that is made sooner may gain by fewer threads than there are cores."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to run a checkpoint."""
+
+    backend: BackendName
+    precision: Precision
+    threads: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.backend} {self.precision}"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The fastest candidate on one machine, and what it was compared with."""
+
+    machine: str
+    chosen: Candidate
+    picture_ms: Mapping[str, float]
+    """Candidate -> one picture at the default step count, text to pixels, with its best number of threads."""
+    excluded: Mapping[str, str]
+    """Candidate -> why it was not measured."""
+
+    def __str__(self) -> str:
+        others = [f"{name} {ms:.3g} ms" for name, ms in self.picture_ms.items() if name != self.chosen.name]
+        others += [f"{name} not considered: {why}" for name, why in self.excluded.items()]
+        compared = f" ({'; '.join(others)})" if others else ""
+        threads = f"{self.chosen.threads} thread{'s' if self.chosen.threads > 1 else ''}"
+        ms = self.picture_ms[self.chosen.name]
+        return f"{self.chosen.name} with {threads}, {ms:.3g} ms a picture{compared}"
+
+
+_ADAPTER = pydantic.TypeAdapter(Choice)
+
+
+def load_model(folder: Path, config: BackendConfig = BackendConfig(), device: str | None = None) -> LoadedModel:
+    """Open, check and load a checkpoint.
+
+    Args:
+        device: in place of `config.device`.
+
+    Raises:
+        CheckpointError: the folder cannot be served; the message says why and what to do.
+        BackendError: the backend cannot run here, or its artifacts are not of this checkpoint and machine.
+    """
+    checkpoint = open_checkpoint(folder)
+    config = replace(config, device=device or config.device)
+    try:
+        return _loaded(checkpoint, config)
+    except ArtifactError as error:
+        if not config.allow_fallback:
+            raise
+        model = _loaded(checkpoint, BackendConfig("torch", threads=config.threads, device=config.device))
+        return replace(model, choice=f"{model.backend} in place of {config.backend}: {error}")
+
+
+def _loaded(checkpoint: Checkpoint, config: BackendConfig) -> LoadedModel:
+    artifacts = Artifacts.find(checkpoint, config)
+    if config.backend != "auto" and config.threads != 0:
+        return artifacts.load(config.backend, config.precision, config.threads, config.device)
+    choice = _choose(artifacts, config)
+    best = choice.chosen
+    model = artifacts.load(best.backend, best.precision, best.threads, config.device)
+    return replace(model, choice=str(choice))
+
+
+def _choose(artifacts: Artifacts, config: BackendConfig) -> Choice:
+    """Measure every candidate, or read what was measured on this machine before."""
+    kept = artifacts.folder / CHOICE_FILE
+    machine = _machine(artifacts, config)
+    if (known := _read_choice(kept)) is not None and known.machine == machine:
+        return known
+    with ThreadPoolExecutor(1) as passing:  # torch's OpenMP workers end with it
+        choice = passing.submit(_measured, artifacts, config, machine).result()
+    if artifacts.manifest is not None:
+        partial_file = kept.with_suffix(f".{os.getpid()}")
+        with contextlib.suppress(OSError):  # a folder that cannot be written to: it is measured at every start
+            partial_file.write_bytes(_ADAPTER.dump_json(choice, indent=2))
+            partial_file.replace(kept)
+    return choice
+
+
+def _read_choice(file: Path) -> Choice | None:
+    try:
+        return _ADAPTER.validate_json(file.read_bytes())
+    except (OSError, pydantic.ValidationError):  # it can be measured again
+        return None
+
+
+def _machine(artifacts: Artifacts, config: BackendConfig) -> str:
+    """What a measurement depends on, parities included: `tdm-export --verify` may change them."""
+    cpu = platform.processor() or platform.machine()
+    if (cpuinfo := Path("/proc/cpuinfo")).is_file():
+        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
+        cpu = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), cpu)
+    versions = " ".join(f"{name} {version}" for name, version in installed(TOOLS).items())
+    wanted = f"{config.backend} {config.precision} {config.threads} {config.device}"
+    manifest = file_sha256(artifacts.folder / MANIFEST_FILE)[:12] if artifacts.manifest else None
+    return f"{cpu}, {_cores()} cores, {gpu_architecture()}, {versions}, {wanted}, manifest {manifest}"
+
+
+def _measured(artifacts: Artifacts, config: BackendConfig, machine: str) -> Choice:
+    times: dict[Candidate, float] = {}
+    excluded: dict[str, str] = {}
+    for backend, precision in _candidates(artifacts, config):
+        build = artifacts.manifest.find(backend, precision) if artifacts.manifest else None
+        name = f"{backend} {precision}"
+        if config.backend == "auto" and build and (why := _falls_short(build.pictures)):
+            excluded[name] = why
+            continue
+        try:
+            for threads in _thread_counts(config.threads):
+                model = artifacts.load(backend, precision, threads, config.device)
+                seconds = times[Candidate(backend, precision, threads)] = picture_seconds(model)
+                if seconds > FEW_THREADS_BELOW_S:
+                    break
+        except ArtifactError:
+            raise
+        except BackendError as error:
+            excluded[name] = str(error)
+    if not times and not excluded:
+        remedy = export_command(artifacts.checkpoint, artifacts.folder, precision=config.precision)
+        raise ArtifactError(f"{artifacts.checkpoint.recipe.name} was not built at {config.precision}; run `{remedy}`")
+    if not times:
+        reasons = "; ".join(f"{name}: {why}" for name, why in excluded.items())
+        raise BackendError(f"no backend runs {artifacts.checkpoint.recipe.name} here: {reasons}")
+    best_first = sorted(times, key=lambda candidate: times[candidate])
+    picture_ms = {c.name: 1e3 * times[c] for c in reversed(best_first)}  # the fewest milliseconds of a name are last
+    return Choice(machine, best_first[0], picture_ms, excluded)
+
+
+def _candidates(artifacts: Artifacts, config: BackendConfig) -> Iterator[tuple[BackendName, Precision]]:
+    if config.backend != "auto":
+        precision = config.precision
+        if precision is None:
+            build = artifacts.manifest.find(config.backend, None) if artifacts.manifest else None
+            precision = build.precision if build else "fp32"
+        yield config.backend, precision
+        return
+    on_torch: list[tuple[BackendName, Precision]] = [("torch", "fp32")]
+    if gpu_architecture():
+        on_torch += [("torch", "bf16"), ("cuda-graphs", "fp32"), ("cuda-graphs", "bf16")]
+    built = [(build.backend, build.precision) for build in artifacts.manifest.builds] if artifacts.manifest else []
+    for backend, precision in itertools.chain(on_torch, built):
+        if config.precision in (None, precision):
+            yield backend, precision
+
+
+def _falls_short(pictures: Mapping[int, PictureParity]) -> str | None:
+    """Why a build's pictures are not close enough to be chosen unasked."""
+    if not pictures:
+        return "its parity was not measured (`tdm-export --verify`)"
+    lowest = min(parity.psnr_db for parity in pictures.values())
+    return f"its pictures keep {lowest:.1f} dB, {MIN_PSNR_DB:g} are asked" if lowest < MIN_PSNR_DB else None
+
+
+def _thread_counts(wanted: int | None) -> list[int]:
+    """All cores first, then the powers of two below."""
+    if wanted:
+        return [wanted]
+    cores = _cores()
+    return sorted({cores, *(1 << n for n in range(cores.bit_length()) if 1 << n <= cores)}, reverse=True)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@torch.inference_mode()
+def picture_seconds(model: LoadedModel) -> float:
+    """Time of one picture at the default step count, text to pixels, from measuring each component."""
+    recipe = model.recipe
+    width, height = recipe.native_sizes[0]
+    params = SamplingParams("warm-up", 0, recipe.default_steps, width, height)
+    device = model.denoiser.device
+    prompt_embeds = model.text_encoder.encode(params.prompt).prompt_embeds[None]
+    latents = torch.zeros(1, *model.latent_shape(params), device=device)
+    timesteps = torch.full((1,), recipe.step_tables[recipe.default_steps].timesteps[0], dtype=torch.float32)
+    step_counts = torch.tensor([recipe.default_steps], device=device)
+    denoise = partial(model.denoiser, latents, timesteps.to(device), step_counts, prompt_embeds)
+    decode = partial(model.decoders["full"].decode, latents)
+    return recipe.default_steps * _seconds(denoise) + _seconds(decode)
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    """The least of a few rounds after a first; of a call that takes long, of the second."""
+    call()
+    fewest, ends_s = float("inf"), time.monotonic() + ROUNDS_S
+    for _ in range(ROUNDS):
+        started_s = time.monotonic()
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        fewest = min(fewest, time.monotonic() - started_s)
+        if time.monotonic() > ends_s:
+            break
+    return fewest

@@ -1,0 +1,92 @@
+"""Latents -> pixels, in calls that fit into memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tdm_runtime.backends import Backend
+from tdm_runtime.model.components import DecoderModule
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+Pixels = NDArray[np.uint8]
+
+MAX_CALL_PIXELS = 1024 * 1024
+"""Of one decoder call. A KL autoencoder of full size holds about 6 GB of activations for as many in float32."""
+TILE_OVERLAP = 0.25
+"""Share of a tile's side that it has in common with the next."""
+
+
+class Decoder:
+    """An autoencoder's decoder. Batches that are too large for one call are sliced, pictures that are, tiled."""
+
+    def __init__(self, backend: Backend, downscale: int, max_call_pixels: int = MAX_CALL_PIXELS) -> None:
+        self.backend = backend
+        self.downscale = downscale
+        """Pixels per latent, each side."""
+        self._max_call_latents = max_call_pixels // downscale**2
+
+    def decode(self, latents: Tensor) -> Pixels:
+        """Return uint8 [B, H, W, 3] for latents [B, C, H / downscale, W / downscale]."""
+        height, width = latents.shape[-2:]
+        samples_a_call = self._max_call_latents // (height * width)
+        if samples_a_call == 0:
+            return np.stack([self._tiled(sample) for sample in latents])
+        slices = [self.backend(part).cpu().numpy() for part in torch.split(latents, samples_a_call)]
+        return slices[0] if len(slices) == 1 else np.concatenate(slices)
+
+    def _tiled(self, latents: Tensor) -> Pixels:
+        """Decode one picture, latents [C, h, w], in overlapping tiles that fade into each other."""
+        side = int(self._max_call_latents**0.5)
+        height, width = (size * self.downscale for size in latents.shape[-2:])
+        total = np.zeros((height, width, 3), dtype=np.float32)
+        weights = np.zeros((height, width, 1), dtype=np.float32)
+        for top in _tile_starts(latents.shape[-2], side):
+            for left in _tile_starts(latents.shape[-1], side):
+                tile = latents[None, :, top : top + side, left : left + side].contiguous()
+                pixels = self.backend(tile)[0].cpu().numpy()
+                rows, columns = (
+                    slice(s * self.downscale, s * self.downscale + n)
+                    for s, n in zip((top, left), pixels.shape[:2], strict=True)
+                )
+                fade = np.outer(_fade(rows, height), _fade(columns, width))[..., None]
+                total[rows, columns] += fade * pixels
+                weights[rows, columns] += fade
+        blended: Pixels = (total / weights).round().astype(np.uint8)
+        return blended
+
+
+def torch_decoder(vae: AutoencoderKL, device: torch.device, threads: int | None = None) -> Decoder:
+    """An autoencoder that is in memory already, run by PyTorch in float32."""
+    from tdm_runtime.backends.pytorch import TorchBackend
+
+    backend = TorchBackend(DecoderModule(vae), device, threads=threads)
+    return Decoder(backend, downscale=2 ** (len(vae.config.block_out_channels) - 1))
+
+
+def _tile_starts(size: int, side: int) -> Iterator[int]:
+    """Where tiles begin: every one full, the last at the end, neighbours at least `TILE_OVERLAP` in common."""
+    if size <= side:
+        yield 0
+        return
+    stride = max(1, int(side * (1 - TILE_OVERLAP)))
+    yield from range(0, size - side, stride)
+    yield size - side
+
+
+def _fade(tile: slice, whole: int) -> NDArray[np.float32]:
+    """Weights of a tile along one side, positive everywhere: they rise from an edge over the overlap.
+
+    Not from the picture's own edges: there the tile is right, and one that begins close by is not yet.
+    """
+    size = tile.stop - tile.start
+    rising: NDArray[np.float32] = np.minimum(1.0, (np.arange(size) + 0.5) / (size * TILE_OVERLAP)).astype(np.float32)
+    rising_from_start = rising if tile.start > 0 else np.ones_like(rising)
+    return np.minimum(rising_from_start, rising[::-1] if tile.stop < whole else np.ones_like(rising))

@@ -1,0 +1,148 @@
+"""Loads a checkpoint's components, from its own modules or from a build."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from tdm_runtime.backends import TORCH_DTYPES, Backend, BackendName, Precision
+from tdm_runtime.backends.interface import ComponentName, Interface
+from tdm_runtime.checkpoint.folder import Checkpoint
+from tdm_runtime.checkpoint.manifest import Build, Manifest, PictureParity, check_build
+from tdm_runtime.checkpoint.recipe import RECIPE_FILE
+from tdm_runtime.errors import ArtifactError, BackendError, RecipeError
+from tdm_runtime.model.components import component_names, load_component
+from tdm_runtime.model.decoder import Decoder
+from tdm_runtime.model.loaded_model import LoadedModel
+from tdm_runtime.model.text_encoder import TextEncoder
+from tdm_runtime.params import DecoderName
+
+
+def load_with_torch(
+    checkpoint: Checkpoint,
+    backend: BackendName = "torch",
+    precision: Precision = "fp32",
+    device: torch.device | None = None,
+    threads: int | None = None,
+) -> LoadedModel:
+    """Load the checkpoint's own modules.
+
+    Args:
+        backend: torch, torch-compiled or cuda-graphs.
+        threads: CPU threads of a denoiser call; None leaves the calling thread's setting alone.
+
+    Raises:
+        BackendError: this backend does not compute in that precision, or not on that device.
+    """
+    if precision not in TORCH_DTYPES:
+        raise BackendError(f"{backend} does not run {precision}; choose {', '.join(TORCH_DTYPES)}")
+    on = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = TORCH_DTYPES[precision]
+
+    def run(name: ComponentName) -> Backend:
+        module, interface = load_component(checkpoint, name)
+        # The decoder works beside the denoiser. OpenMP workers stop spinning, and a step takes twice as
+        # long, once there are more of them than cores, so only the denoiser's thread may have a team.
+        return _torch_backend(backend, module, interface, on, dtype, 1 if name.endswith("decoder") else threads)
+
+    return _assembled(checkpoint, f"{backend} {precision}", run, {})
+
+
+def load_build(
+    checkpoint: Checkpoint, manifest: Manifest, build: Build, folder: Path, threads: int | None = None
+) -> LoadedModel:
+    """Load compiled artifacts; the checkpoint's weights are not read.
+
+    Raises:
+        ArtifactError: they are damaged, or built for another machine.
+        BackendError: the backend cannot run here.
+    """
+    check_build(manifest, build, folder, checkpoint)
+
+    def run(name: ComponentName) -> Backend:
+        return component_backend(manifest, build, folder, name, threads)
+
+    return _assembled(checkpoint, build.name, run, build.pictures)
+
+
+def component_backend(
+    manifest: Manifest, build: Build, folder: Path, name: ComponentName, threads: int | None = None
+) -> Backend:
+    """One component of a build, whose files were checked before.
+
+    Raises:
+        BackendError: it was not built, or cannot run here.
+    """
+    if name not in build.components:
+        raise ArtifactError(f"{build.name} in {folder} has no {name}; run `tdm-export` again")
+    file, interface = folder / build.components[name].file, manifest.interfaces[name]
+    match build.backend:
+        case "openvino":
+            from tdm_runtime.backends.openvino import OpenVINOBackend
+
+            return OpenVINOBackend(file, build.precision, threads)
+        case "onnxruntime":
+            from tdm_runtime.backends.onnxruntime import OnnxRuntimeBackend
+
+            on = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            return OnnxRuntimeBackend(file, interface, on, threads)
+        case "tensorrt":
+            from tdm_runtime.backends.tensorrt import TensorRTBackend
+
+            return TensorRTBackend(file, interface, torch.device("cuda"))
+    raise ArtifactError(f"{folder} has a build for {build.backend!r}, which runs no artifacts")
+
+
+def _torch_backend(
+    name: BackendName,
+    module: nn.Module,
+    interface: Interface,
+    device: torch.device,
+    dtype: torch.dtype,
+    threads: int | None,
+) -> Backend:
+    from tdm_runtime.backends.pytorch import CompiledTorchBackend, TorchBackend
+
+    if name == "torch":
+        return TorchBackend(module, device, dtype, threads, interface)
+    if name == "torch-compiled":
+        return CompiledTorchBackend(module, device, dtype, threads, interface)
+    from tdm_runtime.backends.cuda_graphs import CudaGraphBackend
+
+    return CudaGraphBackend(module, device, dtype, interface)
+
+
+def _assembled(
+    checkpoint: Checkpoint,
+    backend: str,
+    run: Callable[[ComponentName], Backend],
+    parity: Mapping[int, PictureParity],
+) -> LoadedModel:
+    names = component_names(checkpoint)
+    decoders: dict[DecoderName, Decoder] = {"full": Decoder(run("decoder"), checkpoint.downscale)}
+    if "tiny_decoder" in names:
+        decoders["tiny"] = Decoder(run("tiny_decoder"), checkpoint.downscale)
+    _check_sizes(checkpoint)
+    return LoadedModel(
+        recipe=checkpoint.recipe,
+        digest=checkpoint.digest,
+        backend=backend,
+        text_encoder=TextEncoder(checkpoint.load_tokenizer(), run("text_encoder")),
+        denoiser=run("denoiser"),
+        decoders=decoders,
+        latent_channels=checkpoint.latent_channels,
+        parity=parity,
+    )
+
+
+def _check_sizes(checkpoint: Checkpoint) -> None:
+    for width, height in checkpoint.recipe.native_sizes:
+        if width % checkpoint.downscale or height % checkpoint.downscale:
+            raise RecipeError(
+                f"{checkpoint.folder / RECIPE_FILE}: native_sizes has {width}x{height}, and the decoder makes "
+                f"multiples of {checkpoint.downscale} pixels only; publish the checkpoint anew with sizes that it "
+                "was trained at"
+            )

@@ -1,0 +1,82 @@
+"""Prompt -> prompt embeddings, with an LRU cache."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tdm_runtime.backends import Backend
+from tdm_runtime.checkpoint.tokenizer import PromptTokenizer
+
+
+@dataclass(frozen=True)
+class PromptEmbedding:
+    """One prompt as the denoiser reads it."""
+
+    prompt_embeds: Tensor
+    """[L, D]."""
+    num_tokens: int
+    """Of the whole prompt, start and end marks counted in."""
+    max_tokens: int
+    """What the text encoder reads; tokens beyond are cut."""
+
+    @property
+    def is_truncated(self) -> bool:
+        return self.num_tokens > self.max_tokens
+
+
+class TextEncoder:
+    """Encodes prompts and remembers the latest. Not thread-safe, as its backend; `expect` is."""
+
+    def __init__(self, tokenizer: PromptTokenizer, backend: Backend, cache_size: int = 1024) -> None:
+        self.backend = backend
+        self._tokenizer = tokenizer
+        self._cache: OrderedDict[str, PromptEmbedding] = OrderedDict()
+        self._cache_size = cache_size
+        self._tokens: OrderedDict[str, tuple[list[int], int]] = OrderedDict()
+        """Of prompts that are expected."""
+        self.cache_hits = 0
+        self.cache_misses = 0
+
+    def expect(self, prompt: str) -> bool:
+        """Tokenize a prompt that is to be encoded soon. False where there is nothing to do: it was seen lately."""
+        if prompt in self._cache:
+            return False
+        self._tokens[prompt] = self._tokenizer.encode(prompt)
+        if len(self._tokens) > max(1, self._cache_size):
+            self._tokens.popitem(last=False)
+        return True
+
+    def encode(self, prompt: str) -> PromptEmbedding:
+        """Return a prompt's embedding, from the cache where it was seen lately."""
+        return self.encode_all([prompt])[0]
+
+    def encode_all(self, prompts: Sequence[str]) -> list[PromptEmbedding]:
+        """Return each prompt's embedding; those not seen lately share a call where that changes no bit of them."""
+        found = {prompt: known for prompt in prompts if (known := self._cache.get(prompt)) is not None}
+        missing = list(dict.fromkeys(prompt for prompt in prompts if prompt not in found))
+        self.cache_hits += len(prompts) - len(missing)
+        self.cache_misses += len(missing)
+        size = max(1, len(missing)) if self.backend.is_batch_invariant else 1
+        for start in range(0, len(missing), size):
+            part = missing[start : start + size]
+            found |= zip(part, self._encode(part), strict=True)
+        for prompt in prompts:
+            self._cache[prompt] = found[prompt]
+            self._cache.move_to_end(prompt)
+        while len(self._cache) > self._cache_size:
+            self._cache.popitem(last=False)
+        return [found[prompt] for prompt in prompts]
+
+    def _encode(self, prompts: Sequence[str]) -> list[PromptEmbedding]:
+        expected = {prompt: self._tokens.pop(prompt) for prompt in prompts if prompt in self._tokens}
+        tokens = [expected.get(prompt) or self._tokenizer.encode(prompt) for prompt in prompts]
+        embeds = self.backend(torch.tensor([ids for ids, _ in tokens], device=self.backend.device))
+        return [
+            PromptEmbedding(embeds[n], num_tokens, self._tokenizer.max_tokens)
+            for n, (_, num_tokens) in enumerate(tokens)
+        ]

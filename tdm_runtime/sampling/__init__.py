@@ -1,0 +1,1 @@
+"""Noise, noise schedules, step tables and the update of a step."""

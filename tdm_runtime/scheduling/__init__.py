@@ -1,0 +1,1 @@
+"""Costs, forecasts and the order of calls. No tensors."""

@@ -1,0 +1,361 @@
+"""Every family's ONNX file computes what torch does, at shapes other than the one it was traced with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import openvino
+import pytest
+import torch
+from diffusers import AutoencoderKL, AutoencoderKLCogVideoX, AutoencoderTiny
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from export.errors import ExportError
+from export.onnx_export import EXAMPLE_SIZES, export_onnx
+from export.traceable import traceable
+from tdm_runtime.backends.interface import Interface, TensorSpec
+from tdm_runtime.families import Denoiser, denoiser_for
+from tdm_runtime.families.interfaces import interface_of
+from tdm_runtime.model.components import DecoderModule, TextEncoderModule, VideoDecoderModule
+from tests.tiny_models import TEXT_DIM, TEXT_TOKENS, tiny_cogvideox, tiny_pixart, tiny_sd3, tiny_sdxl_unet, tiny_unet
+
+TOLERANCE = 1e-4
+"""Largest distance to torch, as a share of the largest number: float32 summed in another order, through all layers."""
+VARIANTS: Mapping[str, Callable[[], Any]] = {
+    "sd": tiny_unet,
+    "sdxl": tiny_sdxl_unet,
+    "pixart-512": lambda: tiny_pixart(num_layers=1),
+    "pixart-1024": lambda: tiny_pixart(num_layers=1, use_additional_conditions=True),
+    "sd3": tiny_sd3,
+    "cogvideox-2b": lambda: tiny_cogvideox(num_layers=1),
+    "cogvideox-5b": lambda: tiny_cogvideox(num_layers=1, use_rotary_positional_embeddings=True),
+}
+OTHER_SIZES: tuple[Mapping[str, int], ...] = (
+    {"batch": 3, "height": 10, "width": 14, "frames": 5, "tokens": 9},
+    {"batch": 1, "height": 20, "width": 6, "frames": 1, "tokens": 3},
+    {"batch": 2, "height": 8, "width": 8, "frames": 3, "tokens": TEXT_TOKENS},  # as the tiny models were trained
+)
+ODD_SIZES = ({"batch": 1, "height": 9, "width": 11, "tokens": 4},)
+"""A UNet's levels need not divide its sizes; transformers take multiples of their patch size."""
+
+
+def denoiser_of(variant: str) -> tuple[Denoiser, Interface]:
+    """A denoiser that reads K by weights that are felt, the same on every call."""
+    denoiser = denoiser_for(VARIANTS[variant]())
+    denoiser.add_step_condition(8)
+    weight = denoiser.timestep_embedding.cond_proj.weight
+    nn.init.normal_(weight, generator=torch.Generator().manual_seed(2))
+    return denoiser, interface_of(denoiser, TEXT_TOKENS if "cogvideox" in variant else "tokens", TEXT_DIM)
+
+
+def named(interface: Interface, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    return {spec.name: tensor for spec, tensor in zip(interface.inputs, inputs, strict=True)}
+
+
+def ask_torch(module: nn.Module, interface: Interface, inputs: tuple[Tensor, ...]) -> Tensor:
+    with torch.no_grad():
+        output: Tensor = module(**named(interface, inputs))
+    return output
+
+
+def assert_close(actual: Tensor, expected: Tensor, tolerance: float = TOLERANCE) -> None:
+    assert actual.shape == expected.shape
+    assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A module and its file."""
+
+    module: nn.Module
+    interface: Interface
+    file: Path
+
+    def __post_init__(self) -> None:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        session = onnxruntime.InferenceSession(str(self.file), options, providers=["CPUExecutionProvider"])
+        object.__setattr__(self, "session", session)
+
+    session: Any = None
+
+    def ask_onnxruntime(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        feed = {name: tensor.numpy() for name, tensor in named(self.interface, inputs).items()}
+        return torch.from_numpy(self.session.run(None, feed)[0])
+
+    def weight_types(self) -> set[int]:
+        """Of matrices and kernels."""
+        model = onnx.load(self.file, load_external_data=False)
+        return {weight.data_type for weight in model.graph.initializer if len(weight.dims) > 1 and weight.external_data}
+
+
+def export(module: nn.Module, interface: Interface, file: Path, dtype: torch.dtype = torch.float32) -> Exported:
+    export_onnx(module, interface, file, title=file.stem, dtype=dtype)
+    return Exported(module, interface, file)
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """Each denoiser, exported once."""
+    torch.set_num_threads(1)
+    return export(*denoiser_of(request.param), tmp_path_factory.mktemp(request.param) / f"{request.param}.onnx")
+
+
+class TestDenoisers:
+    def test_equals_torch_at_the_traced_shape_and_others(self, exported: Exported) -> None:
+        draw = torch.Generator().manual_seed(3)
+        is_unet = exported.file.stem in ("sd", "sdxl")
+        for sizes in (EXAMPLE_SIZES, *OTHER_SIZES, *(ODD_SIZES if is_unet else ())):
+            inputs = exported.interface.random_inputs(sizes, draw)
+            expected = ask_torch(exported.module, exported.interface, inputs)
+            assert_close(exported.ask_onnxruntime(inputs), expected)
+
+    def test_equals_torch_in_openvino(self, exported: Exported) -> None:
+        program = openvino.Core().compile_model(
+            str(exported.file), "CPU", {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
+        )
+        inputs = exported.interface.random_inputs(OTHER_SIZES[0], torch.Generator().manual_seed(3))
+        feed = {name: tensor.numpy() for name, tensor in named(exported.interface, inputs).items()}
+        actual = torch.from_numpy(program(feed)[0])
+        assert_close(actual, ask_torch(exported.module, exported.interface, inputs))
+
+    def test_every_sample_has_its_own_timestep_and_step_count(self, exported: Exported) -> None:
+        inputs = exported.interface.random_inputs(OTHER_SIZES[0], torch.Generator().manual_seed(4))
+        latents, _, _, *prompt = inputs
+        timesteps, step_counts = torch.tensor([999.0, 500.0, 19.5]), torch.tensor([1, 2, 4])
+        together = exported.ask_onnxruntime((latents, timesteps, step_counts, *prompt))
+        every = (latents, timesteps, step_counts, *prompt)
+        alone = [exported.ask_onnxruntime(tuple(tensor[i : i + 1] for tensor in every)) for i in range(3)]
+        assert_close(together, torch.cat(alone))
+        other_step_counts = exported.ask_onnxruntime((latents, timesteps, step_counts.flip(0), *prompt))
+        assert (other_step_counts - together)[[0, 2]].abs().amax() > 100 * TOLERANCE
+
+    def test_file_says_what_it_holds(self, exported: Exported) -> None:
+        model = onnx.load(exported.file, load_external_data=False)
+        metadata = {entry.key: entry.value for entry in model.metadata_props}
+        assert metadata["tdm.component"] == exported.file.stem
+        assert metadata["tdm.dtype"] == "float32"
+        shapes = {
+            value.name: tuple(dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim)
+            for value in model.graph.input
+        }
+        assert shapes == {spec.name: spec.shape for spec in exported.interface.inputs}
+        assert exported.weight_types() == {onnx.TensorProto.FLOAT}
+
+
+class TestTraceable:
+    """What export swaps computes what it is swapped for."""
+
+    MORE = (*OTHER_SIZES, {"batch": 1, "height": 6, "width": 26, "frames": 2, "tokens": 3})
+
+    @pytest.mark.parametrize("variant", VARIANTS)
+    def test_changes_no_number(self, variant: str) -> None:
+        denoiser, interface = denoiser_of(variant)
+        self.assert_unchanged(denoiser, interface, self.MORE)
+
+    def test_changes_no_number_of_cogvideox_1_5(self) -> None:
+        model = tiny_cogvideox(num_layers=1, use_rotary_positional_embeddings=True, patch_size_t=2)
+        denoiser = denoiser_for(model)
+        sizes = tuple({"batch": 2, "frames": frames, "height": 8, "width": 6} for frames in (2, 4))
+        self.assert_unchanged(denoiser, interface_of(denoiser, TEXT_TOKENS, TEXT_DIM), sizes)
+
+    @staticmethod
+    def assert_unchanged(denoiser: Denoiser, interface: Interface, many: tuple[Mapping[str, int], ...]) -> None:
+        for sizes in many:
+            inputs = interface.random_inputs(sizes, torch.Generator().manual_seed(5))
+            expected = ask_torch(denoiser, interface, inputs)
+            with traceable(denoiser):
+                actual = ask_torch(denoiser, interface, inputs)
+            assert_close(actual, expected)
+
+    @pytest.mark.parametrize("variant", [variant for variant in VARIANTS if variant != "sd3"])  # which needs no swap
+    def test_leaves_the_module_as_it_was(self, variant: str) -> None:
+        denoiser, _ = denoiser_of(variant)
+        before = [dict(part.__dict__) for part in denoiser.modules()]
+        with pytest.raises(RuntimeError, match="stop"), traceable(denoiser):
+            assert any(part.__dict__ != was for part, was in zip(denoiser.modules(), before, strict=True))
+            raise RuntimeError("stop")
+        assert all(part.__dict__ == was for part, was in zip(denoiser.modules(), before, strict=True))
+
+
+def _kl_decoder() -> DecoderModule:
+    return DecoderModule(
+        AutoencoderKL(
+            block_out_channels=(8, 16),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            norm_num_groups=4,
+            scaling_factor=0.5,
+            shift_factor=0.1,
+        )
+    )
+
+
+def _tiny_decoder() -> DecoderModule:
+    channels, blocks = (8, 8), (1, 1)
+    return DecoderModule(
+        AutoencoderTiny(
+            encoder_block_out_channels=channels,
+            decoder_block_out_channels=channels,
+            num_encoder_blocks=blocks,
+            num_decoder_blocks=blocks,
+        )
+    )
+
+
+def _video_decoder() -> VideoDecoderModule:
+    return VideoDecoderModule(
+        AutoencoderKLCogVideoX(
+            block_out_channels=(4, 4, 8),
+            down_block_types=("CogVideoXDownBlock3D",) * 3,
+            up_block_types=("CogVideoXUpBlock3D",) * 3,
+            latent_channels=4,
+            layers_per_block=1,
+            norm_num_groups=2,
+            scaling_factor=0.7,
+        )
+    )
+
+
+class TestDecoders:
+    @pytest.mark.parametrize("decoder", [_kl_decoder, _tiny_decoder])
+    def test_pixels_equal_torch(self, decoder: Callable[[], DecoderModule], tmp_path: Path) -> None:
+        torch.manual_seed(0)
+        module = decoder()
+        self.assert_pixels(export(module, module.interface(), tmp_path / "decoder.onnx"))
+
+    @pytest.mark.parametrize("frames", [3])
+    def test_frames_equal_torch(self, frames: int, tmp_path: Path) -> None:
+        torch.manual_seed(0)
+        module = _video_decoder()
+        self.assert_pixels(export(module, module.interface(frames), tmp_path / "decoder.onnx"))
+
+    @pytest.mark.parametrize(("frames", "num_frames"), [(1, 1), (2, 8), (3, 9), (4, 16), (5, 17)])
+    def test_interface_of_a_video_states_its_frames(self, frames: int, num_frames: int) -> None:
+        module = _video_decoder()
+        interface = module.interface(frames)
+        pixels = ask_torch(module, interface, (torch.randn(1, 4, frames, 4, 6),))
+        assert pixels.dtype == torch.uint8
+        assert pixels.shape[:2] == (1, num_frames)
+        assert interface.output.shape == ("batch", num_frames, "height_px", "width_px", 3)
+
+    @staticmethod
+    def assert_pixels(decoder: Exported) -> None:
+        """Levels may differ by one where torch and the runtime round a half apart."""
+        for sizes in (EXAMPLE_SIZES, *OTHER_SIZES):
+            inputs = decoder.interface.random_inputs(sizes, torch.Generator().manual_seed(7))
+            expected = ask_torch(decoder.module, decoder.interface, inputs).int()
+            actual = decoder.ask_onnxruntime(inputs)
+            assert actual.dtype == torch.uint8
+            assert actual.shape == expected.shape
+            assert expected.float().std() > 10
+            off = (actual.int() - expected).abs()
+            assert off.max() <= 1
+            assert off.float().mean() < 1e-3
+
+
+def test_text_encoder_equals_torch(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = CLIPTextConfig(
+        vocab_size=100,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=12,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    module = TextEncoderModule(CLIPTextModel(config))
+    encoder = export(module, module.interface(), tmp_path / "text_encoder.onnx")
+    for batch in (2, 3, 1):
+        inputs = encoder.interface.random_inputs({"batch": batch}, torch.Generator().manual_seed(8))
+        assert_close(encoder.ask_onnxruntime(inputs), ask_torch(module, encoder.interface, inputs))
+
+
+class TestDtypes:
+    def test_float16_weights_between_float32_tensors(self, tmp_path: Path) -> None:
+        denoiser, interface = denoiser_of("sd")
+        before = {name: weight.clone() for name, weight in denoiser.state_dict().items()}
+        half = export(denoiser, interface, tmp_path / "unet.onnx", torch.float16)
+        assert half.weight_types() == {onnx.TensorProto.FLOAT16}
+        assert {value.type for value in half.session.get_outputs()} == {"tensor(float)"}
+        types = {value.name: value.type for value in half.session.get_inputs()}
+        assert types["latents"] == types["timesteps"] == types["prompt_embeds"] == "tensor(float)"
+        inputs = interface.random_inputs(OTHER_SIZES[0], torch.Generator().manual_seed(9))
+        assert_close(half.ask_onnxruntime(inputs), ask_torch(denoiser, interface, inputs), tolerance=1e-2)
+        after = denoiser.state_dict()
+        assert all(torch.equal(after[name], weight) for name, weight in before.items())
+
+    def test_bfloat16_weights(self, tmp_path: Path) -> None:
+        module = _tiny_decoder()
+        export_onnx(module, module.interface(), tmp_path / "decoder.onnx", title="decoder", dtype=torch.bfloat16)
+        model = onnx.load(tmp_path / "decoder.onnx", load_external_data=False)
+        kernels = {weight.data_type for weight in model.graph.initializer if len(weight.dims) == 4}
+        assert kernels == {onnx.TensorProto.BFLOAT16}
+        assert model.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+
+    def test_other_dtypes_are_refused(self, tmp_path: Path) -> None:
+        module = _tiny_decoder()
+        with pytest.raises(ExportError, match=r"decoder: dtype is torch.float64; use one of torch.float32"):
+            export_onnx(module, module.interface(), tmp_path / "d.onnx", title="decoder", dtype=torch.float64)
+
+
+class TestInterfaces:
+    @pytest.mark.parametrize(
+        ("variant", "names"),
+        [
+            ("sd", ()),
+            ("sdxl", ("pooled_prompt_embeds", "time_ids")),
+            ("pixart-512", ("attention_mask",)),
+            ("sd3", ("pooled_prompt_embeds",)),
+            ("cogvideox-2b", ()),
+        ],
+    )
+    def test_names_what_the_family_reads(self, variant: str, names: tuple[str, ...]) -> None:
+        _, interface = denoiser_of(variant)
+        assert tuple(spec.name for spec in interface.inputs[4:]) == names
+        assert interface.output.shape == interface.inputs[0].shape
+
+    def test_cogvideox_with_sines_reads_a_fixed_number_of_tokens(self) -> None:
+        denoiser, _ = denoiser_of("cogvideox-2b")
+        with pytest.raises(ExportError, match=rf"tokens is 'tokens'; .* exactly {TEXT_TOKENS}"):
+            interface_of(denoiser, "tokens", TEXT_DIM)
+
+
+class TestErrors:
+    INTERFACE = Interface(
+        (TensorSpec("latents", "float32", ("batch", 4, "height", "width")),),
+        TensorSpec("model_output", "float32", ("batch", 4, "height", "width")),
+    )
+
+    def test_a_size_that_becomes_a_number_is_named(self, tmp_path: Path) -> None:
+        class Bakes(nn.Module):
+            def forward(self, latents: Tensor) -> Tensor:
+                return latents + float(int(latents.shape[-2] // 2))
+
+        with pytest.raises(ExportError, match=r"baker cannot be exported .* holds only where \(?height//2\)? is 8"):
+            export_onnx(Bakes(), self.INTERFACE, tmp_path / "m.onnx", title="baker")
+
+    def test_an_unknown_operator_is_named(self, tmp_path: Path) -> None:
+        class Sorts(nn.Module):
+            def forward(self, latents: Tensor) -> Tensor:
+                return latents + torch.special.airy_ai(latents)
+
+        with pytest.raises(ExportError, match=r"airy cannot be exported .*airy_ai"):
+            export_onnx(Sorts(), self.INTERFACE, tmp_path / "m.onnx", title="airy")
+
+
+def test_large_weights_lie_beside_the_file(exported: Exported) -> None:
+    beside = exported.file.with_name(exported.file.name + ".data")
+    weights = sum(parameter.numel() * 4 for parameter in exported.module.parameters())
+    assert beside.stat().st_size == pytest.approx(weights, rel=0.2)
+    assert np.fromfile(beside, dtype=np.float32).size > 0

@@ -1,0 +1,253 @@
+"""The HTTP front: over a small application what a picture is too quick for, then on real servers."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import socket
+from collections.abc import Awaitable, Callable
+
+import psutil
+import pytest
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from serving.command.cli import main
+from serving.fronts.address import bind, reserve
+from serving.web import http_front as front
+from serving.web.http_front import HTTPFront
+from tests.serving.conftest import RunningServer, free_port
+from tests.serving.killing import processes
+
+HEAD = b"POST / HTTP/1.1\r\nHost: a\r\n"
+
+
+# -- over a small application ----------------------------------------------------------------------
+
+Client = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+def converse(app: ASGIApp, client: Client) -> None:
+    """Serve an application for as long as one client talks to it."""
+
+    async def run() -> None:
+        port = free_port()
+        started = await HTTPFront.start(app, "127.0.0.1", port)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        async with asyncio.timeout(20):
+            await client(reader, writer)
+            writer.close()
+            await started.close()
+        assert not started.is_running
+
+    asyncio.run(run())
+
+
+async def read_body(receive: Receive) -> None:
+    while (await receive()).get("more_body", False):
+        pass
+
+
+async def start_answer(send: Send) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+
+
+async def end_answer(send: Send) -> None:
+    await send({"type": "http.response.body", "body": b"end"})
+
+
+async def echo(scope: Scope, receive: Receive, send: Send) -> None:
+    await read_body(receive)
+    await start_answer(send)
+    await end_answer(send)
+
+
+def test_a_client_that_leaves_cancels_the_application() -> None:
+    cancelled, waiting = asyncio.Event(), asyncio.Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await read_body(receive)
+        waiting.set()
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+
+    async def client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(HEAD + b"Content-Length: 2\r\n\r\nab")
+        await waiting.wait()
+        writer.close()
+        await cancelled.wait()
+
+    converse(app, client)
+
+
+def test_what_follows_an_answer_is_not_cancelled() -> None:
+    """The end of an answer looks to the application like a client that left."""
+    finished = asyncio.Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await echo(scope, receive, send)
+        await asyncio.sleep(0.1)
+        assert (await receive())["type"] == "http.disconnect"
+        finished.set()
+
+    async def client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for _ in range(2):
+            finished.clear()
+            writer.write(HEAD + b"Content-Length: 2\r\n\r\nab")
+            await reader.readuntil(b"0\r\n\r\n")
+            await finished.wait()
+
+    converse(app, client)
+
+
+def test_a_stream_is_not_held_back() -> None:
+    seen = asyncio.Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await read_body(receive)
+        await start_answer(send)
+        await send({"type": "http.response.body", "body": b"data: first\n\n", "more_body": True})
+        await seen.wait()
+        await end_answer(send)
+
+    async def client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(HEAD + b"Content-Length: 0\r\n\r\n")
+        await reader.readuntil(b"data: first")
+        seen.set()
+        await reader.readuntil(b"end")
+
+    converse(app, client)
+
+
+def test_closing_waits_for_open_answers_and_takes_nothing_new() -> None:
+    async def run() -> None:
+        waiting, go_on = asyncio.Event(), asyncio.Event()
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            await read_body(receive)
+            waiting.set()
+            await go_on.wait()
+            await start_answer(send)
+            await end_answer(send)
+
+        port = free_port()
+        started = await HTTPFront.start(app, "127.0.0.1", port)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(HEAD + b"Content-Length: 0\r\n\r\n")
+        await waiting.wait()
+        closing = asyncio.create_task(started.close())
+        await asyncio.sleep(0.4)
+        assert not closing.done()
+        with pytest.raises(ConnectionRefusedError):
+            await asyncio.open_connection("127.0.0.1", port)
+        go_on.set()
+        assert b"end" in await reader.read()
+        await closing
+        writer.close()
+
+    asyncio.run(run())
+
+
+def test_a_head_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front, "HEAD_TIMEOUT_S", 0.2)
+
+    async def client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(HEAD)
+        assert await reader.read() == b""
+
+    converse(echo, client)
+
+
+@pytest.mark.parametrize(
+    ("head", "filler"),
+    [
+        (HEAD + b"X-Big: ", b"x" * 1000),
+        (HEAD, b"X-One-Of-Many: x\r\n" * 50),
+        (HEAD + b"Transfer-Encoding: chunked\r\n\r\n0\r\nX-Trailer: ", b"x" * 1000),
+        (HEAD + b"Transfer-Encoding: chunked\r\n\r\n", b"1;" + b"x" * 1000 + b"\r\na\r\n"),
+    ],
+    ids=["one header", "many headers", "trailer", "chunk extensions"],
+)
+def test_a_request_around_its_body_is_bounded(head: bytes, filler: bytes) -> None:
+    async def client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(head)
+        with pytest.raises(ConnectionError):  # the front stops reading and closes
+            for _ in range(4 * front.MAX_OVERHEAD_BYTES // len(filler)):
+                writer.write(filler)
+                await writer.drain()
+                await asyncio.sleep(0.001)
+
+    converse(echo, client)
+
+
+def test_a_large_body_is_not_taken_for_a_large_head() -> None:
+    async def client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for _ in range(2):
+            writer.write(HEAD + b"Content-Length: 1000000\r\n\r\n" + b"x" * 1_000_000)
+            assert (await reader.readuntil(b"0\r\n\r\n")).startswith(b"HTTP/1.1 200")
+
+    converse(echo, client)
+
+
+@pytest.mark.parametrize(
+    ("sent", "returned"),
+    [(b"abc-123", b"abc-123"), (b"", None), (None, None), (b"\xe4", None), (b"x" * 300, None)],
+)
+def test_an_answer_has_one_request_id(sent: bytes | None, returned: bytes | None) -> None:
+    async def client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        header = b"" if sent is None else b"X-Request-ID: " + sent + b"\r\n"
+        writer.write(HEAD + header + b"Content-Length: 0\r\n\r\n")
+        answer = (await reader.readuntil(b"\r\n\r\n")).lower()
+        (line,) = (line for line in answer.split(b"\r\n") if line.startswith(b"x-request-id:"))
+        given = line.split(b":")[1].strip()
+        assert given == returned if returned else len(given) == 36
+
+    converse(echo, client)
+
+
+def test_an_address_is_held_for_one_server_and_all_its_replicas() -> None:
+    port = free_port()
+    with reserve("127.0.0.1", port):
+        with pytest.raises(OSError):
+            reserve("127.0.0.1", port)
+        for _ in range(2):  # the second after the first, whose connections the kernel still remembers
+            with bind("127.0.0.1", port) as replica, bind("127.0.0.1", port) as other:
+                replica.listen()
+                with pytest.raises(OSError):
+                    reserve("127.0.0.1", port)
+                connection = socket.create_connection(("127.0.0.1", port))
+                replica.accept()[0].close()
+                connection.close()
+                other.listen()
+    reserve("127.0.0.1", port).close()
+
+
+# -- on real servers -------------------------------------------------------------------------------
+
+
+def tells_anybody(host: str, port: int) -> bool:
+    """Whether a plain GET is answered with a page."""
+    connection = http.client.HTTPConnection(host, port, timeout=5)
+    try:
+        connection.request("GET", "/metrics")
+        return connection.getresponse().status < 400
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def test_a_second_server_on_one_port_is_refused(server: RunningServer, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--port", str(server.port)]) == 2
+    assert f"127.0.0.1:{server.port}" in capsys.readouterr().err
+
+
+def test_nothing_but_the_front_tells_anybody_anything(server: RunningServer) -> None:
+    """Ray's internal ports want the server's token, or speak gRPC, which wants it too."""
+    listening = {c.laddr for p in processes(server) for c in p.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
+    assert {address.ip for address in listening if address.port == server.port} == {"127.0.0.1"}
+    loopback = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+    telling = {a.port for a in listening if tells_anybody(loopback.get(a.ip, a.ip), a.port)}
+    assert telling == {server.port}

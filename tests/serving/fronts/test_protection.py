@@ -1,0 +1,444 @@
+"""Who may ask, for how much, of what, and how often: the application itself, without a network."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import stat
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from serving.command.keys import main as tdm_keys
+from serving.config import ModelSource, ServerConfig
+from serving.errors import APIError
+from serving.fronts import access
+from serving.fronts.access import Access, APIKey, Bucket, Caller, hash_key, load_keys, save_keys
+from serving.fronts.arrival import arrive
+from serving.fronts.idempotency import Replays, seed_of
+from serving.fronts.services import Services
+from serving.images.local import ImageService
+from serving.images.safety import BlockedWords, Safety
+from serving.schema.image_request import ImageRequest
+from serving.telemetry.metrics import ServerMetrics
+from serving.web.app import build_app
+from serving.web.http_edge import OPEN_PATHS
+from serving.web.image_routes import accepted_format
+from tdm_runtime.errors import DeadlineError
+from tdm_runtime.model.artifacts import BackendConfig
+from tdm_runtime.model.decoder import Pixels
+
+BODY = {"prompt": "a cat", "size": "16x16", "num_inference_steps": 2}
+PATH = "/v1/images/generations"
+COST = 16 * 16 * 2 / 1e6
+
+
+@pytest.fixture(scope="module")
+def images(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ImageService]:
+    backend = BackendConfig("torch", threads=1, device="cpu")
+    state = tmp_path_factory.mktemp("state")
+    config = ServerConfig(models=(ModelSource(tiny_checkpoint),), backend=backend, state_folder=state)
+    service = ImageService(config, ServerMetrics())
+    yield service
+    service.close()
+
+
+@contextlib.asynccontextmanager
+async def connected(images: ImageService, **config: Any) -> AsyncIterator[tuple[httpx.AsyncClient, Services]]:
+    """A client of an application with these settings."""
+    services = Services.start(replace(images.config, **config), ServerMetrics(), images)
+    transport = httpx.ASGITransport(build_app(services), raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60) as client:
+        yield client, services
+
+
+def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    asyncio.run(test())
+
+
+@pytest.fixture
+def keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[Path, dict[str, str]]:
+    """A key file with two keys; who -> key."""
+    file = tmp_path / "keys.json"
+    made = {}
+    for name, quota in (("ada", ["--requests-per-minute", "3"]), ("ben", ["--cost-per-minute", str(2.5 * COST)])):
+        assert tdm_keys(["add", str(file), name, *quota]) == 0
+        made[name] = capsys.readouterr().out.strip()
+    return file, made
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {key}"}
+
+
+# -- keys ------------------------------------------------------------------------------------------
+
+
+def test_the_file_has_no_key_and_is_its_owners(keys: tuple[Path, dict[str, str]]) -> None:
+    file, made = keys
+    assert not any(key in file.read_text() for key in made.values())
+    assert {key.name: key.sha256 for key in load_keys(file)} == {name: hash_key(key) for name, key in made.items()}
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+def test_keys_are_listed_and_withdrawn(keys: tuple[Path, dict[str, str]], capsys: pytest.CaptureFixture[str]) -> None:
+    file, _ = keys
+    assert tdm_keys(["list", str(file)]) == 0
+    assert "ada\t3 requests a minute" in capsys.readouterr().out
+    assert tdm_keys(["add", str(file), "ada"]) == 2
+    assert "has a key 'ada' already" in capsys.readouterr().err
+    assert tdm_keys(["remove", str(file), "ada"]) == 0
+    assert tdm_keys(["remove", str(file), "ada"]) == 2
+    assert "has no key 'ada'; it has ben" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("not json", "Invalid JSON"),
+        ('[{"name": "a"}]', "sha256"),
+        ('[{"name": "a b", "sha256": "' + "0" * 64 + '"}]', "name is 'a b'"),
+        ('[{"name": "a", "sha256": "xyz"}]', "make a key with"),
+        ('[{"name": "a", "sha256": "' + "0" * 64 + '", "cost_per_minute": -1}]', "cost_per_minute of a is -1"),
+        (None, "tdm-keys add"),
+    ],
+)
+def test_a_key_file_that_cannot_be_used_is_refused_at_start(tmp_path: Path, content: str | None, message: str) -> None:
+    file = tmp_path / "keys.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        Access(file)
+
+
+@pytest.mark.parametrize("header", [None, "", "Bearer", "Bearer ", "Bearer wrong", "Basic abc", "bearer\tx"])
+def test_without_a_key_nothing_but_health_is_told(
+    images: ImageService, keys: tuple[Path, dict[str, str]], header: str | None
+) -> None:
+    async def test() -> None:
+        async with connected(images, api_keys=keys[0]) as (client, _):
+            headers = {} if header is None else {"authorization": header}
+            paths = build_app(Services.start(images.config, ServerMetrics(), images)).openapi()["paths"]
+            for path in (*paths, "/openapi.json", "/nowhere"):
+                for method in paths.get(path, {"get": None}):
+                    answer = await client.request(method, path.replace("{", "").replace("}", ""), headers=headers)
+                    if path in OPEN_PATHS or path.startswith("/v1/files/"):
+                        assert answer.status_code != 401
+                        continue
+                    assert answer.status_code == 401, path
+                    assert answer.json()["error"]["code"] == "invalid_api_key"
+                    assert answer.headers["www-authenticate"] == "Bearer"
+
+    run(test)
+
+
+def test_a_key_lets_in_until_it_is_withdrawn(
+    images: ImageService, keys: tuple[Path, dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, made = keys
+    monkeypatch.setattr(access, "LOOK_AGAIN_S", 0.0)
+
+    async def test() -> None:
+        async with connected(images, api_keys=file) as (client, _):
+            assert (await client.post(PATH, json=BODY, headers=bearer(made["ada"]))).status_code == 200
+            tdm_keys(["remove", str(file), "ada"])
+            assert (await client.post(PATH, json=BODY, headers=bearer(made["ada"]))).status_code == 401
+            assert (await client.get("/v1/models", headers=bearer(made["ben"]))).status_code == 200
+            file.write_text("spoiled")
+            assert (await client.get("/v1/models", headers=bearer(made["ben"]))).status_code == 401
+
+    run(test)
+
+
+# -- quotas ----------------------------------------------------------------------------------------
+
+
+def test_a_bucket_refills_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 100.0
+    monkeypatch.setattr(access.time, "monotonic", lambda: now_s)
+    bucket = Bucket(6.0)
+    assert bucket.wait_s(6.0) == 0
+    bucket.take(6.0)
+    assert bucket.wait_s(1.0) == pytest.approx(10.0)
+    now_s += 10.0
+    assert bucket.wait_s(1.0) == pytest.approx(0.0)
+    now_s += 1e6
+    assert bucket.wait_s(6.0) == 0
+    assert bucket.wait_s(6.1) == float("inf")
+
+
+def test_quotas_are_the_keys_own(images: ImageService, keys: tuple[Path, dict[str, str]]) -> None:
+    file, made = keys
+
+    async def test() -> None:
+        async with connected(images, api_keys=file) as (client, _):
+            for key, allowed in ((made["ada"], 3), (made["ben"], 2)):
+                for _ in range(allowed):
+                    assert (await client.post(PATH, json=BODY, headers=bearer(key))).status_code == 200
+                refused = await client.post(PATH, json=BODY, headers=bearer(key))
+                assert (refused.status_code, refused.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+                assert 1 <= int(refused.headers["retry-after"]) <= 60
+                assert "a minute" in refused.json()["error"]["message"]
+            never = await client.post(PATH, json=BODY | {"n": 10}, headers=bearer(made["ben"]))
+            assert (never.status_code, never.headers["x-should-retry"]) == (429, "false")
+            assert "ask for fewer or smaller pictures" in never.json()["error"]["message"]
+            assert (await client.post(PATH, json={"prompt": ""}, headers=bearer(made["ada"]))).status_code == 400
+
+    run(test)
+
+
+def test_what_one_bucket_refuses_costs_nothing_of_the_other() -> None:
+    caller = Caller(APIKey("a", "0" * 64, requests_per_minute=2, cost_per_minute=1.0))
+    for cost in (5.0, 5.0, 5.0):
+        with pytest.raises(APIError, match="megapixel-steps"):
+            caller.spend(cost)
+    caller.spend(0.4)
+    caller.spend(0.4)
+    with pytest.raises(APIError, match="requests a minute"):
+        caller.spend(0.0)
+
+
+def test_more_open_requests_than_are_allowed_are_refused(images: ImageService) -> None:
+    async def test() -> None:
+        async with connected(images, max_open_requests=4) as (client, _):
+            answers = await asyncio.gather(*(client.post(PATH, json=BODY) for _ in range(20)))
+            assert {answer.status_code for answer in answers} == {200, 429}
+            refused = next(answer for answer in answers if answer.status_code == 429)
+            assert refused.json()["error"]["code"] == "too_many_requests"
+            assert "4 requests are open" in refused.json()["error"]["message"]
+
+    run(test)
+
+
+def test_the_time_before_its_turn_counts_against_the_budget(images: ImageService) -> None:
+    async def test() -> None:
+        wanted = ImageRequest(**BODY, latency_budget_ms=8000)
+        arrive(ago_s=3.0)
+        answer = await images.generate(wanted)
+        assert 3000 < answer.timings.total_ms < 8000 and answer.latency_budget_kept
+        assert answer.timings.queue_ms > 3000
+        arrive(ago_s=9.0)
+        with pytest.raises(DeadlineError):
+            await images.generate(wanted)
+
+    run(test)
+
+
+def test_a_server_that_stops_says_so(images: ImageService) -> None:
+    async def test() -> None:
+        async with connected(images) as (client, services):
+            services.is_draining = True
+            assert (await client.post(PATH, json=BODY)).json()["error"]["code"] == "not_ready"
+            assert (await client.get("/ready")).status_code == 503
+            assert (await client.get("/health")).status_code == 200
+            assert (await client.get("/metrics")).status_code == 200
+
+    run(test)
+
+
+# -- safety ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompt", ["a gun", "A GUN!", "\uff47\uff55\uff4e", "a  gún", "two g\u200bun s gun"])
+def test_blocked_words_are_found_however_they_are_written(prompt: str) -> None:
+    assert BlockedWords(["Gun", "", "big bomb"]).check_prompt(prompt) is not None
+
+
+@pytest.mark.parametrize("prompt", ["a gunner", "begun", "a bomb", "a big red bomb"])
+def test_other_words_are_not(prompt: str) -> None:
+    assert BlockedWords(["gun", "big bomb"]).check_prompt(prompt) is None
+
+
+class NoDark:
+    """A checker of pictures."""
+
+    def check_prompt(self, prompt: str) -> str | None:
+        return None
+
+    def check_picture(self, pixels: Pixels) -> str | None:
+        assert pixels.dtype == np.uint8
+        return "darkness"
+
+
+def test_what_is_refused_never_leaves(images: ImageService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = tmp_path / "words"
+    words.write_text("gun\n")
+    config = replace(images.config, blocked_words=words, safety_checker="tests.serving.fronts.test_protection:NoDark")
+    monkeypatch.setattr(images, "_safety", Safety.load(config))
+
+    async def test() -> None:
+        async with connected(images) as (client, _):
+            for body, message in (({"prompt": "a gun"}, "the prompt holds a word"), ({}, "shows darkness")):
+                refused = await client.post(PATH, json=BODY | body)
+                assert (refused.status_code, refused.json()["error"]["code"]) == (400, "content_policy_violation")
+                assert message in refused.json()["error"]["message"]
+            streamed = await client.post(PATH, json=BODY | {"stream": True, "partial_images": 1})
+            assert "b64_json" not in streamed.text
+            assert "content_policy_violation" in streamed.text
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    "name", ["nowhere:NoDark", "tests.serving.fronts.test_protection:Missing", "json:loads", "json"]
+)
+def test_a_checker_that_cannot_be_made_is_refused_at_start(name: str) -> None:
+    with pytest.raises(ValueError, match=f"'{name}' cannot be made"):
+        Safety.load(ServerConfig(safety_checker=name))
+
+
+# -- pictures as files -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("accept", "expected"),
+    [
+        ("*/*", None),
+        ("application/json", None),
+        ("image/png", "png"),
+        ("image/webp;q=0.5, image/jpeg", "jpeg"),
+        ("application/json, image/png;q=0.9", None),
+        ("text/html, image/png", None),
+        ("image/png;q=x, image/webp", "webp"),
+        ("", None),
+    ],
+)
+def test_the_accept_header_chooses(accept: str, expected: str | None) -> None:
+    assert accepted_format(accept) == expected
+
+
+def test_a_picture_comes_as_a_file_to_who_accepts_one(images: ImageService) -> None:
+    async def test() -> None:
+        async with connected(images) as (client, _):
+            for image_format in ("png", "webp", "jpeg"):
+                headers = {"accept": f"image/{image_format}"}
+                answer = await client.post(PATH, json=BODY | {"seed": 7}, headers=headers)
+                assert answer.headers["content-type"] == f"image/{image_format}"
+                assert Image.open(io.BytesIO(answer.content)).format == image_format.upper()
+                assert (answer.headers["x-tdm-seed"], answer.headers["x-tdm-num-inference-steps"]) == ("7", "2")
+            for body in ({"n": 2}, {"stream": True}, {"output_format": "webp"}):
+                refused = await client.post(PATH, json=BODY | body, headers={"accept": "image/png"})
+                assert (refused.status_code, refused.json()["error"]["param"]) == (400, next(iter(body)))
+
+    run(test)
+
+
+# -- the same key, the same answer -----------------------------------------------------------------
+
+
+def test_a_repeated_request_gets_the_answer_of_the_first(images: ImageService) -> None:
+    async def test() -> None:
+        async with connected(images) as (client, _):
+            headers = {"idempotency-key": "abc"}
+            finished = images.engine.stats.finished
+            answers = await asyncio.gather(*(client.post(PATH, json=BODY, headers=headers) for _ in range(5)))
+            answers.append(await client.post(PATH, json=BODY, headers=headers))
+            assert {answer.status_code for answer in answers} == {200}
+            assert len({answer.content for answer in answers}) == 1
+            assert images.engine.stats.finished == finished + 1
+            other = await client.post(PATH, json=BODY | {"n": 2}, headers=headers)
+            assert (other.status_code, other.json()["error"]["code"]) == (422, "idempotency_key_reused")
+            assert other.headers["x-should-retry"] == "false"
+        async with connected(images) as (client, _):  # another replica, or this one after a restart
+            again = await client.post(PATH, json=BODY, headers=headers)
+            assert again.json()["data"][0]["b64_json"] == answers[0].json()["data"][0]["b64_json"]
+
+    run(test)
+
+
+@pytest.mark.parametrize("key", ["", "x" * 256, "a\tb"])
+def test_a_key_that_cannot_be_one_is_refused(images: ImageService, key: str) -> None:
+    async def test() -> None:
+        async with connected(images) as (client, _):
+            answer = await client.post(PATH, json=BODY, headers={"idempotency-key": key})
+            assert answer.json()["error"]["code"] == "invalid_idempotency_key"
+
+    run(test)
+
+
+def test_a_failure_is_not_kept_and_callers_have_keys_of_their_own() -> None:
+    from fastapi import Response
+
+    async def test() -> None:
+        replays, made = Replays(), []
+
+        async def fail() -> Response:
+            raise TimeoutError
+
+        async def make() -> Response:
+            made.append(1)
+            return Response(b"x")
+
+        with pytest.raises(TimeoutError):
+            await replays.once("ada", "k", b"", fail)
+        for caller in ("ada", "ben", "ada"):
+            assert (await replays.once(caller, "k", b"", make)).body == b"x"
+        assert len(made) == 2
+
+    run(test)
+
+
+def test_who_waits_for_one_that_left_makes_it_instead() -> None:
+    from fastapi import Response
+
+    async def test() -> None:
+        replays = Replays()
+        never: asyncio.Future[Response] = asyncio.Future()
+
+        async def wait() -> Response:
+            return await never
+
+        async def make() -> Response:
+            return Response(b"made")
+
+        first = asyncio.create_task(replays.once("ada", "k", b"", wait))
+        await asyncio.sleep(0)
+        second = asyncio.create_task(replays.once("ada", "k", b"", make))
+        await asyncio.sleep(0)
+        first.cancel()
+        assert (await second).body == b"made"
+
+    run(test)
+
+
+def test_old_answers_make_room() -> None:
+    from fastapi import Response
+
+    async def test() -> None:
+        replays, made = Replays(max_bytes=25), []
+
+        async def make() -> Response:
+            made.append(1)
+            return Response(b"x" * 10)
+
+        for key in ("a", "b", "c", "d", "d", "a"):
+            await replays.once("ada", key, b"", make)
+        assert len(made) == 5  # d is there, a is not any more
+
+    run(test)
+
+
+def test_seeds_of_keys_are_spread_and_repeatable() -> None:
+    seeds = {seed_of("ada", str(n)) for n in range(1000)}
+    assert len(seeds) == 1000 and max(seeds) < 2**32
+    assert seed_of("ada", "1") == seed_of("ada", "1") != seed_of("ben", "1")
+
+
+def test_a_saved_file_replaces_the_old_one_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "keys.json"
+    save_keys(file, [APIKey("a", "0" * 64)])
+    save_keys(file, [])
+    assert load_keys(file) == [] and [entry.name for entry in tmp_path.iterdir()] == ["keys.json"]
+
+
+def test_a_request_costs_what_it_may_take(images: ImageService) -> None:
+    recipe = images.recipe(None)
+    request = ImageRequest.model_validate(BODY | {"num_inference_steps": "auto", "n": 3})
+    assert request.cost(recipe) == pytest.approx(3 * 16 * 16 * recipe.step_counts[-1] / 1e6)

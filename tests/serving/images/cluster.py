@@ -1,0 +1,84 @@
+"""A cluster of Ray nodes on this machine under load, one of which is killed. A process of its own: Ray's state is."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import httpx
+
+from serving.command.cli import prepare_environment
+
+NUM_CLIENTS = 6
+LOAD_S = 7.0
+KILL_AFTER_S = 2.0
+
+
+def main(checkpoint: Path, port: int) -> None:
+    """Print what clients saw, as JSON."""
+    prepare_environment()
+    import ray
+    from ray import serve
+    from ray.cluster_utils import Cluster
+
+    from serving.config import ModelSource, ServerConfig
+    from serving.deployment import build_application, ray_logging
+    from tdm_runtime.model.artifacts import BackendConfig
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    workers = [cluster.add_node(num_cpus=2) for _ in range(2)]
+    ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=bool(os.environ.get("SHOW_LOGS")))
+    config = ServerConfig(
+        models=(ModelSource(checkpoint),),
+        front="ray",
+        min_replicas=2,
+        max_replicas=2,
+        backend=BackendConfig("torch", threads=1),
+    )
+    serve.start(
+        http_options={"host": "127.0.0.1", "port": port, "location": "HeadOnly"}, logging_config=ray_logging("text")
+    )
+    serve.run(build_application(config), name="images", route_prefix="/")
+    print(json.dumps(under_load(cluster, workers, f"http://127.0.0.1:{port}")), flush=True)
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def under_load(cluster: object, workers: list[object], url: str) -> dict[str, object]:
+    """Ask for pictures from several clients and kill a node meanwhile."""
+    seen: Counter[str] = Counter()
+    pictures: dict[int, set[str]] = {}
+    ends_s = time.monotonic() + LOAD_S
+
+    def ask(client_number: int) -> None:
+        seed = client_number
+        with httpx.Client(base_url=url, timeout=60) as client:
+            while time.monotonic() < ends_s:
+                seed = (seed + NUM_CLIENTS) % 30
+                body = {"prompt": "a cat", "seed": seed, "n": 2, "num_inference_steps": 4}
+                answer = client.post("/v1/images/generations", json=body)
+                seen[str(answer.status_code)] += 1
+                if answer.status_code == 200:
+                    pictures.setdefault(seed, set()).add(answer.json()["data"][0]["receipt"]["digest"])
+                else:
+                    print(answer.text[:300], file=sys.stderr)
+
+    clients = [threading.Thread(target=ask, args=(number,)) for number in range(NUM_CLIENTS)]
+    for client in clients:
+        client.start()
+    time.sleep(KILL_AFTER_S)
+    cluster.remove_node(workers[0], allow_graceful=False)  # type: ignore[attr-defined]
+    for client in clients:
+        client.join()
+    metrics = httpx.get(f"{url}/metrics").text
+    retried = next(line for line in metrics.splitlines() if line.startswith("tdm_retried_total"))
+    return {"statuses": seen, "retried": float(retried.split()[1]), "num_seeds": len(pictures)}
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))

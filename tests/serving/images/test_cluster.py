@@ -1,0 +1,39 @@
+"""Engines on two Ray nodes, one of which dies under load: nobody who was accepted is told of it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from serving.command.arguments import parse_arguments
+from tests.serving.conftest import free_port
+from tests.serving.images import cluster
+
+
+def test_a_node_that_is_killed_loses_no_request(tiny_checkpoint: Path) -> None:
+    command = [sys.executable, "-m", "tests.serving.images.cluster", str(tiny_checkpoint), str(free_port())]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    said = json.loads(ended.stdout.splitlines()[-1])
+    assert set(said["statuses"]) == {"200"}, ended.stderr[-3000:]
+    assert said["statuses"]["200"] > 10 * cluster.NUM_CLIENTS
+    assert 1 <= said["retried"] <= cluster.NUM_CLIENTS  # what was on its way to the dead node, once each
+
+
+@pytest.mark.parametrize(("text", "expected"), [("3", (3, 3)), ("1-4", (1, 4))])
+def test_the_command_line_names_replicas(text: str, expected: tuple[int, int]) -> None:
+    config = parse_arguments(["--front", "ray", "--replicas", text])
+    assert (config.min_replicas, config.max_replicas) == expected
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--replicas", "0"], ["--replicas", "4-1"], ["--replicas", "1-4"], ["--replicas", "x"]]
+)
+def test_the_command_line_refuses_what_is_no_number_of_replicas(arguments: list[str]) -> None:
+    """A range needs Ray's proxy, whose load it follows."""
+    with pytest.raises(SystemExit):
+        parse_arguments(arguments)

@@ -1,0 +1,145 @@
+"""ONNX Runtime on the CPU: what torch computes, at any shape, and no silent change of provider."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from export.onnx_export import export_onnx
+from tdm_runtime.backends.interface import Interface
+from tdm_runtime.backends.onnxruntime import PROVIDERS, OnnxRuntimeBackend, Provider, require_provider, require_used
+from tdm_runtime.backends.pytorch import TorchBackend
+from tdm_runtime.errors import ArtifactError, BackendError
+from tdm_runtime.model.components import DecoderModule
+from tests.gpu.tiny_denoiser import relative_l2, tiny_denoiser, tiny_inputs
+from tests.tiny_pipelines import build_vae
+
+onnxruntime = pytest.importorskip("onnxruntime")
+CPU = torch.device("cpu")
+TOLERANCE = 1e-4
+"""Relative L2: other kernels, the same float32."""
+
+
+@pytest.fixture(scope="module")
+def decoder() -> DecoderModule:
+    return DecoderModule(build_vae("sd"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, decoder: DecoderModule) -> Path:
+    """A tiny denoiser and a tiny decoder as ONNX files."""
+    folder = tmp_path_factory.mktemp("onnx")
+    denoiser, interface = tiny_denoiser("sd")
+    export_onnx(denoiser, interface, folder / "denoiser.onnx", title="denoiser")
+    export_onnx(decoder, decoder.interface(), folder / "decoder.onnx", title="decoder")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def interface() -> Interface:
+    return tiny_denoiser("sd")[1]
+
+
+@pytest.fixture(scope="module")
+def backend(folder: Path, interface: Interface) -> OnnxRuntimeBackend:
+    return OnnxRuntimeBackend(folder / "denoiser.onnx", interface, CPU, threads=1)
+
+
+def test_any_batch_and_size_is_as_torch_has_it(backend: OnnxRuntimeBackend) -> None:
+    """Every shape twice, in between others: the first call learns the output's shape, later ones bind it."""
+    torch_backend = TorchBackend(tiny_denoiser("sd")[0], CPU)
+    for batch, scale in [(1, 1), (3, 1), (2, 2), (1, 1), (7, 1), (3, 1), (2, 2)]:
+        inputs = tiny_inputs("sd", batch, seed=batch, scale=scale)
+        output = backend(*inputs)
+        assert output.dtype == torch.float32 and output.shape == inputs[0].shape
+        assert relative_l2(output, torch_backend(*inputs)) < TOLERANCE
+
+
+def test_a_batch_with_different_steps_is_its_samples_alone(backend: OnnxRuntimeBackend) -> None:
+    inputs = tiny_inputs("sd", 4)
+    together = backend(*inputs)
+    for n in range(4):
+        alone = backend(*(tensor[n : n + 1] for tensor in inputs))
+        assert relative_l2(together[n : n + 1], alone) < TOLERANCE
+
+
+def test_the_caller_owns_what_it_gets(backend: OnnxRuntimeBackend) -> None:
+    inputs = tiny_inputs("sd", 2)
+    for _ in range(2):  # with memory of ONNX Runtime's, then of torch's
+        first = backend(*inputs)
+        kept = first.clone()
+        first_again = backend(*inputs)
+        backend(*tiny_inputs("sd", 2, seed=1))
+        assert torch.equal(first, kept) and torch.equal(first_again, kept)
+        assert first.data_ptr() != first_again.data_ptr()
+
+
+def test_inputs_may_lie_in_memory_in_any_order(backend: OnnxRuntimeBackend) -> None:
+    latents, *rest = tiny_inputs("sd", 3)
+    strided = latents.to(memory_format=torch.channels_last)
+    assert not strided.is_contiguous()
+    assert torch.equal(backend(strided, *rest), backend(latents, *rest))
+
+
+def test_pixels_come_as_bytes(folder: Path, decoder: DecoderModule) -> None:
+    backend = OnnxRuntimeBackend(folder / "decoder.onnx", decoder.interface(), CPU, threads=1)
+    for height, width in [(4, 6), (8, 4), (4, 6)]:
+        latents = torch.randn(2, 4, height, width, generator=torch.Generator().manual_seed(height))
+        pixels = backend(latents)
+        assert pixels.dtype == torch.uint8 and pixels.shape == (2, 8 * height, 8 * width, 3)
+        assert (pixels.int() - TorchBackend(decoder, CPU)(latents).int()).abs().max() <= 1
+
+
+def test_idle_workers_sleep(backend: OnnxRuntimeBackend) -> None:
+    options = backend._session.get_session_options()
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+    assert options.intra_op_num_threads == 1
+
+
+def test_weights_can_be_kept_once(folder: Path, interface: Interface, backend: OnnxRuntimeBackend) -> None:
+    lean = OnnxRuntimeBackend(folder / "denoiser.onnx", interface, CPU, threads=1, prepack=False)
+    assert lean._session.get_session_options().get_session_config_entry("session.disable_prepacking") == "1"
+    inputs = tiny_inputs("sd", 2)
+    assert relative_l2(lean(*inputs), backend(*inputs)) < TOLERANCE
+
+
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+def test_a_provider_that_is_not_built_in_is_refused(folder: Path, interface: Interface, provider: Provider) -> None:
+    if PROVIDERS[provider] in onnxruntime.get_available_providers():
+        pytest.skip("it is built in")
+    with pytest.raises(BackendError, match=r"was asked for \w+ and is built with .*; `pip uninstall onnxruntime`"):
+        OnnxRuntimeBackend(folder / "denoiser.onnx", interface, CPU, provider=provider)
+
+
+def test_a_provider_of_another_device_is_refused() -> None:
+    with pytest.raises(BackendError, match="CPUExecutionProvider was asked for on the device cuda"):
+        require_provider("cpu", torch.device("cuda"))
+
+
+def test_a_session_that_fell_back_is_refused() -> None:
+    """As onnxruntime-gpu does where CUDA's libraries are missing: it lists the provider and runs without it."""
+    require_used("cuda", ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    with pytest.raises(BackendError, match=r"asked for CUDAExecutionProvider and runs with CPUExecutionProvider: CUDA"):
+        require_used("cuda", ["CPUExecutionProvider"])
+    with pytest.raises(BackendError, match=r"asked for Tensorrt.* runs with CUDAExecutionProvider, CPU.*: TensorRT"):
+        require_used("tensorrt", ["CUDAExecutionProvider", "CPUExecutionProvider"])
+
+
+def test_a_file_of_another_component_is_refused(folder: Path, interface: Interface) -> None:
+    with pytest.raises(ArtifactError, match="takes latents and gives pixels, the component takes latents, timesteps"):
+        OnnxRuntimeBackend(folder / "decoder.onnx", interface, CPU)
+
+
+def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, interface: Interface) -> None:
+    (tmp_path / "broken.onnx").write_bytes(b"no model")
+    for name in ("broken.onnx", "missing.onnx"):
+        with pytest.raises(ArtifactError, match=rf"cannot open .*{name}: .*; run `tdm-export`"):
+            OnnxRuntimeBackend(tmp_path / name, interface, CPU)
+
+
+def test_a_tensor_of_another_type_is_noticed(backend: OnnxRuntimeBackend) -> None:
+    latents, timesteps, *rest = tiny_inputs("sd", 2)
+    with pytest.raises(AssertionError, match=r"timesteps is torch.float64, not float32"):
+        backend(latents, timesteps.double(), *rest)

@@ -1,0 +1,147 @@
+"""On the embedded checkpoint OpenVINO's numbers do not depend on company: a batch is bit-equal to the same alone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tdm_runtime.backends import Precision
+from tdm_runtime.backends.openvino import OpenVINOBackend, has_bf16
+from tdm_runtime.checkpoint.folder import open_checkpoint
+from tdm_runtime.engine.engine import DiffusionEngine, EngineConfig
+from tdm_runtime.errors import BackendError
+from tdm_runtime.model.artifacts import BackendConfig
+from tdm_runtime.model.choice import load_model
+from tdm_runtime.model.components import load_component
+from tdm_runtime.model.loaded_model import LoadedModel
+from tdm_runtime.params import SamplingParams
+from tdm_runtime.pipeline import generate
+
+PROMPTS = ("a red apple", "two green trees on blue", "a fox")
+BATCH_SIZES = range(1, 10)
+THREADS = 2
+TIMEOUT_S = 120.0
+PRECISIONS: tuple[Precision, ...] = ("bf16", "fp32", "int8")
+
+
+@pytest.fixture(scope="module", params=PRECISIONS)
+def built(request: pytest.FixtureRequest, artifacts: Path, checkpoint_folder: Path) -> LoadedModel:
+    """The embedded model."""
+    if request.param == "bf16" and not has_bf16():
+        pytest.skip("this CPU has no bfloat16 arithmetic")
+    return load_model(checkpoint_folder, BackendConfig("openvino", request.param, THREADS, artifacts))
+
+
+def denoiser_calls(model: LoadedModel) -> list[tuple[Tensor, ...]]:
+    """One sample at every step of every step count, with its own noise and prompt."""
+    recipe = model.recipe
+    steps = [(count, timestep) for count in recipe.step_counts for timestep in recipe.step_tables[count].timesteps]
+    draw = torch.Generator().manual_seed(0)
+    return [
+        (
+            torch.randn(1, *model.latent_shape(SamplingParams(PROMPTS[0], 0, 1, 64, 64)), generator=draw),
+            torch.tensor([timestep], dtype=torch.float32),
+            torch.tensor([count]),
+            model.text_encoder.encode(PROMPTS[n % len(PROMPTS)]).prompt_embeds[None],
+        )
+        for n, (count, timestep) in enumerate(steps)
+    ]
+
+
+def joined(calls: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
+    return [torch.cat(tensors) for tensors in zip(*calls, strict=True)]
+
+
+def test_a_sample_in_a_batch_is_bit_equal_to_the_same_alone(built: LoadedModel) -> None:
+    """Every batch size up to 9, so that padding and splitting take part; K and step are mixed."""
+    calls = denoiser_calls(built)
+    alone = [built.denoiser(*call)[0] for call in calls]
+    assert not torch.equal(alone[0], alone[1])
+    for size in BATCH_SIZES:
+        first = size % 2  # not always the same company
+        together = built.denoiser(*joined(calls[first : first + size]))
+        assert torch.equal(together, torch.stack(alone[first : first + size]))
+
+
+def test_a_decoded_picture_is_equal_to_the_same_alone(built: LoadedModel) -> None:
+    latents = joined(denoiser_calls(built))[0]
+    for name, decoder in built.decoders.items():
+        alone = [decoder.decode(sample[None])[0] for sample in latents]
+        for size in BATCH_SIZES:
+            np.testing.assert_array_equal(decoder.decode(latents[:size]), alone[:size], err_msg=name)
+
+
+def test_the_engine_equals_the_pipeline_bit_for_bit(built: LoadedModel) -> None:
+    """More than one bucket in flight: K mixed, prompts and seeds mixed, samples that leave and join between steps."""
+    requests = [
+        SamplingParams(PROMPTS[n % len(PROMPTS)], n, 1 + n % 4, 64, 64, decoder)
+        for n, decoder in enumerate([*built.decoders, "full", "full"] * 3)
+    ]
+    with DiffusionEngine(built, EngineConfig(max_batch_size=5)) as engine:
+        pictures = [future.result(TIMEOUT_S).pixels for future in engine.submit_all(requests)]
+    for params, picture in zip(requests, pictures, strict=True):
+        np.testing.assert_array_equal(picture, generate(built, params))
+
+
+def test_every_native_size_is_made(tiny_checkpoint: Path, tiny_artifacts: Path) -> None:
+    """A program a shape: neither takes the other's place."""
+    reference = load_model(tiny_checkpoint, device="cpu")
+    built = load_model(tiny_checkpoint, BackendConfig("openvino", "fp32", artifacts=tiny_artifacts))
+    for width, height in (*reference.recipe.native_sizes, reference.recipe.native_sizes[0]):
+        params = SamplingParams(PROMPTS[0], 3, 2, width, height)
+        expected = generate(reference, params)
+        assert expected.shape == (height, width, 3)
+        assert np.abs(generate(built, params).astype(int) - expected).max() <= 1
+
+
+def test_what_a_call_returns_is_the_callers(tiny_checkpoint: Path, tiny_artifacts: Path) -> None:
+    """The next call does not write over it, nor into what it was given."""
+    backend = OpenVINOBackend(tiny_artifacts / "denoiser.xml", "fp32")
+    _, interface = load_component(open_checkpoint(tiny_checkpoint), "denoiser")
+    one, other = (
+        interface.random_inputs({"batch": 2, "height": 8, "width": 8}, torch.Generator().manual_seed(seed))
+        for seed in (0, 1)
+    )
+    given = [tensor.clone() for tensor in one]
+    first = backend(*one)
+    kept = first.clone()
+    assert not torch.equal(backend(*other), kept)
+    assert torch.equal(first, kept)
+    assert all(torch.equal(*pair) for pair in zip(one, given, strict=True))
+    assert torch.equal(backend(*one), kept)
+
+
+# -- what is refused -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp8"])
+def test_a_precision_that_no_cpu_has_is_refused(tiny_artifacts: Path, precision: Precision) -> None:
+    with pytest.raises(BackendError, match=f"openvino does not run {precision} on a CPU; choose fp32, bf16 or int8"):
+        OpenVINOBackend(tiny_artifacts / "denoiser.xml", precision)
+
+
+def test_a_file_that_is_no_program_is_refused(tiny_artifacts: Path, tmp_path: Path) -> None:
+    (tmp_path / "garbage.xml").write_text("<net")
+    shutil.copy(tiny_artifacts / "denoiser.xml", tmp_path / "weightless.xml")
+    for name in ("garbage.xml", "weightless.xml", "absent.xml"):
+        with pytest.raises(BackendError, match="OpenVINO cannot read") as caught:
+            OpenVINOBackend(tmp_path / name, "fp32")
+        assert str(tmp_path / name) in str(caught.value)
+        assert str(caught.value).endswith("run `tdm-export` again") and "\n" not in str(caught.value)
+
+
+def test_nothing_is_reported_home(tiny_artifacts: Path, tmp_path: Path) -> None:
+    """Where openvino and nncf report to Google that they were imported, they first write a client's number."""
+    code = "import sys, pathlib, tdm_runtime.backends.openvino as b; b.has_bf16(); import nncf"
+    environment = {name: value for name, value in os.environ.items() if name not in ("CI", "TF_BUILD", "JENKINS_URL")}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment | {"HOME": str(tmp_path)}, timeout=120)
+    assert not (tmp_path / "intel").exists()

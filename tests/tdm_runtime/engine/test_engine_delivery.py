@@ -1,0 +1,353 @@
+"""How a request may want to be served: budgets, open step counts, strict bits, previews, drafts, repeats."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT
+from tdm_runtime.engine.delivery import Delivery, Preview
+from tdm_runtime.engine.engine import DiffusionEngine, EngineConfig
+from tdm_runtime.engine.sample import Picture
+from tdm_runtime.engine.warm_up import warm_up
+from tdm_runtime.errors import DeadlineError, GenerationError, InvalidRequestError
+from tdm_runtime.model.artifacts import BackendConfig
+from tdm_runtime.model.choice import load_model
+from tdm_runtime.model.loaded_model import LoadedModel
+from tdm_runtime.params import SamplingParams
+from tdm_runtime.pipeline import generate
+from tdm_runtime.scheduling.cost_model import CostModel, Kind
+
+TIMEOUT_S = 60.0
+MAX_LEVELS_APART = 2
+PARAMS = SamplingParams("a red apple", 1, 4, 16, 16)
+
+
+class KnownCosts(CostModel):
+    """A step takes a second and a decode half of one, for any number of samples; nothing is learned."""
+
+    def seconds(self, kind: Kind, size: int = 1) -> float:
+        return {"denoise": 1.0, "text": 0.0}.get(kind.stage, 0.5)
+
+    def observe(self, kind: Kind, size: int, seconds: float) -> None:
+        pass
+
+    def batch_size(self, kind: Kind, available: int) -> int:
+        return available
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tiny_checkpoint: Path) -> LoadedModel:
+    return load_model(tiny_checkpoint, device="cpu")
+
+
+@pytest.fixture
+def engine(tiny_model: LoadedModel) -> Iterator[DiffusionEngine]:
+    """Without a thread: the test makes each call itself."""
+    engine = DiffusionEngine(tiny_model, costs=KnownCosts())
+    yield engine
+    engine.close()
+
+
+def run_dry(engine: DiffusionEngine) -> None:
+    for _ in range(1000):
+        if not engine.num_live:
+            return
+        engine.step()
+    pytest.fail(f"{engine.num_live} are still unanswered after 1000 calls")
+
+
+# -- budgets and step counts -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("budget_ms", "steps"), [(1600, 1), (2600, 2), (4600, 4), (60_000, 4)])
+def test_auto_takes_the_most_steps_that_the_budget_allows(
+    engine: DiffusionEngine, tiny_model: LoadedModel, budget_ms: float, steps: int
+) -> None:
+    future = engine.submit(PARAMS, Delivery(latency_budget_ms=budget_ms, min_inference_steps=1))
+    run_dry(engine)
+    picture = future.result(TIMEOUT_S)
+    assert picture.params == replace(PARAMS, num_inference_steps=steps)
+    assert np.abs(picture.pixels.astype(int) - generate(tiny_model, picture.params)).max() <= MAX_LEVELS_APART
+    assert picture.predicted_ms == pytest.approx(1e3 * steps + 500, abs=200)
+
+
+def test_auto_takes_fewer_steps_the_more_is_promised(engine: DiffusionEngine) -> None:
+    delivery = Delivery(latency_budget_ms=6000, min_inference_steps=1)
+    alone = {replace(PARAMS, seed=n, width=24 if n % 2 else 16) for n in range(4)}
+    futures = engine.submit_all(sorted(alone, key=lambda params: params.seed), delivery)
+    run_dry(engine)
+    taken = [future.result(TIMEOUT_S).params.num_inference_steps for future in futures]
+    assert min(taken) < 4, "two shapes of two do not all get four steps in six seconds"
+    assert max(taken) > 1, "nor do they have to make do with one"
+
+
+def test_auto_without_a_budget_takes_all_steps_when_nothing_else_is_to_do(engine: DiffusionEngine) -> None:
+    future = engine.submit(PARAMS, Delivery(min_inference_steps=2))
+    run_dry(engine)
+    assert future.result(TIMEOUT_S).params.num_inference_steps == 4
+
+
+def test_a_budget_that_cannot_be_kept_is_refused_and_costs_nothing(engine: DiffusionEngine) -> None:
+    with pytest.raises(InvalidRequestError, match=r"1 picture of 4 steps would take 4\.5e"):
+        engine.submit(PARAMS, Delivery(latency_budget_ms=4000))
+    wide = replace(PARAMS, width=24)
+    engine.submit(PARAMS, Delivery(latency_budget_ms=5000))
+    with pytest.raises(DeadlineError) as caught:
+        engine.submit(wide, Delivery(latency_budget_ms=5000))
+    assert caught.value.retry_after_s > 0
+    assert engine.num_live == 1 and engine.stats.refused == 2
+    run_dry(engine)
+    assert engine.stats.finished == 1
+
+
+@pytest.mark.parametrize("fewest", [0, 5, True, "1", 4.0])
+def test_a_fewest_step_count_that_there_is_not_is_refused(engine: DiffusionEngine, fewest: object) -> None:
+    with pytest.raises(InvalidRequestError, match="min_inference_steps is"):
+        engine.submit(replace(PARAMS, num_inference_steps=3), Delivery(min_inference_steps=fewest))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("budget_ms", [0, -1.0, float("nan"), float("inf"), True, "10"])
+def test_a_budget_is_a_positive_number(budget_ms: object) -> None:
+    with pytest.raises(InvalidRequestError, match="latency_budget_ms is"):
+        Delivery(latency_budget_ms=budget_ms)  # type: ignore[arg-type]
+
+
+def test_background_work_comes_after_all_others(tiny_model: LoadedModel) -> None:
+    engine, ended = DiffusionEngine(tiny_model, EngineConfig(max_batch_size=1), costs=KnownCosts()), list[str]()
+
+    def ask(name: str, delivery: Delivery) -> None:
+        engine.submit(PARAMS, delivery).add_done_callback(lambda _: ended.append(name))
+
+    ask("job", Delivery(is_background=True))
+    for name in ("first", "second"):
+        ask(name, Delivery())
+    run_dry(engine)
+    assert ended == ["first", "second", "job"]
+    engine.close()
+
+
+@pytest.mark.parametrize(("second_s", "sizes"), [(0.0, [2] * 5), (0.5, [1] * 10)])
+def test_background_work_shares_a_call_where_that_is_about_free(
+    tiny_model: LoadedModel, second_s: float, sizes: list[int]
+) -> None:
+    class Costs(KnownCosts):
+        """Each sample after the first makes a call longer."""
+
+        def seconds(self, kind: Kind, size: int = 1) -> float:
+            return 1.0 + second_s * (size - 1)
+
+    engine = DiffusionEngine(tiny_model, costs=Costs())
+    futures = [engine.submit(PARAMS, Delivery(is_background=is_background)) for is_background in (True, False)]
+    seen = list[int]()
+    while engine.num_live:
+        live = engine.num_live
+        before = engine.stats.sample_steps
+        engine.step()
+        seen.append(engine.stats.sample_steps - before or live - engine.num_live)
+    assert seen == sizes and all(future.done() for future in futures)
+    engine.close()
+
+
+def test_a_late_picture_comes_all_the_same(tiny_model: LoadedModel) -> None:
+    engine = DiffusionEngine(tiny_model, costs=KnownCosts())
+    future = engine.submit(PARAMS, Delivery(latency_budget_ms=4600))
+    engine.step()
+    (sample,) = engine._scheduler.live()
+    sample.promised_s = time.monotonic() - 1  # as if the machine had stood still
+    run_dry(engine)
+    assert future.result(TIMEOUT_S).params == PARAMS
+    assert engine.num_late == 1
+    engine.close()
+
+
+def test_warm_up_knows_every_kind_of_call(tiny_model: LoadedModel) -> None:
+    with DiffusionEngine(tiny_model, EngineConfig(max_batch_size=4)) as engine:
+        warm_up(engine)
+        shapes = [tiny_model.latent_shape(replace(PARAMS, width=width)) for width in (16, 24)]
+        stages = ("denoise", "decode:full", "decode:tiny")
+        for kind in (tiny_model.kind("text"), *(tiny_model.kind(stage, shape) for stage in stages for shape in shapes)):
+            assert engine.call_seconds(kind) > 0
+        picture = engine.submit(PARAMS, Delivery(latency_budget_ms=60_000)).result(TIMEOUT_S)
+        assert 0 < picture.predicted_ms < 60_000
+
+
+# -- strict ----------------------------------------------------------------------------------------
+
+
+def in_company(model: LoadedModel, delivery: Delivery) -> tuple[Picture, int]:
+    """A picture that was asked for among five others, and the number of denoiser calls it all took."""
+    engine = DiffusionEngine(model, costs=KnownCosts())
+    width, height = model.recipe.native_sizes[0]
+    params = replace(PARAMS, width=width, height=height)
+    engine.submit_all([replace(params, seed=seed) for seed in range(10, 15)])
+    future = engine.submit(params, delivery)
+    run_dry(engine)
+    engine.close()
+    return future.result(TIMEOUT_S), engine.stats.steps
+
+
+@pytest.mark.parametrize("name", ["torch", "openvino"])
+def test_strict_pictures_have_the_same_bits_in_any_company(tiny_model: LoadedModel, artifacts: Path, name: str) -> None:
+    model = tiny_model
+    if name == "openvino":
+        model = load_model(DEFAULT_CHECKPOINT, BackendConfig("openvino", artifacts=artifacts))
+    picture, num_calls = in_company(model, Delivery(strict=True))
+    assert picture.is_strict
+    np.testing.assert_array_equal(picture.pixels, generate(model, picture.params))
+    assert num_calls == (4 if model.is_batch_invariant else 8), "only where it must does it share no call"
+
+
+# -- previews and drafts ---------------------------------------------------------------------------
+
+
+def test_previews_are_what_the_pipeline_shows(engine: DiffusionEngine, tiny_model: LoadedModel) -> None:
+    shown: list[Preview] = []
+    future = engine.submit(PARAMS, Delivery(on_preview=shown.append, num_previews=2))
+    run_dry(engine)
+    expected: list[np.ndarray] = []
+    pixels = generate(tiny_model, PARAMS, lambda step, pixels: expected.append(pixels))
+    assert [preview.num_steps_taken for preview in shown] == [1, 2]
+    for preview, picture in zip(shown, expected, strict=False):
+        assert not preview.is_draft
+        assert np.abs(preview.pixels.astype(int) - picture).max() <= MAX_LEVELS_APART
+    assert np.abs(future.result(TIMEOUT_S).pixels.astype(int) - pixels).max() <= MAX_LEVELS_APART
+
+
+def test_a_draft_is_the_picture_of_one_step_and_comes_first(engine: DiffusionEngine, tiny_model: LoadedModel) -> None:
+    shown: list[Preview] = []
+    future = engine.submit(PARAMS, Delivery(on_preview=shown.append, draft=True))
+    while not shown:
+        engine.step()
+    assert not future.done() and engine.stats.steps == 1, "it shares the first step of its picture"
+    run_dry(engine)
+    (draft,) = shown
+    assert draft.is_draft
+    expected = generate(tiny_model, replace(PARAMS, num_inference_steps=1))
+    assert np.abs(draft.pixels.astype(int) - expected).max() <= MAX_LEVELS_APART
+    assert future.result(TIMEOUT_S).params == PARAMS
+    assert engine.stats.finished == 1, "a draft is no picture of its own"
+
+
+def test_beside_a_draft_previews_begin_with_the_second_step(engine: DiffusionEngine) -> None:
+    shown: list[Preview] = []
+    engine.submit(PARAMS, Delivery(on_preview=shown.append, draft=True, num_previews=3))
+    run_dry(engine)
+    assert [(preview.is_draft, preview.num_steps_taken) for preview in shown] == [(True, 1), (False, 2), (False, 3)]
+
+
+def test_whoever_cancels_gets_no_draft_either(engine: DiffusionEngine) -> None:
+    shown: list[Preview] = []
+    engine.submit(PARAMS, Delivery(on_preview=shown.append, draft=True, num_previews=3)).cancel()
+    run_dry(engine)
+    assert not shown and engine.stats.steps == 0
+
+
+def test_a_listener_that_fails_harms_nobody(engine: DiffusionEngine) -> None:
+    def fail(preview: Preview) -> None:
+        raise RuntimeError("the listener is gone")
+
+    future = engine.submit(PARAMS, Delivery(on_preview=fail, draft=True, num_previews=3))
+    run_dry(engine)
+    assert future.result(TIMEOUT_S).params == PARAMS
+
+
+def test_previews_want_a_listener() -> None:
+    with pytest.raises(ValueError, match="on_preview"):
+        Delivery(num_previews=1)
+
+
+# -- the same again --------------------------------------------------------------------------------
+
+
+def test_a_picture_that_was_made_is_not_made_again(tiny_model: LoadedModel) -> None:
+    with DiffusionEngine(tiny_model, EngineConfig(result_cache_bytes=2 * 16 * 16 * 3)) as engine:
+        first = engine.submit(PARAMS).result(TIMEOUT_S)
+        steps = engine.stats.steps
+        again = engine.submit(PARAMS).result(TIMEOUT_S)
+        auto = engine.submit(PARAMS, Delivery(latency_budget_ms=60_000, min_inference_steps=1)).result(TIMEOUT_S)
+        assert engine.stats.steps == steps and engine.result_cache_hits == 2
+        assert again.is_cached and auto.is_cached and not first.is_cached
+        np.testing.assert_array_equal(again.pixels, first.pixels)
+        strict = engine.submit(PARAMS, Delivery(strict=True)).result(TIMEOUT_S)
+        assert not strict.is_cached, "what was made in company is no strict picture"
+        for seed in (2, 3):
+            engine.submit(replace(PARAMS, seed=seed)).result(TIMEOUT_S)
+        assert not engine.submit(PARAMS).result(TIMEOUT_S).is_cached, "only two fit"
+
+
+def test_without_a_cache_every_picture_is_made(tiny_model: LoadedModel) -> None:
+    with DiffusionEngine(tiny_model) as engine:
+        assert not any(engine.submit(PARAMS).result(TIMEOUT_S).is_cached for _ in range(2))
+
+
+# -- isolation -------------------------------------------------------------------------------------
+
+
+class Changed:
+    """A real backend whose calls may be held up, or refused."""
+
+    def __init__(self, model: LoadedModel, before: Callable[[Tensor], None]) -> None:
+        self.device, self.is_batch_invariant = model.denoiser.device, False
+        self._backend, self._before = model.denoiser, before
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        self._before(inputs[0])
+        return self._backend(*inputs)
+
+
+def test_out_of_memory_splits_the_batch_and_later_ones_are_smaller(tiny_model: LoadedModel) -> None:
+    sizes: list[int] = []
+
+    def refuse_many(latents: Tensor) -> None:
+        sizes.append(len(latents))
+        if len(latents) > 2:
+            raise torch.OutOfMemoryError("no room")
+
+    engine = DiffusionEngine(replace(tiny_model, denoiser=Changed(tiny_model, refuse_many)))
+    futures = engine.submit_all([replace(PARAMS, seed=seed, num_inference_steps=2) for seed in range(4)])
+    run_dry(engine)
+    assert all(future.exception(TIMEOUT_S) is None for future in futures)
+    assert sizes[:3] == [4, 2, 2] and max(sizes[3:]) <= 2
+    engine.close()
+
+
+def test_a_call_that_never_fits_fails_its_own_request_only(tiny_model: LoadedModel) -> None:
+    def refuse_wide(latents: Tensor) -> None:
+        if latents.shape[-1] == 12:
+            raise torch.OutOfMemoryError("no room")
+
+    with DiffusionEngine(replace(tiny_model, denoiser=Changed(tiny_model, refuse_wide))) as engine:
+        wide, small = engine.submit_all([replace(PARAMS, width=24), PARAMS])
+        assert type(wide.exception(TIMEOUT_S)) is GenerationError
+        assert small.result(TIMEOUT_S).params == PARAMS
+
+
+def test_what_is_large_does_not_block_what_is_small(tiny_model: LoadedModel) -> None:
+    """Four large pictures came first; a small one waits for one of their calls, not for sixteen."""
+    entered, order = threading.Event(), []
+
+    def slow_if_wide(latents: Tensor) -> None:
+        order.append(latents.shape[-1])
+        entered.set()
+        if latents.shape[-1] == 12:
+            time.sleep(0.05)
+
+    with DiffusionEngine(replace(tiny_model, denoiser=Changed(tiny_model, slow_if_wide)), EngineConfig()) as engine:
+        warm_up(engine)
+        order.clear()
+        entered.clear()
+        large = [engine.submit(replace(PARAMS, width=24, seed=seed), Delivery(strict=True)) for seed in range(4)]
+        assert entered.wait(TIMEOUT_S)
+        engine.submit(PARAMS).result(TIMEOUT_S)
+        assert order.count(12) <= 3, "the call that ran, and where the machine is slow one or two more"
+        for future in large:
+            future.result(TIMEOUT_S)

@@ -1,0 +1,48 @@
+"""A clip: what players read, the frames that were given, and the same bytes for them."""
+
+from __future__ import annotations
+
+import io
+import math
+
+import av
+import numpy as np
+import pytest
+
+from tdm_runtime.media.video_file import encode_clip
+from tdm_runtime.model.decoder import Pixels
+
+MIN_PSNR_DB = 38.0
+
+
+def drawn(count: int, width: int = 96, height: int = 64) -> list[Pixels]:
+    """A soft wave that moves."""
+    x, y = np.meshgrid(np.arange(width) / width, np.arange(height) / height)
+    phases = (math.tau * n / count for n in range(count))
+    waves = [127 + 100 * np.stack([np.sin(3 * x + p), np.cos(2 * y - p), np.sin(x + y + p)], -1) for p in phases]
+    return [wave.astype(np.uint8) for wave in waves]
+
+
+def test_frames_come_back_within_the_codecs_loss() -> None:
+    frames = drawn(10)
+    with av.open(io.BytesIO(encode_clip(iter(frames), 5, 96, 64, "a prompt"))) as clip:
+        (track,) = clip.streams
+        assert isinstance(track, av.VideoStream)
+        assert (track.codec_context.name, track.codec_context.pix_fmt) == ("h264", "yuv420p")
+        assert (track.average_rate, clip.metadata["comment"], clip.duration) == (5, "a prompt", 2 * av.time_base)
+        shown = [frame.to_ndarray(format="rgb24") for frame in clip.decode(track)]
+    assert len(shown) == len(frames)
+    for found, frame in zip(shown, frames, strict=True):
+        psnr_db = 10 * np.log10(255.0**2 / np.square(found.astype(float) - frame).mean())
+        assert psnr_db > MIN_PSNR_DB
+
+
+def test_the_same_frames_are_the_same_bytes_and_the_index_comes_first() -> None:
+    clip = encode_clip(drawn(6), 6, 96, 64)
+    assert clip == encode_clip(drawn(6), 6, 96, 64)
+    assert clip.index(b"moov") < clip.index(b"mdat")
+
+
+def test_odd_sides_are_refused() -> None:
+    with pytest.raises(ValueError, match="even sides"):
+        encode_clip(drawn(1, width=63), 1, 63, 64)

@@ -1,0 +1,323 @@
+"""What runs a checkpoint is what was asked for, or the fastest that keeps the pictures; it is said, and why."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tdm_runtime.backends import BackendName, Precision
+from tdm_runtime.checkpoint.folder import open_checkpoint
+from tdm_runtime.checkpoint.manifest import MANIFEST_FILE, PictureParity, default_artifacts, load_manifest
+from tdm_runtime.errors import ArtifactError, BackendError
+from tdm_runtime.model.artifacts import Artifacts, BackendConfig
+from tdm_runtime.model.choice import CHOICE_FILE, MIN_PSNR_DB, load_model
+from tdm_runtime.params import SamplingParams
+from tdm_runtime.pipeline import generate
+
+PARAMS = SamplingParams("a red apple", 3, 2, 24, 16)
+ON_CPU = ("torch fp32", "openvino fp32", "onnxruntime fp32")
+"""What the copies below have to choose from. A GPU's own candidates are left out of account."""
+
+
+def parity(psnr_db: float) -> Mapping[int, PictureParity]:
+    """At K = 4 that; better at the others."""
+    return {steps: PictureParity(psnr_db + 4 - steps, 20.0, 0.99) for steps in (1, 2, 3, 4)}
+
+
+def write_builds(folder: Path, checkpoint: Path, **pictures: Mapping[int, PictureParity]) -> None:
+    """Keep those builds of a folder, with those parities; `openvino_fp32` names one."""
+    manifest = load_manifest(folder, open_checkpoint(checkpoint))
+    kept = {name.replace("_", " "): found for name, found in pictures.items()}
+    builds = tuple(replace(b, pictures=kept[b.name]) for b in manifest.builds if b.name in kept)
+    assert len(builds) == len(kept)
+    replace(manifest, builds=builds).save(folder)
+
+
+@pytest.fixture
+def folder(tiny_artifacts: Path, tiny_checkpoint: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny checkpoint's artifacts to change: two builds, quick to measure."""
+    copy = Path(shutil.copytree(tiny_artifacts, tmp_path / "artifacts"))
+    write_builds(copy, tiny_checkpoint, openvino_fp32=parity(60), onnxruntime_fp32=parity(60))
+    return copy
+
+
+@pytest.fixture
+def one_build(folder: Path, tiny_checkpoint: Path) -> Path:
+    """The copy with what is quickest to load."""
+    write_builds(folder, tiny_checkpoint, onnxruntime_fp32=parity(60))
+    return folder
+
+
+@pytest.fixture
+def no_artifacts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
+
+
+def auto(folder: Path | None, precision: Precision | None = None, threads: int = 1) -> BackendConfig:
+    return BackendConfig("auto", precision, threads, folder, device="cpu")
+
+
+def refusal(checkpoint: Path, config: BackendConfig) -> str:
+    with pytest.raises(ArtifactError) as caught:
+        load_model(checkpoint, config)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def milliseconds(choice: str, name: str) -> float:
+    """What a choice says of a candidate."""
+    found = re.search(rf"{name}(?: with \d+ threads?,)? (\S+) ms", choice)
+    assert found is not None, choice
+    return float(found[1])
+
+
+# -- auto ------------------------------------------------------------------------------------------
+
+
+def test_auto_takes_the_fastest_and_names_all_that_it_measured(tiny_checkpoint: Path, folder: Path) -> None:
+    model = load_model(tiny_checkpoint, auto(folder))
+    assert model.choice.startswith(f"{model.backend} with 1 thread, ")
+    times_ms = {name: milliseconds(model.choice, name) for name in ON_CPU}
+    assert times_ms[model.backend] == min(times_ms.values()) > 0
+    assert generate(model, PARAMS).shape == (16, 24, 3)
+
+
+def test_a_choice_is_remembered(tiny_checkpoint: Path, one_build: Path) -> None:
+    """Whoever edits what is remembered gets what he wrote: nothing is measured."""
+    load_model(tiny_checkpoint, auto(one_build))
+    kept = json.loads((one_build / CHOICE_FILE).read_text())
+    for backend in ("onnxruntime", "torch"):
+        kept["chosen"]["backend"] = backend
+        kept["picture_ms"] = {f"{backend} fp32": 4321.0}
+        (one_build / CHOICE_FILE).write_text(json.dumps(kept))
+        model = load_model(tiny_checkpoint, auto(one_build))
+        assert model.backend == f"{backend} fp32"
+        assert model.choice == f"{backend} fp32 with 1 thread, 4.32e+03 ms a picture"
+    assert json.loads((one_build / CHOICE_FILE).read_text()) == kept
+
+
+@pytest.mark.parametrize("change", ["machine", "garbage", "request", "parity"])
+def test_another_machine_request_or_parity_is_measured_anew(
+    tiny_checkpoint: Path, one_build: Path, change: str
+) -> None:
+    load_model(tiny_checkpoint, auto(one_build))
+    kept = json.loads((one_build / CHOICE_FILE).read_text())
+    kept["picture_ms"] = {name: 4321.0 for name in kept["picture_ms"]}
+    kept["machine"] += " of yesterday" if change == "machine" else ""
+    (one_build / CHOICE_FILE).write_text("{" if change == "garbage" else json.dumps(kept))
+    if change == "parity":
+        write_builds(one_build, tiny_checkpoint, onnxruntime_fp32=parity(30))
+    model = load_model(tiny_checkpoint, auto(one_build, "fp32" if change == "request" else None))
+    assert "4.32e+03" not in model.choice
+    measured = json.loads((one_build / CHOICE_FILE).read_text())
+    assert measured["chosen"]["backend"] == model.backend.split()[0]
+    assert ("onnxruntime fp32" in measured["excluded"]) == (change == "parity")
+
+
+def test_a_folder_that_cannot_be_written_to_is_measured_at_every_start(tiny_checkpoint: Path, one_build: Path) -> None:
+    (one_build / CHOICE_FILE).mkdir()
+    assert load_model(tiny_checkpoint, auto(one_build)).choice
+
+
+def test_what_loses_too_much_is_never_chosen_unasked(tiny_checkpoint: Path, folder: Path) -> None:
+    """Nor what nobody measured. Both are said, and both run where they are asked for by name."""
+    write_builds(folder, tiny_checkpoint, openvino_fp32=parity(MIN_PSNR_DB - 0.1), onnxruntime_fp32={})
+    model = load_model(tiny_checkpoint, auto(folder))
+    assert model.backend == "torch fp32"
+    assert "openvino fp32 not considered: its pictures keep 34.9 dB, 35 are asked" in model.choice
+    assert "onnxruntime fp32 not considered: its parity was not measured (`tdm-export --verify`)" in model.choice
+    backends: tuple[BackendName, ...] = ("openvino", "onnxruntime")
+    for backend in backends:
+        for threads in (1, 0):
+            named = load_model(tiny_checkpoint, BackendConfig(backend, threads=threads, artifacts=folder))
+            assert named.backend == f"{backend} fp32"
+            assert bool(named.choice) == (threads == 0)
+
+
+def test_just_enough_is_enough(tiny_checkpoint: Path, folder: Path) -> None:
+    write_builds(folder, tiny_checkpoint, openvino_fp32=parity(MIN_PSNR_DB))
+    assert milliseconds(load_model(tiny_checkpoint, auto(folder)).choice, "openvino fp32") > 0
+
+
+def test_auto_keeps_to_a_precision(tiny_checkpoint: Path, tiny_artifacts: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(tiny_artifacts, tmp_path / "artifacts"))
+    write_builds(copy, tiny_checkpoint, openvino_fp32=parity(60), openvino_int8=parity(60))
+    assert load_model(tiny_checkpoint, auto(copy, "int8")).backend == "openvino int8"
+    message = refusal(tiny_checkpoint, auto(copy, "fp8"))
+    assert f"was not built at fp8; run `tdm-export {tiny_checkpoint} --output {copy} --precision fp8`" in message
+
+
+def test_auto_without_artifacts_is_torch(tiny_checkpoint: Path, no_artifacts: None) -> None:
+    model = load_model(tiny_checkpoint, auto(None))
+    assert model.backend == "torch fp32"
+    assert model.choice.startswith("torch fp32 with 1 thread, ")
+
+
+def test_auto_does_not_pass_over_damage(tiny_checkpoint: Path, folder: Path) -> None:
+    (folder / "denoiser.bin").write_bytes(b"")
+    assert f"{folder / 'denoiser.bin'} is damaged or missing; run `tdm-export" in refusal(tiny_checkpoint, auto(folder))
+
+
+def test_threads_0_measures_the_one_that_was_asked_for(tiny_checkpoint: Path, folder: Path) -> None:
+    """With all cores and with fewer; what else there is stays out of it."""
+    model = load_model(tiny_checkpoint, BackendConfig("openvino", threads=0, artifacts=folder))
+    assert re.fullmatch(r"openvino fp32 with \d+ threads?, \S+ ms a picture", model.choice)
+
+
+# -- by name ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("backend", "precision"), [("openvino", "fp32"), ("onnxruntime", "fp32"), ("openvino", None)])
+def test_what_is_asked_for_runs_and_brings_its_parity(
+    tiny_checkpoint: Path, tiny_artifacts: Path, backend: BackendName, precision: Precision | None
+) -> None:
+    """Without a precision it is the first that was built."""
+    model = load_model(tiny_checkpoint, BackendConfig(backend, precision, artifacts=tiny_artifacts))
+    build = load_manifest(tiny_artifacts, open_checkpoint(tiny_checkpoint)).find(backend, precision)
+    assert build is not None
+    assert (model.backend, model.parity, model.choice) == (build.name, build.pictures, "")
+
+
+def test_every_backend_makes_the_same_picture(tiny_checkpoint: Path, tiny_artifacts: Path) -> None:
+    reference = load_model(tiny_checkpoint, device="cpu")
+    for decoder in reference.decoders:
+        params = replace(PARAMS, decoder=decoder)
+        expected = generate(reference, params)
+        for backend in ("openvino", "onnxruntime"):
+            model = load_model(tiny_checkpoint, BackendConfig(backend, "fp32", artifacts=tiny_artifacts))
+            assert tuple(model.decoders) == tuple(reference.decoders) == ("full", "tiny")
+            assert np.abs(generate(model, params).astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("backend", "precision", "named"),
+    [("openvino", "int8", "openvino int8"), ("openvino", None, "openvino"), ("tensorrt", "fp8", "tensorrt fp8")],
+)
+def test_what_was_not_built_is_refused_with_what_to_run(
+    tiny_checkpoint: Path, no_artifacts: None, backend: BackendName, precision: Precision | None, named: str
+) -> None:
+    message = refusal(tiny_checkpoint, BackendConfig(backend, precision))
+    options = f"--backend {backend}" + (f" --precision {precision}" if precision else "")
+    assert f"was not built for {named}; run `tdm-export {tiny_checkpoint} {options}`" in message
+
+
+def test_what_the_named_folder_lacks_is_refused(tiny_checkpoint: Path, folder: Path) -> None:
+    message = refusal(tiny_checkpoint, BackendConfig("openvino", "int8", artifacts=folder))
+    command = f"tdm-export {tiny_checkpoint} --output {folder} --backend openvino --precision int8"
+    assert f"was not built for openvino int8; run `{command}`" in message
+
+
+def test_a_named_folder_without_artifacts_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    for config in (auto(tmp_path), BackendConfig("openvino", artifacts=tmp_path)):
+        message = refusal(tiny_checkpoint, config)
+        assert f"{tmp_path / MANIFEST_FILE} cannot be read" in message
+        assert f"run `tdm-export {tiny_checkpoint} --output {tmp_path}`" in message
+
+
+def test_artifacts_of_another_checkpoint_are_refused(checkpoint_folder: Path, tiny_artifacts: Path) -> None:
+    for config in (auto(tiny_artifacts), BackendConfig("openvino", artifacts=tiny_artifacts)):
+        message = refusal(checkpoint_folder, config)
+        assert message.startswith(f"{tiny_artifacts} was built from ")
+        assert open_checkpoint(checkpoint_folder).fingerprint[:12] in message
+
+
+def test_a_damaged_file_is_refused(tiny_checkpoint: Path, folder: Path) -> None:
+    content = bytearray((folder / "decoder.bin").read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / "decoder.bin").write_bytes(content)
+    message = refusal(tiny_checkpoint, BackendConfig("openvino", artifacts=folder))
+    assert f"{folder / 'decoder.bin'} is damaged or missing" in message
+
+
+def test_a_component_that_was_not_built_is_refused(tiny_checkpoint: Path, folder: Path) -> None:
+    manifest = load_manifest(folder, open_checkpoint(tiny_checkpoint))
+    builds = [
+        replace(build, components={k: v for k, v in build.components.items() if k != "tiny_decoder"})
+        for build in manifest.builds
+    ]
+    replace(manifest, builds=tuple(builds)).save(folder)
+    message = refusal(tiny_checkpoint, BackendConfig("openvino", artifacts=folder))
+    assert f"openvino fp32 in {folder} has no tiny_decoder" in message
+
+
+# -- what runs in its place ------------------------------------------------------------------------
+
+
+def test_the_fallback_is_torch_and_says_in_place_of_what(
+    tiny_checkpoint: Path, folder: Path, no_artifacts: None
+) -> None:
+    (folder / "denoiser.bin").unlink()
+    cases: dict[str, BackendConfig] = {
+        "was not built for openvino int8": BackendConfig("openvino", "int8", allow_fallback=True, device="cpu"),
+        "is damaged or missing": BackendConfig("openvino", artifacts=folder, allow_fallback=True, device="cpu"),
+        "was not built at int8": replace(auto(folder, "int8"), allow_fallback=True),
+    }
+    expected = generate(load_model(tiny_checkpoint, device="cpu"), PARAMS)
+    for why, config in cases.items():
+        model = load_model(tiny_checkpoint, config)
+        assert model.backend == "torch fp32"
+        assert model.choice.startswith(f"torch fp32 in place of {config.backend}: ")
+        assert why in model.choice
+        assert np.abs(generate(model, PARAMS).astype(int) - expected).max() <= 2
+
+
+def test_nothing_falls_back_from_what_can_be_used(tiny_checkpoint: Path, folder: Path) -> None:
+    model = load_model(tiny_checkpoint, BackendConfig("openvino", artifacts=folder, allow_fallback=True))
+    assert (model.backend, model.choice) == ("openvino fp32", "")
+
+
+# -- values ----------------------------------------------------------------------------------------
+
+
+def test_threads_below_zero_are_refused() -> None:
+    with pytest.raises(ValueError, match="threads is -1; give a number of cores, or 0"):
+        BackendConfig(threads=-1)
+
+
+@pytest.mark.parametrize("backend", ["torch", "torch-compiled", "cuda-graphs"])
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_a_precision_that_torch_does_not_run_is_refused(backend: BackendName, precision: Precision) -> None:
+    with pytest.raises(ValueError, match=f"{backend} does not run {precision}; choose fp32, bf16, fp16"):
+        BackendConfig(backend, precision)
+
+
+def test_torch_runs_16_bits_when_asked(tiny_checkpoint: Path) -> None:
+    model = load_model(tiny_checkpoint, BackendConfig("torch", "bf16", device="cpu"))
+    assert model.backend == "torch bf16"
+    expected = generate(load_model(tiny_checkpoint, device="cpu"), PARAMS).astype(int)
+    difference = np.abs(generate(model, PARAMS) - expected)
+    assert 0 < difference.mean() < 4
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_graphs_want_a_gpu(tiny_checkpoint: Path) -> None:
+    with pytest.raises(BackendError, match="CUDA"):
+        load_model(tiny_checkpoint, BackendConfig("cuda-graphs"))
+
+
+def test_only_the_default_folder_is_ever_built_unasked(tiny_checkpoint: Path, folder: Path, no_artifacts: None) -> None:
+    """`tdm-serve` builds what is missing: not for torch, and not where the user named a folder."""
+    checkpoint = open_checkpoint(tiny_checkpoint)
+
+    def is_missing(config: BackendConfig) -> bool:
+        return Artifacts.find(checkpoint, config).is_missing(config)
+
+    assert not is_missing(BackendConfig("torch"))
+    assert is_missing(BackendConfig("openvino"))
+    assert is_missing(BackendConfig("auto")) == (not torch.cuda.is_available())
+    assert not is_missing(BackendConfig("openvino", "int8", artifacts=folder))
+    default = default_artifacts(checkpoint)
+    default.parent.mkdir(parents=True)
+    folder.rename(default)
+    assert not is_missing(BackendConfig("auto"))
+    assert not is_missing(BackendConfig("openvino", "fp32"))
+    assert is_missing(BackendConfig("openvino", "int8"))

@@ -1,0 +1,282 @@
+"""A LoRA changes the weights by scale * alpha / rank * B A, however its file is written, and nobody else's pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tdm_runtime.checkpoint.folder import Checkpoint, open_checkpoint
+from tdm_runtime.checkpoint.lora_file import read_lora
+from tdm_runtime.engine.engine import DiffusionEngine
+from tdm_runtime.errors import CheckpointError
+from tdm_runtime.model.choice import load_model
+from tdm_runtime.model.decoder import Pixels
+from tdm_runtime.model.loaded_model import LoadedModel
+from tdm_runtime.model.lora import LoraBase, with_lora
+from tdm_runtime.params import SamplingParams
+from tdm_runtime.pipeline import generate
+
+RANK, ALPHA, SCALE = 3, 6.0, 0.5
+PARAMS = SamplingParams("a red heart", 7, 3, 16, 16)
+UNET_LAYERS = (
+    "conv_in",
+    "time_embedding.linear_1",
+    "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q",
+    "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_out.0",
+    "down_blocks.0.downsamplers.0.conv",
+    "mid_block.resnets.0.conv1",
+)
+TEXT_LAYERS = ("encoder.layers.0.self_attn.q_proj", "encoder.layers.0.mlp.fc1")
+Halves = dict[str, tuple[Tensor, Tensor]]
+"""Layer -> A and B."""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_checkpoint: Path) -> Checkpoint:
+    return open_checkpoint(tiny_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def base(tiny_checkpoint: Path) -> LoadedModel:
+    return load_model(tiny_checkpoint, device="cpu")
+
+
+def drawn(module: nn.Module, names: tuple[str, ...], seed: int = 0) -> Halves:
+    """Random halves for some layers of a module."""
+    generator = torch.Generator().manual_seed(seed)
+    halves = {}
+    for name in names:
+        weight = module.get_submodule(name).weight
+        assert isinstance(weight, Tensor)
+        down = torch.randn(RANK, *weight.shape[1:], generator=generator) / weight[0].numel() ** 0.5
+        up = torch.randn(weight.shape[0], RANK, *(1,) * (weight.ndim - 2), generator=generator)
+        halves[name] = (down, up)
+    return halves
+
+
+@pytest.fixture(scope="module")
+def unet_halves(checkpoint: Checkpoint) -> Halves:
+    return drawn(checkpoint.load_unet(), UNET_LAYERS)
+
+
+@pytest.fixture(scope="module")
+def text_halves(checkpoint: Checkpoint) -> Halves:
+    return drawn(checkpoint.load_text_model(), TEXT_LAYERS, seed=1)
+
+
+def kohya(unet: Halves, text: Halves) -> dict[str, Tensor]:
+    state = {}
+    for prefix, halves in (("lora_unet_", unet), ("lora_te_text_model_", text)):
+        for name, (down, up) in halves.items():
+            flat = prefix + name.replace(".", "_")
+            state |= {f"{flat}.lora_down.weight": down, f"{flat}.lora_up.weight": up}
+            state[f"{flat}.alpha"] = torch.tensor(ALPHA)
+    return state
+
+
+def diffusers_state(unet: Halves, text: Halves) -> dict[str, Tensor]:
+    state = {}
+    for prefix, halves in (("unet.", unet), ("text_encoder.text_model.", text)):
+        for name, (down, up) in halves.items():
+            state |= {f"{prefix}{name}.lora_A.weight": down, f"{prefix}{name}.lora_B.weight": up}
+    return state
+
+
+def older_diffusers_state(unet: Halves, text: Halves) -> dict[str, Tensor]:
+    """As files of 2023 have it; what alpha would have done is in B."""
+    state = {}
+    for name, (down, up) in unet.items():
+        layer, is_attention = name.removesuffix(".0") if ".attn" in name else name, ".attn" in name
+        parent, _, last = layer.rpartition(".")
+        stem = f"unet.{parent}.processor.{last}_lora" if is_attention else f"unet.{name}.lora"
+        state |= {f"{stem}.down.weight": down, f"{stem}.up.weight": up * (ALPHA / RANK)}
+    for name, (down, up) in text.items():
+        stem = f"text_encoder.text_model.{name}.lora_linear_layer"
+        state |= {f"{stem}.down.weight": down, f"{stem}.up.weight": up * (ALPHA / RANK)}
+    return state
+
+
+def write_kohya(file: Path, unet: Halves, text: Halves) -> Path:
+    save_file(kohya(unet, text), file)
+    return file
+
+
+def write_diffusers(file: Path, unet: Halves, text: Halves) -> Path:
+    told = {f"{part}.lora_alpha": ALPHA for part in ("unet", "text_encoder")}
+    save_file(diffusers_state(unet, text), file, {"lora_adapter_metadata": json.dumps(told)})
+    return file
+
+
+def write_older_diffusers(file: Path, unet: Halves, text: Halves) -> Path:
+    save_file(older_diffusers_state(unet, text), file)
+    return file
+
+
+def merged(checkpoint: Checkpoint, scale: float, unet: Halves, text: Halves) -> LoadedModel:
+    """The reference: the LoRA added to the weights of torch modules."""
+    from tdm_runtime.backends.pytorch import TorchBackend
+    from tdm_runtime.model.components import load_component
+    from tdm_runtime.model.text_encoder import TextEncoder
+
+    model = load_model(checkpoint.folder, device="cpu")
+    parts = {}
+    for component, halves in (("denoiser", unet), ("text_encoder", text)):
+        module, interface = load_component(checkpoint, component)  # type: ignore[arg-type]
+        inner = module.get_submodule("model")
+        for name, (down, up) in halves.items():
+            weight = inner.get_submodule(name).weight
+            assert isinstance(weight, Tensor)
+            delta = (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
+            weight.data += scale * ALPHA / RANK * delta
+        parts[component] = TorchBackend(module, torch.device("cpu"), torch.float32, None, interface)
+    return replace(
+        model,
+        denoiser=parts["denoiser"],
+        text_encoder=TextEncoder(checkpoint.load_tokenizer(), parts["text_encoder"]),
+    )
+
+
+def levels_apart(a: Pixels, b: Pixels) -> int:
+    return int(np.abs(a.astype(int) - b).max())
+
+
+@pytest.mark.parametrize("write", [write_kohya, write_diffusers, write_older_diffusers])
+def test_it_is_the_base_with_changed_weights(
+    checkpoint: Checkpoint,
+    base: LoadedModel,
+    unet_halves: Halves,
+    text_halves: Halves,
+    write: Callable[[Path, Halves, Halves], Path],
+    tmp_path: Path,
+) -> None:
+    file = write(tmp_path / "lora.safetensors", unet_halves, text_halves)
+    lora = with_lora(checkpoint, base, "changed", file, SCALE)
+    expected = generate(merged(checkpoint, SCALE, unet_halves, text_halves), PARAMS)
+    assert levels_apart(generate(lora, PARAMS), expected) <= 1
+    assert levels_apart(generate(base, PARAMS), expected) > 20  # the LoRA is one that shows
+    assert lora.name == "changed"
+    assert lora.digest != base.digest
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_what_peft_saves_is_what_peft_makes(
+    checkpoint: Checkpoint, base: LoadedModel, use_rslora: bool, tmp_path: Path
+) -> None:
+    unet = checkpoint.load_unet()
+    targets = [name for name in UNET_LAYERS if "attn" in name]
+    config = LoraConfig(r=RANK, lora_alpha=int(ALPHA), target_modules=targets, use_rslora=use_rslora)
+    changed = get_peft_model(unet, config)
+    with torch.no_grad():
+        for name, weight in changed.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(generator=torch.Generator().manual_seed(3))
+    assert isinstance(changed, PeftModel)
+    changed.save_pretrained(str(tmp_path))
+    lora = with_lora(checkpoint, base, "peft", tmp_path)
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    timesteps, step_counts = torch.tensor([900.0, 100.0]), torch.tensor([1, 4])
+    embeds = torch.randn(2, 77, 16, generator=torch.Generator().manual_seed(1))
+    from tdm_runtime.families.unet import UNetDenoiser
+
+    with torch.no_grad():
+        expected = UNetDenoiser(changed.merge_and_unload())(latents, timesteps, step_counts, embeds)
+    assert lora.adapter is not None
+    made = lora.denoiser(latents, timesteps, step_counts, embeds, torch.tensor([lora.adapter] * 2))
+    torch.testing.assert_close(made, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.fixture
+def two_loras(
+    checkpoint: Checkpoint, base: LoadedModel, unet_halves: Halves, text_halves: Halves, tmp_path: Path
+) -> Iterator[tuple[LoraBase, list[LoadedModel]]]:
+    lora_base = LoraBase(checkpoint, base)
+    other = drawn(checkpoint.load_unet(), UNET_LAYERS[:3], seed=5)
+    files = [
+        write_kohya(tmp_path / "a.safetensors", unet_halves, text_halves),
+        write_diffusers(tmp_path / "b.safetensors", other, {}),
+    ]
+    prepared = [lora_base.prepare(file.stem, read_lora(file), SCALE) for file in files]
+    yield lora_base, [lora_base.attach(lora) for lora in prepared]
+
+
+def test_loras_of_one_base_share_calls_and_keep_their_pictures(
+    base: LoadedModel, two_loras: tuple[LoraBase, list[LoadedModel]]
+) -> None:
+    models = [base, *two_loras[1]]
+    alone = [generate(model, PARAMS) for model in models]
+    sizes: list[int] = []
+    engine = DiffusionEngine(base, observe_batch=lambda size, seconds: sizes.append(size))
+    futures: list[Future[object]] = []
+    for model in models * 2:
+        futures.append(engine.submit(PARAMS, model=model))  # type: ignore[arg-type]
+    with engine:
+        made = [future.result(60).pixels for future in futures]  # type: ignore[attr-defined]
+    for picture, expected in zip(made, alone * 2, strict=True):
+        assert levels_apart(picture, expected) <= 2
+    assert sorted(sizes) == [2] * 3 + [4] * 3  # the base's own programs, and one call for both LoRAs
+
+
+def test_one_is_swapped_between_calls_and_the_other_stays(
+    base: LoadedModel, two_loras: tuple[LoraBase, list[LoadedModel]], tmp_path: Path
+) -> None:
+    lora_base, (first, second) = two_loras
+    before = generate(second, PARAMS)
+    lora_base.detach(first)
+    swapped = lora_base.attach(lora_base.prepare("a", read_lora(tmp_path / "b.safetensors"), 2 * SCALE))
+    assert levels_apart(generate(swapped, PARAMS), before) > 5  # the same file at twice the scale
+    assert levels_apart(generate(second, PARAMS), before) == 0
+    assert generate(base, PARAMS).shape == before.shape
+    assert len({first.digest, second.digest, swapped.digest}) == 3
+
+
+def spoiled(unet_halves: Halves, how: str) -> dict[str, Tensor]:
+    state = kohya(unet_halves, {})
+    flat = "lora_unet_conv_in"
+    if how == "half":
+        del state[f"{flat}.lora_up.weight"]
+    elif how == "shape":
+        state[f"{flat}.lora_down.weight"] = torch.zeros(RANK, 9, 3, 3)
+    elif how == "layer":
+        state = {name.replace("conv_in", "conv_elsewhere"): tensor for name, tensor in state.items()}
+    elif how == "dora":
+        state[f"{flat}.dora_scale"] = torch.ones(8)
+    elif how == "loha":
+        state[f"{flat}.hada_w1_a"] = torch.ones(8)
+    return state
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("half", "only one half of 'conv_in'"),
+        ("shape", r"conv_in of shape \(8, 9, 3, 3\), here it has \(8, 4, 3, 3\); use its own base"),
+        ("layer", "changes 'conv_elsewhere', which this base has not"),
+        ("dora", "dora_scale.*without DoRA"),
+        ("loha", "hada_w1_a.*without DoRA, LoHa"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(
+    checkpoint: Checkpoint, base: LoadedModel, unet_halves: Halves, how: str, message: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "lora.safetensors"
+    save_file(spoiled(unet_halves, how), file)
+    with pytest.raises(CheckpointError, match=message):
+        with_lora(checkpoint, base, "spoiled", file)
+
+
+@pytest.mark.parametrize("name", ["missing.safetensors", "lora.bin", "damaged.safetensors"])
+def test_what_is_no_lora_is_refused(name: str, tmp_path: Path) -> None:
+    if not name.startswith("missing"):
+        (tmp_path / name).write_bytes(b"\x80\x04no weights")
+    with pytest.raises(CheckpointError, match=r"is no LoRA|cannot be read"):
+        read_lora(tmp_path / name)

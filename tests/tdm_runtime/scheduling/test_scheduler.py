@@ -1,0 +1,471 @@
+"""Laws of the choice among live samples, under any order of arrivals, calls and departures."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from tdm_runtime.errors import DeadlineError, InvalidRequestError
+from tdm_runtime.scheduling.cost_model import CostModel, Kind
+from tdm_runtime.scheduling.forecast import call_seconds, forecast
+from tdm_runtime.scheduling.scheduler import MAX_RETURN_S, StepScheduler
+from tdm_runtime.scheduling.work import NEVER_S, TEXT, Lane, Work
+
+SHAPES = ((4, 8, 8), (4, 16, 16), (4, 64, 64))
+STEP_S = (1.0, 2.0, 20.0)
+"""Of one sample of each shape."""
+EPSILON_S = 1e-6
+
+
+def known_costs(gain: float = 0.5) -> CostModel:
+    """Calls of n samples take (1 - gain) n + gain times what one takes; as they are, not as they are measured."""
+    costs = CostModel()
+    for shape, step_s in zip(SHAPES, STEP_S, strict=True):
+        for size in range(1, 9):
+            costs.observe(Kind("denoise", shape), size, step_s * (gain + (1 - gain) * size))
+            costs.observe(Kind("decode:full", shape), size, 0.7 * step_s * size)
+    costs.observe(TEXT, 1, 0.1)
+    return costs
+
+
+@dataclass(eq=False, kw_only=True)
+class Request(Work):
+    """A sample that remembers what became of it."""
+
+    asked_s: float = NEVER_S
+    """What it was promised, whether or not that was given up since."""
+    calls: list[str] = field(default_factory=list)
+    settled: int = 0
+    done_s: float | None = None
+
+    def settle(self, steps: int) -> None:
+        super().settle(steps)
+        self.settled = steps
+
+
+def request(
+    order: int,
+    shape: int = 0,
+    steps: int = 1,
+    *,
+    now_s: float = 0.0,
+    budget_s: float | None = None,
+    open_steps: tuple[int, ...] = (),
+    due_s: float | None = None,
+    alone: bool = False,
+) -> Request:
+    kind, number = SHAPES[shape], order if alone else None
+    promised_s = NEVER_S if budget_s is None else now_s + budget_s
+    last_s = now_s + 20 * STEP_S[shape] * steps if due_s is None else due_s
+    return Request(
+        denoise=Lane(Kind("denoise", kind), number),
+        decode=Lane(Kind("decode:full", kind), number),
+        steps_left=open_steps[0] if open_steps else steps,
+        open_steps=open_steps,
+        urgency=(last_s if budget_s is None else promised_s, order),
+        promised_s=promised_s,
+        asked_s=promised_s,
+        target_s=last_s if budget_s is None else promised_s,
+        unpromised_s=last_s,
+        needs_text=True,
+        settled=0 if open_steps else steps,
+    )
+
+
+def run_call(scheduler: StepScheduler[Request], now_s: float, is_exact: bool = True) -> tuple[list[Request], float]:
+    """Make one call that takes exactly as long as is known. Returns its samples and when it ended."""
+    batch = scheduler.schedule(now_s)
+    if not batch:
+        return [], now_s
+    now_s += call_seconds(batch, scheduler.costs)
+    scheduler.end_call()
+    for item in batch:
+        item.calls.append(item.lane.kind.stage)
+        if item.advance():
+            item.done_s = now_s
+            scheduler.remove(item)
+    return batch, now_s
+
+
+class AnyTraffic(RuleBasedStateMachine):
+    """Samples arrive, share calls and leave, finished or not. Time passes only in calls, and when nothing is left."""
+
+    @initialize(capacity=st.integers(1, 5), gain=st.sampled_from([0.0, 0.5, 0.9]))
+    def open(self, capacity: int, gain: float) -> None:
+        self.scheduler: StepScheduler[Request] = StepScheduler(known_costs(gain), capacity)
+        self.accepted: list[Request] = []
+        self.gone: set[Request] = set()
+        self.now_s = 0.0
+        self.order = 0
+
+    @property
+    def live(self) -> list[Request]:
+        return [item for item in self.accepted if item not in self.gone and item.done_s is None]
+
+    @rule(
+        shape=st.integers(0, 2),
+        steps=st.integers(1, 4),
+        budget=st.one_of(st.none(), st.floats(1.0, 12.0)),
+        is_auto=st.booleans(),
+        count=st.integers(1, 3),
+        alone=st.booleans(),
+    )
+    def arrive(self, shape: int, steps: int, budget: float | None, is_auto: bool, count: int, alone: bool) -> None:
+        open_steps = tuple(range(1, steps + 1)) if is_auto else ()
+        budget_s = None if budget is None else budget * STEP_S[shape]
+        items = []
+        for _ in range(count):
+            items.append(
+                request(
+                    self.order,
+                    shape,
+                    steps,
+                    now_s=self.now_s,
+                    budget_s=budget_s,
+                    open_steps=open_steps,
+                    alone=alone,
+                )
+            )
+            self.order += 1
+        before = self.scheduler.live()
+        try:
+            self.scheduler.admit(items, self.now_s)
+        except (DeadlineError, InvalidRequestError) as error:
+            assert budget is not None, "only a budget is refused"
+            assert self.scheduler.live() == before, "what is refused changes nothing"
+            if isinstance(error, DeadlineError):
+                assert error.retry_after_s > 0
+            return
+        self.accepted += items
+
+    @precondition(lambda self: self.live)
+    @rule(choice=st.randoms(use_true_random=False))
+    def cancel(self, choice: object) -> None:
+        item = choice.choice(self.live)  # type: ignore[attr-defined]
+        self.scheduler.remove(item)
+        self.gone.add(item)
+
+    @rule()
+    def call(self) -> None:
+        live = {item.urgency: item for item in self.live}
+        stages = {item: item.lane for item in self.live}
+        batch, self.now_s = run_call(self.scheduler, self.now_s)
+        assert len(batch) == len(set(batch)) <= self.scheduler.capacity
+        assert set(batch) <= set(live.values())
+        if not live:
+            assert not batch
+            return
+        assert batch[0].urgency == min(item.urgency for item in live.values()), "the most urgent is in it"
+        assert len({stages[item] for item in batch}) == 1
+        peers = sorted(
+            (item for item in live.values() if stages[item] == stages[batch[0]]), key=lambda item: item.urgency
+        )
+        assert batch == peers[: len(batch)], "a less urgent sample of the lane went first"
+        assert all(not item.open_steps for item in batch), "a step count is settled when the first step is due"
+
+    @invariant()
+    def live_samples_are_known_in_order_of_urgency(self) -> None:
+        if hasattr(self, "scheduler"):
+            assert self.scheduler.live() == sorted(self.live, key=lambda item: item.urgency)
+            assert len(self.scheduler) == len(self.live)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        for _ in range(sum(len(item.open_steps) + item.steps_left + 1 for item in self.live) + 1):
+            self.call()
+        assert not self.live
+        for item in self.accepted:
+            if item not in self.gone:
+                assert item.calls == ["denoise"] * item.settled + ["decode:full"]
+
+
+AnyTraffic.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestAnyTraffic = AnyTraffic.TestCase
+
+ARRIVALS = st.lists(
+    st.tuples(
+        st.integers(0, 2),  # shape
+        st.integers(1, 4),  # steps
+        st.one_of(st.none(), st.floats(1.5, 15.0)),  # budget, in steps of its shape
+        st.booleans(),  # auto
+        st.integers(0, 3),  # calls until it arrives
+    ),
+    max_size=14,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(arrivals=ARRIVALS, capacity=st.integers(1, 5), gain=st.sampled_from([0.0, 0.5, 0.9]))
+def test_while_calls_take_what_they_are_known_to_take_every_promise_is_kept(
+    arrivals: list[tuple[int, int, float | None, bool, int]], capacity: int, gain: float
+) -> None:
+    scheduler: StepScheduler[Request] = StepScheduler(known_costs(gain), capacity)
+    accepted: list[Request] = []
+    now_s = 0.0
+    for order, (shape, steps, budget, is_auto, pause) in enumerate(arrivals):
+        for _ in range(pause):
+            _, now_s = run_call(scheduler, now_s)
+        item = request(
+            order,
+            shape,
+            steps,
+            now_s=now_s,
+            budget_s=None if budget is None else budget * STEP_S[shape],
+            open_steps=tuple(range(1, steps + 1)) if is_auto else (),
+        )
+        try:
+            scheduler.admit([item], now_s)
+        except (DeadlineError, InvalidRequestError):
+            continue
+        accepted.append(item)
+    while len(scheduler):
+        _, now_s = run_call(scheduler, now_s)
+    assert scheduler.num_late == 0
+    for item in accepted:
+        assert item.done_s is not None and item.done_s <= item.asked_s + EPSILON_S
+
+
+# -- who is let in ---------------------------------------------------------------------------------
+
+
+def scheduler_of(*items: Request, capacity: int = 1, gain: float = 0.0) -> StepScheduler[Request]:
+    scheduler: StepScheduler[Request] = StepScheduler(known_costs(gain), capacity)
+    for item in items:
+        scheduler.admit([item], 0.0)
+    return scheduler
+
+
+def test_a_budget_that_nobody_could_keep_is_the_requests_mistake() -> None:
+    with pytest.raises(
+        InvalidRequestError, match=r"latency_budget_ms leaves 2e\+03 ms; 1 picture of 4 steps"
+    ) as caught:
+        scheduler_of(request(0, steps=4, budget_s=2.0))
+    assert (caught.value.param, caught.value.code) == ("latency_budget_ms", "latency_budget_too_small")
+
+
+def test_a_budget_that_is_refused_now_is_kept_after_the_time_that_is_named() -> None:
+    scheduler = scheduler_of(request(0, steps=4, budget_s=5.0))
+    with pytest.raises(DeadlineError) as caught:
+        scheduler.admit([request(1, steps=2, budget_s=3.0)], 0.0)
+    later_s = now_s = 0.0
+    while now_s < caught.value.retry_after_s:
+        _, ended_s = run_call(scheduler, now_s)
+        later_s = now_s = max(ended_s, now_s + 0.1)
+    scheduler.admit([request(2, steps=2, now_s=later_s, budget_s=3.0)], later_s)
+
+
+def test_who_is_refused_because_of_others_may_come_again() -> None:
+    """Of a budget of 5 s that anybody could keep 3.5 s have passed: it is late, and not the request's mistake."""
+    late = request(0, steps=2, budget_s=1.5)
+    late.elapsed_s = 3.5
+    with pytest.raises(DeadlineError):
+        scheduler_of(late)
+
+
+def test_each_who_is_refused_comes_back_at_a_time_of_its_own() -> None:
+    """Eight at once would be seven who are refused again; nor is anybody sent away for ever."""
+    scheduler = scheduler_of(request(0, steps=4, budget_s=5.0))
+    told_s = []
+    for order in range(1, 9):
+        with pytest.raises(DeadlineError) as caught:
+            scheduler.admit([request(order, steps=2, budget_s=3.0)], 0.0)
+        told_s.append(caught.value.retry_after_s)
+    assert all(later > earlier for earlier, later in pairwise(told_s[:3]))
+    assert max(told_s) <= told_s[0] + MAX_RETURN_S
+
+
+def test_a_promise_is_given_with_something_to_spare_and_may_use_it_up() -> None:
+    costs = known_costs()
+    denoise = Kind("denoise", SHAPES[0])
+    for seconds in (0.5, 1.5) * 20:
+        costs.observe(denoise, 1, seconds)
+    fits_s = scheduler_of().costs.seconds(denoise) + 0.7 + 0.1
+    scheduler: StepScheduler[Request] = StepScheduler(costs, 1)
+    with pytest.raises(DeadlineError):
+        scheduler.admit([request(0, budget_s=1.3 * fits_s)], 0.0)
+    first = request(1, budget_s=4 * fits_s)
+    scheduler.admit([first], 0.0)
+    with pytest.raises(DeadlineError):  # the first is short of what it had to spare, and still expected in time
+        scheduler.admit([request(2, budget_s=2 * fits_s, now_s=2.5 * fits_s)], 2.5 * fits_s)
+    assert (scheduler.num_late, scheduler.live()) == (0, [first])
+
+
+def test_a_promise_is_not_given_at_the_cost_of_an_earlier_one() -> None:
+    first = request(0, steps=4, budget_s=6.0)
+    scheduler = scheduler_of(first)
+    with pytest.raises(DeadlineError):
+        scheduler.admit([request(1, steps=1, budget_s=2.0)], 0.0)  # it could go first, and make the first late
+    assert scheduler.live() == [first]
+
+
+def test_all_pictures_of_a_request_are_let_in_or_none() -> None:
+    scheduler = scheduler_of()
+    with pytest.raises(InvalidRequestError, match="3 pictures"):
+        scheduler.admit([request(n, steps=1, budget_s=4.0) for n in range(3)], 0.0)
+    assert len(scheduler) == 0
+    scheduler.admit([request(n, steps=1, budget_s=4.0) for n in range(2)], 0.0)
+    assert len(scheduler) == 2
+
+
+def test_who_has_no_budget_is_let_in_behind_the_promises() -> None:
+    promised = request(0, steps=2, budget_s=3.0)
+    scheduler = scheduler_of(promised)
+    hasty = request(1, shape=1, due_s=1.0)
+    scheduler.admit([hasty], 0.0)
+    assert scheduler.live() == [promised, hasty]
+
+
+def test_a_promise_that_was_broken_makes_no_other_late() -> None:
+    slow, other = request(0, steps=3, budget_s=4.0), request(1, budget_s=7.0)
+    scheduler = scheduler_of(slow, other)
+    assert scheduler.schedule(5.0) == [other], "the machine stood still and the first promise is lost"
+    assert scheduler.num_late == 1
+    assert slow.promised_s == NEVER_S
+
+
+def test_a_lost_promise_keeps_nobody_out() -> None:
+    scheduler = scheduler_of(request(0, steps=4, budget_s=5.0))
+    scheduler.admit([request(1, now_s=2.0, budget_s=2.5)], 2.0)  # nothing has run: the first cannot be in time any more
+    assert scheduler.num_late == 1
+    assert scheduler.live()[0].urgency[1] == 1
+
+
+# -- how many steps --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("budget_s", "steps"), [(1.9, 1), (2.9, 2), (3.9, 3), (4.9, 4), (50.0, 4)])
+def test_auto_takes_the_most_steps_that_the_budget_allows(budget_s: float, steps: int) -> None:
+    item = request(0, steps=4, budget_s=budget_s, open_steps=(1, 2, 3, 4))
+    assert scheduler_of(item).schedule(0.0) == [item]
+    assert item.steps_left == item.settled == steps
+
+
+def test_auto_takes_fewer_steps_where_more_would_break_a_promise() -> None:
+    item, behind = (request(n, steps=4, budget_s=6.0 + n, open_steps=(1, 2, 3, 4)) for n in range(2))
+    scheduler = scheduler_of(item, behind, request(2, steps=2, budget_s=9.0))
+    scheduler.schedule(0.0)
+    assert item.settled == 3, "1 + 2 steps of the others, three decodes: of nine units five are spoken for"
+
+
+def test_auto_without_a_budget_aims_at_its_target_and_is_never_refused() -> None:
+    item = request(0, steps=4, open_steps=(1, 2, 3, 4), due_s=3.0)
+    scheduler = scheduler_of(item)
+    scheduler.schedule(0.0)
+    assert item.settled == 2
+    late = request(1, steps=4, open_steps=(1, 2, 3, 4), due_s=0.1)
+    scheduler.admit([late], 0.0)
+    assert late in scheduler.live()
+
+
+def test_not_fewer_than_it_may() -> None:
+    with pytest.raises(InvalidRequestError):
+        scheduler_of(request(0, steps=4, budget_s=2.0, open_steps=(2, 3, 4)))
+
+
+# -- order and batches -----------------------------------------------------------------------------
+
+
+def test_what_is_short_overtakes_what_is_long_by_a_call() -> None:
+    large = request(0, shape=2, steps=4)
+    scheduler = scheduler_of(large)
+    batch, now_s = run_call(scheduler, 0.0)
+    small = request(1, shape=0, steps=4, now_s=now_s)
+    scheduler.admit([small], now_s)
+    while small.done_s is None:
+        _, now_s = run_call(scheduler, now_s)
+    assert batch == [large] and len(large.calls) == 1
+
+
+def test_what_waits_is_not_overtaken_for_ever() -> None:
+    scheduler = scheduler_of(request(0, shape=2, steps=1))
+    (large,) = scheduler.live()
+    now_s, order = 0.0, 1
+    while large.done_s is None:
+        scheduler.admit([request(order, steps=1, now_s=now_s)], now_s)
+        _, now_s = run_call(scheduler, now_s)
+        order += 1
+        assert now_s < 2 * large.unpromised_s
+    assert large.done_s > large.unpromised_s - 3 * STEP_S[2], "what is short did overtake it"
+
+
+def test_a_batch_is_no_larger_than_helps() -> None:
+    items = [request(n) for n in range(6)]
+    assert len(scheduler_of(*items, capacity=8, gain=0.0).schedule(0.0)) == 1, "nothing is gained by sharing"
+    items = [request(n) for n in range(6)]
+    assert len(scheduler_of(*items, capacity=8, gain=0.9).schedule(0.0)) == 6
+
+
+def test_a_batch_does_not_grow_over_a_promise() -> None:
+    urgent = request(0, steps=1, budget_s=2.0)
+    scheduler = scheduler_of(urgent, *(request(n) for n in range(1, 6)), capacity=8, gain=0.9)
+    assert scheduler.schedule(0.0)[0] is urgent
+    batch, now_s = run_call(scheduler, 0.0)
+    assert 1 < len(batch) < 6, "0.1 s for each that joins, 0.1 s for its prompt: not all fit before 2.0 - 0.7"
+    while urgent.done_s is None:
+        _, now_s = run_call(scheduler, now_s)
+    assert urgent.done_s <= 2.0
+
+
+def test_who_wants_to_be_alone_is() -> None:
+    items = [request(n, alone=n < 2) for n in range(4)]
+    scheduler = scheduler_of(*items, capacity=8, gain=0.9)
+    sizes = []
+    now_s = 0.0
+    while batch := (made := run_call(scheduler, now_s))[0]:
+        now_s = made[1]
+        sizes.append(sorted(item.urgency[1] for item in batch))
+    assert [0] in sizes and [1] in sizes and [2, 3] in sizes
+
+
+def test_without_joining_who_comes_waits_for_all_that_started_together() -> None:
+    together = [request(n, steps=2 + n) for n in range(2)]
+    scheduler: StepScheduler[Request] = StepScheduler(known_costs(0.9), 8, joining=False)
+    scheduler.admit(together, 0.0)
+    _, now_s = run_call(scheduler, 0.0)
+    newcomer = request(2, now_s=now_s, due_s=0.0)
+    scheduler.admit([newcomer], now_s)
+    while any(item.done_s is None for item in together):
+        batch, now_s = run_call(scheduler, now_s)
+        assert newcomer not in batch
+    batch, _ = run_call(scheduler, now_s)
+    assert batch == [newcomer]
+
+
+def test_a_forecast_is_what_happens() -> None:
+    items = [request(n, shape=n % 3, steps=1 + n % 4) for n in range(7)]
+    scheduler = scheduler_of(*items, capacity=3, gain=0.5)
+    seen = forecast(items, scheduler.costs, 3, 0.0, {item.urgency for item in items})
+    now_s = 0.0
+    while len(scheduler):
+        _, now_s = run_call(scheduler, now_s)
+    for item in items:
+        assert item.done_s == pytest.approx(seen.finish_s[item.urgency])
+
+
+def test_nothing_live_is_an_empty_batch() -> None:
+    assert scheduler_of(capacity=3).schedule(0.0) == []
+
+
+def test_a_sample_that_is_not_live_cannot_leave() -> None:
+    with pytest.raises(KeyError):
+        scheduler_of().remove(request(0))
+
+
+@pytest.mark.parametrize("capacity", [0, -1])
+def test_a_batch_holds_at_least_one_sample(capacity: int) -> None:
+    with pytest.raises(ValueError, match=f"capacity is {capacity}"):
+        StepScheduler(CostModel(), capacity)
+
+
+def test_the_scheduler_knows_no_tensors() -> None:
+    code = "import sys, tdm_runtime.scheduling.scheduler; print(sorted({'torch', 'numpy'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,86 @@
+"""The ablation table: each row is trained once, measured at every sampler it names, and kept."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from training.emoji.data.glyphs import load_glyphs
+from training.emoji.data.text import build_text_encoder, train_tokenizer
+from training.emoji.report import ablation
+from training.emoji.report.ablation import VARIANTS, Judge, Variant, print_ablation, run_variant
+from training.emoji.stages.autoencoder import build_autoencoder
+from training.emoji.stages.teacher import build_unet, save_teacher
+
+SMALL = {"PICTURES": 20, "DIVERSE_PROMPTS": 2, "DIVERSE_SEEDS": 2, "TEACHER_STEPS": 9}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher of random weights and another one, an autoencoder, and a few latents."""
+    run = tmp_path_factory.mktemp("run")
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(load_glyphs())
+    for name in ("teacher", ablation.OTHER_BASE):
+        save_teacher(run / name, build_unet(), build_text_encoder(tokenizer), tokenizer)
+    build_autoencoder().save_pretrained(run / "autoencoder" / "vae")
+    np.save(run / "teacher" / "latents.npy", np.random.default_rng(0).normal(size=(8, 4, 16, 16)).astype(np.float16))
+    return run
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every variant on a budget of one iteration of two samples, judged on a few pictures."""
+    for name, value in SMALL.items():
+        monkeypatch.setattr(ablation, name, value)
+    variants = {
+        name: replace(variant, config=replace(variant.config, steps=1, batch_size=2))
+        for name, variant in VARIANTS.items()
+    }
+    monkeypatch.setattr(ablation, "VARIANTS", variants)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("small")
+def test_every_kind_of_row_is_measured_where_the_paper_measures_it(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    judge = Judge(run)
+    labels = {
+        name: set(run_variant(name, 0, judge, run, tmp_path).measured)
+        for name in ("unify-GAN", "4 steps, LCM", "4 steps, TDM from that LCM", "4 steps, LoRA rank 16")
+    }
+    assert labels["unify-GAN"] == {"1", "2", "4"}
+    assert labels["4 steps, LCM"] == {"1", "2", "4", "4 dpmsolver++", "4 deterministic"}
+    assert "4 on another base" in labels["4 steps, LoRA rank 16"]
+    print_ablation(run, tmp_path)
+    table = capsys.readouterr().out
+    rows = [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines()]
+    assert rows.count("4 steps, LCM") == 1
+    assert {"4 steps, LCM: deterministic", "teacher, guidance 3", "another base, 9 steps"} <= set(rows)
+    assert len({line.count("|") for line in table.splitlines()}) == 1
+
+
+@pytest.mark.usefixtures("small")
+def test_a_row_that_is_done_is_read_and_not_trained_again(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = Judge(run)
+    first = run_variant("TDM-unify", 0, judge, run, tmp_path)
+    monkeypatch.setattr(ablation, "build_distiller", None)
+    assert run_variant("TDM-unify", 0, judge, run, tmp_path) == first
+
+
+def test_rows_differ_from_the_method_in_what_they_name_and_share_the_budget() -> None:
+    for name, variant in VARIANTS.items():
+        assert isinstance(variant, Variant)
+        same = variant.config.batch_size == VARIANTS["TDM-unify"].config.batch_size
+        assert same, f"{name} has another batch size"
+    configs = [
+        variant.config for variant in VARIANTS.values() if variant.teacher == "teacher" and not variant.starts_from
+    ]
+    assert len(set(map(repr, configs))) == len(configs)

@@ -1,0 +1,66 @@
+"""What the trainer writes, the runtime serves: the same picture as the trainer's own sampler makes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from tdm_runtime.model.choice import load_model
+from tdm_runtime.model.loaded_model import LoadedModel
+from tdm_runtime.params import SamplingParams
+from tdm_runtime.pipeline import generate
+from tdm_runtime.sampling.noise import initial_noise
+from training.emoji.data.glyphs import load_glyphs
+from training.emoji.data.text import build_text_encoder, train_tokenizer
+from training.emoji.stages.autoencoder import build_autoencoder
+from training.emoji.stages.publish import publish
+from training.emoji.stages.student import EMOJI, ScenePrompts, build_distiller
+from training.emoji.stages.teacher import build_unet, save_teacher
+from training.pretrained.student_files import save_denoiser
+from training.run.distill import Distiller
+from training.run.loop import step_generator
+
+PROMPT, SEED = "a red heart on a blue background", 11
+ROUNDING = 3
+"""Levels of 255 that float16 weights may change."""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Distiller, LoadedModel]:
+    """Ten iterations from a random teacher, and what is served of them."""
+    run = tmp_path_factory.mktemp("run")
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(load_glyphs())
+    save_teacher(run / "teacher", build_unet(), build_text_encoder(tokenizer), tokenizer)
+    build_autoencoder().save_pretrained(run / "decoder" / "vae")
+    distiller = build_distiller(replace(EMOJI, batch_size=4, steps=10, precision="fp32"), run / "teacher")
+    for step in range(10):
+        distiller.train_step(step, step_generator(0, "served", step))
+    save_denoiser(distiller.average, run / "student")  # type: ignore[arg-type]
+    publish(run / "checkpoint", run / "decoder", run / "teacher", run / "student")
+    return distiller, load_model(run / "checkpoint")
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+def test_the_served_picture_is_the_trainers(trained: tuple[Distiller, LoadedModel], steps: int) -> None:
+    distiller, model = trained
+    prompts = distiller.run.prompts
+    assert isinstance(prompts, ScenePrompts)
+    latents = distiller.sample(initial_noise(SEED, (1, 4, 16, 16)), steps, prompts.encode([PROMPT]))
+    expected = model.decoders["full"].decode(latents)[0]
+    served = generate(model, SamplingParams(PROMPT, SEED, steps, 64, 64))
+    assert np.abs(served.astype(int) - expected.astype(int)).max() <= ROUNDING
+
+
+def test_ten_iterations_moved_it(trained: tuple[Distiller, LoadedModel]) -> None:
+    distiller, _ = trained
+    prompts = distiller.run.prompts
+    noise = initial_noise(SEED, (1, 4, 16, 16))
+    with torch.no_grad():
+        x, timesteps = noise, torch.tensor([999.0])
+        teacher = distiller.roles.teacher(x, timesteps, prompts.empty(), None)
+        student = distiller.roles.student(x, timesteps, prompts.empty(), torch.tensor([1]))
+    assert not torch.equal(teacher, student)

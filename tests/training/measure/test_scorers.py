@@ -1,0 +1,193 @@
+"""The field's scorers load what is published: proven on tiny models written in the published layouts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+from training.measure.scorers import (
+    AestheticHead,
+    AestheticScore,
+    CLIPEmbedder,
+    CLIPScore,
+    HPSScore,
+    InceptionFeatures,
+    clip_pixels,
+    from_open_clip,
+    vit_h_14,
+)
+
+PICTURES = [np.random.default_rng(n).integers(0, 256, (40, 50, 3), dtype=np.uint8) for n in range(3)]
+PROMPTS = ["a red heart", "a cat", "two dogs"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(checkpoint_folder: Path) -> CLIPTokenizer:
+    return CLIPTokenizer.from_pretrained(checkpoint_folder / "tokenizer")
+
+
+def tiny_config(tokenizer: CLIPTokenizer, projection: int = 8) -> CLIPConfig:
+    """As ViT-H/14, small: two layers, other widths for pictures and words."""
+    sizes = {"num_hidden_layers": 2, "hidden_act": "gelu", "projection_dim": projection, "intermediate_size": 24}
+    tokens = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    return CLIPConfig(
+        projection_dim=projection,
+        text_config=sizes
+        | tokens
+        | {"hidden_size": 12, "num_attention_heads": 2, "vocab_size": len(tokenizer), "max_position_embeddings": 16},
+        vision_config=sizes | {"hidden_size": 16, "num_attention_heads": 4, "image_size": 28, "patch_size": 14},
+    )
+
+
+@pytest.fixture(scope="module")
+def tiny_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
+    torch.manual_seed(0)
+    model = CLIPModel(tiny_config(tokenizer)).eval()
+    for parameter in model.parameters():  # biases start at zero, which would hide a lost or swapped one
+        nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tiny_clip: CLIPModel, tokenizer: CLIPTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("clip")
+    tiny_clip.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def to_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of what is tested: transformers' names -> open_clip's, q, k and v in one tensor."""
+    plain = {
+        "logit_scale": "logit_scale",
+        "text_model.embeddings.position_embedding.weight": "positional_embedding",
+        "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
+        "text_model.final_layer_norm.weight": "ln_final.weight",
+        "text_model.final_layer_norm.bias": "ln_final.bias",
+        "vision_model.embeddings.class_embedding": "visual.class_embedding",
+        "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
+        "vision_model.embeddings.patch_embedding.weight": "visual.conv1.weight",
+        "vision_model.pre_layrnorm.weight": "visual.ln_pre.weight",
+        "vision_model.pre_layrnorm.bias": "visual.ln_pre.bias",
+        "vision_model.post_layernorm.weight": "visual.ln_post.weight",
+        "vision_model.post_layernorm.bias": "visual.ln_post.bias",
+    }
+    found = {theirs: state[ours] for ours, theirs in plain.items()}
+    found["text_projection"] = state["text_projection.weight"].T.contiguous()
+    found["visual.proj"] = state["visual_projection.weight"].T.contiguous()
+    names = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "self_attn.out_proj": "attn.out_proj",
+             "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}  # fmt: skip
+    for tower, prefix in (("text_model", "transformer"), ("vision_model", "visual.transformer")):
+        for layer in range(2):
+            ours, theirs = f"{tower}.encoder.layers.{layer}", f"{prefix}.resblocks.{layer}"
+            for kind in ("weight", "bias"):
+                thirds = [state[f"{ours}.self_attn.{letter}_proj.{kind}"] for letter in "qkv"]
+                found[f"{theirs}.attn.in_proj_{kind}"] = torch.cat(thirds)
+                for name, their_name in names.items():
+                    found[f"{theirs}.{their_name}.{kind}"] = state[f"{ours}.{name}.{kind}"]
+    return found
+
+
+def test_an_open_clip_state_dict_comes_back_whole(tiny_clip: CLIPModel) -> None:
+    state = tiny_clip.state_dict()
+    back = from_open_clip(
+        {f"module.{name}": t for name, t in to_open_clip(state).items()} | {"attn_mask": torch.ones(2)}
+    )
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[name], state[name]) for name in state)
+    with pytest.raises(KeyError, match="no name of an open_clip ViT"):
+        from_open_clip({"visual.trunk.stem.weight": torch.ones(1)})
+
+
+def test_hps_scores_as_the_model_it_was_converted_from(
+    tiny_clip: CLIPModel, tokenizer: CLIPTokenizer, clip_folder: Path, tmp_path: Path
+) -> None:
+    torch.save({"state_dict": to_open_clip(tiny_clip.state_dict())}, tmp_path / "hps.pt")
+    scorer = HPSScore.open(tmp_path / "hps.pt", clip_folder, tiny_config(tokenizer))
+    expected = 100 * CLIPEmbedder(tiny_clip, tokenizer).similarities(PICTURES, PROMPTS).mean()
+    assert scorer.score(PICTURES, PROMPTS) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_the_published_size_has_the_published_layout() -> None:
+    with torch.device("meta"):
+        state = CLIPModel(vit_h_14()).state_dict()
+    assert state["visual_projection.weight"].shape == (1024, 1280)
+    assert state["vision_model.embeddings.position_embedding.weight"].shape == (257, 1280)
+    assert state["text_model.encoder.layers.23.mlp.fc1.weight"].shape == (4096, 1024)
+    assert sum(tensor.numel() for tensor in state.values()) == pytest.approx(986e6, rel=0.001)
+
+
+def test_clip_score_is_that_of_transformers_own_forward(
+    tiny_clip: CLIPModel, tokenizer: CLIPTokenizer, clip_folder: Path
+) -> None:
+    pixels = torch.stack([clip_pixels(picture, 28) for picture in PICTURES])
+    ids = tokenizer(PROMPTS, padding="max_length", max_length=16, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        output = tiny_clip(input_ids=ids, pixel_values=pixels)
+    expected = 100 * (output.image_embeds * output.text_embeds).sum(-1).clamp(min=0).mean()
+    assert CLIPScore.open(clip_folder).score(PICTURES, PROMPTS) == pytest.approx(float(expected), rel=1e-4)
+    with pytest.raises(ValueError, match="3 pictures and 1 prompts"):
+        CLIPScore.open(clip_folder).score(PICTURES, PROMPTS[:1])
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_the_aesthetic_head_is_loaded_in_its_published_layout(
+    suffix: str, tokenizer: CLIPTokenizer, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    sizes = {0: (1024, 768), 2: (128, 1024), 4: (64, 128), 6: (16, 64), 7: (1, 16)}
+    state = {f"layers.{n}.weight": torch.randn(shape) / shape[1] ** 0.5 for n, shape in sizes.items()}
+    state |= {f"layers.{n}.bias": torch.randn(shape[0]) for n, shape in sizes.items()}
+    file = tmp_path / f"head{suffix}"
+    save_file(state, file) if suffix == ".safetensors" else torch.save(state, file)
+    CLIPModel(tiny_config(tokenizer, projection=768)).save_pretrained(tmp_path / "clip")
+    tokenizer.save_pretrained(tmp_path / "clip")
+    scorer = AestheticScore.open(tmp_path / "clip", file)
+    x = CLIPEmbedder.open(tmp_path / "clip").pictures(PICTURES)
+    for n in sizes:
+        x = x @ state[f"layers.{n}.weight"].T + state[f"layers.{n}.bias"]
+    assert scorer.score(PICTURES) == pytest.approx(float(x.mean()), rel=1e-4)
+    assert set(AestheticHead().state_dict()) == set(state)
+
+
+class TinyInception(nn.Module):
+    """Says as 2048 features what it was given, where it is called as the published file is."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, pixels: Tensor, return_features: bool = False) -> Tensor:
+        assert return_features
+        assert pixels.dtype == torch.uint8
+        assert pixels.shape[1:] == (3, 299, 299)
+        return pixels.float().mean(dim=[1, 2, 3])[:, None].expand(-1, self.size)
+
+
+def test_inception_features_come_from_a_torchscript_file(tmp_path: Path) -> None:
+    torch.jit.script(TinyInception(2048)).save(str(tmp_path / "inception.pt"))
+    found = InceptionFeatures.open(tmp_path / "inception.pt").features(PICTURES)
+    assert found.shape == (3, 2048)
+    assert found.dtype == np.float64
+    assert found[:, 0] == pytest.approx([picture.mean() for picture in PICTURES], abs=1.0)
+    torch.jit.script(TinyInception(1000)).save(str(tmp_path / "other.pt"))
+    with pytest.raises(ValueError, match="inception-2015-12-05"):
+        InceptionFeatures.open(tmp_path / "other.pt").features(PICTURES)
+
+
+def test_missing_weights_say_what_to_get_and_where_it_goes(tmp_path: Path, clip_folder: Path) -> None:
+    for make, remedy in (
+        (lambda: CLIPScore.open(tmp_path / "clip"), "clip-vit-large-patch14"),
+        (lambda: AestheticScore.open(clip_folder, tmp_path / "head.pth"), "improved-aesthetic-predictor"),
+        (lambda: HPSScore.open(tmp_path / "hps.pt", clip_folder), "HPS_v2.1_compressed.pt"),
+        (lambda: InceptionFeatures.open(tmp_path / "inception.pt"), "inception-2015-12-05.pt"),
+    ):
+        with pytest.raises(FileNotFoundError, match=remedy) as caught:
+            make()
+        assert str(tmp_path) in str(caught.value)

@@ -1,0 +1,1 @@
+"""Glyphs, captions and scenes of the embedded model."""

@@ -1,0 +1,190 @@
+"""Captioned pictures composed from glyphs: background colour, size, position, two glyphs with a relation.
+
+A scene is a pure function of (seed, index), so a killed run resumes on exactly the pictures it
+would have seen, and the scorer can rebuild the picture that a caption asks for.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from training.emoji.data.glyphs import Glyph
+
+BACKGROUNDS: Mapping[str, tuple[int, int, int]] = {
+    "white": (255, 255, 255),
+    "black": (16, 16, 16),
+    "gray": (136, 136, 136),
+    "red": (214, 40, 40),
+    "orange": (245, 140, 30),
+    "yellow": (250, 215, 60),
+    "green": (40, 150, 70),
+    "blue": (45, 95, 215),
+    "purple": (125, 60, 180),
+    "pink": (248, 160, 195),
+}
+"""Colour names a caption may use and their sRGB bytes. A caption without one means white."""
+
+Place = Literal["center", "left", "right", "top", "bottom"]
+Relation = Literal["left of", "right of", "above", "below"]
+Size = Literal["small", "normal", "big"]
+
+CENTERS: Mapping[Place, tuple[float, float]] = {
+    "center": (0.5, 0.5),
+    "left": (0.27, 0.5),
+    "right": (0.73, 0.5),
+    "top": (0.5, 0.27),
+    "bottom": (0.5, 0.73),
+}
+"""Place -> (x, y) of the glyph's centre as a share of the picture's side."""
+SIDES: Mapping[Size, float] = {"small": 0.42, "normal": 0.68, "big": 0.88}
+"""Size word -> side of the glyph as a share of the picture's side."""
+PAIR_SIDE = 0.46
+HELD_OUT_ONE_IN = 10
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One glyph on the picture."""
+
+    glyph: Glyph
+    center: tuple[float, float]
+    """(x, y) in shares of the picture's side."""
+    side: float
+    """Share of the picture's side."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a caption says, in parts."""
+
+    glyphs: tuple[Glyph, ...]
+    """One or two."""
+    background: str = "white"
+    size: Size = "normal"
+    """Of a lone glyph; pairs have one size."""
+    place: Place = "center"
+    """Of a lone glyph."""
+    relation: Relation = "left of"
+    """Of the first glyph to the second."""
+    jitter: tuple[float, ...] = (0.0, 0.0, 1.0)
+    """Shift right, shift down (shares of the side), scale factor: never told in the caption."""
+
+    def placements(self) -> tuple[Placement, ...]:
+        shift_x, shift_y, scale = self.jitter
+        if len(self.glyphs) == 1:
+            centers, side = [CENTERS[self.place]], SIDES[self.size]
+        else:
+            ends: dict[Relation, tuple[Place, Place]] = {
+                "left of": ("left", "right"),
+                "right of": ("right", "left"),
+                "above": ("top", "bottom"),
+                "below": ("bottom", "top"),
+            }
+            centers, side = [CENTERS[end] for end in ends[self.relation]], PAIR_SIDE
+        return tuple(
+            Placement(glyph, (x + shift_x, y + shift_y), side * scale)
+            for glyph, (x, y) in zip(self.glyphs, centers, strict=True)
+        )
+
+    def is_held_out(self) -> bool:
+        """Whether training never sees this combination (a pair of glyphs, or glyph and background)."""
+        names = sorted(glyph.name for glyph in self.glyphs)
+        key = "+".join(names) if len(names) > 1 else f"{names[0]}@{self.background}"
+        is_plain = len(names) == 1 and self.background == "white"
+        return not is_plain and zlib.crc32(key.encode()) % HELD_OUT_ONE_IN == 0
+
+
+def sample_scene(glyphs: tuple[Glyph, ...], seed: int, index: int, *, held_out: bool = False) -> Scene:
+    """Return scene number `index` of the stream `seed`: of the training set, or of the held-out set."""
+    rng = random.Random(f"{seed}:{index}:{held_out}")
+    while True:
+        scene = _draw_scene(glyphs, rng)
+        if scene.is_held_out() == held_out:
+            return scene
+
+
+def _draw_scene(glyphs: tuple[Glyph, ...], rng: random.Random) -> Scene:
+    background = "white" if rng.random() < 0.3 else rng.choice(sorted(BACKGROUNDS))
+    jitter = (rng.uniform(-0.015, 0.015), rng.uniform(-0.015, 0.015), rng.uniform(0.96, 1.04))
+    if rng.random() < 0.4:
+        relations: tuple[Relation, ...] = ("left of", "right of", "above", "below")
+        pair = tuple(rng.sample(glyphs, 2))
+        return Scene(pair, background, relation=rng.choice(relations), jitter=jitter)
+    scene = Scene((rng.choice(glyphs),), background, jitter=jitter)
+    draw = rng.random()
+    if draw < 0.5:
+        return scene
+    if draw < 0.65:
+        return replace(scene, size="big")
+    places: tuple[Place, ...] = ("center", "left", "right", "top", "bottom")
+    return replace(scene, size="small", place=rng.choice(places))
+
+
+def caption(scene: Scene, rng: random.Random | None = None) -> str:
+    """Say a scene in words. With `rng` the wording varies; without, it is the plainest one."""
+
+    def choose(*wordings: str) -> str:
+        return rng.choice(wordings) if rng is not None else wordings[0]
+
+    def named(glyph: Glyph, size: Size = "normal") -> str:
+        name = rng.choice(glyph.names) if rng is not None else glyph.name
+        adjective = {"small": choose("small ", "little "), "normal": "", "big": choose("big ", "large ")}[size]
+        phrase = adjective + name
+        return choose(f"{_article(phrase)} {phrase}", phrase)
+
+    if len(scene.glyphs) == 1:
+        words = named(scene.glyphs[0], scene.size)
+        if scene.place in ("left", "right"):
+            words += f" on the {scene.place}"
+        elif scene.place in ("top", "bottom"):
+            words += f" at the {scene.place}"
+    else:
+        first, second = (named(glyph) for glyph in scene.glyphs)
+        relation = scene.relation
+        if relation == "left of":
+            relation = choose("left of", "to the left of", "and", "next to")  # type: ignore[assignment]
+        elif relation == "right of":
+            relation = choose("right of", "to the right of")  # type: ignore[assignment]
+        elif relation == "above":
+            relation = choose("above", "on top of", "over")  # type: ignore[assignment]
+        else:
+            relation = choose("below", "under")  # type: ignore[assignment]
+        words = f"{first} {relation} {second}"
+    if scene.background == "white" and choose("unsaid", "unsaid", "said") == "unsaid":
+        return words
+    return choose(
+        f"{words} on {_article(scene.background)} {scene.background} background",
+        f"{words}, {scene.background} background",
+        f"{words} on {scene.background}",
+    )
+
+
+def _article(phrase: str) -> str:
+    return "an" if phrase[0] in "aeiou" and not phrase.startswith(("unicorn", "ufo")) else "a"
+
+
+def render(scene: Scene, pictures: Mapping[str, Image.Image], side_px: int = 64) -> NDArray[np.uint8]:
+    """Draw a scene.
+
+    Args:
+        pictures: glyph name -> square RGBA picture.
+
+    Returns:
+        uint8 [H, W, 3], H = W = side_px.
+    """
+    canvas = Image.new("RGB", (side_px, side_px), BACKGROUNDS[scene.background])
+    for placement in scene.placements():
+        glyph_px = round(placement.side * side_px)
+        picture = pictures[placement.glyph.name].resize((glyph_px, glyph_px), Image.Resampling.LANCZOS)
+        corner = (round(c * side_px - glyph_px / 2) for c in placement.center)
+        x, y = corner
+        canvas.paste(picture, (x, y), picture)
+    return np.asarray(canvas)

@@ -1,0 +1,1 @@
+"""Scores, grids and the ablation of the embedded model."""

@@ -1,0 +1,258 @@
+"""The feature space in which pictures of scenes are compared: a small network that reads them.
+
+It names the glyphs, the background and the layout, and also how soft and how noisy a picture is.
+The last two keep it from growing blind to them: the Frechet distance must rise with both.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tdm_runtime.model.decoder import Pixels
+from training.emoji.data.glyphs import load_glyphs
+from training.emoji.data.scenes import BACKGROUNDS, Scene, sample_scene
+from training.emoji.stages.autoencoder import SceneRenderer, to_pixels
+from training.measure.metrics import Features
+from training.methods.precision import autocast
+from training.run.loop import LoopConfig, Trainable, descend, learning_rate_at, run_loop, set_learning_rate, update_ema
+
+STAGE = "features"
+FEATURES_FILE = Path(__file__).with_name("features.safetensors")
+FEATURE_DIM = 128
+LAYOUTS: Mapping[str, int] = {
+    "left of": 0,
+    "right of": 0,
+    "above": 1,
+    "below": 1,
+    "normal center": 2,
+    "big center": 3,
+    "small center": 4,
+    "small left": 5,
+    "small right": 6,
+    "small top": 7,
+    "small bottom": 8,
+}
+"""Relation of a pair, or size and place of a lone glyph -> class. "A left of B" shows the same as "B right of A"."""
+BACKGROUND_NAMES = tuple(sorted(BACKGROUNDS))
+MAX_NOISE = 0.2
+"""Deviation of the strongest noise in training; pixels are -1..1."""
+
+
+@dataclass(frozen=True)
+class FeatureConfig:
+    """The feature network's training."""
+
+    loop: LoopConfig = LoopConfig(steps=2500)
+    batch_size: int = 64
+    learning_rate: float = 2e-3
+    corruption_weight: float = 1.0
+    """Of the squared error in softness and noise, both 0..1."""
+    ema_decay: float = 0.995
+
+
+class FeatureNetwork(nn.Module):
+    """Pixels [B, 3, 64, 64] in [-1, 1] -> features [B, 128] -> what is seen. 0.27 M parameters."""
+
+    def __init__(self, glyphs: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            *_convolution(3, 32, stride=2),
+            *_convolution(32, 64, stride=2),
+            *_convolution(64, 64),
+            *_convolution(64, 96, stride=2),
+            *_convolution(96, 96),
+            nn.AdaptiveAvgPool2d(2),  # four corners, so that places and relations stay apart
+            nn.Flatten(),
+            nn.Linear(4 * 96, FEATURE_DIM),
+        )
+        self.glyphs = nn.Linear(FEATURE_DIM, glyphs)
+        self.background = nn.Linear(FEATURE_DIM, len(BACKGROUNDS))
+        self.layout = nn.Linear(FEATURE_DIM, max(LAYOUTS.values()) + 1)
+        self.corruption = nn.Linear(FEATURE_DIM, 2)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Features [B, 128], before the last activation."""
+        features: Tensor = self.body(pixels)
+        return features
+
+    def read(self, pixels: Tensor) -> Reading:
+        """What the network sees."""
+        active = F.silu(self(pixels))
+        return Reading(self.glyphs(active), self.background(active), self.layout(active), self.corruption(active))
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Outputs of the network, or with probabilities and indices in place of logits its targets."""
+
+    glyphs: Tensor
+    """[B, glyphs], a softmax over glyphs; a pair's target is half each."""
+    background: Tensor
+    """[B, 10] logits, or indices [B]."""
+    layout: Tensor
+    """[B, 9] logits, or indices [B]."""
+    corruption: Tensor
+    """[B, 2]: softness and noise, 0..1."""
+
+
+@dataclass(frozen=True)
+class FeatureAccuracy:
+    """Shares of held-out scenes that the network reads rightly, 0..1."""
+
+    glyphs: float
+    """Every glyph of the scene."""
+    background: float
+    layout: float
+
+
+def layout_of(scene: Scene) -> int:
+    """Its class in `LAYOUTS`."""
+    return LAYOUTS[scene.relation if len(scene.glyphs) == 2 else f"{scene.size} {scene.place}"]
+
+
+def corrupt(pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Soften half of the pictures and make half of them noisy, each to its own degree.
+
+    Args:
+        pixels: [B, 3, H, W] in [-1, 1].
+
+    Returns:
+        As pixels, and the degrees of softness and noise [B, 2], 0..1.
+    """
+    count = len(pixels)
+    is_hit = torch.rand(count, 2, generator=generator) < 0.5
+    degrees = torch.rand(count, 2, generator=generator) * is_hit
+    softness, noise = (column.view(-1, 1, 1, 1) for column in degrees.unbind(1))
+    softened = pixels + softness * (blurred(pixels) - pixels)
+    return softened + MAX_NOISE * noise * torch.randn(pixels.shape, generator=generator), degrees
+
+
+def blurred(pixels: Tensor) -> Tensor:
+    """A binomial blur of deviation 1 pixel. [B, 3, H, W]."""
+    row = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16.0
+    kernel = torch.outer(row, row).expand(3, 1, 5, 5)
+    return F.conv2d(F.pad(pixels, (2, 2, 2, 2), mode="replicate"), kernel, groups=3)
+
+
+def reading_loss(reading: Reading, target: Reading, corruption_weight: float) -> Tensor:
+    """Cross-entropy of glyphs, background and layout, and squared error of the corruption."""
+    named = (
+        F.cross_entropy(reading.glyphs.float(), target.glyphs)
+        + F.cross_entropy(reading.background.float(), target.background)
+        + F.cross_entropy(reading.layout.float(), target.layout)
+    )
+    return named + corruption_weight * F.mse_loss(reading.corruption.float(), target.corruption)
+
+
+class SceneTargets:
+    """What the network must read from a scene."""
+
+    def __init__(self) -> None:
+        self._index = {glyph.name: n for n, glyph in enumerate(load_glyphs())}
+
+    def of(self, scenes: Sequence[Scene], corruption: Tensor) -> Reading:
+        """Targets of B scenes; corruption [B, 2]."""
+        glyphs = torch.zeros(len(scenes), len(self._index))
+        for row, scene in enumerate(scenes):
+            for glyph in scene.glyphs:
+                glyphs[row, self._index[glyph.name]] = 1.0 / len(scene.glyphs)
+        backgrounds = torch.tensor([BACKGROUND_NAMES.index(scene.background) for scene in scenes])
+        layouts = torch.tensor([layout_of(scene) for scene in scenes])
+        return Reading(glyphs, backgrounds, layouts, corruption)
+
+
+def train_features(folder: Path, config: FeatureConfig = FeatureConfig()) -> None:
+    """Train or resume; leaves `folder/features.safetensors` in float16, to be copied to `FEATURES_FILE`."""
+    torch.manual_seed(config.loop.seed)
+    renderer, targets = SceneRenderer(config.loop.seed), SceneTargets()
+    model = FeatureNetwork(len(renderer.glyphs))
+    average = copy.deepcopy(model).requires_grad_(False)
+    # Faster here; the average is saved, so it keeps the plain layout.
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-2)
+
+    def train_step(step: int, generator: torch.Generator) -> dict[str, float]:
+        set_learning_rate(optimizer, learning_rate_at(step, config.loop.steps, config.learning_rate))
+        indices = range(step * config.batch_size, (step + 1) * config.batch_size)
+        scenes = [sample_scene(renderer.glyphs, renderer.seed, index) for index in indices]
+        pixels, degrees = corrupt(renderer.pixels(indices), generator)
+        with autocast():
+            reading = model.read(pixels)
+        loss = reading_loss(reading, targets.of(scenes, degrees), config.corruption_weight)
+        norm = descend(optimizer, loss)
+        update_ema(average, model, step, config.ema_decay)
+        return {"loss": loss.item(), "grad_norm": norm}
+
+    def evaluate(_: int) -> dict[str, float]:
+        accuracy = held_out_accuracy(average, renderer)
+        return {"glyphs": accuracy.glyphs, "background": accuracy.background, "layout": accuracy.layout}
+
+    run_loop(
+        folder,
+        STAGE,
+        config.loop,
+        Trainable({"model": model, "average": average}, {"model": optimizer}),
+        train_step,
+        evaluate=evaluate,
+        evaluate_every=500,
+    )
+    save_file({name: tensor.half() for name, tensor in average.state_dict().items()}, folder / FEATURES_FILE.name)
+
+
+def load_features(file: Path = FEATURES_FILE) -> FeatureNetwork:
+    """Load the trained network, float32, ready to run.
+
+    Raises:
+        FileNotFoundError: there is no such file; the message says how to make it.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{file} is missing; run training.emoji.report.features.train_features(folder) "
+            f"and copy {FEATURES_FILE.name} from the folder to there"
+        )
+    network = FeatureNetwork(len(load_glyphs()))
+    network.load_state_dict({name: tensor.float() for name, tensor in load_file(file).items()})
+    return network.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def features_of(network: FeatureNetwork, pictures: Sequence[Pixels], batch_size: int = 128) -> Features:
+    """Features of uint8 [64, 64, 3] pictures, float64 [N, 128]."""
+    batches = [
+        network(to_pixels(np.stack(pictures[start : start + batch_size])))
+        for start in range(0, len(pictures), batch_size)
+    ]
+    found: Features = torch.cat(batches).double().numpy()
+    return found
+
+
+@torch.no_grad()
+def held_out_accuracy(network: FeatureNetwork, renderer: SceneRenderer, count: int = 256) -> FeatureAccuracy:
+    """How well the network reads drawn scenes of combinations that training never saw."""
+    scenes = [sample_scene(renderer.glyphs, renderer.seed, index, held_out=True) for index in range(count)]
+    target = SceneTargets().of(scenes, torch.zeros(count, 2))
+    reading = network.read(renderer.pixels(range(count), held_out=True))
+    order = reading.glyphs.argsort(dim=1, descending=True)
+    # A scene of n glyphs is read rightly where its glyphs are the n likeliest.
+    found = [
+        set(row[: len(scene.glyphs)].tolist()) == set(wanted.nonzero().flatten().tolist())
+        for row, scene, wanted in zip(order, scenes, target.glyphs, strict=True)
+    ]
+    return FeatureAccuracy(
+        float(np.mean(found)),
+        float((reading.background.argmax(1) == target.background).float().mean()),
+        float((reading.layout.argmax(1) == target.layout).float().mean()),
+    )
+
+
+def _convolution(channels: int, outputs: int, stride: int = 1) -> tuple[nn.Module, ...]:
+    return nn.Conv2d(channels, outputs, 3, stride, padding=1, bias=False), nn.GroupNorm(8, outputs), nn.SiLU()

@@ -1,0 +1,134 @@
+"""Everything worth comparing: the student as it is served, a student told a wrong K, and the teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from tdm_runtime.engine.engine import DiffusionEngine, EngineConfig
+from tdm_runtime.model.decoder import Pixels, torch_decoder
+from tdm_runtime.model.loaded_model import LoadedModel
+from tdm_runtime.params import SamplingParams
+from tdm_runtime.sampling.noise import initial_noise
+from tdm_runtime.sampling.sampler import apply_step, gather_rows
+from tdm_runtime.sampling.schedule import spaced_timesteps
+from tdm_runtime.sampling.step_table import build_step_table
+from training.emoji.data.text import tokenize
+from training.emoji.stages.teacher import SCHEDULE
+from training.methods.losses import guided
+from training.methods.precision import autocast
+
+TEACHER_STEPS = (1, 2, 4, 25)
+TEACHER_GUIDANCE = 3.0
+BATCH_SIZE = 64
+
+Sampler = Callable[[Sequence[str], int], list[Pixels]]
+"""(prompts, first_seed) -> pictures, uint8 [H, W, 3]; picture n comes from seed first_seed + n."""
+
+
+def student_pictures(model: LoadedModel, prompts: Sequence[str], steps: int, first_seed: int = 0) -> list[Pixels]:
+    """Pictures as the engine serves them, uint8 [H, W, 3], seeds counting up."""
+    width, height = model.recipe.native_sizes[0]
+    params = [SamplingParams(text, first_seed + n, steps, width, height) for n, text in enumerate(prompts)]
+    with DiffusionEngine(model, EngineConfig(max_batch_size=16, max_live=len(params))) as engine:
+        return [future.result().pixels for future in engine.submit_all(params)]
+
+
+@torch.inference_mode()
+def pictures_told(
+    model: LoadedModel, prompts: Sequence[str], steps: int, told: int | None, first_seed: int = 0
+) -> list[Pixels]:
+    """Pictures of the `steps`-step sampler whose denoiser is told that it takes `told` steps (TDM, sec. 3.2).
+
+    With `told` = `steps` these are the pictures that are served, up to rounding; None tells it nothing.
+    """
+    width, height = model.recipe.native_sizes[0]
+    table, device = model.recipe.step_tables[steps], model.denoiser.device
+    shape = model.latent_shape(SamplingParams(prompts[0], first_seed, steps, width, height))
+    pictures: list[Pixels] = []
+    for start in range(0, len(prompts), BATCH_SIZE):
+        texts = prompts[start : start + BATCH_SIZE]
+        prompt_embeds = torch.stack([model.text_encoder.encode(text).prompt_embeds for text in texts])
+        step_counts = None if told is None else torch.full((len(texts),), told, device=device)
+        noise = torch.stack([initial_noise(first_seed + start + n, shape) for n in range(len(texts))])
+        latents = table.initial_scale * noise.to(device)
+        denoised = torch.zeros_like(latents)
+        for step_index in range(steps):
+            rows = gather_rows([(table, step_index)] * len(texts), device)
+            # The torch backend hands its arguments to an adapter, which can be asked without K.
+            model_output = model.denoiser(latents, rows[:, 0], step_counts, prompt_embeds)  # type: ignore[arg-type]
+            latents, denoised = apply_step(rows, latents, model_output, denoised)
+        pictures += list(model.decoders["full"].decode(latents))
+    return pictures
+
+
+class Teacher:
+    """The teacher with guidance, under DDIM with evenly spaced steps."""
+
+    def __init__(self, run: Path) -> None:
+        self.tokenizer = CLIPTokenizer.from_pretrained(run / "teacher" / "tokenizer")
+        self.text_encoder = CLIPTextModel.from_pretrained(run / "teacher" / "text_encoder").eval()
+        self.unet = UNet2DConditionModel.from_pretrained(run / "teacher" / "unet").eval()
+        # The decoder that the student is published with, so that the two differ in their latents alone.
+        stage = "decoder" if (run / "decoder" / "vae").is_dir() else "autoencoder"
+        vae = AutoencoderKL.from_pretrained(run / stage / "vae").eval()
+        self.decoder = torch_decoder(vae, torch.device("cpu"))
+
+    def pictures(
+        self, prompts: Sequence[str], steps: int, first_seed: int = 0, guidance_scale: float = TEACHER_GUIDANCE
+    ) -> list[Pixels]:
+        """uint8 [64, 64, 3] each, from the noise that the student starts from at the same seeds."""
+        pictures: list[Pixels] = []
+        for start in range(0, len(prompts), BATCH_SIZE):
+            texts = list(prompts[start : start + BATCH_SIZE])
+            pictures += self._batch(texts, steps, first_seed + start, guidance_scale)
+        return pictures
+
+    @torch.inference_mode()
+    def _batch(self, prompts: list[str], steps: int, first_seed: int, guidance_scale: float) -> list[Pixels]:
+        embeds = self.text_encoder(tokenize(self.tokenizer, prompts + [""] * len(prompts))).last_hidden_state
+        timesteps = spaced_timesteps("trailing", steps, SCHEDULE.num_train_timesteps)
+        table = build_step_table(SCHEDULE, "v_prediction", "ddim", timesteps)
+        x = torch.stack([initial_noise(first_seed + n, (4, 16, 16)) for n in range(len(prompts))])
+        for step_index in range(steps):
+            rows = gather_rows([(table, step_index)] * len(prompts), x.device)
+            with autocast():
+                output = self.unet(torch.cat([x, x]), rows[:, 0].repeat(2), embeds).sample
+            conditional, unconditional = output.float().chunk(2)
+            # Guiding the model output is guiding the denoised estimate: one is linear in the other.
+            x, _ = apply_step(rows, x, guided(conditional, unconditional, guidance_scale), x)
+        return list(self.decoder.decode(x))
+
+
+def teacher_of(run: Path) -> Teacher | None:
+    """The teacher of a training run, where the run still holds it."""
+    return Teacher(run) if (run / "teacher" / "unet").is_dir() else None
+
+
+def samplers(model: LoadedModel, teacher: Teacher | None) -> dict[str, Sampler]:
+    """The student at every step count and the teacher at some, by name."""
+    found: dict[str, Sampler] = {
+        f"student, K = {steps}": partial(_student, model, steps) for steps in model.recipe.step_counts
+    }
+    if teacher is not None:
+        for steps in TEACHER_STEPS:
+            found[teacher_name(steps)] = partial(_teacher, teacher, steps)
+    return found
+
+
+def teacher_name(steps: int) -> str:
+    """What `samplers` calls the teacher."""
+    return f"teacher, {steps} step{'s' * (steps > 1)}, guidance {TEACHER_GUIDANCE:g}"
+
+
+def _student(model: LoadedModel, steps: int, prompts: Sequence[str], first_seed: int) -> list[Pixels]:
+    return student_pictures(model, prompts, steps, first_seed)
+
+
+def _teacher(teacher: Teacher, steps: int, prompts: Sequence[str], first_seed: int) -> list[Pixels]:
+    return teacher.pictures(prompts, steps, first_seed)

@@ -1,0 +1,138 @@
+"""Stage 3: TDM-unify on the emoji teacher, a K-step student for every K at once."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from tdm_runtime.checkpoint.recipe import Recipe
+from tdm_runtime.families.conditioning import Conditioning
+from tdm_runtime.families.unet import UNetDenoiser
+from tdm_runtime.model.decoder import torch_decoder
+from training.config import DistillConfig
+from training.emoji.data.glyphs import load_glyphs
+from training.emoji.data.scenes import caption, sample_scene
+from training.emoji.data.text import GRID_PROMPTS, tokenize
+from training.emoji.stages.teacher import COORDINATES
+from training.methods.roles import LoraRoles, Roles, SeparateRoles
+from training.pretrained.student_files import recipe_of, save_denoiser
+from training.run.distill import Distiller, Run, distill
+from training.run.plot import SampleGrid, plot_log
+from training.run.processes import Processes
+
+EMOJI = DistillConfig(
+    steps=2000,
+    guidance_scale=3.0,
+    student_learning_rate=1e-4,
+    fake_learning_rate=4e-4,
+    discriminator_learning_rate=1e-4,
+    warmup_steps=50,
+    final_lr_share=0.1,
+    ema_decay=0.998,
+    width=64,
+    height=64,
+    grid_every=500,
+)
+"""The embedded checkpoint's distillation."""
+LATENT_SHAPE = (4, 16, 16)
+
+
+class ScenePrompts:
+    """Captions of the training set's scenes, worded anew each time, as the teacher's text encoder says them."""
+
+    def __init__(self, teacher_folder: Path, seed: int, latents_file: Path | None = None) -> None:
+        """`latents_file`: latents of the scenes of stream `seed`, [N, 4, 16, 16], for methods that use data."""
+        self.glyphs, self.seed = load_glyphs(), seed
+        self.tokenizer = CLIPTokenizer.from_pretrained(teacher_folder / "tokenizer")
+        self.text_encoder = CLIPTextModel.from_pretrained(teacher_folder / "text_encoder").eval().requires_grad_(False)
+        self._latents = None if latents_file is None else np.load(latents_file, mmap_mode="r")
+
+    @torch.no_grad()
+    def encode(self, captions: list[str]) -> Conditioning:
+        """prompt_embeds [B, 32, 128]."""
+        return Conditioning(self.text_encoder(tokenize(self.tokenizer, captions)).last_hidden_state)
+
+    def captions(self, numbers: range) -> list[str]:
+        """The caption of each scene, its wording drawn by its number."""
+        scenes = ((n, sample_scene(self.glyphs, self.seed, self._scene(n))) for n in numbers)
+        return [caption(scene, random.Random(n)) for n, scene in scenes]
+
+    def conditioning(self, numbers: range) -> Conditioning:
+        return self.encode(self.captions(numbers))
+
+    def empty(self) -> Conditioning:
+        return self.encode([""])
+
+    def latents(self, numbers: range) -> Tensor | None:
+        if self._latents is None:
+            return None
+        return torch.from_numpy(self._latents[[self._scene(n) for n in numbers]].astype(np.float32))
+
+    def _scene(self, number: int) -> int:
+        return number if self._latents is None else number % len(self._latents)
+
+
+def load_denoiser(folder: Path) -> UNetDenoiser:
+    """A UNet of this model family, float32, with the attention that trains fastest on a CPU."""
+    unet = UNet2DConditionModel.from_pretrained(folder)
+    unet.set_attn_processor(AttnProcessor())
+    return UNetDenoiser(unet)
+
+
+def build_distiller(
+    config: DistillConfig,
+    teacher_folder: Path,
+    *,
+    latents_file: Path | None = None,
+    student_folder: Path | None = None,
+    processes: Processes | None = None,
+) -> Distiller:
+    """A distillation of the emoji teacher, at its start.
+
+    Args:
+        student_folder: a UNet that the student starts from in place of the teacher (an LCM, Fig. 8).
+    """
+    processes = processes or Processes()
+    torch.manual_seed(config.seed)
+    teacher = load_denoiser(teacher_folder / "unet").to(processes.device)
+    roles: Roles
+    if config.lora_rank:
+        roles = LoraRoles(teacher, COORDINATES, config.lora_rank, config.adapter_alpha, precision=config.precision)
+    else:
+        student = None if student_folder is None else load_denoiser(student_folder).to(processes.device)
+        roles = SeparateRoles(teacher, COORDINATES, student=student, precision=config.precision)
+    prompts = ScenePrompts(teacher_folder, config.seed, latents_file)
+    return Distiller(Run(roles, COORDINATES, prompts, LATENT_SHAPE, config), processes)
+
+
+def train_student(
+    folder: Path, teacher_folder: Path, config: DistillConfig, autoencoder_folder: Path | None = None
+) -> None:
+    """Distil or resume; leaves the averaged student in `folder/unet` and the curves in `folder/metrics.png`.
+
+    Args:
+        autoencoder_folder: to decode the sample grids of `config.grid_every` with.
+    """
+    distiller = build_distiller(config, teacher_folder)
+    grid = None
+    if config.grid_every and autoencoder_folder is not None:
+        prompts = distiller.run.prompts
+        assert isinstance(prompts, ScenePrompts)
+        decoder = torch_decoder(AutoencoderKL.from_pretrained(autoencoder_folder / "vae").eval(), distiller.device)
+        grid = SampleGrid(folder / "samples", distiller, prompts.encode(list(GRID_PROMPTS)), decoder.decode)
+    distill(folder, distiller, None if grid is None else grid.draw)
+    if distiller.processes.is_main:
+        save_denoiser(distiller.average, folder)  # type: ignore[arg-type]
+        plot_log(folder)
+
+
+def build_recipe(config: DistillConfig = EMOJI) -> Recipe:
+    """The sampling contract of the embedded checkpoint."""
+    return recipe_of(config, COORDINATES, "tdm-emoji")

@@ -1,0 +1,1 @@
+"""Metrics of samples, and scorers with weights from disk."""

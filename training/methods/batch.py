@@ -1,0 +1,122 @@
+"""All randomness of an iteration, drawn for the whole batch at once.
+
+A process or an accumulated part takes its slice, so any number of processes and parts trains on
+the same numbers, and an iteration is a function of (seed, step) alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tdm_runtime.families.conditioning import Conditioning
+from training.config import DistillConfig
+from training.methods.trajectory import Coordinates, Places, Trajectories, draw_places
+
+FULL_RANGE = (0.02, 0.98)
+"""Shares of T between which DMD draws tau (Yin et al. 2024)."""
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A draw of the forward process: how far, and by which noise."""
+
+    tau: Tensor
+    """[B], timesteps."""
+    noise: Tensor
+    """Shaped as latents."""
+
+    def part(self, part: slice, device: torch.device) -> Forward:
+        return Forward(self.tau[part], self.noise[part].to(device))
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random numbers of an iteration."""
+
+    places: Places
+    noise: Tensor
+    fake: tuple[Forward, ...]
+    """One for each update of the fake score."""
+    generator: Forward
+    renoise: Tensor | None
+    """[B, rows, ...], fresh noise of stochastic rollouts."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A part of an iteration's draws on the device that trains it, with its prompts."""
+
+    places: Places
+    noise: Tensor
+    fake: tuple[Forward, ...]
+    generator: Forward
+    renoise: Tensor | None
+    conditioning: Conditioning
+    latents: Tensor | None
+    """Real latents of the same prompts, for methods that use data."""
+
+
+class PromptSource(Protocol):
+    """Prompts, numbered without end, as the text encoder says them. The method needs nothing else."""
+
+    def conditioning(self, numbers: range) -> Conditioning:
+        """Prompts of these numbers: a function of the number alone, so that a run resumes exactly."""
+        ...
+
+    def empty(self) -> Conditioning:
+        """The empty prompt, batch 1."""
+        ...
+
+    def latents(self, numbers: range) -> Tensor | None:
+        """Real latents of the same prompts, unit spread; None where there is no data."""
+        ...
+
+
+def draw(
+    config: DistillConfig, trajectories: Trajectories, latent_shape: tuple[int, ...], generator: torch.Generator
+) -> Draws:
+    """Draw an iteration's numbers for the whole batch."""
+    places = draw_places(trajectories, config.batch_size, generator)
+    shape = (config.batch_size, *latent_shape)
+
+    def forward() -> Forward:
+        tau = draw_tau(config, trajectories.coordinates, places, generator)
+        return Forward(tau, torch.randn(shape, generator=generator))
+
+    noise = torch.randn(shape, generator=generator)
+    renoise = None
+    if config.rollout == "stochastic":
+        rows = max(trajectories.step_counts)
+        renoise = torch.randn(config.batch_size, rows, *latent_shape, generator=generator)
+    return Draws(places, noise, tuple(forward() for _ in range(config.fake_updates)), forward(), renoise)
+
+
+def draw_tau(config: DistillConfig, coordinates: Coordinates, places: Places, generator: torch.Generator) -> Tensor:
+    """Timesteps [B] to diffuse each sample to, uniform in the interval that the config names."""
+    last = torch.full_like(places.timestep, coordinates.schedule.max_timestep)
+    if config.interval == "full":
+        return coordinates.draw_between(last * FULL_RANGE[0], last * FULL_RANGE[1], generator).round()
+    high = places.timestep if config.interval == "disjoint" else last
+    low = torch.minimum(places.next_timestep + config.min_tau_gap, high - 1)
+    return coordinates.draw_between(low, high, generator)
+
+
+def part_of(
+    draws: Draws, part: slice, prompts: PromptSource, first_number: int, device: torch.device, *, has_latents: bool
+) -> Batch:
+    """A slice of an iteration, moved to a device; latents are read for methods that learn from them only."""
+    numbers = range(first_number + part.start, first_number + part.stop)
+    latents = prompts.latents(numbers) if has_latents else None
+    return Batch(
+        draws.places[part],
+        draws.noise[part].to(device),
+        tuple(forward.part(part, device) for forward in draws.fake),
+        draws.generator.part(part, device),
+        None if draws.renoise is None else draws.renoise[part].to(device),
+        prompts.conditioning(numbers).to(device),
+        None if latents is None else latents.to(device),
+    )

@@ -1,0 +1,186 @@
+"""Teacher, student and fake score: three copies of a model, or one model with two LoRA adapters."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from tdm_runtime.families.conditioning import Conditioning
+from tdm_runtime.families.denoiser import Denoiser
+from training.methods.losses import guided
+from training.methods.precision import Precision, autocast
+from training.methods.trajectory import Coordinates
+
+TrainedRole = Literal["student", "fake"]
+ATTENTION_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+@dataclass(frozen=True)
+class CleanEstimator:
+    """A denoiser in the coordinates it was trained in: (x, timesteps, conditioning, K) -> x_0."""
+
+    denoiser: nn.Module
+    coordinates: Coordinates
+    precision: Precision = "bf16"
+    before: Callable[[], None] = lambda: None
+    """Runs before each call; chooses the adapter where roles share a model."""
+
+    def __call__(self, x: Tensor, timesteps: Tensor, conditioning: Conditioning, step_counts: Tensor | None) -> Tensor:
+        """x_0 estimates, float32, shaped as x. `step_counts` None asks without K, as the teacher is asked."""
+        self.before()
+        told = None if step_counts is None else step_counts.to(x.device)
+        with autocast(x.device, self.precision):
+            output = self.denoiser(x, timesteps.to(x.device, torch.float32), told, *conditioning.tensors())
+        return self.coordinates.to_clean(x, output, timesteps)
+
+
+@dataclass(frozen=True)
+class Guided:
+    """An estimate under classifier-free guidance."""
+
+    estimate: CleanEstimator
+    empty: Conditioning
+    """Of the empty prompt, batch 1."""
+    guidance_scale: float
+    """1 is no guidance, and one call in place of two."""
+
+    def __call__(
+        self, x: Tensor, timesteps: Tensor, conditioning: Conditioning, step_counts: Tensor | None = None
+    ) -> Tensor:
+        """x_0 estimates, shaped as x. Both halves are asked in one call."""
+        if self.guidance_scale == 1.0:
+            return self.estimate(x, timesteps, conditioning, step_counts)
+        both = Conditioning.cat(conditioning, self.empty.expand(len(x)))
+        counts = None if step_counts is None else torch.cat([step_counts, step_counts])
+        conditional, unconditional = self.estimate(
+            torch.cat([x, x]), torch.cat([timesteps, timesteps]), both, counts
+        ).chunk(2)
+        return guided(conditional, unconditional, self.guidance_scale)
+
+
+class Roles(Protocol):
+    """The three networks of score distillation, whatever they share."""
+
+    teacher: CleanEstimator
+    student: CleanEstimator
+    fake: CleanEstimator
+
+    def module(self, role: TrainedRole) -> nn.Module:
+        """What the role's optimizer trains and its checkpoint keeps."""
+        ...
+
+    def activate(self, role: TrainedRole) -> None:
+        """Make ready for the role's backward pass: recomputed activations must be the role's own."""
+        ...
+
+
+class SeparateRoles:
+    """Full fine-tuning: the fake score and the student are one more copy each."""
+
+    def __init__(
+        self,
+        base: nn.Module,
+        coordinates: Coordinates,
+        *,
+        student: nn.Module | None = None,
+        precision: Precision = "bf16",
+    ) -> None:
+        """Copy `base` twice; `student` starts from another model (an LCM, say, Fig. 8)."""
+        fake = copy.deepcopy(base)
+        student = copy.deepcopy(base) if student is None else student
+        self._modules = {"student": student.train(), "fake": fake.train()}
+        self.teacher = CleanEstimator(base.eval().requires_grad_(False), coordinates, precision)
+        self.student = CleanEstimator(student, coordinates, precision)
+        self.fake = CleanEstimator(fake, coordinates, precision)
+
+    def module(self, role: TrainedRole) -> nn.Module:
+        return self._modules[role]
+
+    def activate(self, role: TrainedRole) -> None:
+        """Nothing is shared."""
+
+
+class RoleProjection(nn.Module):
+    """The projection of K, one for each role that shares a model. A `cond_proj` of diffusers' timestep embedding."""
+
+    def __init__(self, projection: nn.Linear) -> None:
+        super().__init__()
+        self.roles = nn.ModuleDict({role: copy.deepcopy(projection) for role in ("student", "fake")})
+        self.active: TrainedRole = "student"
+        self.in_features = projection.in_features
+
+    @property
+    def weight(self) -> Tensor:
+        """Of the role whose turn it is."""
+        projection = self.roles[self.active]
+        assert isinstance(projection, nn.Linear)
+        return projection.weight
+
+    def forward(self, condition: Tensor) -> Tensor:
+        projected: Tensor = self.roles[self.active](condition)
+        return projected
+
+
+class LoraRoles:
+    """Student and fake score as two adapters on one base; the teacher is the base with adapters off."""
+
+    def __init__(
+        self,
+        base: Denoiser,
+        coordinates: Coordinates,
+        rank: int,
+        alpha: float,
+        targets: Sequence[str] = ATTENTION_PROJECTIONS,
+        *,
+        precision: Precision = "bf16",
+    ) -> None:
+        self.base = base
+        base.requires_grad_(False)
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # the second role's turn
+            for role in ("student", "fake"):
+                inject_adapter_in_model(config, base.model, adapter_name=role)
+        self._layers = [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
+        projection = base.timestep_embedding.cond_proj
+        self._projection = RoleProjection(projection) if projection is not None else None
+        if self._projection is not None:
+            base.timestep_embedding.cond_proj = self._projection
+            self._projection.requires_grad_(True)
+        self._adapters = {role: self._collect(role) for role in ("student", "fake")}
+        self.teacher = CleanEstimator(base, coordinates, precision, self._switch_off)
+        self.student = CleanEstimator(base, coordinates, precision, lambda: self.activate("student"))
+        self.fake = CleanEstimator(base, coordinates, precision, lambda: self.activate("fake"))
+
+    def _collect(self, role: str) -> nn.ParameterDict:
+        """The role's own parameters, by their names in the base (dots are not allowed in a ParameterDict)."""
+        marks = (f".{role}.", f".roles.{role}.")
+        named = {
+            name.replace(".", "/"): p for name, p in self.base.named_parameters() if any(mark in name for mark in marks)
+        }
+        return nn.ParameterDict(named)
+
+    def module(self, role: TrainedRole) -> nn.Module:
+        return self._adapters[role]
+
+    def activate(self, role: TrainedRole) -> None:
+        for layer in self._layers:
+            layer.enable_adapters(True)
+            layer.set_adapter(role)
+        if self._projection is not None:
+            self._projection.active = role
+        # peft freezes every adapter but the active one; the graph of the other role still needs its gradients.
+        for adapter in self._adapters.values():
+            adapter.requires_grad_(True)
+
+    def _switch_off(self) -> None:
+        for layer in self._layers:
+            layer.enable_adapters(False)

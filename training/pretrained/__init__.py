@@ -1,0 +1,1 @@
+"""Distillation of a pretrained model in a diffusers folder."""

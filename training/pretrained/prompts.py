@@ -1,0 +1,381 @@
+"""Prompt files, and their embeddings on disk: encoded once, read by number while training.
+
+A folder of embeddings holds `index.json`, `empty.safetensors` (the empty prompt) and shards
+`prompts-00000.safetensors` of `Conditioning`'s fields, row n being line n of the prompt file;
+beside them, where a method needs data, shards `latents-00000.safetensors` (`training.pretrained.latents`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from tdm_runtime.checkpoint.folder import file_sha256
+from tdm_runtime.errors import TDMError
+from tdm_runtime.families.conditioning import Conditioning
+from training.pretrained.base_model import BaseModel, Family, encode_prompts, family_of
+from training.run.loop import step_generator
+
+INDEX_FILE = "index.json"
+EMPTY_FILE = "empty.safetensors"
+INDEX_FORMAT = 1
+SMALL_FILE = 2**20
+"""Files up to this many bytes are hashed whole in a fingerprint of text encoders; of larger ones the size is."""
+
+StoredType = Literal["fp16", "bf16", "fp32"]
+STORED_TYPES: Mapping[StoredType, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class PromptError(TDMError):
+    """A prompt file, or a folder of embeddings or latents, cannot be used; the message names it and the remedy."""
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """A line of a prompt file."""
+
+    prompt: str
+    image: str | None = None
+    """Path of the prompt's picture, relative to the prompt file."""
+
+
+def read_prompt_file(file: Path) -> list[PromptRow]:
+    """Read JSON lines, `{"prompt": "..."}` each, optionally with "image"; other fields are not read.
+
+    Raises:
+        PromptError: the file is missing or empty, or a line is not of that form.
+    """
+    try:
+        lines = file.read_bytes().split(b"\n")  # not splitlines: JSON strings may hold other line ends
+    except OSError as error:
+        raise PromptError(
+            f'{file} cannot be read ({error.strerror}); give a file of lines {{"prompt": "..."}}'
+        ) from None
+    if lines[-1].strip() == b"":
+        lines.pop()
+    if not lines:
+        raise PromptError(f'{file} is empty; give a line {{"prompt": "..."}} for each prompt')
+    return [_parse_row(f"{file}, line {number}", line) for number, line in enumerate(lines, start=1)]
+
+
+def _parse_row(place: str, line: bytes) -> PromptRow:
+    remedy = 'write {"prompt": "..."}, or remove the line'
+    try:
+        raw = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise PromptError(f"{place} is not JSON ({error}): {_shown(line)}; {remedy}") from None
+    prompt = raw.get("prompt") if isinstance(raw, dict) else None
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise PromptError(f"{place} has no prompt: {_shown(line)}; {remedy}")
+    image = raw.get("image")
+    if image is not None and not isinstance(image, str):
+        raise PromptError(f"{place}: image is {image!r}; it must be a path, relative to the file")
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"{place} is no text: {error.reason} at character {error.start}; correct the prompt"
+        ) from None
+    return PromptRow(prompt, image)
+
+
+def _shown(line: bytes) -> str:
+    text = line.decode("utf-8", errors="replace").strip()
+    return repr(text if len(text) <= 60 else text[:57] + "...")
+
+
+# ---- the folder ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EmbeddingIndex:
+    """What a folder of embeddings was made of, `index.json`. A folder is resumed by an equal one only."""
+
+    family: Family
+    width: int
+    """Of the pictures, in pixels."""
+    height: int
+    count: int
+    """Prompts."""
+    shard_size: int
+    """Prompts of a shard; the last may hold fewer."""
+    stored_type: StoredType
+    prompts_sha256: str
+    text_encoders: str
+    """Fingerprint of the base's text encoders and tokenizers."""
+
+    def shards(self, stem: str, folder: Path) -> list[tuple[Path, range]]:
+        """Each shard's file and the rows it holds."""
+        starts = range(0, self.count, self.shard_size)
+        return [
+            (folder / f"{stem}-{n:05d}.safetensors", range(start, min(start + self.shard_size, self.count)))
+            for n, start in enumerate(starts)
+        ]
+
+
+def read_index(folder: Path) -> EmbeddingIndex:
+    """Read `folder/index.json`.
+
+    Raises:
+        PromptError: it is missing, damaged, or of another version.
+    """
+    file = folder / INDEX_FILE
+    try:
+        raw: Any = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PromptError(f"{file} cannot be read ({error}); make embeddings with `tdm-train embed`") from None
+    if not isinstance(raw, dict) or raw.pop("format", None) != INDEX_FORMAT:
+        raise PromptError(f"{file} is not of format {INDEX_FORMAT}; embed the prompts anew, into another folder")
+    if strangers := sorted({f.name for f in fields(EmbeddingIndex)} ^ set(raw)):
+        raise PromptError(f"{file}: {strangers} are missing or unknown; embed the prompts anew, into another folder")
+    return EmbeddingIndex(**raw)
+
+
+def write_json(file: Path, raw: Mapping[str, object]) -> None:
+    """Write an object so that a reader sees the whole file or none."""
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, file)
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write safetensors so that a reader sees the whole file or none."""
+    partial = file.with_suffix(".partial")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+    os.replace(partial, file)
+
+
+def to_stored(name: str, tensor: Tensor, stored_type: StoredType) -> Tensor:
+    """Narrow a tensor for the disk.
+
+    Raises:
+        PromptError: a value does not fit.
+    """
+    narrow = tensor.to(STORED_TYPES[stored_type]).cpu()
+    if not narrow.isfinite().all():
+        raise PromptError(f"{name} reaches {tensor.abs().max():g}, which {stored_type} cannot hold; store bf16 or fp32")
+    return narrow
+
+
+# ---- prompts -> embeddings -----------------------------------------------------------------------
+
+
+def embed_prompts(
+    base_folder: Path,
+    prompt_file: Path,
+    output_folder: Path,
+    width: int,
+    height: int,
+    *,
+    stored_type: StoredType = "fp16",
+    shard_size: int = 1024,
+    batch_size: int = 16,
+    device: str | None = None,
+) -> EmbeddingIndex:
+    """Encode a prompt file by a base's text encoders. A killed run goes on with the shards that are missing.
+
+    Args:
+        width, height: of the pictures, in pixels; SDXL is told.
+        stored_type: bf16 where fp16 is too narrow, as an error then says.
+        shard_size: prompts of a file; a kill costs at most so many.
+        device: of the text encoders; by default CUDA where there is one.
+
+    Raises:
+        PromptError: the prompt file is damaged, or the folder holds embeddings of something else.
+        CheckpointError: the base cannot be read.
+    """
+    if stored_type not in get_args(StoredType):
+        raise PromptError(f"stored_type is {stored_type!r}; it must be one of {', '.join(get_args(StoredType))}")
+    if shard_size < 1:
+        raise PromptError(f"shard_size is {shard_size}; it must be at least 1")
+    prompts = [row.prompt for row in read_prompt_file(prompt_file)]
+    index = EmbeddingIndex(
+        family=family_of(base_folder),
+        width=width,
+        height=height,
+        count=len(prompts),
+        shard_size=shard_size,
+        stored_type=stored_type,
+        prompts_sha256=file_sha256(prompt_file),
+        text_encoders=_fingerprint(base_folder),
+    )
+    output_folder.mkdir(parents=True, exist_ok=True)
+    _settle_index(output_folder, index)
+    pending = [(output_folder / EMPTY_FILE, [""])]
+    pending += [(file, prompts[rows.start : rows.stop]) for file, rows in index.shards("prompts", output_folder)]
+    pending = [(file, texts) for file, texts in pending if not file.is_file()]
+    if not pending:
+        return index
+    texts = [text for _, shard in pending for text in shard]
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    batches = encode_prompts(base_folder, texts, batch_size=batch_size, width=width, height=height, device=place)
+    bar = tqdm(total=len(texts), desc="embed", unit="prompt", disable=None)
+    rows = (batch[n : n + 1] for batch in batches for n in range(len(batch)))
+    for file, shard in pending:
+        write_tensors(file, _stacked(rows, len(shard), stored_type))
+        bar.update(len(shard))
+    bar.close()
+    return index
+
+
+def _settle_index(folder: Path, index: EmbeddingIndex) -> None:
+    """Start a folder, or find that it was started with the same settings."""
+    if not (folder / INDEX_FILE).exists():
+        write_json(folder / INDEX_FILE, {"format": INDEX_FORMAT, **asdict(index)})
+        return
+    there = asdict(read_index(folder))
+    differing = [f"{name} {there[name]} (now {value})" for name, value in asdict(index).items() if there[name] != value]
+    if differing:
+        raise PromptError(
+            f"{folder} was begun with {', '.join(differing)}; resume with the same, or use another folder"
+        )
+
+
+def _stacked(rows: Iterator[Conditioning], count: int, stored_type: StoredType) -> dict[str, Tensor]:
+    """The next rows as tensors by field name. Sizes and masks are whole numbers, which stay exact."""
+    taken = [dict(zip(_FIELDS, row.tensors(), strict=True)) for row in islice(rows, count)]
+    stacked: dict[str, Tensor] = {}
+    for name in _FIELDS:
+        parts = [tensor for row in taken if (tensor := row[name]) is not None]
+        if parts:
+            joined = torch.cat(parts)
+            stacked[name] = _STORED[name](joined) if name in _STORED else to_stored(name, joined, stored_type)
+    return stacked
+
+
+_FIELDS = tuple(field.name for field in fields(Conditioning))
+_STORED: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "attention_mask": lambda mask: mask.to(torch.uint8).cpu(),
+    "time_ids": lambda ids: ids.float().cpu(),
+}
+
+
+def _fingerprint(base_folder: Path) -> str:
+    """A hash that changes with the text encoders, without reading gigabytes of weights."""
+    digest = hashlib.sha256()
+    files = (f for part in ("tokenizer*", "text_encoder*") for f in base_folder.glob(f"{part}/**/*") if f.is_file())
+    for file in sorted(files):
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(base_folder)}:{size}\n".encode())
+        if size <= SMALL_FILE:
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+# ---- embeddings -> training ----------------------------------------------------------------------
+
+
+class EmbeddedPrompts:
+    """A folder of embeddings as a `PromptSource`: each epoch visits every prompt once, in an order of its own."""
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        """Open a folder; nothing but the empty prompt is read yet.
+
+        Raises:
+            PromptError: the folder is incomplete.
+        """
+        self.folder, self.seed, self.index = folder, seed, read_index(folder)
+        self._prompts = ShardedRows(self.index, "prompts", folder)
+        has_latents = any(folder.glob("latents-*.safetensors"))
+        self._latents = ShardedRows(self.index, "latents", folder) if has_latents else None
+        if not (folder / EMPTY_FILE).is_file():
+            raise PromptError(f"{folder / EMPTY_FILE} is missing; run `tdm-train embed` again, it resumes")
+        self._empty = _conditioning(load_file(folder / EMPTY_FILE))
+        self._order = lru_cache(maxsize=2)(self._draw_order)
+
+    def require(self, base: BaseModel, width: int, height: int) -> None:
+        """Check that the embeddings were made for a base and a size.
+
+        Raises:
+            PromptError: they were made for another.
+        """
+        index = self.index
+        if index.family != base.family:
+            raise PromptError(
+                f"{self.folder} holds embeddings for {index.family}, the base model is {base.family}; "
+                "embed the prompts with this base"
+            )
+        if (index.width, index.height) != (width, height):
+            raise PromptError(
+                f"{self.folder} holds embeddings for {index.width}x{index.height} pixels, the config trains "
+                f"{width}x{height}; embed the prompts for that size, or set width and height"
+            )
+
+    def rows(self, numbers: range) -> list[int]:
+        """Lines of the prompt file, counted from 0: a permutation of them for each epoch, by (seed, number) alone."""
+        count = self.index.count
+        return [int(self._order(number // count)[number % count]) for number in numbers]
+
+    def conditioning(self, numbers: range) -> Conditioning:
+        """float32, of batch len(numbers)."""
+        return _conditioning(self._prompts.read(self.rows(numbers)))
+
+    def empty(self) -> Conditioning:
+        """The empty prompt, batch 1."""
+        return self._empty
+
+    def latents(self, numbers: range) -> Tensor | None:
+        """Of the same prompts' pictures, float32 [B, C, H, W]; None where none were made."""
+        return None if self._latents is None else self._latents.read(self.rows(numbers))["latents"].float()
+
+    def _draw_order(self, epoch: int) -> Tensor:
+        return torch.randperm(self.index.count, generator=step_generator(self.seed, "prompts", epoch))
+
+
+def _conditioning(tensors: Mapping[str, Tensor]) -> Conditioning:
+    mask = tensors.get("attention_mask")
+    of_float = {
+        name: tensors[name].float() if name in tensors else None for name in _FIELDS if name != "attention_mask"
+    }
+    return Conditioning(**of_float, attention_mask=None if mask is None else mask.long())  # type: ignore[arg-type]
+
+
+class ShardedRows:
+    """Rows of tensors that lie in shards, read one by one by memory map."""
+
+    def __init__(self, index: EmbeddingIndex, stem: str, folder: Path) -> None:
+        """Open nothing yet.
+
+        Raises:
+            PromptError: a shard is missing.
+        """
+        self._size = index.shard_size
+        self._files = [file for file, _ in index.shards(stem, folder)]
+        if missing := [file.name for file in self._files if not file.is_file()]:
+            raise PromptError(
+                f"{folder} lacks {len(missing)} of {len(self._files)} shards ({missing[0]}, ...); "
+                "run the command that made it again, it resumes"
+            )
+        self._open: dict[int, Any] = {}
+
+    def read(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """The tensors of these rows, [len(rows), ...], as stored.
+
+        Raises:
+            PromptError: a shard is damaged.
+        """
+        parts = [self._read_row(row) for row in rows]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _read_row(self, row: int) -> dict[str, Tensor]:
+        number, place = divmod(row, self._size)
+        try:
+            if number not in self._open:
+                self._open[number] = safe_open(self._files[number], framework="pt")
+            shard = self._open[number]
+            return {name: shard.get_slice(name)[place : place + 1] for name in shard.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise PromptError(f"{self._files[number]} is damaged ({error}); remove it and embed again") from None

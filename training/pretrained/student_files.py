@@ -1,0 +1,255 @@
+"""A trained student on disk: whole weights, or a LoRA that any reader applies right, with its recipe.
+
+unet|transformer/                    whole weights, as diffusers saves them
+pytorch_lora_weights.safetensors     or an adapter, diffusers' names, alpha / rank folded into B
+step_condition.safetensors           the weights that read K, where the above cannot hold them
+tdm_recipe.json                      how to sample it, unless sampling it takes fresh noise
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from tdm_runtime.checkpoint.folder import file_sha256
+from tdm_runtime.checkpoint.recipe import RECIPE_FILE, Recipe
+from tdm_runtime.errors import CheckpointError
+from tdm_runtime.families import Denoiser, denoiser_for
+from tdm_runtime.families.unet import UNetDenoiser
+from training.config import ConfigError, DistillConfig
+from training.methods.roles import CleanEstimator, LoraRoles
+from training.methods.trajectory import Coordinates
+from training.pretrained.base_model import load_denoiser_model
+from training.run.distill import Distiller, timesteps_of
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+STEP_CONDITION_FILE = "step_condition.safetensors"
+ONE_FILE = "1TB"
+"""The runtime hashes one weight file a model, so weights are never cut into shards."""
+
+
+def part_name(denoiser: Denoiser) -> str:
+    """The folder of a denoiser in its pipeline, and the prefix of its LoRA."""
+    return "unet" if isinstance(denoiser, UNetDenoiser) else "transformer"
+
+
+# ---- saving --------------------------------------------------------------------------------------
+
+
+def save_student(distiller: Distiller, folder: Path, name: str | None = None) -> list[Path]:
+    """Write the averaged student.
+
+    Args:
+        name: of the model in its recipe; by default the folder's.
+
+    Returns:
+        The files written. No recipe is among them where the student samples with fresh noise (DMD2,
+        LCM): a recipe says deterministic solvers only.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    denoiser = _denoiser(distiller)
+    if isinstance(distiller.roles, LoraRoles):
+        written = _save_lora(distiller.average, folder, part_name(denoiser), distiller.config)
+    else:
+        assert isinstance(distiller.average, Denoiser)
+        written = save_denoiser(distiller.average, folder)
+    if not distiller.config.samples_with_noise:
+        hashes = {str(file.relative_to(folder)): file_sha256(file) for file in written}
+        recipe = recipe_of(distiller.config, distiller.run.coordinates, name or folder.resolve().name, hashes)
+        (folder / RECIPE_FILE).write_text(recipe.to_json(), encoding="utf-8")
+        written.append(folder / RECIPE_FILE)
+    return written
+
+
+def save_denoiser(denoiser: Denoiser, folder: Path) -> list[Path]:
+    """Write whole weights, such that diffusers' own `from_pretrained` reads the model."""
+    part = folder / part_name(denoiser)
+    if isinstance(denoiser, UNetDenoiser):  # its config knows the input for K
+        denoiser.model.save_pretrained(part, max_shard_size=ONE_FILE)
+        return sorted(part.glob("*.safetensors"))
+    with _without_step_condition(denoiser):
+        denoiser.model.save_pretrained(part, max_shard_size=ONE_FILE)
+    return sorted(part.glob("*.safetensors")) + _save_step_condition(denoiser.step_condition_state(), folder)
+
+
+def recipe_of(config: DistillConfig, coordinates: Coordinates, name: str, files: Mapping[str, str] = {}) -> Recipe:
+    """The sampling contract of what a config trains; `files` as `Recipe.files`."""
+    return Recipe(
+        name=name,
+        prediction_type=coordinates.prediction_type,
+        noise_schedule=coordinates.schedule,
+        solver=config.solver,
+        timesteps={k: timesteps_of(config, coordinates, k) for k in config.step_counts},
+        default_steps=max(config.step_counts),
+        native_sizes=((config.width, config.height),),
+        step_condition="timestep_cond" if config.tells_student else "none",
+        files=files,
+    )
+
+
+def _denoiser(distiller: Distiller) -> Denoiser:
+    student = distiller.roles.student
+    assert isinstance(student, CleanEstimator) and isinstance(student.denoiser, Denoiser), "not a backbone"
+    return student.denoiser
+
+
+@contextmanager
+def _without_step_condition(denoiser: Denoiser) -> Iterator[None]:
+    projection = denoiser.timestep_embedding.cond_proj
+    denoiser.timestep_embedding.cond_proj = None
+    try:
+        yield
+    finally:
+        denoiser.timestep_embedding.cond_proj = projection
+
+
+def _save_lora(adapter: nn.Module, folder: Path, part: str, config: DistillConfig) -> list[Path]:
+    named = {_model_name(name): p.detach().cpu() for name, p in adapter.named_parameters()}
+    scale = config.adapter_alpha / config.lora_rank
+    weights = {
+        f"{part}.{name}": (p * scale if ".lora_B." in name else p).contiguous()
+        for name, p in named.items()
+        if ".lora_" in name
+    }
+    save_file(weights, folder / LORA_FILE, metadata={"format": "pt"})
+    condition = {name: p for name, p in named.items() if ".lora_" not in name} if config.tells_student else {}
+    return [folder / LORA_FILE, *_save_step_condition(condition, folder)]
+
+
+def _model_name(name: str) -> str:
+    """A parameter of a role's ParameterDict -> its name in the diffusers model, without the role."""
+    dotted = name.replace("/", ".").removeprefix("model.")
+    return dotted.replace(".roles.student.", ".").replace(".student.", ".")
+
+
+def _save_step_condition(state: Mapping[str, Tensor], folder: Path) -> list[Path]:
+    file = folder / STEP_CONDITION_FILE
+    if not state:
+        file.unlink(missing_ok=True)
+        return []
+    save_file(dict(state), file, metadata={"format": "pt"})
+    return [file]
+
+
+# ---- loading -------------------------------------------------------------------------------------
+
+
+def load_student(base: Denoiser, folder: Path) -> Denoiser:
+    """The student of a folder as a denoiser of its own; a LoRA is merged into `base`, which is changed.
+
+    Args:
+        folder: of `save_student`, or any with unet|transformer (an LCM, say).
+
+    Raises:
+        CheckpointError: the folder holds no student of this base.
+    """
+    part = folder / part_name(base)
+    if (folder / LORA_FILE).is_file():
+        merge_lora(base, read_tensors(folder / LORA_FILE))
+        student = base
+    elif part.is_dir():
+        student = denoiser_for(load_denoiser_model(part, type(base.model).__name__))
+        _require_same_shapes(base, student, part)
+    else:
+        raise CheckpointError(
+            f"{folder} has neither {part.name}/ nor {LORA_FILE}; give a folder that a distillation of this base wrote"
+        )
+    if (folder / STEP_CONDITION_FILE).is_file():
+        student.load_step_condition(read_tensors(folder / STEP_CONDITION_FILE))
+    return student
+
+
+def load_adapter(roles: LoraRoles, folder: Path, config: DistillConfig) -> None:
+    """Let the student's adapter go on from a saved LoRA of the same rank.
+
+    Raises:
+        CheckpointError: the folder has no LoRA, or one of other layers or another rank.
+    """
+    file = folder / LORA_FILE
+    if not file.is_file():
+        raise CheckpointError(
+            f"{folder} has no {LORA_FILE}; a LoRA goes on from a LoRA: set lora_rank to 0, or remove student_folder"
+        )
+    state, part = read_tensors(file), part_name(roles.base)
+    if (folder / STEP_CONDITION_FILE).is_file():
+        condition = read_tensors(folder / STEP_CONDITION_FILE)
+        state |= {f"{part}.{name}": tensor for name, tensor in condition.items()}
+    own = {f"{part}.{_model_name(name)}": p for name, p in roles.module("student").named_parameters()}
+    needed = {name for name in own if ".lora_" in name} | set(state)
+    differing = sorted(n for n in needed if n not in own or n not in state or own[n].shape != state[n].shape)
+    if differing:
+        raise CheckpointError(
+            f"{folder} does not fit the student's adapter of rank {config.lora_rank}: {len(differing)} tensors differ "
+            f"({differing[0]}, ...); set lora_rank and told as they were there"
+        )
+    scale = config.adapter_alpha / config.lora_rank
+    with torch.no_grad():
+        for name, tensor in state.items():
+            own[name].copy_(tensor / scale if ".lora_B." in name else tensor)
+
+
+def merge_lora(denoiser: Denoiser, state: Mapping[str, Tensor]) -> None:
+    """Add B A of a saved LoRA to each weight it belongs to.
+
+    Raises:
+        CheckpointError: it names layers that this denoiser does not have, or of another shape.
+    """
+    prefix = f"{part_name(denoiser)}."
+    layers = sorted(name.removesuffix(".lora_A.weight") for name in state if name.endswith(".lora_A.weight"))
+    expected = {f"{layer}.lora_{side}.weight" for layer in layers for side in "AB"}
+    modules = dict(denoiser.model.named_modules())
+    unknown = sorted({*(set(state) ^ expected), *(n for n in layers if n.removeprefix(prefix) not in modules)})
+    if unknown:
+        raise CheckpointError(f"the LoRA has {unknown[0]}, which {type(denoiser.model).__name__} has not; use its base")
+    with torch.no_grad():
+        for layer in layers:
+            weight = modules[layer.removeprefix(prefix)].weight
+            delta = state[f"{layer}.lora_B.weight"].float() @ state[f"{layer}.lora_A.weight"].float()
+            if delta.shape != weight.shape:
+                raise CheckpointError(
+                    f"the LoRA's {layer} is for a weight of shape {tuple(delta.shape)}, the model's is "
+                    f"{tuple(weight.shape)}; use the base it was trained on, or a model fine-tuned from that"
+                )
+            weight.add_(delta.to(weight))
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}); restore it from its source") from None
+
+
+def require_step_condition(denoiser: Denoiser, config: DistillConfig, what: str) -> None:
+    """Give a denoiser an input for K where the config tells it, and refuse one that it would leave unread.
+
+    Raises:
+        ConfigError: the model reads K, or a guidance scale, and the config tells nobody.
+    """
+    if config.tells_student:
+        denoiser.add_step_condition()
+    elif denoiser.condition_dim is not None:
+        raise ConfigError(
+            f"{what} has an input for K and told is {config.told!r} (method {config.method}); set told to both, "
+            "or use a model without that input"
+        )
+
+
+def _require_same_shapes(base: Denoiser, student: Denoiser, folder: Path) -> None:
+    ours, theirs = ({n: p.shape for n, p in d.named_parameters() if "cond_proj" not in n} for d in (base, student))
+    if differing := sorted(n for n in {*ours, *theirs} if ours.get(n) != theirs.get(n)):
+        raise CheckpointError(
+            f"{folder} is no model like the base: {len(differing)} weights differ in shape ({differing[0]}, ...); "
+            "give a student of this base"
+        )

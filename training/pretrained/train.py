@@ -1,0 +1,220 @@
+"""Distil or fine-tune a pretrained backbone: a diffusers folder and embedded prompts in, a student out.
+
+Every family goes one way; what differs is in `tdm_runtime.families` (calls), `training.pretrained.base_model`
+(folders) and `LORA_TARGETS` (here).
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from tdm_runtime.families import Denoiser
+from tdm_runtime.model.decoder import torch_decoder
+from tdm_runtime.sampling.schedule import FlowSchedule
+from training.config import ConfigError, DistillConfig, config_as_toml
+from training.methods.roles import ATTENTION_PROJECTIONS, CleanEstimator, LoraRoles, Roles, SeparateRoles
+from training.methods.trajectory import Coordinates
+from training.pretrained.base_model import BaseModel, Family, family_of, load_base_model
+from training.pretrained.latents import load_latent_encoder
+from training.pretrained.prompts import EmbeddedPrompts
+from training.pretrained.student_files import (
+    load_adapter,
+    load_student,
+    part_name,
+    require_step_condition,
+    save_denoiser,
+    save_student,
+)
+from training.run.distill import Distiller, Run, distill
+from training.run.finetune import FinetuneConfig, finetune
+from training.run.plot import SampleGrid, plot_log
+from training.run.processes import Processes
+
+CONFIG_FILE = "config.toml"
+GRID_PROMPTS = 4
+LORA_TARGETS: Mapping[Family, tuple[str, ...]] = {
+    "sd": ATTENTION_PROJECTIONS,
+    "sdxl": ATTENTION_PROJECTIONS,
+    "pixart": ATTENTION_PROJECTIONS,
+    # The text stream has projections of its own; the published SD3.5 adapter trains them too.
+    "sd3": (*ATTENTION_PROJECTIONS, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    "cogvideox": ATTENTION_PROJECTIONS,
+}
+"""Layers that get adapters, by the end of their name: attention, as diffusers' own training scripts choose."""
+
+
+def train_backbone(
+    folder: Path,
+    base_folder: Path,
+    embeddings_folder: Path,
+    config: DistillConfig,
+    *,
+    student_folder: Path | None = None,
+    name: str | None = None,
+) -> list[Path]:
+    """Distil or resume in `folder`, and write the averaged student there.
+
+    Args:
+        base_folder: a diffusers pipeline folder; text encoders are not read.
+        embeddings_folder: of `training.pretrained.prompts.embed_prompts`.
+        student_folder: see `build_backbone_distiller`.
+        name: of the model in its recipe; by default the folder's.
+
+    Returns:
+        The files of the student (`training.pretrained.student_files`), on the main process.
+
+    Raises:
+        TDMError: base, embeddings, config and student do not fit together; the message names the misfit.
+        TrainingDivergedError: the last state in `folder` is from before.
+    """
+    distiller = build_backbone_distiller(base_folder, embeddings_folder, config, student_folder)
+    if distiller.processes.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG_FILE).write_text(config_as_toml(config), encoding="utf-8")
+    grid = sample_grid(folder, base_folder, distiller) if config.grid_every else None
+    distill(folder, distiller, None if grid is None else grid.draw)
+    written = save_student(distiller, folder, name) if distiller.processes.is_main else []
+    if distiller.processes.is_main:
+        plot_log(folder)
+    distiller.processes.wait()
+    return written
+
+
+def sample_grid(folder: Path, base_folder: Path, distiller: Distiller) -> SampleGrid:
+    """Pictures of the first prompts, decoded by the base's VAE into `folder/samples`.
+
+    Raises:
+        ConfigError: the base makes clips.
+    """
+    if family_of(base_folder) == "cogvideox":
+        raise ConfigError(f"grid_every is {distiller.config.grid_every} and {base_folder} makes clips; set it to 0")
+    decoder = torch_decoder(load_latent_encoder(base_folder, str(distiller.device)).vae, distiller.device)
+    conditioning = distiller.run.prompts.conditioning(range(GRID_PROMPTS)).to(distiller.device)
+    return SampleGrid(folder / "samples", distiller, conditioning, decoder.decode)
+
+
+def build_backbone_distiller(
+    base_folder: Path,
+    embeddings_folder: Path,
+    config: DistillConfig,
+    student_folder: Path | None = None,
+    processes: Processes | None = None,
+) -> Distiller:
+    """A distillation of a pretrained backbone, at its start.
+
+    Args:
+        student_folder: what the student starts from in place of the base: SDXL's first stage, or an
+            LCM (Fig. 8). The fake score starts from the base all the same (App. D).
+
+    Raises:
+        TDMError: base, embeddings, config and student do not fit together; the message names the misfit.
+        ValueError: the model has no latents of the config's size.
+    """
+    processes = processes or Processes()
+    base, prompts = load_base_model(base_folder), EmbeddedPrompts(embeddings_folder, config.seed)
+    prompts.require(base, config.width, config.height)
+    shape = base.latent_shape(config.width, config.height, config.frames)
+    coordinates = coordinates_of(base, config)
+    roles = build_roles(base, coordinates, config, processes.device, student_folder)
+    return Distiller(Run(roles, coordinates, prompts, shape, config), processes)
+
+
+def coordinates_of(base: BaseModel, config: DistillConfig) -> Coordinates:
+    """The base's noise and prediction, a flow shifted as the config says.
+
+    Raises:
+        ConfigError: the config asks for a flow's shift, or LCM, and the base has no such thing.
+    """
+    schedule = base.noise_schedule
+    is_flow = isinstance(schedule, FlowSchedule)
+    if config.flow_shift and not is_flow:
+        raise ConfigError(
+            f"flow_shift is {config.flow_shift:g} and the base is {base.family}, a diffusion model; set flow_shift to 0"
+        )
+    if config.method == "lcm" and is_flow:
+        raise ConfigError(f"method 'lcm' knows diffusion schedules, {base.family} is a flow; set method to tdm")
+    if isinstance(schedule, FlowSchedule) and config.flow_shift:
+        schedule = replace(schedule, shift=config.flow_shift)
+    return Coordinates(schedule, base.prediction_type)
+
+
+def build_roles(
+    base: BaseModel,
+    coordinates: Coordinates,
+    config: DistillConfig,
+    device: torch.device,
+    student_folder: Path | None = None,
+) -> Roles:
+    """Teacher, student and fake score on a device, as the config shares or copies them. `base` is used up.
+
+    Raises:
+        TDMError: the student's folder does not fit.
+    """
+    torch.manual_seed(config.seed)  # adapters start at random, the same on every process
+    denoiser, student = base.denoiser, None
+    if student_folder is not None and not config.lora_rank:
+        student = load_student(copy.deepcopy(denoiser), student_folder)
+        require_step_condition(student, config, f"the student in {student_folder}")
+        student = student.to(device)
+    require_step_condition(denoiser, config, "the base model")
+    denoiser = denoiser.to(device)
+    if not config.lora_rank:
+        roles = SeparateRoles(denoiser, coordinates, student=student, precision=config.precision)
+        if config.gradient_checkpointing:
+            for role in ("student", "fake"):
+                roles.module(role).model.enable_gradient_checkpointing()  # type: ignore[operator, union-attr]
+        return roles
+    targets = LORA_TARGETS[base.family]
+    shared = LoraRoles(
+        denoiser, coordinates, config.lora_rank, config.adapter_alpha, targets, precision=config.precision
+    )
+    if student_folder is not None:
+        load_adapter(shared, student_folder, config)
+    if config.gradient_checkpointing:
+        denoiser.model.enable_gradient_checkpointing()
+    return shared
+
+
+def finetune_backbone(folder: Path, base_folder: Path, embeddings_folder: Path, config: FinetuneConfig) -> Path:
+    """Fine-tune a base on real latents, the first stage of TDM-unify-SFT.
+
+    Returns:
+        `folder / "base"`, a pipeline folder to distil: the base's own, with the fine-tuned denoiser in place.
+
+    Raises:
+        TDMError: base and embeddings do not fit, or there are no latents.
+    """
+    processes = Processes()
+    base, prompts = load_base_model(base_folder), EmbeddedPrompts(embeddings_folder, config.seed)
+    prompts.require(base, prompts.index.width, prompts.index.height)
+    coordinates = Coordinates(base.noise_schedule, base.prediction_type)
+    if config.gradient_checkpointing:
+        base.denoiser.model.enable_gradient_checkpointing()
+    denoiser = base.denoiser.to(processes.device)
+    average = finetune(folder, CleanEstimator(denoiser, coordinates, config.precision), prompts, config, processes)
+    assert isinstance(average, Denoiser)
+    result = folder / "base"
+    if processes.is_main:
+        unwanted = shutil.ignore_patterns(part_name(denoiser))
+        shutil.copytree(base_folder, result, ignore=unwanted, copy_function=_link_or_copy, dirs_exist_ok=True)
+        save_denoiser(average, result)
+    processes.wait()
+    return result
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    """Text encoders are gigabytes: share weights where the file system can. Configs are the folder's own."""
+    Path(target).unlink(missing_ok=True)
+    if source.endswith(".safetensors"):
+        with suppress(OSError):
+            os.link(os.path.realpath(source), target)
+            return
+    shutil.copy2(source, target)

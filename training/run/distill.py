@@ -1,0 +1,291 @@
+"""A distillation run: networks, optimizers and the turns they take, whatever the backbone and the method."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tdm_runtime.families.conditioning import Conditioning
+from tdm_runtime.sampling.schedule import FlowSchedule, flow_timesteps, spaced_timesteps
+from training.config import ConfigError, DistillConfig
+from training.methods.adversarial import Adversary, build_discriminator
+from training.methods.batch import Batch, PromptSource, draw, part_of
+from training.methods.lcm import LCM, ConsistencyFunction, averaged
+from training.methods.roles import CleanEstimator, Guided, Roles
+from training.methods.tdm import TDM, StudentSample
+from training.methods.trajectory import CleanEstimate, Coordinates, Start, Trajectories, build_trajectories, sample
+from training.run.loop import (
+    LoopConfig,
+    Trainable,
+    clipped_update,
+    learning_rate_at,
+    parameters_of,
+    run_loop,
+    set_learning_rate,
+    update_ema,
+)
+from training.run.processes import Processes
+
+STAGE = "tdm"
+
+
+def trajectories_of(config: DistillConfig, coordinates: Coordinates) -> Trajectories:
+    """The K-step tables of a run: the config's timesteps, else t_i = T i / K."""
+    return build_trajectories(
+        coordinates, config.solver, {k: timesteps_of(config, coordinates, k) for k in config.step_counts}
+    )
+
+
+def timesteps_of(config: DistillConfig, coordinates: Coordinates, step_count: int) -> tuple[float, ...]:
+    """K timesteps, falling."""
+    if step_count in config.timesteps:
+        return config.timesteps[step_count]
+    schedule = coordinates.schedule
+    if isinstance(schedule, FlowSchedule):
+        return tuple(flow_timesteps(schedule, step_count).tolist())
+    return tuple(spaced_timesteps("trailing", step_count, schedule.num_train_timesteps).tolist())
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a distillation is given."""
+
+    roles: Roles
+    coordinates: Coordinates
+    prompts: PromptSource
+    latent_shape: tuple[int, ...]
+    """[C, H, W] or [C, F, H, W]."""
+    config: DistillConfig
+
+
+class Distiller:
+    """Student, fake score and, for TDM-unify-GAN, discriminator, taking turns."""
+
+    def __init__(self, run: Run, processes: Processes | None = None) -> None:
+        self.run, self.config, self.roles = run, run.config, run.roles
+        self.processes = processes or Processes()
+        self.device = self.processes.device
+        self.parts = self.processes.parts(self.config.batch_size, self.config.accumulation)
+        self.trajectories = trajectories_of(self.config, run.coordinates)
+        self.average = copy.deepcopy(self.roles.module("student")).eval().requires_grad_(False)
+        self.real = Guided(self.roles.teacher, run.prompts.empty().to(self.device), self.config.guidance_scale)
+        self.method = TDM(self.roles, self.trajectories, self.config, self.real)
+        self.optimizers = {
+            "student": self._optimizer(self.roles.module("student"), self.config.student_learning_rate),
+            "fake": self._optimizer(self.roles.module("fake"), self.config.fake_learning_rate),
+        }
+        self.adversary = self._build_adversary()
+        if self.config.needs_latents:
+            self._require_latents()
+
+    # -- an iteration ------------------------------------------------------------------------------
+
+    def train_step(self, step: int, generator: torch.Generator) -> dict[str, float]:
+        """Algorithm 1: roll out, update the fake score, update the student."""
+        self._set_learning_rates(step)
+        draws = draw(self.config, self.trajectories, self.run.latent_shape, generator)
+        first = step * self.config.batch_size
+        batches = [
+            part_of(draws, part, self.run.prompts, first, self.device, has_latents=self.config.needs_latents)
+            for part in self.parts
+        ]
+        numbers = self._lcm_turn(batches) if self.config.method == "lcm" else self._tdm_turns(batches)
+        update_ema(self.average, self.roles.module("student"), step, self.config.ema_decay)
+        return {name: self.processes.mean(value) for name, value in numbers.items()}
+
+    def _tdm_turns(self, batches: Sequence[Batch]) -> dict[str, float]:
+        method = self.method
+        samples = [Generated(method, batch, method.roll_out(batch), len(batches) == 1) for batch in batches]
+        numbers: dict[str, float] = {}
+        for n in range(self.config.fake_updates):
+            losses = (method.fake_loss(s.batch, s.detached(), s.batch.fake[n]) for s in samples)
+            numbers |= self._turn("fake", losses)
+        if self.adversary is not None:
+            adversary = self.adversary
+            losses = (adversary.discriminator_loss(s.batch, s.detached(), s.batch.fake[0]) for s in samples)
+            numbers |= self._turn("discriminator", losses)
+        gaps: list[Tensor] = []
+        numbers |= self._turn("student", (self._generator_loss(s, gaps) for s in samples))
+        return numbers | {"gap_rms": torch.stack(gaps).mean().item()}
+
+    def _generator_loss(self, generated: Generated, gaps: list[Tensor]) -> Tensor:
+        batch, student = generated.batch, generated.with_gradient()
+        loss, gap = self.method.generator_loss(batch, student, batch.generator)
+        gaps.append(gap)
+        if self.adversary is not None:
+            loss = loss + self.config.adversarial_weight * self.adversary.generator_loss(
+                batch, student, batch.generator
+            )
+        return loss
+
+    def _lcm_turn(self, batches: Sequence[Batch]) -> dict[str, float]:
+        return self._turn("student", (self._lcm.loss(batch) for batch in batches))
+
+    def _turn(self, role: str, losses: Iterator[Tensor]) -> dict[str, float]:
+        """One update of one role: the mean gradient of the parts and of the processes."""
+        optimizer = self.optimizers[role]
+        optimizer.zero_grad(set_to_none=True)
+        total = 0.0
+        for loss in losses:
+            if role in ("student", "fake"):
+                self.roles.activate(role)  # type: ignore[arg-type]
+            (loss / len(self.parts)).backward()  # type: ignore[no-untyped-call]
+            total += loss.item() / len(self.parts)
+        self.processes.average_gradients(parameters_of(optimizer))
+        norm = clipped_update(optimizer, self.config.clip_norm)
+        return {f"{role}_loss": total, f"{role}_norm": norm}
+
+    # -- what is trained ---------------------------------------------------------------------------
+
+    def trainable(self) -> Trainable:
+        """Everything that a resume restores."""
+        modules = {
+            "student": self.roles.module("student"),
+            "fake": self.roles.module("fake"),
+            "average": self.average,
+        }
+        if self.adversary is not None:
+            modules["discriminator"] = self.adversary.discriminator
+        return Trainable(modules, self.optimizers)
+
+    def _optimizer(self, module: nn.Module, rate: float) -> torch.optim.AdamW:
+        """The projection of K, zero at the start, learns faster by `condition_lr_scale`."""
+        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for name, p in named if "cond_proj" not in name], "lr_scale": 1.0},
+            {
+                "params": [p for name, p in named if "cond_proj" in name],
+                "lr_scale": self.config.condition_lr_scale,
+            },
+        ]
+        groups = [group for group in groups if group["params"]]
+        return torch.optim.AdamW(groups, lr=rate, betas=self.config.betas, weight_decay=0.0)
+
+    def _build_adversary(self) -> Adversary | None:
+        if not self.config.adversarial_weight:
+            return None
+        discriminator = build_discriminator(self.roles.teacher.denoiser)  # type: ignore[arg-type]
+        self.optimizers["discriminator"] = self._optimizer(discriminator, self.config.discriminator_learning_rate)
+        return Adversary(self.method, discriminator.to(self.device))
+
+    def _require_latents(self) -> None:
+        if self.run.prompts.latents(range(1)) is None:
+            needs = "method 'lcm'" if self.config.method == "lcm" else "adversarial_weight above 0"
+            raise ConfigError(f"{needs} learns from real latents, and the prompts have none; give a set with latents")
+
+    @cached_property
+    def _lcm(self) -> LCM:
+        student = self.roles.student
+        assert isinstance(student, CleanEstimator)
+        return LCM(
+            self.real,
+            ConsistencyFunction(student),
+            ConsistencyFunction(averaged(student, self.average)),
+            self.run.coordinates,
+        )
+
+    def _set_learning_rates(self, step: int) -> None:
+        config = self.config
+        rates = {
+            "student": config.student_learning_rate,
+            "fake": config.fake_learning_rate,
+            "discriminator": config.discriminator_learning_rate,
+        }
+        for role, optimizer in self.optimizers.items():
+            rate = learning_rate_at(step, config.steps, rates[role], config.warmup_steps, config.final_lr_share)
+            set_learning_rate(optimizer, rate)
+
+    # -- sampling ----------------------------------------------------------------------------------
+
+    @contextmanager
+    def averaged_student(self) -> Iterator[CleanEstimate]:
+        """The student by its averaged weights, which are swapped in for the time of the block."""
+        current = self.roles.module("student")
+        self._swap(current)
+        try:
+            yield ConsistencyFunction(self.roles.student) if self.config.method == "lcm" else self.roles.student
+        finally:
+            self._swap(current)
+
+    @torch.no_grad()
+    def _swap(self, current: nn.Module) -> None:
+        for ours, average in zip(current.parameters(), self.average.parameters(), strict=True):
+            kept = ours.detach().clone()
+            ours.copy_(average)
+            average.copy_(kept)
+
+    @torch.no_grad()
+    def sample(
+        self, noise: Tensor, step_count: int, conditioning: Conditioning, renoise: Tensor | None = None
+    ) -> Tensor:
+        """Clean latents by the averaged student, as the runtime will sample it; `renoise` for stochastic methods."""
+        with self.averaged_student() as student:
+            return sample(
+                student,
+                self.trajectories,
+                noise,
+                step_count,
+                conditioning,
+                tells_k=self.config.tells_student,
+                renoise=renoise,
+            )
+
+
+@dataclass
+class Generated:
+    """A part's student sample. With one part the graph is kept from the first use to the last; with
+    several it is made again when it is needed, so that only one part's activations are held."""
+
+    method: TDM
+    batch: Batch
+    start: Start
+    keeps_graph: bool
+    _kept: StudentSample | None = None
+
+    def detached(self) -> StudentSample:
+        if self.keeps_graph:
+            return self.with_gradient().detach()
+        with torch.no_grad():
+            return self.method.student_step(self.batch, self.start)
+
+    def with_gradient(self) -> StudentSample:
+        if self._kept is None or not self.keeps_graph:
+            self._kept = self.method.student_step(self.batch, self.start)
+        return self._kept
+
+
+def distill(
+    folder: Path,
+    distiller: Distiller,
+    draw_samples: Callable[[int], object] | None = None,
+) -> None:
+    """Train or resume in `folder`.
+
+    Args:
+        draw_samples: called every `grid_every` iterations with the iterations done.
+    """
+    config = distiller.config
+
+    def evaluate(done: int) -> dict[str, float]:
+        if draw_samples is not None and distiller.processes.is_main:
+            draw_samples(done)
+        return {}
+
+    run_loop(
+        folder,
+        STAGE,
+        LoopConfig(config.steps, config.seed, config.save_every_s, config.log_every),
+        distiller.trainable(),
+        distiller.train_step,
+        evaluate if config.grid_every else None,
+        config.grid_every or 1,
+        is_main=distiller.processes.is_main,
+    )
+    distiller.processes.wait()

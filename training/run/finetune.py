@@ -1,0 +1,149 @@
+"""Fine-tune a teacher on real latents before it is distilled: TDM-unify-SFT, "Better Teacher Better Student"."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from training.config import ConfigError
+from training.methods.batch import PromptSource
+from training.methods.denoising import denoising_loss_at, draw_denoising
+from training.methods.precision import Precision
+from training.methods.roles import CleanEstimator
+from training.run.loop import (
+    LoopConfig,
+    Trainable,
+    clipped_update,
+    learning_rate_at,
+    parameters_of,
+    run_loop,
+    set_learning_rate,
+    update_ema,
+)
+from training.run.processes import Processes
+
+STAGE = "finetune"
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """A fine-tuning. The paper names the data (LAION-AeS-6.5+) and no numbers; the defaults are ours."""
+
+    steps: int = 10_000
+    """Optimizer iterations."""
+    batch_size: int = 64
+    """Samples of one iteration, over all processes and accumulated parts."""
+    accumulation: int = 1
+    """Parts that a process's share of the batch is cut into, one backward pass each."""
+    learning_rate: float = 1e-5
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Of AdamW."""
+    weight_decay: float = 0.01
+    warmup_steps: int = 100
+    final_lr_share: float = 1.0
+    """Share of the learning rate left at the end of a cosine; 1 is constant."""
+    clip_norm: float = 1.0
+    prompt_dropout: float = 0.1
+    """Share of prompts emptied, in [0, 1]: what guidance subtracts is learned there."""
+    ema_decay: float = 0.999
+    """Of the model that is kept."""
+    seed: int = 0
+    precision: Precision = "bf16"
+    gradient_checkpointing: bool = False
+    """Of diffusers models."""
+    save_every_s: float = 120.0
+    log_every: int = 50
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulation", "log_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 <= self.prompt_dropout <= 1:
+            raise ConfigError(f"prompt_dropout is {self.prompt_dropout}; it must be a share, in [0, 1]")
+        if not 0 <= self.ema_decay < 1:
+            raise ConfigError(f"ema_decay is {self.ema_decay}; it must be in [0, 1)")
+
+
+def finetune(
+    folder: Path,
+    estimator: CleanEstimator,
+    prompts: PromptSource,
+    config: FinetuneConfig,
+    processes: Processes | None = None,
+) -> nn.Module:
+    """Train `estimator.denoiser`, or resume in `folder`.
+
+    Args:
+        folder: of state and log. Nothing else is written: what is returned is the caller's to save.
+        estimator: on the device of `processes`; its coordinates say what it predicts. The config has the precision.
+        prompts: with latents.
+
+    Returns:
+        The average of the denoiser's weights, a module like it, in eval mode.
+
+    Raises:
+        ConfigError: the prompts have no latents.
+        TrainingDivergedError: the last state in `folder` is from before.
+    """
+    processes = processes or Processes()
+    if prompts.latents(range(1)) is None:
+        raise ConfigError("fine-tuning learns from real latents, and the prompts have none; give a set with latents")
+    model = estimator.denoiser.train().requires_grad_(True)
+    average = copy.deepcopy(model).eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
+    )
+    step_of = _FinetuneStep(
+        replace(estimator, precision=config.precision), average, optimizer, prompts, config, processes
+    )
+    run_loop(
+        folder,
+        STAGE,
+        LoopConfig(config.steps, config.seed, config.save_every_s, config.log_every),
+        Trainable({"model": model, "average": average}, {"model": optimizer}),
+        step_of.train_step,
+        is_main=processes.is_main,
+    )
+    processes.wait()
+    return average
+
+
+@dataclass(frozen=True)
+class _FinetuneStep:
+    estimator: CleanEstimator
+    average: nn.Module
+    optimizer: torch.optim.Optimizer
+    prompts: PromptSource
+    config: FinetuneConfig
+    processes: Processes
+
+    def train_step(self, step: int, generator: torch.Generator) -> dict[str, float]:
+        """Draw for the whole batch, train on this process's parts of it, average the gradients."""
+        config, device = self.config, self.processes.device
+        rate = learning_rate_at(step, config.steps, config.learning_rate, config.warmup_steps, config.final_lr_share)
+        set_learning_rate(self.optimizer, rate)
+        first = step * config.batch_size
+        parts = self.processes.parts(config.batch_size, config.accumulation)
+        latent = self.prompts.latents(range(first, first + 1))
+        assert latent is not None, "checked at the start"
+        shape = (config.batch_size, *latent.shape[1:])
+        draws = draw_denoising(self.estimator.coordinates, shape, config.prompt_dropout, generator)
+        self.optimizer.zero_grad(set_to_none=True)
+        total = 0.0
+        empty = self.prompts.empty().to(device)
+        for part in parts:
+            numbers = range(first + part.start, first + part.stop)
+            latents = self.prompts.latents(numbers)
+            assert latents is not None, "checked at the start"
+            conditioning = self.prompts.conditioning(numbers).to(device)
+            loss = denoising_loss_at(self.estimator, latents.to(device), conditioning, empty, draws[part])
+            (loss / len(parts)).backward()  # type: ignore[no-untyped-call]
+            total += loss.item() / len(parts)
+        self.processes.average_gradients(parameters_of(self.optimizer))
+        norm = clipped_update(self.optimizer, config.clip_norm)
+        update_ema(self.average, self.estimator.denoiser, step, config.ema_decay)
+        return {"loss": self.processes.mean(total), "norm": norm}

@@ -1,0 +1,76 @@
+"""Pictures of a run: its log as curves, its samples as a grid."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tdm_runtime.families.conditioning import Conditioning
+from tdm_runtime.model.decoder import Pixels
+from training.run.distill import Distiller
+from training.run.loop import LOG_FILE
+
+PLOT_FILE = "metrics.png"
+NOT_CURVES = frozenset({"step", "stage"})
+
+
+def plot_log(folder: Path) -> Path:
+    """Draw every number of `folder/log.jsonl` over the iterations, one panel each.
+
+    Raises:
+        FileNotFoundError: there is no log.
+    """
+    from matplotlib.figure import Figure
+
+    rows = [json.loads(line) for line in (folder / LOG_FILE).read_text(encoding="utf-8").splitlines()]
+    names = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in NOT_CURVES]
+    columns = min(3, len(names))
+    figure = Figure(figsize=(4 * columns, 2.4 * -(-len(names) // columns)), layout="constrained")
+    panels = figure.subplots(-(-len(names) // columns), columns, squeeze=False).ravel()
+    for panel, name in zip(panels, names, strict=False):
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        panel.plot(*zip(*points, strict=True), linewidth=1)
+        panel.set_title(name, fontsize=9)
+        panel.grid(alpha=0.3)
+    for panel in panels[len(names) :]:
+        panel.set_axis_off()
+    figure.supxlabel("iteration", fontsize=9)
+    figure.savefig(folder / PLOT_FILE, dpi=110)
+    return folder / PLOT_FILE
+
+
+class SampleGrid:
+    """The same prompts from the same noise, every K across, again and again while a run goes on."""
+
+    def __init__(
+        self,
+        folder: Path,
+        distiller: Distiller,
+        conditioning: Conditioning,
+        decode: Callable[[Tensor], Pixels],
+    ) -> None:
+        """`decode`: latents [B, C, H, W] -> pictures, uint8 [B, H, W, 3]."""
+        self.folder, self.distiller, self.conditioning, self.decode = folder, distiller, conditioning, decode
+        shape = (len(conditioning), *distiller.run.latent_shape)
+        generator = torch.Generator().manual_seed(0)
+        self.noise = torch.randn(shape, generator=generator).to(distiller.device)
+        rows = max(distiller.trajectories.step_counts)
+        self.renoise = torch.randn(shape[0], rows, *shape[1:], generator=generator).to(distiller.device)
+
+    def draw(self, done: int) -> Path:
+        """Write `folder/NNNNNN.png`: prompts down, K across."""
+        renoise = self.renoise if self.distiller.config.samples_with_noise else None
+        columns = [
+            np.concatenate(list(self.decode(self.distiller.sample(self.noise, k, self.conditioning, renoise))))
+            for k in self.distiller.trajectories.step_counts
+        ]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / f"{done:06d}.png"
+        Image.fromarray(np.concatenate(columns, axis=1)).save(file)
+        return file
