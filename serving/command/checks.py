@@ -115,7 +115,7 @@ def check_artifacts(checkpoint: Checkpoint, config: BackendConfig) -> None:
         command += ["--backend", config.backend]
     if config.precision is not None:
         command += ["--precision", config.precision]
-    if subprocess.run(command, stdout=subprocess.DEVNULL, cwd=Path(__file__).resolve().parent.parent).returncode == 0:
+    if subprocess.run(command, stdout=subprocess.DEVNULL, cwd=Path(__file__).resolve().parents[2]).returncode == 0:
         return
     if config.backend != "auto" and not config.allow_fallback:
         raise ArtifactError("the artifacts could not be built, see above; --allow-fallback serves with torch")

@@ -43,7 +43,7 @@ TINY_VAE_WEIGHTS = f"{TINY_VAE}/diffusion_pytorch_model.safetensors"
 TINY_VAE_FILES = (TINY_VAE_WEIGHTS, f"{TINY_VAE}/config.json")
 """All there where the folder is."""
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-DEFAULT_CHECKPOINT = Path(__file__).resolve().parent.parent / "checkpoints" / "tdm-emoji"
+DEFAULT_CHECKPOINT = Path(__file__).resolve().parents[2] / "checkpoints" / "tdm-emoji"
 
 
 @dataclass(frozen=True)

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    pass
-from typing import TYPE_CHECKING
-
-from export.errors import ExportError
 from tdm_runtime.backends.interface import DType, Interface, TensorSpec
+from tdm_runtime.errors import CheckpointError
 from tdm_runtime.families import Denoiser
 from tdm_runtime.families.cogvideox import CogVideoXDenoiser
 from tdm_runtime.families.pixart import PixArtDenoiser
 from tdm_runtime.families.sd3 import SD3Denoiser
-
-if TYPE_CHECKING:
-    pass
 
 
 def denoiser_interface(
@@ -62,12 +54,12 @@ def interface_of(denoiser: Denoiser, tokens: int | str, text_dim: int) -> Interf
         text_dim: D of the prompt embeddings.
 
     Raises:
-        ExportError: the model reads a fixed number of tokens, and another one was given.
+        CheckpointError: the model reads a fixed number of tokens, and another one was given.
     """
     config = denoiser.model.config
     is_video = isinstance(denoiser, CogVideoXDenoiser)
     if is_video and not config.use_rotary_positional_embeddings and tokens != config.max_text_seq_length:
-        raise ExportError(
+        raise CheckpointError(
             f"tokens is {tokens!r}; without rotary embeddings CogVideoX reads exactly {config.max_text_seq_length}"
         )
     extra: dict[str, tuple[DType, tuple[int | str, ...]]] = {}

@@ -22,7 +22,7 @@ from tests.training.run.small_run import KINDS, run
 from training.run.loop import LOG_FILE, STATE_FILE
 from training.run.processes import Processes
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 PROGRAM = "tests.training.run.small_run"
 STEPS = 3
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
