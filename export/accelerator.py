@@ -37,8 +37,10 @@ from tdm_runtime.backends.machine import TOOLS, gpu_architecture, installed
 from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT, open_checkpoint
 from tdm_runtime.checkpoint.recipe import load_recipe
 from tdm_runtime.errors import BackendError
+from tdm_runtime.families.call import denoiser_arguments
+from tdm_runtime.families.conditioning import Conditioning
 from tdm_runtime.model.components import load_component
-from tdm_runtime.sampling.sampler import apply_step, gather_rows
+from tdm_runtime.sampling.sampler import solve
 
 STEPS = 4
 PARTS: tuple[ComponentName, ...] = ("text_encoder", "denoiser", "decoder")
@@ -197,15 +199,19 @@ def _onnx(part: Part, dtype: torch.dtype, title: str, folder: Path) -> Path:
 def picture(backends: Backends, parts: Model, device: torch.device) -> Tensor:
     """Make one picture, uint8 [1, H, W, 3], as `tdm_runtime.pipeline.generate` does, from random conditioning."""
     table = load_recipe(DEFAULT_CHECKPOINT).step_tables[STEPS]
-    noise, _, _, prompt_embeds, *rest = parts["denoiser"].inputs(1, device)
+    names = [spec.name for spec in parts["denoiser"].interface.inputs]
+    drawn = dict(zip(names, parts["denoiser"].inputs(1, device), strict=True))
+    noise = drawn.pop("latents")
+    for name in ("timesteps", "step_counts"):
+        del drawn[name]
     if "text_encoder" in backends:
-        prompt_embeds = backends["text_encoder"](*parts["text_encoder"].inputs(1, device))
-    step_counts = torch.tensor([STEPS], device=device)
-    latents, denoised = table.initial_scale * noise, torch.zeros_like(noise)
-    for step_index in range(STEPS):
-        rows = gather_rows([(table, step_index)], device)
-        model_output = backends["denoiser"](latents, rows[:, 0], step_counts, prompt_embeds, *rest)
-        latents, denoised = apply_step(rows, latents, model_output, denoised)
+        drawn["prompt_embeds"] = backends["text_encoder"](*parts["text_encoder"].inputs(1, device))
+    prompt, step_counts = Conditioning(**drawn), torch.tensor([STEPS], device=device)
+
+    def predict(latents: Tensor, timesteps: Tensor) -> Tensor:
+        return backends["denoiser"](*denoiser_arguments(names, latents, timesteps, step_counts, prompt))
+
+    *_, (latents, _) = solve(table, noise, predict)
     return backends["decoder"](latents)
 
 

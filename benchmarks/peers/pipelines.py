@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
 import torch
+from torch import Tensor
 
 from tdm_runtime.checkpoint.folder import open_checkpoint
 from tdm_runtime.model.decoder import Pixels
-from tdm_runtime.model.loaded_model import LoadedModel
+from tdm_runtime.model.loaded_model import LoadedModel, denoise
+from tdm_runtime.model.text_encoder import conditioning_of
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.sampling.noise import initial_noise
-from tdm_runtime.sampling.sampler import apply_step, gather_rows
+from tdm_runtime.sampling.sampler import solve
 
 PeerBackend = Literal["stock-fp32", "stock-bf16", "ours"]
 PEER_BACKENDS: tuple[PeerBackend, ...] = get_args(PeerBackend)
@@ -89,15 +91,14 @@ def generate_batch(model: LoadedModel, batch: Sequence[SamplingParams]) -> list[
     table = model.recipe.step_tables[first.num_inference_steps]
     device = model.denoiser.device
     shape = (1, *model.latent_shape(first))
-    prompt_embeds = torch.stack([model.text_encoder.encode(params.prompt).prompt_embeds for params in batch])
+    prompt = conditioning_of([model.text_encoder.encode(params.prompt) for params in batch])
     step_counts = torch.full((len(batch),), first.num_inference_steps, device=device)
     noise = torch.cat([initial_noise(params.seed, shape) for params in batch])
-    latents = table.initial_scale * noise.to(device)
-    denoised = torch.zeros_like(latents)
-    for step_index in range(table.num_inference_steps):
-        rows = gather_rows([(table, step_index)] * len(batch), device)
-        model_output = model.denoiser(latents, rows[:, 0], step_counts, prompt_embeds)
-        latents, denoised = apply_step(rows, latents, model_output, denoised)
+
+    def predict(latents: Tensor, timesteps: Tensor) -> Tensor:
+        return denoise([model] * len(batch), latents, timesteps, step_counts, prompt)
+
+    *_, (latents, _) = solve(table, noise.to(device), predict)
     return list(model.decoders[first.decoder].decode(latents))
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from tdm_runtime.engine.sample import Sample
 from tdm_runtime.errors import GenerationError, NotFiniteError, TDMError
 from tdm_runtime.model.decoder import Pixels
-from tdm_runtime.model.loaded_model import adapter_inputs
+from tdm_runtime.model.loaded_model import denoise
+from tdm_runtime.model.text_encoder import conditioning_of
 from tdm_runtime.params import DecoderName
 from tdm_runtime.sampling.noise import initial_noise
 from tdm_runtime.sampling.sampler import apply_step, gather_rows
@@ -21,7 +22,7 @@ from tdm_runtime.sampling.sampler import apply_step, gather_rows
 logger = logging.getLogger(__name__)
 
 Stepped = tuple[Tensor, Tensor]
-"""A sample's next latents and its denoised estimate, [C, H, W] each."""
+"""Next latents and denoised estimate of a sample, [C, H, W] or [C, F, H, W] each."""
 Result = TypeVar("Result")
 
 
@@ -83,16 +84,14 @@ class ModelCalls:
     @torch.inference_mode()
     def _stepped(self, samples: Sequence[Sample]) -> list[Stepped | TDMError]:
         """One denoiser call and one fused solver update."""
-        denoiser = samples[0].model.denoiser  # of one lane, so of all
-        device = denoiser.device
+        device = samples[0].model.denoiser.device  # samples of one lane share their denoiser
         rows = gather_rows([(s.table, s.step_index) for s in samples], device)
         step_counts = torch.from_numpy(np.array([s.params.num_inference_steps for s in samples])).to(device)
-        prompt_embeds = _stacked([s.prompt.prompt_embeds for s in samples if s.prompt is not None])
+        prompt = conditioning_of([s.prompt for s in samples if s.prompt is not None])
         latents = _stacked([s.latents for s in samples])
         needs_previous = any(s.table.c[s.step_index] for s in samples)
         previous = _stacked([s.denoised for s in samples]) if needs_previous else None
-        adapters = adapter_inputs([s.model for s in samples])
-        model_output = denoiser(latents, rows[:, 0], step_counts, prompt_embeds, *adapters)
+        model_output = denoise([s.model for s in samples], latents, rows[:, 0], step_counts, prompt)
         latents, denoised = apply_step(rows, latents, model_output, previous)
         is_finite = torch.isfinite(latents.flatten(1).sum(1)).tolist()
         return [

@@ -9,11 +9,23 @@ from tdm_runtime.engine.delivery import Delivery
 from tdm_runtime.engine.sample import Sample
 from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.params import SamplingParams
-from tdm_runtime.scheduling.cost_model import CostModel
+from tdm_runtime.scheduling.cost_model import CostModel, Kind
 from tdm_runtime.scheduling.work import Lane
 
 BACKGROUND_PATIENCE = 50.0
 """Times the patience of others; then background work is as urgent as what arrives just now, so that it is done."""
+
+
+def call_kind(model: LoadedModel, stage: str, shape: tuple[int, ...] = ()) -> Kind:
+    """Return the kind of a model's call; samples of one kind can share a call. LoRAs of one base share their kinds.
+
+    Args:
+        stage: see `Kind.stage`.
+        shape: of one sample's latents, where it matters.
+    """
+    if not model.is_lora:
+        return Kind(stage, shape, model.name)
+    return Kind(stage, shape, f"{model.base}" if stage.startswith("decode") else f"{model.base} with LoRAs")
 
 
 class Intake:
@@ -40,14 +52,14 @@ class Intake:
         open_steps = delivery.open_step_counts(params, model.recipe.step_counts)
         alone = order if delivery.strict and not model.is_batch_invariant else None
         sample = Sample(
-            denoise=Lane(model.kind("denoise", shape), alone),
-            decode=Lane(model.kind(f"decode:{params.decoder}", shape), alone),
+            denoise=Lane(call_kind(model, "denoise", shape), alone),
+            decode=Lane(call_kind(model, f"decode:{params.decoder}", shape), alone),
             steps_left=params.num_inference_steps,
             urgency=(now_s, order),
             open_steps=open_steps,
             needs_text=model.text_encoder.expect(params.prompt),
-            text=model.kind("text"),
-            preview=model.kind(f"decode:{model.preview_decoder}", shape),
+            text=call_kind(model, "text"),
+            preview=call_kind(model, f"decode:{model.preview_decoder}", shape),
             previews_left=delivery.num_previews,
             model=model,
             params=params,

@@ -49,7 +49,7 @@ class Picture:
     params: SamplingParams
     """As it was made: the step count is the one that was taken."""
     pixels: Pixels
-    """uint8 [H, W, 3]."""
+    """uint8 [H, W, 3], of a clip [F, H, W, 3]."""
     timings: Timings
     prompt: PromptEmbedding
     predicted_ms: float
@@ -76,9 +76,9 @@ class Sample(Work):
     draft_of: Sample | None = None
     """The sample that this one is a quick look at."""
     latents: Tensor | None = None
-    """[C, H, W] once the first step is due."""
+    """[C, H, W] or [C, F, H, W]; None until the first step is due."""
     denoised: Tensor | None = None
-    """Of the step before, [C, H, W]."""
+    """Denoised estimate of the previous step, same shape as latents."""
     prompt: PromptEmbedding | None = None
     timings: Timings = field(default_factory=Timings)
 

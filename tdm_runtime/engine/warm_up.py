@@ -12,9 +12,10 @@ from torch import Tensor
 
 from tdm_runtime.engine.delivery import Delivery
 from tdm_runtime.engine.engine import DiffusionEngine
+from tdm_runtime.engine.intake import call_kind
 from tdm_runtime.model.decoder import Decoder
-from tdm_runtime.model.loaded_model import LoadedModel, adapter_inputs
-from tdm_runtime.model.text_encoder import TextEncoder
+from tdm_runtime.model.loaded_model import LoadedModel, denoise
+from tdm_runtime.model.text_encoder import PromptEmbedding, TextEncoder, conditioning_of
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.scheduling.cost_model import MIN_GAIN, Kind
 
@@ -50,7 +51,7 @@ def warm_up(engine: DiffusionEngine, model: LoadedModel | None = None) -> None:
 
 def _learn_costs(engine: DiffusionEngine, model: LoadedModel) -> None:
     numbers = itertools.count()
-    _learn(engine, model.kind("text"), partial(_encode, model.text_encoder, numbers), capacity=1)
+    _learn(engine, call_kind(model, "text"), partial(_encode, model.text_encoder, numbers), capacity=1)
     size = 2
     while size <= engine.config.max_batch_size:  # newcomers are encoded together; what that saves is not counted on
         _seconds(engine, partial(_encode, model.text_encoder, numbers), size)
@@ -58,9 +59,9 @@ def _learn_costs(engine: DiffusionEngine, model: LoadedModel) -> None:
     for width, height in model.recipe.native_sizes:
         params = SamplingParams(PROMPT, 0, model.recipe.default_steps, width, height)
         shape = model.latent_shape(params)
-        _learn(engine, model.kind("denoise", shape), _denoise(engine, model, params))
+        _learn(engine, call_kind(model, "denoise", shape), _denoise(engine, model, params))
         for name, decoder in model.decoders.items():
-            kind = model.kind(f"decode:{name}", shape)
+            kind = call_kind(model, f"decode:{name}", shape)
             if engine.call_seconds(kind):
                 continue  # a LoRA decodes as its base does
             latents = torch.zeros(engine.config.max_batch_size, *shape, device=model.denoiser.device)
@@ -82,14 +83,12 @@ def _denoise(engine: DiffusionEngine, model: LoadedModel, params: SamplingParams
     latents = torch.randn(count, *model.latent_shape(params)).to(device)
     timesteps = torch.full((count,), float(model.recipe.step_tables[steps].timesteps[0]), device=device)
     step_counts = torch.full((count,), steps, device=device)
-    prompts: list[Tensor] = []
-    engine.run_on_thread(lambda: prompts.append(model.text_encoder.encode(params.prompt).prompt_embeds))
-    embeds = torch.stack(prompts * count)
-
-    inputs = (latents, timesteps, step_counts, embeds, *adapter_inputs([model] * count))
+    prompts: list[PromptEmbedding] = []
+    engine.run_on_thread(lambda: prompts.append(model.text_encoder.encode(params.prompt)))
 
     def call(size: int) -> object:
-        output = model.denoiser(*(tensor[:size] for tensor in inputs))
+        prompt = conditioning_of(prompts * size)
+        output = denoise([model] * size, latents[:size], timesteps[:size], step_counts[:size], prompt)
         return output.sum().item()  # waits for a GPU
 
     return call

@@ -40,7 +40,7 @@ class Receipt:
     backend: str
     """What ran it, as "openvino bf16"."""
     bucket: tuple[int, ...]
-    """Latent shape [C, H, W]: what it shared calls with."""
+    """Latent shape, [C, H, W] or [C, F, H, W]; samples of one shape can share calls."""
     is_strict: bool
     """Whether the same bits come of it, on this backend, whatever shares the call."""
     pixels_sha256: str

@@ -18,7 +18,7 @@ import torch
 
 from tdm_runtime.backends import BackendName, Precision
 from tdm_runtime.backends.machine import TOOLS, gpu_architecture, installed
-from tdm_runtime.checkpoint.folder import Checkpoint, file_sha256, open_checkpoint
+from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT, Checkpoint, file_sha256, open_checkpoint
 from tdm_runtime.checkpoint.manifest import (
     MANIFEST_FILE,
     PictureParity,
@@ -26,7 +26,8 @@ from tdm_runtime.checkpoint.manifest import (
 )
 from tdm_runtime.errors import ArtifactError, BackendError
 from tdm_runtime.model.artifacts import Artifacts, BackendConfig
-from tdm_runtime.model.loaded_model import LoadedModel
+from tdm_runtime.model.loaded_model import LoadedModel, denoise
+from tdm_runtime.model.text_encoder import conditioning_of
 from tdm_runtime.params import SamplingParams
 
 MIN_PSNR_DB = 35.0
@@ -75,17 +76,20 @@ class Choice:
 _ADAPTER = pydantic.TypeAdapter(Choice)
 
 
-def load_model(folder: Path, config: BackendConfig = BackendConfig(), device: str | None = None) -> LoadedModel:
+def load_model(
+    folder: Path | str = DEFAULT_CHECKPOINT, config: BackendConfig = BackendConfig(), device: str | None = None
+) -> LoadedModel:
     """Open, check and load a checkpoint.
 
     Args:
+        folder: Checkpoint folder; the embedded checkpoint by default.
         device: in place of `config.device`.
 
     Raises:
         CheckpointError: the folder cannot be served; the message says why and what to do.
         BackendError: the backend cannot run here, or its artifacts are not of this checkpoint and machine.
     """
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_checkpoint(Path(folder))
     config = replace(config, device=device or config.device)
     try:
         return _loaded(checkpoint, config)
@@ -215,13 +219,13 @@ def picture_seconds(model: LoadedModel) -> float:
     width, height = recipe.native_sizes[0]
     params = SamplingParams("warm-up", 0, recipe.default_steps, width, height)
     device = model.denoiser.device
-    prompt_embeds = model.text_encoder.encode(params.prompt).prompt_embeds[None]
+    prompt = conditioning_of([model.text_encoder.encode(params.prompt)])
     latents = torch.zeros(1, *model.latent_shape(params), device=device)
-    timesteps = torch.full((1,), recipe.step_tables[recipe.default_steps].timesteps[0], dtype=torch.float32)
+    timesteps = torch.full((1,), recipe.step_tables[recipe.default_steps].timesteps[0], dtype=torch.float32).to(device)
     step_counts = torch.tensor([recipe.default_steps], device=device)
-    denoise = partial(model.denoiser, latents, timesteps.to(device), step_counts, prompt_embeds)
+    step = partial(denoise, [model], latents, timesteps, step_counts, prompt)
     decode = partial(model.decoders["full"].decode, latents)
-    return recipe.default_steps * _seconds(denoise) + _seconds(decode)
+    return recipe.default_steps * _seconds(step) + _seconds(decode)
 
 
 def _seconds(call: Callable[[], object]) -> float:

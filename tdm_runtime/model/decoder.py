@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,7 @@ TILE_OVERLAP = 0.25
 
 
 class Decoder:
-    """An autoencoder's decoder. Batches that are too large for one call are sliced, pictures that are, tiled."""
+    """Decoder of an autoencoder. Batches that are too large for one call are sliced, pictures that are, tiled."""
 
     def __init__(self, backend: Backend, downscale: int, max_call_pixels: int = MAX_CALL_PIXELS) -> None:
         self.backend = backend
@@ -34,31 +35,37 @@ class Decoder:
         self._max_call_latents = max_call_pixels // downscale**2
 
     def decode(self, latents: Tensor) -> Pixels:
-        """Return uint8 [B, H, W, 3] for latents [B, C, H / downscale, W / downscale]."""
-        height, width = latents.shape[-2:]
-        samples_a_call = self._max_call_latents // (height * width)
+        """Return uint8 [B, H, W, 3] for latents [B, C, h, w], or [B, frames, H, W, 3] for latents [B, C, F, h, w].
+
+        H = h * downscale, W = w * downscale.
+        """
+        samples_a_call = self._max_call_latents // math.prod(latents.shape[2:])
         if samples_a_call == 0:
             return np.stack([self._tiled(sample) for sample in latents])
         slices = [self.backend(part).cpu().numpy() for part in torch.split(latents, samples_a_call)]
         return slices[0] if len(slices) == 1 else np.concatenate(slices)
 
     def _tiled(self, latents: Tensor) -> Pixels:
-        """Decode one picture, latents [C, h, w], in overlapping tiles that fade into each other."""
-        side = int(self._max_call_latents**0.5)
+        """Decode one sample, latents [C, h, w] or [C, F, h, w], in overlapping tiles that fade into each other."""
+        num_latent_frames = math.prod(latents.shape[1:-2])
+        side = max(1, int((self._max_call_latents / num_latent_frames) ** 0.5))
         height, width = (size * self.downscale for size in latents.shape[-2:])
-        total = np.zeros((height, width, 3), dtype=np.float32)
+        total: NDArray[np.float32] | None = None
         weights = np.zeros((height, width, 1), dtype=np.float32)
         for top in _tile_starts(latents.shape[-2], side):
             for left in _tile_starts(latents.shape[-1], side):
-                tile = latents[None, :, top : top + side, left : left + side].contiguous()
+                tile = latents[None, ..., top : top + side, left : left + side].contiguous()
                 pixels = self.backend(tile)[0].cpu().numpy()
                 rows, columns = (
                     slice(s * self.downscale, s * self.downscale + n)
-                    for s, n in zip((top, left), pixels.shape[:2], strict=True)
+                    for s, n in zip((top, left), pixels.shape[-3:-1], strict=True)
                 )
                 fade = np.outer(_fade(rows, height), _fade(columns, width))[..., None]
-                total[rows, columns] += fade * pixels
+                if total is None:
+                    total = np.zeros((*pixels.shape[:-3], height, width, 3), dtype=np.float32)
+                total[..., rows, columns, :] += fade * pixels
                 weights[rows, columns] += fade
+        assert total is not None, "a picture has at least one tile"
         blended: Pixels = (total / weights).round().astype(np.uint8)
         return blended
 

@@ -42,11 +42,12 @@ def load_with_torch(
     on = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = TORCH_DTYPES[precision]
 
-    def run(name: ComponentName) -> Backend:
+    def run(name: ComponentName) -> tuple[Backend, Interface]:
         module, interface = load_component(checkpoint, name)
         # The decoder works beside the denoiser. OpenMP workers stop spinning, and a step takes twice as
         # long, once there are more of them than cores, so only the denoiser's thread may have a team.
-        return _torch_backend(backend, module, interface, on, dtype, 1 if name.endswith("decoder") else threads)
+        team = 1 if name.endswith("decoder") else threads
+        return _torch_backend(backend, module, interface, on, dtype, team), interface
 
     return _assembled(checkpoint, f"{backend} {precision}", run, {})
 
@@ -62,8 +63,8 @@ def load_build(
     """
     check_build(manifest, build, folder, checkpoint)
 
-    def run(name: ComponentName) -> Backend:
-        return component_backend(manifest, build, folder, name, threads)
+    def run(name: ComponentName) -> tuple[Backend, Interface]:
+        return component_backend(manifest, build, folder, name, threads), manifest.interfaces[name]
 
     return _assembled(checkpoint, build.name, run, build.pictures)
 
@@ -118,22 +119,25 @@ def _torch_backend(
 def _assembled(
     checkpoint: Checkpoint,
     backend: str,
-    run: Callable[[ComponentName], Backend],
+    run: Callable[[ComponentName], tuple[Backend, Interface]],
     parity: Mapping[int, PictureParity],
 ) -> LoadedModel:
     names = component_names(checkpoint)
-    decoders: dict[DecoderName, Decoder] = {"full": Decoder(run("decoder"), checkpoint.downscale)}
+    decoders: dict[DecoderName, Decoder] = {"full": Decoder(run("decoder")[0], checkpoint.downscale)}
     if "tiny_decoder" in names:
-        decoders["tiny"] = Decoder(run("tiny_decoder"), checkpoint.downscale)
+        decoders["tiny"] = Decoder(run("tiny_decoder")[0], checkpoint.downscale)
     _check_sizes(checkpoint)
+    denoiser, interface = run("denoiser")
     return LoadedModel(
         recipe=checkpoint.recipe,
         digest=checkpoint.digest,
         backend=backend,
-        text_encoder=TextEncoder(checkpoint.load_tokenizer(), run("text_encoder")),
-        denoiser=run("denoiser"),
+        text_encoder=TextEncoder(checkpoint.load_tokenizer(), run("text_encoder")[0]),
+        denoiser=denoiser,
+        denoiser_inputs=tuple(spec.name for spec in interface.inputs),
         decoders=decoders,
         latent_channels=checkpoint.latent_channels,
+        latent_frames=None,
         parity=parity,
     )
 

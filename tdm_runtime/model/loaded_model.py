@@ -12,10 +12,11 @@ from tdm_runtime.backends import Backend
 from tdm_runtime.checkpoint.manifest import PictureParity
 from tdm_runtime.checkpoint.recipe import Recipe
 from tdm_runtime.errors import InvalidRequestError
+from tdm_runtime.families.call import denoiser_arguments
+from tdm_runtime.families.conditioning import Conditioning
 from tdm_runtime.model.decoder import Decoder
 from tdm_runtime.model.text_encoder import TextEncoder
 from tdm_runtime.params import DecoderName, SamplingParams
-from tdm_runtime.scheduling.cost_model import Kind
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,13 @@ class LoadedModel:
     """What runs it, as "openvino bf16"."""
     text_encoder: TextEncoder
     denoiser: Backend
+    denoiser_inputs: tuple[str, ...]
+    """Names of the denoiser's inputs, in order."""
     decoders: Mapping[DecoderName, Decoder]
     """"full" and, where the checkpoint has one, "tiny"."""
     latent_channels: int
+    latent_frames: int | None
+    """Latent frames F of a clip; None where the model makes pictures."""
     parity: Mapping[int, PictureParity]
     """Step count K -> how close its pictures come to torch float32; empty where nobody measured."""
     choice: str = ""
@@ -46,16 +51,16 @@ class LoadedModel:
         """What requests call it."""
         return self.recipe.name
 
-    def kind(self, stage: str, shape: tuple[int, ...] = ()) -> Kind:
-        """A call of this model; those of one kind can be one call. LoRAs of one base share theirs."""
-        if self.base is None:
-            return Kind(stage, shape, self.name)
-        return Kind(stage, shape, self.base if stage.startswith("decode") else f"{self.base} with LoRAs")
+    @property
+    def is_lora(self) -> bool:
+        """Whether this is a LoRA on a base, whose denoiser it shares with the base's other LoRAs."""
+        return self.base is not None
 
-    def latent_shape(self, params: SamplingParams) -> tuple[int, int, int]:
-        """[C, H, W] of a request's latents."""
+    def latent_shape(self, params: SamplingParams) -> tuple[int, ...]:
+        """Shape of a request's latents: [C, H, W], of a clip [C, F, H, W]."""
         downscale = self.decoders["full"].downscale
-        return (self.latent_channels, params.height // downscale, params.width // downscale)
+        frames = () if self.latent_frames is None else (self.latent_frames,)
+        return (self.latent_channels, *frames, params.height // downscale, params.width // downscale)
 
     @property
     def preview_decoder(self) -> DecoderName:
@@ -81,7 +86,20 @@ class LoadedModel:
             )
 
 
-def adapter_inputs(models: Sequence[LoadedModel]) -> tuple[Tensor, ...]:
-    """What the denoiser that some samples' models share reads beside its usual inputs: of LoRAs, their numbers, [B]."""
+def denoise(
+    models: Sequence[LoadedModel], latents: Tensor, timesteps: Tensor, step_counts: Tensor | None, prompt: Conditioning
+) -> Tensor:
+    """Call the denoiser that the models of a batch share.
+
+    Args:
+        models: The model of each sample: B times the same, or LoRAs of one base.
+        latents, timesteps, step_counts, prompt: see `denoiser_arguments`.
+
+    Returns:
+        The model output, same shape as latents.
+    """
+    denoiser = models[0].denoiser
     numbers = [model.adapter for model in models if model.adapter is not None]
-    return (torch.tensor(numbers, device=models[0].denoiser.device),) if numbers else ()
+    adapters = torch.tensor(numbers, device=denoiser.device) if numbers else None
+    names = models[0].denoiser_inputs
+    return denoiser(*denoiser_arguments(names, latents, timesteps, step_counts, prompt, adapters))

@@ -10,7 +10,6 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +18,9 @@ from torch import Tensor, nn
 from tdm_runtime.backends.interface import Interface
 from tdm_runtime.backends.pytorch import TorchBackend
 from tdm_runtime.checkpoint.folder import Checkpoint
-from tdm_runtime.checkpoint.lora_file import DENOISER, TEXT_ENCODER, LoraFile, LoraLayer, read_lora
+from tdm_runtime.checkpoint.lora_file import DENOISER, TEXT_ENCODER, LoraFile, LoraLayer
 from tdm_runtime.errors import CheckpointError
+from tdm_runtime.families.call import ADAPTERS
 from tdm_runtime.model.components import load_component
 from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.model.text_encoder import TextEncoder
@@ -44,6 +44,8 @@ class AdapterBank:
         self.name = f"torch {'bf16' if dtype == torch.bfloat16 else 'fp32'}"
         self._dtype = dtype
         self._backend = TorchBackend(module, device, dtype, threads, interface)
+        self.inputs = (*(spec.name for spec in interface.inputs), ADAPTERS)
+        """Names of the inputs, in order."""
         modules = module.get_submodule("model").named_modules()
         self._layers = {name: layer for name, layer in modules if isinstance(layer, nn.Linear | nn.Conv2d)}
         self._flat_names = {name.replace(".", "_"): name for name in self._layers}
@@ -54,7 +56,7 @@ class AdapterBank:
             layer.register_forward_hook(self._hook(name))
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        """Run the module; the last tensor is each sample's adapter, int64 [B]."""
+        """Run the module with the tensors of `inputs`."""
         *usual, adapters = inputs
         self._rows = {number: (adapters == number).nonzero()[:, 0] for number in set(adapters.tolist())}
         try:
@@ -171,6 +173,7 @@ class LoraBase:
             backend=denoiser.name,
             text_encoder=text_encoder,
             denoiser=denoiser,
+            denoiser_inputs=denoiser.inputs,
             parity={},
             choice="",
             base=self.model.name,
@@ -204,13 +207,3 @@ class PreparedLora:
     """sha256 of base, file and scale."""
     layers: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]] = field(repr=False)
     """Component -> layer -> A and scale * alpha / rank * B."""
-
-
-def with_lora(checkpoint: Checkpoint, model: LoadedModel, name: str, path: Path, scale: float = 1.0) -> LoadedModel:
-    """A model with one LoRA on it.
-
-    Raises:
-        CheckpointError: the file is no LoRA, or one of another base.
-    """
-    base = LoraBase(checkpoint, model)
-    return base.attach(base.prepare(name, read_lora(path), scale))

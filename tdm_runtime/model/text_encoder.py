@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tdm_runtime.backends import Backend
 from tdm_runtime.checkpoint.tokenizer import PromptTokenizer
+from tdm_runtime.families.conditioning import Conditioning
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,12 @@ class PromptEmbedding:
     @property
     def is_truncated(self) -> bool:
         return self.num_tokens > self.max_tokens
+
+
+def conditioning_of(prompts: Sequence[PromptEmbedding]) -> Conditioning:
+    """Return the conditioning of a batch; of one prompt, a view of its own."""
+    embeds = [prompt.prompt_embeds for prompt in prompts]
+    return Conditioning(embeds[0][None] if len(embeds) == 1 else torch.stack(embeds))
 
 
 class TextEncoder:

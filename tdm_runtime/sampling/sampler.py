@@ -1,8 +1,8 @@
-"""One solver step for a batch whose rows come from different tables."""
+"""Solver steps of a batch: one step with rows of any tables, or all steps of one table."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -24,15 +24,35 @@ def apply_step(rows: Tensor, latents: Tensor, model_output: Tensor, previous: Te
 
     Args:
         rows: [B, 6], from `gather_rows`.
-        latents: [B, C, H, W], x_j.
-        model_output: as latents.
-        previous: as latents, denoised_{j-1}; anything finite where c is 0, None where it is 0 in every row.
+        latents: x_j, [B, C, H, W] or [B, C, F, H, W].
+        model_output: Same shape as latents.
+        previous: denoised_{j-1}, same shape as latents; anything finite where c is 0, None where c is 0 in every row.
 
     Returns:
         x_{j+1} and denoised_j.
     """
-    _, p, q, a, b, c = rows.view(*rows.shape, 1, 1, 1).unbind(1)
+    _, p, q, a, b, c = rows.view(*rows.shape, *[1] * (latents.ndim - 1)).unbind(1)
     # Products and sums one by one: fused ones round by the place in the batch. In place: they are many and small.
     denoised = (p * latents).add_(q * model_output)
     following = (a * latents).add_(b * denoised)
     return following if previous is None else following.add_(c * previous), denoised
+
+
+def solve(
+    table: StepTable, noise: Tensor, predict: Callable[[Tensor, Tensor], Tensor]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Take all steps of one table, for a batch that shares it.
+
+    Args:
+        noise: Unit normal, [B, C, H, W] or [B, C, F, H, W], on the device of the denoiser.
+        predict: Called with latents and timesteps [B]; returns the model output.
+
+    Yields:
+        x_{j+1} and denoised_j after each step.
+    """
+    latents = table.initial_scale * noise
+    denoised = torch.zeros_like(latents)
+    for step_index in range(table.num_inference_steps):
+        rows = gather_rows([(table, step_index)] * len(latents), latents.device)
+        latents, denoised = apply_step(rows, latents, predict(latents, rows[:, 0]), denoised)
+        yield latents, denoised

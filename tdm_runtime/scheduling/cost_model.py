@@ -22,7 +22,7 @@ class Kind(NamedTuple):
     stage: str
     """text, denoise, decode:full, decode:tiny, encode:png, ..."""
     shape: tuple[int, ...] = ()
-    """Of one sample's latents, [C, H, W], where it matters."""
+    """Shape of one sample's latents, [C, H, W] or [C, F, H, W]; empty where it does not matter."""
     model: str = ""
     """Whose programs run it, where there are several models."""
 

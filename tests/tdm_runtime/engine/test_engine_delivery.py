@@ -16,6 +16,7 @@ from torch import Tensor
 from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT
 from tdm_runtime.engine.delivery import Delivery, Preview
 from tdm_runtime.engine.engine import DiffusionEngine, EngineConfig
+from tdm_runtime.engine.intake import call_kind
 from tdm_runtime.engine.sample import Picture
 from tdm_runtime.engine.warm_up import warm_up
 from tdm_runtime.errors import DeadlineError, GenerationError, InvalidRequestError
@@ -174,7 +175,10 @@ def test_warm_up_knows_every_kind_of_call(tiny_model: LoadedModel) -> None:
         warm_up(engine)
         shapes = [tiny_model.latent_shape(replace(PARAMS, width=width)) for width in (16, 24)]
         stages = ("denoise", "decode:full", "decode:tiny")
-        for kind in (tiny_model.kind("text"), *(tiny_model.kind(stage, shape) for stage in stages for shape in shapes)):
+        for kind in (
+            call_kind(tiny_model, "text"),
+            *(call_kind(tiny_model, stage, shape) for stage in stages for shape in shapes),
+        ):
             assert engine.call_seconds(kind) > 0
         picture = engine.submit(PARAMS, Delivery(latency_budget_ms=60_000)).result(TIMEOUT_S)
         assert 0 < picture.predicted_ms < 60_000

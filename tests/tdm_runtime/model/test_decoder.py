@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -12,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
 from tdm_runtime.backends import Backend
 from tdm_runtime.backends.pytorch import TorchBackend
@@ -68,8 +68,8 @@ class EnlargingBackend:
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         (latents,) = inputs
-        pixels = functional.interpolate(latents[:, :3], scale_factor=DOWNSCALE).permute(0, 2, 3, 1)
-        return pixels.round().to(torch.uint8).contiguous()
+        enlarged = latents[:, :3].repeat_interleave(DOWNSCALE, -1).repeat_interleave(DOWNSCALE, -2)
+        return enlarged.movedim(1, -1).round().to(torch.uint8).contiguous()
 
 
 @pytest.fixture(scope="module")
@@ -132,18 +132,35 @@ def test_pictures_keep_their_order(scenes: list[Tensor]) -> None:
     np.testing.assert_array_equal(decoded[:, 0, 0, 0], np.arange(10))
 
 
+def test_slices_of_clips_keep_every_frame() -> None:
+    latents = torch.arange(10.0)[:, None, None, None, None].expand(-1, 4, 3, 8, 8)
+    decoded = Decoder(EnlargingBackend(), DOWNSCALE, max_call_pixels=2 * 3 * 32 * 32).decode(latents)
+    assert decoded.shape == (10, 3, 32, 32, 3)
+    np.testing.assert_array_equal(decoded[:, 1, 0, 0, 0], np.arange(10))
+
+
 # -- tiles -----------------------------------------------------------------------------------------
 
 
 @settings(max_examples=60, deadline=None)
-@given(height=st.integers(1, 70), width=st.integers(1, 70), side=st.integers(1, 24), batch=st.integers(1, 2))
-def test_tiles_of_a_local_decoder_are_the_whole(height: int, width: int, side: int, batch: int) -> None:
+@given(
+    height=st.integers(1, 70),
+    width=st.integers(1, 70),
+    side=st.integers(1, 24),
+    batch=st.integers(1, 2),
+    frames=st.sampled_from([(), (1,), (3,)]),
+)
+def test_tiles_of_a_local_decoder_are_the_whole(
+    height: int, width: int, side: int, batch: int, frames: tuple[int, ...]
+) -> None:
     """No pixel is left out or put elsewhere, at any size: where context does not matter, tiling changes nothing."""
-    latents = 255 * torch.rand(batch, 4, height, width, generator=torch.Generator().manual_seed(height * width))
+    shape = (batch, 4, *frames, height, width)
+    latents = 255 * torch.rand(shape, generator=torch.Generator().manual_seed(height * width))
     watched = Watched(EnlargingBackend())
-    tiled = Decoder(watched, DOWNSCALE, max_call_pixels=(side * DOWNSCALE) ** 2).decode(latents)
+    num_latents = side**2 * math.prod(frames)
+    tiled = Decoder(watched, DOWNSCALE, max_call_pixels=num_latents * DOWNSCALE**2).decode(latents)
     np.testing.assert_array_equal(tiled, EnlargingBackend()(latents).numpy())
-    assert all(count * rows * columns <= side**2 for count, _, rows, columns in watched.shapes)
+    assert all(count * math.prod(sizes) <= num_latents for count, _, *sizes in watched.shapes)
 
 
 @given(size=st.integers(1, 500), side=st.integers(4, 64))

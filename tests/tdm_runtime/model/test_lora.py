@@ -19,10 +19,11 @@ from tdm_runtime.checkpoint.folder import Checkpoint, open_checkpoint
 from tdm_runtime.checkpoint.lora_file import read_lora
 from tdm_runtime.engine.engine import DiffusionEngine
 from tdm_runtime.errors import CheckpointError
+from tdm_runtime.families.conditioning import Conditioning
 from tdm_runtime.model.choice import load_model
 from tdm_runtime.model.decoder import Pixels
-from tdm_runtime.model.loaded_model import LoadedModel
-from tdm_runtime.model.lora import LoraBase, with_lora
+from tdm_runtime.model.loaded_model import LoadedModel, denoise
+from tdm_runtime.model.lora import LoraBase
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.pipeline import generate
 
@@ -62,6 +63,12 @@ def drawn(module: nn.Module, names: tuple[str, ...], seed: int = 0) -> Halves:
         up = torch.randn(weight.shape[0], RANK, *(1,) * (weight.ndim - 2), generator=generator)
         halves[name] = (down, up)
     return halves
+
+
+def one_lora(checkpoint: Checkpoint, base: LoadedModel, name: str, path: Path, scale: float = 1.0) -> LoadedModel:
+    """The base with one LoRA on it."""
+    on = LoraBase(checkpoint, base)
+    return on.attach(on.prepare(name, read_lora(path), scale))
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +167,7 @@ def test_it_is_the_base_with_changed_weights(
     tmp_path: Path,
 ) -> None:
     file = write(tmp_path / "lora.safetensors", unet_halves, text_halves)
-    lora = with_lora(checkpoint, base, "changed", file, SCALE)
+    lora = one_lora(checkpoint, base, "changed", file, SCALE)
     expected = generate(merged(checkpoint, SCALE, unet_halves, text_halves), PARAMS)
     assert levels_apart(generate(lora, PARAMS), expected) <= 1
     assert levels_apart(generate(base, PARAMS), expected) > 20  # the LoRA is one that shows
@@ -182,7 +189,7 @@ def test_what_peft_saves_is_what_peft_makes(
                 weight.normal_(generator=torch.Generator().manual_seed(3))
     assert isinstance(changed, PeftModel)
     changed.save_pretrained(str(tmp_path))
-    lora = with_lora(checkpoint, base, "peft", tmp_path)
+    lora = one_lora(checkpoint, base, "peft", tmp_path)
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     timesteps, step_counts = torch.tensor([900.0, 100.0]), torch.tensor([1, 4])
     embeds = torch.randn(2, 77, 16, generator=torch.Generator().manual_seed(1))
@@ -191,7 +198,7 @@ def test_what_peft_saves_is_what_peft_makes(
     with torch.no_grad():
         expected = UNetDenoiser(changed.merge_and_unload())(latents, timesteps, step_counts, embeds)
     assert lora.adapter is not None
-    made = lora.denoiser(latents, timesteps, step_counts, embeds, torch.tensor([lora.adapter] * 2))
+    made = denoise([lora] * 2, latents, timesteps, step_counts, Conditioning(embeds))
     torch.testing.assert_close(made, expected, atol=2e-5, rtol=1e-4)
 
 
@@ -271,7 +278,7 @@ def test_what_does_not_fit_is_refused_by_name(
     file = tmp_path / "lora.safetensors"
     save_file(spoiled(unet_halves, how), file)
     with pytest.raises(CheckpointError, match=message):
-        with_lora(checkpoint, base, "spoiled", file)
+        one_lora(checkpoint, base, "spoiled", file)
 
 
 @pytest.mark.parametrize("name", ["missing.safetensors", "lora.bin", "damaged.safetensors"])

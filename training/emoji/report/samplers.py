@@ -12,10 +12,11 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from tdm_runtime.engine.engine import DiffusionEngine, EngineConfig
 from tdm_runtime.model.decoder import Pixels, torch_decoder
-from tdm_runtime.model.loaded_model import LoadedModel
+from tdm_runtime.model.loaded_model import LoadedModel, denoise
+from tdm_runtime.model.text_encoder import conditioning_of
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.sampling.noise import initial_noise
-from tdm_runtime.sampling.sampler import apply_step, gather_rows
+from tdm_runtime.sampling.sampler import apply_step, gather_rows, solve
 from tdm_runtime.sampling.schedule import spaced_timesteps
 from tdm_runtime.sampling.step_table import build_step_table
 from training.emoji.data.text import tokenize
@@ -53,16 +54,11 @@ def pictures_told(
     pictures: list[Pixels] = []
     for start in range(0, len(prompts), BATCH_SIZE):
         texts = prompts[start : start + BATCH_SIZE]
-        prompt_embeds = torch.stack([model.text_encoder.encode(text).prompt_embeds for text in texts])
+        prompt = conditioning_of([model.text_encoder.encode(text) for text in texts])
         step_counts = None if told is None else torch.full((len(texts),), told, device=device)
         noise = torch.stack([initial_noise(first_seed + start + n, shape) for n in range(len(texts))])
-        latents = table.initial_scale * noise.to(device)
-        denoised = torch.zeros_like(latents)
-        for step_index in range(steps):
-            rows = gather_rows([(table, step_index)] * len(texts), device)
-            # The torch backend hands its arguments to an adapter, which can be asked without K.
-            model_output = model.denoiser(latents, rows[:, 0], step_counts, prompt_embeds)  # type: ignore[arg-type]
-            latents, denoised = apply_step(rows, latents, model_output, denoised)
+        call = partial(denoise, [model] * len(texts), step_counts=step_counts, prompt=prompt)
+        *_, (latents, _) = solve(table, noise.to(device), call)
         pictures += list(model.decoders["full"].decode(latents))
     return pictures
 

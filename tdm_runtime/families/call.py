@@ -1,0 +1,44 @@
+"""The one place that knows which tensor of a denoiser call is which."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import cast
+
+from torch import Tensor
+
+from tdm_runtime.families.conditioning import Conditioning
+
+ADAPTERS = "adapters"
+"""Input of a denoiser that LoRAs share: the number of each sample's LoRA, int64 [B]."""
+
+
+def denoiser_arguments(
+    names: Sequence[str],
+    latents: Tensor,
+    timesteps: Tensor,
+    step_counts: Tensor | None,
+    prompt: Conditioning,
+    adapters: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """Return the tensors of one denoiser call in the order of its interface.
+
+    Args:
+        names: Inputs of the denoiser's `Interface`, in order.
+        latents: [B, C, H, W], of clips [B, C, F, H, W].
+        timesteps: float32 [B].
+        step_counts: K of each sample, int64 [B]. None calls a torch denoiser without K, as a teacher is called.
+        prompt: Conditioning of the batch.
+        adapters: see `ADAPTERS`.
+
+    Raises:
+        ValueError: the denoiser reads a tensor that is None or unknown.
+    """
+    known = {"latents": latents, "timesteps": timesteps, "step_counts": step_counts, ADAPTERS: adapters}
+    known |= {field.name: getattr(prompt, field.name) for field in fields(prompt)}
+    arguments = tuple(known.get(name) for name in names)
+    for name, argument in zip(names, arguments, strict=True):
+        if argument is None and name != "step_counts":
+            raise ValueError(f"{name} is None and the denoiser reads it; encode prompts with all its text encoders")
+    return cast(tuple[Tensor, ...], arguments)  # step_counts may be None, which torch denoisers accept
