@@ -1,4 +1,4 @@
-"""`tdm-generate`: one prompt, one file, no server."""
+"""`tdm-generate`: make one picture file without a server."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FORMATS = {".png": "png", ".webp": "webp", ".jpg": "jpeg", ".jpeg": "jpeg"}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command. Returns the exit status: 0, 2 where it could not, 1 where a receipt's picture is another."""
+    """Run the command. Returns the exit status: 0, 1 if a receipt was not reproduced, 2 on an error."""
     parser = _parser()
     given = parser.parse_args(arguments)
     if (given.prompt is None) == (given.verify is None):
@@ -55,7 +55,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--decoder", choices=get_args(DecoderName), default="full", help="tiny is cheaper (%(default)s)"
     )
-    parser.add_argument("--previews", action="store_true", help="also write what each step but the last would give")
+    parser.add_argument(
+        "--previews", action="store_true", help="also write the picture that each step but the last expects"
+    )
     parser.add_argument(
         "--verify",
         type=Path,
@@ -106,7 +108,8 @@ def verify(file: Path, checkpoint: Path) -> int:
     """Make the pictures of a file's receipts again. Returns the exit status.
 
     Raises:
-        TDMError, OSError: it holds no receipt, or one of another checkpoint, or of a backend that is not here.
+        TDMError, OSError: the file holds no receipt, or the receipt names another checkpoint or a backend that
+            cannot run here.
     """
     status = 0
     for claim in read_claims(file):
@@ -128,7 +131,7 @@ def verify(file: Path, checkpoint: Path) -> int:
 
 
 def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
-    """What every command that runs a checkpoint may be told about its backend; `backend_config` reads it."""
+    """Add the backend options of every command that runs a checkpoint; `backend_config` reads them."""
     parser.add_argument(
         "--backend",
         choices=["auto", *BACKENDS],
@@ -144,7 +147,7 @@ def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def backend_config(given: argparse.Namespace) -> BackendConfig:
-    """The configuration that the arguments ask for.
+    """Return the backend configuration of parsed arguments.
 
     Raises:
         ValueError: naming the argument and its limit.

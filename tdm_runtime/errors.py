@@ -1,11 +1,11 @@
-"""Everything this library raises on purpose.
+"""The errors of this library.
 
 TDMError
 ├── InvalidRequestError (ValueError)   a request's value is out of range; names value, limit, remedy
 ├── CheckpointError                    a checkpoint folder that cannot be served
 │   └── RecipeError                    its tdm_recipe.json cannot be honoured
 ├── BackendError                       a backend that cannot run on this machine
-│   └── ArtifactError                  compiled artifacts that are missing, damaged or of another make
+│   └── ArtifactError                  compiled artifacts that are missing, damaged or built for something else
 ├── GenerationError                    a request that was accepted and failed
 │   └── NotFiniteError                 the model produced NaN or infinity
 ├── CancelledError                     the caller left; the request stopped at a step boundary
@@ -44,7 +44,7 @@ class BackendError(TDMError):
 
 
 class ArtifactError(BackendError):
-    """Compiled artifacts that are missing, damaged or of another make."""
+    """Compiled artifacts that are missing, damaged or built for another checkpoint, version or machine."""
 
 
 class GenerationError(TDMError):
@@ -73,7 +73,7 @@ class DeadlineError(OverloadedError):
 
 
 def shown(value: object) -> str:
-    """A value as a message may repeat it: short, however long it came."""
+    """Return a value as text for a message, at most 40 characters long."""
     try:
         text = repr(value)
     except ValueError:  # Python refuses to print whole numbers of more than 4300 digits

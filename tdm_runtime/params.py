@@ -1,4 +1,4 @@
-"""What one picture is asked for with. Every value is checked here, and only here."""
+"""`SamplingParams`: the parameters of one picture. All their values are checked here."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_SEED = 2**32 - 1
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """One picture, fully determined: the same values give the same picture.
+    """Parameters that determine one picture: the same values give the same picture.
 
     Raises:
         InvalidRequestError: naming the value, the limit and the remedy.
@@ -33,10 +33,10 @@ class SamplingParams:
     height: int
     """Pixels."""
     decoder: DecoderName = "full"
-    """What turns latents into pixels; "tiny" is cheaper and a little softer."""
+    """Decoder of the latents; "tiny" is cheaper and a little softer."""
     noise_angle: float = 0.0
-    """Where on the seed's circle of noises it starts (`noise.initial_noise`), in radians, 0 <= angle < 2 pi. Pictures
-    at evenly spaced angles are a clip that ends where it began."""
+    """Angle on the seed's circle of noises (`sampling.noise.initial_noise`), in radians, 0 <= angle < 2 pi. Pictures at
+    evenly spaced angles make a clip that ends where it began."""
 
     def __post_init__(self) -> None:
         _check_prompt(self.prompt)
@@ -55,7 +55,7 @@ class SamplingParams:
             )
 
     def check_against(self, recipe: Recipe) -> None:
-        """Check what depends on the checkpoint.
+        """Check the values that depend on the checkpoint.
 
         Raises:
             InvalidRequestError: a step count or size that the checkpoint was not trained for.

@@ -1,4 +1,4 @@
-"""Batch sizes for backends that compile one program a shape."""
+"""Batch sizes for backends that compile one program for each shape."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CUDA graphs of the checkpoint's own modules: one recording a shape, replayed without Python.
+"""CUDA graphs of the checkpoint's own modules: one recording for each shape, replayed without Python.
 
 Not run yet on a GPU.
 """
@@ -20,14 +20,14 @@ from tdm_runtime.backends.pytorch import TorchBackend
 from tdm_runtime.errors import BackendError
 
 MAX_GRAPHS = 32
-"""Recordings kept; beyond, the one that was used least recently is dropped."""
+"""Number of recordings kept; the least recently used is dropped first."""
 MAX_PADDING = 0.5
-"""A GPU's time hardly grows with the batch: every batch up to the largest bucket is one replay."""
+"""Share of a batch that may be padding. A GPU's time hardly grows with the batch, so every batch is one replay."""
 WARM_UP_CALLS = 3
-"""Before a recording: libraries choose their kernels and allocate their workspaces."""
+"""Calls before a recording, in which libraries choose kernels and allocate workspaces."""
 
 _RECORDING = threading.Lock()
-"""torch records one graph at a time in a process, and waits for the whole device before and never meanwhile."""
+"""torch records one graph at a time in a process; it synchronises the device before a recording, not during it."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class _Graph:
 
 
 class CudaGraphBackend(TorchBackend):
-    """Records a module's kernels once a shape and replays them.
+    """Records the kernels of a module once for each shape and replays them.
 
     All recordings share one pool of memory: they never run at once, and a result is copied out before the next.
     """
@@ -56,10 +56,10 @@ class CudaGraphBackend(TorchBackend):
         """
         Args:
             dtype, interface: as of `TorchBackend`.
-            max_graphs: shapes that are kept recorded.
+            max_graphs: Number of shapes kept recorded.
 
         Raises:
-            BackendError: the device is no CUDA device, or there is none.
+            BackendError: the device is not a CUDA device, or torch finds none.
         """
         if device.type != "cuda" or not torch.cuda.is_available():
             raise BackendError(
@@ -127,7 +127,7 @@ def cuda_stream(device: torch.device) -> torch.cuda.Stream:
 
 @contextmanager
 def side_stream(stream: torch.cuda.Stream) -> Iterator[None]:
-    """Run the block's work on `stream`: after what the caller's stream holds, before what it gets next."""
+    """Run the block on `stream`, after the work already on the caller's stream and before its later work."""
     caller = torch.cuda.current_stream(stream.device)
     stream.wait_stream(caller)
     try:

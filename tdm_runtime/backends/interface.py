@@ -4,18 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    pass
-
-
 ComponentName = Literal["text_encoder", "denoiser", "decoder", "tiny_decoder"]
-
-
 DType = Literal["float32", "int64", "uint8"]
 
 
@@ -26,35 +20,35 @@ class TensorSpec:
     name: str
     dtype: DType
     shape: tuple[int | str, ...]
-    """A number is fixed; a name ("batch", "height", ...) may differ from call to call."""
+    """Sizes of the axes. A number is fixed; a named size ("batch", "height", ...) may change from call to call."""
 
     def resolve(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """The shape with its names replaced by sizes."""
+        """Return the shape with its named sizes filled in."""
         return tuple(size if isinstance(size, int) else sizes[size] for size in self.shape)
 
 
 @dataclass(frozen=True)
 class Interface:
-    """What a component is called with and what it returns. The first axis of every tensor is the batch."""
+    """Inputs and output of a component. The first axis of every tensor is the batch."""
 
     inputs: tuple[TensorSpec, ...]
     output: TensorSpec
 
     @property
     def size_names(self) -> tuple[str, ...]:
-        """The sizes that may differ from call to call, each once."""
+        """Names of the sizes that may change from call to call, each once."""
         names = [size for spec in self.inputs for size in spec.shape if isinstance(size, str)]
         return tuple(dict.fromkeys(names))
 
     @property
     def kept_float32(self) -> frozenset[str]:
-        """Inputs that stay float32 in any arithmetic: what becomes angles, and what SDXL joins to them."""
+        """Inputs that stay float32 at any precision: those that become angles, and those that SDXL joins to them."""
         names = {spec.name for spec in self.inputs}
         joined = {"pooled_prompt_embeds"} if "time_ids" in names else set()
         return frozenset(names & ({"timesteps", "time_ids"} | joined))
 
     def random_inputs(self, sizes: Mapping[str, int], generator: torch.Generator) -> tuple[Tensor, ...]:
-        """Inputs such as a request brings: normal latents and embeddings, timesteps in [1, 999], K in [1, 4]."""
+        """Draw inputs like those of a request: normal latents and embeddings, timesteps in [1, 999], K in [1, 4]."""
         return tuple(_random(spec, spec.resolve(sizes), generator) for spec in self.inputs)
 
 

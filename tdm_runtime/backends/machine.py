@@ -1,4 +1,4 @@
-"""What this machine has: packages that decide on what can be built and run, and the GPU."""
+"""Packages and GPU of this machine, which decide what can be built and run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TOOLS = (
 
 
 def installed(packages: Iterable[str]) -> dict[str, str]:
-    """The versions of those packages that are installed."""
+    """Return package -> version, for those packages that are installed."""
     versions = {}
     for name in packages:
         try:
@@ -34,7 +34,7 @@ def installed(packages: Iterable[str]) -> dict[str, str]:
 
 
 def gpu_architecture() -> str | None:
-    """Compute capability of the CUDA device, as "sm_90"; None without one."""
+    """Return the compute capability of the CUDA device, such as "sm_90"; None without one."""
     if not torch.cuda.is_available():
         return None
     major, minor = torch.cuda.get_device_capability()

@@ -1,6 +1,6 @@
-"""ONNX Runtime: on the CPU, and on a GPU by its CUDA or TensorRT execution provider.
+"""ONNX Runtime on the CPU, or on a GPU by its CUDA or TensorRT execution provider.
 
-Tensors are bound where they lie: nothing is copied between torch and the session, nor, on a GPU, to the host.
+Tensors are bound in place: nothing is copied between torch and the session, nor from a GPU to the host.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ PROVIDERS: Mapping[Provider, str] = {
     "tensorrt": "TensorrtExecutionProvider",
 }
 MAX_PADDING = 0.5
-"""On a GPU, where each new shape has cuDNN try its algorithms. On the CPU every batch runs as it is."""
+"""Share of a batch that may be padding on a GPU, where cuDNN tries its algorithms for each new shape. 0 on the CPU."""
 
 
 class OnnxRuntimeBackend:
     """Runs an ONNX file.
 
-    On a GPU the session has a stream of its own: ONNX Runtime takes no default stream. Calls are ordered with the
-    caller's stream and do not wait for the GPU.
+    On a GPU the session has its own stream, because ONNX Runtime does not take the default stream. Calls keep the order
+    of the caller's stream and do not wait for the GPU.
     """
 
     is_batch_invariant = False
@@ -57,7 +57,7 @@ class OnnxRuntimeBackend:
                 half the memory.
 
         Raises:
-            BackendError: the provider is not there, or the session fell back to another.
+            BackendError: the provider is not installed, or the session fell back to another.
             ArtifactError: the file cannot be opened, or is not of this interface.
         """
         self.device = device
@@ -94,7 +94,7 @@ class OnnxRuntimeBackend:
         return output
 
     def _first_run(self, binding: Any, shapes: tuple[tuple[int, ...], ...]) -> Tensor:
-        """Run with an output that ONNX Runtime allocates, and learn its shape."""
+        """Run with an output that ONNX Runtime allocates, and keep its shape for later calls."""
         binding.bind_output(self._interface.output.name, *self._place)
         self._session.run_with_iobinding(binding, self._run_options)
         output: Tensor = from_dlpack(binding.get_outputs()[0]).clone()
@@ -103,7 +103,7 @@ class OnnxRuntimeBackend:
 
     @property
     def _place(self) -> tuple[str, int]:
-        """The device as a binding names it."""
+        """Device type and index, as bindings take them."""
         return self.device.type, 0 if self._stream is None else self._stream.device.index
 
 
@@ -135,7 +135,7 @@ def require_provider(provider: Provider, device: torch.device) -> None:
 
 
 def require_used(provider: Provider, used: Sequence[str]) -> None:
-    """Check what a session really runs with: where a library is missing it falls back without an error.
+    """Check the providers that a session really uses: it falls back silently where a library is missing.
 
     Raises:
         BackendError: naming what was asked, what the session runs with and the remedy.
@@ -157,7 +157,7 @@ def _session_options(threads: int | None, prepack: bool) -> Any:
     options.intra_op_num_threads = threads or _cores()
     options.inter_op_num_threads = 1
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-    options.log_severity_level = 3  # errors: what a warning means here is raised
+    options.log_severity_level = 3  # errors only: conditions that matter are raised
     # Waiting workers sleep: one that spins takes a core from the decoder, which works beside the denoiser.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if not prepack:
@@ -178,7 +178,7 @@ def _run_options() -> Any:
 
 
 def _provider_options(provider: Provider, file: Path, stream: torch.cuda.Stream | None) -> list[Any]:
-    """Providers, best first, with their options; nodes that one does not know go to the next."""
+    """Return providers with their options, best first; a node unknown to one goes to the next."""
     if stream is None:
         return [PROVIDERS["cpu"]]
     on = {"device_id": str(stream.device.index), "user_compute_stream": str(stream.cuda_stream)}

@@ -1,4 +1,4 @@
-"""PyTorch itself: eager, the reference, and compiled."""
+"""PyTorch backends: eager, which is the reference, and compiled."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tdm_runtime.backends.buckets import in_buckets
 from tdm_runtime.backends.interface import Interface
 
 MAX_PROGRAMS = 128
-"""Shapes that are compiled for one component; torch would stop at 8 and run the rest eagerly, without a word."""
+"""Number of shapes compiled for one component. Beyond its own limit of 8, torch runs eagerly and does not say so."""
 
 
 class TorchBackend:
@@ -30,7 +30,7 @@ class TorchBackend:
     ) -> None:
         """
         Args:
-            module: is moved and converted, in place.
+            module: Moved to the device and converted, in place.
             dtype: of the weights and of latents and embeddings; timesteps stay float32.
             threads: CPU threads of a call; None leaves the calling thread's setting alone.
             interface: what the backend is called with; needed where the module's forward has other arguments in
@@ -40,9 +40,9 @@ class TorchBackend:
         self._dtype = dtype
         self._threads = threads
         self._names = [spec.name for spec in interface.inputs] if interface else None
-        self._kept_float32 = interface.kept_float32 if interface else {"timesteps"}  # 999 has no bfloat16
+        self._kept_float32 = interface.kept_float32 if interface else {"timesteps"}  # bfloat16 rounds 999 to 1000
         module = module.to(device=device, dtype=dtype).eval()
-        # In 16 bits channels last is several times faster than the default. There is no such order of videos' weights.
+        # In 16 bits channels last is several times faster than the default. 5-D weights of videos have no such order.
         if dtype != torch.float32 and all(weight.ndim < 5 for weight in module.parameters()):
             module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._module: Callable[..., Tensor] = module
@@ -65,13 +65,13 @@ class TorchBackend:
         return [
             tensor.to(self._dtype)
             if tensor is not None and tensor.is_floating_point() and name not in self._kept_float32
-            else tensor  # also None: training asks what a denoiser does that is not told K
+            else tensor  # None stays None: a denoiser that is called without K
             for name, tensor in zip(names, inputs, strict=True)
         ]
 
 
 class CompiledTorchBackend(TorchBackend):
-    """`torch.compile`, one program a bucket. Minutes to start; the fallback where nothing was exported."""
+    """`torch.compile`, one program for each bucket. Starting takes minutes."""
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class CompiledTorchBackend(TorchBackend):
     ) -> None:
         """As `TorchBackend`."""
         super().__init__(module, device, dtype, threads, interface)
-        # Not in the types of torch 2.13: a limit of this backend's own.
+        # torch 2.13 has these arguments, its type stubs do not: a recompile limit of this backend alone.
         limit: dict[str, Any] = {"recompile_limit": MAX_PROGRAMS, "isolate_recompiles": True}
         self._module = torch.compile(self._module, dynamic=False, **limit)
         self._max_padding = 0.5 if device.type == "cuda" else 0.125

@@ -1,4 +1,4 @@
-"""TensorRT: plans that `tdm-export` built from ONNX files on a machine of the same make.
+"""TensorRT: plans that `tdm-export` built from ONNX files, for one GPU architecture and one TensorRT version.
 
 Not run yet: written against the API of TensorRT 10 and 11 (checked with the signatures of the 11.4 bindings), on a
 machine without a GPU.
@@ -25,20 +25,20 @@ from tdm_runtime.errors import ArtifactError, BackendError
 logger = logging.getLogger(__name__)
 
 SizeRange = tuple[int, int, int]
-"""Least, best and greatest of a size: any between runs, the best runs fastest."""
+"""Smallest, best and largest value of a size. Any value between runs; the best runs fastest."""
 
 
 @dataclass(frozen=True)
 class BuiltFor:
-    """What a plan runs on and takes, kept beside it: the plan itself cannot be asked before it is loaded."""
+    """Machine and sizes that a plan was built for, in a file beside it: a plan must be loaded before it tells them."""
 
     tensorrt: str
-    """Version; a plan runs on exactly the one it was built with."""
+    """TensorRT version; a plan runs only on the version that built it."""
     gpu: str
     """Compute capability, as "sm_90"."""
     precision: Precision
     sizes: Mapping[str, SizeRange]
-    """Size of the interface -> what the plan takes."""
+    """Name of a size of the interface -> the range that the plan takes."""
 
     def save(self, plan: Path) -> None:
         """Write the file beside the plan."""
@@ -87,12 +87,12 @@ _ADAPTER = pydantic.TypeAdapter(BuiltFor)
 
 
 def built_for_file(plan: Path) -> Path:
-    """Where `BuiltFor` is kept."""
+    """Return the file that holds `BuiltFor`."""
     return plan.with_name(plan.name + ".json")
 
 
 class TensorRTBackend:
-    """Runs a plan, on a stream of its own: on torch's default one TensorRT would wait for the GPU twice a call."""
+    """Runs a plan on its own stream: on torch's default stream, TensorRT would wait for the GPU twice a call."""
 
     is_batch_invariant = False
 
@@ -180,7 +180,7 @@ def refit(plan: Any, onnx_file: Path, log: Any) -> None:
 
 
 def sizes_of(interface: Interface, shapes: Sequence[Sequence[int]]) -> dict[str, int]:
-    """The sizes that an interface names, as a call's input shapes have them."""
+    """Return the value of each size that an interface names, from the input shapes of a call."""
     return {
         name: size
         for spec, shape in zip(interface.inputs, shapes, strict=True)
@@ -205,11 +205,11 @@ def import_tensorrt() -> Any:
 
 
 class Log:
-    """What TensorRT reports: warnings to our log, the last error for messages."""
+    """Logger of TensorRT: passes warnings to our log and keeps the last error for messages."""
 
     @staticmethod
     def of(trt: Any) -> Any:
-        """A `tensorrt.ILogger`. Its class can only be written once the package is there."""
+        """Return a `tensorrt.ILogger`. Its base class exists only where the package is installed."""
 
         class _Log(trt.ILogger):  # type: ignore[misc]
             def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""LoRA files in the manner of diffusers, kohya or PEFT."""
+"""LoRA files of diffusers, kohya and PEFT."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tdm_runtime.checkpoint.folder import file_sha256
 from tdm_runtime.errors import CheckpointError
 
 FOLDER_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
-"""What diffusers and PEFT write into a folder."""
+"""File names that diffusers and PEFT write into a folder."""
 
 
 DENOISER, TEXT_ENCODER = "unet", "text_encoder"
@@ -42,7 +42,7 @@ and `_lora.down.weight`."""
 
 @dataclass
 class LoraLayer:
-    """What a LoRA adds to one layer."""
+    """The low-rank update of one layer."""
 
     down: Tensor | None = None
     """A: [rank, in], of a convolution [rank, in, h, w]."""
@@ -53,19 +53,19 @@ class LoraLayer:
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A LoRA as it lies on disk, read and named as the model names its layers."""
+    """A LoRA read from disk, with layers named as the model names them."""
 
     path: Path
     sha256: str
     layers: Mapping[str, Mapping[str, LoraLayer]] = field(repr=False)
-    """Component -> layer -> what it adds; layers of kohya have underscores for dots."""
+    """Component -> layer -> its update. kohya writes layer names with underscores in place of dots."""
 
 
 def read_lora(path: Path) -> LoraFile:
-    """Read a file in the manner of diffusers, kohya or PEFT, or the folder of one.
+    """Read a LoRA file of diffusers, kohya or PEFT, or the folder that holds it.
 
     Raises:
-        CheckpointError: it is missing, damaged, or holds what is no LoRA.
+        CheckpointError: the file is missing, damaged, or not a LoRA.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -75,25 +75,25 @@ def read_lora(path: Path) -> LoraFile:
     try:
         with safe_open(file, framework="pt") as opened:
             state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # no mapping
-            told = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
+            settings = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
         beside = file.with_name("adapter_config.json")
         if file.name == FOLDER_FILES[1] and beside.is_file():
-            told |= {f"{DENOISER}.{key}": value for key, value in json.loads(beside.read_bytes()).items()}
+            settings |= {f"{DENOISER}.{key}": value for key, value in json.loads(beside.read_bytes()).items()}
         sha256 = file_sha256(file)
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read ({error}); fetch it again from its source") from None
     layers = _sorted_out(file, state)
     for component, found in layers.items():
         prefix = f"{component}."
-        _set_alphas(file, found, {k.removeprefix(prefix): v for k, v in told.items() if k.startswith(prefix)})
+        _set_alphas(file, found, {k.removeprefix(prefix): v for k, v in settings.items() if k.startswith(prefix)})
     return LoraFile(file, sha256, layers)
 
 
 def _sorted_out(file: Path, state: Mapping[str, Tensor]) -> dict[str, dict[str, LoraLayer]]:
-    """Every tensor in its place.
+    """Sort tensors by component and layer.
 
     Raises:
-        CheckpointError: a tensor has none.
+        CheckpointError: the name of a tensor is unknown.
     """
     layers: dict[str, dict[str, LoraLayer]] = {}
     for name, tensor in state.items():
@@ -101,7 +101,7 @@ def _sorted_out(file: Path, state: Mapping[str, Tensor]) -> dict[str, dict[str, 
         found = _TENSOR.fullmatch(name.removeprefix(prefix or ""))
         if prefix is None or found is None:
             raise CheckpointError(
-                f"{file} holds {name[:100]!r}; a LoRA of a denoiser and its text encoder is served, in the names of "
+                f"{file} holds {name[:100]!r}; LoRAs of a denoiser and its text encoder are served, with keys of "
                 "diffusers, kohya or PEFT, without DoRA, LoHa or LoKr: convert it"
             )
         layer = layers.setdefault(_PREFIXES[prefix], {}).setdefault(_layer_name(found["layer"]), LoraLayer())
@@ -115,31 +115,31 @@ def _sorted_out(file: Path, state: Mapping[str, Tensor]) -> dict[str, dict[str, 
 
 
 def _layer_name(name: str) -> str:
-    """Without what older files say beside it: `attn1.processor.to_out` is `attn1.to_out.0`."""
+    """Return the current name of a layer: older files write `attn1.processor.to_out` for `attn1.to_out.0`."""
     name = name.removeprefix("text_model.")
     if ".processor." in name:
         name = re.sub(r"\.to_out$", ".to_out.0", name.replace(".processor.", "."))
     return name
 
 
-def _set_alphas(file: Path, layers: Mapping[str, LoraLayer], told: Mapping[str, Any]) -> None:
-    """Fold alpha / rank into B, so that it need not be known any more.
+def _set_alphas(file: Path, layers: Mapping[str, LoraLayer], settings: Mapping[str, Any]) -> None:
+    """Multiply B by alpha / rank, so that later code needs neither.
 
     Args:
-        told: PEFT's configuration of the component; where it is silent, alpha is the rank.
+        settings: PEFT's configuration of the component. Without an alpha, alpha is the rank.
 
     Raises:
         CheckpointError: a layer is incomplete, or of a kind that is not served.
     """
-    if told.get("use_dora"):
+    if settings.get("use_dora"):
         raise CheckpointError(f"{file} is a DoRA, which is not served; merge it into its base")
-    pattern = told.get("alpha_pattern") or {}
+    pattern = settings.get("alpha_pattern") or {}
     for name, layer in layers.items():
         if layer.down is None or layer.up is None:
             raise CheckpointError(f"{file} has only one half of {name[:100]!r}; fetch it again from its source")
         rank = layer.down.shape[0]
         alpha = layer.alpha
         if alpha is None:
-            alpha = float(next((v for k, v in pattern.items() if name.endswith(k)), told.get("lora_alpha", rank)))
-        layer.up = layer.up * (alpha / (math.sqrt(rank) if told.get("use_rslora") else rank))
+            alpha = float(next((v for k, v in pattern.items() if name.endswith(k)), settings.get("lora_alpha", rank)))
+        layer.up = layer.up * (alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank))
         layer.alpha = float(rank)

@@ -1,6 +1,6 @@
-"""The sampling contract of a checkpoint: `tdm_recipe.json`, written by training, honoured by serving.
+"""`tdm_recipe.json` says how a checkpoint must be sampled. Training writes it, serving follows it.
 
-A recipe that cannot be honoured in every field is refused when the checkpoint is opened.
+A checkpoint whose recipe cannot be followed in every field is refused when it is opened.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ class Recipe:
     """How a checkpoint must be sampled."""
 
     name: str
-    """What requests call the model."""
+    """Name of the model in requests."""
     prediction_type: PredictionType
     noise_schedule: NoiseSchedule
     solver: Solver
     timesteps: Mapping[int, tuple[float, ...]]
-    """Step count K -> its K timesteps, falling. A step count that is not here cannot be asked for."""
+    """Step count K -> its K timesteps, falling. Other step counts are refused."""
     default_steps: int
-    """Step count of a request that names none."""
+    """Step count of a request that does not name one."""
     native_sizes: tuple[tuple[int, int], ...]
-    """(width, height) in pixels the model was trained at; the first is the default."""
+    """(width, height) in pixels that the model was trained at; the first is the default."""
     step_condition: StepConditionKind = "none"
-    """How the denoiser learns K: not at all, or by the `timestep_cond` argument."""
+    """How the denoiser receives K: not at all, or by the `timestep_cond` argument."""
     files: Mapping[str, str] = field(default_factory=dict)
     """Weight file, relative to the checkpoint folder -> its sha256."""
 
@@ -58,7 +58,7 @@ class Recipe:
 
     @cached_property
     def step_tables(self) -> Mapping[int, StepTable]:
-        """One table for every step count."""
+        """Step count K -> its step table."""
         return {
             steps: build_step_table(self.noise_schedule, self.prediction_type, self.solver, as_array(timesteps))
             for steps, timesteps in self.timesteps.items()
@@ -76,14 +76,14 @@ def load_recipe(folder: Path) -> Recipe:
     """Read and check `folder/tdm_recipe.json`.
 
     Raises:
-        RecipeError: it is missing, no JSON, or says something this version cannot honour.
+        RecipeError: the file is missing, is not JSON, or has a value that this version cannot follow.
     """
     file = folder / RECIPE_FILE
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RecipeError(
-            f"{file} is missing: a checkpoint says there how it must be sampled; "
+            f"{file} is missing: it says how the checkpoint must be sampled; "
             "`tdm-train` writes it, see docs/checkpoints.md"
         ) from None
     except OSError as error:
@@ -127,12 +127,12 @@ def parse_recipe(raw: Any) -> Recipe:
     )
     if not _is_whole(recipe.default_steps) or recipe.default_steps not in recipe.timesteps:
         raise RecipeError(f"default_steps is {recipe.default_steps!r}, not one of {list(recipe.step_counts)}")
-    _ = recipe.step_tables  # a table that cannot be built must fail here, not at the first request
+    _ = recipe.step_tables  # fail here, not at the first request, if a table cannot be built
     return recipe
 
 
 def _is_whole(value: object) -> bool:
-    return type(value) is int  # not isinstance: True is no number here
+    return type(value) is int  # not isinstance: True is an int there
 
 
 def _text(raw: Mapping[str, Any], name: str) -> str:

@@ -1,4 +1,4 @@
-"""Prompt -> token ids, from the files of a checkpoint."""
+"""Tokenizer of a checkpoint folder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 
 class PromptTokenizer:
-    """The tokens that transformers makes of the same folder, without its seconds of import."""
+    """Gives the token ids that transformers gives for the same folder, without importing transformers."""
 
     def __init__(self, tokenizer: Tokenizer, max_tokens: int, end_id: int, pad_id: int) -> None:
         self._tokenizer = tokenizer

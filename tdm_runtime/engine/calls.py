@@ -1,4 +1,4 @@
-"""The engine's calls to the model: for a batch in, one outcome a sample. Knows no queue and no promise."""
+"""Calls of the model: a batch of samples in, one outcome for each sample out. Knows no queue."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ Result = TypeVar("Result")
 
 
 class ModelCalls:
-    """Runs calls. Where one fails, its halves are tried once, so that in the end only the culprit fails."""
+    """Runs calls. A call that fails is split in halves and tried again, until only the sample at fault fails."""
 
     def __init__(self, on_out_of_memory: Callable[[int], None]) -> None:
         """
         Args:
-            on_out_of_memory: told the number of samples of a call that did not fit into memory.
+            on_out_of_memory: Called with the number of samples of a call that did not fit into memory.
         """
         self._on_out_of_memory = on_out_of_memory
 
@@ -41,16 +41,16 @@ class ModelCalls:
         return self._isolated(self._prepared, samples)
 
     def denoise(self, samples: Sequence[Sample]) -> list[Stepped | TDMError]:
-        """Take one step of each sample, whatever its step count and its solver."""
+        """Take one step of each sample; step counts and solvers may differ."""
         return self._isolated(self._stepped, samples)
 
     def decode(self, samples: Sequence[Sample]) -> list[Pixels | TDMError]:
-        """Turn latents of one shape into pixels, by one decoder."""
+        """Decode latents of one shape by one decoder."""
         name = samples[0].params.decoder
         return self._isolated(lambda part: _decoded(part[0], name, [s.latents for s in part]), samples)
 
     def preview(self, sample: Sample) -> Pixels | TDMError:
-        """What the latest step expects the picture to be."""
+        """Decode the denoised estimate of the latest step."""
         name = sample.model.preview_decoder
         return self._isolated(lambda part: _decoded(sample, name, [s.denoised for s in part]), [sample])[0]
 
@@ -65,12 +65,12 @@ class ModelCalls:
                 torch.cuda.empty_cache()
             if len(samples) == 1:
                 return [_as_tdm_error(error)]
-            logger.warning("a call of %d failed (%s); its halves are tried", len(samples), type(error).__name__)
+            logger.warning("a call of %d samples failed (%s); trying its halves", len(samples), type(error).__name__)
             middle = len(samples) // 2
             return self._isolated(call, samples[:middle]) + self._isolated(call, samples[middle:])
 
     def _prepared(self, samples: Sequence[Sample]) -> list[TDMError | None]:
-        for text_encoder in {sample.model.text_encoder for sample in samples}:  # LoRAs may have their own
+        for text_encoder in {sample.model.text_encoder for sample in samples}:  # a LoRA may have its own
             readers = [sample for sample in samples if sample.model.text_encoder is text_encoder]
             prompts = text_encoder.encode_all([sample.params.prompt for sample in readers])
             for sample, prompt in zip(readers, prompts, strict=True):
@@ -116,4 +116,4 @@ def _as_tdm_error(error: Exception) -> TDMError:
     if isinstance(error, TDMError):
         return error
     logger.error("generation failed", exc_info=error)
-    return GenerationError(f"generation failed ({type(error).__name__}); the request was not at fault, retry it")
+    return GenerationError(f"generation failed ({type(error).__name__}); the request is not at fault, retry it")

@@ -1,4 +1,4 @@
-"""Pictures made lately, for those who ask for exactly the same again."""
+"""Cache of finished pictures, for requests that repeat exactly."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tdm_runtime.params import SamplingParams
 
 
 class ResultCache:
-    """The latest pictures, up to a number of bytes. Not thread-safe: its owner locks."""
+    """The most recently used pictures, up to a number of bytes. Not thread-safe: the owner locks."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
@@ -19,7 +19,7 @@ class ResultCache:
         self.hits = 0
 
     def get(self, digest: str, params: SamplingParams, strict: bool) -> Picture | None:
-        """Return the picture that the model of this digest makes of these parameters; a strict one where `strict`."""
+        """Return the picture of a model and parameters, or None. With `strict`, only a strict picture."""
         picture = self._pictures.get((digest, params))
         if picture is None or (strict and not picture.is_strict):
             return None
@@ -28,7 +28,7 @@ class ResultCache:
         return replace(picture, timings=Timings(), predicted_ms=0.0, is_cached=True)
 
     def put(self, digest: str, picture: Picture) -> None:
-        """Remember a picture; a strict one is not forgotten for one that is not."""
+        """Keep a picture. A strict picture is never replaced by one that is not strict."""
         key = (digest, picture.params)
         known = self._pictures.get(key)
         if picture.pixels.nbytes > self._max_bytes or (known is not None and known.is_strict):

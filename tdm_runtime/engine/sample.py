@@ -1,4 +1,4 @@
-"""One picture in flight, and the picture that comes of it."""
+"""`Sample`: a picture in flight. `Picture`: the finished picture."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from tdm_runtime.scheduling.work import Work
 
 @dataclass
 class Timings:
-    """Where one picture's time went, in milliseconds; together, from submission to pixels.
+    """Stages of one picture in milliseconds. They add up to the time from submission to pixels.
 
     A batched call counts in full for each of its samples.
     """
 
     queue_ms: float = 0.0
-    """Waiting while others were served: before the first call and between calls."""
+    """Time spent waiting: before the first call and between calls."""
     text_ms: float = 0.0
     steps_ms: list[float] = field(default_factory=list)
     decode_ms: float = 0.0
     waits_ms: list[float] = field(default_factory=list)
-    """What `queue_ms` consists of: before the prompt, before each step and before decoding."""
+    """Parts of `queue_ms`: the wait before the prompt, before each step and before decoding."""
 
     def wait(self, wait_ms: float) -> None:
-        """Others were served for so long."""
+        """Add one wait."""
         self.queue_ms += wait_ms
         self.waits_ms.append(wait_ms)
 
@@ -47,34 +47,34 @@ class Picture:
     """A finished picture."""
 
     params: SamplingParams
-    """As it was made: the step count is the one that was taken."""
+    """Parameters of the picture; `num_inference_steps` is the number of steps actually taken."""
     pixels: Pixels
     """uint8 [H, W, 3], of a clip [F, H, W, 3]."""
     timings: Timings
     prompt: PromptEmbedding
     predicted_ms: float
-    """From submission to pixels, as the engine expected when the first step was due."""
+    """Time from submission to pixels that the engine predicted when the first step was due."""
     is_strict: bool
-    """Whether nobody's company can have changed a bit."""
+    """Whether the picture has the same bits alone and in any batch."""
     is_cached: bool = False
-    """Whether it was made for an earlier request."""
+    """Whether it comes from the result cache."""
 
 
 @dataclass(eq=False, kw_only=True)
 class Sample(Work):
-    """A picture in flight: its own latents, its own steps."""
+    """A picture in flight, with its latents and its steps."""
 
     model: LoadedModel
     params: SamplingParams
-    """The step count is the one that is taken, once it is settled."""
+    """Parameters of the picture; under "auto" the step count is final once the first step is due."""
     delivery: Delivery
     submitted_s: float
     """Monotonic."""
     ready_s: float
-    """When it was submitted or its last call ended, monotonic."""
+    """When it was submitted, or when its latest call ended; monotonic."""
     future: Future[Picture] = field(default_factory=Future)
     draft_of: Sample | None = None
-    """The sample that this one is a quick look at."""
+    """The sample whose one-step draft this is; None for a picture."""
     latents: Tensor | None = None
     """[C, H, W] or [C, F, H, W]; None until the first step is due."""
     denoised: Tensor | None = None
@@ -88,12 +88,12 @@ class Sample(Work):
 
     @property
     def step_index(self) -> int:
-        """Of the next step."""
+        """Index of the next step."""
         return self.params.num_inference_steps - self.steps_left
 
     @property
     def is_abandoned(self) -> bool:
-        """Whether nobody waits for it any more."""
+        """Whether its caller cancelled it, or its picture is finished and needs no draft."""
         return self.future.cancelled() or (self.draft_of is not None and self.draft_of.future.done())
 
     def settle(self, steps: int) -> None:

@@ -1,4 +1,4 @@
-"""Before the first request: run everything once, so that none pays for a first time, and learn what calls cost."""
+"""Warm-up: run every kind of call before the first request, and measure what calls cost."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from tdm_runtime.scheduling.cost_model import MIN_GAIN, Kind
 PASSES = 3
 ROUNDS = 5
 PASS_S = 0.1
-"""A pass over one size ends after so many rounds or seconds, whichever is first."""
+"""A pass over one size ends after `ROUNDS` rounds or this many seconds, whichever is first."""
 BOOKKEEPING_S = 3e-4
-"""About what the engine adds to each call of the model; a larger batch shares it."""
+"""Time the engine adds to each call of the model, about; a batch shares it."""
 PROMPT = "warm-up"
 
 
 def warm_up(engine: DiffusionEngine, model: LoadedModel | None = None) -> None:
-    """Run every size, step count and decoder of a model, in batches that grow until they do not help.
+    """Run every size, step count and decoder of a model, in batches that grow until they stop helping.
 
     The engine may be serving: each call is made between two of its own.
 
@@ -37,7 +37,7 @@ def warm_up(engine: DiffusionEngine, model: LoadedModel | None = None) -> None:
         model: None is the engine's own.
 
     Raises:
-        TDMError: the model cannot make a picture; better now than at the first request.
+        TDMError: the model cannot make a picture.
     """
     model = model or engine.model
     _learn_costs(engine, model)
@@ -53,7 +53,9 @@ def _learn_costs(engine: DiffusionEngine, model: LoadedModel) -> None:
     numbers = itertools.count()
     _learn(engine, call_kind(model, "text"), partial(_encode, model.text_encoder, numbers), capacity=1)
     size = 2
-    while size <= engine.config.max_batch_size:  # newcomers are encoded together; what that saves is not counted on
+    while (
+        size <= engine.config.max_batch_size
+    ):  # new samples are encoded together; forecasts do not count on what that saves
         _seconds(engine, partial(_encode, model.text_encoder, numbers), size)
         size *= 2
     for width, height in model.recipe.native_sizes:
@@ -69,7 +71,7 @@ def _learn_costs(engine: DiffusionEngine, model: LoadedModel) -> None:
 
 
 def _encode(text_encoder: TextEncoder, numbers: Iterator[int], size: int) -> object:
-    """Encode prompts that were not seen before."""
+    """Encode prompts that are not in the cache."""
     return text_encoder.encode_all([f"{PROMPT} {size} {next(numbers)}" for _ in range(size)])
 
 
@@ -78,7 +80,7 @@ def _decode(decoder: Decoder, latents: Tensor, size: int) -> object:
 
 
 def _denoise(engine: DiffusionEngine, model: LoadedModel, params: SamplingParams) -> Callable[[int], object]:
-    """A denoiser call of any number of samples."""
+    """Return a function that calls the denoiser with a number of samples."""
     device, steps, count = model.denoiser.device, params.num_inference_steps, engine.config.max_batch_size
     latents = torch.randn(count, *model.latent_shape(params)).to(device)
     timesteps = torch.full((count,), float(model.recipe.step_tables[steps].timesteps[0]), device=device)
@@ -95,12 +97,12 @@ def _denoise(engine: DiffusionEngine, model: LoadedModel, params: SamplingParams
 
 
 def _learn(engine: DiffusionEngine, kind: Kind, call: Callable[[int], object], capacity: int | None = None) -> None:
-    """Measure a kind of call at 1, 2, 4, ... samples, until twice more of them gave no more a second."""
+    """Measure a kind of call at 1, 2, 4, ... samples, until two larger sizes in a row gave no more samples a second."""
     times_s: dict[int, list[float]] = {}
     size, without_gain = 1, 0
     while size <= (capacity or engine.config.max_batch_size) and without_gain < 2:
         try:
-            _seconds(engine, call, size)  # compiles, where there is something to compile
+            _seconds(engine, call, size)  # the first call may compile
             times_s[size] = _times(engine, call, size)
         except (torch.OutOfMemoryError, MemoryError):
             if size == 1:
@@ -108,22 +110,22 @@ def _learn(engine: DiffusionEngine, kind: Kind, call: Callable[[int], object], c
             break
         without_gain = 0 if _fastest(times_s) == size else without_gain + 1
         size *= 2
-    for _ in range(PASSES - 1):  # one after the other, so that a mood of the machine hits no size alone
+    for _ in range(PASSES - 1):  # pass by pass, so that a slow moment of the machine does not hit one size alone
         for size in times_s:
             times_s[size] += _times(engine, call, size)
     for size, seen_s in times_s.items():
-        engine.observe(kind, size, min(seen_s) + BOOKKEEPING_S)  # how much slower it usually is, calls will tell
+        engine.observe(kind, size, min(seen_s) + BOOKKEEPING_S)  # the usual slowness is learned from real calls
     engine.limit(kind, max(times_s))
 
 
 def _fastest(times_s: Mapping[int, Sequence[float]]) -> int:
-    """The size of the most samples a second; the smallest of those that are about as good."""
+    """Return the smallest size whose samples a second are within `MIN_GAIN` of the best."""
     rates = {size: size / min(seen_s) for size, seen_s in times_s.items()}
     return next(size for size, rate in rates.items() if rate * (1 + MIN_GAIN) >= max(rates.values()))
 
 
 def _times(engine: DiffusionEngine, call: Callable[[int], object], size: int) -> list[float]:
-    """Seconds of some calls."""
+    """Return the seconds of several calls of one size."""
     times_s: list[float] = []
     ends_s = time.monotonic() + PASS_S
     while len(times_s) < ROUNDS and (not times_s or time.monotonic() < ends_s):
@@ -132,7 +134,7 @@ def _times(engine: DiffusionEngine, call: Callable[[int], object], size: int) ->
 
 
 def _seconds(engine: DiffusionEngine, call: Callable[[int], object], size: int) -> float:
-    """Of one call on the engine's thread."""
+    """Return the seconds of one call on the engine's thread."""
     times_s: list[float] = []
 
     def run() -> None:

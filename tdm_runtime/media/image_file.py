@@ -1,4 +1,4 @@
-"""Pixels -> PNG, WebP or JPEG, with the parameters that made them as metadata."""
+"""PNG, WebP and JPEG files, with the parameters of the picture as metadata."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tdm_runtime.params import SamplingParams
 
 ImageFormat = Literal["png", "webp", "jpeg"]
 RECEIPT_CHUNK = "tdm_receipt"
-"""Text chunk of PNG files that holds a receipt."""
+"""Name of the PNG text chunk that holds the receipt."""
 EXIF_IFD = 0x8769
 EXIF_USER_COMMENT = 0x9286
 
@@ -34,7 +34,7 @@ def encode_image(
         pixels: uint8 [H, W, 3].
         compression: 0..100, the quality of jpeg and webp (webp 100 is lossless); png is always lossless.
         parameters: text to embed: PNG `parameters` chunk, EXIF UserComment elsewhere.
-        receipt: JSON to embed; only in PNG, whose pixels are the ones that it speaks of.
+        receipt: JSON to embed. Only PNG holds it: the other formats change the pixels.
     """
     picture = Image.fromarray(pixels)
     stream = io.BytesIO()
@@ -62,7 +62,7 @@ def _exif(comment: str) -> bytes:
 
 
 def describe_parameters(params: SamplingParams, recipe: Recipe, digest: str) -> str:
-    """The metadata text, in the form that picture tools read ("prompt", newline, "Steps: 4, ...")."""
+    """Return the metadata text in the form that picture tools read ("prompt", newline, "Steps: 4, ...")."""
     prompt = " ".join(params.prompt.split())
     return (
         f"{prompt}\nSteps: {params.num_inference_steps}, Sampler: {recipe.solver}, CFG scale: 1, "

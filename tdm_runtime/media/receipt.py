@@ -1,4 +1,4 @@
-"""A receipt: everything that made a picture, so that anybody with the checkpoint can make it again."""
+"""Receipts: all that is needed to make a picture again from its checkpoint, and the hash of its pixels."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.params import DecoderName, SamplingParams
 
 TOLERANCE_LEVELS = 2
-"""Of 255, that a picture of a batch may be away from the same made alone, where nobody asked for the same bits."""
+"""Largest difference, in levels of 255, between a picture of a batch and the same picture made alone, if not strict."""
 
 
 @dataclass(frozen=True)
 class Receipt:
-    """One picture's."""
+    """Receipt of one picture."""
 
     model: str
     digest: str
@@ -38,18 +38,18 @@ class Receipt:
     height: int
     decoder: DecoderName
     backend: str
-    """What ran it, as "openvino bf16"."""
+    """Backend and precision, such as "openvino bf16"."""
     bucket: tuple[int, ...]
     """Latent shape, [C, H, W] or [C, F, H, W]; samples of one shape can share calls."""
     is_strict: bool
-    """Whether the same bits come of it, on this backend, whatever shares the call."""
+    """Whether the picture has the same bits alone and in any batch, on this backend."""
     pixels_sha256: str
-    """Of the pixels, uint8 [H, W, 3], row by row."""
+    """sha256 of the pixels, uint8 [H, W, 3] or [F, H, W, 3], row by row."""
     noise_angle: float = 0.0
-    """See `SamplingParams`; other than 0 in the frames of a clip."""
+    """See `SamplingParams`; not 0 in the frames of a walk through the noise."""
 
     def to_params(self) -> SamplingParams:
-        """What to ask for.
+        """Return the parameters that make the picture again.
 
         Raises:
             InvalidRequestError: a value outside its limits.
@@ -72,7 +72,7 @@ _ADAPTER = pydantic.TypeAdapter(Receipt)
 
 
 def receipt_of(model: LoadedModel, params: SamplingParams, pixels: Pixels, is_strict: bool) -> Receipt:
-    """Write a picture's receipt.
+    """Return the receipt of a picture.
 
     Args:
         is_strict: see `Receipt.is_strict`.
@@ -100,20 +100,20 @@ def pixels_sha256(pixels: Pixels) -> str:
 
 @dataclass(frozen=True)
 class Claim:
-    """A receipt and, where they came with it, the pixels of a lossless file."""
+    """A receipt to verify, with the pixels of its PNG file where there is one."""
 
     receipt: Receipt
     pixels: Pixels | None = None
 
     def check(self, made: Pixels) -> str | None:
-        """What speaks against a picture being the one of the receipt; None where nothing does."""
+        """Return how a picture differs from the receipt; None if it agrees."""
         if pixels_sha256(made) == self.receipt.pixels_sha256:
             return None
         if self.receipt.is_strict:
             return "its bits differ from the receipt's"
         if self.pixels is None:
             return (
-                "its bits differ from the receipt's, which promises none (is_strict is false); "
+                "its bits differ from the receipt's, which promises no equal bits (is_strict is false); "
                 "verify the PNG file to see by how much"
             )
         levels = int(np.abs(made.astype(int) - self.pixels).max())
@@ -124,7 +124,7 @@ def read_claims(file: Path) -> list[Claim]:
     """Read the receipts of a file: a PNG with one inside, a receipt in JSON, or a server's answer.
 
     Raises:
-        InvalidRequestError: there is none.
+        InvalidRequestError: the file holds no receipt.
         OSError: the file cannot be read.
     """
     content = file.read_bytes()
@@ -160,7 +160,7 @@ def _decoded(content: bytes) -> Any:
 
 
 def _receipts_in(raw: Any) -> Iterator[Receipt]:
-    """The receipts anywhere inside decoded JSON."""
+    """Yield the receipts found anywhere inside decoded JSON."""
     if isinstance(raw, list):
         for item in raw:
             yield from _receipts_in(item)

@@ -1,4 +1,4 @@
-"""Pictures -> one MP4 file."""
+"""Frames to one MP4 file."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from pathlib import Path
 from tdm_runtime.model.decoder import Pixels
 
 CRF = 16
-"""x264's constant rate factor, 0..51: no loss that is seen, at a tenth of the pictures' size as PNG."""
+"""Constant rate factor of x264, 0..51. 16 shows no loss, at a tenth of the size of PNG files."""
 
 BT709 = 1
-"""How colours are written, by FFmpeg's numbers."""
+"""FFmpeg's number of the BT.709 colour space."""
 LIMITED_RANGE = 1
-"""Luma 16..235."""
+"""FFmpeg's number of the limited range, luma 16..235."""
 
 
 def encode_clip(frames: Iterable[Pixels], fps: int, width: int, height: int, comment: str = "") -> bytes:
-    """Encode a clip as H.264 in MP4: yuv420p, its index before its data, so that it plays while it is fetched.
+    """Encode a clip as H.264 in MP4, yuv420p. The index comes first, so that players start before the end arrives.
 
-    The same frames give the same bytes: one thread, and no date in the file.
+    The same frames give the same bytes: one thread, no date in the file.
 
     Args:
-        frames: uint8 [H, W, 3] each; taken one by one, so they need not all be in memory.
+        frames: uint8 [H, W, 3] each, or one array [F, H, W, 3]; read one by one.
         fps: frames per second, a whole number.
         width, height: of every frame, pixels, even.
         comment: text to embed.
     """
-    import av  # FFmpeg's libraries, for those who make clips only
+    import av  # FFmpeg's libraries: heavy, and only clips need them
 
     if width % 2 or height % 2:
-        raise ValueError(f"frames are {width}x{height}; H.264 as players read it wants even sides")
+        raise ValueError(f"frames are {width}x{height} pixels; H.264 in yuv420p needs even sides")
     options = {"movflags": "+faststart", "fflags": "+bitexact"}
-    with tempfile.TemporaryDirectory() as folder:  # the index is put first by reading a finished file again
+    with tempfile.TemporaryDirectory() as folder:  # FFmpeg moves the index to the front of a finished file
         file = Path(folder) / "clip.mp4"
         with av.open(str(file), "w", format="mp4", options=options) as container:
             if comment:
@@ -42,7 +42,7 @@ def encode_clip(frames: Iterable[Pixels], fps: int, width: int, height: int, com
             settings = {"crf": str(CRF), "preset": "medium", "threads": "1"}
             track = container.add_stream("libx264", rate=fps, options=settings)
             track.width, track.height, track.pix_fmt = width, height, "yuv420p"
-            context = track.codec_context  # told, as players guess by the size where nothing says so
+            context = track.codec_context  # without these fields players guess the colours by the size
             context.colorspace = context.color_primaries = context.color_trc = BT709
             context.color_range = LIMITED_RANGE
             for index, pixels in enumerate(frames):

@@ -1,4 +1,4 @@
-"""What was built of a checkpoint, and what is asked to run it."""
+"""`BackendConfig`: the backend that is asked for. `Artifacts`: what `tdm-export` built of a checkpoint."""
 
 from __future__ import annotations
 

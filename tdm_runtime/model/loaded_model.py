@@ -21,13 +21,13 @@ from tdm_runtime.params import DecoderName, SamplingParams
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """The parts a picture passes through."""
+    """A checkpoint with a backend for each component."""
 
     recipe: Recipe
     digest: str
     """sha256 of the checkpoint's recipe and, through it, of its weights."""
     backend: str
-    """What runs it, as "openvino bf16"."""
+    """Name of backend and precision, such as "openvino bf16"."""
     text_encoder: TextEncoder
     denoiser: Backend
     denoiser_inputs: tuple[str, ...]
@@ -38,17 +38,17 @@ class LoadedModel:
     latent_frames: int | None
     """Latent frames F of a clip; None where the model makes pictures."""
     parity: Mapping[int, PictureParity]
-    """Step count K -> how close its pictures come to torch float32; empty where nobody measured."""
+    """Parity of the pictures with torch float32, by step count K; empty where it was not measured."""
     choice: str = ""
-    """Why this backend, where it was chosen by measuring."""
+    """Why this backend was chosen; empty where the configuration named it."""
     base: str | None = None
-    """Of a LoRA: the model whose weights it changes, and whose other parts it shares."""
+    """Name of the base of a LoRA; None for a model of its own."""
     adapter: int | None = None
-    """Of a LoRA: its number among those that share the denoiser (`AdapterBank`)."""
+    """Number of a LoRA in the `AdapterBank` of its base; None for a model of its own."""
 
     @property
     def name(self) -> str:
-        """What requests call it."""
+        """Name that requests use."""
         return self.recipe.name
 
     @property
@@ -64,17 +64,17 @@ class LoadedModel:
 
     @property
     def preview_decoder(self) -> DecoderName:
-        """The cheapest decoder there is."""
+        """Name of the cheapest decoder."""
         return "tiny" if "tiny" in self.decoders else "full"
 
     @property
     def is_batch_invariant(self) -> bool:
-        """Whether a picture has the same bits alone and in any company."""
+        """Whether a picture has the same bits alone and in any batch."""
         backends = (self.text_encoder.backend, self.denoiser, *(d.backend for d in self.decoders.values()))
         return all(backend.is_batch_invariant for backend in backends)
 
     def check(self, params: SamplingParams) -> None:
-        """Check what a request asks of this model.
+        """Check that this model serves a request.
 
         Raises:
             InvalidRequestError: a step count, size or decoder that it does not have.

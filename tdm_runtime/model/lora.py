@@ -1,7 +1,7 @@
-"""LoRAs on a base: one set of weights in memory, any number of adapters, each sample of a call with its own.
+"""LoRAs on a base: one copy of the base's weights, any number of LoRAs, and a LoRA for each sample of a call.
 
-A sample's output is W x + scale * alpha / rank * B A x (Hu et al. 2021, eq. 3), with A and B of its own LoRA. So a
-LoRA is added, replaced or taken away without compiling anything and without copying the base.
+The output of a layer is W x + scale * alpha / rank * B A x (Hu et al. 2021, eq. 3), with A and B of the sample's LoRA.
+So a LoRA is added, replaced or removed without compiling anything and without copying the base.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from tdm_runtime.model.text_encoder import TextEncoder
 
 
 class AdapterBank:
-    """A torch module whose linear and convolutional layers may have a LoRA, another one for each sample.
+    """A torch module whose linear and convolutional layers add the LoRA of each sample.
 
-    Not thread-safe, as every backend: LoRAs come and go between calls.
+    Not thread-safe: LoRAs are added and removed between calls.
     """
 
     is_batch_invariant = False
@@ -51,7 +51,7 @@ class AdapterBank:
         self._flat_names = {name.replace(".", "_"): name for name in self._layers}
         self._adapters: dict[int, dict[str, tuple[Tensor, Tensor]]] = {}
         self._rows: dict[int, Tensor] = {}
-        """Adapter -> the samples of the running call that have it."""
+        """Number of a LoRA -> indices of its samples in the running call."""
         for name, layer in self._layers.items():
             layer.register_forward_hook(self._hook(name))
 
@@ -65,16 +65,18 @@ class AdapterBank:
             self._rows = {}
 
     def match(self, file: LoraFile, layers: Mapping[str, LoraLayer], scale: float) -> dict[str, tuple[Tensor, Tensor]]:
-        """Name a LoRA's layers as this module does, checked, ready for `add`.
+        """Match the layers of a LoRA with those of this module, and check their shapes.
 
         Raises:
-            CheckpointError: they are of another model.
+            CheckpointError: the LoRA belongs to another model.
         """
         matched = {}
         for given, layer in layers.items():
             name = given if given in self._layers else self._flat_names.get(given.removeprefix("text_model_"))
             if name is None:
-                raise CheckpointError(f"{file.path} changes {given[:100]!r}, which this base has not; use its own base")
+                raise CheckpointError(
+                    f"{file.path} changes {given[:100]!r}, which this base does not have; use the base of the LoRA"
+                )
             assert layer.down is not None and layer.up is not None, "read_lora leaves no halves"
             self._check_shape(file, name, layer.down, layer.up)
             up = scale * layer.up
@@ -82,11 +84,11 @@ class AdapterBank:
         return matched
 
     def add(self, number: int, layers: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Serve an adapter from the next call on."""
+        """Serve a LoRA from the next call on."""
         self._adapters[number] = dict(layers)
 
     def remove(self, number: int) -> None:
-        """Forget an adapter that no sample has any more."""
+        """Forget a LoRA that no sample uses any more."""
         self._adapters.pop(number, None)
 
     def _check_shape(self, file: LoraFile, name: str, down: Tensor, up: Tensor) -> None:
@@ -94,7 +96,9 @@ class AdapterBank:
         shape = tuple(layer.weight.shape)
         given = (up.shape[0], *down.shape[1:])
         if given != shape or up.shape[1] != down.shape[0]:
-            raise CheckpointError(f"{file.path} changes {name} of shape {given}, here it has {shape}; use its own base")
+            raise CheckpointError(
+                f"{file.path} changes {name} of shape {given}, here it has {shape}; use the base of the LoRA"
+            )
 
     def _hook(self, name: str) -> Any:
         def add_lora(layer: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> Tensor | None:
@@ -107,7 +111,7 @@ class AdapterBank:
 
 
 def _delta(layer: nn.Module, inputs: Tensor, down: Tensor, up: Tensor) -> Tensor:
-    """B A x, where A strides and pads as its layer does."""
+    """Return B A x; A uses the stride and padding of its layer."""
     if isinstance(layer, nn.Conv2d):
         inside = nn.functional.conv2d(inputs, down, None, layer.stride, layer.padding, layer.dilation, layer.groups)
         return nn.functional.conv2d(inside, up)
@@ -115,7 +119,7 @@ def _delta(layer: nn.Module, inputs: Tensor, down: Tensor, up: Tensor) -> Tensor
 
 
 class OneAdapter:
-    """A bank as a backend: all samples of a call have this adapter."""
+    """A backend that runs a bank with one LoRA for all samples."""
 
     is_batch_invariant = False
 
@@ -129,12 +133,12 @@ class OneAdapter:
 
 
 class LoraBase:
-    """A model that LoRAs can be put on. Reading is for any thread, `attach` and `detach` for the engine's."""
+    """A model that takes LoRAs. Any thread may call `prepare`; only the engine's thread `attach` and `detach`."""
 
     def __init__(self, checkpoint: Checkpoint, model: LoadedModel, threads: int | None = None) -> None:
         """
         Args:
-            model: the base as it is served; LoRAs share its decoders and, where they leave it alone, its text encoder.
+            model: The base. LoRAs share its decoders and, unless they change it, its text encoder.
             threads: CPU threads of a denoiser call.
         """
         self.model = model
@@ -144,10 +148,10 @@ class LoraBase:
         self._last_number = 0
 
     def prepare(self, name: str, file: LoraFile, scale: float) -> PreparedLora:
-        """Check a LoRA against the base and bring it to the device.
+        """Check a LoRA against the base and copy it to the device.
 
         Raises:
-            CheckpointError: it is of another base, or `scale` is no number.
+            CheckpointError: the LoRA belongs to another base, or `scale` is not finite.
         """
         if not math.isfinite(scale):
             raise CheckpointError(f"the scale of {name} is {scale}; give a finite number, 1 is as trained")
@@ -181,7 +185,7 @@ class LoraBase:
         )
 
     def detach(self, model: LoadedModel) -> None:
-        """Forget a LoRA that no sample has any more."""
+        """Remove a LoRA that no sample uses any more."""
         assert model.adapter is not None, "only a LoRA can be taken from its base"
         for bank in self._banks.values():
             bank.remove(model.adapter)

@@ -1,4 +1,4 @@
-"""Prompt -> prompt embeddings, with an LRU cache."""
+"""Prompt embeddings, with an LRU cache."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from tdm_runtime.families.conditioning import Conditioning
 
 @dataclass(frozen=True)
 class PromptEmbedding:
-    """One prompt as the denoiser reads it."""
+    """Embedding of one prompt."""
 
     prompt_embeds: Tensor
     """[L, D]."""
     num_tokens: int
-    """Of the whole prompt, start and end marks counted in."""
+    """Number of tokens of the whole prompt, start and end marks included."""
     max_tokens: int
-    """What the text encoder reads; tokens beyond are cut."""
+    """Number of tokens that the text encoder reads; further tokens are cut."""
 
     @property
     def is_truncated(self) -> bool:
@@ -31,13 +31,13 @@ class PromptEmbedding:
 
 
 def conditioning_of(prompts: Sequence[PromptEmbedding]) -> Conditioning:
-    """Return the conditioning of a batch; of one prompt, a view of its own."""
+    """Return the conditioning of a batch. One prompt gives a view, without a copy."""
     embeds = [prompt.prompt_embeds for prompt in prompts]
     return Conditioning(embeds[0][None] if len(embeds) == 1 else torch.stack(embeds))
 
 
 class TextEncoder:
-    """Encodes prompts and remembers the latest. Not thread-safe, as its backend; `expect` is."""
+    """Encodes prompts and caches the most recent. Only `expect` is thread-safe."""
 
     def __init__(self, tokenizer: PromptTokenizer, backend: Backend, cache_size: int = 1024) -> None:
         self.backend = backend
@@ -45,12 +45,12 @@ class TextEncoder:
         self._cache: OrderedDict[str, PromptEmbedding] = OrderedDict()
         self._cache_size = cache_size
         self._tokens: OrderedDict[str, tuple[list[int], int]] = OrderedDict()
-        """Of prompts that are expected."""
+        """Token ids and token counts of expected prompts."""
         self.cache_hits = 0
         self.cache_misses = 0
 
     def expect(self, prompt: str) -> bool:
-        """Tokenize a prompt that is to be encoded soon. False where there is nothing to do: it was seen lately."""
+        """Tokenize a prompt that will be encoded soon. Returns False where its embedding is cached."""
         if prompt in self._cache:
             return False
         self._tokens[prompt] = self._tokenizer.encode(prompt)
@@ -59,11 +59,11 @@ class TextEncoder:
         return True
 
     def encode(self, prompt: str) -> PromptEmbedding:
-        """Return a prompt's embedding, from the cache where it was seen lately."""
+        """Return the embedding of a prompt, from the cache if it is there."""
         return self.encode_all([prompt])[0]
 
     def encode_all(self, prompts: Sequence[str]) -> list[PromptEmbedding]:
-        """Return each prompt's embedding; those not seen lately share a call where that changes no bit of them."""
+        """Return the embedding of each prompt. Uncached prompts share a call if the backend is batch-invariant."""
         found = {prompt: known for prompt in prompts if (known := self._cache.get(prompt)) is not None}
         missing = list(dict.fromkeys(prompt for prompt in prompts if prompt not in found))
         self.cache_hits += len(prompts) - len(missing)

@@ -6,7 +6,7 @@ the first request. Row j of the table says
     denoised_j = p_j * x_j + q_j * model_output_j
     x_{j+1}    = a_j * x_j + b_j * denoised_j + c_j * denoised_{j-1}
 
-so samples with different step counts, at different steps, even under different solvers share one
+So samples with different step counts, at different steps, even under different solvers, share one
 denoiser call and one fused update. Latents live in the schedule's own coordinates,
 x = alpha x_0 + sigma noise, where the denoiser takes x as it is.
 """
@@ -31,10 +31,10 @@ SOLVERS: tuple[str, ...] = get_args(Solver)
 
 @dataclass(frozen=True)
 class StepTable:
-    """The K rows of one sampler, each an array of shape [K], float64, read-only."""
+    """The K rows of one sampler. Each column is a float64 array of shape [K], read-only."""
 
     timesteps: Array
-    """What the denoiser is told, falling."""
+    """Timesteps that the denoiser receives, falling."""
     p: Array
     """denoised = p * latents + q * model_output."""
     q: Array
@@ -42,9 +42,9 @@ class StepTable:
     """next latents = a * latents + b * denoised + c * previous denoised."""
     b: Array
     c: Array
-    """Zero in row 0, and everywhere for one-step solvers."""
+    """Zero in row 0, and in every row of a one-step solver."""
     initial_scale: float = 1.0
-    """Unit noise times this is where the sampler starts."""
+    """The sampler starts from unit noise times this factor."""
 
     def __post_init__(self) -> None:
         for name in ("timesteps", "p", "q", "a", "b", "c"):
@@ -103,7 +103,7 @@ def build_step_table(
     current, following = schedule.levels(timesteps), schedule.levels(next_timesteps)
     if prediction_type == "epsilon" and np.any(current.alphas == 0):
         raise RecipeError(
-            f"prediction_type 'epsilon' says nothing at timestep {timesteps[0]:g}, where the schedule has no signal; "
+            f"prediction_type 'epsilon' is undefined at timestep {timesteps[0]:g}, where the schedule has no signal; "
             "use v_prediction, or a schedule without zero terminal SNR"
         )
     if np.any(current.sigmas == 0):

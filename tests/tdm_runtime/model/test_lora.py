@@ -119,8 +119,8 @@ def write_kohya(file: Path, unet: Halves, text: Halves) -> Path:
 
 
 def write_diffusers(file: Path, unet: Halves, text: Halves) -> Path:
-    told = {f"{part}.lora_alpha": ALPHA for part in ("unet", "text_encoder")}
-    save_file(diffusers_state(unet, text), file, {"lora_adapter_metadata": json.dumps(told)})
+    metadata = {f"{part}.lora_alpha": ALPHA for part in ("unet", "text_encoder")}
+    save_file(diffusers_state(unet, text), file, {"lora_adapter_metadata": json.dumps(metadata)})
     return file
 
 
@@ -266,8 +266,8 @@ def spoiled(unet_halves: Halves, how: str) -> dict[str, Tensor]:
     ("how", "message"),
     [
         ("half", "only one half of 'conv_in'"),
-        ("shape", r"conv_in of shape \(8, 9, 3, 3\), here it has \(8, 4, 3, 3\); use its own base"),
-        ("layer", "changes 'conv_elsewhere', which this base has not"),
+        ("shape", r"conv_in of shape \(8, 9, 3, 3\), here it has \(8, 4, 3, 3\); use the base of the LoRA"),
+        ("layer", "changes 'conv_elsewhere', which this base does not have"),
         ("dora", "dora_scale.*without DoRA"),
         ("loha", "hada_w1_a.*without DoRA, LoHa"),
     ],
