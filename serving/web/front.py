@@ -18,7 +18,9 @@ from typing import Any
 import httptools
 import uvicorn
 from starlette.datastructures import MutableHeaders
+from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.config import HTTP_PROTOCOLS
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 HEAD_TIMEOUT_S = 10.0
@@ -187,6 +189,16 @@ class CancelForLeavers:
         finally:
             if watching is not None:
                 watching.cancel()
+
+
+def configure_ray_proxy() -> list[Middleware]:
+    """Give Ray's proxy this module's HTTP. Called by Ray in its process, before the proxy listens.
+
+    Returns:
+        No middleware, which is what Ray asks for.
+    """
+    HTTP_PROTOCOLS["auto"] = f"{__name__}:{BoundedHTTP.__name__}"
+    return []
 
 
 class DecliningParser(httptools.HttpRequestParser):
