@@ -54,6 +54,7 @@ def prepare_environment() -> None:
         "RAY_worker_niceness": "0",
         "AUTOSCALER_METRIC_PORT": str(NO_PORT),
         "DASHBOARD_METRIC_PORT": str(NO_PORT),
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.web.http_front.configure_ray_proxy",
     }
 
 

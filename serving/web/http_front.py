@@ -10,12 +10,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
+from array import array
 from asyncio import TimerHandle
 from typing import Any
 
+import httptools
 import uvicorn
 from starlette.datastructures import MutableHeaders
+from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.config import HTTP_PROTOCOLS
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from serving.fronts.address import bind
@@ -150,11 +154,56 @@ class CancelForLeavers:
                 watching.cancel()
 
 
+def configure_ray_proxy() -> list[Middleware]:
+    """Give Ray's proxy this module's HTTP. Called by Ray in its process, before the proxy listens.
+
+    Returns:
+        No middleware, which is what Ray asks for.
+    """
+    HTTP_PROTOCOLS["auto"] = f"{__name__}:{BoundedHTTP.__name__}"
+    return []
+
+
+class DecliningParser(httptools.HttpRequestParser):
+    """Parser of a server that speaks one protocol: it reads on where a request offers another.
+
+    By itself httptools takes such a request for complete at the end of its headers, and its body for the next
+    request. Here the head is parsed a second time, without its `Upgrade`.
+    """
+
+    def __init__(self, protocol: BoundedHTTP) -> None:
+        self._protocol = protocol
+        self._start()
+
+    def _start(self) -> None:
+        """Make it ready for a request, whatever it parsed before."""
+        super().__init__(self._protocol)
+        self.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
+
+    def feed_data(self, data: bytes | bytearray | memoryview | array[int]) -> None:
+        """Parse what the connection brought.
+
+        Raises:
+            httptools.HttpParserError: it is not HTTP.
+        """
+        rest = memoryview(data)
+        while True:
+            try:
+                super().feed_data(rest)
+                return
+            except httptools.HttpParserUpgrade as offer:
+                rest = rest[offer.args[0] :]
+                head = self._protocol.head_without_upgrade()
+                self._start()  # `Connection: close` beside the offer would have ended it
+                super().feed_data(head)
+
+
 class BoundedHTTP(HttpToolsProtocol):
-    """uvicorn's fast parser, which by itself keeps headers of any size for any time."""
+    """uvicorn's fast parser, which by itself keeps headers of any size for any time, and stops at an upgrade."""
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
+        self.parser = DecliningParser(self)
         self._overhead_bytes = 0
         self._head_timer: TimerHandle | None = None
 
@@ -182,15 +231,25 @@ class BoundedHTTP(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._stop_head_timer()
-        super().on_headers_complete()
+        if self.parser.get_method() == b"CONNECT":
+            raise ValueError("no tunnels")  # uvicorn answers with 400 and closes: a tunnel's bytes are no requests
+        if not self.parser.should_upgrade():
+            super().on_headers_complete()
+
+    def head_without_upgrade(self) -> bytes:
+        """The head of the request that is being read, as if it offered no protocol."""
+        kept = [b"%b: %b\r\n" % header for header in self.headers if header[0] != b"upgrade"]
+        version = self.parser.get_http_version().encode()
+        return b"%b %b HTTP/%b\r\n%b\r\n" % (self.parser.get_method(), self.url, version, b"".join(kept))
 
     def on_body(self, body: bytes) -> None:
         self._overhead_bytes -= len(body)
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        self._overhead_bytes = 0
-        super().on_message_complete()
+        if not self.parser.should_upgrade():
+            self._overhead_bytes = 0
+            super().on_message_complete()
 
     def _stop_head_timer(self) -> None:
         if self._head_timer is not None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
+from serving.cli import prepare_environment
 
 from serving import deployment
 from serving.config import ServerConfig
@@ -46,3 +48,11 @@ def test_the_workers_have_room_for_the_replicas(spec: dict[str, Any]) -> None:
     import ray
 
     assert cluster["rayVersion"] == ray.__version__
+
+
+def test_rays_proxy_is_configured_as_by_the_command(spec: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", {})
+    prepare_environment()
+    (container,) = spec["rayClusterConfig"]["headGroupSpec"]["template"]["spec"]["containers"]
+    given = {variable["name"]: variable["value"] for variable in container["env"]}
+    assert given["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] == os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"]

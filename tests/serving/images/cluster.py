@@ -1,4 +1,7 @@
-"""A cluster of Ray nodes on this machine under load, one of which is killed. A process of its own: Ray's state is."""
+"""A cluster of Ray nodes on this machine: upgrades that its proxy is offered, then load while one node is killed.
+
+A process of its own, because Ray's state is.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from pathlib import Path
 import httpx
 
 from serving.command.cli import prepare_environment
+from tests.serving.fronts.raw_http import conversations
 
 NUM_CLIENTS = 6
 LOAD_S = 7.0
@@ -44,9 +48,19 @@ def main(checkpoint: Path, port: int) -> None:
         http_options={"host": "127.0.0.1", "port": port, "location": "HeadOnly"}, logging_config=ray_logging("text")
     )
     serve.run(build_application(config), name="images", route_prefix="/")
-    print(json.dumps(under_load(cluster, workers, f"http://127.0.0.1:{port}")), flush=True)
+    wrong = wrong_answers(port)
+    print(json.dumps({"wrong": wrong} | under_load(cluster, workers, f"http://127.0.0.1:{port}")), flush=True)
     ray.shutdown()
     cluster.shutdown()
+
+
+def wrong_answers(port: int) -> dict[str, object]:
+    """Offer upgrades. Returns the first conversation with answers that were not expected, if there is one."""
+    for conversation in conversations():
+        answers = conversation.hold(port)
+        if answers != conversation.expected:
+            return {conversation.name: answers}
+    return {}
 
 
 def under_load(cluster: object, workers: list[object], url: str) -> dict[str, object]:

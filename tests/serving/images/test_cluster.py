@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,14 +15,26 @@ from tests.serving.conftest import free_port
 from tests.serving.images import cluster
 
 
-def test_a_node_that_is_killed_loses_no_request(tiny_checkpoint: Path) -> None:
+@pytest.fixture(scope="module")
+def said(tiny_checkpoint: Path) -> dict[str, Any]:
+    """What the clients of one cluster saw."""
     command = [sys.executable, "-m", "tests.serving.images.cluster", str(tiny_checkpoint), str(free_port())]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert ended.returncode == 0, ended.stderr[-3000:]
-    said = json.loads(ended.stdout.splitlines()[-1])
-    assert set(said["statuses"]) == {"200"}, ended.stderr[-3000:]
+    sys.stderr.write(ended.stderr[-3000:])
+    seen: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
+    return seen
+
+
+def test_a_node_that_is_killed_loses_no_request(said: dict[str, Any]) -> None:
+    assert set(said["statuses"]) == {"200"}
     assert said["statuses"]["200"] > 10 * cluster.NUM_CLIENTS
     assert 1 <= said["retried"] <= cluster.NUM_CLIENTS  # what was on its way to the dead node, once each
+
+
+def test_rays_proxy_answers_a_request_that_offers_an_upgrade_once(said: dict[str, Any]) -> None:
+    """The conversations of `test_upgrade.py`."""
+    assert said["wrong"] == {}
 
 
 @pytest.mark.parametrize(("text", "expected"), [("3", (3, 3)), ("1-4", (1, 4))])
