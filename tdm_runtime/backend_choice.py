@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal
 
@@ -19,8 +19,10 @@ import torch
 
 from tdm_runtime.backends import TORCH_DTYPES, BackendName, Precision
 from tdm_runtime.checkpoint import Checkpoint, file_sha256, open_checkpoint
+from tdm_runtime.cpu import cpu_features
 from tdm_runtime.errors import ArtifactError, BackendError
 from tdm_runtime.loaded_model import LoadedModel, load_build, load_with_torch
+from tdm_runtime.local_parity import LocalParity
 from tdm_runtime.manifest import (
     MANIFEST_FILE,
     TOOLS,
@@ -34,9 +36,8 @@ from tdm_runtime.manifest import (
     load_manifest,
 )
 from tdm_runtime.params import SamplingParams
+from tdm_runtime.parity import MIN_PSNR_DB, lowest_psnr_db
 
-MIN_PSNR_DB = 35.0
-"""Pictures of a backend that is chosen without being asked for keep at least this against torch float32."""
 CHOICE_FILE = "choice.json"
 ROUNDS = 20
 ROUNDS_S = 1.0
@@ -146,6 +147,11 @@ class Artifacts:
     folder: Path
     manifest: Manifest | None
 
+    @cached_property
+    def parity(self) -> LocalParity:
+        """How close the builds' pictures come on this machine."""
+        return LocalParity(self.checkpoint, self.folder)
+
     @classmethod
     def find(cls, checkpoint: Checkpoint, config: BackendConfig) -> Artifacts:
         """Read the manifest, where there is one.
@@ -172,7 +178,7 @@ class Artifacts:
         """Load one candidate.
 
         Raises:
-            ArtifactError: it was not built, or for something else.
+            ArtifactError: it was not built, or for something else; or this CPU makes poor pictures of it.
             BackendError: it cannot run here.
         """
         if backend in TORCH_BACKENDS:
@@ -182,10 +188,11 @@ class Artifacts:
         return load_build(self.checkpoint, manifest, build, self.folder, threads)
 
     def require(self, backend: BackendName, precision: Precision | None) -> tuple[Manifest, Build]:
-        """What was built for a backend.
+        """What was built for a backend, with its parity on this machine.
 
         Raises:
-            ArtifactError: it was not; says what to run.
+            ArtifactError: nothing was, or this CPU makes poor pictures of it; says what to run.
+            BackendError: it cannot run here.
         """
         build = self.manifest.find(backend, precision) if self.manifest else None
         if self.manifest is None or build is None:
@@ -194,7 +201,7 @@ class Artifacts:
                 f"{self.checkpoint.recipe.name} was not built for {wanted}; "
                 f"run `{export_command(self.checkpoint, self.folder, backend, precision)}`"
             )
-        return self.manifest, build
+        return self.manifest, replace(build, pictures=self.parity.checked(self.manifest, build))
 
 
 def _choose(artifacts: Artifacts, config: BackendConfig) -> Choice:
@@ -229,19 +236,21 @@ def _machine(artifacts: Artifacts, config: BackendConfig) -> str:
     versions = " ".join(f"{name} {version}" for name, version in installed(TOOLS).items())
     wanted = f"{config.backend} {config.precision} {config.threads} {config.device}"
     manifest = file_sha256(artifacts.folder / MANIFEST_FILE)[:12] if artifacts.manifest else None
-    return f"{cpu}, {_cores()} cores, {gpu_architecture()}, {versions}, {wanted}, manifest {manifest}"
+    processors = f"{cpu} ({' '.join(cpu_features())}), {_cores()} cores, {gpu_architecture()}"
+    return f"{processors}, {versions}, {wanted}, manifest {manifest}"
 
 
 def _measured(artifacts: Artifacts, config: BackendConfig, machine: str) -> Choice:
     times: dict[Candidate, float] = {}
     excluded: dict[str, str] = {}
+    manifest, is_auto = artifacts.manifest, config.backend == "auto"
     for backend, precision in _candidates(artifacts, config):
-        build = artifacts.manifest.find(backend, precision) if artifacts.manifest else None
+        build = manifest.find(backend, precision) if manifest else None
         name = f"{backend} {precision}"
-        if config.backend == "auto" and build and (why := _falls_short(build.pictures)):
-            excluded[name] = why
-            continue
         try:
+            if is_auto and manifest and build and (why := _falls_short(artifacts.parity.of(manifest, build))):
+                excluded[name] = why
+                continue
             for threads in _thread_counts(config.threads):
                 model = artifacts.load(backend, precision, threads, config.device)
                 seconds = times[Candidate(backend, precision, threads)] = picture_seconds(model)
@@ -281,10 +290,8 @@ def _candidates(artifacts: Artifacts, config: BackendConfig) -> Iterator[tuple[B
 
 def _falls_short(pictures: Mapping[int, PictureParity]) -> str | None:
     """Why a build's pictures are not close enough to be chosen unasked."""
-    if not pictures:
-        return "its parity was not measured (`tdm-export --verify`)"
-    lowest = min(parity.psnr_db for parity in pictures.values())
-    return f"its pictures keep {lowest:.1f} dB, {MIN_PSNR_DB:g} are asked" if lowest < MIN_PSNR_DB else None
+    lowest = lowest_psnr_db(pictures)
+    return f"its pictures keep {lowest:.1f} dB here, {MIN_PSNR_DB:g} are asked" if lowest < MIN_PSNR_DB else None
 
 
 def _thread_counts(wanted: int | None) -> list[int]:
