@@ -30,7 +30,7 @@ from export.architectures import REAL_SIZES, RealSize
 from export.onnx_export import export_onnx
 from export.real_sizes import module_of
 from export.tensorrt_build import TIMING_CACHE, build_plan, require_capability
-from export.verify import component_parity, psnr_db
+from export.verify import component_parity
 from tdm_runtime.backends import TORCH_DTYPES, Backend, BackendName, Precision
 from tdm_runtime.backends.interface import ComponentName, Interface
 from tdm_runtime.backends.machine import TOOLS, gpu_architecture, installed
@@ -40,6 +40,7 @@ from tdm_runtime.errors import BackendError
 from tdm_runtime.families.call import denoiser_arguments
 from tdm_runtime.families.conditioning import Conditioning
 from tdm_runtime.model.components import load_component
+from tdm_runtime.model.parity import psnr_db
 from tdm_runtime.sampling.sampler import solve
 
 STEPS = 4

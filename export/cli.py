@@ -14,7 +14,7 @@ from typing import get_args
 from tdm_runtime.backends import BackendName, Precision
 from tdm_runtime.backends.machine import gpu_architecture, installed
 from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT, Checkpoint, open_checkpoint
-from tdm_runtime.checkpoint.manifest import Manifest, default_artifacts, load_manifest
+from tdm_runtime.checkpoint.manifest import Manifest, default_artifacts, kernel_choice, load_manifest
 from tdm_runtime.errors import TDMError
 
 USAGE_ERROR = 2
@@ -43,6 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
             manifest = _verified(checkpoint, load_manifest(folder, checkpoint), folder, prompts)
         elif not given.force and (known := _up_to_date(checkpoint, folder, targets)) is not None:
             print(f"{folder} is up to date")
+            if any(build.measured_on != kernel_choice(build) for build in known.builds):
+                print("its parity was measured on another CPU; `--verify` measures it on this one")
             manifest = known
         else:
             manifest = _built(checkpoint, folder, _and_those_there(checkpoint, folder, targets), prompts)
@@ -144,9 +146,10 @@ def _built(checkpoint: Checkpoint, folder: Path, targets: Targets, prompts: tupl
 
 
 def _verified(checkpoint: Checkpoint, manifest: Manifest, folder: Path, prompts: tuple[str, ...] | None) -> Manifest:
-    from export.verify import VerifyConfig, verify
+    from export.verify import verify
+    from tdm_runtime.model.parity import ParityConfig
 
-    config = VerifyConfig() if prompts is None else VerifyConfig(prompts)
+    config = ParityConfig() if prompts is None else ParityConfig(prompts)
     with _progress(1 + len(manifest.builds) + len(manifest.interfaces)) as announce:
         manifest = verify(checkpoint, manifest, folder, config, announce)
     manifest.save(folder)

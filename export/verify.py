@@ -2,49 +2,30 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from export.prompts import VERIFICATION
 from tdm_runtime.backends import Backend
 from tdm_runtime.backends.interface import ComponentName
 from tdm_runtime.checkpoint.folder import Checkpoint
-from tdm_runtime.checkpoint.manifest import ComponentParity, Manifest, PictureParity
+from tdm_runtime.checkpoint.manifest import ComponentParity, Manifest, kernel_choice
 from tdm_runtime.model.components import load_component
-from tdm_runtime.model.decoder import Pixels
-from tdm_runtime.model.load import component_backend, load_build, load_with_torch
-from tdm_runtime.model.loaded_model import LoadedModel
-from tdm_runtime.params import SamplingParams
-from tdm_runtime.pipeline import generate
+from tdm_runtime.model.load import component_backend, load_build
+from tdm_runtime.model.parity import ParityConfig, picture_parity, reference_pictures
 
-EQUAL_DB = 99.0
-"""What equal pictures are given, whose PSNR is infinite."""
 BATCH = 3
 """Samples of a component's comparison: no power of two, so that padding and splitting are compared too."""
-
-
-@dataclass(frozen=True)
-class VerifyConfig:
-    """How much is compared."""
-
-    prompts: tuple[str, ...] = VERIFICATION
-    """One picture each, at every step count."""
-    budget_s: float = 120.0
-    """No further prompt is begun after so long; one is always compared."""
 
 
 def verify(
     checkpoint: Checkpoint,
     manifest: Manifest,
     folder: Path,
-    config: VerifyConfig = VerifyConfig(),
+    config: ParityConfig = ParityConfig(),
     announce: Callable[[str], None] = lambda what: None,
 ) -> Manifest:
     """Measure every build against torch float32. Returns the manifest with the parities in it.
@@ -53,55 +34,17 @@ def verify(
         ArtifactError, BackendError: a build cannot be run here.
     """
     announce("pictures: torch fp32, the reference")
-    reference = _pictures(
-        load_with_torch(checkpoint, device=torch.device("cpu")), _requests(checkpoint, config), config
-    )
+    reference = reference_pictures(checkpoint, config)
     builds = []
     for build in manifest.builds:
         announce(f"pictures: {build.name}")
-        made = _pictures(load_build(checkpoint, manifest, build, folder), list(reference), None)
-        builds.append(replace(build, pictures=_by_steps(reference, made)))
+        pictures = picture_parity(reference, load_build(checkpoint, manifest, build, folder))
+        builds.append(replace(build, pictures=pictures, measured_on=kernel_choice(build)))
     manifest = replace(manifest, builds=tuple(builds))
     for name in manifest.interfaces:
         announce(f"{name}: outputs")
         manifest = _with_component_parity(checkpoint, manifest, folder, name)  # type: ignore[arg-type]
     return manifest
-
-
-def _requests(checkpoint: Checkpoint, config: VerifyConfig) -> list[SamplingParams]:
-    """Prompt by prompt, so that a budget cuts prompts and not step counts."""
-    recipe = checkpoint.recipe
-    width, height = recipe.native_sizes[0]
-    return [
-        SamplingParams(prompt, seed, steps, width, height)
-        for seed, prompt in enumerate(config.prompts)
-        for steps in recipe.step_counts
-    ]
-
-
-def _pictures(
-    model: LoadedModel, requests: Sequence[SamplingParams], config: VerifyConfig | None
-) -> dict[SamplingParams, Pixels]:
-    pictures: dict[SamplingParams, Pixels] = {}
-    started_s = time.monotonic()
-    for request in requests:
-        is_over = config is not None and time.monotonic() - started_s > config.budget_s
-        if is_over and pictures and request.prompt not in {done.prompt for done in pictures}:
-            break
-        pictures[request] = generate(model, request)
-    return pictures
-
-
-def _by_steps(
-    reference: Mapping[SamplingParams, Pixels], made: Mapping[SamplingParams, Pixels]
-) -> dict[int, PictureParity]:
-    found = {}
-    for steps in sorted({request.num_inference_steps for request in reference}):
-        pairs = [(reference[r], made[r]) for r in reference if r.num_inference_steps == steps]
-        psnrs = [psnr_db(a, b) for a, b in pairs]
-        similarity = float(np.mean([ssim(a, b) for a, b in pairs]))
-        found[steps] = PictureParity(float(np.mean(psnrs)), min(psnrs), similarity)
-    return found
 
 
 @torch.inference_mode()
@@ -130,28 +73,6 @@ def component_parity(expected: Tensor, actual: Tensor) -> ComponentParity:
     difference = actual.double() - expected.double()
     relative = float(difference.norm() / expected.double().norm())
     return ComponentParity(relative, float(difference.abs().max()))
-
-
-def psnr_db(a: Pixels, b: Pixels) -> float:
-    """Peak signal-to-noise ratio of two pictures, uint8 [H, W, 3]."""
-    error = np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)
-    return EQUAL_DB if error == 0 else float(min(EQUAL_DB, 10 * np.log10(255.0**2 / error)))
-
-
-def ssim(a: Pixels, b: Pixels) -> float:
-    """Mean structural similarity of two pictures, uint8 [H, W, 3] (Wang et al. 2004, sec. III-C, on each channel)."""
-    x, y = (torch.from_numpy(p.astype(np.float64)).permute(2, 0, 1)[:, None] for p in (a, b))
-    offsets = torch.arange(11, dtype=torch.float64) - 5
-    gaussian = torch.exp(-(offsets**2) / (2 * 1.5**2))
-    window = torch.outer(gaussian, gaussian)[None, None] / gaussian.sum() ** 2
-
-    def mean(values: Tensor) -> Tensor:
-        return functional.conv2d(values, window)
-
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    mx, my = mean(x), mean(y)
-    vx, vy, cov = mean(x * x) - mx * mx, mean(y * y) - my * my, mean(x * y) - mx * my
-    return float(((2 * mx * my + c1) * (2 * cov + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))).mean())
 
 
 def parity_table(manifest: Manifest) -> str:

@@ -21,7 +21,7 @@ class ModelCard(BaseModel):
     backend: str
     """What runs it, as "openvino bf16"."""
     parity_psnr_db: dict[int, float]
-    """Step count -> how close its pictures come to torch float32, as `tdm-export` measured."""
+    """Step count -> how close its pictures come to torch float32 on a CPU like this one."""
     digest: str
     base: str | None = None
     """Of a LoRA: the model that it changes."""

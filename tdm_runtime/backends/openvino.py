@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tdm_runtime.backends import Precision
 from tdm_runtime.backends.buckets import MAX_BATCH_BUCKET, in_buckets
+from tdm_runtime.backends.cpu import cpu_features
 from tdm_runtime.errors import BackendError
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class OpenVINOBackend:
     def __init__(self, file: Path, precision: Precision, threads: int | None = None) -> None:
         """
         Args:
-            precision: of the arithmetic; int8 files compute what is not quantised in bf16, where the CPU has it.
+            precision: of the arithmetic; int8 files compute what is not quantised as `precision_hint` says.
             threads: of a call; None takes all cores.
 
         Raises:
@@ -51,7 +52,7 @@ class OpenVINOBackend:
         self._is_large = weights.is_file() and weights.stat().st_size > LARGE_BYTES
         self._config = {
             "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": _precision_hint(precision),
+            "INFERENCE_PRECISION_HINT": precision_hint(precision, has_bf16(), has_amx_int8()),
             **({"INFERENCE_NUM_THREADS": threads} if threads else {}),
         }
         self._programs: OrderedDict[tuple[tuple[int, ...], ...], _Program] = OrderedDict()
@@ -98,6 +99,11 @@ def has_bf16() -> bool:
     return "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
+def has_amx_int8() -> bool:
+    """Whether the CPU has AMX's int8 instructions."""
+    return "amx_int8" in cpu_features()
+
+
 @cache
 def _core() -> Any:
     import openvino
@@ -116,13 +122,24 @@ def _opened(file: Path) -> Any:
         ) from None
 
 
-def _precision_hint(precision: Precision) -> str:
+def precision_hint(precision: Precision, has_bf16: bool, has_amx_int8: bool) -> str:
+    """The precision of the arithmetic that is not quantised.
+
+    On CPUs with AMX, int8 kernels are inaccurate beside bf16 (pictures keep 28 dB) and accurate beside float32 (37 dB).
+
+    Args:
+        has_bf16: whether the CPU computes in bfloat16.
+        has_amx_int8: whether it has AMX's int8 instructions.
+
+    Raises:
+        BackendError: the CPU lacks the precision.
+    """
     if precision == "fp32":
         return "f32"
     if precision == "int8":
-        return "bf16" if has_bf16() else "f32"
+        return "bf16" if has_bf16 and not has_amx_int8 else "f32"
     if precision != "bf16":
         raise BackendError(f"openvino does not run {precision} on a CPU; choose fp32, bf16 or int8")
-    if not has_bf16():
+    if not has_bf16:
         raise BackendError("this CPU has no bfloat16 arithmetic; choose fp32 or int8")
     return "bf16"

@@ -14,6 +14,7 @@ from pathlib import Path
 import pydantic
 
 from tdm_runtime.backends import BackendName, Precision
+from tdm_runtime.backends.cpu import cpu_features
 from tdm_runtime.backends.interface import Interface
 from tdm_runtime.backends.machine import TOOLS, gpu_architecture, installed
 from tdm_runtime.checkpoint.folder import Checkpoint, file_sha256
@@ -71,6 +72,8 @@ class Build:
     """Component -> size -> least, best and greatest that it takes; empty where every size is taken."""
     pictures: Mapping[int, PictureParity] = field(default_factory=dict)
     """Step count K -> parity of the pictures; empty until verified."""
+    measured_on: tuple[str, ...] = ()
+    """What decided on the kernels when the parities were measured (`kernel_choice`); empty where that is not known."""
 
     @property
     def name(self) -> str:
@@ -166,6 +169,12 @@ def check_build(manifest: Manifest, build: Build, folder: Path, checkpoint: Chec
                 raise ArtifactError(f"{folder / name} is damaged or missing; run `{remedy}`")
 
 
+def kernel_choice(build: Build) -> tuple[str, ...]:
+    """What decides which kernels run a build on this machine: the GPU's architecture, or the CPU's features."""
+    gpu = gpu_architecture()
+    return (gpu,) if gpu and build.backend in ("onnxruntime", "tensorrt") else cpu_features()
+
+
 def default_artifacts(checkpoint: Checkpoint) -> Path:
     """Where artifacts are kept when no folder is named.
 
@@ -174,8 +183,12 @@ def default_artifacts(checkpoint: Checkpoint) -> Path:
     """
     key = {"fingerprint": checkpoint.fingerprint, "format": str(MANIFEST_FORMAT), "gpu": gpu_architecture() or ""}
     digest = hashlib.sha256(_listed(key | installed(TOOLS)).encode()).hexdigest()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "tdm-serve" / f"{checkpoint.recipe.name}-{digest[:16]}"
+    return user_cache() / f"{checkpoint.recipe.name}-{digest[:16]}"
+
+
+def user_cache() -> Path:
+    """Where this project keeps what can be made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tdm-serve"
 
 
 def export_command(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +23,7 @@ from tdm_runtime.checkpoint.manifest import (
 from tdm_runtime.errors import ArtifactError
 from tdm_runtime.model.load import load_build, load_with_torch
 from tdm_runtime.model.loaded_model import LoadedModel
+from tdm_runtime.model.local_parity import LocalParity
 
 TORCH_BACKENDS: tuple[BackendName, ...] = ("torch", "torch-compiled", "cuda-graphs")
 
@@ -58,6 +60,11 @@ class Artifacts:
     folder: Path
     manifest: Manifest | None
 
+    @cached_property
+    def parity(self) -> LocalParity:
+        """Parity of the builds' pictures on this machine."""
+        return LocalParity(self.checkpoint, self.folder)
+
     @classmethod
     def find(cls, checkpoint: Checkpoint, config: BackendConfig) -> Artifacts:
         """Read the manifest, where there is one.
@@ -84,7 +91,7 @@ class Artifacts:
         """Load one candidate.
 
         Raises:
-            ArtifactError: it was not built, or for something else.
+            ArtifactError: it was not built, or was built for something else, or makes poor pictures on this CPU.
             BackendError: it cannot run here.
         """
         if backend in TORCH_BACKENDS:
@@ -94,10 +101,11 @@ class Artifacts:
         return load_build(self.checkpoint, manifest, build, self.folder, threads)
 
     def require(self, backend: BackendName, precision: Precision | None) -> tuple[Manifest, Build]:
-        """What was built for a backend.
+        """Return the manifest and the build for a backend, with its parity on this machine.
 
         Raises:
-            ArtifactError: it was not; says what to run.
+            ArtifactError: it was not built, or makes poor pictures on this CPU; says what to run.
+            BackendError: it cannot run here.
         """
         build = self.manifest.find(backend, precision) if self.manifest else None
         if self.manifest is None or build is None:
@@ -106,4 +114,4 @@ class Artifacts:
                 f"{self.checkpoint.recipe.name} was not built for {wanted}; "
                 f"run `{export_command(self.checkpoint, self.folder, backend, precision)}`"
             )
-        return self.manifest, build
+        return self.manifest, replace(build, pictures=self.parity.checked(self.manifest, build))

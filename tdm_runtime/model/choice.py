@@ -17,6 +17,7 @@ import pydantic
 import torch
 
 from tdm_runtime.backends import BackendName, Precision
+from tdm_runtime.backends.cpu import cpu_features
 from tdm_runtime.backends.machine import TOOLS, gpu_architecture, installed
 from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT, Checkpoint, file_sha256, open_checkpoint
 from tdm_runtime.checkpoint.manifest import (
@@ -27,11 +28,10 @@ from tdm_runtime.checkpoint.manifest import (
 from tdm_runtime.errors import ArtifactError, BackendError
 from tdm_runtime.model.artifacts import Artifacts, BackendConfig
 from tdm_runtime.model.loaded_model import LoadedModel, denoise
+from tdm_runtime.model.parity import MIN_PSNR_DB, lowest_psnr_db
 from tdm_runtime.model.text_encoder import conditioning_of
 from tdm_runtime.params import SamplingParams
 
-MIN_PSNR_DB = 35.0
-"""Pictures of a backend that is chosen without being asked for keep at least this against torch float32."""
 CHOICE_FILE = "choice.json"
 ROUNDS = 20
 ROUNDS_S = 1.0
@@ -142,19 +142,21 @@ def _machine(artifacts: Artifacts, config: BackendConfig) -> str:
     versions = " ".join(f"{name} {version}" for name, version in installed(TOOLS).items())
     wanted = f"{config.backend} {config.precision} {config.threads} {config.device}"
     manifest = file_sha256(artifacts.folder / MANIFEST_FILE)[:12] if artifacts.manifest else None
-    return f"{cpu}, {_cores()} cores, {gpu_architecture()}, {versions}, {wanted}, manifest {manifest}"
+    processors = f"{cpu} ({' '.join(cpu_features())}), {_cores()} cores, {gpu_architecture()}"
+    return f"{processors}, {versions}, {wanted}, manifest {manifest}"
 
 
 def _measured(artifacts: Artifacts, config: BackendConfig, machine: str) -> Choice:
     times: dict[Candidate, float] = {}
     excluded: dict[str, str] = {}
+    manifest, is_auto = artifacts.manifest, config.backend == "auto"
     for backend, precision in _candidates(artifacts, config):
-        build = artifacts.manifest.find(backend, precision) if artifacts.manifest else None
+        build = manifest.find(backend, precision) if manifest else None
         name = f"{backend} {precision}"
-        if config.backend == "auto" and build and (why := _falls_short(build.pictures)):
-            excluded[name] = why
-            continue
         try:
+            if is_auto and manifest and build and (why := _falls_short(artifacts.parity.of(manifest, build))):
+                excluded[name] = why
+                continue
             for threads in _thread_counts(config.threads):
                 model = artifacts.load(backend, precision, threads, config.device)
                 seconds = times[Candidate(backend, precision, threads)] = picture_seconds(model)
@@ -194,10 +196,8 @@ def _candidates(artifacts: Artifacts, config: BackendConfig) -> Iterator[tuple[B
 
 def _falls_short(pictures: Mapping[int, PictureParity]) -> str | None:
     """Why a build's pictures are not close enough to be chosen unasked."""
-    if not pictures:
-        return "its parity was not measured (`tdm-export --verify`)"
-    lowest = min(parity.psnr_db for parity in pictures.values())
-    return f"its pictures keep {lowest:.1f} dB, {MIN_PSNR_DB:g} are asked" if lowest < MIN_PSNR_DB else None
+    lowest = lowest_psnr_db(pictures)
+    return f"its pictures keep {lowest:.1f} dB here, {MIN_PSNR_DB:g} are asked" if lowest < MIN_PSNR_DB else None
 
 
 def _thread_counts(wanted: int | None) -> list[int]:

@@ -89,6 +89,15 @@ def test_a_second_run_builds_nothing_and_says_so(run: Run, folder: Path, tiny_ch
     assert state(folder) == before
 
 
+def test_parity_of_another_cpu_is_shown_as_such(run: Run, folder: Path, tiny_checkpoint: Path) -> None:
+    says = "its parity was measured on another CPU; `--verify` measures it on this one"
+    assert says not in run("--backend", "onnxruntime")
+    manifest = manifest_in(folder, tiny_checkpoint)
+    builds = tuple(replace(build, measured_on=("x86_64", "avx")) for build in manifest.builds)
+    replace(manifest, builds=builds).save(folder)
+    assert says in run("--backend", "onnxruntime")
+
+
 def test_verify_measures_again_and_builds_nothing(run: Run, folder: Path, tiny_checkpoint: Path) -> None:
     """Someone wrote into the manifest what was never measured."""
     measured = build_in(folder, tiny_checkpoint, "openvino", "int8")

@@ -11,12 +11,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from export.verify import EQUAL_DB, VerifyConfig, component_parity, parity_table, psnr_db, ssim, verify
+from export.prompts import CALIBRATION
+from export.verify import component_parity, parity_table, verify
 from tdm_runtime.checkpoint.folder import open_checkpoint
-from tdm_runtime.checkpoint.manifest import ComponentParity, Manifest, PictureParity, load_manifest
+from tdm_runtime.checkpoint.manifest import ComponentParity, Manifest, PictureParity, kernel_choice, load_manifest
 from tdm_runtime.model.decoder import Pixels
+from tdm_runtime.model.parity import EQUAL_DB, PROMPTS, ParityConfig, psnr_db, ssim
 
-PROMPTS = ("a red apple", "a cat left of a dog")
+TWO_PROMPTS = ("a red apple", "a cat left of a dog")
 
 
 def noise(seed: int, height: int = 16, width: int = 24) -> Pixels:
@@ -152,11 +154,16 @@ def test_every_build_component_and_step_count_is_measured(tiny_checkpoint: Path,
     recipe = open_checkpoint(tiny_checkpoint).recipe
     for build in manifest.builds:
         assert tuple(build.pictures) == recipe.step_counts
+        assert build.measured_on == kernel_choice(build)
         assert list(build.components) == ["text_encoder", "denoiser", "decoder", "tiny_decoder"]
         for component in build.components.values():
             assert component.parity is not None
         for found in build.pictures.values():
             assert found.min_psnr_db <= found.psnr_db <= EQUAL_DB and found.ssim <= 1 + 1e-9
+
+
+def test_no_prompt_is_both_calibrated_and_compared_with() -> None:
+    assert not set(CALIBRATION) & set(PROMPTS)
 
 
 def test_a_spent_budget_cuts_prompts_and_not_step_counts(
@@ -169,7 +176,7 @@ def test_a_spent_budget_cuts_prompts_and_not_step_counts(
     only = replace(manifest, builds=(build,))
     cut, first = (
         verify(checkpoint, only, tiny_artifacts, config).builds[0].pictures
-        for config in (VerifyConfig(PROMPTS, budget_s=0.0), VerifyConfig(PROMPTS[:1]))
+        for config in (ParityConfig(TWO_PROMPTS, budget_s=0.0), ParityConfig(TWO_PROMPTS[:1]))
     )
     assert tuple(cut) == checkpoint.recipe.step_counts
     assert cut == first != build.pictures

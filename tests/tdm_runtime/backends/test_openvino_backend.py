@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tdm_runtime.backends import Precision
-from tdm_runtime.backends.openvino import OpenVINOBackend, has_bf16
+from tdm_runtime.backends.openvino import OpenVINOBackend, has_bf16, precision_hint
 from tdm_runtime.checkpoint.folder import open_checkpoint
 from tdm_runtime.engine.engine import DiffusionEngine, EngineConfig
 from tdm_runtime.errors import BackendError
@@ -118,6 +118,31 @@ def test_what_a_call_returns_is_the_callers(tiny_checkpoint: Path, tiny_artifact
     assert torch.equal(first, kept)
     assert all(torch.equal(*pair) for pair in zip(one, given, strict=True))
     assert torch.equal(backend(*one), kept)
+
+
+# -- the arithmetic of what is not quantised ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("precision", "has_bf16", "has_amx_int8", "hint"),
+    [
+        ("fp32", True, True, "f32"),
+        ("bf16", True, False, "bf16"),
+        ("bf16", True, True, "bf16"),
+        ("int8", False, False, "f32"),
+        ("int8", True, False, "bf16"),
+        ("int8", True, True, "f32"),
+    ],
+)
+def test_int8_runs_beside_float32_on_amx_and_beside_bf16_elsewhere(
+    precision: Precision, has_bf16: bool, has_amx_int8: bool, hint: str
+) -> None:
+    assert precision_hint(precision, has_bf16, has_amx_int8) == hint
+
+
+def test_bf16_is_refused_where_the_cpu_has_none() -> None:
+    with pytest.raises(BackendError, match="this CPU has no bfloat16 arithmetic; choose fp32 or int8"):
+        precision_hint("bf16", has_bf16=False, has_amx_int8=False)
 
 
 # -- what is refused -------------------------------------------------------------------------------

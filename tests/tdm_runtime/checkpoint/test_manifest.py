@@ -88,12 +88,23 @@ def test_a_manifest_is_read_as_it_was_written(checkpoint: Checkpoint, folder: Pa
         gpu="sm_90",
         profiles={"denoiser": {"batch": (1, 4, 16), "height": (8, 16, 32)}},
         pictures={1: PictureParity(41.25, 38.5, 0.987), 4: PictureParity(99.0, 99.0, 1.0)},
+        measured_on=("x86_64", "avx2", "amx_int8"),
     )
     unverified = replace(build, precision="fp32", components={"denoiser": BuiltComponent({"denoiser.xml": "0" * 64})})
     manifest = manifest_of(checkpoint, everything, unverified)
     manifest.save(folder)
     assert load_manifest(folder, checkpoint) == manifest
     assert {file.name for file in folder.iterdir()} == {"denoiser.xml", "denoiser.bin", MANIFEST_FILE}
+
+
+def test_a_manifest_from_before_features_were_written_is_read(
+    checkpoint: Checkpoint, folder: Path, build: Build
+) -> None:
+    manifest_of(checkpoint, build).save(folder)
+    content = json.loads((folder / MANIFEST_FILE).read_text())
+    del content["builds"][0]["measured_on"]
+    (folder / MANIFEST_FILE).write_text(json.dumps(content))
+    assert load_manifest(folder, checkpoint).builds[0].measured_on == ()
 
 
 def test_the_first_file_is_what_a_backend_opens(checkpoint: Checkpoint, folder: Path, build: Build) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tdm_runtime.backends import BackendName, Precision
+from tdm_runtime.backends.cpu import ISA_LIMIT
 from tdm_runtime.checkpoint.folder import open_checkpoint
 from tdm_runtime.checkpoint.manifest import MANIFEST_FILE, PictureParity, default_artifacts, load_manifest
 from tdm_runtime.errors import ArtifactError, BackendError
@@ -105,15 +106,17 @@ def test_a_choice_is_remembered(tiny_checkpoint: Path, one_build: Path) -> None:
     assert json.loads((one_build / CHOICE_FILE).read_text()) == kept
 
 
-@pytest.mark.parametrize("change", ["machine", "garbage", "request", "parity"])
+@pytest.mark.parametrize("change", ["machine", "features", "garbage", "request", "parity"])
 def test_another_machine_request_or_parity_is_measured_anew(
-    tiny_checkpoint: Path, one_build: Path, change: str
+    tiny_checkpoint: Path, one_build: Path, change: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load_model(tiny_checkpoint, auto(one_build))
     kept = json.loads((one_build / CHOICE_FILE).read_text())
     kept["picture_ms"] = {name: 4321.0 for name in kept["picture_ms"]}
     kept["machine"] += " of yesterday" if change == "machine" else ""
     (one_build / CHOICE_FILE).write_text("{" if change == "garbage" else json.dumps(kept))
+    if change == "features":
+        monkeypatch.setenv(ISA_LIMIT, "AVX2")  # as of a CPU with other kernels
     if change == "parity":
         write_builds(one_build, tiny_checkpoint, onnxruntime_fp32=parity(30))
     model = load_model(tiny_checkpoint, auto(one_build, "fp32" if change == "request" else None))
@@ -129,12 +132,12 @@ def test_a_folder_that_cannot_be_written_to_is_measured_at_every_start(tiny_chec
 
 
 def test_what_loses_too_much_is_never_chosen_unasked(tiny_checkpoint: Path, folder: Path) -> None:
-    """Nor what nobody measured. Both are said, and both run where they are asked for by name."""
-    write_builds(folder, tiny_checkpoint, openvino_fp32=parity(MIN_PSNR_DB - 0.1), onnxruntime_fp32={})
+    """It is said why, and it runs where it is asked for by name."""
+    write_builds(folder, tiny_checkpoint, openvino_fp32=parity(MIN_PSNR_DB - 0.1), onnxruntime_fp32=parity(20))
     model = load_model(tiny_checkpoint, auto(folder))
     assert model.backend == "torch fp32"
-    assert "openvino fp32 not considered: its pictures keep 34.9 dB, 35 are asked" in model.choice
-    assert "onnxruntime fp32 not considered: its parity was not measured (`tdm-export --verify`)" in model.choice
+    assert "openvino fp32 not considered: its pictures keep 34.9 dB here, 35 are asked" in model.choice
+    assert "onnxruntime fp32 not considered: its pictures keep 20.0 dB here, 35 are asked" in model.choice
     backends: tuple[BackendName, ...] = ("openvino", "onnxruntime")
     for backend in backends:
         for threads in (1, 0):

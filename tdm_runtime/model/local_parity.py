@@ -1,0 +1,149 @@
+"""How close builds' pictures come on this machine: as exported, or measured again on a CPU of other features."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pydantic
+
+from tdm_runtime.checkpoint.folder import Checkpoint
+from tdm_runtime.checkpoint.manifest import Build, Manifest, PictureParity, kernel_choice, user_cache
+from tdm_runtime.errors import ArtifactError
+from tdm_runtime.model.load import load_build
+from tdm_runtime.model.parity import (
+    ParityConfig,
+    Pictures,
+    lowest_psnr_db,
+    min_psnr_db,
+    picture_parity,
+    reference_pictures,
+)
+
+BUDGET_S = 20.0
+"""No further prompt is begun after so long: a server is starting."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class KeptParity:
+    """What was measured of one build on CPUs of one set of features."""
+
+    build: str
+    measured_on: tuple[str, ...]
+    pictures: Mapping[int, PictureParity]
+
+
+_ADAPTER = pydantic.TypeAdapter(KeptParity)
+
+
+class LocalParity:
+    """Parity of a folder's builds on this machine."""
+
+    def __init__(self, checkpoint: Checkpoint, folder: Path) -> None:
+        self._checkpoint = checkpoint
+        self._folder = folder
+        self._found: dict[str, Mapping[int, PictureParity]] = {}
+
+    def of(self, manifest: Manifest, build: Build) -> Mapping[int, PictureParity]:
+        """Parity of a build's pictures here: the manifest's, where it was measured on a CPU like this one.
+
+        Otherwise it is measured, once, and kept beside the artifacts; in the user's cache where they are read-only.
+
+        Raises:
+            ArtifactError, BackendError: the build cannot be run here.
+        """
+        here = kernel_choice(build)
+        if _is_measured_on(build, here):
+            return build.pictures
+        name = f"parity-{self._key(build, here)}.json"
+        if name not in self._found:
+            self._found[name] = self._read(name) or self._measure(manifest, build, here, name)
+        return self._found[name]
+
+    def checked(self, manifest: Manifest, build: Build) -> Mapping[int, PictureParity]:
+        """Parity of a build's pictures here, for a build that is asked for by name.
+
+        Raises:
+            ArtifactError: pictures that were good where it was exported are poor here, or it is of another make.
+            BackendError: the build cannot be run here.
+        """
+        pictures = self.of(manifest, build)
+        if _is_measured_on(build, kernel_choice(build)):
+            return pictures  # `tdm-export` showed its parity on such a CPU, and it is asked for by name
+        lowest, floor = lowest_psnr_db(pictures), min_psnr_db(build.precision)
+        if lowest < floor:
+            raise ArtifactError(
+                f"pictures of {build.name} in {self._folder} keep {lowest:.1f} dB on this CPU, {floor:g} are asked "
+                f"({_exported(build)}); choose another --precision or --backend auto"
+            )
+        return pictures
+
+    @cached_property
+    def _reference(self) -> Pictures:
+        return reference_pictures(self._checkpoint, ParityConfig(budget_s=BUDGET_S))
+
+    @property
+    def _folders(self) -> tuple[Path, ...]:
+        return (self._folder, user_cache() / "parity")
+
+    def _key(self, build: Build, here: tuple[str, ...]) -> str:
+        """Hash of all that may change the pictures."""
+        files = {name: dict(component.files) for name, component in build.components.items()}
+        what = [self._checkpoint.fingerprint, build.name, files, dict(build.requires), here]
+        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+    def _read(self, name: str) -> Mapping[int, PictureParity] | None:
+        for folder in self._folders:
+            try:
+                return _ADAPTER.validate_json((folder / name).read_bytes()).pictures or None
+            except (OSError, pydantic.ValidationError):
+                continue
+        return None
+
+    def _measure(
+        self, manifest: Manifest, build: Build, here: tuple[str, ...], name: str
+    ) -> Mapping[int, PictureParity]:
+        logger.warning(
+            "%s in %s was not measured on such a CPU; its pictures are compared with torch fp32 here, once",
+            build.name,
+            self._folder,
+        )
+        model = load_build(self._checkpoint, manifest, build, self._folder)
+        with ThreadPoolExecutor(1) as passing:  # torch's OpenMP workers end with it
+            pictures = passing.submit(lambda: picture_parity(self._reference, model)).result()
+        self._keep(KeptParity(build.name, here, pictures), name)
+        return pictures
+
+    def _keep(self, parity: KeptParity, name: str) -> None:
+        content = _ADAPTER.dump_json(parity, indent=2)
+        for folder in self._folders:
+            partial = folder / f"{name}.{os.getpid()}"
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                partial.write_bytes(content)
+                partial.replace(folder / name)
+                return
+            except OSError:
+                with contextlib.suppress(OSError):
+                    partial.unlink(missing_ok=True)
+        logger.warning("neither %s nor %s can be written: parity is measured at every start", *self._folders)
+
+
+def _is_measured_on(build: Build, here: tuple[str, ...]) -> bool:
+    return bool(build.pictures) and build.measured_on == here
+
+
+def _exported(build: Build) -> str:
+    if not build.pictures:
+        return "not measured where it was exported"
+    return f"{lowest_psnr_db(build.pictures):.1f} where it was exported"

@@ -1,0 +1,113 @@
+"""How close a build's pictures come to those of torch float32."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tdm_runtime.backends import Precision
+from tdm_runtime.checkpoint.folder import Checkpoint
+from tdm_runtime.checkpoint.manifest import PictureParity
+from tdm_runtime.model.decoder import Pixels
+from tdm_runtime.model.load import load_with_torch
+from tdm_runtime.model.loaded_model import LoadedModel
+from tdm_runtime.params import SamplingParams
+from tdm_runtime.pipeline import generate
+
+MIN_PSNR_DB = 35.0
+"""Pictures of a backend that is chosen without being asked for keep at least this against torch float32."""
+QUANTISED_MIN_PSNR_DB = 30.0
+"""What int8 and fp8 keep at least where they are asked for by name."""
+EQUAL_DB = 99.0
+"""What equal pictures are given, whose PSNR is infinite."""
+PROMPTS = (
+    "a red apple",
+    "a rocket on a blue background",
+    "a cat left of a dog",
+    "a small penguin",
+    "a pizza above a cup",
+    "a butterfly on a green background",
+    "a big yellow bus",
+    "a purple flower in the bottom right",
+)
+"""What is compared, unless other prompts are given. None of them calibrates int8 (`export/prompts.py`)."""
+
+
+Pictures = Mapping[SamplingParams, Pixels]
+
+
+@dataclass(frozen=True)
+class ParityConfig:
+    """How much is compared."""
+
+    prompts: tuple[str, ...] = PROMPTS
+    """One picture each, at every step count."""
+    budget_s: float = 120.0
+    """No further prompt is begun after so long; one is always compared."""
+
+
+def reference_pictures(checkpoint: Checkpoint, config: ParityConfig = ParityConfig()) -> Pictures:
+    """Make the pictures with torch float32 on the CPU, prompt by prompt: a budget cuts prompts and not step counts."""
+    recipe = checkpoint.recipe
+    width, height = recipe.native_sizes[0]
+    model = load_with_torch(checkpoint, device=torch.device("cpu"))
+    pictures: dict[SamplingParams, Pixels] = {}
+    started_s = time.monotonic()
+    for seed, prompt in enumerate(config.prompts):
+        if pictures and time.monotonic() - started_s > config.budget_s:
+            break
+        requests = [SamplingParams(prompt, seed, steps, width, height) for steps in recipe.step_counts]
+        pictures |= {request: generate(model, request) for request in requests}
+    return pictures
+
+
+def picture_parity(reference: Pictures, model: LoadedModel) -> dict[int, PictureParity]:
+    """Make the same pictures with a model. Returns step count K -> their parity."""
+    pairs: dict[int, list[tuple[Pixels, Pixels]]] = {}
+    for request, expected in reference.items():
+        pairs.setdefault(request.num_inference_steps, []).append((expected, generate(model, request)))
+    return {steps: _parity(pairs[steps]) for steps in sorted(pairs)}
+
+
+def lowest_psnr_db(pictures: Mapping[int, PictureParity]) -> float:
+    """The PSNR at the step count where it is lowest."""
+    return min(parity.psnr_db for parity in pictures.values())
+
+
+def min_psnr_db(precision: Precision) -> float:
+    """Pictures of a build that is asked for by name keep at least this."""
+    return QUANTISED_MIN_PSNR_DB if precision in ("int8", "fp8") else MIN_PSNR_DB
+
+
+def _parity(pairs: Sequence[tuple[Pixels, Pixels]]) -> PictureParity:
+    psnrs = [psnr_db(a, b) for a, b in pairs]
+    similarity = float(np.mean([ssim(a, b) for a, b in pairs]))
+    return PictureParity(float(np.mean(psnrs)), min(psnrs), similarity)
+
+
+def psnr_db(a: Pixels, b: Pixels) -> float:
+    """Peak signal-to-noise ratio of two pictures, uint8 [H, W, 3]."""
+    error = np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)
+    return EQUAL_DB if error == 0 else float(min(EQUAL_DB, 10 * np.log10(255.0**2 / error)))
+
+
+def ssim(a: Pixels, b: Pixels) -> float:
+    """Mean structural similarity of two pictures, uint8 [H, W, 3] (Wang et al. 2004, sec. III-C, on each channel)."""
+    x, y = (torch.from_numpy(p.astype(np.float64)).permute(2, 0, 1)[:, None] for p in (a, b))
+    offsets = torch.arange(11, dtype=torch.float64) - 5
+    gaussian = torch.exp(-(offsets**2) / (2 * 1.5**2))
+    window = torch.outer(gaussian, gaussian)[None, None] / gaussian.sum() ** 2
+
+    def mean(values: Tensor) -> Tensor:
+        return functional.conv2d(values, window)
+
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    mx, my = mean(x), mean(y)
+    vx, vy, cov = mean(x * x) - mx * mx, mean(y * y) - my * my, mean(x * y) - mx * my
+    return float(((2 * mx * my + c1) * (2 * cov + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))).mean())
