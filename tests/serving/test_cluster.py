@@ -12,7 +12,7 @@ import pytest
 
 from serving.arguments import parse_arguments
 from tests.serving import cluster
-from tests.serving.conftest import free_port
+from tests.ports import free_port
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from tdm_runtime.checkpoint import open_checkpoint
 from tdm_runtime.errors import ArtifactError
 from tdm_runtime.manifest import default_artifacts, load_manifest
 from tdm_runtime.recipe import RECIPE_FILE
-from tests.serving.conftest import free_port
+from tests.ports import free_port
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 

@@ -37,7 +37,8 @@ from serving.schema.images import ImageRequest
 from serving.service import ImageService
 from serving.services import Services
 from tdm_runtime.backend_choice import BackendConfig
-from tests.serving.conftest import RunningServer, free_port
+from tests.ports import free_port
+from tests.serving.conftest import RunningServer
 
 Code = grpc.StatusCode
 PROTOS = Path(images_pb2_grpc.__file__).parent
