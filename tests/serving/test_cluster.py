@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from serving.arguments import parse_arguments
-from tests.serving import cluster
 from tests.ports import free_port
+from tests.serving import cluster
 
 
 @pytest.fixture(scope="module")

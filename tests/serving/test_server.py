@@ -266,28 +266,31 @@ def test_a_body_that_never_comes_is_given_up(server: RunningServer) -> None:
 
 
 def test_a_client_that_leaves_is_cancelled(server: RunningServer, http: httpx.Client) -> None:
-    """Enough work is queued that the leaver's pictures are still waiting when it goes."""
-    before = metric(http, "tdm_cancelled_total")
-    made = metric(http, "tdm_pictures_total")
+    """Its pictures are still waiting when it goes. It asks again where a busy machine let it go too late."""
     body = json.dumps({"prompt": "a cat", "n": 10}).encode()
     head = (
         f"POST /v1/images/generations HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
         f"Content-Length: {len(body)}\r\n\r\n"
     ).encode()
-    leavers = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(3)]
-    for leaver in leavers:
-        leaver.sendall(head + body)
-    time.sleep(0.02)
-    for leaver in leavers:
-        leaver.close()
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        if metric(http, "tdm_live_samples") == 0 and metric(http, "tdm_cancelled_total") > before:
+    for _ in range(5):
+        before, made = metric(http, "tdm_cancelled_total"), metric(http, "tdm_pictures_total")
+        leavers = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(3)]
+        for leaver in leavers:
+            leaver.sendall(head + body)
+        time.sleep(0.02)
+        for leaver in leavers:
+            leaver.close()
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            num_cancelled = metric(http, "tdm_cancelled_total") - before
+            num_made = metric(http, "tdm_pictures_total") - made
+            if metric(http, "tdm_live_samples") == 0 and (num_cancelled > 0 or num_made == 30):
+                break
+            time.sleep(0.05)
+        if num_cancelled > 0:
             break
-        time.sleep(0.05)
     assert metric(http, "tdm_live_samples") == 0
-    assert metric(http, "tdm_cancelled_total") > before
-    assert metric(http, "tdm_pictures_total") - made < 30
+    assert num_cancelled > 0 and num_made < 30
 
 
 def test_an_overload_is_refused_with_when_to_come_back_and_nothing_else_fails(http: httpx.Client) -> None:
