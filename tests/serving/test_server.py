@@ -9,6 +9,7 @@ import re
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -42,6 +43,15 @@ def client(server: RunningServer) -> openai.OpenAI:
 @pytest.fixture
 def http(server: RunningServer) -> httpx.Client:
     return httpx.Client(base_url=server.url, timeout=60)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def silent_client(server: RunningServer) -> Iterator[socket.socket]:
+    """Sends a part of a body and no more; the server's time for it runs while the other tests do."""
+    head = b"POST /v1/images/generations HTTP/1.1\r\nHost: a\r\nContent-Length: 50\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=ServerConfig.body_timeout_s + 20) as connection:
+        connection.sendall(head + b'{"prompt"')
+        yield connection
 
 
 def picture_of(b64_json: str | None) -> Image.Image:
@@ -257,11 +267,8 @@ def test_broken_http_harms_nobody(server: RunningServer, http: httpx.Client, raw
     assert http.get("/ready").status_code == 200
 
 
-def test_a_body_that_never_comes_is_given_up(server: RunningServer) -> None:
-    head = b"POST /v1/images/generations HTTP/1.1\r\nHost: a\r\nContent-Length: 50\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", server.port), timeout=ServerConfig.body_timeout_s + 20) as connection:
-        connection.sendall(head + b'{"prompt"')
-        answer = connection.recv(65536)
+def test_a_body_that_never_comes_is_given_up(silent_client: socket.socket) -> None:
+    answer = silent_client.recv(65536)
     assert b" 408 " in answer.split(b"\r\n")[0]
 
 
