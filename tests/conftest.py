@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,21 @@ from tdm_runtime.model.choice import load_model
 from tdm_runtime.model.loaded_model import LoadedModel
 from tests.serving.conftest import RunningServer, start_server
 from tests.tiny_checkpoint import write_tiny_checkpoint
+
+
+def pytest_configure() -> None:
+    """Give PyTorch one thread in the processes that tests start; servers set their own number.
+
+    The models are tiny. With two threads each operation waits for both, which takes several times the processor time
+    and, where other processes want the cores, 30 times as long.
+    """
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Give it one thread in this process too, before each test: a command that another test ran may have set more."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -36,7 +52,6 @@ def checkpoint_folder() -> Path:
 @pytest.fixture(scope="session")
 def model(checkpoint_folder: Path) -> LoadedModel:
     """The embedded model on the CPU. Its text encoder is not thread-safe: use it beside no running engine."""
-    torch.set_num_threads(1)  # the engine and the decoder run beside each other; two each would fight for two cores
     return load_model(checkpoint_folder, device="cpu")
 
 

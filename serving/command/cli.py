@@ -15,7 +15,7 @@ from typing import Any
 from serving.command.arguments import parse_arguments
 from serving.command.checks import check
 from serving.config import ServerConfig
-from serving.telemetry.logs import set_up_logging, start_logger
+from serving.telemetry.logs import set_up_logging, start_logger, write_whole_lines
 from tdm_runtime.errors import TDMError
 
 USAGE_ERROR = 2
@@ -85,6 +85,8 @@ def proxy_options(config: ServerConfig) -> dict[str, Any]:
 
 def serve_until_signalled(config: ServerConfig) -> int:
     """Start everything, wait for SIGINT or SIGTERM, let accepted requests finish."""
+    write_whole_lines()
+    set_up_logging(config)
     prepare_environment()
     import ray
     from ray import serve

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import os
 import sys
 import threading
 from contextvars import ContextVar
 from datetime import UTC, datetime
-from typing import Any
+from typing import IO, Any, cast
 
 from serving.config import ServerConfig
 
@@ -50,6 +52,58 @@ class JSONLines(logging.Formatter):
         if record.exc_info:
             line["stack"] = self.formatException(record.exc_info)
         return json.dumps(line, default=str)
+
+
+class WholeLines(io.TextIOBase):
+    """Text stream whose threads do not cut each other's lines.
+
+    Each thread's line waits until the thread ends it, and is then written with its end. `print` passes the two to
+    a stream one after the other, and another thread may write between them.
+    """
+
+    encoding = "utf-8"
+    _writing = threading.RLock()
+    """Held by one stream at a time: stdout and stderr are often one pipe, which takes a long line in several pieces."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._thread = threading.local()
+
+    def write(self, text: str) -> int:
+        """Write what ends with a line break; keep the rest until its line break comes."""
+        begun = getattr(self._thread, "begun", "") + text
+        end = begun.rfind("\n") + 1
+        self._thread.begun = begun[end:]
+        self._send(begun[:end])
+        return len(text)
+
+    def flush(self) -> None:
+        """Write what this thread began, without a line break."""
+        self._send(getattr(self._thread, "begun", ""))
+        self._thread.begun = ""
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def isatty(self) -> bool:
+        return os.isatty(self._descriptor)
+
+    def writable(self) -> bool:
+        return True
+
+    def _send(self, text: str) -> None:
+        rest = memoryview(text.encode(errors="backslashreplace"))
+        with self._writing:
+            while rest:
+                rest = rest[os.write(self._descriptor, rest) :]
+
+
+def write_whole_lines() -> None:
+    """Replace stdout and stderr of this process. Call it before `set_up_logging`, whose handlers keep the streams.
+
+    In the process of `tdm-serve` a thread of Ray prints the replicas' lines beside the process's own.
+    """
+    sys.stdout, sys.stderr = (cast(IO[str], WholeLines(descriptor)) for descriptor in (1, 2))
 
 
 def set_up_logging(config: ServerConfig) -> None:

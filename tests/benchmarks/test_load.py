@@ -32,6 +32,14 @@ def over_the_wire(server: SmallServer, use: Callable[[Target], Awaitable[None]])
     asyncio.run(run())
 
 
+async def start_when_refused(engine: DiffusionEngine, recording: Recording, num_refused: int) -> None:
+    """Start the engine once so many requests were refused: all have arrived then, and the others wait."""
+    async with asyncio.timeout(30):
+        while len(recording.records) < num_refused:
+            await asyncio.sleep(0.01)
+    engine.start()
+
+
 def test_a_closed_loop_asks_for_everything_once(engine: DiffusionEngine):
     recording = Recording()
     requests = list(itertools.islice(workload(1, 2, 3, 4).requests(), 20))
@@ -91,8 +99,9 @@ def test_the_engine_refuses_what_is_beyond_its_bound(tiny_model: LoadedModel):
     recording, engine = Recording(), DiffusionEngine(tiny_model, EngineConfig(max_live=8))
 
     async def run() -> None:
-        asyncio.get_running_loop().call_later(0.3, engine.start)  # by then everything has arrived
+        starting = asyncio.create_task(start_when_refused(engine, recording, 22))
         await open_loop(EngineTarget(engine), [0.0] * 30, workload(4).requests(), recording)
+        await starting
 
     asyncio.run(run())
     engine.close()
@@ -126,8 +135,9 @@ def test_over_the_wire_refused_and_failed_are_told_apart(tiny_model: LoadedModel
     engine = DiffusionEngine(tiny_model, EngineConfig(max_live=8))
 
     async def use(target: Target) -> None:
-        asyncio.get_running_loop().call_later(1, engine.start)  # by then everything has arrived
+        starting = asyncio.create_task(start_when_refused(engine, refused, 12))
         await open_loop(target, [0.0] * 20, workload(4).requests(), refused)
+        await starting
         await open_loop(target, [0.0] * 3, workload(99).requests(), failed)
 
     with serving(engine) as server:

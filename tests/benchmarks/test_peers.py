@@ -7,7 +7,6 @@ import io
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from benchmarks.peers.pipelines import Job, OneThread, StockPipeline, generate_b
 from tdm_runtime.model.choice import load_model
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.pipeline import generate
+from tests.ports import free_port
 
 START_TIMEOUT_S = 120
 ROUNDING = 1
@@ -91,7 +91,7 @@ def test_one_thread_loads_and_makes_in_the_same_thread() -> None:
 @pytest.mark.parametrize(("peer", "requires"), [("fastapi_lock", "uvicorn"), ("litserve_batch", "litserve")])
 def test_a_peer_starts_answers_and_stops(peer: str, requires: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
     pytest.importorskip(requires)
-    port = _free_port()
+    port = free_port()
     command = [sys.executable, "-m", f"benchmarks.peers.{peer}", "--port", str(port), "--backend", "stock-fp32"]
     log = tmp_path / "log"
     with log.open("wb") as stream:
@@ -142,12 +142,6 @@ def _session_is_alive(leader: int) -> bool:
     except ProcessLookupError:
         return False
     return True
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _pixels(png: bytes) -> np.ndarray:

@@ -105,7 +105,6 @@ def export(module: nn.Module, interface: Interface, file: Path, dtype: torch.dty
 @pytest.fixture(scope="module", params=VARIANTS)
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """Each denoiser, exported once."""
-    torch.set_num_threads(1)
     return export(*denoiser_of(request.param), tmp_path_factory.mktemp(request.param) / f"{request.param}.onnx")
 
 

@@ -45,8 +45,9 @@ def keys(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def own_server(folder: Path, keys: dict[str, str]) -> Iterator[RunningServer]:
+def own_server(artifacts: Path, folder: Path, keys: dict[str, str]) -> Iterator[RunningServer]:
     """One with keys, that the last test stops."""
+    assert artifacts.is_dir(), "the server would build them, in the time that it has to start"
     server = start_with_keys(folder, "log")
     yield server
     if server.process.poll() is None:

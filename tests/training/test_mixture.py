@@ -20,12 +20,7 @@ BOUND = 0.2
 
 @cache
 def distances(variant: str, seed: int = 0) -> dict[int, Distances]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tensors are too small to share out
-    try:
-        return prove(replace(VARIANTS[variant], seed=seed))
-    finally:
-        torch.set_num_threads(threads)
+    return prove(replace(VARIANTS[variant], seed=seed))
 
 
 def test_the_posterior_mean_is_the_denoiser_of_the_mixture() -> None:

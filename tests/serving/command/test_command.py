@@ -21,7 +21,7 @@ from tdm_runtime.checkpoint.manifest import default_artifacts, load_manifest
 from tdm_runtime.checkpoint.recipe import RECIPE_FILE
 from tdm_runtime.errors import ArtifactError
 from tdm_runtime.model.artifacts import BackendConfig
-from tests.serving.conftest import free_port
+from tests.ports import free_port
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from serving.command.arguments import parse_arguments
-from tests.serving.conftest import free_port
+from tests.ports import free_port
 from tests.serving.images import cluster
 
 

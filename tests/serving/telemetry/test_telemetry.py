@@ -26,8 +26,9 @@ def key() -> str:
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory, key: str) -> Iterator[Path]:
+def written(artifacts: Path, tmp_path_factory: pytest.TempPathFactory, key: str) -> Iterator[Path]:
     """The folder of what a server wrote, from its start to its end."""
+    assert artifacts.is_dir(), "the server would build them, in the time that it has to start"
     folder = tmp_path_factory.mktemp("telemetry")
     save_keys(folder / "keys", [APIKey("tester", hash_key(key))])
     files = ("--api-keys", str(folder / "keys"), "--trace-file", str(folder / "traces"))

@@ -79,14 +79,22 @@ def test_a_budget_that_nothing_could_keep_is_the_clients_mistake(http: httpx.Cli
 
 
 def test_under_load_budgets_are_kept_or_refused_with_the_time_to_come_back(http: httpx.Client) -> None:
-    """Sixteen at once with the budget of about four: each is answered in time, or told at once when to return."""
-    alone_ms = min(ask(http).json()["timings"]["total_ms"] for _ in range(3))
+    """Sixteen at once with the budget of about four: each is answered in time, or refused with the time to return.
 
-    def with_budget(seed: int) -> httpx.Response:
-        return ask(http, seed=seed, latency_budget_ms=4 * alone_ms)
+    A machine that is busy with other work may spread the sixteen so far that all have room, or run so much slower than
+    predicted that none has; then they ask again.
+    """
 
+    def with_budget(seed: int, budget_ms: float) -> httpx.Response:
+        return ask(http, seed=seed, latency_budget_ms=budget_ms)
+
+    answers: list[httpx.Response] = []
     with ThreadPoolExecutor(16) as pool:
-        answers = [answer for _ in range(3) for answer in pool.map(with_budget, range(16))]
+        for num_rounds in range(1, 21):
+            budget_ms = 4 * ask(http, latency_budget_ms=LONG_MS).json()["predicted_ms"]
+            answers += pool.map(with_budget, range(16), [budget_ms] * 16)
+            if num_rounds >= 3 and {200, 429} <= {answer.status_code for answer in answers}:
+                break
     assert {answer.status_code for answer in answers} == {200, 429}
     for answer in answers:
         if answer.status_code == 429:

@@ -337,21 +337,26 @@ def test_a_call_that_never_fits_fails_its_own_request_only(tiny_model: LoadedMod
 
 def test_what_is_large_does_not_block_what_is_small(tiny_model: LoadedModel) -> None:
     """Four large pictures came first; a small one waits for one of their calls, not for sixteen."""
-    entered, order = threading.Event(), []
+    entered, go_on, order = threading.Event(), threading.Event(), []
+    go_on.set()
 
     def slow_if_wide(latents: Tensor) -> None:
         order.append(latents.shape[-1])
         entered.set()
         if latents.shape[-1] == 12:
             time.sleep(0.05)
+            assert go_on.wait(TIMEOUT_S)
 
     with DiffusionEngine(replace(tiny_model, denoiser=Changed(tiny_model, slow_if_wide)), EngineConfig()) as engine:
         warm_up(engine)
         order.clear()
         entered.clear()
+        go_on.clear()
         large = [engine.submit(replace(PARAMS, width=24, seed=seed), Delivery(strict=True)) for seed in range(4)]
         assert entered.wait(TIMEOUT_S)
-        engine.submit(PARAMS).result(TIMEOUT_S)
+        small = engine.submit(PARAMS)
+        go_on.set()
+        small.result(TIMEOUT_S)
         assert order.count(12) <= 3, "the call that ran, and where the machine is slow one or two more"
         for future in large:
             future.result(TIMEOUT_S)

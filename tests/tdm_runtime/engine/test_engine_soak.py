@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from torch import Tensor
 
 from tdm_runtime.engine.delivery import Delivery
@@ -127,7 +126,6 @@ def storm(engine: DiffusionEngine, num_requests: int, seed: int) -> list[Client]
 
 @pytest.mark.parametrize("num_requests", [1_000, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_every_request_is_answered_exactly_once_and_nothing_leaks(tiny_checkpoint: Path, num_requests: int) -> None:
-    torch.set_num_threads(1)
     model = load_model(tiny_checkpoint, device="cpu")
     spoiled = Spoiled(model)
     with DiffusionEngine(replace(model, denoiser=spoiled), EngineConfig(max_live=48)) as engine:

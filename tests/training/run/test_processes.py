@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.ports import free_port
 from tests.training.run.killed import tensors_of
 from tests.training.run.small_run import KINDS, run
 from training.run.loop import LOG_FILE, STATE_FILE
@@ -33,12 +33,6 @@ def assert_close(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) ->
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-2, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def launch(tmp_path: Path, steps: int) -> None:
