@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -33,8 +32,6 @@ from tdm_runtime.pipeline import generate
 Target = tuple[BackendName, Precision]
 Announce = Callable[[str], None]
 """Told what is done next."""
-
-ONNX_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from export.prompts import CALIBRATION
 from tdm_runtime.backends import TORCH_DTYPES, Precision
 from tdm_runtime.backends.interface import ComponentName, Interface
 from tdm_runtime.backends.machine import gpu_architecture, installed
-from tdm_runtime.backends.tensorrt import BuiltFor, Log, SizeRange, built_for_file, import_tensorrt, refit
+from tdm_runtime.backends.tensorrt import BuiltFor, Log, SizeRange, built_for_file, import_tensorrt
 from tdm_runtime.checkpoint.folder import Checkpoint, file_sha256
 from tdm_runtime.checkpoint.manifest import Build, BuiltComponent, Manifest, default_artifacts
 from tdm_runtime.errors import BackendError
@@ -155,26 +155,6 @@ def build_plan(
     built_for = BuiltFor(trt.__version__, gpu, precision, sizes)
     built_for.save(plan)
     return built_for
-
-
-def refit_plan(plan: Path, onnx_file: Path, target: Path) -> None:
-    """Write `target`: a plan with the weights of another ONNX file of the same graph, in seconds.
-
-    Raises:
-        ArtifactError: the plan was built elsewhere or is not refittable, or the file is of another graph.
-        BackendError: TensorRT or the GPU is missing.
-    """
-    trt = import_tensorrt()
-    built_for = BuiltFor.load(plan)
-    built_for.check_machine(plan, trt.__version__, gpu_architecture())
-    log = Log.of(trt)
-    runtime = trt.Runtime(log)
-    loaded = runtime.deserialize_cuda_engine(plan.read_bytes())
-    if loaded is None:
-        raise ExportError(f"TensorRT cannot load {plan}: {log.last}; build it again")
-    refit(loaded, onnx_file, log)
-    _replace(target, loaded.serialize())
-    built_for.save(target)
 
 
 def precision_of(onnx_file: Path) -> Precision:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from export.fp8_onnx import record_calls, write_fp8_onnx
 from export.onnx_export import export_onnx
-from export.tensorrt_build import build_plan, cast_last, precision_of, refit_plan, require_capability, size_ranges
+from export.tensorrt_build import build_plan, cast_last, precision_of, require_capability, size_ranges
 from tdm_runtime.backends.interface import Interface, TensorSpec
 from tdm_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from tdm_runtime.backends.pytorch import TorchBackend
@@ -200,7 +200,7 @@ def test_a_decoders_plan_gives_bytes(tmp_path: Path) -> None:
 @pytest.mark.gpu
 @on_a_gpu
 def test_refitting_changes_the_weights_and_nothing_else(tmp_path: Path) -> None:
-    """In memory and in a file; and back again."""
+    """And back again."""
     first_file, plan = built(tmp_path)
     other, interface = tiny_denoiser("sd", seed=1)
     other_file = tmp_path / "other.onnx"
@@ -213,8 +213,6 @@ def test_refitting_changes_the_weights_and_nothing_else(tmp_path: Path) -> None:
     assert relative_l2(backend(*inputs), expected) < 2e-3
     backend.refit(first_file)
     assert relative_l2(backend(*inputs), before) < 1e-5
-    refit_plan(plan, other_file, tmp_path / "refitted.plan")
-    assert relative_l2(TensorRTBackend(tmp_path / "refitted.plan", interface, CUDA)(*inputs), expected) < 2e-3
 
 
 @pytest.mark.gpu
