@@ -6,18 +6,14 @@ import itertools
 import statistics
 import time
 
-import numpy as np
-
 from benchmarks.plots import Quality
 from benchmarks.workload import Workload
 from tdm_runtime.media.image_file import encode_image
+from tdm_runtime.media.psnr import psnr_db
 from tdm_runtime.model.decoder import Pixels
 from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.pipeline import generate
-
-MAX_PSNR_DB = 99.0
-"""Of equal pictures, in place of infinity."""
 
 
 def quality_per_step_count(model: LoadedModel, pictures: int, seed: int = 0) -> list[Quality]:
@@ -52,9 +48,3 @@ def quality_per_step_count(model: LoadedModel, pictures: int, seed: int = 0) -> 
         )
         for steps in recipe.step_counts
     ]
-
-
-def psnr_db(pixels: Pixels, reference: Pixels) -> float:
-    """Peak signal-to-noise ratio of two pictures, uint8 [H, W, 3], at most `MAX_PSNR_DB`."""
-    mse = float(np.mean((pixels.astype(np.float64) - reference.astype(np.float64)) ** 2))
-    return MAX_PSNR_DB if mse == 0 else min(MAX_PSNR_DB, float(10 * np.log10(255.0**2 / mse)))

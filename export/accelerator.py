@@ -30,13 +30,14 @@ from export.architectures import REAL_SIZES, RealSize
 from export.onnx_export import export_onnx
 from export.real_sizes import module_of
 from export.tensorrt_build import TIMING_CACHE, build_plan, require_capability
-from export.verify import component_parity, psnr_db
+from export.verify import component_parity
 from tdm_runtime.backends import TORCH_DTYPES, Backend, BackendName, Precision
 from tdm_runtime.backends.interface import ComponentName, Interface
 from tdm_runtime.backends.machine import TOOLS, gpu_architecture, installed
 from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT, open_checkpoint
 from tdm_runtime.checkpoint.recipe import load_recipe
 from tdm_runtime.errors import BackendError
+from tdm_runtime.media.psnr import psnr_db
 from tdm_runtime.model.components import load_component
 from tdm_runtime.sampling.sampler import apply_step, gather_rows
 

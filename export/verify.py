@@ -17,6 +17,7 @@ from tdm_runtime.backends import Backend
 from tdm_runtime.backends.interface import ComponentName
 from tdm_runtime.checkpoint.folder import Checkpoint
 from tdm_runtime.checkpoint.manifest import ComponentParity, Manifest, PictureParity
+from tdm_runtime.media.psnr import psnr_db
 from tdm_runtime.model.components import load_component
 from tdm_runtime.model.decoder import Pixels
 from tdm_runtime.model.load import component_backend, load_build, load_with_torch
@@ -24,8 +25,6 @@ from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.pipeline import generate
 
-EQUAL_DB = 99.0
-"""What equal pictures are given, whose PSNR is infinite."""
 BATCH = 3
 """Samples of a component's comparison: no power of two, so that padding and splitting are compared too."""
 
@@ -130,12 +129,6 @@ def component_parity(expected: Tensor, actual: Tensor) -> ComponentParity:
     difference = actual.double() - expected.double()
     relative = float(difference.norm() / expected.double().norm())
     return ComponentParity(relative, float(difference.abs().max()))
-
-
-def psnr_db(a: Pixels, b: Pixels) -> float:
-    """Peak signal-to-noise ratio of two pictures, uint8 [H, W, 3]."""
-    error = np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)
-    return EQUAL_DB if error == 0 else float(min(EQUAL_DB, 10 * np.log10(255.0**2 / error)))
 
 
 def ssim(a: Pixels, b: Pixels) -> float:

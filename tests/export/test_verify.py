@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from export.verify import EQUAL_DB, VerifyConfig, component_parity, parity_table, psnr_db, ssim, verify
+from export.verify import VerifyConfig, component_parity, parity_table, ssim, verify
 from tdm_runtime.checkpoint.folder import open_checkpoint
 from tdm_runtime.checkpoint.manifest import ComponentParity, Manifest, PictureParity, load_manifest
+from tdm_runtime.media.psnr import EQUAL_DB, psnr_db
 from tdm_runtime.model.decoder import Pixels
 
 PROMPTS = ("a red apple", "a cat left of a dog")
@@ -36,29 +37,6 @@ def with_noise(picture: Pixels, levels: int) -> Pixels:
     """Every value that many levels up or down."""
     signs = np.random.default_rng(0).choice([-levels, levels], picture.shape)
     return (picture + signs).astype(np.uint8)
-
-
-# -- PSNR ------------------------------------------------------------------------------------------
-
-
-@given(seeds=st.tuples(st.integers(0, 99), st.integers(0, 99)))
-def test_psnr_is_symmetric_and_99_only_of_equal_pictures(seeds: tuple[int, int]) -> None:
-    a, b = map(noise, seeds)
-    assert psnr_db(a, b) == psnr_db(b, a)
-    assert (psnr_db(a, b) == EQUAL_DB) == (seeds[0] == seeds[1])
-
-
-@pytest.mark.parametrize("levels", [1, 2, 5, 10, 40])
-def test_a_known_error_has_the_known_psnr(levels: int) -> None:
-    """An error of d levels everywhere, up or down, has 20 log10(255 / d) dB."""
-    assert psnr_db(scene(), with_noise(scene(), levels)) == pytest.approx(20 * np.log10(255 / levels), abs=1e-9)
-    assert psnr_db(scene(), scene() + np.uint8(levels)) == pytest.approx(20 * np.log10(255 / levels), abs=1e-9)
-
-
-def test_black_against_white_has_0_db_whichever_comes_first() -> None:
-    """uint8 differences would wrap around."""
-    black, white = np.zeros((16, 16, 3), np.uint8), np.full((16, 16, 3), 255, np.uint8)
-    assert psnr_db(black, white) == psnr_db(white, black) == 0
 
 
 # -- SSIM ------------------------------------------------------------------------------------------
@@ -89,6 +67,7 @@ def test_ssim_is_the_papers(other: Pixels) -> None:
     assert ssim(scene(16, 24), other) == pytest.approx(reference_ssim(scene(16, 24), other), abs=1e-9)
 
 
+@settings(deadline=None)
 @given(seeds=st.tuples(st.integers(0, 99), st.integers(0, 99)))
 def test_ssim_is_symmetric_and_1_only_of_equal_pictures(seeds: tuple[int, int]) -> None:
     a, b = map(noise, seeds)
