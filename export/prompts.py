@@ -1,4 +1,4 @@
-"""Prompts that builds are calibrated and verified with, unless others are given."""
+"""Default prompts for the calibration and verification of builds."""
 
 from __future__ import annotations
 
@@ -26,4 +26,4 @@ VERIFICATION = (
     "a big yellow bus",
     "a purple flower in the bottom right",
 )
-"""None of them calibrates."""
+"""None of these is a calibration prompt."""
