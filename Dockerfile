@@ -1,7 +1,7 @@
 # docker build -t tdm-serve . && docker run -p 8000:8000 -v tdm-state:/state tdm-serve
 FROM python:3.11-slim
 
-# PyTorch's CPU wheel index, where the default index serves CUDA builds.
+# PyTorch's CPU wheel index; set it if the default index serves CUDA builds.
 ARG TORCH_INDEX_URL=
 
 WORKDIR /app
@@ -14,12 +14,12 @@ COPY training training
 COPY checkpoints checkpoints
 RUN pip install --no-cache-dir --editable . && useradd --create-home tdm && install -d -o tdm -m 700 /state
 USER tdm
-# So that the first start builds nothing.
+# Build the artifacts now, so that the first start is fast.
 RUN tdm-export
 ENV RAY_USAGE_STATS_ENABLED=0
 EXPOSE 8000
-# Jobs and kept files.
+# Jobs and their files.
 VOLUME /state
 HEALTHCHECK --start-period=60s CMD python -c "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/ready')"
-# Inside a container the container's network is the boundary.
+# Listen on every address: the container's network decides who can connect.
 CMD ["tdm-serve", "--host", "0.0.0.0", "--state-folder", "/state"]

@@ -1,9 +1,11 @@
-# make serve   set everything up and start the server with the playground on 127.0.0.1:8000
-# make test    set everything up and run the tests
-# make check   format, lint, types, import contracts
-# make protos  write the modules of serving/rpc/protos anew, after a change of its .proto files
+# make serve   install everything and start the server with the playground on 127.0.0.1:8000
+# make test    install everything and run the tests
+# make check   check format, lint, types and import contracts
+# make format  format the code and fix what ruff can fix
+# make protos  generate the modules of serving/rpc/protos again, after a change of its .proto files
+# make clean   delete the environment and build files
 #
-# Where the package index serves PyTorch with CUDA and you want the CPU build, name PyTorch's CPU index:
+# If the package index serves PyTorch with CUDA and you want the CPU build, pass PyTorch's CPU index:
 #   make serve TORCH_INDEX_URL=...
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)

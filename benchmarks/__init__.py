@@ -1,1 +1,1 @@
-"""Measurements of a running server, over the wire only."""
+"""Measurements of servers, over the wire, and of the library in process."""

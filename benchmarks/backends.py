@@ -1,9 +1,9 @@
-"""One picture at a time, text to PNG bytes: this runtime's backends beside the stock diffusers pipeline.
+"""Time one picture at a time, text to PNG bytes, on this runtime's backends and on the stock diffusers pipeline.
 
     .venv/bin/tdm-export && .venv/bin/python -m benchmarks.backends
 
-Each contender runs in a process of its own, one after the other, and all of them again each round, so
-that they share a machine's moods and nothing else.
+Each contender runs in its own process, one after the other. Every round runs all contenders again, so that
+changes in the machine's speed affect all of them alike.
 """
 
 from __future__ import annotations
@@ -37,27 +37,33 @@ MakePng = Callable[[str, int], bytes]
 
 @dataclass(frozen=True)
 class Run:
-    """What one process measured."""
+    """Measurements of one process."""
 
     first_s: float
-    """From the start of the process's work (imports included) to the first picture."""
+    """Seconds from the start of the process's work, imports included, to the first picture."""
     pictures_ms: list[float]
+    """Time of each later picture, in milliseconds."""
     peak_gib: float
+    """Peak resident memory of the process, in GiB."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="benchmarks.backends", description=str(__doc__).partition("\n")[0])
-    parser.add_argument("checkpoint", type=Path, nargs="?", default=DEFAULT_CHECKPOINT, help="folder (%(default)s)")
+    parser.add_argument(
+        "checkpoint", type=Path, nargs="?", default=DEFAULT_CHECKPOINT, help="checkpoint folder (%(default)s)"
+    )
     parser.add_argument(
         "--contenders",
         nargs="+",
-        help=f"{', '.join(STOCK)}, or backend[:precision][:tiny]; by default both, torch, auto and auto:tiny",
+        help=f"{', '.join(STOCK)}, or backend[:precision][:tiny]; default: both, torch:fp32, auto and auto:tiny",
     )
     parser.add_argument("--steps", type=int, default=4, help="num_inference_steps (%(default)s)")
-    parser.add_argument("--pictures", type=int, default=40, help="per round, after two to warm up (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="(%(default)s)")
-    parser.add_argument("--artifacts", type=Path, help="folder that tdm-export wrote; its cache by default")
+    parser.add_argument(
+        "--pictures", type=int, default=40, help="pictures per round, after two for warm-up (%(default)s)"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="rounds over all contenders (%(default)s)")
+    parser.add_argument("--artifacts", type=Path, help="folder written by tdm-export (default: its cache)")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if given.only:
@@ -104,7 +110,7 @@ def measure(name: str, given: argparse.Namespace) -> Run:
 
 
 def prompts() -> Iterator[str]:
-    """No prompt twice, so that no text encoder answers from a cache."""
+    """Yield a different prompt every time, so that no text cache is hit."""
     number = 0
     while True:
         subject, colour = SUBJECTS[number % len(SUBJECTS)], COLOURS[number // len(SUBJECTS) % len(COLOURS)]
@@ -113,7 +119,7 @@ def prompts() -> Iterator[str]:
 
 
 def stock(given: argparse.Namespace, name: str) -> MakePng:
-    """`StableDiffusionPipeline` as its documentation shows it."""
+    """Return a maker that uses `StableDiffusionPipeline` as its documentation shows it."""
     import torch
     from diffusers import StableDiffusionPipeline
 
@@ -126,7 +132,7 @@ def stock(given: argparse.Namespace, name: str) -> MakePng:
         picture = pipeline(
             prompt,
             num_inference_steps=given.steps,
-            guidance_scale=given.steps + 1.0,  # how a stock pipeline tells the denoiser its K; nothing is guided
+            guidance_scale=given.steps + 1.0,  # passes K to the denoiser; there is no guidance
             width=width,
             height=height,
             generator=torch.Generator().manual_seed(seed),
@@ -139,7 +145,7 @@ def stock(given: argparse.Namespace, name: str) -> MakePng:
 
 
 def ours(given: argparse.Namespace, name: str) -> MakePng:
-    """This runtime: `load_model`, `generate`, `encode_image`."""
+    """Return a maker that uses this runtime: `load_model`, `generate`, `encode_image`."""
     from tdm_runtime.media.image_file import encode_image
     from tdm_runtime.model.artifacts import BackendConfig
     from tdm_runtime.model.choice import load_model
@@ -162,10 +168,17 @@ def ours(given: argparse.Namespace, name: str) -> MakePng:
 
 
 def table(runs: dict[str, list[Run]], steps: int) -> str:
-    """Medians over all rounds, and how many times faster than each stock pipeline."""
+    """Return a Markdown table of latencies over all rounds and the speed-up over each stock pipeline."""
     medians = {name: statistics.median(ms for run in done for ms in run.pictures_ms) for name, done in runs.items()}
     references = [name for name in STOCK if name in runs]
-    header = [f"{steps} steps", "ms, p50", "p90", *(f"times {name}" for name in references), "first picture, s", "GiB"]
+    header = [
+        f"{steps} steps",
+        "ms, p50",
+        "p90",
+        *(f"speed-up over {name}" for name in references),
+        "first picture, s",
+        "peak GiB",
+    ]
     lines = [header, ["---"] * len(header)]
     for name, done in runs.items():
         every = [ms for run in done for ms in run.pictures_ms]

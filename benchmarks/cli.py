@@ -1,12 +1,12 @@
-"""`tdm-bench`: latency, throughput, goodput of a server or of the engine in this process.
+"""`tdm-bench`: measure latency, throughput and goodput of a server, or of the engine in this process.
 
 tdm-bench latency                                       one request at a time, by stage
 tdm-bench throughput --max-concurrency 1,4,16           closed loop
 tdm-bench server --request-rate 20 --goodput e2el:200   open loop, Poisson arrivals
 tdm-bench offline                                       everything at once
-tdm-bench compare                                       this server beside others
-tdm-bench backends                                      backends beside the stock pipeline
-tdm-bench soak --duration-s 1800                        whether a server grows or fails under a mixed load
+tdm-bench compare                                       this server and other servers
+tdm-bench backends                                      backends and the stock pipeline
+tdm-bench soak --duration-s 1800                        a long mixed load: does the server leak or fail?
 """
 
 from __future__ import annotations
@@ -42,25 +42,25 @@ QUALITY_PICTURES = 32
 
 @dataclass
 class Run:
-    """One measurement of a mode that may have several."""
+    """One measurement; a mode may make several."""
 
     title: str
     setting: dict[str, Any]
-    """The flag's value that this run has, as {"max_concurrency": 4}."""
+    """Flag value of this run, for example {"max_concurrency": 4}."""
     recording: Recording = field(default_factory=Recording)
 
 
 @dataclass
 class Session:
-    """What a mode measured so far; an interrupted one is reported as well."""
+    """Measurements so far; they are reported even if the run is interrupted."""
 
     runs: list[Run] = field(default_factory=list)
     served: dict[str, Any] = field(default_factory=dict)
-    """Model, backend and digest, as the target names them."""
+    """Model, backend and digest reported by the target."""
     quality: list[plots.Quality] = field(default_factory=list)
 
     def begin(self, title: str, **setting: Any) -> Recording:
-        """Add a run."""
+        """Add a run and return its recording."""
         self.runs.append(Run(title, setting))
         return self.runs[-1].recording
 
@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
         given.sizes = options.sizes_of(given)
         if given.mode == "server" and given.duration_s is not None:
             for rate in given.request_rate:
-                arrivals_within(0, rate, given.burstiness)  # refuses a rate of inf, which no duration bounds
+                arrivals_within(0, rate, given.burstiness)  # raises for a rate of inf, which a duration cannot bound
         if given.plot is not None and importlib.util.find_spec("matplotlib") is None:
             raise ValueError("--plot needs matplotlib; run `pip install 'tdm-serve[bench]'`")
         given.backend_config = backend_config(given)
@@ -91,36 +91,49 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def build_parser() -> options.Parser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = options.Parser(prog="tdm-bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     modes = parser.add_subparsers(dest="mode", required=True, metavar="MODE", parser_class=options.Parser)
-    latency = modes.add_parser("latency", help="one request at a time, for each step count, by stage")
-    throughput = modes.add_parser("throughput", help="closed loop: so many requests in flight")
-    server = modes.add_parser("server", help="open loop: requests arrive by a schedule")
+    latency = modes.add_parser("latency", help="one request at a time, for each step count, with times per stage")
+    throughput = modes.add_parser("throughput", help="closed loop: a fixed number of requests in flight")
+    server = modes.add_parser("server", help="open loop: requests arrive on a schedule")
     offline = modes.add_parser("offline", help="everything at once")
-    modes.add_parser("compare", help="this server beside others; `tdm-bench compare --help`", add_help=False)
-    modes.add_parser("backends", help="backends beside the stock pipeline", add_help=False)
-    modes.add_parser("soak", help="a mixed load for a long time; `tdm-bench soak --help`", add_help=False)
+    modes.add_parser("compare", help="this server and other servers; see `tdm-bench compare --help`", add_help=False)
+    modes.add_parser(
+        "backends", help="backends and the stock pipeline; see `tdm-bench backends --help`", add_help=False
+    )
+    modes.add_parser("soak", help="a long mixed load; see `tdm-bench soak --help`", add_help=False)
     for mode in (latency, throughput, server, offline):
         options.add_target_arguments(mode)
         options.add_workload_arguments(mode, "1,4" if mode is latency else None)
         options.add_report_arguments(mode)
     throughput.add_argument(
-        "--max-concurrency", type=options.int_list, default=(16,), help="in flight; a comma list is a sweep (16)"
+        "--max-concurrency",
+        type=options.int_list,
+        default=(16,),
+        help="requests in flight; a comma list runs a sweep (16)",
     )
     server.add_argument(
         "--request-rate",
         type=options.rate_list,
         default=(float("inf"),),
-        help="requests/s; a comma list is a sweep (inf)",
+        help="requests/s; a comma list runs a sweep (inf)",
     )
     server.add_argument(
         "--burstiness", type=options.positive_float, default=1.0, help="1 = Poisson, below 1 = bursts (%(default)s)"
     )
     for mode in (server, offline):
-        mode.add_argument("--max-concurrency", type=options.positive_int, help="waiting beyond it counts (no limit)")
+        mode.add_argument(
+            "--max-concurrency",
+            type=options.positive_int,
+            help="most requests in flight; waiting for a place counts as latency (no limit)",
+        )
     for mode in (throughput, server):
-        mode.add_argument("--duration-s", type=options.positive_float, help="in place of a number of requests")
+        mode.add_argument(
+            "--duration-s",
+            type=options.positive_float,
+            help="run for this many seconds instead of a number of requests",
+        )
     return parser
 
 
@@ -129,7 +142,7 @@ def _measure_and_report(given: argparse.Namespace) -> int:
     try:
         asyncio.run(_measure(given, session))
     except KeyboardInterrupt:
-        print("tdm-bench: interrupted; what was measured so far:", file=sys.stderr)
+        print("tdm-bench: interrupted; results so far:", file=sys.stderr)
         status = INTERRUPTED
     except (TDMError, ConnectionError) as error:
         print(f"tdm-bench {given.mode}: {error}", file=sys.stderr)
@@ -149,7 +162,7 @@ async def _measure(given: argparse.Namespace, session: Session) -> None:
         given.sizes,
         given.latency_budget_ms,
         given.min_inference_steps,
-        tag=secrets.token_hex(2),  # a server that was measured before must not answer from its text cache
+        tag=secrets.token_hex(2),  # a server that was measured before must not hit its text cache
     )
     async with _open_target(given, session) as target:
         match given.mode:
@@ -186,7 +199,7 @@ async def _open_target(given: argparse.Namespace, session: Session) -> AsyncIter
 
 
 def _engine_config(given: argparse.Namespace) -> EngineConfig:
-    """Room for everything that is sent at once."""
+    """Return a configuration whose queue holds all requests that are sent at once."""
     default = EngineConfig()
     is_bounded = given.mode == "offline" or (given.mode == "server" and float("inf") in given.request_rate)
     return replace(default, max_live=max(default.max_live, _count(given))) if is_bounded else default
@@ -238,7 +251,7 @@ def _count(given: argparse.Namespace) -> int:
     return options.DEFAULT_NUM_PROMPTS if given.num_prompts is None else int(given.num_prompts)
 
 
-# -- telling ----------------------------------------------------------------------------------
+# -- reporting ----------------------------------------------------------------------------------
 
 
 def _report(given: argparse.Namespace, session: Session) -> None:
@@ -263,7 +276,7 @@ def _report(given: argparse.Namespace, session: Session) -> None:
 
 
 def _plots(given: argparse.Namespace, session: Session, results: list[Figures]) -> Iterator[Path]:
-    """Write what the mode has plots of, one after the other."""
+    """Write the plots of the mode and yield their files."""
     name = str(session.served.get("backend") or given.endpoint_type)
     latencies = {
         run.title: [1e3 * record.e2el_s for record in run.recording.records if record.is_completed]

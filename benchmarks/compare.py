@@ -1,4 +1,4 @@
-"""`tdm-bench compare`: this server beside others on one machine, one after the other, by one command."""
+"""`tdm-bench compare`: measure this server and other servers on one machine, one after the other."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ INTERRUPTED = 130
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command. Returns the exit status: 1 where a phase failed."""
+    """Run the command. Returns the exit status: 1 if a phase failed."""
     parser = _parser()
     given = parser.parse_args(arguments)
     try:
@@ -58,40 +58,55 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         comparison.run()
     except KeyboardInterrupt:
-        print("tdm-bench compare: interrupted; what was measured so far:", file=sys.stderr)
+        print("tdm-bench compare: interrupted; results so far:", file=sys.stderr)
         status = INTERRUPTED
-    comparison.tell()
+    comparison.report()
     return status or int(any("error" in comparison.results.get(phase, {}) for phase in given.only))
 
 
 def _parser() -> options.Parser:
     parser = options.Parser(prog="tdm-bench compare", description=__doc__)
     names = [ENGINE, *(contender.name for contender in all_contenders())]
-    parser.add_argument("--output", type=Path, default=Path("runs/compare"), help="folder (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="shorten everything: does it run, not how fast")
-    parser.add_argument("--only", nargs="+", choices=PHASES, help="others stay as the output folder has them")
+    parser.add_argument("--output", type=Path, default=Path("runs/compare"), help="output folder (%(default)s)")
+    parser.add_argument("--quick", action="store_true", help="short trial run; its figures mean nothing")
     parser.add_argument(
-        "--contenders", nargs="+", choices=names, metavar="NAME", help=f"others stay; {', '.join(map(repr, names))}"
+        "--only", nargs="+", choices=PHASES, help="phases to measure; keep the others from the output folder"
     )
     parser.add_argument(
-        "--peers-python", default=sys.executable, help="interpreter whose environment has what the peers need (this)"
+        "--contenders",
+        nargs="+",
+        choices=names,
+        metavar="NAME",
+        help=f"contenders to measure; keep the others. One or more of: {', '.join(map(repr, names))}",
     )
-    parser.add_argument("--seed", type=options.whole_number, default=0, help="of schedules and requests (%(default)s)")
+    parser.add_argument(
+        "--peers-python",
+        default=sys.executable,
+        help="interpreter of an environment with the peers' packages (this one)",
+    )
+    parser.add_argument(
+        "--seed", type=options.whole_number, default=0, help="seed of schedules and requests (%(default)s)"
+    )
     parser.add_argument(
         "--budget-factor",
         type=options.positive_float,
         default=0.85,
-        help="latency budget as a share of the SLO: the rest is for HTTP (%(default)s)",
+        help="latency budget as a share of the SLO; HTTP gets the rest (%(default)s)",
     )
     parser.add_argument(
-        "--write-docs", type=Path, nargs="?", const=DOCS, metavar="FILE", help=f"rewrite the tables there ({DOCS})"
+        "--write-docs",
+        type=Path,
+        nargs="?",
+        const=DOCS,
+        metavar="FILE",
+        help=f"replace the tables in this file ({DOCS})",
     )
     options.add_engine_arguments(parser)
     return parser
 
 
 def _earlier(given: argparse.Namespace) -> Results:
-    """What the output folder has of an earlier run, where only a part is measured anew."""
+    """Return the earlier results in the output folder if only a part is measured again; else an empty dict."""
     file = given.output / RESULT_FILE
     is_part = given.only is not None or given.contenders is not None
     given.only = given.only or list(PHASES)
@@ -102,7 +117,7 @@ def _earlier(given: argparse.Namespace) -> Results:
 
 
 def _server_arguments(given: argparse.Namespace) -> list[str]:
-    """Our server runs what the engine in this process runs."""
+    """Return the server arguments that match the engine in this process."""
     arguments = ["--checkpoint", str(given.checkpoint), "--backend", given.backend, "--threads", str(given.threads)]
     if given.precision is not None:
         arguments += ["--precision", given.precision]
@@ -112,7 +127,7 @@ def _server_arguments(given: argparse.Namespace) -> list[str]:
 
 
 class Comparison:
-    """The phases, one after the other. What each finds is written at once: a later failure loses nothing."""
+    """The phases, one after the other. Each result is saved at once, so that a later failure loses nothing."""
 
     def __init__(self, given: argparse.Namespace, config: BackendConfig, plan: Plan, earlier: Results) -> None:
         self._given = given
@@ -126,14 +141,14 @@ class Comparison:
         self._is_part = given.contenders is not None
         self._conditions = {"machine": str(environment()), "is_quick": given.quick, "is_busy": is_busy()}
         if self._conditions["is_busy"]:
-            _say(f"others use this machine (load average {os.getloadavg()[0]:.1f}): the figures will be worth little")
+            _say(f"the machine is busy (load average {os.getloadavg()[0]:.1f}); the figures will not be reliable")
 
     @cached_property
     def _model(self) -> LoadedModel:
         return load_model(self._given.checkpoint, self._config)
 
     def run(self) -> None:
-        """Measure every phase that was asked for; one that fails is told in its place."""
+        """Measure every requested phase. A failed phase is reported in place of its result."""
         methods: Mapping[str, Callable[[], Any]] = {
             "slo": self._within_slo,
             "joining": lambda: asyncio.run(phases.joining(self._model, self._plan)),
@@ -158,12 +173,12 @@ class Comparison:
             _say(f"{phase}: {time.monotonic() - started_s:.0f} s")
 
     def _note_conditions(self, phase: str, keep: bool) -> None:
-        """What the tables must say of a phase; of its parts that are kept as well."""
+        """Record the conditions of a phase for the tables; `keep` also keeps those of earlier parts."""
         before = self.results["measured"].get(phase, []) if keep else []
         self.results["measured"][phase] = [*before, *([] if self._conditions in before else [self._conditions])]
 
-    def tell(self) -> None:
-        """Print the tables; write them and the plots."""
+    def report(self) -> None:
+        """Print the tables; write the tables and the plots."""
         self._save()
         tables = compare_tables.to_markdown(self.results)
         print(tables)
@@ -229,12 +244,12 @@ class Comparison:
 
 
 def is_busy() -> bool:
-    """Whether more than half of the machine was in use during the last minute."""
+    """Return whether more than half of the cores were busy during the last minute."""
     return os.getloadavg()[0] > 0.5 * (os.cpu_count() or 1)
 
 
 def _sentence(error: Exception) -> str:
-    """What is told of a failure: expected ones say enough themselves."""
+    """Return the message of an expected error; add the type to the message of any other."""
     expected = (NotRunError, NothingMeasuredError, TDMError, OSError)
     return str(error) if isinstance(error, expected) else f"{type(error).__name__}: {error}"
 

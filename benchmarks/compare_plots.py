@@ -13,7 +13,7 @@ from benchmarks.phases import SCENARIOS, STEPS
 
 
 def draw(results: Results, folder: Path) -> None:
-    """Write the plots of what was measured."""
+    """Write the plots of the measured phases."""
     measured = {name: found for name, found in results.get("contenders", {}).items() if "throughput" in found}
     shown = {name: measured[name] for name in _shown(measured)}
     if shown:
@@ -32,7 +32,7 @@ def draw(results: Results, folder: Path) -> None:
 
 
 def _shown(measured: Mapping[str, Any]) -> list[str]:
-    """As many as a plot can tell apart: ours, every peer with our backend, the best with the stock pipeline."""
+    """Return the contenders of the plots: ours, every peer with our backend, the best peer with the stock pipeline."""
     names = [name for name in (OURS, ENGINE) if name in measured]
     names += [name for name, found in measured.items() if found.get("given") == "ours"]
     stock = best_peer(measured, *PEER_KINDS["the stock pipeline"])
@@ -50,7 +50,7 @@ def _sweep(found: Mapping[str, Any]) -> list[plots.Load]:
 
 
 def _shares(pair: Mapping[str, Any]) -> dict[str, dict[float, float]]:
-    """Label -> rate -> share, of the Poisson scenarios."""
+    """Return label -> rate -> share within the SLO, for the Poisson scenarios."""
     runs: Sequence[tuple[str, str]] = (
         ("auto", f"{OURS}, auto"),
         ("fixed", f"{OURS}, K = {STEPS}"),

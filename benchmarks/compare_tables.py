@@ -1,4 +1,4 @@
-"""The comparison as Markdown: numbers side by side, and what could not be measured."""
+"""Tables of the comparison in Markdown, with a note for everything that could not be measured."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ BEGIN = "<!-- tdm-bench compare: begin -->"
 END = "<!-- tdm-bench compare: end -->"
 
 PEER_KINDS = {"the stock pipeline": ("stock-fp32", "stock-bf16"), "our backend": ("ours",)}
-"""Peers are compared kind by kind: what a server gains, and what server and backend gain together."""
+"""Kinds of peers. Against "our backend" only the server differs; against "the stock pipeline" the backend does too."""
 
 Results = dict[str, Any]
-"""Phase -> what it found; "error" in a phase's place where it failed."""
+"""Phase -> its result, or {"error": message} if it failed."""
 
 
 def to_markdown(results: Results) -> str:
-    """Every phase that was asked for, in order."""
+    """Return the tables of every measured phase, in order."""
     parts = [_machine(results)]
     for phase, tables in (
         ("contenders", _contenders),
@@ -39,7 +39,7 @@ def to_markdown(results: Results) -> str:
 
 
 def write_between_markers(file: Path, text: str) -> None:
-    """Replace what stands between the two marker lines.
+    """Replace the text between the two marker lines.
 
     Raises:
         ValueError: the file lacks them.
@@ -51,24 +51,24 @@ def write_between_markers(file: Path, text: str) -> None:
 
 
 def check_markers(file: Path) -> None:
-    """Fail before anything is measured where the tables would have no place.
+    """Check that a file has both marker lines, before anything is measured.
 
     Raises:
-        ValueError: naming the file and the lines it lacks.
+        ValueError: the file lacks them.
     """
     text = file.read_text(encoding="utf-8") if file.is_file() else ""
     if not 0 <= text.find(BEGIN) < text.find(END):
-        raise ValueError(f"{file} lacks the lines {BEGIN} and {END}; put both where the tables belong")
+        raise ValueError(f"{file} lacks the lines {BEGIN} and {END}; add both lines where the tables should go")
 
 
 def best_peer(contenders: Mapping[str, Any], *backends: str) -> str | None:
-    """The measured peer of highest throughput among those with one of the backends; None where there is none."""
+    """Return the measured peer with the highest throughput among those with one of `backends`, or None."""
     peers = [name for name, found in contenders.items() if found.get("given") in backends and "throughput" in found]
     return max(peers, key=lambda name: float(contenders[name]["throughput"]), default=None)
 
 
 def _machine(results: Results) -> str:
-    """The machine's line, and what is wrong with the figures."""
+    """Return the lines that name the machine and warn about unreliable figures."""
     measured: Mapping[str, list[dict[str, Any]]] = results["measured"]
     machines: dict[str, list[str]] = {}
     for phase, conditions in measured.items():
@@ -76,8 +76,8 @@ def _machine(results: Results) -> str:
             machines.setdefault(found["machine"], []).append(phase)
     lines = [f"`tdm-bench compare` on {machine} ({', '.join(phases)})." for machine, phases in machines.items()]
     for flag, remark in (
-        ("is_quick", "shortened by `--quick`, so that the figures mean nothing"),
-        ("is_busy", "measured while others used the machine"),
+        ("is_quick", "shortened by `--quick`; the figures mean nothing"),
+        ("is_busy", "measured while the machine was busy with other work"),
     ):
         if concerned := [phase for phase, conditions in measured.items() if any(c[flag] for c in conditions)]:
             lines.append(f"{', '.join(concerned)}: {remark}.")
@@ -103,11 +103,11 @@ def _contenders(contenders: Mapping[str, Any]) -> Iterator[str]:
     ]
     header = [
         f"K = {STEPS}",
-        "runs",
+        "backend",
         "one at a time, ms, p50",
-        "pictures/s at best",
-        "in flight there",
-        "ms, p50 there",
+        "highest throughput, pictures/s",
+        "requests in flight",
+        "ms, p50",
     ]
     yield markdown_table(header, rows)
     missing = [f"- {name}: not run: {found['not_run']}" for name, found in contenders.items() if "not_run" in found]
@@ -133,9 +133,9 @@ def _ratios(contenders: Mapping[str, Any]) -> Iterator[str]:
 
 def _slo(pairs: Mapping[str, Any]) -> Iterator[str]:
     yield (
-        f"Share of all requests answered within the SLO, which is {SLO_FACTOR:g} times the peer's own unloaded latency "
-        f"at {STEPS} steps: the peer sets it, and both get the same schedule. Latency counts from the scheduled "
-        'arrival; what is refused or fails counts as late. "auto" picks steps within the latency budget.'
+        f"Share of all requests answered within the SLO. The SLO is {SLO_FACTOR:g} times the peer's own unloaded "
+        f"latency at {STEPS} steps, and both servers get the same schedule. Latency counts from the scheduled arrival; "
+        'rejected and failed requests count as late. "auto" lets the server choose the steps within the latency budget.'
     )
     for kind, pair in pairs.items():
         if "not_run" in pair:
@@ -186,10 +186,10 @@ def _joining(found: Mapping[str, Any]) -> Iterator[str]:
     whole, joined = found["whole"], found["joining"]
     rows = [
         [name, *(cell(run[f"{p}_e2el_ms"]) for p in ("median", "p90", "p99")), cell(run["mean_batch_size"], 2)]
-        for name, run in (("whole requests batched", whole), ("joining between steps", joined))
+        for name, run in (("batching whole requests", whole), ("joining between steps", joined))
     ]
     arrivals = f"K = 1..{STEPS} mixed, {found['rate']:.1f}/s ({100 * JOINING_LOAD:.0f} % of whole-request batching)"
-    yield markdown_table([arrivals, "ms, p50", "p90", "p99", "samples a call"], rows)
+    yield markdown_table([arrivals, "ms, p50", "p90", "p99", "samples per call"], rows)
     if joined["median_e2el_ms"] and whole["median_e2el_ms"]:
         ratio = whole["median_e2el_ms"] / joined["median_e2el_ms"]
         yield f"Median latency, whole requests / joining: {ratio:.2f}."
@@ -200,7 +200,7 @@ def _isolation(found: Mapping[str, Any]) -> Iterator[str]:
         [name, *(cell(run[f"{p}_e2el_ms"]) for p in ("median", "p90", "p99"))] for name, run in found["runs"].items()
     ]
     width, height = found["large"]
-    among = f"one in {found['small_to_large']} of {width}x{height}, {found['rate']:.1f}/s"
+    among = f"one in {found['small_to_large']} is {width}x{height}; {found['rate']:.1f}/s"
     yield markdown_table([f"small pictures, K = {STEPS}; {among}", "ms, p50", "p90", "p99"], rows)
 
 
@@ -208,14 +208,14 @@ def _overhead(found: Mapping[str, Any]) -> Iterator[str]:
     rows = [["submission to pixels", cell(found["wall_ms"], 2)]]
     rows += [[part, cell(ms, 3)] for part, ms in found["parts_ms"].items()]
     rows += [
-        ["all but model calls", cell(found["engine_ms"], 3)],
-        ["prompt found in the text cache", cell(found["text_cache_hit_ms"], 4)],
+        ["everything except model calls", cell(found["engine_ms"], 3)],
+        ["text cache hit", cell(found["text_cache_hit_ms"], 4)],
         ["PNG", cell(found["png_ms"], 3)],
     ]
     yield markdown_table([f"engine in process, K = {found['steps']}, one at a time", "ms, p50"], rows)
     yield (
         f"The engine's own share of the time to pixels is {100 * found['engine_share']:.1f} %; "
-        f"PNG adds {100 * found['png_share']:.1f} % of a request."
+        f"PNG encoding takes {100 * found['png_share']:.1f} % of a request."
     )
 
 
@@ -226,6 +226,6 @@ def _quality(found: Mapping[str, Any]) -> Iterator[str]:
     ]
     yield markdown_table(["K", "ms, p50, in process", f"dB against K = {STEPS}"], rows)
     yield (
-        f"dB: PSNR against the picture of {STEPS} steps and the same seed, mean of {found['pictures']} pictures. "
-        "It says how much the later steps still change, not which picture is better."
+        f"dB: PSNR against the picture of {STEPS} steps with the same seed, mean of {found['pictures']} pictures. "
+        "It shows how much the later steps still change, not which picture is better."
     )

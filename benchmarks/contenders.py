@@ -1,4 +1,4 @@
-"""The servers that `tdm-bench compare` measures: started, waited for, stopped, one after the other."""
+"""Start and stop the servers that `tdm-bench compare` measures, one after the other."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ ENGINE = "engine in process"
 START_TIMEOUT_S = 240.0
 STOP_TIMEOUT_S = 40.0
 MISSING_DEPENDENCY = 3
-"""Exit status of a contender that lacks what it needs; its last line on stderr says what."""
+"""Exit status of a contender with a missing package; its last line on stderr names the package."""
 
 
 class NotRunError(Exception):
-    """A contender that cannot be measured here; says why."""
+    """Error: a contender cannot be measured here. The message says why."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A server that can be started from this repository."""
+    """Server that can be started from this repository."""
 
     name: str
     module: str
     arguments: tuple[str, ...]
     ready_route: str
-    """Answers 200 when pictures can be made."""
+    """Route that answers 200 once the server can make pictures."""
     backend: str
-    """What a peer was given: stock-fp32, stock-bf16 or ours."""
+    """Backend the server runs: stock-fp32, stock-bf16 or ours."""
     python: str = sys.executable
 
     @property
@@ -51,12 +51,12 @@ class Contender:
 def all_contenders(
     our_arguments: Sequence[str] = (), peer_arguments: Sequence[str] = (), peers_python: str = sys.executable
 ) -> list[Contender]:
-    """Our server, then every peer with every backend.
+    """Return our server, then every peer with every backend.
 
     Args:
-        our_arguments: of our server's command line, beside the port.
-        peer_arguments: of every peer's, beside port and backend.
-        peers_python: interpreter of an environment that has what the peers need.
+        our_arguments: command-line arguments of our server, without the port.
+        peer_arguments: command-line arguments of every peer, without port and backend.
+        peers_python: interpreter of an environment with the peers' packages.
     """
     ours = Contender(OURS, "serving.command.cli", tuple(our_arguments), "/ready", "ours")
     peers = [
@@ -76,13 +76,13 @@ def all_contenders(
 
 @contextmanager
 def running(contender: Contender, logs: Path) -> Iterator[str]:
-    """Start a contender and give its base URL; it is stopped at the end, whatever happened.
+    """Start a contender, yield its base URL, and always stop it at the end.
 
     Args:
-        logs: folder for what it prints.
+        logs: folder for the contender's output.
 
     Raises:
-        NotRunError: it ended or was not ready in time.
+        NotRunError: the contender ended, or was not ready in time.
     """
     logs.mkdir(parents=True, exist_ok=True)
     log = logs / f"{contender.name.replace(' ', '-')}.log"
@@ -96,7 +96,7 @@ def running(contender: Contender, logs: Path) -> Iterator[str]:
             stdout=stream,
             stderr=stream,
             env=os.environ | quiet,
-            start_new_session=True,  # Ctrl-C is for us; what it leaves behind can be ended as a group
+            start_new_session=True,  # Ctrl-C reaches only us; leftover child processes can be killed as a group
         )
     try:
         base_url = f"http://127.0.0.1:{port}"
@@ -110,20 +110,20 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> 
     deadline_s = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline_s:
         if (status := process.poll()) is not None:
-            lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it said nothing"]
+            lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it printed nothing"]
             raise NotRunError(lines[-1] if status == MISSING_DEPENDENCY else f"it ended with {status}: {lines[-1]}")
         try:
             with urllib.request.urlopen(url, timeout=5) as answer:
                 if answer.status == 200:
                     return
-        except OSError:  # not listening yet; or 503, not ready yet
+        except OSError:  # not listening yet, or 503: not ready yet
             pass
         time.sleep(0.2)
     raise NotRunError(f"it was not ready within {START_TIMEOUT_S:g} s")
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """SIGTERM, then what is left of its process group is killed."""
+    """Send SIGTERM, then kill what remains of the process group."""
     process.terminate()
     with suppress(subprocess.TimeoutExpired):
         process.wait(STOP_TIMEOUT_S)

@@ -1,4 +1,4 @@
-"""A server of tdm.images.v1.ImageService as a target. What its messages look like, the server itself tells."""
+"""Target for a tdm.images.v1.ImageService server. Message types come from the server's reflection."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STAGES = ("queue_ms", "text_ms", "steps_ms", "decode_ms", "encode_ms", "total_ms
 
 
 class GRPCTarget:
-    """Unary calls over one connection. Made by `grpc_target`."""
+    """Target that makes unary calls over one connection. Create it with `grpc_target`."""
 
     def __init__(self, channel: grpc.aio.Channel, service: ServiceDescriptor, model: str | None = None) -> None:
         self._model = model
@@ -34,12 +34,12 @@ class GRPCTarget:
         self._list_request = GetMessageClass(service.methods_by_name["ListModels"].input_type)
 
     async def served_models(self) -> list[dict[str, Any]]:
-        """What the server lists."""
+        """Return the models that the server lists."""
         answer = await self._list_models(self._list_request(), timeout=TIMEOUT_S)
         return [{"id": card.id, "backend": card.backend, "digest": card.digest} for card in answer.models]
 
     async def send(self, request: Request) -> Outcome:
-        """As `Target`. The call has no deadline: the server would take it for a latency budget."""
+        """Implement `Target.send`. There is no gRPC deadline, because the server would use it as a latency budget."""
         message = self._request(**self._fields(request))
         sent_s = time.perf_counter()
         try:
@@ -74,10 +74,10 @@ class GRPCTarget:
 
 @asynccontextmanager
 async def grpc_target(base_url: str, model: str | None = None) -> AsyncIterator[GRPCTarget]:
-    """A connection to HOST:PORT, or grpc://HOST:PORT.
+    """Connect to HOST:PORT or grpc://HOST:PORT.
 
     Raises:
-        ConnectionError: nobody answers there, or not with this service.
+        ConnectionError: no server answers there, or it does not have this service.
     """
     address = urlsplit(base_url).netloc or base_url
     service = await asyncio.to_thread(_describe, address)
@@ -90,8 +90,8 @@ def _describe(address: str) -> ServiceDescriptor:
         try:
             return DescriptorPool(ProtoReflectionDescriptorDatabase(channel)).FindServiceByName(SERVICE)
         except (grpc.RpcError, KeyError) as error:
-            reason = error.details() if isinstance(error, grpc.RpcError) else "another server"
-            remedy = "start it with --grpc-port, and name HOST:PORT with --base-url"
+            reason = error.details() if isinstance(error, grpc.RpcError) else "it is another server"
+            remedy = "start tdm-serve with --grpc-port and pass --base-url HOST:PORT"
             raise ConnectionError(f"{address} does not serve {SERVICE} ({reason}); {remedy}") from None
 
 
@@ -105,7 +105,7 @@ def _method(channel: grpc.aio.Channel, service: ServiceDescriptor, name: str) ->
 
 
 def _error_code(error: grpc.aio.AioRpcError) -> str:
-    """ "RESOURCE_EXHAUSTED queue_full", or the status alone."""
+    """Return for example "RESOURCE_EXHAUSTED queue_full", or only the status if there is no code."""
     code = _trailer(error, "code")
     return str(error.code().name) if code is None else f"{error.code().name} {code}"
 

@@ -1,4 +1,4 @@
-"""Closed and open loops. Both write what happened into a `Recording`, which an interrupted run keeps."""
+"""Closed and open loops. Both write into a `Recording`, so that an interrupted run keeps its results."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from benchmarks.targets import Outcome, Target
 from benchmarks.workload import Request
 
 MAX_WAIT_S = 60.0
-"""However much later a refusal says to come back."""
+"""Longest wait after a rejection, even if Retry-After is longer."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """One request that was answered, refused or failed. Times are seconds after the start of the run."""
+    """One request that was answered, was rejected or failed. Times are seconds since the start of the run."""
 
     request: Request
     scheduled_s: float
-    """When it arrived: by the schedule of an open loop, when it was sent in a closed one."""
+    """Arrival time: in an open loop the scheduled time, in a closed loop the time of sending."""
     sent_s: float
     answered_s: float
     outcome: Outcome
 
     @property
     def e2el_s(self) -> float:
-        """Latency: counted from the scheduled arrival, so that a late sender hides no delay."""
+        """Latency, in seconds. It counts from the scheduled arrival, so that a late sender hides no delay."""
         return self.answered_s - self.scheduled_s
 
     @property
@@ -38,13 +38,13 @@ class Record:
 
 @dataclass
 class Recording:
-    """What one run measured so far."""
+    """Records of one run so far."""
 
     records: list[Record] = field(default_factory=list)
 
     @property
     def duration_s(self) -> float:
-        """From the start to the last answer."""
+        """Seconds from the start to the last answer."""
         return max((record.answered_s for record in self.records), default=0.0)
 
 
@@ -55,15 +55,15 @@ async def closed_loop(
     recording: Recording,
     duration_s: float | None = None,
 ) -> None:
-    """Keep `concurrency` requests in flight until they run out or `duration_s` is over.
+    """Keep `concurrency` requests in flight until `requests` ends or `duration_s` is over.
 
-    Who is refused sends the next when the refusal says to come back, as the official client does.
+    After a rejection, a client waits for Retry-After before its next request, as the official client does.
 
     Raises:
-        ValueError: a concurrency below 1.
+        ValueError: `concurrency` is below 1.
     """
     if concurrency < 1:
-        raise ValueError(f"the concurrency is {concurrency}; it must be at least 1")
+        raise ValueError(f"concurrency is {concurrency}; it must be at least 1")
     waiting = iter(requests)
     started_s = time.perf_counter()
 
@@ -90,11 +90,11 @@ async def open_loop(
     recording: Recording,
     max_concurrency: int | None = None,
 ) -> None:
-    """Send each request at its arrival, whether earlier ones were answered or not, and wait for all.
+    """Send each request at its arrival time, without waiting for earlier answers; then wait for all answers.
 
     Args:
-        arrivals: seconds after the start, rising.
-        max_concurrency: hold requests back beyond so many; their waiting counts as latency.
+        arrivals: seconds since the start, in rising order.
+        max_concurrency: most requests in flight; the others wait, and the wait counts as latency.
     """
     gate = nullcontext() if max_concurrency is None else asyncio.Semaphore(max_concurrency)
     started_s = time.perf_counter()
@@ -106,7 +106,7 @@ async def open_loop(
             recording.records.append(Record(request, scheduled_s, sent_s, outcome.answered_s - started_s, outcome))
 
     async with asyncio.TaskGroup() as clients:
-        for scheduled_s, request in zip(arrivals, requests, strict=False):  # requests may be endless
+        for scheduled_s, request in zip(arrivals, requests, strict=False):  # `requests` may be endless
             delay_s = scheduled_s - (time.perf_counter() - started_s)
             if delay_s > 0:
                 await asyncio.sleep(delay_s)

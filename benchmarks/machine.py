@@ -1,4 +1,4 @@
-"""The line that every table starts with."""
+"""Description of the machine, printed above every table."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PACKAGES = ("torch", "diffusers", "openvino")
 
 @dataclass(frozen=True)
 class Environment:
-    """What a measurement depends on."""
+    """Machine and versions that a measurement depends on."""
 
     cpu: str
     cores: int
@@ -29,7 +29,7 @@ class Environment:
 
 
 def environment() -> Environment:
-    """Of this process and the repository it runs in."""
+    """Return the environment of this process and the commit of its repository."""
     cpu = platform.processor() or platform.machine()
     if (cpuinfo := Path("/proc/cpuinfo")).is_file():
         lines = cpuinfo.read_text(encoding="utf-8").splitlines()
@@ -38,16 +38,16 @@ def environment() -> Environment:
     asked = ["git", "-C", str(folder), "rev-parse", "--short", "HEAD"]
     try:
         commit = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
-    except OSError:  # no git here
+    except OSError:  # git is not installed
         commit = ""
     return Environment(cpu, os.cpu_count() or 1, platform.python_version(), installed(PACKAGES), commit or "unknown")
 
 
 def machine() -> str:
-    """CPU, cores, versions and commit, in one line."""
+    """Return CPU, cores, versions and commit in one line."""
     return f"{environment()}\n"
 
 
 def environment_json() -> dict[str, object]:
-    """`environment` by name."""
+    """Return `environment` as a dict for JSON."""
     return asdict(environment())

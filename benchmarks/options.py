@@ -1,4 +1,4 @@
-"""Flags of `tdm-bench`, in the style of `vllm bench serve`, and how their values are read."""
+"""Flags of `tdm-bench`, named as in `vllm bench serve`, and the parsers of their values."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Number = TypeVar("Number", int, float)
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence."""
+    """Argument parser that reports an error in one line."""
 
     def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: {message}", file=sys.stderr)
@@ -27,59 +27,72 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_target_arguments(parser: argparse.ArgumentParser) -> None:
-    """What is measured."""
+    """Add the flags that choose the server or engine to measure."""
     parser.add_argument(
         "--endpoint-type",
         choices=["openai", "grpc", "engine"],
         default="openai",
-        help="a server of the OpenAI images API, our own gRPC service, or the engine in this process (%(default)s)",
+        help="server with the OpenAI images API, our gRPC service, or the engine in this process (%(default)s)",
     )
     parser.add_argument(
-        "--base-url", default="http://127.0.0.1:8000", help="of the server; grpc: HOST:PORT (%(default)s)"
+        "--base-url", default="http://127.0.0.1:8000", help="address of the server; for grpc HOST:PORT (%(default)s)"
     )
-    parser.add_argument("--model", help="sent to the server; not sent by default")
+    parser.add_argument("--model", help="model id to send to the server (default: none)")
     add_engine_arguments(parser)
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of the engine in this process."""
-    parser.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT, help="engine: folder (%(default)s)")
+    """Add the flags of the engine in this process."""
+    parser.add_argument(
+        "--checkpoint", type=Path, default=DEFAULT_CHECKPOINT, help="checkpoint folder of the engine (%(default)s)"
+    )
     add_backend_arguments(parser)
 
 
 def add_workload_arguments(parser: argparse.ArgumentParser, default_steps: str | None = None) -> None:
-    """What is asked."""
-    parser.add_argument("--num-prompts", type=positive_int, help=f"requests ({DEFAULT_NUM_PROMPTS})")
-    parser.add_argument("--num-warmups", type=whole_number, default=20, help="requests before (%(default)s)")
-    parser.add_argument("--seed", type=whole_number, default=0, help="of schedule, seeds and mixtures (%(default)s)")
-    parser.add_argument("--width", type=int_list, default=(), help="pixels; a comma list with --height is a mixture")
+    """Add the flags that choose the requests."""
+    parser.add_argument("--num-prompts", type=positive_int, help=f"number of requests ({DEFAULT_NUM_PROMPTS})")
+    parser.add_argument(
+        "--num-warmups", type=whole_number, default=20, help="requests before the measurement (%(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=whole_number, default=0, help="seed of the schedule, picture seeds and mixtures (%(default)s)"
+    )
+    parser.add_argument(
+        "--width", type=int_list, default=(), help="pixels; comma lists of widths and heights give a mixture of sizes"
+    )
     parser.add_argument("--height", type=int_list, default=(), help="pixels, one for each --width")
     parser.add_argument(
         "--num-inference-steps",
         type=step_list,
         default=(None,) if default_steps is None else step_list(default_steps),
-        help="a step count, auto, or a comma list (server's own)" if default_steps is None else f"({default_steps})",
+        help=f"a step count, auto, or a comma list ({default_steps or 'the default of the server'})",
     )
     parser.add_argument("--latency-budget-ms", type=positive_float, help="sent with every request")
     parser.add_argument("--min-inference-steps", type=positive_int, help="sent with every request")
 
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
-    """What is told."""
-    parser.add_argument("--goodput", type=goodput_ms, metavar="e2el:MS", help="count answers within MS milliseconds")
+    """Add the flags that choose the output."""
     parser.add_argument(
-        "--metric-percentiles", type=percentile_list, default=(50.0, 90.0, 95.0, 99.0), help="(50,90,95,99)"
+        "--goodput", type=goodput_ms, metavar="e2el:MS", help="count the answers within MS milliseconds"
     )
-    parser.add_argument("--save-result", action="store_true", help="write the figures as JSON")
-    parser.add_argument("--result-filename", type=Path, help="where (tdm-bench-MODE.json)")
-    parser.add_argument("--plot", type=Path, metavar="DIR", help="write plots as PNG there")
+    parser.add_argument(
+        "--metric-percentiles",
+        type=percentile_list,
+        default=(50.0, 90.0, 95.0, 99.0),
+        help="of the latency (50,90,95,99)",
+    )
+    parser.add_argument("--save-result", action="store_true", help="write the results as JSON")
+    parser.add_argument("--result-filename", type=Path, help="file for the JSON (tdm-bench-MODE.json)")
+    parser.add_argument("--plot", type=Path, metavar="DIR", help="folder for plots as PNG files")
 
 
 def sizes_of(given: argparse.Namespace) -> tuple[Size | None, ...]:
-    """The sizes that --width and --height ask for.
+    """Return the sizes given by --width and --height.
 
     Raises:
-        ValueError: they do not pair up.
+        ValueError: the two lists differ in length.
     """
     widths, heights = given.width, given.height
     if len(widths) != len(heights):
@@ -93,7 +106,7 @@ def sizes_of(given: argparse.Namespace) -> tuple[Size | None, ...]:
 
 
 def positive_int(text: str) -> int:
-    """1, 2, ..."""
+    """Parse a whole number of at least 1."""
     value = _number(text, int, "a whole number")
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is too small; it must be at least 1")
@@ -101,7 +114,7 @@ def positive_int(text: str) -> int:
 
 
 def whole_number(text: str) -> int:
-    """0, 1, ..."""
+    """Parse a whole number of at least 0."""
     value = _number(text, int, "a whole number")
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text!r} is too small; it must be at least 0")
@@ -109,7 +122,7 @@ def whole_number(text: str) -> int:
 
 
 def positive_float(text: str) -> float:
-    """Above 0 and finite."""
+    """Parse a finite number above 0."""
     value = _number(text, float, "a number")
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is out of range; it must be above 0")
@@ -117,39 +130,41 @@ def positive_float(text: str) -> float:
 
 
 def rate(text: str) -> float:
-    """Above 0, or inf."""
+    """Parse a rate in requests/s: above 0, or inf."""
     value = _number(text, float, "a number of requests/s")
     if not value > 0:
-        raise argparse.ArgumentTypeError(f"{text!r} requests/s is no rate; it must be above 0, or inf for all at once")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} requests/s is not a rate; it must be above 0, or inf for all at once"
+        )
     return value
 
 
 def rate_list(text: str) -> tuple[float, ...]:
-    """Rates between commas."""
+    """Parse a comma list of rates."""
     return tuple(map(rate, text.split(",")))
 
 
 def int_list(text: str) -> tuple[int, ...]:
-    """Whole numbers from 1 between commas."""
+    """Parse a comma list of whole numbers of at least 1."""
     return tuple(map(positive_int, text.split(",")))
 
 
 def step_list(text: str) -> tuple[Steps, ...]:
-    """Step counts or "auto" between commas."""
+    """Parse a comma list of step counts or "auto"."""
     return tuple("auto" if part == "auto" else positive_int(part) for part in text.split(","))
 
 
 def percentile_list(text: str) -> tuple[float, ...]:
-    """Percentiles between commas."""
+    """Parse a comma list of percentiles."""
     values = tuple(_number(part, float, "a percentile") for part in text.split(","))
     for value in values:
         if not 0 < value <= 100:
-            raise argparse.ArgumentTypeError(f"{value:g} is no percentile; they are above 0 and up to 100")
+            raise argparse.ArgumentTypeError(f"{value:g} is not a percentile; it must be above 0 and at most 100")
     return values
 
 
 def goodput_ms(text: str) -> float:
-    """The milliseconds of "e2el:MS"."""
+    """Parse the milliseconds of "e2el:MS"."""
     metric, colon, value = text.partition(":")
     if metric != "e2el" or not colon:
         raise argparse.ArgumentTypeError(f"{text!r} is not e2el:MS; write e2el:300 for answers within 300 ms")

@@ -1,4 +1,4 @@
-"""What the engine itself costs: a picture's time less what its model calls take."""
+"""Measure the engine's own cost: the time of a picture minus the time of its model calls."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ REPEATS = 1000
 
 @dataclass
 class Calls:
-    """Model calls in the order they were made, by every thread: (component, start, end), `time.perf_counter`."""
+    """Model calls of all threads, in order: (component, start, end), in seconds of `time.perf_counter`."""
 
     spans: list[tuple[str, float, float]] = field(default_factory=list)
 
 
 class TimedBackend:
-    """A backend whose calls are written down."""
+    """Backend that records the time of every call."""
 
     def __init__(self, name: str, backend: Backend, calls: Calls) -> None:
         self.device: torch.device = backend.device
@@ -50,7 +50,7 @@ class TimedBackend:
 
 
 def timed(model: LoadedModel, calls: Calls) -> LoadedModel:
-    """The same model with every component's calls written down; tokens and tiling count as the engine's work."""
+    """Return the model with the calls of every component timed. Tokenizing and tiling count as the engine's work."""
     text_encoder = copy.copy(model.text_encoder)
     text_encoder.backend = TimedBackend("text encoder", text_encoder.backend, calls)
     decoder = copy.copy(model.decoders["full"])
@@ -60,7 +60,7 @@ def timed(model: LoadedModel, calls: Calls) -> LoadedModel:
 
 
 def overhead(model: LoadedModel, pictures: int, steps: int, seed: int = 0) -> dict[str, Any]:
-    """One picture at a time through the engine. Every value is a median in milliseconds, or a share."""
+    """Make one picture at a time in the engine. Values are medians in milliseconds, or shares."""
     calls, width_height = Calls(), model.recipe.native_sizes[0]
     walls: list[float] = []
     parts: dict[str, list[float]] = {}
@@ -94,7 +94,7 @@ def overhead(model: LoadedModel, pictures: int, steps: int, seed: int = 0) -> di
 
 
 def _split(submitted_s: float, spans: list[tuple[str, float, float]], ended_s: float) -> dict[str, float]:
-    """Model calls, and the gaps between them, in milliseconds."""
+    """Return the time of the model calls and of the gaps between them, in milliseconds."""
     names = [name for name, _, _ in spans]
     first, last = names.index("denoiser"), len(names) - 1 - names[::-1].index("denoiser")
     between = [1e3 * (spans[n + 1][1] - spans[n][2]) for n in range(first, last)]

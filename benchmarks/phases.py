@@ -1,4 +1,4 @@
-"""What `tdm-bench compare` measures of one target, and of the engine in this process."""
+"""Measurements of `tdm-bench compare`: of one target, and of the engine in this process."""
 
 from __future__ import annotations
 
@@ -17,44 +17,45 @@ from tdm_runtime.engine.engine import DiffusionEngine, EngineConfig
 from tdm_runtime.model.loaded_model import LoadedModel
 
 STEPS = 4
-"""What every contender is asked for where the step count is fixed."""
+"""Step count of every contender in the tests with a fixed step count."""
 SLO_FACTOR = 3.0
-"""The SLO is so many times the peer's own unloaded latency."""
+"""SLO as a multiple of the peer's own unloaded latency."""
 JOINING_LOAD = 0.6
-"""Arrivals, as a share of what whole-request batching can serve."""
+"""Arrival rate as a share of the throughput of whole-request batching."""
 TURNS = 3
+"""Turns that the two engines of `joining` take."""
 LARGE_SIDE = 3
-"""A large picture's side, in sides of a small one."""
+"""Side of a large picture, as a multiple of the side of a small one."""
 SMALL_TO_LARGE = 10
-"""One picture in so many is large."""
+"""One picture in this number is large."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much of everything."""
+    """Lengths and sizes of the measurements."""
 
     size: Size
-    """Of every picture asked for."""
+    """Size of every requested picture, in pixels."""
     seed: int = 0
     budget_factor: float = 0.85
-    """Share of the SLO that our server gets as latency budget; the rest is for HTTP and the client."""
+    """Latency budget of our server as a share of the SLO; the rest is for HTTP and the client."""
     latency_pictures: int = 30
     concurrencies: tuple[int, ...] = (4, 8, 16)
     load_s: float = 8.0
-    """Of each closed loop."""
+    """Duration of each closed loop."""
     warm_up_s: float = 2.0
     arrivals_s: float = 10.0
-    """Of each open loop's schedule."""
+    """Duration of the schedule of each open loop."""
     overhead_pictures: int = 200
     quality_pictures: int = 32
 
     @classmethod
     def quick(cls, size: Size, seed: int, budget_factor: float) -> Plan:
-        """Enough to see that everything runs; its figures mean nothing."""
+        """Return a short plan that only shows that everything runs; its figures mean nothing."""
         return cls(size, seed, budget_factor, 5, (4, 16), 0.7, 0.5, 1.0, 10, 2)
 
     def workload(self, *steps: int | str, budget_ms: float | None = None) -> Workload:
-        """Requests of this size that no text cache knows."""
+        """Return requests of this size whose prompts are in no text cache."""
         mixture: Any = steps
         return Workload(self.seed, mixture, (self.size,), budget_ms, tag=secrets.token_hex(2))
 
@@ -64,7 +65,7 @@ class Scenario:
     """One open loop of the comparison within an SLO."""
 
     load: float
-    """Rate of arrivals, as a share of the peer's saturation throughput."""
+    """Arrival rate as a share of the peer's saturation throughput."""
     burstiness: float = 1.0
 
 
@@ -72,11 +73,11 @@ SCENARIOS = (Scenario(0.8), Scenario(1.2), Scenario(2.0), Scenario(1.2, burstine
 
 
 class NothingMeasuredError(Exception):
-    """Every request failed; says how."""
+    """Error: every request failed. The message names the errors."""
 
 
 async def measure_server(base_url: str, plan: Plan) -> dict[str, Any]:
-    """`unloaded_and_saturated` over the wire, and what the server says it runs."""
+    """Return `unloaded_and_saturated` over the wire, with the model and backend that the server reports."""
     cards = await served_models(base_url)
     served = {name: cards[0][name] for name in ("id", "backend", "digest") if name in cards[0]} if cards else {}
     async with http_session() as session:
@@ -84,14 +85,14 @@ async def measure_server(base_url: str, plan: Plan) -> dict[str, Any]:
 
 
 async def measure_engine(model: LoadedModel, plan: Plan) -> dict[str, Any]:
-    """`unloaded_and_saturated` in this process."""
+    """Return `unloaded_and_saturated` of the engine in this process."""
     served = {"id": model.recipe.name, "backend": model.backend, "digest": model.digest}
     with running_engine(model) as engine:
         return {"served": served, **await unloaded_and_saturated(EngineTarget(engine), plan)}
 
 
 async def unloaded_and_saturated(target: Target, plan: Plan) -> dict[str, Any]:
-    """Latency of one request at a time, then throughput with many in flight, all at `STEPS` steps.
+    """Measure latency of one request at a time, then throughput with many in flight, all at `STEPS` steps.
 
     Raises:
         NothingMeasuredError: no request was answered.
@@ -101,7 +102,7 @@ async def unloaded_and_saturated(target: Target, plan: Plan) -> dict[str, Any]:
     await closed_loop(target, itertools.islice(plan.workload(STEPS).requests(), plan.latency_pictures), 1, alone)
     unloaded = figures(alone)
     if not unloaded["completed"]:
-        raise NothingMeasuredError(f"no picture came: {unloaded['errors']}")
+        raise NothingMeasuredError(f"every request failed: {unloaded['errors']}")
     loads: dict[str, Figures] = {}
     for concurrency in plan.concurrencies:
         recording = Recording()
@@ -121,19 +122,19 @@ async def unloaded_and_saturated(target: Target, plan: Plan) -> dict[str, Any]:
 
 
 def slo_of(peer: dict[str, Any]) -> float:
-    """Milliseconds, from the peer's own unloaded latency."""
+    """Return the SLO in milliseconds, from the peer's own unloaded latency."""
     return SLO_FACTOR * float(peer["unloaded_ms"])
 
 
 async def peer_within_slo(base_url: str, peer: dict[str, Any], plan: Plan) -> list[Figures]:
-    """A peer at a fixed step count, one result a scenario."""
+    """Measure a peer at a fixed step count, with one result per scenario."""
     return [
         await _scenario(base_url, peer, plan, scenario, plan.workload(STEPS), warm_up=True) for scenario in SCENARIOS
     ]
 
 
 async def ours_within_slo(base_url: str, peer: dict[str, Any], plan: Plan) -> tuple[list[Figures], list[Figures]]:
-    """Our server under the peer's schedules with its own pick of steps, and at the peer's step count."""
+    """Measure our server on the peer's schedules: with automatic steps, and at the peer's step count."""
     budget_ms = plan.budget_factor * slo_of(peer)
     auto, fixed = [], []
     for scenario in SCENARIOS:
@@ -162,9 +163,9 @@ async def _scenario(
 
 
 async def joining(model: LoadedModel, plan: Plan) -> dict[str, Any]:
-    """Samples that join a running batch against whole-request batching: the same arrivals, mixed step counts.
+    """Compare joining a running batch with whole-request batching, on the same arrivals with mixed step counts.
 
-    Both engines know the same costs, so that neither has learned other batch sizes, and take turns.
+    Both engines start with the same learned costs, and they take turns.
     """
     mixture: Sequence[int] = model.recipe.step_counts
     with running_engine(model) as engine:
@@ -197,9 +198,9 @@ async def joining(model: LoadedModel, plan: Plan) -> dict[str, Any]:
 
 
 async def isolation(model: LoadedModel, plan: Plan) -> dict[str, Any]:
-    """Latency of small pictures: alone, and with large ones among them; joining, and batched as whole requests.
+    """Measure the latency of small pictures alone, and mixed with large ones: joining, and batched as whole requests.
 
-    The checkpoint was not trained at the large size: what it shows there is worth nothing, what it takes is.
+    The checkpoint was not trained at the large size, so large pictures look wrong; only their time matters.
     """
     width, height = plan.size
     large = (LARGE_SIDE * width, LARGE_SIDE * height)

@@ -1,4 +1,4 @@
-"""Plots as PNG files. matplotlib is imported where one is drawn: measuring does not need it."""
+"""Plots as PNG files. matplotlib is imported only to draw one, because measuring does not need it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-"""Told apart by every kind of eye (Okabe and Ito)."""
+"""Palette of Okabe and Ito, which is safe for colour-blind readers."""
 MARKERS = "osD^vPX"
 SIZE_INCHES = (7.2, 4.4)
 
 
 @dataclass(frozen=True)
 class Load:
-    """One point of a sweep of concurrencies."""
+    """One point of a concurrency sweep."""
 
     concurrency: int
     throughput: float
@@ -31,18 +31,18 @@ class Load:
 
 @dataclass(frozen=True)
 class Quality:
-    """What one step count costs and gives."""
+    """Latency and quality of one step count."""
 
     num_inference_steps: int
     median_ms: float
     psnr_db: float | None
-    """Against the picture of the most steps and the same seed; None for that picture itself."""
+    """PSNR against the picture of the largest step count and the same seed; None for that step count itself."""
 
 
 def plot_latency_cdf(
     file: Path, latencies_ms: Mapping[str, Sequence[float]], slo_ms: float | None = None, title: str = "Latency"
 ) -> None:
-    """Share of answers within a latency, a line for every label."""
+    """Plot the share of answers within a latency, with one line per label."""
     with _figure(file, title, "latency, ms", "share of answers") as axes:
         for number, (label, values) in enumerate(latencies_ms.items()):
             ordered = np.sort(values)
@@ -55,7 +55,7 @@ def plot_latency_cdf(
 
 
 def plot_throughput_latency(file: Path, sweeps: Mapping[str, Sequence[Load]]) -> None:
-    """Median latency against throughput, a point for every concurrency."""
+    """Plot median latency against throughput, with one point per concurrency."""
     axis = "throughput, pictures/s (small numbers: requests in flight)"
     with _figure(file, "Throughput and latency, closed loop", axis, "median latency, ms") as axes:
         for number, (label, loads) in enumerate(sweeps.items()):
@@ -73,9 +73,9 @@ def plot_throughput_latency(file: Path, sweeps: Mapping[str, Sequence[Load]]) ->
 def plot_goodput(
     file: Path, shares: Mapping[str, Mapping[float, float]], slo_ms: float, title: str = "Answers within the SLO"
 ) -> None:
-    """Share of all requests answered within the SLO against the rate of arrivals, a line for every label."""
+    """Plot the share of all requests answered within the SLO against the arrival rate, with one line per label."""
     axis = f"share of all requests within {slo_ms:.0f} ms"
-    with _figure(file, title, "arrivals, requests/s", axis) as axes:
+    with _figure(file, title, "arrival rate, requests/s", axis) as axes:
         for number, (label, points) in enumerate(shares.items()):
             rates = sorted(points)
             y = [points[rate] for rate in rates]
@@ -85,12 +85,12 @@ def plot_goodput(
 
 
 def plot_quality_latency(file: Path, points: Sequence[Quality]) -> None:
-    """Nearness to the picture of the most steps against latency, a point for every step count."""
+    """Plot PSNR against the picture of the largest step count over latency, with one point per step count."""
     measured = [(point, point.psnr_db) for point in points if point.psnr_db is not None]
     most = max(point.num_inference_steps for point in points)
     axis = f"PSNR against K = {most}, same seed, dB"
     with _figure(
-        file, "What a step buys", "median latency, ms (in process, one at a time)", axis, legend=False
+        file, "Quality and latency by step count", "median latency, ms (in process, one at a time)", axis, legend=False
     ) as axes:
         x, y = [point.median_ms for point, _ in measured], [psnr_db for _, psnr_db in measured]
         axes.plot(x, y, marker="o", color=_colour(0))
@@ -106,7 +106,7 @@ def plot_quality_latency(file: Path, points: Sequence[Quality]) -> None:
 
 
 def _logarithmic(axes: Axes, direction: Literal["x", "y"]) -> None:
-    """A logarithmic axis in plain numbers: fast and slow contenders fit into one plot, tails included."""
+    """Make an axis logarithmic with plain numbers, so that fast and slow contenders fit into one plot."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     axes.set(**{f"{direction}scale": "log"})

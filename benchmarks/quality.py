@@ -1,4 +1,4 @@
-"""What each step count costs and how near its picture comes to that of the most steps."""
+"""Latency of each step count, and PSNR of its pictures against those of the largest step count."""
 
 from __future__ import annotations
 
@@ -6,25 +6,21 @@ import itertools
 import statistics
 import time
 
-import numpy as np
-
 from benchmarks.plots import Quality
 from benchmarks.workload import Workload
 from tdm_runtime.media.image_file import encode_image
+from tdm_runtime.media.psnr import psnr_db
 from tdm_runtime.model.decoder import Pixels
 from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.pipeline import generate
 
-MAX_PSNR_DB = 99.0
-"""Of equal pictures, in place of infinity."""
-
 
 def quality_per_step_count(model: LoadedModel, pictures: int, seed: int = 0) -> list[Quality]:
     """Make the same pictures at every step count, one at a time, text to PNG.
 
-    PSNR against the picture of the most steps says how much the later steps still change, not which picture is
-    better.
+    PSNR against the picture of the largest step count shows how much the later steps still change, not which
+    picture is better.
     """
     recipe = model.recipe
     width, height = recipe.native_sizes[0]
@@ -35,9 +31,9 @@ def quality_per_step_count(model: LoadedModel, pictures: int, seed: int = 0) -> 
         generate(model, SamplingParams("warm-up", 0, steps, width, height))
     for request in requests:
         started_s = time.perf_counter()
-        model.text_encoder.encode(request.prompt)  # from here on it is cached: each step count is charged for it
+        model.text_encoder.encode(request.prompt)  # cached from here on, so its time is added to each step count
         text_ms = 1e3 * (time.perf_counter() - started_s)
-        for steps in recipe.step_counts:  # they take turns, to share the machine's moods
+        for steps in recipe.step_counts:  # in turns, so that changes in the machine's speed affect all alike
             started_s = time.perf_counter()
             pixels = generate(model, SamplingParams(request.prompt, request.seed, steps, width, height))
             encode_image(pixels, "png")
@@ -52,9 +48,3 @@ def quality_per_step_count(model: LoadedModel, pictures: int, seed: int = 0) -> 
         )
         for steps in recipe.step_counts
     ]
-
-
-def psnr_db(pixels: Pixels, reference: Pixels) -> float:
-    """Peak signal-to-noise ratio of two pictures, uint8 [H, W, 3], at most `MAX_PSNR_DB`."""
-    mse = float(np.mean((pixels.astype(np.float64) - reference.astype(np.float64)) ** 2))
-    return MAX_PSNR_DB if mse == 0 else min(MAX_PSNR_DB, float(10 * np.log10(255.0**2 / mse)))

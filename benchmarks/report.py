@@ -1,4 +1,4 @@
-"""Figures of a run: the JSON result, the table on the terminal, Markdown."""
+"""Figures of a run, as JSON, as a table for the terminal and as Markdown."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ DEFAULT_PERCENTILES = (50.0, 90.0, 95.0, 99.0)
 STAGE_PERCENTILES = (50.0, 90.0, 99.0)
 
 Figures = dict[str, Any]
-"""One run, as `docs/benchmarks.md` lists its fields: JSON values only."""
+"""JSON values of one run; `docs/benchmarks.md` lists the fields."""
 
 
 def figures(
     recording: Recording, goodput_ms: float | None = None, percentiles: Sequence[float] = DEFAULT_PERCENTILES
 ) -> Figures:
-    """Summarise a run, refused and failed requests included.
+    """Summarise a run, including rejected and failed requests.
 
     Args:
-        goodput_ms: what an answer may take to count as good; None counts no goodput.
-        percentiles: of the latency, above 0 and up to 100.
+        goodput_ms: latency limit for goodput, in milliseconds; None measures no goodput.
+        percentiles: latency percentiles to report, above 0 and at most 100.
     """
     records = sorted(recording.records, key=lambda record: record.scheduled_s)
     completed = [record for record in records if record.is_completed]
@@ -66,14 +66,14 @@ def figures(
 
 
 def _stages(completed: Sequence[Record]) -> dict[str, dict[str, float]]:
-    """Stage -> p50, p90, p99 over the answers that have it; "round trip" is from sending, not from arrival."""
+    """Return stage -> p50, p90, p99 over the answers that have it. "round trip" counts from sending, not arrival."""
     samples: dict[str, list[float]] = {}
     for record in completed:
         if record.outcome.stages_ms:
             round_trip = {"round trip": 1e3 * (record.answered_s - record.sent_s)}
             for stage, ms in {**record.outcome.stages_ms, **round_trip}.items():
                 samples.setdefault(stage, []).append(ms)
-    # An answer of few steps names "decode" before another has named "step 4": order as a picture passes through.
+    # Answers of few steps name "decode" before others name "step 4", so the order is fixed here.
     steps = sorted((stage for stage in samples if stage.startswith("step ")), key=lambda stage: int(stage[5:]))
     order = ["queue", "text", *steps, "decode", "encode", "engine hand-over", "http", "grpc", "round trip"]
     return {
@@ -91,11 +91,11 @@ def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
 
 
-# -- for people -------------------------------------------------------------------------------
+# -- tables -------------------------------------------------------------------------------
 
 
 def terminal_table(title: str, found: Figures) -> str:
-    """A run's figures, one a line."""
+    """Return the figures of a run, one per line."""
     rows = [
         ("duration, s", found["duration"]),
         ("completed", found["completed"]),
@@ -111,7 +111,7 @@ def terminal_table(title: str, found: Figures) -> str:
         ]
     rows += [(f"latency {name.removesuffix('_e2el_ms')}, ms", found[name]) for name in found if _is_latency(name)]
     if found["budgets_kept_share"] is not None:
-        rows.append(("share of promised budgets that were kept", found["budgets_kept_share"]))
+        rows.append(("share of latency budgets met", found["budgets_kept_share"]))
     if found["mean_steps_used"] is not None:
         shares = ", ".join(f"{count} of K = {steps}" for steps, count in found["steps_used"].items())
         rows += [("steps used, mean", found["mean_steps_used"]), ("steps used", shares)]
@@ -125,7 +125,7 @@ def _is_latency(name: str) -> bool:
 
 
 def stage_table(title: str, found: Figures) -> str:
-    """A run's stages as a Markdown table; empty where the answers name none."""
+    """Return the stages of a run as a Markdown table, or "" if the answers have no timings."""
     stages = found["stages_ms"]
     if not stages:
         return ""
@@ -134,20 +134,20 @@ def stage_table(title: str, found: Figures) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Cells as they are."""
+    """Return a Markdown table. Cells are not escaped."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def cell(value: object, digits: int = 1) -> str:
-    """A table's cell: a dash for what was not measured."""
+    """Return the text of a table cell; a dash stands for None."""
     if value is None:
         return "-"
     return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Write a result, whole or not at all."""
+    """Write a result atomically: the whole file or nothing."""
     partial_file = file.with_name(file.name + ".partial")
     partial_file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     partial_file.replace(file)

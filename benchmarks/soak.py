@@ -1,8 +1,9 @@
-"""`tdm-bench soak`: a mixed load for a long time, and whether the server grows or fails under it.
+"""`tdm-bench soak`: run a long mixed load and check that the server does not leak or fail.
 
-Half of the visitors want pictures at 1 to 4 steps, auto or within a budget; the others leave streams in the middle,
-give requests up, send nonsense or open a new connection each time. What the server's process takes is read from its
-/metrics; of a server that is started here, the memory of all its processes too.
+Half of the visits ask for pictures, at 1 to 4 steps or auto, some with a latency budget. The others read streams,
+leave streams early, cancel requests, send invalid requests or open a new connection. Memory, threads and open files
+of the server come from its /metrics. If this command starts the server, the memory of all its processes is measured
+too.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from benchmarks.workload import BACKGROUNDS, SUBJECTS
 MIB = 2**20
 SERVER_ERROR, UNAVAILABLE = 500, 503
 SETTLE_S = 30.0
-"""After the load, time for the work of those who left to end."""
+"""Time after the load in which cancelled work must end."""
 NONSENSE: tuple[dict[str, Any], ...] = (
     {},
     {"prompt": ""},
@@ -45,41 +46,42 @@ NONSENSE: tuple[dict[str, Any], ...] = (
 
 @dataclass(frozen=True)
 class Bounds:
-    """How much the last quarter may have over the first, both after the warm-up."""
+    """Allowed growth from the first to the last quarter after the warm-up."""
 
     memory_share: float = 0.03
+    """Growth of memory as a share of the first quarter; `memory_mib` is allowed in addition."""
     memory_mib: float = 20.0
     threads: float = 4.0
-    """The pool for encoding large pictures may still be filling."""
+    """The thread pool that encodes large pictures may still be growing."""
     open_files: float = 16.0
-    """Connections are files: as many visitors may be connected at one look and not at another."""
+    """Connections count as files, and their number varies between samples."""
 
 
 @dataclass(frozen=True)
 class Look:
-    """What the server's process took at one time."""
+    """Resources of the server's process at one time."""
 
     at_s: float
     memory_mib: float
     threads: float
     open_files: float
     live: float
-    """Pictures accepted and not yet answered."""
+    """Number of pictures accepted but not yet answered."""
     all_memory_mib: float | None
-    """Of all processes; None where the server is not ours."""
+    """Memory of all processes of the server; None if this command did not start it."""
 
 
 @dataclass
 class Diary:
-    """What a run saw."""
+    """Record of a run."""
 
     answers: Counter[str] = field(default_factory=Counter)
-    """What was done and came of it -> count."""
+    """Visit and status -> count."""
     faults: Counter[str] = field(default_factory=Counter)
     looks: list[Look] = field(default_factory=list)
 
     def note(self, visit: str, status: int) -> None:
-        """An answer; from a server that is well, no 5xx but 503."""
+        """Count an answer. Any 5xx except 503 is a fault."""
         self.answers[f"{visit} {status}"] += 1
         if status >= SERVER_ERROR and status != UNAVAILABLE:
             self.faults[f"{visit} was answered {status}"] += 1
@@ -87,7 +89,7 @@ class Diary:
 
 @dataclass(frozen=True)
 class Row:
-    """One quantity, first and last quarter."""
+    """One quantity: its medians in the first and the last quarter, and its allowed growth."""
 
     name: str
     first: float
@@ -100,7 +102,7 @@ class Row:
 
 
 class Visitor:
-    """One client that does this and that."""
+    """Client that makes random visits."""
 
     def __init__(self, session: aiohttp.ClientSession, base_url: str, seed: int, diary: Diary) -> None:
         self._session = session
@@ -115,28 +117,28 @@ class Visitor:
             self.send_nonsense: 10,
             self.connect_anew: 10,
         }
-        """Visit -> how often of 100."""
+        """Visit -> its share in percent."""
 
     async def stay(self, until_s: float) -> None:
-        """Visit after visit. `until_s` is on `time.monotonic`'s clock."""
+        """Make visits until `until_s`, a time of `time.monotonic`."""
         while time.monotonic() < until_s:
             (visit,) = self._random.choices([*self._visits], [*self._visits.values()])
             try:
                 await visit()
             except (aiohttp.ClientError, TimeoutError, OSError) as error:
                 self._diary.faults[f"{visit.__name__}: {type(error).__name__}"] += 1
-                await asyncio.sleep(0.1)  # a server that is gone is not asked as fast as possible
+                await asyncio.sleep(0.1)  # do not flood a server that is down
 
     async def make_picture(self) -> None:
-        """Any step count, some within a budget, some several."""
+        """Ask for pictures: any step count, sometimes with a latency budget, sometimes several."""
         await self._post("make_picture", self._asked())
 
     async def watch_stream(self) -> None:
-        """To its end."""
+        """Read a stream to its end."""
         await self._post("watch_stream", self._asked() | {"n": 1, "stream": True, "partial_images": 2})
 
     async def leave_stream(self) -> None:
-        """After the first bytes."""
+        """Close a stream after the first bytes."""
         body = self._asked() | {"n": 1, "stream": True, "partial_images": 3, "draft": True}
         async with self._session.post(self._base_url + ROUTE, json=body) as answer:
             await answer.content.readany()
@@ -144,7 +146,7 @@ class Visitor:
             answer.close()
 
     async def give_up(self) -> None:
-        """Before the answer, unless it is fast."""
+        """Cancel a request after a short time, usually before the answer."""
         try:
             async with asyncio.timeout(self._random.uniform(0.001, 0.03)):
                 await self._post("give_up", self._asked() | {"n": 4})
@@ -155,7 +157,7 @@ class Visitor:
         await self._post("send_nonsense", self._random.choice(NONSENSE))
 
     async def connect_anew(self) -> None:
-        """A connection of its own, closed after one answer."""
+        """Open a new connection and close it after one answer."""
         path = self._random.choice(("/v1/models", "/health", "/", "/nowhere"))
         async with http_session() as own, own.get(self._base_url + path, headers={"connection": "close"}) as answer:
             await answer.read()
@@ -163,7 +165,7 @@ class Visitor:
 
     def _asked(self) -> dict[str, Any]:
         draw = self._random
-        number = draw.randrange(5000)  # now and then a prompt that was seen, mostly not: the cache turns over
+        number = draw.randrange(5000)  # mostly a fresh prompt, sometimes a known one, so the text cache turns over
         asked: dict[str, Any] = {
             "prompt": f"a {draw.choice(SUBJECTS)} on {draw.choice(BACKGROUNDS)}, number {number}",
             "num_inference_steps": draw.choice((1, 2, 3, 4, "auto")),
@@ -180,27 +182,27 @@ class Visitor:
             self._diary.note(visit, answer.status)
 
 
-# -- looking ----------------------------------------------------------------------------------
+# -- sampling ----------------------------------------------------------------------------------
 
 
 async def look(session: aiohttp.ClientSession, base_url: str, at_s: float, is_ours: bool) -> Look:
-    """Read /metrics.
+    """Read the resources of the server from /metrics.
 
     Raises:
-        ValueError: it lacks what is wanted; the server is no tdm-serve, or its system tells no such numbers.
+        ValueError: a metric is missing, because the server is not a tdm-serve or does not run on Linux.
     """
     async with session.get(f"{base_url}/metrics") as answer:
         text = await answer.text()
     found = dict(re.findall(r"^(\w+) (\S+)$", text, re.MULTILINE))
     names = ("process_resident_memory_bytes", "tdm_threads", "process_open_fds", "tdm_live_samples")
     if missing := [name for name in names if name not in found]:
-        raise ValueError(f"{base_url}/metrics lacks {', '.join(missing)}; soak a tdm-serve on Linux")
+        raise ValueError(f"{base_url}/metrics lacks {', '.join(missing)}; the soak needs a tdm-serve on Linux")
     memory, threads, files, live = (float(found[name]) for name in names)
     return Look(at_s, memory / MIB, threads, files, live, _all_memory_mib() if is_ours else None)
 
 
 def _all_memory_mib() -> float:
-    """Of every process that this one started; pages that they share are counted by each."""
+    """Return the memory of all child processes; pages shared by several processes count several times."""
     import psutil
 
     total = 0
@@ -213,10 +215,10 @@ def _all_memory_mib() -> float:
 
 
 async def soak(base_url: str, given: argparse.Namespace, is_ours: bool) -> Diary:
-    """Load a server for `given.duration_s`, look at it every `given.sample_s`, and let it come to rest."""
+    """Load a server for `given.duration_s`, sample it every `given.sample_s`, then wait until it is idle."""
     diary = Diary()
     async with http_session() as session:
-        await look(session, base_url, 0.0, is_ours)  # what is no tdm-serve is refused before any load
+        await look(session, base_url, 0.0, is_ours)  # fail before any load if the server is not a tdm-serve
         started_s = time.monotonic()
         until_s = started_s + given.duration_s
         async with asyncio.TaskGroup() as visitors:
@@ -237,23 +239,25 @@ async def soak(base_url: str, given: argparse.Namespace, is_ours: bool) -> Diary
     return diary
 
 
-# -- telling ----------------------------------------------------------------------------------
+# -- reporting ----------------------------------------------------------------------------------
 
 
 def compare(looks: Sequence[Look], warm_up: float, bounds: Bounds) -> list[Row]:
-    """Medians of the first and the last quarter of what follows the warm-up.
+    """Compare the medians of the first and the last quarter after the warm-up.
 
     Args:
-        warm_up: the share of the run that it takes, 0 to 1.
+        warm_up: share of the run that is warm-up, 0 to 1.
 
     Raises:
-        ValueError: there are too few looks to compare.
+        ValueError: there are too few samples to compare.
     """
     end_s = max((one.at_s for one in looks), default=0.0)
     warm = [one for one in looks if one.at_s >= warm_up * end_s]
     quarter = len(warm) // 4
     if not quarter:
-        raise ValueError(f"{len(warm)} looks after the warm-up are too few; make the run longer or --sample-s shorter")
+        raise ValueError(
+            f"{len(warm)} samples after the warm-up; at least 4 are needed: raise --duration-s or lower --sample-s"
+        )
 
     def row(name: str, text: str, share: float, allowed: float) -> Row:
         first, last = (
@@ -272,16 +276,16 @@ def compare(looks: Sequence[Look], warm_up: float, bounds: Bounds) -> list[Row]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """For a terminal."""
+    """Return the rows as a table for the terminal."""
     lines = [f"{'':20}{'first quarter':>15}{'last quarter':>15}{'growth':>10}{'allowed':>10}"]
     for row in rows:
         figures = f"{row.first:15.1f}{row.last:15.1f}{row.last - row.first:+10.1f}{row.allowed:+10.1f}"
-        lines.append(f"{row.name:20}{figures}{'' if row.is_kept else '  grows'}")
+        lines.append(f"{row.name:20}{figures}{'' if row.is_kept else '  too much'}")
     return "\n".join(lines)
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command. Returns 0; 1 where the server grew or failed; 2 for a mistake."""
+    """Run the command. Returns 0 if the server is steady, 1 if it grew too much or failed, 2 for a usage error."""
     given = _parser().parse_args(arguments)
     bounds = Bounds(given.max_growth_percent / 100, given.max_growth_mib)
     try:
@@ -315,15 +319,31 @@ def _parser() -> options.Parser:
     parser = options.Parser(
         prog="tdm-bench soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--base-url", help="a running server; without it, one is started and stopped")
-    parser.add_argument("--server-args", default="", help="of the server that is started, in one argument")
-    parser.add_argument("--duration-s", type=options.positive_float, default=1800.0, help="(%(default)g)")
-    parser.add_argument("--sample-s", type=options.positive_float, default=5.0, help="between looks (%(default)g)")
-    parser.add_argument("--max-concurrency", type=options.positive_int, default=8, help="visitors (%(default)s)")
+    parser.add_argument("--base-url", help="address of a running server (default: start one and stop it at the end)")
+    parser.add_argument("--server-args", default="", help="arguments of the server that is started, as one string")
     parser.add_argument(
-        "--warm-up", type=float, default=0.2, help="share of the run that is not compared (%(default)g)"
+        "--duration-s", type=options.positive_float, default=1800.0, help="length of the load (%(default)g)"
     )
-    parser.add_argument("--max-growth-percent", type=float, default=100 * Bounds.memory_share, help="(%(default)g)")
-    parser.add_argument("--max-growth-mib", type=float, default=Bounds.memory_mib, help="beside it (%(default)g)")
-    parser.add_argument("--seed", type=options.whole_number, default=0, help="of what is asked (%(default)s)")
+    parser.add_argument(
+        "--sample-s", type=options.positive_float, default=5.0, help="time between samples (%(default)g)"
+    )
+    parser.add_argument(
+        "--max-concurrency", type=options.positive_int, default=8, help="number of clients (%(default)s)"
+    )
+    parser.add_argument(
+        "--warm-up", type=float, default=0.2, help="share of the run to skip as warm-up, 0 to 1 (%(default)g)"
+    )
+    parser.add_argument(
+        "--max-growth-percent",
+        type=float,
+        default=100 * Bounds.memory_share,
+        help="allowed growth of memory (%(default)g)",
+    )
+    parser.add_argument(
+        "--max-growth-mib",
+        type=float,
+        default=Bounds.memory_mib,
+        help="allowed in addition to the percentage (%(default)g)",
+    )
+    parser.add_argument("--seed", type=options.whole_number, default=0, help="seed of the visits (%(default)s)")
     return parser

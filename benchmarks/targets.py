@@ -1,4 +1,4 @@
-"""What is measured: an OpenAI-compatible images server over the wire, or the engine in this process."""
+"""Targets of a measurement: an OpenAI-compatible images server over the wire, or the engine in this process."""
 
 from __future__ import annotations
 
@@ -28,37 +28,37 @@ from tdm_runtime.params import SamplingParams
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 ROUTE = "/v1/images/generations"
 TIMEOUT_S = 60.0
-"""An answer that takes longer has failed."""
+"""A request without an answer after this time counts as failed."""
 KEEPALIVE_S = 2.0
-"""Shorter than any server's own: a connection that the server is closing would fail the request on it."""
+"""Shorter than any server's keep-alive: a request on a connection that the server is closing would fail."""
 REFUSED = 429
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one request."""
+    """Result of one request."""
 
     answered_s: float
-    """When its last byte had arrived, on `time.perf_counter`'s clock."""
+    """Time of the last byte of the answer, in seconds of `time.perf_counter`."""
     error: str | None = None
-    """A short code; None is a picture."""
+    """Short error code; None if a picture arrived."""
     is_refused: bool = False
-    """Turned away for load, rather than failed."""
+    """Whether the server rejected the request because of load."""
     steps_used: int | None = None
-    """None where the answer does not say."""
+    """Steps taken; None if the answer does not say."""
     stages_ms: Mapping[str, float] = field(default_factory=dict)
-    """Stage -> duration; they add up to the round trip. Empty where the answer does not say."""
+    """Stage -> duration; the durations add up to the round trip. Empty if the answer has no timings."""
     retry_after_s: float = 0.0
-    """When a refusal says to come back."""
+    """Retry-After of a rejection; 0 if there is none."""
     is_budget_kept: bool | None = None
-    """Whether the server kept what it promised, by its own clock; None where it promised nothing or does not say."""
+    """Whether the latency budget was met, by the server's clock; None if the answer does not say."""
 
 
 class Target(Protocol):
-    """Something that answers requests."""
+    """Server or engine that answers requests."""
 
     async def send(self, request: Request) -> Outcome:
-        """Ask for one picture and wait for it. Whatever goes wrong is in the outcome, never raised."""
+        """Ask for one picture and wait for it. Errors are reported in the outcome and never raised."""
         ...
 
 
@@ -67,21 +67,21 @@ class Target(Protocol):
 
 @contextmanager
 def running_engine(model: LoadedModel, config: EngineConfig = EngineConfig()) -> Iterator[DiffusionEngine]:
-    """An engine that has learned what its calls cost, as a server's has at its start."""
+    """Start an engine and warm it up as a server does, so that it knows the cost of its calls."""
     with DiffusionEngine(model, config) as engine:
         warm_up(engine)
         yield engine
 
 
 class EngineTarget:
-    """Text to PNG bytes by a running `DiffusionEngine`."""
+    """Target that makes PNG bytes with a running `DiffusionEngine`."""
 
     def __init__(self, engine: DiffusionEngine) -> None:
         self._engine = engine
         self._encoding = ThreadPoolExecutor(1, "encode")
 
     async def send(self, request: Request) -> Outcome:
-        """As `Target`. "auto" is the recipe's largest step count, with every smaller one allowed."""
+        """Implement `Target.send`. "auto" asks for the recipe's largest step count and allows every smaller one."""
         sent_s = time.perf_counter()
         try:
             params, delivery = self._asked(request)
@@ -117,7 +117,7 @@ class EngineTarget:
 
 
 class OpenAITarget:
-    """Any server of the OpenAI images API. Fields beyond the API are sent only where they are set."""
+    """Target for any server with the OpenAI images API. Fields beyond the API are sent only if they are set."""
 
     def __init__(self, session: aiohttp.ClientSession, base_url: str, model: str | None = None) -> None:
         self._session = session
@@ -125,7 +125,7 @@ class OpenAITarget:
         self._model = model
 
     async def send(self, request: Request) -> Outcome:
-        """As `Target`."""
+        """Implement `Target.send`."""
         body = self._body(request)
         sent_s = time.perf_counter()
         try:
@@ -167,7 +167,7 @@ class OpenAITarget:
 
 @asynccontextmanager
 async def http_session() -> AsyncIterator[aiohttp.ClientSession]:
-    """A session with as many connections as there are requests: waiting for one would hide a server's delay."""
+    """Open a session without a connection limit: waiting for a connection would hide the server's delay."""
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S)
     async with aiohttp.ClientSession(
         connector=connector, timeout=aiohttp.ClientTimeout(total=TIMEOUT_S), trust_env=False
@@ -176,10 +176,10 @@ async def http_session() -> AsyncIterator[aiohttp.ClientSession]:
 
 
 async def served_models(base_url: str) -> list[dict[str, Any]]:
-    """What GET /v1/models lists; empty where the server has no such route.
+    """Return the models listed by GET /v1/models; empty if the server has no such route.
 
     Raises:
-        ConnectionError: nobody listens there.
+        ConnectionError: no server listens there.
     """
     url = base_url.rstrip("/") + "/v1/models"
     try:
@@ -188,7 +188,7 @@ async def served_models(base_url: str) -> list[dict[str, Any]]:
             return [dict(card) for card in answer["data"]]
     except (aiohttp.ClientConnectionError, aiohttp.InvalidURL, TimeoutError, OSError) as error:
         raise ConnectionError(
-            f"{base_url} does not answer ({error}); start the server, or name it with --base-url"
+            f"{base_url} does not answer ({error}); start the server, or pass its address with --base-url"
         ) from (None)
     except (aiohttp.ClientError, ValueError, KeyError, TypeError):
         return []
@@ -198,7 +198,7 @@ async def served_models(base_url: str) -> list[dict[str, Any]]:
 
 
 def picture_fault(png: bytes, size: Size | None) -> str | None:
-    """Why bytes are not the PNG that was asked for, as a code; None where they are."""
+    """Return an error code if the bytes are not a PNG of the requested size; else None."""
     if not png.startswith(PNG_MAGIC) or len(png) < 24:
         return "not_a_png"
     if size is not None and struct.unpack(">II", png[16:24]) != size:  # IHDR is always the first chunk
@@ -207,7 +207,7 @@ def picture_fault(png: bytes, size: Size | None) -> str | None:
 
 
 def split_stages(timings: Mapping[str, Any], round_trip_ms: float, transport: str = "http") -> dict[str, float]:
-    """Split a round trip by a server's `timings`; the rest is the transport's, or the engine's hand-over."""
+    """Split a round trip by the `timings` of the answer; the rest is transport or the engine's hand-over."""
     if "queue_ms" not in timings:
         return {}
     stages = {"queue": float(timings["queue_ms"]), "text": float(timings["text_ms"])}
@@ -221,7 +221,7 @@ def split_stages(timings: Mapping[str, Any], round_trip_ms: float, transport: st
 
 
 def _retry_after_s(headers: Mapping[str, str]) -> float:
-    """What an answer's headers say, as the official client reads them; 0 where they say nothing."""
+    """Return the Retry-After of an answer, read as the official client does; 0 if there is none."""
     for name, seconds in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
         try:
             return max(0.0, seconds * float(headers[name]))
@@ -231,7 +231,7 @@ def _retry_after_s(headers: Mapping[str, str]) -> float:
 
 
 def _error_code(status: int, raw: bytes) -> str:
-    """ "429 queue_full", or the status alone where the body names no code."""
+    """Return for example "429 queue_full", or only the status if the body has no code."""
     try:
         code = json.loads(raw)["error"]["code"]
     except (ValueError, KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""What is asked, and when: drawn up front from one seed, so that every contender gets the same."""
+"""Requests and their arrival times. All are drawn from one seed, so that every contender gets the same."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Literal
 import numpy as np
 
 Steps = int | Literal["auto"] | None
-"""A step count, the server's own pick, or none: the field is not sent."""
+"""Step count, "auto" for the server's choice, or None to leave the field out."""
 Size = tuple[int, int]
 """(width, height) in pixels."""
 
@@ -19,12 +19,12 @@ SUBJECTS = ("red heart", "cat", "rocket", "pizza", "penguin", "butterfly", "tree
 BACKGROUNDS = ("white", "black", "gray", "red", "orange", "yellow", "green", "blue", "purple", "pink")
 MAX_SEED = 2**32 - 1
 ARRIVALS, REQUESTS = 0, 1
-"""Streams of random numbers: a schedule stays when what is asked changes."""
+"""Separate random streams, so that the schedule stays the same when the requests change."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One picture to ask for."""
+    """Request for one picture."""
 
     prompt: str
     seed: int
@@ -36,33 +36,33 @@ class Request:
 
 @dataclass(frozen=True)
 class Workload:
-    """An endless sequence of requests; the same values give the same sequence.
+    """Endless sequence of requests; the same fields give the same sequence.
 
     Raises:
-        ValueError: naming the value and its limit.
+        ValueError: `steps` or `sizes` is empty, or the seed is negative.
     """
 
     seed: int = 0
     steps: tuple[Steps, ...] = (None,)
-    """Each request draws one of these, all equally likely."""
+    """Each request draws one of these with equal probability."""
     sizes: tuple[Size | None, ...] = (None,)
-    """As `steps`."""
+    """Each request draws one of these with equal probability."""
     latency_budget_ms: float | None = None
     min_inference_steps: int | None = None
     tag: str = ""
-    """A word of every prompt: with another tag no text cache answers."""
+    """Word added to every prompt; a fresh tag makes sure that no text cache is hit."""
 
     def __post_init__(self) -> None:
         if not self.steps or not self.sizes:
-            raise ValueError("steps and sizes are drawn from; each needs at least one value")
+            raise ValueError("steps and sizes must each have at least one value")
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}; it must be at least 0")
 
     def requests(self) -> Iterator[Request]:
-        """No prompt twice."""
+        """Yield the requests; no prompt occurs twice."""
         generator = np.random.default_rng([self.seed, REQUESTS])
         for number in itertools.count():
-            # Every value is drawn whether it is needed or not, so that another mixture has the same seeds.
+            # Draw every value even if it is not needed, so that another mixture gets the same seeds.
             seed = int(generator.integers(MAX_SEED + 1))
             steps = self.steps[int(generator.random() * len(self.steps))]
             size = self.sizes[int(generator.random() * len(self.sizes))]
@@ -75,14 +75,14 @@ class Workload:
 
 
 def arrival_times(count: int, request_rate: float, burstiness: float = 1.0, seed: int = 0) -> list[float]:
-    """Seconds after the start at which requests arrive, rising.
+    """Return the arrival times of requests, in seconds since the start, in rising order.
 
     The gaps are drawn from a gamma distribution with mean 1 / request_rate and shape `burstiness`: 1 is a
     Poisson process, below 1 arrivals come in bursts, above 1 they are more regular. A rate of infinity puts
     every arrival at 0.
 
     Raises:
-        ValueError: a rate or burstiness that is not positive.
+        ValueError: the rate or the burstiness is not positive.
     """
     _check_arrivals(request_rate, burstiness)
     if math.isinf(request_rate):
@@ -93,10 +93,10 @@ def arrival_times(count: int, request_rate: float, burstiness: float = 1.0, seed
 
 
 def arrivals_within(duration_s: float, request_rate: float, burstiness: float = 1.0, seed: int = 0) -> list[float]:
-    """The arrivals of `arrival_times` up to `duration_s`.
+    """Return the arrivals of `arrival_times` up to `duration_s`.
 
     Raises:
-        ValueError: as `arrival_times`; or a rate of infinity, of which no number fits a duration.
+        ValueError: as `arrival_times`, or the rate is infinite.
     """
     _check_arrivals(request_rate, burstiness)
     if math.isinf(request_rate):
@@ -109,6 +109,6 @@ def arrivals_within(duration_s: float, request_rate: float, burstiness: float = 
 
 def _check_arrivals(request_rate: float, burstiness: float) -> None:
     if not request_rate > 0:
-        raise ValueError(f"the request rate is {request_rate:g}; it must be above 0, or inf for everything at once")
+        raise ValueError(f"the request rate is {request_rate:g}; it must be above 0, or inf for all at once")
     if not 0 < burstiness < math.inf:
         raise ValueError(f"burstiness is {burstiness:g}; it must be above 0 (1 = Poisson, below 1 = bursts)")

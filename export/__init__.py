@@ -1,1 +1,1 @@
-"""Checkpoint -> ONNX -> what each backend runs, with measured parity and a manifest."""
+"""Export of a checkpoint to ONNX and to the programs of each backend, with measured parity and a manifest."""

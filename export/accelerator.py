@@ -1,8 +1,8 @@
-"""`python -m export.accelerator --output DIR`: every backend, built, verified and timed on this machine's GPU.
+"""`python -m export.accelerator --output DIR`: build, verify and time every backend on this machine's GPU.
 
-The embedded checkpoint, and Stable Diffusion 1.5 at 512x512 and SDXL at 1024x1024 with random weights, each 4 steps.
-What was measured is kept in DIR: a second run goes on where the first one stopped. `--device cpu --tiny` tries the
-script itself.
+Models: the embedded checkpoint, and Stable Diffusion 1.5 at 512x512 and SDXL at 1024x1024 with random weights, each at
+4 steps. Results are kept in DIR, and a second run continues where the first one stopped. `--device cpu --tiny` tries
+only the script.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ from tdm_runtime.sampling.sampler import solve
 
 STEPS = 4
 PARTS: tuple[ComponentName, ...] = ("text_encoder", "denoiser", "decoder")
-"""Measured, where a model has them here."""
+"""Components that are measured; a model may lack some of them here."""
 MODELS = ("embedded", "sd15", "sdxl")
 CEILING_OF: Mapping[Precision, str] = {"fp32": "tf32", "bf16": "bf16", "fp16": "fp16"}
-"""What a precision is compared with: convolutions of float32 run in TF32 unless that is switched off."""
+"""Precision -> the type whose matrix product is its ceiling. float32 convolutions run in TF32 by default."""
 WARM_UP_CALLS = 3
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way to run a model."""
+    """Backend and precision that run a model."""
 
     backend: BackendName
     precision: Precision
@@ -82,18 +82,18 @@ class Part:
     """One component of a model."""
 
     module: nn.Module
-    """float32, on the CPU. Ways take copies of it."""
+    """Module in float32 on the CPU. Every way takes a copy of it."""
     interface: Interface
     sizes: Mapping[str, int]
-    """Of a picture, in latents; without the batch."""
+    """Sizes of one picture in latents, without the batch."""
 
     def inputs(self, batch: int, device: torch.device, seed: int = 0) -> tuple[Tensor, ...]:
-        """What a call is measured with."""
+        """Return random inputs of a call."""
         sizes = {"batch": batch, **self.sizes}
         return tuple(t.to(device) for t in self.interface.random_inputs(sizes, torch.Generator().manual_seed(seed)))
 
     def flops(self, batch: int) -> int:
-        """Floating-point operations of a call, its matrix products and convolutions alone; nothing is computed."""
+        """Return the floating-point operations of a call, counting matrix products and convolutions only."""
         weights = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
         on_meta = {name: weight.to("meta") for name, weight in weights.items()}
         names = [spec.name for spec in self.interface.inputs]
@@ -111,7 +111,7 @@ Backends = Mapping[ComponentName, Backend]
 
 
 def load(name: str, tiny: bool) -> Model:
-    """A model's components with their real weights (embedded) or random ones."""
+    """Load the components of a model, with real weights (embedded) or random ones."""
     if name == "embedded":
         checkpoint = open_checkpoint(DEFAULT_CHECKPOINT)
         width, height = checkpoint.recipe.native_sizes[0]
@@ -124,7 +124,7 @@ def load(name: str, tiny: bool) -> Model:
 
 
 def _tiny(name: str, part: ComponentName, real: RealSize) -> RealSize:
-    """The same architecture, thin."""
+    """Return the same architecture with few channels."""
     unet = {"layers_per_block": 1, "norm_num_groups": 8, "cross_attention_dim": 16, "time_cond_proj_dim": 8}
     changes: Mapping[tuple[str, str], Mapping[str, object]] = {
         ("sd15", "denoiser"): unet | {"block_out_channels": (16, 16, 32, 32), "attention_head_dim": 2},
@@ -152,10 +152,10 @@ def _tiny(name: str, part: ComponentName, real: RealSize) -> RealSize:
 
 
 def opened(way: Way, part: Part, title: str, device: torch.device, max_batch: int, folder: Path) -> Backend:
-    """Load or build one component one way.
+    """Load or build one component for one way.
 
     Raises:
-        BackendError: this machine lacks what the way needs.
+        BackendError: this machine lacks a library or device that the way needs.
         ExportError: the component cannot be built.
     """
     dtype = TORCH_DTYPES[way.precision]
@@ -187,7 +187,9 @@ def opened(way: Way, part: Part, title: str, device: torch.device, max_batch: in
         ranges = sizes | {"batch": (1, max_batch, max_batch)}
         build_plan(onnx_file, plan, part.interface, ranges, timing_cache=folder / TIMING_CACHE)
         return TensorRTBackend(plan, part.interface, device)
-    raise BackendError(f"{way.backend} is not measured here")
+    raise BackendError(
+        f"{way.backend} is not measured here; choose one of {', '.join(dict.fromkeys(one.backend for one in WAYS))}"
+    )
 
 
 def _onnx(part: Part, dtype: torch.dtype, title: str, folder: Path) -> Path:
@@ -220,7 +222,7 @@ def picture(backends: Backends, parts: Model, device: torch.device) -> Tensor:
 
 
 def call_ms(call: Callable[[], object], device: torch.device, rounds: int) -> float:
-    """Median time of a call, by CUDA events; each starts when the GPU is idle, so launching counts."""
+    """Return the median time of a call by CUDA events. Each call starts on an idle GPU, so launch time counts."""
     for _ in range(min(WARM_UP_CALLS, rounds)):
         call()
     return statistics.median(_one_call_ms(call, device) for _ in range(rounds))
@@ -231,7 +233,7 @@ def _one_call_ms(call: Callable[[], object], device: torch.device) -> float:
         started_s = time.perf_counter()
         call()
         return 1e3 * (time.perf_counter() - started_s)
-    event: Callable[..., Any] = torch.cuda.Event  # torch leaves it untyped
+    event: Callable[..., Any] = torch.cuda.Event  # torch has no type for it
     started, ended = event(enable_timing=True), event(enable_timing=True)
     torch.cuda.synchronize(device)
     started.record()
@@ -242,7 +244,7 @@ def _one_call_ms(call: Callable[[], object], device: torch.device) -> float:
 
 
 def ceilings_tflops(device: torch.device, side: int, rounds: int) -> dict[str, float]:
-    """What a product of two square matrices reaches, by type. TF32 is float32's where there is no TF32."""
+    """Return the TFLOP/s of a square matrix product, by type. Without TF32 hardware, tf32 equals fp32."""
     found = {}
     for name, dtype in (("fp32", torch.float32), ("tf32", torch.float32), *list(TORCH_DTYPES.items())[1:]):
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
@@ -253,7 +255,7 @@ def ceilings_tflops(device: torch.device, side: int, rounds: int) -> dict[str, f
 
 @contextmanager
 def _tf32(allowed: bool) -> Iterator[None]:
-    """float32 products and convolutions with or without TF32 within the block."""
+    """Allow or forbid TF32 for float32 products and convolutions within the block."""
     owners: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [owner.allow_tf32 for owner in owners]
     try:
@@ -267,19 +269,21 @@ def _tf32(allowed: bool) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Reference:
-    """What torch float32 gives, without TF32, and what it costs."""
+    """Outputs and cost of torch float32 without TF32."""
 
     outputs: Mapping[tuple[str, int], Tensor]
     """(component or "picture", batch) -> output on the CPU."""
     flops: Mapping[tuple[str, int], int]
+    """(component or "picture", batch) -> floating-point operations."""
 
 
 def calls_of(parts: Model, batches: Sequence[int]) -> list[tuple[ComponentName, int]]:
-    """The calls that are measured: prompts and pictures come one at a time, denoiser steps in batches."""
+    """Return the measured calls. Only the denoiser is called in batches."""
     return [(name, batch) for name in parts for batch in (batches if name == "denoiser" else (1,))]
 
 
 def reference_of(parts: Model, device: torch.device, batches: Sequence[int], folder: Path) -> Reference:
+    """Run every measured call in torch float32 without TF32."""
     outputs: dict[tuple[str, int], Tensor] = {}
     with _tf32(False):
         backends = {n: opened(Way("torch", "fp32"), part, n, device, 1, folder) for n, part in parts.items()}
@@ -300,7 +304,7 @@ def measured(
     ceilings: Mapping[str, float],
     given: Settings,
 ) -> Iterator[Row]:
-    """One way's rows, component by component and then the picture; where one fails, the reason ends them."""
+    """Yield the rows of one way: its components, then the picture. A failure yields a last row with the reason."""
     blank = Row(name, way.name, "picture", 1)
     backends: dict[ComponentName, Backend] = {}
     try:
@@ -326,13 +330,13 @@ def measured(
                 relative_l2=component_parity(expected, output).relative_l2,
                 psnr_db=psnr_db(expected.numpy(), output.numpy()) if output.dtype == torch.uint8 else None,
             )
-    except Exception as error:  # a library that is missing, memory that is short: the other ways go on
+    except Exception as error:  # for example a missing library or too little memory; the other ways go on
         yield replace(blank, reason=" ".join(str(error).split())[:300] or type(error).__name__)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What was asked for."""
+    """Settings of a run."""
 
     device: torch.device
     output: Path
@@ -344,7 +348,7 @@ class Settings:
 
 
 def measure(given: Settings) -> Report:
-    """Measure what is not yet in the report of this very environment; the report is written after every way."""
+    """Measure what the report of this environment lacks. The report is saved after every way."""
     given.output.mkdir(parents=True, exist_ok=True)
     report = _known(given)
     for name in given.models:
@@ -366,12 +370,12 @@ def measure(given: Settings) -> Report:
 
 
 def _place(row: Row) -> tuple[int, int]:
-    """Where a model's way stands in the table, whenever it was measured."""
+    """Return the sort key of a row, so that the order of measurement does not matter."""
     return MODELS.index(row.model), [way.name for way in WAYS].index(row.way)
 
 
 def _known(given: Settings) -> Report:
-    """The report in the folder, where it is of this environment; else an empty one with the ceilings measured."""
+    """Return the report in the folder if it is of this environment; else a new one with measured ceilings."""
     here = environment(given)
     report = saved_report(given.output)
     if report is not None and report.environment == here:
@@ -380,7 +384,7 @@ def _known(given: Settings) -> Report:
 
 
 def _clear(given: Settings) -> None:
-    """Give back a way's memory and drop its files."""
+    """Free the memory of a way and delete its files."""
     gc.collect()
     if given.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -390,7 +394,7 @@ def _clear(given: Settings) -> None:
 
 
 def environment(given: Settings) -> dict[str, str]:
-    """Hardware, versions and settings: what the numbers hold for."""
+    """Return the hardware, versions and settings that the numbers depend on."""
     found = {"processor": platform.processor() or platform.machine(), "python": platform.python_version()}
     if given.device.type == "cuda":
         card = torch.cuda.get_device_properties(given.device)
@@ -404,24 +408,24 @@ def environment(given: Settings) -> dict[str, str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command. Returns the exit status: 1 where the reference itself, torch, was not measured."""
+    """Run the command. Returns the exit status: 1 if the torch backend could not be measured."""
     parser = argparse.ArgumentParser(prog="python -m export.accelerator", description=__doc__)
     backends = get_args(BackendName)
-    parser.add_argument("--output", type=Path, required=True, help="folder for the report; needs about 15 GB meanwhile")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--backends", nargs="+", choices=backends, help="all when absent")
-    parser.add_argument("--precisions", nargs="+", choices=CEILING_OF, help="all when absent")
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="of the denoiser")
-    parser.add_argument("--rounds", type=int, default=20, help="calls that the median is taken of (%(default)s)")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="thin models and small matrices: tries the script only")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder for the report; needs about 15 GB during the run"
+    )
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="default: all")
+    parser.add_argument("--backends", nargs="+", choices=backends, help="default: all")
+    parser.add_argument("--precisions", nargs="+", choices=CEILING_OF, help="default: all")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="batch sizes of the denoiser (1 8)")
+    parser.add_argument("--rounds", type=int, default=20, help="number of timed calls per median (%(default)s)")
+    parser.add_argument("--device", default="cuda", help="torch device (%(default)s)")
+    parser.add_argument("--tiny", action="store_true", help="tiny models and matrices, only to try the script")
     asked = parser.parse_args(arguments)
     if asked.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error(
-            "torch finds no CUDA device; run it beside an NVIDIA GPU, or try the script with --device cpu --tiny"
-        )
+        parser.error("torch finds no CUDA device; run this on a machine with an NVIDIA GPU, or try --device cpu --tiny")
     if min(asked.batches) < 1 or asked.rounds < 1:
-        parser.error("--batches and --rounds are at least 1")
+        parser.error(f"--batches is {asked.batches} and --rounds is {asked.rounds}; all must be at least 1")
     ways = tuple(
         way
         for way in WAYS

@@ -1,4 +1,4 @@
-"""What `export.accelerator` measured: kept as JSON, shown as Markdown."""
+"""Report of `export.accelerator`, saved as JSON and shown as Markdown."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ REPORT_FILE, TABLE_FILE = "accelerator.json", "accelerator.md"
 
 @dataclass(frozen=True)
 class Row:
-    """One call, or a whole picture, one way."""
+    """Measurement of one call, or of a whole picture, in one way."""
 
     model: str
     way: str
     part: str
-    """A component, or "picture"."""
+    """Component, or "picture"."""
     batch: int
     ms: float | None = None
-    """Median of a call that nothing else overlaps."""
+    """Median time of a call on an idle device, in milliseconds."""
     tflops: float | None = None
-    """Per second."""
+    """Reached rate, in TFLOP/s."""
     of_ceiling: float | None = None
-    """Share of what a large matrix product reaches on the same machine."""
+    """Share of the rate of a large matrix product on the same machine."""
     relative_l2: float | None = None
-    """Against torch float32 without TF32; of pixels in levels."""
+    """Relative L2 distance to torch float32 without TF32; pixels count in levels of 255."""
     psnr_db: float | None = None
-    """Of pixels."""
+    """PSNR against the same reference, for outputs that are pixels."""
     reason: str = ""
-    """Why it was not measured."""
+    """Reason why it was not measured; empty if it was."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that one machine measured."""
+    """All measurements of one machine."""
 
     environment: Mapping[str, str]
     ceilings_tflops: Mapping[str, float]
     rows: tuple[Row, ...] = ()
 
     def save(self, folder: Path) -> None:
-        """Write the numbers and the table."""
+        """Write the report as JSON and as a table."""
         (folder / REPORT_FILE).write_bytes(_ADAPTER.dump_json(self, indent=2) + b"\n")
         (folder / TABLE_FILE).write_text(table(self), encoding="utf-8")
 
@@ -52,7 +52,7 @@ _ADAPTER = pydantic.TypeAdapter(Report)
 
 
 def saved_report(folder: Path) -> Report | None:
-    """The report that a folder holds; None where it holds none that can be read."""
+    """Return the report in a folder, or None if there is no readable report."""
     try:
         return _ADAPTER.validate_json((folder / REPORT_FILE).read_bytes())
     except (OSError, pydantic.ValidationError):
@@ -60,12 +60,12 @@ def saved_report(folder: Path) -> Report | None:
 
 
 def table(report: Report) -> str:
-    """The report as Markdown."""
+    """Return the report as Markdown."""
     lines = [f"- {name}: {value}" for name, value in report.environment.items()]
     ceilings = ", ".join(f"{name} {tflops:.3g}" for name, tflops in report.ceilings_tflops.items())
     lines += [f"- matrix products, TFLOP/s: {ceilings}", ""]
     lines += [
-        "| model | backend | part | batch | ms | TFLOP/s | of ceiling | relative L2 | PSNR, dB |",
+        "| model | backend | part | batch | ms | TFLOP/s | share of ceiling | relative L2 | PSNR, dB |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in report.rows:

@@ -1,4 +1,4 @@
-"""Checkpoint -> artifacts folder: ONNX, then what each backend runs, then the manifest."""
+"""Build the artifacts folder of a checkpoint: ONNX files, the programs of each backend, then the manifest."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -32,34 +31,32 @@ from tdm_runtime.pipeline import generate
 
 Target = tuple[BackendName, Precision]
 Announce = Callable[[str], None]
-"""Told what is done next."""
-
-ONNX_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Callback that receives a description of the next piece of work."""
 
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """What to build of a checkpoint."""
+    """Builds to make from a checkpoint."""
 
     targets: tuple[Target, ...]
-    """(backend, precision), the best of a backend first."""
+    """(backend, precision) pairs, with the best precision of each backend first."""
     calibration: tuple[str, ...] = CALIBRATION
-    """Prompts whose pictures give int8 activations their ranges."""
+    """Prompts whose pictures calibrate the ranges of int8 activations."""
 
     def steps(self, checkpoint: Checkpoint) -> int:
-        """How many announcements `build_artifacts` makes."""
+        """Return the number of announcements that `build_artifacts` makes."""
         backends = [backend for backend, _ in self.targets]
-        # Each component to ONNX, to OpenVINO once for all its precisions, to TensorRT for each.
+        # Each component goes to ONNX, to OpenVINO once for all precisions, and to TensorRT once per precision.
         rounds = 1 + ("openvino" in backends) + backends.count("tensorrt")
         int8 = 3 if ("openvino", "int8") in self.targets else 0
         return rounds * len(component_names(checkpoint)) + int8
 
 
 def build_artifacts(checkpoint: Checkpoint, plan: BuildPlan, folder: Path, announce: Announce) -> Manifest:
-    """Build everything into `folder`, which appears when all of it is done and replaces what was there.
+    """Build everything into `folder`. The folder is replaced only after every build succeeded.
 
     Raises:
-        ExportError: naming the component and what stands in the way.
+        ExportError: a component cannot be built, or the folder cannot be replaced.
     """
     _check_replaceable(folder)
     with _replacing(folder) as partial:
@@ -70,7 +67,7 @@ def build_artifacts(checkpoint: Checkpoint, plan: BuildPlan, folder: Path, annou
             module, interfaces[name] = load_component(checkpoint, name)
             export_onnx(module, interfaces[name], partial / f"{name}.onnx", title=name)
             del module
-            gc.collect()  # one component's weights at a time
+            gc.collect()  # only one component's weights are in memory at a time
             onnx[name] = _hashed(partial, f"{name}.onnx", f"{name}.onnx.data")
         manifest = Manifest(
             checkpoint=checkpoint.recipe.name,
@@ -102,7 +99,7 @@ def _build(
         case ("openvino", "int8"):
             components = dict(_ir(manifest, folder, announce))
             half = Build("openvino", "fp32", components, installed(["openvino"]))
-            announce("pictures that calibrate int8")
+            announce("pictures for int8 calibration")
             calls = component_calls(checkpoint, manifest, half, folder, plan.calibration)
             for name, channels in (("denoiser", checkpoint.latent_channels), ("decoder", 3)):
                 announce(f"{name}: int8")
@@ -114,11 +111,11 @@ def _build(
 
             return build_tensorrt(checkpoint, manifest, precision, folder, announce)
     backend, precision = target
-    raise ExportError(f"{backend} is not built at {precision}; see `tdm-export --help` for what is")
+    raise ExportError(f"{backend} has no {precision} build; `tdm-export --help` lists the builds")
 
 
 def _ir(manifest: Manifest, folder: Path, announce: Announce) -> Mapping[str, BuiltComponent]:
-    """Every component's IR; it serves all precisions but int8, so it is written once."""
+    """Write the OpenVINO IR of every component, once for all precisions except int8."""
     components = {}
     for name in manifest.onnx:
         if not (folder / f"{name}.xml").is_file():
@@ -131,7 +128,7 @@ def _ir(manifest: Manifest, folder: Path, announce: Announce) -> Mapping[str, Bu
 def component_calls(
     checkpoint: Checkpoint, manifest: Manifest, build: Build, folder: Path, prompts: Sequence[str]
 ) -> Mapping[str, list[Inputs]]:
-    """What denoiser and decoder are called with while they make one picture of each prompt, at every K in turn."""
+    """Record the inputs of denoiser and decoder while they make one picture per prompt, cycling through all K."""
     model = load_build(checkpoint, manifest, build, folder)
     denoiser = _Recorder(model.denoiser, manifest.interfaces["denoiser"])
     decoder = _Recorder(component_backend(manifest, build, folder, "decoder"), manifest.interfaces["decoder"])
@@ -145,7 +142,7 @@ def component_calls(
 
 
 class _Recorder:
-    """A backend that keeps what it is called with."""
+    """Backend that records the inputs of its calls."""
 
     def __init__(self, backend: Backend, interface: Interface) -> None:
         self.device = backend.device
@@ -161,20 +158,20 @@ class _Recorder:
 
 
 def _hashed(folder: Path, *names: str) -> Mapping[str, str]:
-    """Those of the files that there are (a small model's weights may lie in its one file) -> sha256."""
+    """Return name -> sha256 of the files that exist; a small model may have no separate weights file."""
     return {name: file_sha256(folder / name) for name in names if (folder / name).is_file()}
 
 
 def _check_replaceable(folder: Path) -> None:
-    """Nothing but artifacts is ever removed."""
+    """Check that `folder` is missing, empty or holds artifacts, so that nothing else is ever deleted."""
     is_free = folder.is_dir() and not any(folder.iterdir())
     if folder.exists() and not is_free and not (folder / MANIFEST_FILE).is_file():
-        raise ExportError(f"{folder} holds other things than artifacts; choose another with --output")
+        raise ExportError(f"{folder} holds files that are not artifacts; choose another folder with --output")
 
 
 @contextmanager
 def _replacing(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the place of `folder` when all went well and vanishes otherwise."""
+    """Yield a folder to write into. It replaces `folder` on success and is deleted on failure."""
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -183,6 +180,6 @@ def _replacing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     except OSError as error:
-        raise ExportError(f"{folder} cannot be written ({error}); choose another with --output") from error
+        raise ExportError(f"{folder} cannot be written ({error}); choose another folder with --output") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

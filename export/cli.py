@@ -1,4 +1,4 @@
-"""`tdm-export`: build and verify what the fast backends run."""
+"""`tdm-export`: build and verify the programs of the fast backends."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PRECISIONS: dict[BackendName, tuple[Precision, ...]] = {
     "onnxruntime": ("fp32",),
     "tensorrt": ("bf16", "fp16", "fp32", "fp8"),
 }
-"""What each backend is built at, its best first."""
+"""Precisions that each backend can be built at, best first."""
 
 Target = tuple[BackendName, Precision]
 Targets = tuple[Target, ...]
@@ -59,26 +59,29 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
-        prog="tdm-export", description="Compile a checkpoint for the fast backends and measure that pictures stay."
+        prog="tdm-export",
+        description="Compile a checkpoint for the fast backends and measure how close their pictures are.",
     )
-    parser.add_argument("checkpoint", type=Path, nargs="?", default=DEFAULT_CHECKPOINT, help="folder (%(default)s)")
-    parser.add_argument("--output", type=Path, help="artifacts folder; by default a cache that servers look into")
+    parser.add_argument(
+        "checkpoint", type=Path, nargs="?", default=DEFAULT_CHECKPOINT, help="checkpoint folder (%(default)s)"
+    )
+    parser.add_argument("--output", type=Path, help="artifacts folder (default: a cache where servers look)")
     parser.add_argument(
         "--backend",
         default="tensorrt" if gpu_architecture() and installed(["tensorrt"]) else "openvino",
-        help=f"one or more of {', '.join(EXPORTED)}, with commas (%(default)s)",
+        help=f"comma list of {', '.join(EXPORTED)} (%(default)s)",
     )
     parser.add_argument(
         "--precision",
-        help="one or more of "
+        help="comma list of "
         + "; ".join(f"{backend}: {', '.join(precisions)}" for backend, precisions in PRECISIONS.items())
-        + " (each backend's first)",
+        + " (the first of each backend)",
     )
-    parser.add_argument("--verify", action="store_true", help="build nothing: measure again what is there")
-    parser.add_argument("--prompts", type=Path, help="file with a prompt a line, in place of the built-in ones")
-    parser.add_argument("--force", action="store_true", help="build even what is up to date")
+    parser.add_argument("--verify", action="store_true", help="build nothing; measure the existing builds again")
+    parser.add_argument("--prompts", type=Path, help="file with one prompt per line, instead of the built-in prompts")
+    parser.add_argument("--force", action="store_true", help="build again even if everything is up to date")
     return parser
 
 
@@ -86,9 +89,9 @@ def _prompts(parser: argparse.ArgumentParser, file: Path) -> tuple[str, ...]:
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        parser.error(f"the prompts {file} cannot be read: {error}")
+        parser.error(f"the prompts file {file} cannot be read: {error}")
     if not (prompts := tuple(line for line in lines if line.strip())):
-        parser.error(f"the prompts {file} are empty; write one a line")
+        parser.error(f"the prompts file {file} is empty; write one prompt per line")
     return prompts
 
 
@@ -109,7 +112,7 @@ def _targets(parser: argparse.ArgumentParser, backends: str, precisions: str | N
 
 
 def _and_those_there(checkpoint: Checkpoint, folder: Path, targets: Targets) -> Targets:
-    """The targets and what the folder holds already: it is replaced as a whole."""
+    """Return the targets and those already in the folder, because the folder is replaced as a whole."""
     try:
         there = {(build.backend, build.precision) for build in load_manifest(folder, checkpoint).builds}
     except TDMError:
@@ -121,7 +124,7 @@ def _and_those_there(checkpoint: Checkpoint, folder: Path, targets: Targets) -> 
 
 
 def _up_to_date(checkpoint: Checkpoint, folder: Path, targets: Targets) -> Manifest | None:
-    """The manifest that is there, where it has every target for this machine and was verified."""
+    """Return the existing manifest if it has every target, verified and for this machine; else None."""
     from tdm_runtime.checkpoint.manifest import check_build
 
     try:
@@ -158,7 +161,7 @@ def _verified(checkpoint: Checkpoint, manifest: Manifest, folder: Path, prompts:
 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A bar on stderr, and the time that it took."""
+    """Show a progress bar on stderr, and the total time at the end."""
     from tqdm import tqdm
 
     started_s = time.monotonic()

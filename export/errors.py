@@ -1,4 +1,4 @@
-"""What `tdm-export` raises on purpose."""
+"""Errors of `tdm-export`."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ from tdm_runtime.errors import TDMError
 
 
 class ExportError(TDMError):
-    """A component that cannot be exported, built or verified; names the component and what stands in the way."""
+    """Error: a component cannot be exported, built or verified. The message names the component and the reason."""

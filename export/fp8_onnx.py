@@ -1,7 +1,7 @@
-"""float16 ONNX -> the same with its products of activations and weights in fp8 (E4M3), for TensorRT.
+"""Convert a float16 ONNX file for TensorRT: products of activations and weights become fp8 (E4M3).
 
-Both factors pass a QuantizeLinear and a DequantizeLinear of one scale a tensor, which TensorRT folds into an fp8
-kernel. Convolutions, attention's own products and what embeds timestep and K stay float16.
+Both factors pass through QuantizeLinear and DequantizeLinear with one scale per tensor, which TensorRT folds into an
+fp8 kernel. Convolutions, the products inside attention and the embeddings of timestep and K stay float16.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from tdm_runtime.params import SamplingParams
 from tdm_runtime.pipeline import generate
 
 Call = Mapping[str, NDArray[Any]]
-"""Input name -> array, of one denoiser call."""
+"""Input name -> array, for one denoiser call."""
 
 E4M3_MAX = 448.0
 
 
 def write_fp8_onnx(onnx_file: Path, file: Path, calls: Sequence[Call]) -> None:
-    """Write `file`, in the folder of `onnx_file`, whose weights it shares.
+    """Write `file` into the folder of `onnx_file`; it shares the weights of `onnx_file`.
 
     Args:
-        onnx_file: float16.
-        calls: denoiser calls of real pictures; activations get their scales from them.
+        onnx_file: float16 model.
+        calls: denoiser calls of real pictures, which set the scales of the activations.
     """
     import onnx
 
@@ -40,7 +40,7 @@ def write_fp8_onnx(onnx_file: Path, file: Path, calls: Sequence[Call]) -> None:
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     products = [
         node
-        for node in model.graph.node  # with rows of tokens: Gemm is the exporter's product of plain vectors
+        for node in model.graph.node  # products of token rows; the exporter writes products of single vectors as Gemm
         if node.op_type == "MatMul" and node.input[1] in weights and node.input[0] not in weights
     ]
     greatest = _greatest_activations(onnx_file, [node.input[0] for node in products], calls)
@@ -55,7 +55,7 @@ def write_fp8_onnx(onnx_file: Path, file: Path, calls: Sequence[Call]) -> None:
 
 
 def record_calls(checkpoint: Checkpoint, prompts: Sequence[str]) -> list[Call]:
-    """The denoiser's inputs while torch makes one picture of each prompt, at every step count in turn."""
+    """Record the denoiser's inputs while torch makes one picture per prompt, cycling through all step counts."""
     model = load_with_torch(checkpoint)
     recorder = _Recorder(model.denoiser)
     recipe = model.recipe
@@ -67,7 +67,7 @@ def record_calls(checkpoint: Checkpoint, prompts: Sequence[str]) -> list[Call]:
 
 
 class _Recorder:
-    """A denoiser that keeps what it is called with."""
+    """Denoiser that records the inputs of its calls."""
 
     def __init__(self, backend: Backend) -> None:
         self.device = backend.device
@@ -82,7 +82,7 @@ class _Recorder:
 
 
 def _greatest_activations(onnx_file: Path, names: Sequence[str], calls: Sequence[Call]) -> dict[str, float]:
-    """The greatest magnitude of each tensor over all calls, run on the CPU."""
+    """Return the greatest magnitude of each tensor over all calls, computed on the CPU."""
     import onnx
     import onnxruntime
 
@@ -119,7 +119,7 @@ def _round_to_fp8(graph: Any, name: str, greatest: float) -> str:
 
 
 def _sort(graph: Any) -> None:
-    """Put every node behind those that it reads, as ONNX asks."""
+    """Sort the nodes so that each follows its inputs, as ONNX requires."""
     known = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer} | {""}
     waiting, ordered = list(graph.node), []
     while waiting:

@@ -1,4 +1,4 @@
-"""A component as an ONNX file, through torch.export."""
+"""Export of a component to an ONNX file, through torch.export."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from tdm_runtime.backends.interface import Interface, TensorSpec
 
 OPSET = 20
 EXAMPLE_SIZES: Mapping[str, int] = {"batch": 2, "height": 16, "width": 24, "frames": 3, "tokens": 24}
-"""Sizes a component is traced with, all different: a size that is baked in shows at the next shape."""
+"""Sizes that a component is traced with. All differ, so that a size baked into the program is noticed."""
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class _Positional(nn.Module):
-    """Exactly the interface's inputs, in its order: what is left out is None. Computes in `dtype`."""
+    """Wrapper that takes exactly the inputs of the interface, in its order, and computes in `dtype`."""
 
     def __init__(self, module: nn.Module, interface: Interface, dtype: torch.dtype) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class _Positional(nn.Module):
         self._dtype = dtype
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """float32 in and out, whatever the arithmetic."""
+        """Call the module. Inputs and output are float32, whatever `dtype` is."""
         self._tie_sizes(inputs)
         named = {spec.name: self._cast(tensor, spec) for spec, tensor in zip(self._specs, inputs, strict=True)}
         output: Tensor = self.module(**named)
@@ -45,7 +45,7 @@ class _Positional(nn.Module):
         return tensor.to(self._dtype) if spec.dtype == "float32" and spec.name not in self._kept_float32 else tensor
 
     def _tie_sizes(self, inputs: Sequence[Tensor]) -> None:
-        """Say that sizes of one name are equal: torch.export gives every axis a symbol of its own."""
+        """Declare that sizes with the same name are equal, because torch.export gives every axis its own symbol."""
         first: dict[str, int] = {}
         for tensor, spec in zip(inputs, self._specs, strict=True):
             for axis, name in _named_axes(spec).items():
@@ -62,17 +62,17 @@ def export_onnx(
     title: str,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write `file` and, beside it, its weights as `file` + ".data".
+    """Write `file`, and its weights beside it as `file` + ".data".
 
-    The file takes and gives float32 whatever `dtype` is, so a caller need not know it.
+    Inputs and outputs of the file are float32 whatever `dtype` is, so callers need not know it.
 
     Args:
-        sizes: of the example that is traced; every size the interface names.
-        title: written into the file's metadata and named in errors.
-        dtype: of weights and arithmetic. float16 and bfloat16 are for GPUs; the module itself is left as it is.
+        sizes: value of every size of the interface, for the traced example.
+        title: name of the component, for the metadata of the file and for errors.
+        dtype: type of weights and arithmetic. float16 and bfloat16 are for GPUs. The module itself is not changed.
 
     Raises:
-        ExportError: naming the component and the operator or shape that cannot be exported.
+        ExportError: an operator or shape cannot be exported; the message names it and the component.
     """
     if dtype not in DTYPES:
         raise ExportError(f"{title}: dtype is {dtype}; use one of {', '.join(map(str, DTYPES))}")
@@ -87,7 +87,7 @@ def export_onnx(
             program = torch.onnx.export(
                 traced,
                 dynamo=True,
-                dynamic_shapes=(axes,),  # the names of the axes in the file
+                dynamic_shapes=(axes,),  # names of the axes in the file
                 input_names=[spec.name for spec in interface.inputs],
                 output_names=[interface.output.name],
                 opset_version=OPSET,
@@ -99,22 +99,22 @@ def export_onnx(
                 {"tdm.component": title, "tdm.dtype": str(dtype).removeprefix("torch.")}
             )
             program.save(str(file), external_data=True)
-    except Exception as error:  # torch.export and onnxscript raise many kinds; all mean the same to a user
+    except Exception as error:  # torch.export and onnxscript raise many types of errors
         raise ExportError(f"{title} cannot be exported to ONNX: {_reason(error)}") from error
 
 
 def _named_axes(spec: TensorSpec) -> dict[int, str]:
-    """The axes that may differ from call to call."""
+    """Return axis -> name of the axes that may differ from call to call."""
     return {axis: size for axis, size in enumerate(spec.shape) if isinstance(size, str)}
 
 
 def _check_sizes_are_free(program: ExportedProgram, interface: Interface) -> None:
-    """Check that nothing computed from a size was written down as a number.
+    """Check that no value computed from a size became a constant.
 
-    torch.export notices where an input's own size is fixed; that half of it is, it only notes down.
+    torch.export fails if the size of an input becomes a constant, but for half of that size it only adds a guard.
 
     Raises:
-        ValueError: naming the size.
+        ValueError: a size became a constant; the message names it.
     """
     names: dict[sympy.Basic, sympy.Symbol] = {}
     shape_env = None
@@ -133,7 +133,7 @@ def _check_sizes_are_free(program: ExportedProgram, interface: Interface) -> Non
 
 
 def _reason(error: BaseException) -> str:
-    """The last cause's first lines: where torch.export names the operator or the guard."""
+    """Return the first lines of the root cause, where torch.export names the operator or the guard."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -142,7 +142,7 @@ def _reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _weights_in(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """The module's float32 weights in another type within the block, the very same ones after it."""
+    """Convert the module's weights to `dtype` within the block, and restore the original tensors after it."""
     owners = [
         (part, name, weight)
         for part in module.modules()
@@ -161,7 +161,7 @@ def _weights_in(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's own account of its progress."""
+    """Silence the exporter's progress output within the block."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

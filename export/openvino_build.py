@@ -1,4 +1,4 @@
-"""ONNX -> OpenVINO IR, with weights in half the bytes or in int8."""
+"""Convert ONNX files to OpenVINO IR, with weights in float16 or int8."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from numpy.typing import NDArray
 from export.errors import ExportError
 
 MIN_HALVED_ELEMENTS = 1024
-"""Smaller constants stay float32: among them are the frequencies of sinusoids, whose errors are multiplied by 1000."""
+"""Constants with fewer elements stay float32. Some are frequencies of sinusoids, whose errors grow 1000-fold."""
 
 Inputs = Mapping[str, NDArray[Any]]
-"""Input name -> array, of one call."""
+"""Input name -> array, for one call."""
 
 
 def write_ir(onnx: Path, file: Path) -> None:
-    """Write `file` (.xml) and its weights (.bin) as float16, which is exact where the checkpoint has float16.
+    """Write `file` (.xml) and its float16 weights (.bin); this is exact if the checkpoint has float16 weights.
 
     Raises:
-        ExportError: OpenVINO has no translation for an operator; names it.
+        ExportError: OpenVINO has no translation for an operator; the message names it.
     """
     _save(_read(onnx), file)
 
@@ -32,13 +32,13 @@ def write_int8_ir(onnx: Path, file: Path, calibration: Sequence[Inputs], outputs
     """Write an IR whose matrix products and convolutions are int8, by NNCF's post-training quantisation.
 
     Args:
-        calibration: calls of real pictures; activations get their ranges from them.
-        outputs: channels of what the component makes.
+        calibration: calls of real pictures, which set the ranges of the activations.
+        outputs: number of output channels of the component.
 
     Raises:
         ExportError: NNCF is not installed, or an operator has no translation.
     """
-    os.environ.setdefault("NNCF_CI", "1")  # reports nothing home
+    os.environ.setdefault("NNCF_CI", "1")  # no usage reports
     try:
         import nncf
     except ImportError:
@@ -50,11 +50,11 @@ def write_int8_ir(onnx: Path, file: Path, calibration: Sequence[Inputs], outputs
         model,
         nncf.Dataset(list(calibration)),
         subset_size=len(calibration),
-        model_type=nncf.ModelType.TRANSFORMER,  # leaves attention's own products alone
+        model_type=nncf.ModelType.TRANSFORMER,  # leaves the products inside attention in float
         ignored_scope=nncf.IgnoredScope(names=_sensitive(model, {calibration[0]["latents"].shape[1], outputs})),
         advanced_parameters=nncf.AdvancedQuantizationParameters(
-            # Found on the embedded checkpoint, lowest PSNR of a picture at K = 1..4 in dB: NNCF's own (.95, none)
-            # 25.7, (.5, .5) 29.7, (.3, .5) 34.1 and (.15, .5) 34.7, the last two without the sensitive layers.
+            # Lowest PSNR of a picture at K = 1..4 on the embedded checkpoint, in dB: NNCF's default (.95, none) 25.7,
+            # (.5, .5) 29.7, (.3, .5) 34.1 and (.15, .5) 34.7; the last two leave out the sensitive layers.
             smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(matmul=0.15, convolution=0.5)
         ),
     )
@@ -62,7 +62,7 @@ def write_int8_ir(onnx: Path, file: Path, calibration: Sequence[Inputs], outputs
 
 
 def _sensitive(model: Any, channels: set[int]) -> list[str]:
-    """Layers that cost little and lose much in int8: of timestep and K, and those that touch latents or pixels."""
+    """Return cheap layers that lose much in int8: embeddings of timestep and K, and layers on latents or pixels."""
     names = []
     for node in model.get_ops():
         kind = node.get_type_name()
@@ -84,10 +84,10 @@ def _save(model: Any, file: Path) -> None:
 
 
 def _keep_angles_exact(model: Any) -> None:
-    """Make the sines and cosines outputs too, behind the first, so that the CPU plugin computes them in float32.
+    """Add the sines and cosines as extra outputs, so that the CPU plugin computes them in float32.
 
-    At a bf16 hint it would round timesteps before it embeds them: 999 becomes 1000, and angles lose all but their
-    first digit. What leads to an output alone, without a matrix product, stays float32.
+    With a bf16 hint the plugin would round timesteps before it embeds them: 999 becomes 1000, and angles keep only
+    their first digit. A path to an output without a matrix product stays float32.
     """
     for node in model.get_ordered_ops():
         if node.get_type_name() in ("Sin", "Cos"):
@@ -105,7 +105,7 @@ def _read(onnx: Path) -> Any:
 
 
 def _halve_weights(model: Any) -> None:
-    """Store large float32 constants as float16, followed by a conversion that the plugin folds away."""
+    """Store large float32 constants as float16, each followed by a conversion that the plugin folds away."""
     from openvino import op, opset13
 
     for node in model.get_ops():

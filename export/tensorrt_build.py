@@ -1,8 +1,8 @@
-"""ONNX files -> TensorRT plans, refittable so that a LoRA can be swapped without a rebuild.
+"""Build TensorRT plans from ONNX files. Plans are refittable, so that weights can be replaced without a rebuild.
 
-Networks are strongly typed: a plan computes in the precision that the ONNX file is written in.
-Not run yet: written against the API of TensorRT 10 and 11 (checked with the signatures of the 11.4 bindings), on a
-machine without a GPU. What prepares the ONNX files runs anywhere.
+Networks are strongly typed: a plan computes in the precision of the ONNX file.
+Not run yet: this was written against the API of TensorRT 10 and 11 (checked with the signatures of the 11.4 bindings)
+on a machine without a GPU. The code that prepares the ONNX files runs anywhere.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from export.prompts import CALIBRATION
 from tdm_runtime.backends import TORCH_DTYPES, Precision
 from tdm_runtime.backends.interface import ComponentName, Interface
 from tdm_runtime.backends.machine import gpu_architecture, installed
-from tdm_runtime.backends.tensorrt import BuiltFor, Log, SizeRange, built_for_file, import_tensorrt, refit
+from tdm_runtime.backends.tensorrt import BuiltFor, Log, SizeRange, built_for_file, import_tensorrt
 from tdm_runtime.checkpoint.folder import Checkpoint, file_sha256
 from tdm_runtime.checkpoint.manifest import Build, BuiltComponent, Manifest, default_artifacts
 from tdm_runtime.errors import BackendError
@@ -29,11 +29,11 @@ from tdm_runtime.model.components import component_names, load_component
 from tdm_runtime.model.decoder import MAX_CALL_PIXELS
 
 MAX_BATCH = 8
-"""Samples of one call, as many as an engine batches unless told otherwise; larger batches are cut."""
+"""Most samples of one call, the engine's default batch size. Larger batches are split."""
 TIMING_CACHE = "tensorrt-timing.cache"
-"""In the folder of all artifacts: kernel times serve every build on this machine."""
+"""File in the folder of all artifacts; its kernel times are shared by every build on this machine."""
 LEAST_CAPABILITY: Mapping[Precision, tuple[int, int]] = {"bf16": (8, 0), "fp8": (8, 9)}
-"""Compute capability from which a GPU computes in a precision; the others run on all that TensorRT supports."""
+"""Precision -> least compute capability. Other precisions run on every GPU that TensorRT supports."""
 
 
 def build_tensorrt(
@@ -42,12 +42,12 @@ def build_tensorrt(
     """Build every component of a checkpoint whose float32 ONNX files are in `folder`.
 
     Args:
-        precision: at fp8 the denoiser's products are, and everything else is fp16.
-        announce: told of each component.
+        precision: at fp8 only the denoiser's matrix products are fp8, and everything else is fp16.
+        announce: receives a description of each component's build.
 
     Raises:
-        BackendError: TensorRT or the GPU is missing, or the GPU does not compute in the precision.
-        ExportError: naming the component and what stands in the way.
+        BackendError: TensorRT or the GPU is missing, or the GPU does not support the precision.
+        ExportError: a component cannot be built; the message names it and the reason.
     """
     import_tensorrt()
     gpu = gpu_architecture()
@@ -69,21 +69,21 @@ def build_tensorrt(
 
 
 def _onnx_in(precision: Precision, checkpoint: Checkpoint, name: ComponentName, folder: Path) -> Path:
-    """The component's ONNX file in a precision; float32 is there already."""
+    """Return the component's ONNX file in a precision, and write it unless it is float32."""
     if precision == "fp32":
         return folder / f"{name}.onnx"
     file = folder / f"{name}.{precision}.onnx"
     module, interface = load_component(checkpoint, name)
     export_onnx(module, interface, file, title=name, dtype=TORCH_DTYPES["fp16" if precision == "fp8" else precision])
     del module
-    gc.collect()  # the weights: TensorRT takes the memory next
+    gc.collect()  # free the weights, because TensorRT needs the memory next
     if precision == "fp8" and name == "denoiser":
         write_fp8_onnx(file, file, record_calls(checkpoint, CALIBRATION))
     return file
 
 
 def _latent_sizes(checkpoint: Checkpoint, name: ComponentName) -> list[tuple[int, int]]:
-    """(height, width) of every call, in latents: of decoders those of tiles, where pictures are tiled."""
+    """Return (height, width) of every call, in latents; decoders of tiled pictures get the size of a tile."""
     sizes = [
         (height // checkpoint.downscale, width // checkpoint.downscale)
         for width, height in checkpoint.recipe.native_sizes
@@ -97,11 +97,11 @@ def _latent_sizes(checkpoint: Checkpoint, name: ComponentName) -> list[tuple[int
 def size_ranges(
     interface: Interface, latent_sizes: Iterable[tuple[int, int]], max_batch: int
 ) -> Mapping[str, SizeRange]:
-    """What a plan takes, for each size that the interface names.
+    """Return the range that a plan accepts, for each size that the interface names.
 
     Args:
-        latent_sizes: (height, width) of pictures in latents; the first is the best.
-        max_batch: samples of one call, and the best.
+        latent_sizes: (height, width) of pictures in latents; the plan is tuned for the first.
+        max_batch: most samples of one call; the plan is tuned for this number.
     """
     heights, widths = zip(*latent_sizes, strict=True)
     ranges = {
@@ -121,16 +121,16 @@ def build_plan(
     timing_cache: Path | None = None,
     refittable: bool = True,
 ) -> BuiltFor:
-    """Build `plan`, for this machine's GPU, and write beside it what it was built for.
+    """Build `plan` for this machine's GPU, and write its GPU, version and sizes beside it.
 
     Args:
-        sizes: every size that the interface names -> least, best, greatest.
-        timing_cache: kernel times of earlier builds, read where it is there and written; a second build takes a
-            fraction of the first's minutes.
-        refittable: weights can be replaced, for a few per cent of speed.
+        sizes: size name -> (least, best, greatest), for every size of the interface.
+        timing_cache: file with kernel times of earlier builds; it is read if it exists, and updated. A second build
+            takes a fraction of the first one's minutes.
+        refittable: allow weights to be replaced; costs a few per cent of speed.
 
     Raises:
-        BackendError: TensorRT or the GPU is missing, or the GPU does not compute in the file's precision.
+        BackendError: TensorRT or the GPU is missing, or the GPU does not support the file's precision.
         ExportError: TensorRT cannot read the file or finds no plan for it.
     """
     trt = import_tensorrt()
@@ -157,28 +157,8 @@ def build_plan(
     return built_for
 
 
-def refit_plan(plan: Path, onnx_file: Path, target: Path) -> None:
-    """Write `target`: a plan with the weights of another ONNX file of the same graph, in seconds.
-
-    Raises:
-        ArtifactError: the plan was built elsewhere or is not refittable, or the file is of another graph.
-        BackendError: TensorRT or the GPU is missing.
-    """
-    trt = import_tensorrt()
-    built_for = BuiltFor.load(plan)
-    built_for.check_machine(plan, trt.__version__, gpu_architecture())
-    log = Log.of(trt)
-    runtime = trt.Runtime(log)
-    loaded = runtime.deserialize_cuda_engine(plan.read_bytes())
-    if loaded is None:
-        raise ExportError(f"TensorRT cannot load {plan}: {log.last}; build it again")
-    refit(loaded, onnx_file, log)
-    _replace(target, loaded.serialize())
-    built_for.save(target)
-
-
 def precision_of(onnx_file: Path) -> Precision:
-    """The least precise type that an ONNX file computes in."""
+    """Return the least precise type that an ONNX file computes in."""
     import onnx
 
     graph = onnx.load(onnx_file, load_external_data=False).graph
@@ -200,16 +180,16 @@ def precision_of(onnx_file: Path) -> Precision:
 
 
 def require_capability(precision: Precision, gpu: str | None) -> None:
-    """Check that a GPU computes in a precision.
+    """Check that a GPU supports a precision.
 
     Args:
-        gpu: compute capability, as "sm_90"; None is a machine without a GPU.
+        gpu: compute capability, for example "sm_90"; None for a machine without a GPU.
 
     Raises:
-        BackendError: naming the GPU, what the precision needs and what to choose.
+        BackendError: the GPU does not support the precision; the message names one that it supports.
     """
     if gpu is None:
-        raise BackendError("a TensorRT plan is built on the GPU that runs it; torch finds no CUDA device here")
+        raise BackendError("a TensorRT plan must be built on the GPU that runs it, and torch finds no CUDA device here")
     least = LEAST_CAPABILITY.get(precision, (0, 0))
     capability = int(gpu[3:-1]), int(gpu[-1])
     if capability < least:
@@ -220,15 +200,15 @@ def require_capability(precision: Precision, gpu: str | None) -> None:
 
 
 def _parse(trt: Any, network: Any, onnx_file: Path, log: Any) -> None:
-    """Read a file into a network.
+    """Read an ONNX file into a network.
 
-    Pixels become whole numbers last: TensorRT converts to uint8 at an output only.
+    The cast to uint8 is moved to the end, because TensorRT supports it only at an output.
     """
     import onnx
 
     model = onnx.load(onnx_file, load_external_data=False)
     cast_last(model)
-    prepared = onnx_file.with_name(f"{onnx_file.stem}.{os.getpid()}.onnx")  # beside the weights that it names
+    prepared = onnx_file.with_name(f"{onnx_file.stem}.{os.getpid()}.onnx")  # in the folder of its weights
     onnx.save(model, prepared)
     parser = trt.OnnxParser(network, log)
     try:
@@ -241,7 +221,7 @@ def _parse(trt: Any, network: Any, onnx_file: Path, log: Any) -> None:
 
 
 def cast_last(model: Any) -> None:
-    """Where a model ends in Cast, Transpose: exchange the two. The result is the same."""
+    """Swap the last two nodes of a model that ends in Cast, Transpose. The result is the same."""
     nodes = model.graph.node
     if [node.op_type for node in nodes[-2:]] != ["Cast", "Transpose"] or nodes[-1].input[0] != nodes[-2].output[0]:
         return
@@ -252,7 +232,7 @@ def cast_last(model: Any) -> None:
     last.CopyFrom(cast)
     del nodes[-2]
     nodes.append(last)
-    del model.graph.value_info[:]  # the type of what is between them is another
+    del model.graph.value_info[:]  # the type of the value between them has changed
 
 
 def _profile(builder: Any, interface: Interface, sizes: Mapping[str, SizeRange]) -> Any:
@@ -268,11 +248,13 @@ def _read_timing_cache(config: Any, file: Path | None) -> None:
         return
     known = file.read_bytes() if file.is_file() else b""
     if not config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False):
-        config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)  # of another GPU or version
+        config.set_timing_cache(
+            config.create_timing_cache(b""), ignore_mismatch=False
+        )  # the cache is of another GPU or version
 
 
 def _replace(file: Path, content: Any) -> None:
-    """Write a file whole or not at all."""
+    """Write a file atomically: the whole file or nothing."""
     partial = file.with_name(f"{file.name}.{os.getpid()}")
     partial.write_bytes(content)
     partial.replace(file)

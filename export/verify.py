@@ -1,4 +1,4 @@
-"""How close each build comes to torch float32: component by component, and picture by picture."""
+"""Measure how close each build is to torch float32, by component and by picture."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tdm_runtime.model.load import component_backend, load_build
 from tdm_runtime.model.parity import ParityConfig, picture_parity, reference_pictures
 
 BATCH = 3
-"""Samples of a component's comparison: no power of two, so that padding and splitting are compared too."""
+"""Batch size of a component's comparison. It is not a power of two, so that padding and splitting are compared too."""
 
 
 def verify(
@@ -28,10 +28,10 @@ def verify(
     config: ParityConfig = ParityConfig(),
     announce: Callable[[str], None] = lambda what: None,
 ) -> Manifest:
-    """Measure every build against torch float32. Returns the manifest with the parities in it.
+    """Measure every build against torch float32. Returns the manifest with the parities.
 
     Raises:
-        ArtifactError, BackendError: a build cannot be run here.
+        ArtifactError, BackendError: a build cannot run here.
     """
     announce("pictures: torch fp32, the reference")
     reference = reference_pictures(checkpoint, config)
@@ -49,7 +49,7 @@ def verify(
 
 @torch.inference_mode()
 def _with_component_parity(checkpoint: Checkpoint, manifest: Manifest, folder: Path, name: ComponentName) -> Manifest:
-    """One component of every build on the same inputs."""
+    """Measure one component of every build on the same inputs. Returns the manifest with its parities."""
     module, interface = load_component(checkpoint, name)
     width, height = checkpoint.recipe.native_sizes[0]
     sizes = {"batch": BATCH, "height": height // checkpoint.downscale, "width": width // checkpoint.downscale}
@@ -69,14 +69,14 @@ def _called(backend: Backend, inputs: Iterable[Tensor]) -> Tensor:
 
 
 def component_parity(expected: Tensor, actual: Tensor) -> ComponentParity:
-    """Compare two outputs of one shape; of pixels in levels of 255."""
+    """Compare two outputs of the same shape. Pixels are compared in levels of 255."""
     difference = actual.double() - expected.double()
     relative = float(difference.norm() / expected.double().norm())
     return ComponentParity(relative, float(difference.abs().max()))
 
 
 def parity_table(manifest: Manifest) -> str:
-    """The parities as Markdown: first components, then pictures."""
+    """Return the parities as Markdown tables: first components, then pictures."""
     lines = ["| backend | component | relative L2 | max abs |", "|---|---|---|---|"]
     for build in manifest.builds:
         for name, component in build.components.items():

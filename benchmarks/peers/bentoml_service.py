@@ -1,4 +1,4 @@
-"""BentoML with adaptive batching: a service that takes batches, and one in front for the route."""
+"""BentoML with adaptive batching: one service makes batches, another in front of it has the HTTP routes."""
 
 # No `from __future__ import annotations`: BentoML reads the annotations of its API methods as they are.
 
@@ -18,7 +18,7 @@ from benchmarks.peers.command import PeerConfig, exit_without, parse_arguments
 from benchmarks.peers.pipelines import MAX_BATCH_SIZE, Job, OneThread, PeerBackend, load_pipeline
 from benchmarks.peers.wire import ImageRequest, image_answer
 
-# Read when it is imported: nothing is reported home, and its store of models is nobody's.
+# BentoML reads these when it is imported: no usage reports, and a model store apart from the user's own.
 os.environ["BENTOML_DO_NOT_TRACK"] = "True"
 os.environ.setdefault("BENTOML_HOME", os.path.join(tempfile.gettempdir(), "tdm-peers-bentoml"))
 
@@ -29,16 +29,16 @@ except ImportError:
 
 BACKEND = "TDM_PEER_BACKEND"
 CHECKPOINT = "TDM_PEER_CHECKPOINT"
-"""Environment variables: BentoML's own command starts the services, and has no arguments for them."""
+"""Environment variables for the services: BentoML's own command starts them and passes no arguments."""
 MAX_LATENCY_MS = 60_000
-"""BentoML's default: it answers 503 where it expects a request to take longer."""
+"""BentoML's default: it answers 503 if it expects a request to take longer."""
 STOP_TIMEOUT_S = "3"
 
 app = FastAPI()
 
 
 class BatchItem(BaseModel):
-    """One picture on its way between the two services."""
+    """Request for one picture, passed between the two services."""
 
     prompt: str
     seed: int
@@ -48,11 +48,11 @@ class BatchItem(BaseModel):
 @bentoml.service(
     workers=1,
     logging={"access": {"enabled": False}},
-    # After 100 requests by default the front closes its connections, with requests still on them, which fail.
+    # By default the front closes its connections after 100 requests, and requests still on them fail.
     runner_connection={"max_requests": 2**31, "max_age": 1e9},
 )
 class Maker:
-    """The model's process. BentoML learns how long to keep a batch open from the times that it sees."""
+    """Process of the model. BentoML learns from measured times how long to keep a batch open."""
 
     def __init__(self) -> None:
         backend, checkpoint = cast(PeerBackend, os.environ[BACKEND]), Path(os.environ[CHECKPOINT])
@@ -67,7 +67,7 @@ class Maker:
 @bentoml.service(workers=1, logging={"access": {"enabled": False}})
 @bentoml.asgi_app(app, path="/")
 class Images:
-    """HTTP. A batchable API takes and answers lists, so the documentation puts a service like this in front."""
+    """HTTP front. A batchable API takes and returns lists, so BentoML's documentation puts such a service in front."""
 
     maker = bentoml.depends(Maker)
 
@@ -84,7 +84,7 @@ class Images:
 
 
 def main(config: PeerConfig) -> int:
-    """Become BentoML's own command, which serves until SIGINT or SIGTERM."""
+    """Replace this process with BentoML's command, which serves until SIGINT or SIGTERM."""
     os.environ |= {BACKEND: config.backend, CHECKPOINT: str(config.checkpoint)}
     command = [sys.executable, "-m", "bentoml", "serve", "benchmarks.peers.bentoml_service:Images"]
     command += ["--host", "127.0.0.1", "--port", str(config.port), "--working-dir", os.getcwd()]

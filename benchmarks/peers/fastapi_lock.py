@@ -1,7 +1,7 @@
 """FastAPI and uvicorn, one picture at a time.
 
-The lock that such servers put around the pipeline is here the one thread that may call it, for the reason
-in `OneThread`.
+Such servers usually put a lock around the pipeline. Here a single thread takes the place of the lock; `OneThread`
+says why.
 """
 
 from __future__ import annotations

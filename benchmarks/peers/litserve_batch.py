@@ -1,4 +1,4 @@
-"""LitServe with its own batching: a process for HTTP, one for the model, which runs a batch hook by hook."""
+"""LitServe with its own batching: one process for HTTP and one for the model."""
 
 # No `from __future__ import annotations`: LitServe reads the annotations of its hooks as they are.
 
@@ -20,12 +20,12 @@ except ImportError:
     exit_without("litserve")
 
 BATCH_TIMEOUT_S = 0.005
-"""How long a batch is open. With 16 clients every one is full at 2, 5 and 20 ms, for requests wait while the last
-one runs; with 8 clients they hold 3.9, 4.3 and 6.7 pictures, but one client alone waits the longer."""
+"""How long a batch stays open. With 16 clients, batches are full at 2, 5 and 20 ms, because requests wait while the
+previous batch runs. With 8 clients they hold 3.9, 4.3 and 6.7 pictures, but a single client waits longer."""
 
 
 class ImageAPI(litserve.LitAPI):  # type: ignore[misc]
-    """The model's process. Its main thread loads and runs everything, so there is one OpenMP team."""
+    """Process of the model. Its main thread loads and runs everything, so there is one OpenMP team."""
 
     def __init__(self, backend: PeerBackend, checkpoint: Path) -> None:
         super().__init__(
@@ -36,7 +36,7 @@ class ImageAPI(litserve.LitAPI):  # type: ignore[misc]
         self._pipeline: Pipeline | None = None
 
     def setup(self, device: str) -> None:
-        """Load; `/health` answers 200 afterwards."""
+        """Load the model. `/health` answers 200 afterwards."""
         self._pipeline = load_pipeline(self._backend, self._checkpoint, MAX_BATCH_SIZE)
 
     def decode_request(self, request: ImageRequest) -> Job:
@@ -61,18 +61,18 @@ def main(config: PeerConfig) -> int:
     server_pid = os.getpid()
 
     def interrupt(*_: object) -> None:
-        if os.getpid() != server_pid:  # LitServe forks the HTTP process, handler and all
+        if os.getpid() != server_pid:  # LitServe forks the HTTP process, which inherits this handler
             os._exit(0)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, interrupt)  # LitServe ends its processes on SIGINT only
-    # Its timeout stays: what has waited for 30 s is answered with 504.
+    # LitServe's default timeout stays: it answers 504 after 30 s.
     api = ImageAPI(config.backend, config.checkpoint)
     server = litserve.LitServer(api, accelerator="cpu", devices=1, workers_per_device=1)
     try:
         server.run(host="127.0.0.1", port=config.port, log_level="warning", generate_client_file=False)
-    except KeyboardInterrupt:  # it was not ready yet
+    except KeyboardInterrupt:  # interrupted before it was ready
         pass
     finally:
         for child in multiprocessing.active_children():

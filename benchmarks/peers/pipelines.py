@@ -1,4 +1,4 @@
-"""What the peers serve: the stock diffusers pipeline, or this runtime's backend in a plain loop."""
+"""Pipelines of the peers: the stock diffusers pipeline, or this runtime's backend in a plain loop."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ PeerBackend = Literal["stock-fp32", "stock-bf16", "ours"]
 PEER_BACKENDS: tuple[PeerBackend, ...] = get_args(PeerBackend)
 
 MAX_BATCH_SIZE = 8
-"""Of every batching peer. Stock fp32, 4 steps, ms a picture on 2 cores, in batches of 1, 2, 4 and 8: 81, 51, 48, 35;
-beyond, latency doubles for little."""
+"""Largest batch of the peers that batch. Stock fp32 at 4 steps on 2 cores takes 81, 51, 48 and 35 ms per picture in
+batches of 1, 2, 4 and 8; larger batches double the latency and gain little."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One picture that was asked for."""
+    """Request for one picture."""
 
     prompt: str
     seed: int
@@ -38,14 +38,14 @@ class Job:
 
 
 class Pipeline(Protocol):
-    """Makes a batch of pictures in one go."""
+    """Maker of batches of pictures."""
 
     def make(self, prompts: Sequence[str], seeds: Sequence[int], steps: int) -> list[bytes]:
-        """Return PNG bytes of each; one prompt, one seed a picture."""
+        """Return the PNG bytes of each picture; there is one prompt and one seed per picture."""
 
 
 class StockPipeline:
-    """`StableDiffusionPipeline` as its documentation shows it: lists of prompts and of generators make a batch."""
+    """`StableDiffusionPipeline` as its documentation shows it: lists of prompts and generators make a batch."""
 
     def __init__(self, checkpoint: Path, dtype: torch.dtype) -> None:
         from diffusers import StableDiffusionPipeline
@@ -58,7 +58,7 @@ class StockPipeline:
         pictures = self._pipeline(
             list(prompts),
             num_inference_steps=steps,
-            guidance_scale=steps + 1.0,  # how a stock pipeline tells the denoiser its K; nothing is guided
+            guidance_scale=steps + 1.0,  # passes K to the denoiser; there is no guidance
             width=self._width,
             height=self._height,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
@@ -67,7 +67,7 @@ class StockPipeline:
 
 
 class OurPipeline:
-    """This runtime's model; every batch runs from its first step to its last before the next one starts."""
+    """This runtime's model. Each batch runs all its steps before the next batch starts."""
 
     def __init__(self, model: LoadedModel) -> None:
         self._model = model
@@ -84,7 +84,7 @@ class OurPipeline:
 
 @torch.inference_mode()
 def generate_batch(model: LoadedModel, batch: Sequence[SamplingParams]) -> list[Pixels]:
-    """Make the pictures of requests that have one step count, one size and one decoder; uint8 [H, W, 3] each."""
+    """Make pictures, uint8 [H, W, 3] each. All requests must have the same step count, size and decoder."""
     for params in batch:
         model.check(params)
     first = batch[0]
@@ -103,7 +103,7 @@ def generate_batch(model: LoadedModel, batch: Sequence[SamplingParams]) -> list[
 
 
 def make_grouped(pipeline: Pipeline, jobs: Sequence[Job]) -> list[bytes]:
-    """Make a mixed batch, one pipeline call for each step count in it; answers in the order of `jobs`."""
+    """Make a mixed batch with one pipeline call per step count. Returns the pictures in the order of `jobs`."""
     groups: dict[int, list[int]] = {}
     for index, job in enumerate(jobs):
         groups.setdefault(job.num_inference_steps, []).append(index)
@@ -115,9 +115,9 @@ def make_grouped(pipeline: Pipeline, jobs: Sequence[Job]) -> list[bytes]:
 
 
 def load_pipeline(backend: PeerBackend, checkpoint: Path, max_batch_size: int) -> Pipeline:
-    """Load, and make a picture of every batch size that can occur.
+    """Load a pipeline and warm it up with every batch size that can occur.
 
-    OpenVINO compiles a program for each power of two that it meets; a request should not wait for that.
+    OpenVINO compiles a program for each power of two at first use; a request should not wait for that.
     """
     pipeline: Pipeline
     if backend == "ours":
@@ -136,11 +136,11 @@ def load_pipeline(backend: PeerBackend, checkpoint: Path, max_batch_size: int) -
 
 
 class OneThread:
-    """A pipeline that is loaded and run in one thread of its own: whoever asks, waits in line.
+    """Pipeline that is loaded and called in one thread of its own; calls wait in a queue.
 
-    A torch operation starts a team of OpenMP workers for each thread that calls one. Behind a lock alone,
-    where a pool's threads take turns, there are soon more workers than cores: 4 steps of stock fp32 took
-    140 to 170 ms so, and 75 to 80 ms from one thread.
+    Each thread that calls torch gets its own team of OpenMP workers. With only a lock, the threads of a pool
+    take turns, and there are soon more workers than cores: 4 steps of stock fp32 took 140 to 170 ms that way,
+    and 75 to 80 ms in one thread.
     """
 
     def __init__(self, load: Callable[[], Pipeline]) -> None:
@@ -148,15 +148,15 @@ class OneThread:
         self._pipeline = self._thread.submit(load).result()
 
     def submit(self, jobs: Sequence[Job]) -> Future[list[bytes]]:
-        """PNG bytes of each, later; those of one step count are made together."""
+        """Return a future of the PNG bytes of each job. Jobs with the same step count are made together."""
         return self._thread.submit(make_grouped, self._pipeline, jobs)
 
     def close(self) -> None:
-        """What has not begun is dropped."""
+        """Stop the thread. Calls that have not started are dropped."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
 
 def _png(picture: Any) -> bytes:
     stream = io.BytesIO()
-    picture.save(stream, "PNG", compress_level=1)  # as `encode_image`: no peer loses by zlib
+    picture.save(stream, "PNG", compress_level=1)  # the level of `encode_image`: zlib costs all servers the same
     return stream.getvalue()

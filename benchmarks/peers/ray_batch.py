@@ -1,6 +1,6 @@
 """Ray Serve with `@serve.batch`, behind a FastAPI ingress as Ray's documentation shows it.
 
-HTTP is on 127.0.0.1. Ray's own ports are not, whatever address it is given, so they want a token.
+HTTP listens on 127.0.0.1. Ray's own ports listen on every address, so they need a token.
 """
 
 # No `from __future__ import annotations`: FastAPI cannot resolve them in a class that Ray has rebuilt.
@@ -21,7 +21,7 @@ from benchmarks.peers.command import PeerConfig, exit_without, parse_arguments
 from benchmarks.peers.pipelines import MAX_BATCH_SIZE, Job, PeerBackend, load_pipeline, make_grouped
 from benchmarks.peers.wire import ImageRequest, image_answer
 
-# Read when Ray is imported, here and in its processes. Nothing is reported home; the token is for its own ports.
+# Ray reads these when it is imported, here and in its processes: no usage reports, and a token for its own ports.
 os.environ |= {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "token",
@@ -36,22 +36,22 @@ except ImportError:
     exit_without("ray[serve]")
 
 BATCH_WAIT_TIMEOUT_S = 0.005
-"""How long a batch stays open after its first request, which waits as long even when it is alone. With 8 clients
-batches hold 4.1 pictures, and no more at Ray's default of 10 ms."""
+"""How long a batch stays open after its first request; even a lone request waits that long. With 8 clients batches
+hold 4.1 pictures, and no more at Ray's default of 10 ms."""
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 app = FastAPI()
 
 
 @serve.deployment(
-    # Ray's default of 5 would never fill a batch; one runs while the next ones gather.
+    # Ray's default of 5 would never fill a batch: the next requests must gather while one batch runs.
     max_ongoing_requests=4 * MAX_BATCH_SIZE,
-    # Ray gives a replica's torch as many threads as it asks for cores, and by default that is one.
+    # Ray gives torch one thread per requested core, and a replica requests one core by default.
     ray_actor_options={"num_cpus": CORES},
 )
 @serve.ingress(app)
 class Images:
-    """The one replica."""
+    """The single replica."""
 
     def __init__(self, backend: PeerBackend, checkpoint: Path) -> None:
         self._pipeline = load_pipeline(backend, checkpoint, MAX_BATCH_SIZE)
@@ -67,11 +67,11 @@ class Images:
 
     @serve.batch(max_batch_size=MAX_BATCH_SIZE, batch_wait_timeout_s=BATCH_WAIT_TIMEOUT_S)  # type: ignore[untyped-decorator]
     async def _make(self, jobs: list[Job]) -> Sequence[bytes]:
-        """Called on the event loop and blocking it, as in Ray's examples.
+        """Make a batch on the event loop and block it, as in Ray's examples.
 
-        In a thread beside it batches would be smaller: Ray closes one after its wait, whether or not the
-        model is free. Now requests that arrive meanwhile are found together. Ray asks for the replica's
-        health on another loop.
+        Batches would be smaller in a separate thread: Ray closes a batch after its wait even if the model is
+        busy. On the loop, requests that arrive meanwhile form one batch. Ray checks the replica's health on
+        another loop.
         """
         return make_grouped(self._pipeline, jobs)
 
@@ -80,12 +80,12 @@ def main(config: PeerConfig) -> int:
     """Serve until SIGINT or SIGTERM. Returns the exit status."""
     ray.init(
         address="local",
-        num_cpus=CORES + 1,  # a core in Ray's books for its own actors; the machine's are shared anyway
+        num_cpus=CORES + 1,  # one more for the accounting of Ray's own actors; the real cores are shared anyway
         include_dashboard=False,
         logging_level=logging.WARNING,
         _node_ip_address="127.0.0.1",
     )
-    # After Ray, which takes the signals for itself when it starts.
+    # Set after Ray starts, because Ray installs its own handlers.
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
@@ -97,12 +97,12 @@ def main(config: PeerConfig) -> int:
         serve.run(deployment.bind(config.backend, config.checkpoint), name="images", route_prefix="/")
         stop.wait()
     finally:
-        ray.shutdown()  # ends every process that `init` started; `serve.shutdown` before it takes seconds more
+        ray.shutdown()  # ends every process that `init` started; a `serve.shutdown` first would take seconds longer
     return 0
 
 
 if __name__ == "__main__":
-    # Not from `__main__`: Ray would send this module's classes to the replica by value.
+    # Import by name: Ray would pickle classes of `__main__` by value.
     from benchmarks.peers import ray_batch
 
     sys.exit(ray_batch.main(parse_arguments("ray_batch")))

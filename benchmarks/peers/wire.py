@@ -1,4 +1,4 @@
-"""The request and the answer, the same for every peer."""
+"""Request and answer, the same for every peer."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from tdm_runtime.params import MAX_SEED
 
 
 class ImageRequest(BaseModel):
-    """The body. Fields that are not named here are ignored."""
+    """Body of a request. Unknown fields are ignored."""
 
     prompt: Annotated[str, Field(min_length=1)]
     seed: Annotated[int, Field(ge=0, le=MAX_SEED)]
     num_inference_steps: Annotated[int, Field(ge=1)]
 
     def job(self) -> Job:
-        """What the pipeline is asked for."""
+        """Return the job for the pipeline."""
         return Job(self.prompt, self.seed, self.num_inference_steps)
 
 
 def image_answer(png: bytes, job: Job) -> dict[str, Any]:
-    """The body of the answer."""
+    """Return the body of the answer."""
     picture = {
         "b64_json": base64.b64encode(png).decode("ascii"),
         "seed": job.seed,

@@ -1,4 +1,4 @@
-"""The engine with the tiny checkpoint, and a server of it over the wire."""
+"""Fixtures: an engine with the tiny checkpoint, and an HTTP server in front of it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.benchmarks.small_server import SmallServer, serving
 
 @pytest.fixture(scope="session")
 def tiny_model(tiny_checkpoint: Path) -> LoadedModel:
-    """On the CPU. Its text encoder is not thread-safe: one engine at a time."""
+    """Model of the tiny checkpoint on the CPU. Its text encoder is not thread-safe: use one engine at a time."""
     return load_model(tiny_checkpoint, BackendConfig(threads=1), device="cpu")
 
 

@@ -1,4 +1,4 @@
-"""A small server of the images API that runs our engine, in this process or as one of its own."""
+"""Small server of the images API around our engine, in this process or in its own."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tdm_runtime.params import SamplingParams
 
 @dataclass
 class SmallServer:
-    """A server that answers."""
+    """Server of one engine."""
 
     engine: DiffusionEngine
     base_url: str = ""
@@ -72,7 +72,7 @@ class SmallServer:
 
 @contextmanager
 def serving(engine: DiffusionEngine) -> Iterator[SmallServer]:
-    """A server on a thread of its own."""
+    """Run a server on its own thread."""
     server, loop, is_up = SmallServer(engine), asyncio.new_event_loop(), threading.Event()
 
     async def start() -> web.AppRunner:
@@ -100,7 +100,7 @@ def serving(engine: DiffusionEngine) -> Iterator[SmallServer]:
 
 
 def main() -> None:
-    """As the peers of `tdm-bench compare` are started."""
+    """Start as the peers of `tdm-bench compare` do."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--backend", required=True)

@@ -49,7 +49,7 @@ def test_a_closed_loop_asks_for_everything_once(engine: DiffusionEngine):
     assert all(r.scheduled_s == r.sent_s for r in recording.records)
 
 
-def test_a_closed_loop_never_has_more_in_flight(engine: DiffusionEngine):
+def test_a_closed_loop_keeps_to_its_concurrency(engine: DiffusionEngine):
     recording = Recording()
     asyncio.run(closed_loop(EngineTarget(engine), workload(4).requests(), 3, recording, duration_s=0.3))
     for record in recording.records:
@@ -57,14 +57,14 @@ def test_a_closed_loop_never_has_more_in_flight(engine: DiffusionEngine):
         assert len(beside) <= 3
 
 
-def test_who_is_refused_comes_back_when_it_was_told():
-    """And not at all where that is after the end."""
+def test_a_rejected_client_waits_for_retry_after():
+    """A client stops if Retry-After is beyond the end of the run."""
 
     class Refusing:
         async def send(self, request: Request) -> Outcome:
             await asyncio.sleep(0)
-            told_s = 0.05 if len(recording.records) < 6 else 60.0
-            return Outcome(time.perf_counter(), "429 queue_full", is_refused=True, retry_after_s=told_s)
+            retry_after_s = 0.05 if len(recording.records) < 6 else 60.0
+            return Outcome(time.perf_counter(), "429 queue_full", is_refused=True, retry_after_s=retry_after_s)
 
     recording = Recording()
     asyncio.run(closed_loop(Refusing(), workload(1).requests(), 2, recording, duration_s=30))
@@ -73,7 +73,7 @@ def test_who_is_refused_comes_back_when_it_was_told():
     assert all(later - earlier >= 0.05 for earlier, later in zip(sent_s, sent_s[2:], strict=False))
 
 
-def test_latency_counts_from_the_schedule_where_the_sender_is_late(engine: DiffusionEngine):
+def test_latency_counts_from_the_schedule_if_the_sender_is_late(engine: DiffusionEngine):
     recording = Recording()
 
     async def run() -> None:
@@ -95,7 +95,7 @@ def test_waiting_for_a_connection_counts_as_latency(engine: DiffusionEngine):
     assert [record.e2el_s for record in recording.records] == answered == sorted(answered)
 
 
-def test_the_engine_refuses_what_is_beyond_its_bound(tiny_model: LoadedModel):
+def test_the_engine_rejects_requests_beyond_its_bound(tiny_model: LoadedModel):
     recording, engine = Recording(), DiffusionEngine(tiny_model, EngineConfig(max_live=8))
 
     async def run() -> None:
@@ -110,7 +110,7 @@ def test_the_engine_refuses_what_is_beyond_its_bound(tiny_model: LoadedModel):
     assert found["errors"] == {"OverloadedError": 22}
 
 
-def test_auto_lets_the_engine_pick(engine: DiffusionEngine):
+def test_auto_lets_the_engine_choose_the_steps(engine: DiffusionEngine):
     recording = Recording()
     requests = itertools.islice(workload("auto").requests(), 3)
     asyncio.run(closed_loop(EngineTarget(engine), requests, 1, recording))
@@ -130,7 +130,7 @@ def test_stages_add_up_to_the_round_trip(server: SmallServer):
         assert stages["http"] > 0
 
 
-def test_over_the_wire_refused_and_failed_are_told_apart(tiny_model: LoadedModel):
+def test_rejected_and_failed_requests_are_counted_separately_over_the_wire(tiny_model: LoadedModel):
     refused, failed = Recording(), Recording()
     engine = DiffusionEngine(tiny_model, EngineConfig(max_live=8))
 
@@ -147,7 +147,7 @@ def test_over_the_wire_refused_and_failed_are_told_apart(tiny_model: LoadedModel
     assert figures(failed)["errors"] == {"400 invalid_value": 3} and figures(failed)["failed"] == 3
 
 
-def test_nobody_listening_is_counted_not_raised():
+def test_an_unreachable_server_counts_as_failed_requests():
     recording = Recording()
 
     async def run() -> None:
@@ -159,12 +159,12 @@ def test_nobody_listening_is_counted_not_raised():
     assert figures(recording)["failed"] == 2 and not figures(recording)["completed"]
 
 
-def test_what_a_server_runs_is_asked(server: SmallServer):
+def test_served_models_lists_the_models_of_the_server(server: SmallServer):
     cards = asyncio.run(served_models(server.base_url))
     assert [card["id"] for card in cards] == [server.engine.model.recipe.name]
 
 
-def test_a_picture_is_checked():
+def test_picture_fault_checks_format_and_size():
     assert picture_fault(b"GIF89a" + bytes(40), (16, 16)) == "not_a_png"
     header = b"\x89PNG\r\n\x1a\n" + bytes(8) + (16).to_bytes(4, "big") + (24).to_bytes(4, "big")
     assert picture_fault(header, (16, 24)) is None

@@ -1,4 +1,4 @@
-"""The peers make the pictures that they are compared by."""
+"""The peers: their pictures, their batching, and their start and stop."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from tests.ports import free_port
 
 START_TIMEOUT_S = 120
 ROUNDING = 1
-"""Levels of 255. Sums of a larger batch may be taken in another order."""
+"""Allowed difference in levels of 255: a larger batch may sum in another order."""
 
 
 class Echo:
-    """A pipeline whose pictures say what they were asked with, and which keeps every call."""
+    """Pipeline whose pictures are their own request as text; it records every call."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[list[str], list[int], int]] = []
@@ -41,7 +41,7 @@ class Echo:
 
 
 @pytest.mark.parametrize("steps", [1, 4])
-def test_a_plain_batch_holds_the_pictures_that_generate_makes(tiny_checkpoint: Path, steps: int) -> None:
+def test_generate_batch_makes_the_pictures_of_generate(tiny_checkpoint: Path, steps: int) -> None:
     model = load_model(tiny_checkpoint)
     batch = [SamplingParams(f"a red cat {seed}", seed, steps, 24, 16) for seed in range(3)]
     for params, pixels in zip(batch, generate_batch(model, batch), strict=True):
@@ -58,7 +58,7 @@ def test_the_stock_pipeline_makes_the_same_pictures_batched_and_alone(checkpoint
         assert np.abs(_pixels(png) - _pixels(alone)).max() <= ROUNDING
 
 
-def test_calls_hold_one_step_count_and_answers_keep_their_order() -> None:
+def test_make_grouped_calls_once_per_step_count_and_keeps_the_order() -> None:
     pipeline = Echo()
     jobs = [Job(f"prompt {n}", n, steps) for n, steps in enumerate((4, 1, 4, 2, 1))]
     assert make_grouped(pipeline, jobs) == [
@@ -67,7 +67,7 @@ def test_calls_hold_one_step_count_and_answers_keep_their_order() -> None:
     assert [(seeds, steps) for _, seeds, steps in pipeline.calls] == [([0, 2], 4), ([1, 4], 1), ([3], 2)]
 
 
-def test_one_thread_loads_and_makes_in_the_same_thread() -> None:
+def test_one_thread_loads_and_runs_in_the_same_thread() -> None:
     import threading
 
     threads: list[int] = []

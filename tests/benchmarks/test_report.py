@@ -1,4 +1,4 @@
-"""Figures against numpy."""
+"""Figures of a run, compared with numpy, and the tables."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from benchmarks.workload import Request
 
 Spans = list[tuple[float, float, float]]
 spans = st.lists(st.tuples(st.floats(0, 100), st.floats(0, 2), st.floats(0.001, 5)), min_size=1, max_size=40)
-"""Seconds: arrival, how late it was sent, how long the answer took."""
+"""Seconds: arrival, delay of sending, duration of the answer."""
 
 
 def recording(times: Spans) -> Recording:
@@ -51,14 +51,14 @@ def test_figures_equal_numpy(times: Spans, goodput_ms: float):
     assert json.loads(json.dumps(found)) == found
 
 
-def test_nothing_measured_is_told_as_such():
+def test_an_empty_run_is_reported():
     found = figures(Recording(), goodput_ms=100.0)
     assert found["completed"] == 0 and found["median_e2el_ms"] is None
     assert "completed" in terminal_table("nothing", found)
     assert stage_table("nothing", found) == ""
 
 
-def test_stages_stand_in_the_order_a_picture_passes_them():
+def test_stages_are_listed_in_the_order_of_processing():
     stages = [{"queue": 1.0, "step 1": 2.0, "decode": 3.0, "http": 4.0}, {"queue": 3.0, "step 1": 2.0, "step 2": 5.0}]
     records = [Record(Request("a cat", 0), 0, 0, 1, Outcome(1, stages_ms=found)) for found in stages]
     found = figures(Recording(records))["stages_ms"]
@@ -66,7 +66,7 @@ def test_stages_stand_in_the_order_a_picture_passes_them():
     assert found["queue"]["p50"] == 2.0 and found["round trip"]["p99"] == 1e3
 
 
-def test_tables_replace_what_stands_between_the_markers(tmp_path: Path):
+def test_tables_replace_the_text_between_the_markers(tmp_path: Path):
     page = tmp_path / "page.md"
     page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     for _ in range(2):
@@ -75,7 +75,7 @@ def test_tables_replace_what_stands_between_the_markers(tmp_path: Path):
 
 
 @pytest.mark.parametrize("text", ["", BEGIN, END + BEGIN])
-def test_a_page_without_markers_is_left_alone(tmp_path: Path, text: str):
+def test_a_page_without_markers_is_refused_and_unchanged(tmp_path: Path, text: str):
     page = tmp_path / "page.md"
     page.write_text(text)
     with pytest.raises(ValueError, match="lacks the lines"):

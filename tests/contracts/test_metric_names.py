@@ -1,4 +1,4 @@
-"""Dashboards and alerts of others are written against these names: a change here is a change of the API."""
+"""Metric names and labels are a public API: users' dashboards and alerts depend on them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ METRICS = {
     "tdm_text_encode_seconds": ("histogram", set()),
     "tdm_threads": ("gauge", set()),
 }
-"""Name -> type and labels. A counter's samples end with `_total`."""
+"""Name -> type and labels. The samples of a counter end with `_total`."""
 PROCESS_METRICS = {
     "process_cpu_seconds",
     "process_max_fds",
@@ -53,7 +53,7 @@ TIMINGS = ImageTimings(queue_ms=1, text_ms=1, steps_ms=[3, 3], decode_ms=2, enco
 
 
 def used_metrics(model: LoadedModel) -> ServerMetrics:
-    """Where everything that has labels was observed once."""
+    """Return metrics in which every label was observed once."""
     metrics = ServerMetrics()
     metrics.watch_engine(DiffusionEngine(model), lambda: [model])
     metrics.watch_live(lambda: 1, 2)
@@ -70,22 +70,22 @@ def families(metrics: ServerMetrics) -> dict[str, Metric]:
     return {family.name: family for family in text_string_to_metric_families(metrics.exposition().decode())}
 
 
-def test_the_metrics_are_these(model: LoadedModel) -> None:
-    told = families(used_metrics(model))
-    labels = {name: set().union(*(sample.labels for sample in family.samples)) for name, family in told.items()}
-    found = {name: (family.type, labels[name] - {"le"}) for name, family in told.items() if name.startswith("tdm_")}
+def test_the_server_exposes_exactly_these_metrics(model: LoadedModel) -> None:
+    exposed = families(used_metrics(model))
+    labels = {name: set().union(*(sample.labels for sample in family.samples)) for name, family in exposed.items()}
+    found = {name: (family.type, labels[name] - {"le"}) for name, family in exposed.items() if name.startswith("tdm_")}
     assert found == METRICS
-    assert {name for name in told if not name.startswith("tdm_")} == PROCESS_METRICS
+    assert {name for name in exposed if not name.startswith("tdm_")} == PROCESS_METRICS
 
 
-def test_durations_are_told_from_a_millisecond_to_ten_minutes(model: LoadedModel) -> None:
+def test_histograms_of_durations_reach_from_a_millisecond_to_ten_minutes(model: LoadedModel) -> None:
     assert (SECONDS[0], SECONDS[-1]) == (0.001, 600)
     for name, family in families(used_metrics(model)).items():
         bounds = [float(sample.labels["le"]) for sample in family.samples if "le" in sample.labels]
         assert name.endswith("_seconds") is (bounds == [*SECONDS, float("inf")]) or name.startswith("process_")
 
 
-def test_a_label_never_takes_a_value_that_a_client_makes_up() -> None:
+def test_an_unknown_http_method_never_becomes_a_label() -> None:
     metrics = ServerMetrics()
     for method in (*METHODS, "BREW", "X" * 1000):
         metrics.observe_answer(method, "/health", 200)

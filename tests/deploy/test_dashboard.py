@@ -1,4 +1,4 @@
-"""Every query of the dashboard asks for what the server tells, by a real PromQL parser and a real /metrics."""
+"""Every query of the dashboard uses existing metrics, checked with a real PromQL parser and a real /metrics."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 DASHBOARD = json.loads((DEPLOY / "grafana/dashboard.json").read_text())
 QUERIES = [target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]]
 TARGET_LABELS = {"instance", "job"}
-"""Which Prometheus adds to every series that it scrapes."""
+"""Labels that Prometheus adds to every series."""
 
 Series = dict[str, set[str]]
 """Sample name -> its labels."""
@@ -28,7 +28,7 @@ Series = dict[str, set[str]]
 
 @pytest.fixture(scope="module")
 def series(tdm_server: RunningServer) -> Series:
-    """What the server tells once pictures were made, with and without a budget, and one was refused."""
+    """Series of a server that made pictures with and without a latency budget and refused one request."""
     for extra in ({}, {"latency_budget_ms": 60_000}, {"size": "9x9"}):
         httpx.post(f"{tdm_server.url}/v1/images/generations", json={"prompt": "a cat", **extra}, timeout=60)
     text = httpx.get(f"{tdm_server.url}/metrics").text
@@ -44,7 +44,7 @@ def parsed(query: str) -> Any:
 
 
 def nodes(node: Any) -> Iterator[Any]:
-    """A query's expression and all within it."""
+    """Yield an expression and everything within it."""
     yield node
     for name in ("expr", "lhs", "rhs", "vector_selector", "args", "param"):
         inner = getattr(node, name, None)
@@ -58,26 +58,26 @@ def selectors(node: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("query", QUERIES)
-def test_a_query_asks_for_what_there_is(query: str, series: Series) -> None:
+def test_a_query_uses_existing_series_and_labels(query: str, series: Series) -> None:
     asked = selectors(parsed(query))
     assert asked
     for selector in asked:
-        assert selector.name in series, f"{selector.name} is no series of the server"
+        assert selector.name in series, f"the server has no series {selector.name}"
         wanted = {matcher.name for matcher in selector.matchers.matchers}
         assert wanted <= series[selector.name] | TARGET_LABELS
-    told = set().union(*(series[selector.name] for selector in asked)) | TARGET_LABELS
+    labels = set().union(*(series[selector.name] for selector in asked)) | TARGET_LABELS
     for grouped in re.findall(r"\b(?:by|on) \(([^)]*)\)", query):
-        assert {label.strip() for label in grouped.split(",")} <= told
+        assert {label.strip() for label in grouped.split(",")} <= labels
 
 
 @pytest.mark.parametrize("panel", DASHBOARD["panels"], ids=lambda panel: panel["title"])
-def test_a_panels_legend_names_labels_that_its_query_keeps(panel: dict[str, Any], series: Series) -> None:
+def test_the_legend_of_a_panel_uses_labels_of_its_query(panel: dict[str, Any], series: Series) -> None:
     for target in panel["targets"]:
-        told = set().union(*(series[selector.name] for selector in selectors(parsed(target["expr"]))))
-        assert set(re.findall(r"{{(\w+)}}", target["legendFormat"])) <= told | TARGET_LABELS
+        labels = set().union(*(series[selector.name] for selector in selectors(parsed(target["expr"]))))
+        assert set(re.findall(r"{{(\w+)}}", target["legendFormat"])) <= labels | TARGET_LABELS
 
 
-def test_the_test_finds_every_metric_of_a_query() -> None:
+def test_selectors_finds_every_metric_of_a_query() -> None:
     query = 'sum(rate(a_total{x="1"}[1m])) / (sum by (le) (b) + histogram_quantile(0.5, c)) and on (d) e'
     assert {selector.name for selector in selectors(parsed(query))} == {"a_total", "b", "c", "e"}
 
@@ -92,6 +92,6 @@ def test_grafana_can_provision_the_dashboard() -> None:
         assert yaml.safe_load(file.read_text())
 
 
-def test_prometheus_scrapes_where_the_server_answers() -> None:
+def test_prometheus_scrapes_the_metrics_route_of_the_server() -> None:
     (job,) = yaml.safe_load((DEPLOY / "prometheus/prometheus.yml").read_text())["scrape_configs"]
     assert job["metrics_path"] == "/metrics"

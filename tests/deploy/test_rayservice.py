@@ -1,4 +1,4 @@
-"""What KubeRay reads is what Ray Serve accepts and builds."""
+"""The RayService file is accepted and built by Ray Serve."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def test_ray_accepts_the_configuration(spec: dict[str, Any], monkeypatch: pytest
     (config,) = built
     assert config.front == "ray"
     assert (config.min_replicas, config.max_replicas) == (1, 4)
-    assert config.api_keys is not None  # it is reached from elsewhere
-    assert schema.http_options.request_timeout_s > config.request_timeout_s  # the server's own refusal comes first
+    assert config.api_keys is not None  # the server is reachable from other machines
+    assert schema.http_options.request_timeout_s > config.request_timeout_s  # the server's own timeout comes first
 
 
-def test_the_workers_have_room_for_the_replicas(spec: dict[str, Any]) -> None:
+def test_each_worker_has_a_core_for_one_replica(spec: dict[str, Any]) -> None:
     cluster = spec["rayClusterConfig"]
     (workers,) = cluster["workerGroupSpecs"]
     assert workers["rayStartParams"]["num-cpus"] == "1"

@@ -1,4 +1,4 @@
-"""`tdm-export` builds what is missing or damaged, leaves alone what is not, and says in one sentence what it cannot."""
+"""`tdm-export` builds what is missing or damaged, keeps the rest, and reports errors in one line."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ def folder(tiny_artifacts: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run(tiny_checkpoint: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs the command on that folder and returns what it printed."""
+    """Function that runs the command on that folder and returns its output."""
 
     def succeed(*arguments: str) -> str:
         assert main([str(tiny_checkpoint), "--output", str(folder), *arguments]) == 0
         printed = capsys.readouterr()
         for done, total in re.findall(r"\| (\d+)/(\d+) done in", printed.err):
-            assert done == total, "the bar is full when all is done"
+            assert done == total, "the progress bar must be full at the end"
         return printed.out
 
     return succeed
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """Run a command that must fail. Returns its one sentence, less the usage lines before it."""
+    """Run a command that must fail. Returns its error line, without the usage lines before it."""
     capsys.readouterr()
     try:
         status = main(list(arguments))
@@ -71,14 +71,14 @@ def build_in(folder: Path, checkpoint: Path, backend: BackendName, precision: Pr
 
 
 def state(folder: Path) -> dict[str, tuple[str, int]]:
-    """File -> what is in it and when it was written."""
+    """Return file -> its hash and the time it was written."""
     return {file.name: (file_sha256(file), file.stat().st_mtime_ns) for file in folder.iterdir()}
 
 
-# -- what is there already -------------------------------------------------------------------------
+# -- existing builds -------------------------------------------------------------------------
 
 
-def test_a_second_run_builds_nothing_and_says_so(run: Run, folder: Path, tiny_checkpoint: Path) -> None:
+def test_a_second_run_builds_nothing_and_says_up_to_date(run: Run, folder: Path, tiny_checkpoint: Path) -> None:
     (folder / CHOICE_FILE).write_text("{}")
     before = state(folder)
     for arguments in (("--backend", "onnxruntime"), ("--backend", "openvino", "--precision", "int8,fp32")):
@@ -99,7 +99,7 @@ def test_parity_of_another_cpu_is_shown_as_such(run: Run, folder: Path, tiny_che
 
 
 def test_verify_measures_again_and_builds_nothing(run: Run, folder: Path, tiny_checkpoint: Path) -> None:
-    """Someone wrote into the manifest what was never measured."""
+    """The manifest holds made-up parities, which the command must replace."""
     measured = build_in(folder, tiny_checkpoint, "openvino", "int8")
     bare = {name: replace(component, parity=None) for name, component in measured.components.items()}
     wrong = replace(measured, components=bare, pictures={1: PictureParity(0.0, 0.0, 0.0)})
@@ -124,7 +124,7 @@ def picture(checkpoint: Path, backend: BackendName, artifacts: Path) -> Pixels:
     return generate(model, SamplingParams("a red apple", 5, 4, 24, 16))
 
 
-def test_a_damaged_artifact_is_built_anew_with_all_that_was_there(
+def test_a_damaged_artifact_is_built_again_with_all_earlier_builds(
     run: Run, folder: Path, tiny_checkpoint: Path, tiny_artifacts: Path
 ) -> None:
     kept: tuple[tuple[BackendName, Precision], ...] = (("openvino", "fp32"), ("onnxruntime", "fp32"))
@@ -137,15 +137,15 @@ def test_a_damaged_artifact_is_built_anew_with_all_that_was_there(
     built = manifest_in(folder, tiny_checkpoint)
     assert [(build.backend, build.precision) for build in built.builds] == list(kept)
     assert all(build.pictures for build in built.builds)
-    assert not (folder / CHOICE_FILE).exists(), "what was chosen among other files says nothing of these"
+    assert not (folder / CHOICE_FILE).exists(), "the choice was measured on the old files and must be deleted"
     for backend, _ in kept:
         np.testing.assert_array_equal(
             picture(tiny_checkpoint, backend, folder), picture(tiny_checkpoint, backend, tiny_artifacts)
         )
-    assert [file.name for file in folder.parent.iterdir()] == [folder.name], "nothing is left beside it"
+    assert [file.name for file in folder.parent.iterdir()] == [folder.name], "no temporary folder may be left"
 
 
-# -- what is refused -------------------------------------------------------------------------------
+# -- errors -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -158,10 +158,10 @@ def test_a_damaged_artifact_is_built_anew_with_all_that_was_there(
         (["--backend", "onnxruntime", "--precision", "int8"], "onnxruntime is built at fp32; --precision names none"),
         (["--backend", "openvino,onnxruntime", "--precision", "int8"], "onnxruntime is built at fp32"),
         (["--backend", "openvino", "--precision", "fp16"], "openvino is built at bf16, fp32, int8"),
-        (["--prompts", "/absent/prompts.txt"], "the prompts /absent/prompts.txt cannot be read"),
+        (["--prompts", "/absent/prompts.txt"], "the prompts file /absent/prompts.txt cannot be read"),
     ],
 )
-def test_a_bad_value_is_refused(
+def test_an_invalid_flag_value_is_refused_and_changes_nothing(
     run: Run, folder: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
 ) -> None:
     before = state(folder)
@@ -170,9 +170,9 @@ def test_a_bad_value_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("content", "says"), [(b" \n\n", "are empty; write one a line"), (b"\xff\xfe", "cannot be read")]
+    ("content", "says"), [(b" \n\n", "is empty; write one prompt per line"), (b"\xff\xfe", "cannot be read")]
 )
-def test_prompts_that_are_none_are_refused(
+def test_an_empty_or_unreadable_prompts_file_is_refused(
     tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, says: str
 ) -> None:
     (tmp_path / "prompts.txt").write_bytes(content)
@@ -185,7 +185,7 @@ def test_a_missing_checkpoint_is_refused(tmp_path: Path, capsys: pytest.CaptureF
     assert "tdm_recipe.json is missing" in refusal(capsys, str(tmp_path))
 
 
-def test_there_must_be_something_to_verify(
+def test_verify_without_artifacts_names_the_command_to_run(
     tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "absent"
@@ -193,7 +193,7 @@ def test_there_must_be_something_to_verify(
     assert f"run `tdm-export {tiny_checkpoint} --output {output}`" in message
 
 
-def test_a_damaged_artifact_is_not_verified(
+def test_verify_refuses_a_damaged_artifact(
     folder: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "denoiser.bin").unlink()
@@ -207,18 +207,18 @@ def test_an_output_that_cannot_be_written_is_refused(
     (tmp_path / "file").write_text("a file")
     for output in (tmp_path / "file", tmp_path / "file" / "artifacts"):
         message = refusal(capsys, str(tiny_checkpoint), "--output", str(output), "--backend", "openvino")
-        assert str(output) in message and "choose another with --output" in message
+        assert str(output) in message and "choose another folder with --output" in message
     assert (tmp_path / "file").read_text() == "a file"
 
 
-def test_a_folder_that_holds_something_else_is_left_alone(
+def test_a_folder_with_other_files_is_never_replaced(
     tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The artifacts folder is replaced as a whole: no thesis shall vanish with it."""
+    """The artifacts folder is replaced as a whole, so it must not hold anything else."""
     (tmp_path / "thesis.txt").write_text("a thesis")
     copy = Path(shutil.copytree(tiny_checkpoint, tmp_path / "copy"))
     for output in (tmp_path, copy):
         message = refusal(capsys, str(copy), "--output", str(output), "--backend", "openvino", "--force")
-        assert message == f"{output} holds other things than artifacts; choose another with --output"
+        assert message == f"{output} holds files that are not artifacts; choose another folder with --output"
     assert (tmp_path / "thesis.txt").read_text() == "a thesis"
     open_checkpoint(copy)

@@ -1,4 +1,4 @@
-"""An IR computes what its ONNX file does, in half the bytes."""
+"""An IR file computes the same as its ONNX file, in half the bytes."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from tdm_runtime.checkpoint.manifest import load_manifest
 
 Array = NDArray[Any]
 SIDE = 48
-"""Of the square weights below: more than `MIN_HALVED_ELEMENTS`."""
+"""Side of the square weights below, which have more elements than `MIN_HALVED_ELEMENTS`."""
 
 
 def halves(seed: int, *shape: int) -> Array:
-    """float32 values that float16 holds too."""
+    """Return float32 values that float16 represents exactly."""
     drawn: Array = np.random.default_rng(seed).standard_normal(shape).astype(np.float16).astype(np.float32)
     return drawn
 
 
 def write_onnx(file: Path, weight: Array, bias: Array, operator: str = "MatMul") -> Path:
-    """output = input weight + bias."""
+    """Write a model of output = input weight + bias."""
     nodes = [
         helper.make_node(operator, ["input", "weight"], ["product"]),
         helper.make_node("Add", ["product", "bias"], ["output"]),
@@ -47,7 +47,7 @@ def write_onnx(file: Path, weight: Array, bias: Array, operator: str = "MatMul")
 
 
 def computed(file: Path, *inputs: Array) -> Array:
-    """In float32."""
+    """Run a model in float32 and return its output."""
     core = openvino.Core()
     program = core.compile_model(core.read_model(file), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     output: Array = program(list(inputs))[0]
@@ -55,12 +55,12 @@ def computed(file: Path, *inputs: Array) -> Array:
 
 
 def constants(file: Path) -> dict[int, str]:
-    """Number of elements -> type of an IR's constants of more than one."""
+    """Return number of elements -> type, for the constants of an IR with more than one element."""
     found = [node for node in openvino.Core().read_model(file).get_ops() if node.get_type_name() == "Constant"]
     return {node.data.size: node.get_element_type().get_type_name() for node in found if node.data.size > 1}
 
 
-def test_weights_that_float16_holds_are_halved_and_the_outputs_stay_bit_equal(tmp_path: Path) -> None:
+def test_weights_exact_in_float16_are_halved_and_outputs_stay_bit_equal(tmp_path: Path) -> None:
     source = write_onnx(tmp_path / "linear.onnx", halves(0, SIDE, SIDE), halves(1, SIDE))
     write_ir(source, tmp_path / "linear.xml")
     assert constants(tmp_path / "linear.xml")[SIDE * SIDE] == "f16"
@@ -70,7 +70,7 @@ def test_weights_that_float16_holds_are_halved_and_the_outputs_stay_bit_equal(tm
 
 
 def test_small_constants_stay_float32(tmp_path: Path) -> None:
-    """0.1 is no float16: rounded, it would show in the output."""
+    """0.1 is not exact in float16, so rounding it would change the output."""
     bias = np.full(SIDE, 0.1, dtype=np.float32)
     assert SIDE < MIN_HALVED_ELEMENTS
     source = write_onnx(tmp_path / "linear.onnx", np.zeros((SIDE, SIDE), np.float32), bias)
@@ -99,8 +99,8 @@ def test_every_component_of_a_float16_checkpoint_stays_bit_equal(tiny_checkpoint
         )
 
 
-def test_int8_halves_the_denoiser_again(artifacts: Path) -> None:
-    """And float16 has halved it before: what small constants cost is not noticed."""
+def test_int8_halves_the_float16_denoiser(artifacts: Path) -> None:
+    """float16 halves the ONNX file and int8 nearly halves it again; small constants add little."""
     onnx_bytes, half_bytes, int8_bytes = (
         (artifacts / name).stat().st_size for name in ("denoiser.onnx.data", "denoiser.bin", "denoiser.int8.bin")
     )
@@ -108,8 +108,8 @@ def test_int8_halves_the_denoiser_again(artifacts: Path) -> None:
     assert int8_bytes < 0.6 * half_bytes
 
 
-def test_int8_leaves_the_layers_that_touch_latents_and_timesteps_alone(artifacts: Path) -> None:
-    """The first and the last convolution, and all that is computed of the timestep and of K."""
+def test_int8_leaves_out_layers_on_latents_and_timesteps(artifacts: Path) -> None:
+    """These are the first and the last convolution, and the embeddings of timestep and K."""
     model = openvino.Core().read_model(artifacts / "denoiser.int8.xml")
     kinds: dict[bool, set[str]] = {True: set(), False: set()}
     for node in model.get_ops():
@@ -121,7 +121,7 @@ def test_int8_leaves_the_layers_that_touch_latents_and_timesteps_alone(artifacts
 
 
 def _is_quantised(node: Any) -> bool:
-    """Whether its weight comes from int8."""
+    """Return whether the weight of a node is int8."""
     source = node.input_value(1).get_node()
     while source.get_type_name() in ("Multiply", "Subtract", "Convert", "Reshape", "Transpose"):
         source = source.input_value(0).get_node()
@@ -137,7 +137,7 @@ def _layer(node: Any) -> str:
     return f"Convolution of {'latents' if touches_latents else 'pictures'}"
 
 
-def test_a_file_that_is_no_onnx_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_file_that_is_not_onnx_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "garbage.onnx").write_bytes(b"not a model")
     for name in ("garbage.onnx", "absent.onnx"):
         with pytest.raises(ExportError, match=f"cannot read {name}") as caught:

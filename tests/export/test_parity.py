@@ -1,7 +1,7 @@
-"""The gates: what was built of the embedded checkpoint makes torch's pictures, at every step count.
+"""Quality gates: builds of the embedded checkpoint make the pictures of torch, at every step count.
 
-Floors lie well below what is measured (bf16 54 dB, int8 37 dB, float32 95 dB), so that only a worse build falls
-through them, not another machine's rounding.
+The floors are well below the measured values (bf16 54 dB, int8 37 dB, float32 95 dB), so that only a worse build
+fails, and not another machine's rounding.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ TARGETS: tuple[Target, ...] = (BF16, FP32, INT8, ONNX)
 PSNR_FLOORS_DB = {BF16: 35.0, FP32: 60.0, INT8: 30.0, ONNX: 60.0}
 SSIM_FLOORS = {BF16: 0.99, FP32: 0.9999, INT8: 0.97, ONNX: 0.9999}
 RELATIVE_L2_LIMITS = {BF16: 0.03, FP32: 1e-3, INT8: 0.15, ONNX: 1e-3}
-"""Of each component's output."""
+"""Largest allowed relative L2 error of each component's output."""
 MAX_LEVELS_APART = {BF16: 8, FP32: 1, INT8: 96, ONNX: 1}
-"""Of 255: the furthest pixel that a decoder makes of noise, for which int8 was not calibrated."""
+"""Largest allowed difference of a decoder's pixel on noise, in levels of 255. int8 is not calibrated for noise."""
 PROMPT = "a red apple above a yellow banana on a blue background"
 SEED = 21
 
@@ -54,14 +54,14 @@ def build(artifacts: Path, checkpoint_folder: Path, target: Target) -> Build:
     return found
 
 
-def test_pictures_stay_at_every_step_count(build: Build, target: Target, model: LoadedModel) -> None:
+def test_pictures_are_close_to_torch_at_every_step_count(build: Build, target: Target, model: LoadedModel) -> None:
     assert tuple(build.pictures) == model.recipe.step_counts == (1, 2, 3, 4)
     for parity in build.pictures.values():
         assert parity.psnr_db >= PSNR_FLOORS_DB[target]
         assert parity.ssim >= SSIM_FLOORS[target]
 
 
-def test_every_components_output_stays(build: Build, target: Target, model: LoadedModel) -> None:
+def test_the_output_of_every_component_is_close_to_torch(build: Build, target: Target, model: LoadedModel) -> None:
     assert {"text_encoder", "denoiser", "decoder"} <= set(build.components)
     assert ("tiny_decoder" in build.components) == ("tiny" in model.decoders)
     for name, component in build.components.items():
@@ -75,10 +75,10 @@ def mean_square_error(a: Pixels, b: Pixels) -> float:
     return float(np.square(a.astype(np.float64) - b).mean())
 
 
-def test_the_manifest_says_what_a_picture_shows(
+def test_the_manifest_predicts_the_parity_of_another_picture(
     model: LoadedModel, artifacts: Path, checkpoint_folder: Path, build: Build, target: Target
 ) -> None:
-    """Made anew, from a prompt that `tdm-export` neither calibrates nor verifies with."""
+    """The prompt is not one of the prompts that `tdm-export` calibrates or verifies with."""
     built = load_model(checkpoint_folder, BackendConfig(*target, artifacts=artifacts))
     assert built.backend == build.name
     assert built.parity == build.pictures
@@ -87,15 +87,15 @@ def test_the_manifest_says_what_a_picture_shows(
         params = SamplingParams(PROMPT, SEED, steps, width, height)
         error = mean_square_error(generate(model, params), generate(built, params))
         assert error <= 255.0**2 / 10 ** (PSNR_FLOORS_DB[target] / 10)
-        # The mean and the least of the verified prompts say what to expect of another one.
+        # The mean and the minimum over the verified prompts predict the PSNR of another prompt.
         spread_db = build.pictures[steps].psnr_db - build.pictures[steps].min_psnr_db
         expected_db = build.pictures[steps].psnr_db
         if error > 0:
             assert 10 * np.log10(255.0**2 / error) == pytest.approx(expected_db, abs=3 + 3 * spread_db)
 
 
-def test_int8_is_what_runs(model: LoadedModel, artifacts: Path, checkpoint_folder: Path) -> None:
-    """Its pictures are others than those of the same files unquantised."""
+def test_the_int8_build_really_runs_in_int8(model: LoadedModel, artifacts: Path, checkpoint_folder: Path) -> None:
+    """Its pictures differ from those of the unquantised build."""
     width, height = model.recipe.native_sizes[0]
     pictures = {
         precision: generate(

@@ -1,4 +1,4 @@
-"""The architectures are the published ones; a random checkpoint can be served and opened by stock pipelines."""
+"""Architectures have the published sizes; a random checkpoint can be served and opened by stock pipelines."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SMALLER: dict[str, dict[str, Any]] = {
     ("model", "component", "parameters"),
     [
         ("sd15", "text_encoder", 123_060_480),
-        ("sd15", "denoiser", 859_520_964 + 256 * 320),  # with the input for K
+        ("sd15", "denoiser", 859_520_964 + 256 * 320),  # plus the input for K
         ("sd15", "decoder", 83_653_863),
         ("sd15", "tiny_decoder", 2_445_063),
         ("sdxl", "denoiser", 2_567_463_684 + 256 * 320),
@@ -56,7 +56,7 @@ def test_random_weights_are_reproducible_and_keep_activations_near_one() -> None
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights in the published layout, with narrow layers: the full size takes 2 GB of disk."""
+    """Checkpoint with random weights in the published layout, with narrow layers, because the full size takes 2 GB."""
     sizes = {name: replace(one, config=one.config | SMALLER[name]) for name, one in REAL_SIZES["sd15"].items()}
     folder = tmp_path_factory.mktemp("random") / "sd15"
     with pytest.MonkeyPatch.context() as patch:
@@ -117,7 +117,9 @@ def test_table_has_a_row_for_every_result() -> None:
     assert "| 1.2 |" in rows[0]
 
 
-def test_results_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_run_keeps_earlier_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     measured: list[str] = []
 
     def measure(model: str, component: str, output: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What parities say: peak signal-to-noise ratio, structural similarity, relative error."""
+"""Parities: structural similarity, relative error, and the measurement of builds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from export.prompts import CALIBRATION
@@ -27,7 +27,7 @@ def noise(seed: int, height: int = 16, width: int = 24) -> Pixels:
 
 
 def scene(height: int = 48, width: int = 48) -> Pixels:
-    """Something to see: a disc on a slope of colours, in [40, 215]."""
+    """Return a picture of a disc on a colour gradient, with values in [40, 215]."""
     y, x = np.mgrid[:height, :width]
     slope = np.stack([x / width, y / height, (x + y) / (width + height)], axis=-1)
     disc = ((y - height / 2) ** 2 + (x - width / 2) ** 2 < (height / 3) ** 2)[..., None]
@@ -35,39 +35,16 @@ def scene(height: int = 48, width: int = 48) -> Pixels:
 
 
 def with_noise(picture: Pixels, levels: int) -> Pixels:
-    """Every value that many levels up or down."""
+    """Return the picture with every value moved up or down by `levels`."""
     signs = np.random.default_rng(0).choice([-levels, levels], picture.shape)
     return (picture + signs).astype(np.uint8)
-
-
-# -- PSNR ------------------------------------------------------------------------------------------
-
-
-@given(seeds=st.tuples(st.integers(0, 99), st.integers(0, 99)))
-def test_psnr_is_symmetric_and_99_only_of_equal_pictures(seeds: tuple[int, int]) -> None:
-    a, b = map(noise, seeds)
-    assert psnr_db(a, b) == psnr_db(b, a)
-    assert (psnr_db(a, b) == EQUAL_DB) == (seeds[0] == seeds[1])
-
-
-@pytest.mark.parametrize("levels", [1, 2, 5, 10, 40])
-def test_a_known_error_has_the_known_psnr(levels: int) -> None:
-    """An error of d levels everywhere, up or down, has 20 log10(255 / d) dB."""
-    assert psnr_db(scene(), with_noise(scene(), levels)) == pytest.approx(20 * np.log10(255 / levels), abs=1e-9)
-    assert psnr_db(scene(), scene() + np.uint8(levels)) == pytest.approx(20 * np.log10(255 / levels), abs=1e-9)
-
-
-def test_black_against_white_has_0_db_whichever_comes_first() -> None:
-    """uint8 differences would wrap around."""
-    black, white = np.zeros((16, 16, 3), np.uint8), np.full((16, 16, 3), 255, np.uint8)
-    assert psnr_db(black, white) == psnr_db(white, black) == 0
 
 
 # -- SSIM ------------------------------------------------------------------------------------------
 
 
 def reference_ssim(a: Pixels, b: Pixels) -> float:
-    """Wang et al. 2004, equations 13 to 16, window by window."""
+    """Compute SSIM window by window (Wang et al. 2004, equations 13 to 16)."""
     offsets = np.arange(11) - 5
     weights = np.exp(-(offsets[:, None] ** 2 + offsets[None] ** 2) / (2 * 1.5**2))
     weights /= weights.sum()
@@ -87,12 +64,13 @@ def reference_ssim(a: Pixels, b: Pixels) -> float:
 @pytest.mark.parametrize(
     "other", [noise(1), with_noise(scene(16, 24), 20), scene(16, 24)], ids=["noise", "near", "far"]
 )
-def test_ssim_is_the_papers(other: Pixels) -> None:
+def test_ssim_equals_the_formula_of_the_paper(other: Pixels) -> None:
     assert ssim(scene(16, 24), other) == pytest.approx(reference_ssim(scene(16, 24), other), abs=1e-9)
 
 
+@settings(deadline=None)
 @given(seeds=st.tuples(st.integers(0, 99), st.integers(0, 99)))
-def test_ssim_is_symmetric_and_1_only_of_equal_pictures(seeds: tuple[int, int]) -> None:
+def test_ssim_is_symmetric_and_1_only_for_equal_pictures(seeds: tuple[int, int]) -> None:
     a, b = map(noise, seeds)
     assert ssim(a, b) == pytest.approx(ssim(b, a), abs=1e-12)
     assert (ssim(a, b) > 1 - 1e-9) == (seeds[0] == seeds[1])
@@ -105,8 +83,8 @@ def test_ssim_falls_with_noise() -> None:
     assert found[0] == pytest.approx(1) and found[-1] < 0.5
 
 
-def test_ssim_forgives_a_shift_of_brightness_and_not_the_same_error_as_noise() -> None:
-    """Both have the same PSNR; of flat pictures nothing but the means is left of the formula."""
+def test_ssim_is_higher_for_a_brightness_shift_than_for_noise_of_the_same_psnr() -> None:
+    """For flat pictures the formula depends on the means only."""
     shifted, noisy = scene() + np.uint8(20), with_noise(scene(), 20)
     assert psnr_db(scene(), shifted) == psnr_db(scene(), noisy)
     assert ssim(scene(), shifted) > 0.9 > ssim(scene(), noisy)
@@ -127,7 +105,7 @@ def test_a_relative_error_is_found_at_any_scale(error: float, scale: float) -> N
     assert parity.max_abs == pytest.approx(error * expected.abs().max().item(), abs=1e-12 * scale)
 
 
-def test_one_wrong_value_is_the_greatest_difference() -> None:
+def test_max_abs_finds_one_wrong_value() -> None:
     expected = torch.full((2, 8, 8, 3), 100, dtype=torch.uint8)
     for level, difference in ((97, 3), (255, 155), (0, 100)):  # uint8 differences would wrap around
         actual = expected.clone()
@@ -137,12 +115,12 @@ def test_one_wrong_value_is_the_greatest_difference() -> None:
         assert parity.relative_l2 == pytest.approx(difference / (100 * expected.numel() ** 0.5))
 
 
-def test_what_is_not_finite_has_no_parity() -> None:
+def test_an_output_with_nan_has_no_finite_parity() -> None:
     expected = torch.ones(2, 4)
     assert not component_parity(expected, torch.full((2, 4), float("nan"))).relative_l2 < float("inf")
 
 
-# -- a manifest's ----------------------------------------------------------------------------------
+# -- a manifest ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -169,7 +147,7 @@ def test_no_prompt_is_both_calibrated_and_compared_with() -> None:
 def test_a_spent_budget_cuts_prompts_and_not_step_counts(
     tiny_checkpoint: Path, tiny_artifacts: Path, manifest: Manifest
 ) -> None:
-    """int8 shows which prompts were compared: its parity is another with each."""
+    """The parity of int8 differs between prompts, so it shows which prompts were compared."""
     checkpoint = open_checkpoint(tiny_checkpoint)
     build = manifest.find("openvino", "int8")
     assert build is not None
@@ -182,7 +160,7 @@ def test_a_spent_budget_cuts_prompts_and_not_step_counts(
     assert cut == first != build.pictures
 
 
-def test_the_table_has_a_row_for_everything_that_was_measured(manifest: Manifest) -> None:
+def test_the_table_has_a_row_for_every_measurement(manifest: Manifest) -> None:
     rows = parity_table(manifest).splitlines()
     for build in manifest.builds:
         for name, component in build.components.items():

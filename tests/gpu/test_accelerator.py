@@ -1,4 +1,4 @@
-"""The script that measures every backend: tried on the CPU, run beside a GPU."""
+"""The script that measures every backend: a trial on the CPU, and a run on a GPU."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Product(nn.Module):
         return nn.functional.linear(latents, self.weight)
 
 
-def test_flops_are_those_of_the_products() -> None:
+def test_flops_count_the_matrix_products() -> None:
     interface = Interface(
         (TensorSpec("latents", "float32", ("batch", "height", 8)),),
         TensorSpec("output", "float32", ("batch", "height", 16)),
@@ -42,9 +42,9 @@ def test_flops_are_those_of_the_products() -> None:
     assert Part(Product(), interface, {"height": 5}).flops(3) == 2 * 3 * 5 * 8 * 16
 
 
-def test_torch_is_measured_and_what_is_missing_is_said(tmp_path: Path) -> None:
+def test_torch_is_measured_and_missing_backends_give_a_reason(tmp_path: Path) -> None:
     if torch.cuda.is_available():
-        pytest.skip("nothing is missing beside a GPU")
+        pytest.skip("on a GPU nothing is missing")
     rows = run(
         tmp_path,
         "--device",
@@ -75,12 +75,12 @@ def test_torch_is_measured_and_what_is_missing_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_second_run_goes_on(tmp_path: Path) -> None:
+def test_a_second_run_continues(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     device = ["--device", "cpu", "--models", "sdxl", "--batches", "1", "--precisions", "fp32"]
     first = run(tmp_path, *device, "--backends", "torch")
     both = run(tmp_path, *device, "--backends", "torch", "onnxruntime")
-    assert both[: len(first)] == first  # not measured again
+    assert both[: len(first)] == first  # kept, not measured again
     added = [row for row in both if row["way"] == "onnxruntime fp32"]
     assert [row["part"] for row in added] == ["denoiser", "decoder", "picture"]
     assert all(row["relative_l2"] < 1e-3 for row in added)
@@ -88,7 +88,7 @@ def test_a_second_run_goes_on(tmp_path: Path) -> None:
     assert environment["torch"] == torch.__version__ and environment["rounds"] == "2"
 
 
-def test_without_cuda_the_way_to_try_it_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_cuda_the_error_names_the_flags_for_a_trial(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
     with pytest.raises(SystemExit):
@@ -99,8 +99,8 @@ def test_without_cuda_the_way_to_try_it_is_said(tmp_path: Path, capsys: pytest.C
 @pytest.mark.gpu
 @pytest.mark.timeout(1800)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_every_backend_is_measured_beside_a_gpu(tmp_path: Path) -> None:
-    """Those whose library is missing give their reason."""
+def test_every_backend_is_measured_on_a_gpu(tmp_path: Path) -> None:
+    """Backends with a missing library give a reason instead."""
     rows = run(tmp_path, "--batches", "1", "3")
     for row in rows:
         if row["way"].split()[0] in ("torch", "torch-compiled", "cuda-graphs"):

@@ -1,4 +1,4 @@
-"""On a CUDA device compiled programs compute what the module computes, one a bucket."""
+"""On a CUDA device, compiled programs compute the same as the module, with one program per bucket."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ CUDA = torch.device("cuda")
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 0.03)])
-def test_compiled_is_eager(family: str, dtype: torch.dtype, tolerance: float) -> None:
-    """Batches of 3 and 4 are one program; so are the two of 1."""
+def test_compiled_equals_eager(family: str, dtype: torch.dtype, tolerance: float) -> None:
+    """Batches of 3 and 4 share a program, and so do the two batches of 1."""
     import torch._dynamo
 
     torch._dynamo.reset()

@@ -1,4 +1,4 @@
-"""A CUDA graph replays what the module computes, for every shape, and keeps a bounded number of recordings."""
+"""CUDA graphs compute the same as the module for every shape, and the number of recordings is bounded."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ pytestmark = [
 ]
 CUDA = torch.device("cuda")
 KERNEL_TOLERANCE = 1e-3
-"""Relative L2: other batch sizes take other kernels, and convolutions compute in TF32."""
+"""Allowed relative L2: other batch sizes use other kernels, and convolutions compute in TF32."""
 DEVICE_TOLERANCE = 3
-"""Levels of 255 by which another device's kernels may change a picture."""
+"""Allowed difference in levels of 255 between the kernels of two devices."""
 
 
 def on_cuda(family: str, batch: int, seed: int = 0, scale: int = 1) -> list[torch.Tensor]:
@@ -40,7 +40,7 @@ def on_cuda(family: str, batch: int, seed: int = 0, scale: int = 1) -> list[torc
 def pair(
     family: str = "sd", dtype: torch.dtype = torch.float32, max_graphs: int = 8
 ) -> tuple[CudaGraphBackend, TorchBackend]:
-    """The same weights, replayed and eager."""
+    """Return a replaying and an eager backend with the same weights."""
     denoiser, interface = tiny_denoiser(family)
     graphs = CudaGraphBackend(copy.deepcopy(denoiser), CUDA, dtype, interface, max_graphs)
     return graphs, TorchBackend(denoiser, CUDA, dtype, interface=interface)
@@ -48,8 +48,8 @@ def pair(
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_replay_is_the_eager_call(family: str, dtype: torch.dtype) -> None:
-    """Shapes recorded and replayed in turn: they share their memory."""
+def test_a_replay_equals_the_eager_call(family: str, dtype: torch.dtype) -> None:
+    """Shapes are recorded and replayed in turn, because they share memory."""
     graphs, eager = pair(family, dtype)
     for batch, scale in [(1, 1), (3, 1), (2, 2), (1, 1), (8, 1), (3, 1), (2, 2), (1, 1)]:
         inputs = on_cuda(family, batch, seed=batch, scale=scale)
@@ -59,14 +59,14 @@ def test_a_replay_is_the_eager_call(family: str, dtype: torch.dtype) -> None:
         assert relative_l2(output, eager(*inputs)) < tolerance
 
 
-def test_new_inputs_reach_the_recording() -> None:
+def test_a_replay_uses_the_inputs_of_its_call() -> None:
     graphs, eager = pair()
     for seed in range(4):
         inputs = on_cuda("sd", 2, seed=seed)
         assert relative_l2(graphs(*inputs), eager(*inputs)) < KERNEL_TOLERANCE
 
 
-def test_the_caller_owns_what_it_gets() -> None:
+def test_later_calls_do_not_change_an_earlier_output() -> None:
     graphs, _ = pair()
     first = graphs(*on_cuda("sd", 2))
     kept = first.clone()
@@ -91,7 +91,7 @@ def test_the_least_recently_used_recording_is_dropped() -> None:
 
 
 def test_another_thread_may_work_while_a_graph_is_recorded() -> None:
-    """As the decoder does beside the denoiser: it allocates, and records graphs of its own."""
+    """The decoder does this during denoiser calls: it allocates memory and records its own graphs."""
     torch.manual_seed(0)
     decoder = DecoderModule(build_vae("sd"))
     decoding = CudaGraphBackend(copy.deepcopy(decoder), CUDA)

@@ -1,4 +1,4 @@
-"""ONNX Runtime's CUDA provider computes what torch computes, in the order of the caller's stream."""
+"""ONNX Runtime's CUDA provider computes the same as torch, in the order of the caller's stream."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ pytestmark = [
 ]
 CUDA = torch.device("cuda")
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 1e-2}
-"""Relative L2 against torch float32: convolutions compute in TF32."""
+"""Allowed relative L2 against torch float32, whose convolutions compute in TF32."""
 
 Build = Callable[[torch.dtype], OnnxRuntimeBackend]
 
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    """A backend of the tiny denoiser in a precision."""
+    """Function that builds a backend of the tiny denoiser in a precision."""
     folder = tmp_path_factory.mktemp("onnx")
 
     def build(dtype: torch.dtype) -> OnnxRuntimeBackend:
@@ -53,7 +53,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
-def test_any_batch_and_size_is_as_torch_has_it(build: Build, dtype: torch.dtype) -> None:
+def test_outputs_equal_torch_at_any_batch_and_size(build: Build, dtype: torch.dtype) -> None:
     backend, torch_backend = build(dtype), TorchBackend(tiny_denoiser("sd")[0], CUDA)
     assert backend._session.get_providers()[0] == "CUDAExecutionProvider"
     for batch, scale in [(1, 1), (3, 1), (2, 2), (1, 1), (7, 1), (3, 1)]:
@@ -64,8 +64,8 @@ def test_any_batch_and_size_is_as_torch_has_it(build: Build, dtype: torch.dtype)
 
 
 @pytest.mark.parametrize("is_default", [True, False])
-def test_calls_keep_their_place_on_the_callers_stream(build: Build, is_default: bool) -> None:
-    """Inputs that are still being computed when the call is made, results that are used at once."""
+def test_calls_run_in_order_on_the_callers_stream(build: Build, is_default: bool) -> None:
+    """Inputs are still being computed at the call, and outputs are used at once."""
     backend, torch_backend = build(torch.float32), TorchBackend(tiny_denoiser("sd")[0], CUDA)
     latents, *rest = (tensor.to(CUDA) for tensor in tiny_inputs("sd", 4))
     expected = torch_backend(2 * latents, *rest) + 1
@@ -79,21 +79,21 @@ def test_calls_keep_their_place_on_the_callers_stream(build: Build, is_default: 
             late = latents + (busy.sum() * 0).nan_to_num() + latents
             actual = backend(late, *rest) + 1
             del late
-            torch.full_like(latents, torch.nan)  # would land in the memory of what was freed too early
+            torch.full_like(latents, torch.nan)  # would overwrite memory that was freed too early
             assert relative_l2(actual, expected) < TOLERANCES[torch.float32]
 
 
-def test_the_caller_owns_what_it_gets(build: Build) -> None:
+def test_later_calls_do_not_change_an_earlier_output(build: Build) -> None:
     backend = build(torch.float32)
     inputs = [tensor.to(CUDA) for tensor in tiny_inputs("sd", 2)]
-    for _ in range(2):  # with memory of ONNX Runtime's, then of torch's
+    for _ in range(2):  # first with ONNX Runtime's memory, then with torch's
         first = backend(*inputs)
         kept = first.clone()
         backend(*(tensor.to(CUDA) for tensor in tiny_inputs("sd", 2, seed=1)))
         assert torch.equal(first, kept)
 
 
-def test_pixels_come_as_bytes(tmp_path: Path) -> None:
+def test_the_decoder_returns_uint8_pixels(tmp_path: Path) -> None:
     torch.manual_seed(0)
     decoder = DecoderModule(build_vae("sd"))
     export_onnx(decoder, decoder.interface(), tmp_path / "decoder.onnx", title="decoder")

@@ -1,4 +1,4 @@
-"""On a CUDA device the torch backend makes the pictures that it makes on the CPU."""
+"""On a CUDA device, the torch backend makes the same pictures as on the CPU."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 DEVICE_TOLERANCE = 3
-"""Levels of 255 by which another device's kernels may change a picture."""
+"""Allowed difference in levels of 255 between the kernels of two devices."""
 
 
 @pytest.fixture(scope="module")

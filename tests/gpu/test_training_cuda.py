@@ -1,4 +1,4 @@
-"""On a CUDA device an iteration of a distillation moves the weights as it moves them on the CPU."""
+"""On a CUDA device, distillation steps change the weights as on the CPU."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_family_trains_on_cuda(family: str, lora_rank: int) -> None:
 def test_cuda_and_cpu_train_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     config = replace(UNIFY, precision="fp32")
     on_cuda = trained(tiny_distiller("sd", config))
-    PartialState._reset_state()  # it keeps the device of its first use
+    PartialState._reset_state()  # it keeps the device of the first use
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
         on_cpu = trained(tiny_distiller("sd", config))

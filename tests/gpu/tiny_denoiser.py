@@ -1,4 +1,4 @@
-"""Tiny denoisers with what they are called with, for the tests of backends."""
+"""Tiny denoisers and inputs for them, for the tests of backends."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ CONDITION_DIM = 8
 
 
 def tiny_denoiser(family: str, seed: int = 0) -> tuple[Denoiser, Interface]:
-    """A denoiser that is told K, float32 on the CPU, and its interface. Another seed has other weights."""
+    """Return a step-conditioned denoiser, float32 on the CPU, and its interface. The seed sets the weights."""
     denoiser = denoiser_for(TINY_MODELS[family]())
     denoiser.add_step_condition(CONDITION_DIM)
     draw = torch.Generator().manual_seed(seed)
     for parameter in denoiser.parameters():
-        if seed or not parameter.any():  # K enters by zeros: it must be felt
+        if seed or not parameter.any():  # the step condition starts at zero; it must have an effect
             torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5, generator=draw)
     return denoiser.requires_grad_(False), interface_of(denoiser, TEXT_TOKENS, TEXT_DIM)
 
 
 def tiny_inputs(family: str, batch: int, *, seed: int = 0, scale: int = 1) -> tuple[Tensor, ...]:
-    """The interface's tensors, on the CPU.
+    """Return random inputs of the interface, on the CPU.
 
     Args:
-        scale: of latent height and width.
+        scale: factor of latent height and width.
     """
     draw = torch.Generator().manual_seed(seed)
     *front, height, width = TINY_SHAPES[family]
@@ -40,6 +40,6 @@ def tiny_inputs(family: str, batch: int, *, seed: int = 0, scale: int = 1) -> tu
 
 
 def relative_l2(actual: Tensor, expected: Tensor) -> float:
-    """|actual - expected| / |expected|, on the CPU in float64."""
+    """Return |actual - expected| / |expected|, computed on the CPU in float64."""
     actual, expected = actual.cpu().double(), expected.cpu().double()
     return float((actual - expected).norm() / expected.norm())

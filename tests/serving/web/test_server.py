@@ -22,9 +22,9 @@ from PIL import Image
 from serving.config import ServerConfig
 from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT
 from tdm_runtime.media.image_file import encode_image
+from tdm_runtime.media.psnr import psnr_db
 from tdm_runtime.model.artifacts import BackendConfig
 from tdm_runtime.model.choice import MIN_PSNR_DB, load_model
-from tdm_runtime.model.decoder import Pixels
 from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.params import DecoderName, SamplingParams
 from tdm_runtime.pipeline import generate
@@ -64,10 +64,6 @@ def metric(http: httpx.Client, name: str) -> float:
     """Sum of a metric over its labels."""
     values = re.findall(rf"^{name}(?:{{[^}}]*}})? (\S+)$", http.get("/metrics").text, re.MULTILINE)
     return sum(map(float, values))
-
-
-def psnr_db(a: Pixels, b: Pixels) -> float:
-    return float(10 * np.log10(255.0**2 / max(np.square(a.astype(np.float64) - b).mean(), 1e-9)))
 
 
 @pytest.fixture(scope="module")

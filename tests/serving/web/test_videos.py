@@ -18,13 +18,14 @@ from PIL import Image
 
 from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT
 from tdm_runtime.cli import main as tdm_generate
+from tdm_runtime.media.psnr import psnr_db
 from tdm_runtime.model.artifacts import BackendConfig
 from tdm_runtime.model.choice import load_model
 from tdm_runtime.model.decoder import Pixels
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.pipeline import generate
 from tests.serving.conftest import RunningServer
-from tests.serving.web.test_server import BACKEND_LINE, psnr_db
+from tests.serving.web.test_server import BACKEND_LINE
 
 CLIP = {"prompt": "a red heart", "seed": 7, "seconds": "2", "fps": 4, "num_inference_steps": 2}
 PICTURE_TOLERANCE = 2

@@ -17,6 +17,7 @@ from torch import Tensor
 from tdm_runtime.backends import Backend
 from tdm_runtime.backends.pytorch import TorchBackend
 from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT, open_checkpoint
+from tdm_runtime.media.psnr import psnr_db
 from tdm_runtime.model.components import DecoderModule
 from tdm_runtime.model.decoder import TILE_OVERLAP, Decoder, Pixels, _tile_starts, torch_decoder
 from tdm_runtime.model.loaded_model import LoadedModel
@@ -103,10 +104,6 @@ def mosaic(scenes: list[Tensor], rows: int, columns: int) -> Tensor:
     """Scenes side by side, as one picture's latents [1, 4, 16 rows, 16 columns]."""
     lines = [torch.cat(scenes[row * columns : (row + 1) * columns], dim=-1) for row in range(rows)]
     return torch.cat(lines, dim=-2)[None]
-
-
-def psnr_db(a: Pixels, b: Pixels) -> float:
-    return float(10 * np.log10(255.0**2 / np.square(a.astype(np.float64) - b).mean()))
 
 
 # -- slices ----------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from tdm_runtime.media.psnr import psnr_db
 from tdm_runtime.model.decoder import Pixels
 from training.emoji.data.glyphs import Glyph, load_glyphs, render_glyphs
 from training.emoji.data.scenes import BACKGROUNDS, Placement, Scene, render, sample_scene
@@ -33,8 +34,8 @@ SHIFTS_PX = (-2, 0, 2)
 JITTER_SHIFTS = (-0.0125, 0.0, 0.0125)
 """Shares of the side. With the scales they reach nearly every whole-pixel drawing that a jittered scene may be."""
 JITTER_SCALES = (0.965, 0.983, 1.0, 1.017, 1.035)
-LEAST_SQUARE_ERROR = 1.0
-"""Mean, in uint8 steps. Nearer pictures count as this near, 48.1 dB, so that a mean over pictures stays finite."""
+MAX_PSNR_DB = float(20 * np.log10(255))
+"""PSNR of a mean square error of one level of 255; closer pictures count as this close."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,7 @@ class Scorer:
     def psnr_db(self, picture: Pixels, scene: Scene) -> float:
         """Peak signal-to-noise ratio of a uint8 [H, H, 3] picture to the nearest drawing of its scene, decibels."""
         side_px = picture.shape[0]
-        errors = np.square(self._drawings(scene, side_px) - picture.astype(np.float32)).mean(axis=(1, 2, 3))
-        return float(10.0 * np.log10(255.0**2 / max(LEAST_SQUARE_ERROR, float(errors.min()))))
+        return min(MAX_PSNR_DB, max(psnr_db(picture, drawing) for drawing in self._drawings(scene, side_px)))
 
     def _drawings(self, scene: Scene, side_px: int) -> Pixels:
         """A scene at every jitter, uint8 [N, H, W, 3]. Kept: a scene is scored for many samplers."""

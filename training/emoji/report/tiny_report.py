@@ -12,13 +12,14 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
 
 from tdm_runtime.checkpoint.folder import open_checkpoint
+from tdm_runtime.media.psnr import psnr_db
 from tdm_runtime.model.decoder import Pixels
 from training.emoji.data.scenes import Scene, caption
 from training.emoji.report.features import features_of, load_features
 from training.emoji.report.score import Score
 from training.emoji.report.scores import Yardstick
 from training.emoji.stages.autoencoder import to_pixels
-from training.emoji.stages.tiny_autoencoder import CHUNK, StudentSampler, in_chunks, psnr_db, to_bytes
+from training.emoji.stages.tiny_autoencoder import CHUNK, StudentSampler, in_chunks, to_bytes
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,8 @@ def print_tiny_vae(checkpoint: Path, count: int = 250) -> None:
     )
     for name, given in latents.items():
         full, tiny = both.decode(given), both.decode_tiny(given)
-        print(_row(name, psnr_db(tiny, full), *(_measure(pixels, scenes, yardstick) for pixels in (full, tiny))))
+        likeness_db = psnr_db(tiny.numpy(), full.numpy(), peak=2.0)
+        print(_row(name, likeness_db, *(_measure(pixels, scenes, yardstick) for pixels in (full, tiny))))
 
 
 def _measure(pixels: Tensor, scenes: list[Scene], yardstick: Yardstick) -> DecoderScore:

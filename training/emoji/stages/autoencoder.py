@@ -16,6 +16,7 @@ from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tdm_runtime.media.psnr import psnr_db
 from training.emoji.data.glyphs import Glyph, load_glyphs, render_glyphs
 from training.emoji.data.scenes import render, sample_scene
 from training.methods.precision import autocast
@@ -142,7 +143,7 @@ def train_autoencoder(folder: Path, config: AutoencoderConfig) -> None:
         config.loop,
         Trainable({"model": model, "average": average}, {"model": optimizer}),
         train_step,
-        evaluate=lambda _: {"psnr_db": psnr_db(average, held_out)},
+        evaluate=lambda _: {"psnr_db": reconstruction_db(average, held_out)},
         evaluate_every=500,
     )
     average.register_to_config(scaling_factor=1.0 / latent_spread(average, renderer.pixels(range(512))))
@@ -165,7 +166,7 @@ def train_decoder(folder: Path, autoencoder_folder: Path, config: DecoderConfig)
         parameter.requires_grad_(True)
     renderer = SceneRenderer(config.loop.seed)
     held_out = renderer.pixels(range(128), held_out=True)
-    before = psnr_db(model, held_out)
+    before = reconstruction_db(model, held_out)
 
     def train_step(step: int, generator: torch.Generator) -> dict[str, float]:
         set_learning_rate(optimizer, learning_rate_at(step, config.loop.steps, config.learning_rate))
@@ -185,7 +186,7 @@ def train_decoder(folder: Path, autoencoder_folder: Path, config: DecoderConfig)
         config.loop,
         Trainable({"model": model, "average": average}, {"model": optimizer}),
         train_step,
-        evaluate=lambda _: {"psnr_before_db": before, "psnr_db": psnr_db(average, held_out)},
+        evaluate=lambda _: {"psnr_before_db": before, "psnr_db": reconstruction_db(average, held_out)},
         evaluate_every=500,
     )
     average.save_pretrained(folder / "vae")
@@ -202,10 +203,10 @@ def noisy_latents(model: AutoencoderKL, pixels: Tensor, noise: float, generator:
 
 
 @torch.no_grad()
-def psnr_db(model: AutoencoderKL, pixels: Tensor) -> float:
+def reconstruction_db(model: AutoencoderKL, pixels: Tensor) -> float:
     """Peak signal-to-noise ratio of the reconstruction of [B, 3, H, W] in [-1, 1], in decibels."""
     output = model.decode(model.encode(pixels).latent_dist.mode()).sample.clamp(-1, 1)
-    return float(10.0 * torch.log10(4.0 / (output - pixels).square().mean()))
+    return psnr_db(output.numpy(), pixels.numpy(), peak=2.0)
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tdm_runtime.checkpoint.folder import TINY_VAE
+from tdm_runtime.media.psnr import psnr_db
 from tdm_runtime.sampling.noise import initial_noise
 from training.emoji.data.scenes import caption, sample_scene
 from training.emoji.stages.autoencoder import SceneRenderer, octaves_loss
@@ -286,17 +287,15 @@ def likeness(model: AutoencoderTiny, pairs: Pairs) -> dict[str, float]:
     drawings, means = pairs.encoding(torch.arange(len(pairs.drawings)))
     decoded = in_chunks(lambda chunk: model.decode(chunk).sample, latents)
     encoded = in_chunks(lambda chunk: model.encode(chunk).latents, drawings)
-    return {"psnr_db": psnr_db(decoded, pictures), "latent_rms": float((encoded - means).square().mean().sqrt())}
+    return {
+        "psnr_db": psnr_db(decoded.clamp(-1, 1).numpy(), pictures.numpy(), peak=2.0),
+        "latent_rms": float((encoded - means).square().mean().sqrt()),
+    }
 
 
 def in_chunks(function: Callable[[Tensor], Tensor], given: Tensor) -> Tensor:
     """`function` of a long batch, a chunk at a time."""
     return torch.cat([function(given[start : start + CHUNK]) for start in range(0, len(given), CHUNK)])
-
-
-def psnr_db(pixels: Tensor, reference: Tensor) -> float:
-    """Peak signal-to-noise ratio over all of [B, 3, H, W] in [-1, 1], in decibels."""
-    return float(10.0 * torch.log10(4.0 / (pixels.clamp(-1, 1) - reference).square().mean()))
 
 
 def _optimizer(part: torch.nn.Module, config: TinyAutoencoderConfig) -> torch.optim.Optimizer:
