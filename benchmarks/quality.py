@@ -9,9 +9,9 @@ import time
 from benchmarks.plots import Quality
 from benchmarks.workload import Workload
 from tdm_runtime.media.image_file import encode_image
-from tdm_runtime.media.psnr import psnr_db
 from tdm_runtime.model.decoder import Pixels
 from tdm_runtime.model.loaded_model import LoadedModel
+from tdm_runtime.model.similarity import psnr_db
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.pipeline import generate
 

@@ -40,7 +40,7 @@ from tdm_runtime.errors import BackendError
 from tdm_runtime.families.call import denoiser_arguments
 from tdm_runtime.families.conditioning import Conditioning
 from tdm_runtime.model.components import load_component
-from tdm_runtime.model.parity import psnr_db
+from tdm_runtime.model.similarity import psnr_db
 from tdm_runtime.sampling.sampler import solve
 
 STEPS = 4

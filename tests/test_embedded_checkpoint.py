@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from tdm_runtime.media.psnr import psnr_db
 from tdm_runtime.model.loaded_model import LoadedModel
+from tdm_runtime.model.similarity import psnr_db
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.pipeline import generate
 from tdm_runtime.sampling.noise import initial_noise

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn import functional
 
 from tdm_runtime.backends import Precision
 from tdm_runtime.checkpoint.folder import Checkpoint
@@ -17,6 +15,7 @@ from tdm_runtime.checkpoint.manifest import PictureParity
 from tdm_runtime.model.decoder import Pixels
 from tdm_runtime.model.load import load_with_torch
 from tdm_runtime.model.loaded_model import LoadedModel
+from tdm_runtime.model.similarity import psnr_db, ssim
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.pipeline import generate
 
@@ -24,8 +23,6 @@ MIN_PSNR_DB = 35.0
 """Pictures of a backend that is chosen without being asked for keep at least this against torch float32."""
 QUANTISED_MIN_PSNR_DB = 30.0
 """What int8 and fp8 keep at least where they are asked for by name."""
-EQUAL_DB = 99.0
-"""What equal pictures are given, whose PSNR is infinite."""
 PROMPTS = (
     "a red apple",
     "a rocket on a blue background",
@@ -89,25 +86,3 @@ def _parity(pairs: Sequence[tuple[Pixels, Pixels]]) -> PictureParity:
     psnrs = [psnr_db(a, b) for a, b in pairs]
     similarity = float(np.mean([ssim(a, b) for a, b in pairs]))
     return PictureParity(float(np.mean(psnrs)), min(psnrs), similarity)
-
-
-def psnr_db(a: Pixels, b: Pixels) -> float:
-    """Peak signal-to-noise ratio of two pictures, uint8 [H, W, 3]."""
-    error = np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)
-    return EQUAL_DB if error == 0 else float(min(EQUAL_DB, 10 * np.log10(255.0**2 / error)))
-
-
-def ssim(a: Pixels, b: Pixels) -> float:
-    """Mean structural similarity of two pictures, uint8 [H, W, 3] (Wang et al. 2004, sec. III-C, on each channel)."""
-    x, y = (torch.from_numpy(p.astype(np.float64)).permute(2, 0, 1)[:, None] for p in (a, b))
-    offsets = torch.arange(11, dtype=torch.float64) - 5
-    gaussian = torch.exp(-(offsets**2) / (2 * 1.5**2))
-    window = torch.outer(gaussian, gaussian)[None, None] / gaussian.sum() ** 2
-
-    def mean(values: Tensor) -> Tensor:
-        return functional.conv2d(values, window)
-
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    mx, my = mean(x), mean(y)
-    vx, vy, cov = mean(x * x) - mx * mx, mean(y * y) - my * my, mean(x * y) - mx * my
-    return float(((2 * mx * my + c1) * (2 * cov + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))).mean())

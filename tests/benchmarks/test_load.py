@@ -40,7 +40,7 @@ async def start_when_refused(engine: DiffusionEngine, recording: Recording, num_
     engine.start()
 
 
-def test_a_closed_loop_asks_for_everything_once(engine: DiffusionEngine):
+def test_a_closed_loop_sends_every_request_once(engine: DiffusionEngine):
     recording = Recording()
     requests = list(itertools.islice(workload(1, 2, 3, 4).requests(), 20))
     asyncio.run(closed_loop(EngineTarget(engine), requests, 4, recording))

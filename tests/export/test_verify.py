@@ -16,7 +16,8 @@ from export.verify import component_parity, parity_table, verify
 from tdm_runtime.checkpoint.folder import open_checkpoint
 from tdm_runtime.checkpoint.manifest import ComponentParity, Manifest, PictureParity, kernel_choice, load_manifest
 from tdm_runtime.model.decoder import Pixels
-from tdm_runtime.model.parity import EQUAL_DB, PROMPTS, ParityConfig, psnr_db, ssim
+from tdm_runtime.model.parity import PROMPTS, ParityConfig
+from tdm_runtime.model.similarity import EQUAL_DB, psnr_db, ssim
 
 TWO_PROMPTS = ("a red apple", "a cat left of a dog")
 

@@ -22,10 +22,10 @@ from PIL import Image
 from serving.config import ServerConfig
 from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT
 from tdm_runtime.media.image_file import encode_image
-from tdm_runtime.media.psnr import psnr_db
 from tdm_runtime.model.artifacts import BackendConfig
 from tdm_runtime.model.choice import MIN_PSNR_DB, load_model
 from tdm_runtime.model.loaded_model import LoadedModel
+from tdm_runtime.model.similarity import psnr_db
 from tdm_runtime.params import DecoderName, SamplingParams
 from tdm_runtime.pipeline import generate
 from tests.serving.conftest import RunningServer

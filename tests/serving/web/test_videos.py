@@ -18,10 +18,10 @@ from PIL import Image
 
 from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT
 from tdm_runtime.cli import main as tdm_generate
-from tdm_runtime.media.psnr import psnr_db
 from tdm_runtime.model.artifacts import BackendConfig
 from tdm_runtime.model.choice import load_model
 from tdm_runtime.model.decoder import Pixels
+from tdm_runtime.model.similarity import psnr_db
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.pipeline import generate
 from tests.serving.conftest import RunningServer

@@ -9,9 +9,9 @@ import av
 import numpy as np
 import pytest
 
-from tdm_runtime.media.psnr import psnr_db
 from tdm_runtime.media.video_file import encode_clip
 from tdm_runtime.model.decoder import Pixels
+from tdm_runtime.model.similarity import psnr_db
 
 MIN_PSNR_DB = 38.0
 

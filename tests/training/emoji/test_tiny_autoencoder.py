@@ -12,8 +12,8 @@ from diffusers import AutoencoderTiny, StableDiffusionPipeline
 
 from tdm_runtime.checkpoint.folder import TINY_VAE, TINY_VAE_FILES, TINY_VAE_WEIGHTS, file_sha256, open_checkpoint
 from tdm_runtime.errors import CheckpointError, RecipeError
-from tdm_runtime.media.psnr import psnr_db
 from tdm_runtime.model.loaded_model import LoadedModel
+from tdm_runtime.model.similarity import psnr_db
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.pipeline import generate
 from tests.training.run.killed import assert_resumes, needs_font

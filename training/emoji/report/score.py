@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from tdm_runtime.media.psnr import psnr_db
 from tdm_runtime.model.decoder import Pixels
+from tdm_runtime.model.similarity import psnr_db
 from training.emoji.data.glyphs import Glyph, load_glyphs, render_glyphs
 from training.emoji.data.scenes import BACKGROUNDS, Placement, Scene, render, sample_scene
 

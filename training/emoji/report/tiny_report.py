@@ -12,8 +12,8 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
 
 from tdm_runtime.checkpoint.folder import open_checkpoint
-from tdm_runtime.media.psnr import psnr_db
 from tdm_runtime.model.decoder import Pixels
+from tdm_runtime.model.similarity import psnr_db
 from training.emoji.data.scenes import Scene, caption
 from training.emoji.report.features import features_of, load_features
 from training.emoji.report.score import Score

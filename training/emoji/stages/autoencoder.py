@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tdm_runtime.media.psnr import psnr_db
+from tdm_runtime.model.similarity import psnr_db
 from training.emoji.data.glyphs import Glyph, load_glyphs, render_glyphs
 from training.emoji.data.scenes import render, sample_scene
 from training.methods.precision import autocast

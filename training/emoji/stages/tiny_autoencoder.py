@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tdm_runtime.checkpoint.folder import TINY_VAE
-from tdm_runtime.media.psnr import psnr_db
+from tdm_runtime.model.similarity import psnr_db
 from tdm_runtime.sampling.noise import initial_noise
 from training.emoji.data.scenes import caption, sample_scene
 from training.emoji.stages.autoencoder import SceneRenderer, octaves_loss

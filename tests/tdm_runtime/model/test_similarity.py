@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tdm_runtime.media.psnr import EQUAL_DB, psnr_db
 from tdm_runtime.model.decoder import Pixels
+from tdm_runtime.model.similarity import EQUAL_DB, psnr_db
 
 
 def noise(seed: int) -> Pixels:
