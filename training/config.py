@@ -33,10 +33,8 @@ _NOT_NEGATIVE = (
     "student_learning_rate",
     "fake_learning_rate",
     "discriminator_learning_rate",
-    "final_lr_share",
     "lora_alpha",
     "flow_shift",
-    "save_every_s",
 )
 
 
@@ -146,23 +144,16 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         is_counts = bool(self.step_counts) and min(self.step_counts) >= 1 and max(self.step_counts) <= MAX_STEPS
-        _require("step_counts", self.step_counts, is_counts, f"a list of numbers from 1 to {MAX_STEPS}")
-        for name in ("batch_size", "accumulation", "fake_updates", "width", "height", "frames", "log_every"):
-            _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        _require("steps", self.steps, self.steps >= 0, "at least 0")
-        is_divisor = self.batch_size % self.accumulation == 0
-        _require("accumulation", self.accumulation, is_divisor, f"a divisor of batch_size, {self.batch_size}")
-        for name in ("min_tau_gap", "warmup_steps", "lora_rank", "grid_every"):
-            _require(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
+        require("step_counts", self.step_counts, is_counts, f"a list of numbers from 1 to {MAX_STEPS}")
+        check_shared_fields(vars(self))
+        for name in ("fake_updates", "width", "height", "frames"):
+            require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        for name in ("steps", "min_tau_gap", "lora_rank", "grid_every"):
+            require(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
         for name in _NOT_NEGATIVE:
-            value = getattr(self, name)
-            _require(name, value, math.isfinite(value) and value >= 0, "a finite number of at least 0")
-        _require("clip_norm", self.clip_norm, self.clip_norm > 0, "above 0")
-        _require("ema_decay", self.ema_decay, 0 <= self.ema_decay < 1, "in [0, 1)")
-        is_betas = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
-        _require("betas", self.betas, is_betas, "two numbers in [0, 1)")
+            require_not_negative(name, getattr(self, name))
         for k, values in self.timesteps.items():
-            _require("timesteps", {k: values}, k == len(values), f"{k} timesteps for {k} steps")
+            require("timesteps", {k: values}, k == len(values), f"{k} timesteps for {k} steps")
         if self.adversarial_weight and self.lora_rank:
             raise ConfigError(
                 "adversarial_weight needs a teacher of its own to make a discriminator of, and LoRA adapters share "
@@ -175,6 +166,36 @@ class DistillConfig:
             )
         if self.method == "lcm" and self.lora_rank:
             raise ConfigError(f"method 'lcm' trains whole copies; set lora_rank (now {self.lora_rank}) to 0")
+
+
+def check_shared_fields(values: Mapping[str, Any]) -> None:
+    """Check the fields that `DistillConfig` and `FinetuneConfig` share.
+
+    Raises:
+        ConfigError: a value does not fit.
+    """
+    for name in ("batch_size", "accumulation", "log_every"):
+        require(name, values[name], values[name] >= 1, "at least 1")
+    batch_size, accumulation = values["batch_size"], values["accumulation"]
+    require("accumulation", accumulation, batch_size % accumulation == 0, f"a divisor of batch_size, {batch_size}")
+    require("warmup_steps", values["warmup_steps"], values["warmup_steps"] >= 0, "at least 0")
+    for name in ("final_lr_share", "save_every_s"):
+        require_not_negative(name, values[name])
+    require("clip_norm", values["clip_norm"], values["clip_norm"] > 0, "above 0")
+    require("ema_decay", values["ema_decay"], 0 <= values["ema_decay"] < 1, "in [0, 1)")
+    betas = values["betas"]
+    require("betas", betas, len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "two numbers in [0, 1)")
+
+
+def require_not_negative(name: str, value: float) -> None:
+    """Raise a `ConfigError` unless the value is finite and at least 0."""
+    require(name, value, math.isfinite(value) and value >= 0, "a finite number of at least 0")
+
+
+def require(name: str, value: object, is_allowed: bool, allowed: str) -> None:
+    """Raise a `ConfigError` that names field, value and what is allowed, unless the value is allowed."""
+    if not is_allowed:
+        raise ConfigError(f"{name} is {value!r}; it must be {allowed}")
 
 
 def load_config(preset: DistillConfig, file: Path | None) -> DistillConfig:
@@ -207,28 +228,23 @@ def with_changes(preset: DistillConfig, raw: Mapping[str, Any]) -> DistillConfig
 
 def _typed(name: str, value: Any, hint: Any) -> Any:
     if get_origin(hint) is Literal:
-        _require(name, value, value in get_args(hint), f"one of {', '.join(get_args(hint))}")
+        require(name, value, value in get_args(hint), f"one of {', '.join(get_args(hint))}")
         return value
     if name == "timesteps":
         is_map = isinstance(value, dict) and all(k.isdecimal() and _is_numbers(v) for k, v in value.items())
-        _require(name, value, is_map, "a table from step count to a list of timesteps")
+        require(name, value, is_map, "a table from step count to a list of timesteps")
         return {int(k): tuple(float(t) for t in v) for k, v in value.items()}
     if get_origin(hint) is tuple:
-        _require(name, value, isinstance(value, list), "a list of numbers")
+        require(name, value, isinstance(value, list), "a list of numbers")
         return tuple(_typed(name, item, get_args(hint)[0]) for item in value)
     if hint is float and type(value) is int:
         value = float(value)
-    _require(name, value, type(value) is hint, f"of type {hint.__name__}")
+    require(name, value, type(value) is hint, f"of type {hint.__name__}")
     return value
 
 
 def _is_numbers(value: object) -> bool:
     return isinstance(value, list) and all(type(item) in (int, float) for item in value)
-
-
-def _require(name: str, value: object, is_allowed: bool, allowed: str) -> None:
-    if not is_allowed:
-        raise ConfigError(f"{name} is {value!r}; it must be {allowed}")
 
 
 def config_as_toml(config: DistillConfig) -> str:

@@ -22,11 +22,9 @@ from training.methods.roles import CleanEstimator, Guided, Roles
 from training.methods.tdm import TDM, StudentSample
 from training.methods.trajectory import CleanEstimate, Coordinates, Start, Trajectories, build_trajectories, sample
 from training.run.loop import (
-    LoopConfig,
     Trainable,
-    clipped_update,
+    accumulated_update,
     learning_rate_at,
-    parameters_of,
     run_loop,
     set_learning_rate,
     update_ema,
@@ -130,17 +128,17 @@ class Distiller:
 
     def _turn(self, role: str, losses: Iterator[Tensor]) -> dict[str, float]:
         """One update of one role: the mean gradient of the parts and of the processes."""
-        optimizer = self.optimizers[role]
-        optimizer.zero_grad(set_to_none=True)
-        total = 0.0
+        loss, norm = accumulated_update(
+            self.optimizers[role], self._ready(role, losses), len(self.parts), self.config.clip_norm, self.processes
+        )
+        return {f"{role}_loss": loss, f"{role}_norm": norm}
+
+    def _ready(self, role: str, losses: Iterator[Tensor]) -> Iterator[Tensor]:
+        """Yield the losses, each ready for its backward pass."""
         for loss in losses:
             if role in ("student", "fake"):
                 self.roles.activate(role)  # type: ignore[arg-type]
-            (loss / len(self.parts)).backward()  # type: ignore[no-untyped-call]
-            total += loss.item() / len(self.parts)
-        self.processes.average_gradients(parameters_of(optimizer))
-        norm = clipped_update(optimizer, self.config.clip_norm)
-        return {f"{role}_loss": total, f"{role}_norm": norm}
+            yield loss
 
     # -- what is trained ---------------------------------------------------------------------------
 
@@ -281,11 +279,10 @@ def distill(
     run_loop(
         folder,
         STAGE,
-        LoopConfig(config.steps, config.seed, config.save_every_s, config.log_every),
+        config,
         distiller.trainable(),
         distiller.train_step,
         evaluate if config.grid_every else None,
         config.grid_every or 1,
-        is_main=distiller.processes.is_main,
+        processes=distiller.processes,
     )
-    distiller.processes.wait()

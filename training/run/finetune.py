@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from training.config import ConfigError
+from training.config import ConfigError, check_shared_fields, require, require_not_negative
 from training.methods.batch import PromptSource
-from training.methods.denoising import denoising_loss_at, draw_denoising
+from training.methods.denoising import DenoisingDraws, denoising_loss_at, draw_denoising
 from training.methods.precision import Precision
 from training.methods.roles import CleanEstimator
 from training.run.loop import (
-    LoopConfig,
     Trainable,
-    clipped_update,
+    accumulated_update,
     learning_rate_at,
-    parameters_of,
     run_loop,
     set_learning_rate,
     update_ema,
@@ -59,13 +58,11 @@ class FinetuneConfig:
     log_every: int = 50
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulation", "log_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not 0 <= self.prompt_dropout <= 1:
-            raise ConfigError(f"prompt_dropout is {self.prompt_dropout}; it must be a share, in [0, 1]")
-        if not 0 <= self.ema_decay < 1:
-            raise ConfigError(f"ema_decay is {self.ema_decay}; it must be in [0, 1)")
+        check_shared_fields(vars(self))
+        require("steps", self.steps, self.steps >= 1, "at least 1")
+        for name in ("learning_rate", "weight_decay"):
+            require_not_negative(name, getattr(self, name))
+        require("prompt_dropout", self.prompt_dropout, 0 <= self.prompt_dropout <= 1, "a share, in [0, 1]")
 
 
 def finetune(
@@ -100,15 +97,8 @@ def finetune(
     step_of = _FinetuneStep(
         replace(estimator, precision=config.precision), average, optimizer, prompts, config, processes
     )
-    run_loop(
-        folder,
-        STAGE,
-        LoopConfig(config.steps, config.seed, config.save_every_s, config.log_every),
-        Trainable({"model": model, "average": average}, {"model": optimizer}),
-        step_of.train_step,
-        is_main=processes.is_main,
-    )
-    processes.wait()
+    trainable = Trainable({"model": model, "average": average}, {"model": optimizer})
+    run_loop(folder, STAGE, config, trainable, step_of.train_step, processes=processes)
     return average
 
 
@@ -123,27 +113,26 @@ class _FinetuneStep:
 
     def train_step(self, step: int, generator: torch.Generator) -> dict[str, float]:
         """Draw for the whole batch, train on this process's parts of it, average the gradients."""
-        config, device = self.config, self.processes.device
+        config = self.config
         rate = learning_rate_at(step, config.steps, config.learning_rate, config.warmup_steps, config.final_lr_share)
         set_learning_rate(self.optimizer, rate)
         first = step * config.batch_size
-        parts = self.processes.parts(config.batch_size, config.accumulation)
         latent = self.prompts.latents(range(first, first + 1))
         assert latent is not None, "checked at the start"
         shape = (config.batch_size, *latent.shape[1:])
         draws = draw_denoising(self.estimator.coordinates, shape, config.prompt_dropout, generator)
-        self.optimizer.zero_grad(set_to_none=True)
-        total = 0.0
+        parts = self.processes.parts(config.batch_size, config.accumulation)
+        losses = self._losses(parts, first, draws)
+        loss, norm = accumulated_update(self.optimizer, losses, len(parts), config.clip_norm, self.processes)
+        update_ema(self.average, self.estimator.denoiser, step, config.ema_decay)
+        return {"loss": self.processes.mean(loss), "norm": norm}
+
+    def _losses(self, parts: Sequence[slice], first: int, draws: DenoisingDraws) -> Iterator[Tensor]:
+        device = self.processes.device
         empty = self.prompts.empty().to(device)
         for part in parts:
             numbers = range(first + part.start, first + part.stop)
             latents = self.prompts.latents(numbers)
             assert latents is not None, "checked at the start"
             conditioning = self.prompts.conditioning(numbers).to(device)
-            loss = denoising_loss_at(self.estimator, latents.to(device), conditioning, empty, draws[part])
-            (loss / len(parts)).backward()  # type: ignore[no-untyped-call]
-            total += loss.item() / len(parts)
-        self.processes.average_gradients(parameters_of(self.optimizer))
-        norm = clipped_update(self.optimizer, config.clip_norm)
-        update_ema(self.average, self.estimator.denoiser, step, config.ema_decay)
-        return {"loss": self.processes.mean(total), "norm": norm}
+            yield denoising_loss_at(self.estimator, latents.to(device), conditioning, empty, draws[part])

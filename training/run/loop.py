@@ -13,15 +13,17 @@ import resource
 import sys
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from tdm_runtime.errors import TDMError
+from training.run.processes import Processes
 
 STATE_FILE = "state.pt"
 LOG_FILE = "log.jsonl"
@@ -30,6 +32,19 @@ MIB = 2**20
 
 class TrainingDivergedError(TDMError):
     """A loss or gradient is NaN or infinite; the last state on disk is from before."""
+
+
+class LoopSettings(Protocol):
+    """Fields of `LoopConfig`, which `DistillConfig` and `FinetuneConfig` have too."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def save_every_s(self) -> float: ...
+    @property
+    def log_every(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -67,13 +82,13 @@ def step_generator(seed: int, stage: str, step: int) -> torch.Generator:
 def run_loop(
     folder: Path,
     stage: str,
-    config: LoopConfig,
+    config: LoopSettings,
     trainable: Trainable,
     train_step: Callable[[int, torch.Generator], Mapping[str, float]],
     evaluate: Callable[[int], Mapping[str, float]] | None = None,
     evaluate_every: int = 1000,
     *,
-    is_main: bool = True,
+    processes: Processes | None = None,
 ) -> None:
     """Call `train_step(step, generator)` until `config.steps`, resuming from `folder` where a state lies.
 
@@ -81,11 +96,13 @@ def run_loop(
         train_step: one iteration; returns the numbers to log.
         evaluate: slower measurements or pictures, given the iterations done, every `evaluate_every`
             iterations and at the end.
-        is_main: whether this process writes log and states.
+        processes: The processes that train together. The main one writes log and states, and all of them wait for
+            each other at the end. By default this process trains alone.
 
     Raises:
         TrainingDivergedError: a logged number is not finite.
     """
+    is_main = processes is None or processes.is_main
     folder.mkdir(parents=True, exist_ok=True)
     first = _load_state(folder, trainable)
     saved_at = started_at = time.monotonic()
@@ -108,6 +125,8 @@ def run_loop(
             _save_state(folder, trainable, done)
             saved_at = time.monotonic()
     bar.close()
+    if processes is not None:
+        processes.wait()
 
 
 def check_finite(stage: str, step: int, numbers: Mapping[str, float]) -> None:
@@ -160,6 +179,27 @@ def descend(optimizer: torch.optim.Optimizer, loss: Tensor, clip_norm: float = 1
     optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
     return clipped_update(optimizer, clip_norm)
+
+
+def accumulated_update(
+    optimizer: torch.optim.Optimizer, losses: Iterable[Tensor], parts: int, clip_norm: float, processes: Processes
+) -> tuple[float, float]:
+    """Update by the mean gradient over accumulated parts and processes.
+
+    Args:
+        losses: One a part, each computed when it is asked for, so that only one part's activations are held.
+        parts: Number of the losses.
+
+    Returns:
+        The mean loss of this process's parts, and the gradient norm before clipping.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    total = 0.0
+    for loss in losses:
+        (loss / parts).backward()  # type: ignore[no-untyped-call]
+        total += loss.item() / parts
+    processes.average_gradients(parameters_of(optimizer))
+    return total, clipped_update(optimizer, clip_norm)
 
 
 def clipped_update(optimizer: torch.optim.Optimizer, clip_norm: float) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -79,13 +80,30 @@ def test_prompts_are_emptied_as_often_as_asked(tmp_path: Path) -> None:
     assert both(1.0) and not both(0.0)
 
 
-def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
+def test_prompts_without_latents_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="learns from real latents, and the prompts have none; give a set with"):
         finetune(tmp_path, tiny_estimator("sd"), TinyPrompts("sd"), CONFIG)
-    with pytest.raises(ConfigError, match=r"prompt_dropout is 1.5; it must be a share, in \[0, 1\]"):
-        replace(CONFIG, prompt_dropout=1.5)
-    with pytest.raises(ConfigError, match="batch_size is 0; it must be at least 1"):
-        replace(CONFIG, batch_size=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt_dropout": 1.5}, r"prompt_dropout is 1.5; it must be a share, in \[0, 1\]"),
+        ({"steps": 0}, "steps is 0; it must be at least 1"),
+        ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
+        ({"accumulation": 3}, "accumulation is 3; it must be a divisor of batch_size, 4"),
+        ({"warmup_steps": -1}, "warmup_steps is -1; it must be at least 0"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan; it must be a finite number of at least 0"),
+        ({"final_lr_share": -0.1}, "final_lr_share is -0.1; it must be a finite number of at least 0"),
+        ({"clip_norm": 0.0}, "clip_norm is 0.0; it must be above 0"),
+        ({"ema_decay": 1.0}, r"ema_decay is 1.0; it must be in \[0, 1\)"),
+        ({"betas": (0.9, 1.0)}, r"betas is \(0.9, 1.0\); it must be two numbers in \[0, 1\)"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_config_value_out_of_range_is_rejected(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        replace(CONFIG, **changes)
 
 
 def test_a_fine_tuned_base_is_a_folder_to_distil(tmp_path: Path) -> None:
