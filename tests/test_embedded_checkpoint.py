@@ -18,9 +18,10 @@ from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.pipeline import generate
 from tdm_runtime.sampling.noise import initial_noise
+from training.emoji.data.glyphs import load_glyphs
 from training.emoji.data.scenes import Scene, caption
 from training.emoji.report.samplers import pictures_told, student_pictures
-from training.emoji.report.score import Score, Scorer, glyph_named, scoring_scenes
+from training.emoji.report.score import Score, Scorer, scoring_scenes
 from training.emoji.report.tiny_report import Autoencoders, load_autoencoders, student_latents
 from training.emoji.stages.autoencoder import to_pixels
 from training.emoji.stages.tiny_autoencoder import StudentSampler, psnr_db
@@ -73,7 +74,8 @@ def test_a_coloured_heart_has_its_colour(model: LoadedModel, steps: int, prompt:
 
 
 def test_a_prompt_composes_two_glyphs_and_a_background(model: LoadedModel, scorer: Scorer) -> None:
-    scene = Scene((glyph_named("red heart"), glyph_named("butterfly")), "blue")
+    glyphs = {glyph.name: glyph for glyph in load_glyphs()}
+    scene = Scene((glyphs["red heart"], glyphs["butterfly"]), "blue")
     pictures = [
         generate(model, SamplingParams("a red heart left of a butterfly on a blue background", seed, 4, 64, 64))
         for seed in range(8)

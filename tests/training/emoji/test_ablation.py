@@ -4,16 +4,28 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from shutil import copytree
 
 import numpy as np
 import pytest
 import torch
 
+from tests.training.run.killed import needs_font
 from training.emoji.data.glyphs import load_glyphs
 from training.emoji.data.text import build_text_encoder, train_tokenizer
 from training.emoji.report import ablation
-from training.emoji.report.ablation import VARIANTS, Judge, Variant, print_ablation, run_variant
+from training.emoji.report.ablation import (
+    VARIANTS,
+    Judge,
+    Variant,
+    prepare_teachers,
+    print_ablation,
+    run_ablation,
+    run_variant,
+)
+from training.emoji.stages import curated
 from training.emoji.stages.autoencoder import build_autoencoder
+from training.emoji.stages.student import load_denoiser
 from training.emoji.stages.teacher import build_unet, save_teacher
 
 SMALL = {"PICTURES": 20, "DIVERSE_PROMPTS": 2, "DIVERSE_SEEDS": 2, "TEACHER_STEPS": 9}
@@ -73,6 +85,24 @@ def test_a_row_that_is_done_is_read_and_not_trained_again(
     first = run_variant("TDM-unify", 0, judge, run, tmp_path)
     monkeypatch.setattr(ablation, "build_distiller", None)
     assert run_variant("TDM-unify", 0, judge, run, tmp_path) == first
+
+
+@needs_font
+@pytest.mark.usefixtures("small")
+def test_the_teacher_is_fine_tuned_when_a_row_needs_it(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(curated, "CURATED", replace(curated.CURATED, steps=1, batch_size=2))
+    monkeypatch.setattr(curated, "CURATED_SCENES", 4)
+    bare, results = tmp_path / "run", tmp_path / "results"
+    for part in ("teacher", "autoencoder"):
+        copytree(run / part, bare / part)
+    prepare_teachers(bare, ["TDM-unify", "4 steps, LCM"])
+    assert not (bare / ablation.OTHER_BASE).exists()
+    run_ablation(bare, results, [0], ["unify-SFT"])
+    assert (results / "unify-SFT-0.json").is_file()
+    before, after = (load_denoiser(bare / name / "unet").state_dict() for name in ("teacher", ablation.OTHER_BASE))
+    assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
 def test_rows_differ_from_the_method_in_what_they_name_and_share_the_budget() -> None:

@@ -26,6 +26,7 @@ from training.config import DistillConfig
 from training.emoji.data.scenes import caption
 from training.emoji.report.features import FeatureNetwork, features_of, load_features
 from training.emoji.report.score import Scorer, scoring_scenes
+from training.emoji.stages.curated import finetune_teacher
 from training.emoji.stages.student import EMOJI, LATENT_SHAPE, ScenePrompts, build_distiller, load_denoiser
 from training.emoji.stages.teacher import COORDINATES
 from training.measure.metrics import diversity, frechet_distance
@@ -250,8 +251,17 @@ def measure_on_another_base(distiller: Distiller, run: Path) -> Measured:
     return Judge(run, other).measure(samplers_of(moved, moved.roles.student)["4"])
 
 
+def prepare_teachers(run: Path, names: Sequence[str]) -> None:
+    """Fine-tune the other base if one of the rows needs it and the run does not hold it yet."""
+    other = run / OTHER_BASE
+    is_needed = any(VARIANTS[name].teacher == OTHER_BASE or VARIANTS[name].config.lora_rank for name in names)
+    if is_needed and not (other / "unet").is_dir():
+        finetune_teacher(other, run / "teacher", run / "autoencoder")
+
+
 def run_ablation(run: Path, folder: Path, seeds: Sequence[int], names: Sequence[str] = tuple(VARIANTS)) -> None:
-    """Train and measure what is not there yet."""
+    """Train and measure the rows that have no result yet."""
+    prepare_teachers(run, names)
     judge = Judge(run)
     for name in names:
         for seed in seeds:

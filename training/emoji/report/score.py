@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tdm_runtime.model.decoder import Pixels
-from training.emoji.data.glyphs import Glyph, load_glyphs, render_glyphs
+from training.emoji.data.glyphs import load_glyphs, render_glyphs
 from training.emoji.data.scenes import BACKGROUNDS, Placement, Scene, render, sample_scene
 
 ATLAS_FILE = Path(__file__).with_name("glyphs.webp")
@@ -175,15 +175,3 @@ def nearest_background(picture: Pixels) -> str:
 def _compared(cut: Image.Image) -> NDArray[np.float32]:
     small = cut.resize((COMPARED_PX, COMPARED_PX), Image.Resampling.BOX)
     return np.asarray(small, dtype=np.float32) / 255.0
-
-
-def glyph_named(name: str) -> Glyph:
-    """The glyph of the list with this name.
-
-    Raises:
-        KeyError: there is none.
-    """
-    for glyph in load_glyphs():
-        if name in glyph.names:
-            return glyph
-    raise KeyError(name)

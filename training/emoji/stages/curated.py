@@ -40,11 +40,14 @@ def encode_curated(file: Path, autoencoder_folder: Path) -> None:
     renderer = SceneRenderer(CURATED_SEED)
     latents = []
     for start in range(0, CURATED_SCENES, 250):
-        scenes = (sample_scene(renderer.glyphs, CURATED_SEED, n) for n in range(start, start + 250))
+        numbers = range(start, min(start + 250, CURATED_SCENES))
+        scenes = (sample_scene(renderer.glyphs, CURATED_SEED, n) for n in numbers)
         pixels = to_pixels(np.stack([render(replace(s, jitter=Scene.jitter), renderer.pictures) for s in scenes]))
         latents.append(autoencoder.encode(pixels).latent_dist.mode() * autoencoder.config.scaling_factor)
     file.parent.mkdir(parents=True, exist_ok=True)
-    np.save(file, torch.cat(latents).half().numpy())
+    partial = file.with_suffix(".partial.npy")
+    np.save(partial, torch.cat(latents).half().numpy())
+    partial.rename(file)
 
 
 def finetune_teacher(folder: Path, teacher_folder: Path, autoencoder_folder: Path) -> None:
