@@ -1,4 +1,4 @@
-"""Fine-tune a teacher on real latents before it is distilled: TDM-unify-SFT, "Better Teacher Better Student"."""
+"""Fine-tune a teacher on real latents before its distillation: TDM-unify-SFT, "Better Teacher Better Student"."""
 
 from __future__ import annotations
 
@@ -30,32 +30,37 @@ STAGE = "finetune"
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """A fine-tuning. The paper names the data (LAION-AeS-6.5+) and no numbers; the defaults are ours."""
+    """Settings of a fine-tuning. The paper names the data (LAION-AeS-6.5+) and no numbers; the defaults are ours."""
 
     steps: int = 10_000
     """Optimizer iterations."""
     batch_size: int = 64
-    """Samples of one iteration, over all processes and accumulated parts."""
+    """Samples of one iteration, summed over processes and accumulated parts."""
     accumulation: int = 1
-    """Parts that a process's share of the batch is cut into, one backward pass each."""
+    """Number of parts of a process's share of the batch. Each part has a backward pass of its own."""
     learning_rate: float = 1e-5
     betas: tuple[float, float] = (0.9, 0.999)
-    """Of AdamW."""
+    """Betas of AdamW."""
     weight_decay: float = 0.01
     warmup_steps: int = 100
+    """Iterations of linear warm-up of the learning rate."""
     final_lr_share: float = 1.0
-    """Share of the learning rate left at the end of a cosine; 1 is constant."""
+    """Share of the learning rate that is left at the end of a cosine. 1 is constant."""
     clip_norm: float = 1.0
+    """Greatest gradient norm; larger gradients are scaled down to it."""
     prompt_dropout: float = 0.1
-    """Share of prompts emptied, in [0, 1]: what guidance subtracts is learned there."""
+    """Share of samples that train on the empty prompt, in [0, 1]. Guidance needs the estimate without a prompt."""
     ema_decay: float = 0.999
-    """Of the model that is kept."""
+    """Decay of the average of the weights, which is the result."""
     seed: int = 0
+    """Seed of prompts, noise and dropout."""
     precision: Precision = "bf16"
     gradient_checkpointing: bool = False
-    """Of diffusers models."""
+    """Whether the backward pass computes activations again, which saves memory and takes time. For diffusers models."""
     save_every_s: float = 120.0
+    """Seconds between two saved states."""
     log_every: int = 50
+    """Iterations between two lines of the log."""
 
     def __post_init__(self) -> None:
         check_shared_fields(vars(self))
@@ -75,16 +80,16 @@ def finetune(
     """Train `estimator.denoiser`, or resume in `folder`.
 
     Args:
-        folder: of state and log. Nothing else is written: what is returned is the caller's to save.
-        estimator: on the device of `processes`; its coordinates say what it predicts. The config has the precision.
-        prompts: with latents.
+        folder: Folder of state and log. The caller saves the result.
+        estimator: Model on the device of `processes`, with its prediction type. The config decides the precision.
+        prompts: Prompts with latents.
 
     Returns:
-        The average of the denoiser's weights, a module like it, in eval mode.
+        A copy of the denoiser with the average of its weights, in eval mode.
 
     Raises:
-        ConfigError: the prompts have no latents.
-        TrainingDivergedError: the last state in `folder` is from before.
+        ConfigError: The prompts have no latents.
+        TrainingDivergedError: A loss or gradient is not finite. The last state in `folder` is older and finite.
     """
     processes = processes or Processes()
     if prompts.latents(range(1)) is None:
@@ -112,7 +117,7 @@ class _FinetuneStep:
     processes: Processes
 
     def train_step(self, step: int, generator: torch.Generator) -> dict[str, float]:
-        """Draw for the whole batch, train on this process's parts of it, average the gradients."""
+        """Draw numbers for the whole batch, train on this process's parts, average the gradients."""
         config = self.config
         rate = learning_rate_at(step, config.steps, config.learning_rate, config.warmup_steps, config.final_lr_share)
         set_learning_rate(self.optimizer, rate)

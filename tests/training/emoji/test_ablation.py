@@ -1,4 +1,4 @@
-"""The ablation table: each row is trained once, measured at every sampler it names, and kept."""
+"""The ablation table: each row is trained once, measured with every sampler, and kept."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SMALL = {"PICTURES": 20, "DIVERSE_PROMPTS": 2, "DIVERSE_SEEDS": 2, "TEACHER_STEP
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A teacher of random weights and another one, an autoencoder, and a few latents."""
+    """A run with two teachers of random weights, an autoencoder and a few latents."""
     run = tmp_path_factory.mktemp("run")
     torch.manual_seed(0)
     tokenizer = train_tokenizer(load_glyphs())
@@ -46,7 +46,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every variant on a budget of one iteration of two samples, judged on a few pictures."""
+    """Train every variant for one iteration of two samples, and measure it on a few pictures."""
     for name, value in SMALL.items():
         monkeypatch.setattr(ablation, name, value)
     variants = {
@@ -58,7 +58,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("small")
-def test_every_kind_of_row_is_measured_where_the_paper_measures_it(
+def test_every_kind_of_row_is_measured_with_the_samplers_of_the_paper(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     judge = Judge(run)
@@ -78,7 +78,7 @@ def test_every_kind_of_row_is_measured_where_the_paper_measures_it(
 
 
 @pytest.mark.usefixtures("small")
-def test_a_row_that_is_done_is_read_and_not_trained_again(
+def test_a_finished_row_is_read_and_not_trained_again(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     judge = Judge(run)
@@ -105,7 +105,7 @@ def test_the_teacher_is_fine_tuned_when_a_row_needs_it(
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
-def test_rows_differ_from_the_method_in_what_they_name_and_share_the_budget() -> None:
+def test_rows_share_the_batch_size_and_no_two_have_equal_settings() -> None:
     for name, variant in VARIANTS.items():
         assert isinstance(variant, Variant)
         same = variant.config.batch_size == VARIANTS["TDM-unify"].config.batch_size

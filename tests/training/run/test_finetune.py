@@ -1,4 +1,4 @@
-"""Fine-tuning a teacher on latents: it learns, resumes exactly, and its folder can be distilled."""
+"""Fine-tuning of a teacher on latents: loss, exact resume, and a folder that can be distilled."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def train(folder: Path, config: FinetuneConfig = CONFIG, family: Family = "sd") 
 
 
 @pytest.mark.parametrize("family", ["sd", "pixart", "sd3", "cogvideox"])
-def test_it_learns_and_returns_the_average(family: Family, tmp_path: Path) -> None:
+def test_the_loss_falls_and_the_average_is_returned(family: Family, tmp_path: Path) -> None:
     estimator = tiny_estimator(family)
     steps = replace(CONFIG, steps=8, ema_decay=0.5)
     average = finetune(tmp_path, estimator, TinyPrompts(family, has_latents=True), steps)
@@ -59,14 +59,14 @@ def test_accumulated_parts_train_as_one_batch(tmp_path: Path) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-4)
 
 
-def test_prompts_are_emptied_as_often_as_asked(tmp_path: Path) -> None:
-    """With every prompt emptied, what the prompts were makes no difference."""
+def test_prompt_dropout_of_1_ignores_the_prompts_and_0_uses_them(tmp_path: Path) -> None:
+    """Train on two sets of prompts and compare the weights."""
 
     class Others(TinyPrompts):
         def conditioning(self, numbers: range):  # type: ignore[no-untyped-def]
             return super().conditioning(range(numbers.start + 3, numbers.stop + 3))
 
-    def both(dropout: float) -> bool:
+    def are_equal(dropout: float) -> bool:
         config = replace(CONFIG, steps=1, prompt_dropout=dropout)
         averages = [
             finetune(
@@ -77,7 +77,7 @@ def test_prompts_are_emptied_as_often_as_asked(tmp_path: Path) -> None:
         pairs = zip(*(average.parameters() for average in averages), strict=True)
         return all(torch.equal(ours, theirs) for ours, theirs in pairs)
 
-    assert both(1.0) and not both(0.0)
+    assert are_equal(1.0) and not are_equal(0.0)
 
 
 def test_prompts_without_latents_are_rejected(tmp_path: Path) -> None:
@@ -106,8 +106,8 @@ def test_a_config_value_out_of_range_is_rejected(changes: dict[str, Any], messag
         replace(CONFIG, **changes)
 
 
-def test_a_fine_tuned_base_is_a_folder_to_distil(tmp_path: Path) -> None:
-    """TDM-unify-SFT, from pictures to an iteration of the student."""
+def test_a_fine_tuned_base_can_be_distilled(tmp_path: Path) -> None:
+    """Run TDM-unify-SFT from pictures to an iteration of the student."""
     from PIL import Image
 
     base, embeddings, prompts = tmp_path / "sd", tmp_path / "e", tmp_path / "p.jsonl"
@@ -122,7 +122,7 @@ def test_a_fine_tuned_base_is_a_folder_to_distil(tmp_path: Path) -> None:
     before, after = (dict(load_base_model(folder).denoiser.named_parameters()) for folder in (base, tuned))
     assert any(not torch.equal(before[name], after[name]) for name in before)
     again = dict(load_base_model(base).denoiser.named_parameters())
-    assert all(torch.equal(before[name], again[name]) for name in before), "the base itself stays"
+    assert all(torch.equal(before[name], again[name]) for name in before), "fine-tuning must not change the base folder"
     distiller = build_backbone_distiller(tuned, embeddings, UNIFY)
     teacher = dict(distiller.roles.teacher.denoiser.named_parameters())
     assert all(torch.equal(teacher[name], after[name]) for name in after)
