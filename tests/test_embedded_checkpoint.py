@@ -19,9 +19,10 @@ from tdm_runtime.model.similarity import psnr_db
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.pipeline import generate
 from tdm_runtime.sampling.noise import initial_noise
+from training.emoji.data.glyphs import load_glyphs
 from training.emoji.data.scenes import Scene, caption
-from training.emoji.report.samplers import pictures_told, student_pictures
-from training.emoji.report.score import Score, Scorer, glyph_named, scoring_scenes
+from training.emoji.report.samplers import pictures_with_k, student_pictures
+from training.emoji.report.score import Score, Scorer, scoring_scenes
 from training.emoji.report.tiny_report import Autoencoders, load_autoencoders, student_latents
 from training.emoji.stages.autoencoder import to_pixels
 from training.emoji.stages.tiny_autoencoder import StudentSampler
@@ -74,7 +75,8 @@ def test_a_coloured_heart_has_its_colour(model: LoadedModel, steps: int, prompt:
 
 
 def test_a_prompt_composes_two_glyphs_and_a_background(model: LoadedModel, scorer: Scorer) -> None:
-    scene = Scene((glyph_named("red heart"), glyph_named("butterfly")), "blue")
+    glyphs = {glyph.name: glyph for glyph in load_glyphs()}
+    scene = Scene((glyphs["red heart"], glyphs["butterfly"]), "blue")
     pictures = [
         generate(model, SamplingParams("a red heart left of a butterfly on a blue background", seed, 4, 64, 64))
         for seed in range(8)
@@ -93,18 +95,18 @@ def test_the_student_reads_k(model: LoadedModel) -> None:
         assert (first - second).square().mean().sqrt().item() > K_EFFECT_FLOOR
 
 
-@pytest.mark.parametrize(("steps", "told", "loss_db"), [(1, 4, 1.5), (1, None, 0.5), (4, 1, 0.4)])
+@pytest.mark.parametrize(("steps", "k", "loss_db"), [(1, 4, 1.5), (1, None, 0.5), (4, 1, 0.4)])
 def test_a_wrong_or_missing_k_hurts(
-    model: LoadedModel, scorer: Scorer, steps: int, told: int | None, loss_db: float
+    model: LoadedModel, scorer: Scorer, steps: int, k: int | None, loss_db: float
 ) -> None:
     """Pictures move away from the drawing that the caption asks for."""
     scenes = scoring_scenes(PROMPTS)
     prompts = [caption(scene) for scene in scenes]
 
-    def fidelity(told: int | None) -> float:
-        return scorer.score(pictures_told(model, prompts, steps, told), scenes).psnr_db
+    def fidelity(k: int | None) -> float:
+        return scorer.score(pictures_with_k(model, prompts, steps, k), scenes).psnr_db
 
-    assert fidelity(told) < fidelity(steps) - loss_db
+    assert fidelity(k) < fidelity(steps) - loss_db
 
 
 def test_other_words_make_another_picture_and_other_noise_too(model: LoadedModel) -> None:

@@ -1,12 +1,12 @@
 """`tdm-train`: distil few-step students, prove the method, and make the embedded checkpoint.
 
-Embedded model:  tdm-train emoji                      everything from glyphs to a served checkpoint
-                 tdm-train emoji teacher              one stage; each resumes where it was killed
-                 tdm-train score | wrong-k | tiny-vae | grid | ablate     measure it
+Embedded model:  tdm-train emoji                      every stage, from glyphs to a checkpoint to serve
+                 tdm-train emoji teacher              one stage; a killed stage resumes exactly
+                 tdm-train score | wrong-k | tiny-vae | grid | ablate     measurements
 Your own model:  tdm-train embed --base DIR --prompts FILE --output DIR
                  tdm-train distill --preset sd15 --base DIR --embeddings DIR --output DIR
                  tdm-train preset sd15                every setting with its value, as TOML
-The method:      tdm-train proof                      on a mixture whose scores are exact
+The method:      tdm-train proof                      proof on a mixture whose scores are exact
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ DEFAULT_RUN = Path("runs/emoji")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command. Returns the exit status: 2 for what the caller can mend."""
+    """Run one command. Return the exit status, which is 2 for an error of the caller."""
     given = _parser().parse_args(arguments)
     torch.set_num_threads(given.threads)
     try:
@@ -49,15 +49,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (%(default)s)")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    emoji = commands.add_parser("emoji", help="make the embedded checkpoint, or one of its stages")
-    emoji.add_argument("stage", nargs="?", choices=EMOJI_STAGES, help="only this one; by default all in order")
-    emoji.add_argument("--steps", type=int, help="iterations, in place of the stage's own")
+    emoji = commands.add_parser("emoji", help="make the embedded checkpoint, or run one of its stages")
+    emoji.add_argument("stage", nargs="?", choices=EMOJI_STAGES, help="stage to run; by default all in order")
+    emoji.add_argument("--steps", type=int, help="iterations, instead of the default of the stage")
     emoji.add_argument("--seed", type=int, default=0)
     for name, help_text in (
-        ("score", "table of the checkpoint's scores beside its teacher's"),
-        ("wrong-k", "table of the checkpoint told a step count that it does not take"),
-        ("tiny-vae", "table of the tiny autoencoder beside the full one"),
-        ("grid", "picture of prompts by samplers"),
+        ("score", "table of scores of the checkpoint and its teacher"),
+        ("wrong-k", "table of the checkpoint when its K is wrong or missing"),
+        ("tiny-vae", "table of scores of the tiny and the full autoencoder"),
+        ("grid", "picture of samples, prompts down and samplers across"),
     ):
         commands.add_parser(name, help=help_text)
     for name in ("emoji", "score", "wrong-k", "tiny-vae", "grid"):
@@ -70,37 +70,37 @@ def _parser() -> argparse.ArgumentParser:
     ablate.add_argument("--run", type=Path, default=DEFAULT_RUN)
     ablate.add_argument("--output", type=Path, default=Path("runs/ablation"))
     ablate.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    ablate.add_argument("--variants", nargs="+", help="only these")
-    ablate.add_argument("--print", action="store_true", help="print the table of what is done")
+    ablate.add_argument("--variants", nargs="+", help="rows to run; by default all")
+    ablate.add_argument("--print", action="store_true", help="print the table of the finished rows")
 
-    proof = commands.add_parser("proof", help="every variant on the Gaussian mixture")
+    proof = commands.add_parser("proof", help="distil every variant on a Gaussian mixture")
     proof.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
 
     preset = commands.add_parser("preset", help="print a preset with every setting, as TOML")
     preset.add_argument("name", choices=sorted(PRESETS))
 
-    embed = commands.add_parser("embed", help="encode a prompt file once, for big text encoders")
-    embed.add_argument("--prompts", type=Path, required=True, help='JSONL, {"prompt": ...} a line')
-    encode = commands.add_parser("encode", help="encode a picture for each prompt, for what learns from data")
-    encode.add_argument("--images", type=Path, required=True, help='folder, or JSONL with "image" on each line')
+    embed = commands.add_parser("embed", help="encode the prompts of a file once")
+    embed.add_argument("--prompts", type=Path, required=True, help='JSONL file, {"prompt": ...} on each line')
+    encode = commands.add_parser("encode", help="encode a picture for each prompt, for methods that learn from data")
+    encode.add_argument("--images", type=Path, required=True, help='folder, or JSONL file with "image" on each line')
     for command in (embed, encode):
-        command.add_argument("--base", type=Path, required=True, help="diffusers folder")
+        command.add_argument("--base", type=Path, required=True, help="diffusers folder of the base model")
         command.add_argument("--output", type=Path, required=True, help="folder of the embeddings")
-        command.add_argument("--preset", choices=sorted(PRESETS), required=True, help="for the size")
+        command.add_argument("--preset", choices=sorted(PRESETS), required=True, help="preset that sets the size")
 
-    finetune = commands.add_parser("finetune", help="fine-tune a teacher first (TDM-unify-SFT)")
-    finetune.add_argument("--base", type=Path, required=True, help="diffusers folder")
-    finetune.add_argument("--embeddings", type=Path, required=True, help="of `embed` and `encode`")
-    finetune.add_argument("--output", type=Path, required=True, help="its folder base/ can be distilled")
+    finetune = commands.add_parser("finetune", help="fine-tune a teacher before its distillation (TDM-unify-SFT)")
+    finetune.add_argument("--base", type=Path, required=True, help="diffusers folder of the teacher")
+    finetune.add_argument("--embeddings", type=Path, required=True, help="folder that `embed` and `encode` wrote")
+    finetune.add_argument("--output", type=Path, required=True, help="folder of the run; the result is base/ in it")
     finetune.add_argument("--steps", type=int, default=FinetuneConfig.steps)
     finetune.add_argument("--learning-rate", type=float, default=FinetuneConfig.learning_rate)
 
     distil = commands.add_parser("distill", help="distil a diffusers model")
     distil.add_argument("--preset", choices=sorted(PRESETS), required=True)
-    distil.add_argument("--config", type=Path, help="TOML of settings that differ from the preset's")
+    distil.add_argument("--config", type=Path, help="TOML file of settings that differ from the preset")
     distil.add_argument("--base", type=Path, required=True, help="diffusers folder of the teacher")
-    distil.add_argument("--embeddings", type=Path, required=True, help="what `tdm-train embed` wrote")
-    distil.add_argument("--student", type=Path, help="student to start from: an earlier stage, or an LCM")
+    distil.add_argument("--embeddings", type=Path, required=True, help="folder that `embed` wrote")
+    distil.add_argument("--student", type=Path, help="folder of a student to start from: an earlier stage or an LCM")
     distil.add_argument("--output", type=Path, required=True)
     return parser
 

@@ -1,6 +1,6 @@
-"""What a distillation is: every choice the paper ablates, as one frozen value.
+"""Settings of a distillation, as one frozen value: every choice that the paper ablates.
 
-A run is a preset (`training/pretrained/presets.py`), changed by a TOML file of the same field names.
+A run takes a preset (`training/pretrained/presets.py`) and a TOML file that changes some of its fields.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from training.methods.precision import Precision
 Method = Literal["tdm", "lcm"]
 Interval = Literal["disjoint", "reverse", "full"]
 Rollout = Literal["ode", "stochastic"]
-Told = Literal["both", "student", "nobody"]
+StepConditionFor = Literal["both", "student", "none"]
 FakeTarget = Literal["importance", "importance_exact", "clean", "trajectory_score"]
 GeneratorLoss = Literal["pseudo_huber", "elementwise_pseudo_huber", "normalised_l2", "fisher"]
 Matching = Literal["noisy", "clean"]
@@ -33,155 +33,193 @@ _NOT_NEGATIVE = (
     "student_learning_rate",
     "fake_learning_rate",
     "discriminator_learning_rate",
-    "final_lr_share",
     "lora_alpha",
     "flow_shift",
-    "save_every_s",
 )
 
 
 class ConfigError(TDMError):
-    """A training config cannot be honoured; the message names field, value and what is allowed."""
+    """Error of a training config. The message names the field, its value and the allowed values."""
 
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """A distillation. Defaults are the paper's method; sizes and rates come from a preset."""
+    """Settings of a distillation. Defaults are the paper's method; sizes and rates come from a preset."""
 
     method: Method = "tdm"
-    """tdm (Algorithm 1; DMD2 is a setting of it, see `presets.as_dmd2`), or the baseline lcm (Luo et al. 2023)."""
+    """tdm: Algorithm 1. lcm: a baseline (Luo et al. 2023). The baseline DMD2 is tdm with other settings, see
+    `presets.as_dmd2`."""
     steps: int = 3000
     """Optimizer iterations of the student."""
     batch_size: int = 32
-    """Samples of one iteration, over all processes and accumulated parts."""
+    """Samples of one iteration, summed over processes and accumulated parts."""
     accumulation: int = 1
-    """Parts that a process's share of the batch is cut into, one backward pass each."""
+    """Number of parts of a process's share of the batch. Each part has a backward pass of its own."""
     seed: int = 0
+    """Seed of the weights of adapters and of all random numbers."""
 
     step_counts: tuple[int, ...] = (1, 2, 3, 4)
-    """K is drawn from these (Eq. 8). One number is TDM for a fixed K; several are TDM-unify."""
+    """Step counts that K is drawn from (Eq. 8). One number is TDM for a fixed K; several are TDM-unify."""
     timesteps: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
-    """K -> its timesteps, falling, where they are not T i / K."""
-    told: Told = "both"
-    """Who is told K (sec. 3.2): both; student, with one fake score for every K (Eq. 9's bias); or nobody,
-    Table 5's "w/o Conditioned on Sampling Steps"."""
+    """K -> its timesteps, falling. A K without an entry takes T i / K."""
+    step_condition_for: StepConditionFor = "both"
+    """Networks that receive K (sec. 3.2).
+
+    both: student and fake score. student: one fake score serves every K, which is biased (Eq. 9).
+    none: Table 5's "w/o Conditioned on Sampling Steps".
+    """
     condition_lr_scale: float = 10.0
-    """Learning rate of the zero-initialised projection of K, relative; at 1 it is barely learned."""
+    """Factor on the learning rate of the zero-initialised projection of K. At 1 the projection is barely learned."""
     interval: Interval = "disjoint"
-    """tau in (t_m, t_{m+1}] (Eq. 5); reverse: in (t_m, T]; full: in the middle 96% of all (DMD)."""
+    """Interval of tau. disjoint: (t_m, t_{m+1}] (Eq. 5). reverse: (t_m, T]. full: the middle 96% of (0, T] (DMD)."""
     min_tau_gap: int = 0
-    """tau stays this many timesteps above t_m, where real minus fake is mostly error."""
+    """Timesteps between t_m and the least tau. Near t_m, real minus fake is mostly error."""
     solver: Solver = "ddim"
-    """Of the rollout (Table 6)."""
+    """Solver of the rollout (Table 6)."""
     rollout: Rollout = "ode"
-    """Deterministic, or through x_0 and fresh noise at every step (DMD2's backward simulation)."""
+    """ode: deterministic. stochastic: each step goes to x_0 and adds fresh noise (DMD2's backward simulation)."""
 
     fake_target: FakeTarget = "importance"
-    """How the fake score learns.
+    """Loss of the fake score.
 
-    importance: Eq. (7) near x_m, tempered weights. importance_exact: the ratio itself, for few
+    importance: Eq. (7) near x_m, with tempered weights. importance_exact: the same with the exact ratio, for few
     dimensions. clean: Eq. (7) from clean samples, Table 5's "w/o Importance Sampling".
-    trajectory_score: score matching against q(x_tau | x_m) itself, ours.
+    trajectory_score: score matching against q(x_tau | x_m). It is not in the paper.
     """
     fake_updates: int = 1
-    """Updates of the fake score for each of the student; DMD2 takes 5 to 10."""
+    """Updates of the fake score for each update of the student. DMD2 takes 5 to 10."""
     generator_loss: GeneratorLoss = "pseudo_huber"
-    """Eq. (11); its element-wise form; plain L2 under DMD's normalisation (Table 5); Fisher divergence (Table 8)."""
+    """Loss of the student.
+
+    pseudo_huber: Eq. (11). elementwise_pseudo_huber: its element-wise form. normalised_l2: plain L2 with DMD's
+    normalisation (Table 5). fisher: Fisher divergence (Table 8).
+    """
     matching: Matching = "noisy"
-    """Match x_{t_i} (TDM) or clean estimates (Table 7)."""
+    """Samples that are matched. noisy: x_{t_i} (TDM). clean: clean estimates (Table 7)."""
     guidance_scale: float = 3.5
-    """Of the teacher; the student has it built in and runs without."""
+    """Guidance of the teacher. The student learns it and runs without guidance."""
     adversarial_weight: float = 0.0
-    """Of Eq. (16)'s discriminator (TDM-unify-GAN); needs real latents. 0 is data-free."""
+    """Weight of the discriminator's loss, Eq. (16) (TDM-unify-GAN). Above 0, training needs real latents."""
 
     student_learning_rate: float = 2e-6
     fake_learning_rate: float = 2e-5
     discriminator_learning_rate: float = 2e-5
     betas: tuple[float, float] = (0.0, 0.999)
-    """Of AdamW, student and fake score."""
+    """Betas of AdamW, for every network."""
     warmup_steps: int = 0
+    """Iterations of linear warm-up of the learning rates."""
     final_lr_share: float = 1.0
-    """Share of the learning rates left at the end of a cosine; 1 is constant, as in the paper."""
+    """Share of the learning rates that is left at the end of a cosine. 1 is constant, as in the paper."""
     clip_norm: float = 1.0
+    """Greatest gradient norm; larger gradients are scaled down to it."""
     ema_decay: float = 0.999
-    """Of the student that is kept."""
+    """Decay of the average of the student's weights, which is what a run saves."""
 
     lora_rank: int = 0
-    """0 trains whole copies; else student and fake score are adapters of this rank on one base."""
+    """Rank of the LoRA adapters of student and fake score, which share one base. 0 trains whole copies."""
     lora_alpha: float = 0.0
-    """0 takes the rank."""
+    """Alpha of the adapters. 0 takes the rank."""
     precision: Precision = "bf16"
     gradient_checkpointing: bool = False
+    """Whether the backward pass computes activations again, which saves memory and takes time."""
 
     width: int = 512
+    """Pixels."""
     height: int = 512
+    """Pixels."""
     frames: int = 1
+    """Frames of a clip; 1 for pictures."""
     flow_shift: float = 0.0
-    """Of a flow schedule, in place of the base's own; 0 keeps the base's."""
+    """Shift of a flow schedule. 0 keeps the shift of the base."""
 
     save_every_s: float = 120.0
+    """Seconds between two saved states."""
     log_every: int = 50
+    """Iterations between two lines of the log."""
     grid_every: int = 0
-    """Iterations between two sample grids; 0 draws none."""
+    """Iterations between two sample grids. 0 draws none."""
 
     @property
-    def tells_student(self) -> bool:
-        """Whether the student reads K."""
-        return self.method == "tdm" and self.told != "nobody"
+    def student_receives_k(self) -> bool:
+        """Whether the student receives K."""
+        return self.method == "tdm" and self.step_condition_for != "none"
 
     @property
     def samples_with_noise(self) -> bool:
-        """Whether a step of the student ends in fresh noise (DMD2, LCM)."""
+        """Whether the student adds fresh noise after each step (DMD2, LCM)."""
         return self.method == "lcm" or self.rollout == "stochastic"
 
     @property
     def needs_latents(self) -> bool:
-        """Whether the method learns from data."""
+        """Whether the method learns from real latents."""
         return self.method == "lcm" or self.adversarial_weight > 0
 
     @property
     def adapter_alpha(self) -> float:
-        """Alpha of the LoRA adapters; what they add is scaled by alpha / rank."""
+        """Alpha of the LoRA adapters, whose output is scaled by alpha / rank."""
         return self.lora_alpha or float(self.lora_rank)
 
     def __post_init__(self) -> None:
         is_counts = bool(self.step_counts) and min(self.step_counts) >= 1 and max(self.step_counts) <= MAX_STEPS
-        _require("step_counts", self.step_counts, is_counts, f"a list of numbers from 1 to {MAX_STEPS}")
-        for name in ("batch_size", "accumulation", "fake_updates", "width", "height", "frames", "log_every"):
-            _require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        _require("steps", self.steps, self.steps >= 0, "at least 0")
-        is_divisor = self.batch_size % self.accumulation == 0
-        _require("accumulation", self.accumulation, is_divisor, f"a divisor of batch_size, {self.batch_size}")
-        for name in ("min_tau_gap", "warmup_steps", "lora_rank", "grid_every"):
-            _require(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
+        require("step_counts", self.step_counts, is_counts, f"a list of numbers from 1 to {MAX_STEPS}")
+        check_shared_fields(vars(self))
+        for name in ("fake_updates", "width", "height", "frames"):
+            require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        for name in ("steps", "min_tau_gap", "lora_rank", "grid_every"):
+            require(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
         for name in _NOT_NEGATIVE:
-            value = getattr(self, name)
-            _require(name, value, math.isfinite(value) and value >= 0, "a finite number of at least 0")
-        _require("clip_norm", self.clip_norm, self.clip_norm > 0, "above 0")
-        _require("ema_decay", self.ema_decay, 0 <= self.ema_decay < 1, "in [0, 1)")
-        is_betas = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
-        _require("betas", self.betas, is_betas, "two numbers in [0, 1)")
+            require_not_negative(name, getattr(self, name))
         for k, values in self.timesteps.items():
-            _require("timesteps", {k: values}, k == len(values), f"{k} timesteps for {k} steps")
+            require("timesteps", {k: values}, k == len(values), f"{k} timesteps for {k} steps")
         if self.adversarial_weight and self.lora_rank:
             raise ConfigError(
-                "adversarial_weight needs a teacher of its own to make a discriminator of, and LoRA adapters share "
-                f"theirs; set lora_rank (now {self.lora_rank}) or adversarial_weight ({self.adversarial_weight:g}) to 0"
+                "adversarial_weight needs a copy of the teacher as discriminator, and LoRA adapters share one model; "
+                f"set lora_rank (now {self.lora_rank}) or adversarial_weight ({self.adversarial_weight:g}) to 0"
             )
         if self.generator_loss == "fisher" and self.lora_rank:
             raise ConfigError(
-                "generator_loss 'fisher' backpropagates through teacher and fake score, which LoRA adapters share "
-                f"with the student; set lora_rank (now {self.lora_rank}) to 0"
+                "generator_loss 'fisher' backpropagates through teacher and fake score, and LoRA adapters share one "
+                f"model with the student; set lora_rank (now {self.lora_rank}) to 0"
             )
         if self.method == "lcm" and self.lora_rank:
             raise ConfigError(f"method 'lcm' trains whole copies; set lora_rank (now {self.lora_rank}) to 0")
 
 
-def load_config(preset: DistillConfig, file: Path | None) -> DistillConfig:
-    """A preset changed by a TOML file.
+def check_shared_fields(values: Mapping[str, Any]) -> None:
+    """Check the fields that `DistillConfig` and `FinetuneConfig` share.
 
     Raises:
-        ConfigError: the file is missing or no TOML, a field is unknown, or a value does not fit.
+        ConfigError: A value does not fit.
+    """
+    for name in ("batch_size", "accumulation", "log_every"):
+        require(name, values[name], values[name] >= 1, "at least 1")
+    batch_size, accumulation = values["batch_size"], values["accumulation"]
+    require("accumulation", accumulation, batch_size % accumulation == 0, f"a divisor of batch_size, {batch_size}")
+    require("warmup_steps", values["warmup_steps"], values["warmup_steps"] >= 0, "at least 0")
+    for name in ("final_lr_share", "save_every_s"):
+        require_not_negative(name, values[name])
+    require("clip_norm", values["clip_norm"], values["clip_norm"] > 0, "above 0")
+    require("ema_decay", values["ema_decay"], 0 <= values["ema_decay"] < 1, "in [0, 1)")
+    betas = values["betas"]
+    require("betas", betas, len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "two numbers in [0, 1)")
+
+
+def require_not_negative(name: str, value: float) -> None:
+    """Raise a `ConfigError` unless the value is finite and at least 0."""
+    require(name, value, math.isfinite(value) and value >= 0, "a finite number of at least 0")
+
+
+def require(name: str, value: object, is_allowed: bool, allowed: str) -> None:
+    """Raise a `ConfigError` that names field, value and what is allowed, unless the value is allowed."""
+    if not is_allowed:
+        raise ConfigError(f"{name} is {value!r}; it must be {allowed}")
+
+
+def load_config(preset: DistillConfig, file: Path | None) -> DistillConfig:
+    """Return a preset with the changes of a TOML file.
+
+    Raises:
+        ConfigError: The file cannot be read or is not TOML, a field is unknown, or a value does not fit.
     """
     if file is None:
         return preset
@@ -198,8 +236,13 @@ def load_config(preset: DistillConfig, file: Path | None) -> DistillConfig:
 
 
 def with_changes(preset: DistillConfig, raw: Mapping[str, Any]) -> DistillConfig:
-    """A preset with fields replaced by decoded TOML values."""
+    """Return a preset with fields replaced by decoded TOML values."""
     hints = get_type_hints(DistillConfig)
+    if "told" in raw:
+        raise ConfigError(
+            f"the field told ({raw['told']!r}) is now step_condition_for, and its value 'nobody' is now 'none'; "
+            "rename both"
+        )
     if unknown := sorted(set(raw) - set(hints)):
         raise ConfigError(f"unknown fields {unknown}; known are {sorted(hints)}")
     return replace(preset, **{name: _typed(name, value, hints[name]) for name, value in raw.items()})
@@ -207,18 +250,18 @@ def with_changes(preset: DistillConfig, raw: Mapping[str, Any]) -> DistillConfig
 
 def _typed(name: str, value: Any, hint: Any) -> Any:
     if get_origin(hint) is Literal:
-        _require(name, value, value in get_args(hint), f"one of {', '.join(get_args(hint))}")
+        require(name, value, value in get_args(hint), f"one of {', '.join(get_args(hint))}")
         return value
     if name == "timesteps":
         is_map = isinstance(value, dict) and all(k.isdecimal() and _is_numbers(v) for k, v in value.items())
-        _require(name, value, is_map, "a table from step count to a list of timesteps")
+        require(name, value, is_map, "a table from step count to a list of timesteps")
         return {int(k): tuple(float(t) for t in v) for k, v in value.items()}
     if get_origin(hint) is tuple:
-        _require(name, value, isinstance(value, list), "a list of numbers")
+        require(name, value, isinstance(value, list), "a list of numbers")
         return tuple(_typed(name, item, get_args(hint)[0]) for item in value)
     if hint is float and type(value) is int:
         value = float(value)
-    _require(name, value, type(value) is hint, f"of type {hint.__name__}")
+    require(name, value, type(value) is hint, f"of type {hint.__name__}")
     return value
 
 
@@ -226,13 +269,8 @@ def _is_numbers(value: object) -> bool:
     return isinstance(value, list) and all(type(item) in (int, float) for item in value)
 
 
-def _require(name: str, value: object, is_allowed: bool, allowed: str) -> None:
-    if not is_allowed:
-        raise ConfigError(f"{name} is {value!r}; it must be {allowed}")
-
-
 def config_as_toml(config: DistillConfig) -> str:
-    """Every field with its value, as a file that `load_config` reads."""
+    """Return every field with its value, as TOML that `load_config` reads."""
     lines = [f"{f.name} = {_toml(getattr(config, f.name))}" for f in fields(config) if f.name != "timesteps"]
     lines.append("\n[timesteps]")
     lines += [f"{k} = {_toml(values)}" for k, values in config.timesteps.items()]

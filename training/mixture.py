@@ -1,8 +1,8 @@
 """A case with a known answer: a Gaussian mixture in the plane, whose scores are exact at every timestep.
 
-The teacher is the mixture's own posterior mean E[x_0 | x_t]; student and fake score are the same
-plus a small network that starts at zero. So whatever distance remains after distillation is the
-method's, not the teacher's. Latents are [B, 2, 1, 1]; there are no prompts.
+The teacher is the mixture's posterior mean E[x_0 | x_t]. Student and fake score are the same plus a
+small network that starts at zero. So the distance that remains after distillation comes from the
+method and not from the teacher. Latents are [B, 2, 1, 1]; there are no prompts.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ CONDITION_DIM = 32
 HIDDEN = 128
 PROJECTIONS = 64
 SAMPLES = 8192
-"""Of each set when a distance is measured."""
+"""Samples of each set when a distance is measured."""
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """Weights [N], means [N, 2] and one standard deviation."""
+    """Mixture of N Gaussians in the plane: weights [N], means [N, 2] and one standard deviation."""
 
     weights: Tensor
     means: Tensor
     std: float
 
     def sample(self, count: int, generator: torch.Generator) -> Tensor:
-        """[B, 2, 1, 1]."""
+        """Draw `count` samples, [B, 2, 1, 1]."""
         component = torch.multinomial(self.weights, count, replacement=True, generator=generator)
         x = self.means[component] + self.std * torch.randn(count, 2, generator=generator)
         return x.view(count, 2, 1, 1)
 
     def nearest(self, x: Tensor) -> Tensor:
-        """Index of the nearest component of each sample, [B]."""
+        """Return the index of the nearest component of each sample, [B]."""
         return torch.cdist(x.flatten(1), self.means).argmin(1)
 
     def posterior_mean(self, x: Tensor, alphas: Tensor, sigmas: Tensor) -> Tensor:
-        """E[x_0 | x_t = x], [B, 2]. x [B, 2]; alphas, sigmas [B, 1]."""
+        """Return E[x_0 | x_t = x], [B, 2]. x is [B, 2]; alphas and sigmas are [B, 1]."""
         variance = (alphas * self.std) ** 2 + sigmas**2
         offset = x[:, None, :] - alphas[:, None] * self.means
         log_share = self.weights.log() - offset.square().sum(2) / (2 * variance)
@@ -61,7 +61,7 @@ class Mixture:
 
 
 def ring(components: int = 6, radius: float = 1.3, std: float = 0.12) -> Mixture:
-    """Components on a circle, the first three times as heavy as the last: unequal modes are easy to lose."""
+    """Return a mixture on a circle. Its first component weighs three times the last: unequal modes are easy to lose."""
     angles = torch.arange(components) * (2 * math.pi / components)
     weights = torch.linspace(3.0, 1.0, components)
     means = radius * torch.stack([angles.cos(), angles.sin()], 1)
@@ -69,7 +69,7 @@ def ring(components: int = 6, radius: float = 1.3, std: float = 0.12) -> Mixture
 
 
 class MixtureDenoiser(nn.Module):
-    """The exact posterior mean plus a correction that starts at zero; K enters as in the real models."""
+    """The exact posterior mean plus a correction that starts at zero. K enters as in the real models."""
 
     def __init__(self, mixture: Mixture) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class MixtureDenoiser(nn.Module):
         nn.init.zeros_(self.last.bias)
 
     def forward(self, latents: Tensor, timesteps: Tensor, step_counts: Tensor | None, *_: Tensor | None) -> Tensor:
-        """Estimate of x_0, shaped as latents [B, 2, 1, 1]."""
+        """Return the estimate of x_0, [B, 2, 1, 1]."""
         x = latents.flatten(1)
         alphas, sigmas = (level.flatten(1) for level in COORDINATES.levels(timesteps, latents))
         exact = self.mixture.posterior_mean(x, alphas, sigmas)
@@ -96,7 +96,7 @@ class MixtureDenoiser(nn.Module):
 
 
 class NoPrompts:
-    """Every prompt is the same nothing; real samples are the mixture's."""
+    """Source of empty prompts, and of samples of the mixture as real latents."""
 
     def __init__(self, mixture: Mixture) -> None:
         self.mixture = mixture
@@ -123,11 +123,11 @@ DEFAULT = DistillConfig(
     condition_lr_scale=1.0,
     precision="fp32",
 )
-"""TDM-unify on the mixture."""
+"""Settings of TDM-unify on the mixture."""
 
 
 def build_distiller(config: DistillConfig, mixture: Mixture | None = None) -> Distiller:
-    """A distillation of the mixture, at its start."""
+    """Return a distillation of the mixture, before its first iteration."""
     torch.manual_seed(config.seed)
     mixture = mixture or ring()
     roles = SeparateRoles(MixtureDenoiser(mixture), COORDINATES, precision=config.precision)
@@ -135,7 +135,7 @@ def build_distiller(config: DistillConfig, mixture: Mixture | None = None) -> Di
 
 
 def sliced_wasserstein(first: Tensor, second: Tensor) -> float:
-    """Sliced 2-Wasserstein distance of two sets of equal size, [B, 2, 1, 1] each, in the data's units."""
+    """Return the sliced 2-Wasserstein distance of two sets [B, 2, 1, 1], in the data's units."""
     angles = torch.arange(PROJECTIONS) * (math.pi / PROJECTIONS)
     directions = torch.stack([angles.cos(), angles.sin()])
     a, b = ((x.flatten(1) @ directions).sort(0).values for x in (first, second))
@@ -144,19 +144,19 @@ def sliced_wasserstein(first: Tensor, second: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Distances:
-    """Of a K-step student."""
+    """Distances between a K-step student and the truth."""
 
     data: float
-    """Sliced Wasserstein distance of its samples to the data."""
+    """Sliced Wasserstein distance of the student's samples to the data."""
     trajectory: float
-    """Mean over its inner timesteps t_i of the distance of x_{t_i} to diffused data; 0 for K = 1."""
+    """Distance of x_{t_i} to diffused data, averaged over the inner timesteps t_i; 0 for K = 1."""
     modes: float
-    """Total variation between its shares of components and the mixture's weights, 0..1."""
+    """Total variation between the student's shares of the components and the mixture's weights, 0..1."""
 
 
 @torch.no_grad()
 def measure(distiller: Distiller, step_count: int, seed: int = 10_000) -> Distances:
-    """Compare a student with the truth."""
+    """Compare a student of K steps with the truth."""
     generator = torch.Generator().manual_seed(seed)
     denoiser = distiller.roles.teacher.denoiser
     assert isinstance(denoiser, MixtureDenoiser)
@@ -174,7 +174,7 @@ def measure(distiller: Distiller, step_count: int, seed: int = 10_000) -> Distan
                 noise,
                 places,
                 conditioning,
-                tells_k=distiller.config.tells_student,
+                with_k=distiller.config.student_receives_k,
             ).x
         alphas, sigmas = COORDINATES.levels(places.timestep, data)
         inner.append(sliced_wasserstein(x, alphas * data + sigmas * torch.randn(data.shape, generator=generator)))
@@ -184,7 +184,7 @@ def measure(distiller: Distiller, step_count: int, seed: int = 10_000) -> Distan
 
 
 def prove(config: DistillConfig = DEFAULT) -> dict[int, Distances]:
-    """Distil the mixture and measure every K."""
+    """Distil the mixture, and return the distances of every K."""
     distiller = build_distiller(config)
     for step in range(config.steps):
         distiller.train_step(step, step_generator(config.seed, "mixture", step))
@@ -193,8 +193,8 @@ def prove(config: DistillConfig = DEFAULT) -> dict[int, Distances]:
 
 VARIANTS: Mapping[str, DistillConfig] = {
     "TDM-unify": DEFAULT,
-    "one fake score for every K (Eq. 9)": replace(DEFAULT, told="student"),
-    "K told to nobody": replace(DEFAULT, told="nobody"),
+    "one fake score for every K (Eq. 9)": replace(DEFAULT, step_condition_for="student"),
+    "without K": replace(DEFAULT, step_condition_for="none"),
     "no importance sampling": replace(DEFAULT, fake_target="clean"),
     "exact importance weights": replace(DEFAULT, fake_target="importance_exact"),
     "trajectory score": replace(DEFAULT, fake_target="trajectory_score"),
@@ -204,11 +204,11 @@ VARIANTS: Mapping[str, DistillConfig] = {
     "Fisher divergence": replace(DEFAULT, generator_loss="fisher", student_learning_rate=2e-4, fake_updates=2),
     "DMD2": replace(as_dmd2(DEFAULT), fake_updates=5),
 }
-"""The method, and what the paper says is worse."""
+"""The method, and variants that the paper reports as worse."""
 
 
 def print_proof(seeds: Sequence[int] = (0, 1, 2), step_counts: Sequence[int] = (1, 2, 3, 4)) -> None:
-    """Distil every variant and print a Markdown table of means over seeds."""
+    """Distil every variant, and print the means over seeds as a Markdown table."""
     columns = " | ".join(f"K = {k}" for k in step_counts)
     print(f"| variant | {columns} | inner steps, K = 4 | modes lost, K = 4 |\n|{'---|' * (len(step_counts) + 3)}")
     for name, config in {"at the start (the teacher at K steps)": replace(DEFAULT, steps=0), **VARIANTS}.items():

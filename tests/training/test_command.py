@@ -1,4 +1,4 @@
-"""`tdm-train` as a user types it: prompts to embeddings to a student, settings shown, mistakes named."""
+"""The command `tdm-train`: from prompts to a student, presets, and error messages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ steps = 2
 batch_size = 2
 accumulation = 1
 step_counts = [1, 4]
-told = "both"
+step_condition_for = "both"
 width = 64
 height = 64
 log_every = 1
@@ -32,7 +32,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_prompts_become_embeddings_become_a_student(
+def test_embed_and_distill_make_a_student_from_a_prompt_file(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prompts, config, embeddings, run = (tmp_path / name for name in ("p.jsonl", "small.toml", "embeddings", "run"))
@@ -49,7 +49,7 @@ def test_prompts_become_embeddings_become_a_student(
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
-def test_a_preset_is_shown_with_every_setting_and_reads_back(
+def test_a_printed_preset_has_every_setting_and_can_be_read_back(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["preset", name]) == 0
@@ -66,7 +66,7 @@ def test_a_preset_is_shown_with_every_setting_and_reads_back(
         (["ablate", "--variants", "everything"], "everything"),
     ],
 )
-def test_a_mistake_is_one_sentence_and_status_2(
+def test_an_error_is_one_sentence_with_exit_status_2(
     arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(arguments) == 2

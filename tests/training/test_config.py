@@ -1,4 +1,4 @@
-"""A config survives its file, and whatever is wrong with a file is named with field, value and what is allowed."""
+"""Config files: a round trip keeps every value, and errors name field, value and allowed values."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_every_value_comes_back_from_its_file(name: str, tmp_path: Path) -> None:
+def test_a_config_written_to_a_file_is_read_back_equal(name: str, tmp_path: Path) -> None:
     config, file = VARIANTS[name], tmp_path / "config.toml"
     file.write_text(config_as_toml(config))
     for start in (DistillConfig(), PRESETS["cogvideox"]):
         assert load_config(start, file) == config
 
 
-def test_a_file_changes_what_it_names_and_nothing_else(tmp_path: Path) -> None:
+def test_a_file_changes_only_the_fields_in_it(tmp_path: Path) -> None:
     file = tmp_path / "config.toml"
-    file.write_text('batch_size = 8\nguidance_scale = 4\naccumulation = 2\ntold = "student"\n')
-    expected = replace(PRESETS["sd15"], batch_size=8, guidance_scale=4.0, accumulation=2, told="student")
+    file.write_text('batch_size = 8\nguidance_scale = 4\naccumulation = 2\nstep_condition_for = "student"\n')
+    expected = replace(PRESETS["sd15"], batch_size=8, guidance_scale=4.0, accumulation=2, step_condition_for="student")
     assert load_config(PRESETS["sd15"], file) == expected
     assert load_config(PRESETS["sd15"], None) is PRESETS["sd15"]
 
@@ -52,6 +52,11 @@ def test_a_file_changes_what_it_names_and_nothing_else(tmp_path: Path) -> None:
         ("gradient_checkpointing = 1", "gradient_checkpointing is 1; it must be of type bool"),
         ("accumulation = 3", "accumulation is 3; it must be a divisor of batch_size, 32"),
         ('method = "tmd"', "method is 'tmd'; it must be one of tdm, lcm"),
+        ('step_condition_for = "teacher"', "step_condition_for is 'teacher'; it must be one of both, student, none"),
+        (
+            'told = "nobody"',
+            r"told \('nobody'\) is now step_condition_for, and its value 'nobody' is now 'none'; rename",
+        ),
         ('solver = "heun"', "solver is 'heun'; it must be one of ddim, euler, dpmsolver"),
         ('precision = "fp16"', "precision is 'fp16'; it must be one of bf16, fp32"),
         ("interval = []", r"interval is \[\]; it must be one of disjoint, reverse, full"),
@@ -79,7 +84,7 @@ def test_a_file_changes_what_it_names_and_nothing_else(tmp_path: Path) -> None:
         ("batch_size = \xff", "is not TOML"),
     ],
 )
-def test_a_bad_file_is_refused_by_field_value_and_remedy(text: str, message: str, tmp_path: Path) -> None:
+def test_an_invalid_file_is_rejected_with_field_and_value(text: str, message: str, tmp_path: Path) -> None:
     file = tmp_path / "bad.toml"
     file.write_text(text, encoding="latin-1")
     with pytest.raises(ConfigError, match=message) as caught:
@@ -87,19 +92,18 @@ def test_a_bad_file_is_refused_by_field_value_and_remedy(text: str, message: str
     assert str(file) in str(caught.value)
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_file_names_it(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"absent.toml cannot be read \(No such file or directory\); give a TOML file"
     ):
         load_config(DistillConfig(), tmp_path / "absent.toml")
 
 
-def test_changes_are_checked_together() -> None:
+def test_fields_are_checked_after_all_changes() -> None:
     assert with_changes(DistillConfig(), {"batch_size": 9, "accumulation": 3}).accumulation == 3
 
 
-def test_presets_say_what_the_paper_says() -> None:
-    """App. D."""
+def test_presets_have_the_numbers_of_the_papers_appendix_d() -> None:
     rates = {
         name: (config.student_learning_rate, config.fake_learning_rate, config.batch_size, config.guidance_scale)
         for name, config in PRESETS.items()
@@ -112,12 +116,13 @@ def test_presets_say_what_the_paper_says() -> None:
     assert steps["sdxl-512"] == steps["sdxl-1024"] == 1_000
     for config in PRESETS.values():
         assert config.betas == (0.0, 0.999) and config.clip_norm == 1.0 and config.final_lr_share == 1.0
-        assert config.told == ("both" if len(config.step_counts) > 1 else "nobody")
+        assert config.step_condition_for == ("both" if len(config.step_counts) > 1 else "none")
 
 
-def test_dmd2_is_a_setting_of_the_same_run() -> None:
+def test_as_dmd2_sets_its_fields_and_keeps_the_learning_rate_and_as_lcm_rejects_lora() -> None:
     config = as_dmd2(PRESETS["sd15"])
-    assert (config.fake_updates, config.told, config.interval, config.matching) == (10, "nobody", "full", "clean")
+    assert (config.fake_updates, config.interval, config.matching) == (10, "full", "clean")
+    assert config.step_condition_for == "none"
     assert (config.rollout, config.generator_loss, config.fake_target) == ("stochastic", "normalised_l2", "clean")
     assert config.student_learning_rate == PRESETS["sd15"].student_learning_rate
     with pytest.raises(ConfigError, match="method 'lcm' trains whole copies"):

@@ -1,7 +1,7 @@
-"""The proof: on a Gaussian mixture, whose scores are exact, the student's K-step distribution becomes the data's.
+"""The proof on a Gaussian mixture, whose scores are exact: the student's K-step distribution becomes the data's.
 
-Distances are sliced Wasserstein in the data's units; the mixture's ring has radius 1.3. Five runs
-of about a quarter of a minute each, shared by the tests.
+Distances are sliced Wasserstein in the data's units; the mixture's ring has radius 1.3. The tests share
+five runs of about a quarter of a minute each.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from training.mixture import COORDINATES, DEFAULT, VARIANTS, Distances, MixtureDenoiser, prove, ring, sliced_wasserstein
 
 BOUND = 0.2
-"""Distance to the data that every K must fall below; the teacher's own K steps are at 0.91, 0.40, 0.21 and 0.13."""
+"""Upper bound on the distance to the data for every K. The teacher at K steps has 0.91, 0.40, 0.21 and 0.13."""
 
 
 @cache
@@ -37,7 +37,7 @@ def test_the_posterior_mean_is_the_denoiser_of_the_mixture() -> None:
     )
 
 
-def test_the_networks_start_as_the_exact_teacher_whatever_k() -> None:
+def test_the_networks_start_as_the_exact_teacher_for_every_k() -> None:
     denoiser, x = MixtureDenoiser(ring()), torch.randn(4, 2, 1, 1)
     timesteps = torch.tensor([999.0, 700, 300, 5])
     assert torch.equal(denoiser(x, timesteps, None), denoiser(x, timesteps, torch.tensor([1, 2, 3, 4])))
@@ -56,7 +56,7 @@ def test_the_students_k_step_distribution_becomes_the_datas(step_count: int) -> 
     assert found.modes < 0.1
 
 
-def test_it_beats_the_teacher_at_equal_steps() -> None:
+def test_the_student_is_nearer_to_the_data_than_the_teacher_at_equal_steps() -> None:
     start = prove(replace(DEFAULT, steps=0))
     for step_count, found in distances("TDM-unify").items():
         assert found.data < start[step_count].data
@@ -64,7 +64,7 @@ def test_it_beats_the_teacher_at_equal_steps() -> None:
 
 @pytest.mark.slow
 def test_one_fake_score_for_every_k_is_biased() -> None:
-    """Eq. 9: students of different K then only need to be right on average."""
+    """With Eq. 9, students of different K only need to be right on average."""
     shared, own = distances("one fake score for every K (Eq. 9)"), distances("TDM-unify")
     assert shared[1].data > 2 * own[1].data
     assert sum(d.data for d in shared.values()) > 2 * sum(d.data for d in own.values())
@@ -72,7 +72,7 @@ def test_one_fake_score_for_every_k_is_biased() -> None:
 
 @pytest.mark.slow
 def test_without_importance_sampling_the_trajectory_is_biased() -> None:
-    """The fake score then knows diffused clean samples, not the trajectory's, so inner steps go astray.
+    """The fake score then learns diffused clean samples instead of the trajectory's, so inner steps are wrong.
 
     The last step can still map them onto the data, and on most seeds it does (training/README.md).
     """

@@ -37,13 +37,13 @@ UNIFY = DistillConfig(
     width=64,
     height=64,
 )
-"""TDM-unify, at rates that move a tiny model within an iteration."""
+"""TDM-unify, with learning rates that change a tiny model in one iteration."""
 LORA = replace(UNIFY, lora_rank=2, lora_alpha=4.0)
-"""Alpha is not the rank: whoever forgets it is found out."""
+"""TDM-unify with LoRA. Alpha differs from the rank, so that a forgotten alpha fails a test."""
 
 
 class TinyPrompts:
-    """Random prompts of a family and, where asked for, random latents."""
+    """Random prompts of a family and, with `has_latents`, random latents."""
 
     def __init__(self, family: str, *, has_latents: bool = False) -> None:
         self._rows, self._empty = tiny_conditioning(family, PROMPTS), tiny_conditioning(family, 1, seed=1)
@@ -63,12 +63,12 @@ class TinyPrompts:
 
 
 def tiny_base(family: Family) -> BaseModel:
-    """A teacher with random weights, the same on every call."""
+    """Return a teacher with random weights, which are the same on every call."""
     return BaseModel(family, denoiser_for(TINY_MODELS[family]()), *NOISE[family], 8, 4)
 
 
 def tiny_distiller(family: Family, config: DistillConfig, *, has_latents: bool = False) -> Distiller:
-    """A distillation at its start."""
+    """Return a distillation before its first iteration."""
     base, processes = tiny_base(family), Processes()
     coordinates = coordinates_of(base, config)
     roles = build_roles(base, coordinates, config, processes.device)
@@ -77,12 +77,12 @@ def tiny_distiller(family: Family, config: DistillConfig, *, has_latents: bool =
 
 
 def iterate(distiller: Distiller, count: int) -> list[dict[str, float]]:
-    """The first iterations of a run; their numbers."""
+    """Run the first `count` iterations. Return their numbers."""
     return [distiller.train_step(n, step_generator(distiller.config.seed, "tdm", n)) for n in range(count)]
 
 
 def weights_of(distiller: Distiller) -> dict[str, Tensor]:
-    """Copies of everything that is trained, by role and name."""
+    """Return copies of all trained weights by role and name."""
     modules = {"student": distiller.roles.module("student"), "fake": distiller.roles.module("fake")}
     modules["average"] = distiller.average
     return {f"{role}.{name}": p.detach().clone() for role, m in modules.items() for name, p in m.named_parameters()}

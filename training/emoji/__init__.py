@@ -1,1 +1,1 @@
-"""The embedded model: colour emoji composed into captioned scenes, their autoencoder, teacher and scores."""
+"""The embedded model: scenes of colour emoji with captions, autoencoders, teacher, student and scores."""

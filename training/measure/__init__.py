@@ -1,1 +1,1 @@
-"""Metrics of samples, and scorers with weights from disk."""
+"""Metrics of samples, and scorers that load their weights from disk."""

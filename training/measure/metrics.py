@@ -1,6 +1,6 @@
 """Distances between sets of pictures, as pure functions of their features.
 
-Legend: N and M pictures, D features each, float64; P prompts, S seeds of each.
+Legend: N and M pictures with D features, float64; P prompts with S seeds.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ Features = NDArray[np.float64]
 
 
 def frechet_distance(first: Features, second: Features) -> float:
-    """Squared Frechet distance of the Gaussians fitted to two sets (Heusel et al. 2017, eq. 6).
+    """Return the squared Frechet distance of the Gaussians fitted to two sets (Heusel et al. 2017, eq. 6).
 
-    |m1 - m2|^2 + tr(C1 + C2 - 2 (C1^1/2 C2 C1^1/2)^1/2), 0 for identical sets. Small sets read too
-    high, so compare numbers at equal N and M only.
+    |m1 - m2|^2 + tr(C1 + C2 - 2 (C1^1/2 C2 C1^1/2)^1/2), which is 0 for identical sets. Small sets give too
+    high numbers, so compare numbers at equal N and M only.
 
     Args:
-        first: [N, D], N at least 2.
-        second: [M, D], M at least 2.
+        first: Features [N, D], N at least 2.
+        second: Features [M, D], M at least 2.
 
     Raises:
-        ValueError: the shapes do not fit.
+        ValueError: The shapes do not fit.
     """
     _check_pair(first, second, least=2)
     c1, c2 = (np.atleast_2d(np.cov(features, rowvar=False)) for features in (first, second))
@@ -35,51 +35,55 @@ def frechet_distance(first: Features, second: Features) -> float:
 
 
 def diversity(features: Features) -> float:
-    """Mean Euclidean distance between two seeds of one prompt, averaged over the prompts.
+    """Return the mean Euclidean distance between two seeds of one prompt, averaged over the prompts.
 
     Args:
-        features: [P, S, D], S at least 2.
+        features: Features [P, S, D], S at least 2.
 
     Raises:
-        ValueError: the shape does not fit.
+        ValueError: The shape does not fit.
     """
     if features.ndim != 3 or features.shape[1] < 2:
-        raise ValueError(f"features must be [P, S, D] with S at least 2, got {list(features.shape)}")
+        raise ValueError(
+            f"features must be [P, S, D] with S at least 2, got {list(features.shape)}; give more seeds of each prompt"
+        )
     first, second = np.triu_indices(features.shape[1], k=1)
     return float(np.linalg.norm(features[:, first] - features[:, second], axis=-1).mean())
 
 
 def coverage(real: Features, generated: Features, neighbours: int = 5) -> float:
-    """Share of the real pictures with a generated one nearby: how many modes are kept (Naeem et al. 2020, eq. 4).
+    """Return the share of real pictures with a generated one nearby, a measure of modes (Naeem et al. 2020, eq. 4).
 
-    "Nearby" is within the distance to the real picture's own `neighbours`-th nearest real one.
+    "Nearby" means no farther than the `neighbours`-th nearest real picture.
 
     Args:
-        real: [N, D], N above `neighbours`.
-        generated: [M, D], M at least 1.
+        real: Features [N, D], N above `neighbours`.
+        generated: Features [M, D], M at least 1.
 
     Returns:
-        0..1; two sets of one distribution read about 1 - 2 ** -neighbours where M = N.
+        A number in 0..1. Two sets of one distribution with M = N give about 1 - 2 ** -neighbours.
 
     Raises:
-        ValueError: the shapes do not fit.
+        ValueError: The shapes do not fit.
     """
     _check_pair(real, generated, least=1)
     if not 1 <= neighbours < len(real):
-        raise ValueError(f"neighbours is {neighbours}, and {len(real)} real pictures allow 1..{len(real) - 1}")
+        raise ValueError(
+            f"neighbours is {neighbours}, and {len(real)} real pictures allow 1..{len(real) - 1}; give more pictures"
+        )
     radii = np.sort(_distances(real, real), axis=1)[:, neighbours]  # column 0 is the picture itself
     return float((_distances(real, generated).min(axis=1) <= radii).mean())
 
 
 def _distances(first: Features, second: Features) -> Features:
-    """Euclidean, [N, M]."""
+    """Return Euclidean distances, [N, M]."""
     squares = (first**2).sum(1)[:, None] + (second**2).sum(1) - 2.0 * first @ second.T
     distances: Features = np.sqrt(np.clip(squares, 0.0, None))
     return distances
 
 
 def _square_root(covariance: Features) -> Features:
-    """The symmetric root of a symmetric matrix; eigenvalues that rounding made negative count as 0."""
+    """Return the symmetric root of a symmetric matrix. Eigenvalues that rounding made negative count as 0."""
     values, vectors = np.linalg.eigh(covariance)
     root: Features = (vectors * np.sqrt(np.clip(values, 0.0, None))) @ vectors.T
     return root

@@ -1,13 +1,13 @@
-"""The field's own scorers of text-to-image pictures, run where their weights lie on disk; nothing is downloaded.
+"""Published scorers of text-to-image pictures, with weights from disk. They download nothing.
 
-| scorer | says | weights |
+| scorer | measures | weights |
 |---|---|---|
-| `CLIPScore` | does the picture show the words | a transformers CLIPModel folder |
-| `AestheticScore` | is it pleasing | that of CLIP ViT-L/14, and the LAION head on it |
-| `HPSScore` | would people prefer it (HPS v2.1) | one open_clip state dict |
-| `InceptionFeatures` | features for the Frechet distance, i.e. FID | one TorchScript file |
+| `CLIPScore` | whether the picture shows the words | a transformers CLIPModel folder |
+| `AestheticScore` | whether the picture is pleasing | the folder of CLIP ViT-L/14, and the LAION head |
+| `HPSScore` | whether people would prefer the picture (HPS v2.1) | one open_clip state dict |
+| `InceptionFeatures` | features for the Frechet distance (FID) | one TorchScript file |
 
-Pictures are uint8 [H, W, 3], prompts one a picture.
+Pictures are uint8 [H, W, 3]. Each picture has one prompt.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ INCEPTION_FEATURES = 2048
 
 
 class CLIPEmbedder:
-    """A CLIP model and its tokenizer: pictures and prompts -> unit vectors [N, D] of one space."""
+    """A CLIP model with its tokenizer. It maps pictures and prompts to unit vectors [N, D] of one space."""
 
     def __init__(self, model: CLIPModel, tokenizer: CLIPTokenizer) -> None:
         self._model = model.eval().requires_grad_(False)
@@ -46,10 +46,10 @@ class CLIPEmbedder:
 
     @classmethod
     def open(cls, folder: Path) -> CLIPEmbedder:
-        """Load a CLIPModel folder as transformers saves it, tokenizer included.
+        """Load a CLIPModel folder with a tokenizer, as transformers saves it.
 
         Raises:
-            FileNotFoundError: there is none.
+            FileNotFoundError: The folder does not exist.
         """
         require_file(
             folder / "config.json",
@@ -62,7 +62,7 @@ class CLIPEmbedder:
 
     @torch.inference_mode()
     def pictures(self, pictures: Sequence[Pixels]) -> Tensor:
-        """[N, D], each of length 1."""
+        """Embed pictures: unit vectors [N, D]."""
         found = []
         for start in range(0, len(pictures), BATCH_SIZE):
             batch = torch.stack([clip_pixels(p, self._side_px) for p in pictures[start : start + BATCH_SIZE]])
@@ -71,7 +71,7 @@ class CLIPEmbedder:
 
     @torch.inference_mode()
     def prompts(self, prompts: Sequence[str]) -> Tensor:
-        """[N, D], each of length 1."""
+        """Embed prompts: unit vectors [N, D]."""
         found = []
         for start in range(0, len(prompts), BATCH_SIZE):
             tokens = self._tokenizer(
@@ -81,34 +81,36 @@ class CLIPEmbedder:
                 max_length=self._max_tokens,
                 return_tensors="pt",
             )
-            # No mask: CLIP was trained without one, and its text side looks only backwards.
+            # No mask: CLIP was trained without one, and its text encoder is causal.
             found.append(self._model.get_text_features(input_ids=tokens["input_ids"]).pooler_output)
         return F.normalize(torch.cat(found), dim=-1)
 
     def similarities(self, pictures: Sequence[Pixels], prompts: Sequence[str]) -> Tensor:
-        """Cosine of each picture with its own prompt, [N].
+        """Return the cosine of each picture with its prompt, [N].
 
         Raises:
-            ValueError: not one prompt a picture.
+            ValueError: The numbers of pictures and prompts differ, or are 0.
         """
         if len(pictures) != len(prompts) or not pictures:
-            raise ValueError(f"{len(pictures)} pictures and {len(prompts)} prompts: give one prompt a picture")
+            raise ValueError(
+                f"got {len(pictures)} pictures and {len(prompts)} prompts; give one prompt for each picture"
+            )
         return (self.pictures(pictures) * self.prompts(prompts)).sum(-1)
 
 
 class CLIPScore:
-    """100 * cosine of picture and prompt, 0 at least (Hessel et al. 2021, with the usual weight of 100)."""
+    """CLIP score: 100 * cosine of picture and prompt, at least 0 (Hessel et al. 2021, with the usual weight of 100)."""
 
     def __init__(self, embedder: CLIPEmbedder) -> None:
         self._embedder = embedder
 
     @classmethod
     def open(cls, folder: Path) -> CLIPScore:
-        """See `CLIPEmbedder.open`."""
+        """Load a CLIPModel folder, see `CLIPEmbedder.open`."""
         return cls(CLIPEmbedder.open(folder))
 
     def score(self, pictures: Sequence[Pixels], prompts: Sequence[str]) -> float:
-        """Mean over the pictures, 0..100."""
+        """Return the mean over the pictures, 0..100."""
         return 100.0 * float(self._embedder.similarities(pictures, prompts).clamp(min=0).mean())
 
 
@@ -117,7 +119,7 @@ class AestheticHead(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        # No activations between: so it was published. The dropouts hold the numbers of the state dict's keys.
+        # The published head has no activations. The dropouts keep the numbers in the state dict's keys.
         self.layers = nn.Sequential(
             nn.Linear(768, 1024),
             nn.Dropout(0.2),
@@ -130,13 +132,13 @@ class AestheticHead(nn.Module):
         )
 
     def forward(self, embeddings: Tensor) -> Tensor:
-        """Ratings [B]."""
+        """Return ratings [B]."""
         ratings: Tensor = self.layers(embeddings)
         return ratings.squeeze(-1)
 
 
 class AestheticScore:
-    """Mean aesthetic rating."""
+    """Mean aesthetic rating of pictures."""
 
     def __init__(self, embedder: CLIPEmbedder, head: AestheticHead) -> None:
         self._embedder, self._head = embedder, head.eval().requires_grad_(False)
@@ -146,7 +148,7 @@ class AestheticScore:
         """Load CLIP ViT-L/14 and the head, `sac+logos+ava1-l14-linearMSE.pth` or the same as safetensors.
 
         Raises:
-            FileNotFoundError: one of them is missing.
+            FileNotFoundError: One of them is missing.
         """
         state = load_state(
             head_file,
@@ -158,12 +160,12 @@ class AestheticScore:
 
     @torch.inference_mode()
     def score(self, pictures: Sequence[Pixels], prompts: Sequence[str] = ()) -> float:
-        """Mean over the pictures; prompts are unread."""
+        """Return the mean over the pictures. Prompts are ignored."""
         return float(self._head(self._embedder.pictures(pictures)).mean())
 
 
 class HPSScore:
-    """Human Preference Score v2.1: 100 * cosine under CLIP ViT-H/14 tuned on people's choices (Wu et al. 2023)."""
+    """Human Preference Score v2.1: 100 * cosine of a CLIP ViT-H/14 trained on people's choices (Wu et al. 2023)."""
 
     def __init__(self, embedder: CLIPEmbedder) -> None:
         self._embedder = embedder
@@ -173,11 +175,11 @@ class HPSScore:
         """Load the published state dict, `HPS_v2.1_compressed.pt`.
 
         Args:
-            tokenizer_folder: any CLIP's; all have the same tokens.
-            config: another size than ViT-H/14, for tests.
+            tokenizer_folder: Folder with the tokenizer of any CLIP model; all have the same tokens.
+            config: Sizes of the model, by default those of ViT-H/14.
 
         Raises:
-            FileNotFoundError: one of them is missing.
+            FileNotFoundError: One of them is missing.
         """
         require_file(tokenizer_folder / "tokenizer_config.json", "put the tokenizer of any CLIPModel folder there")
         state = load_state(file, "get HPS_v2.1_compressed.pt of xswu/HPSv2 and put it there")
@@ -187,12 +189,12 @@ class HPSScore:
         return cls(CLIPEmbedder(model, tokenizer))
 
     def score(self, pictures: Sequence[Pixels], prompts: Sequence[str]) -> float:
-        """Mean over the pictures."""
+        """Return the mean over the pictures."""
         return 100.0 * float(self._embedder.similarities(pictures, prompts).mean())
 
 
 class InceptionFeatures:
-    """Inception-v3's pool3 features [N, 2048]; with `training.measure.metrics.frechet_distance` they make the FID."""
+    """Inception-v3's pool3 features [N, 2048]. `training.measure.metrics.frechet_distance` of them is the FID."""
 
     def __init__(self, network: torch.jit.ScriptModule) -> None:
         self._network = network.eval()
@@ -202,17 +204,17 @@ class InceptionFeatures:
         """Load the TorchScript file that StyleGAN and clean-fid use, `inception-2015-12-05.pt`.
 
         Raises:
-            FileNotFoundError: it is missing.
+            FileNotFoundError: The file is missing.
         """
         require_file(file, "get inception-2015-12-05.pt, as StyleGAN2-ADA and clean-fid do, and put it there")
         return cls(torch.jit.load(str(file), map_location="cpu"))  # type: ignore[no-untyped-call]
 
     @torch.inference_mode()
     def features(self, pictures: Sequence[Pixels]) -> Features:
-        """float64 [N, 2048].
+        """Return features of pictures, float64 [N, 2048].
 
         Raises:
-            ValueError: the network does not answer with features of that size.
+            ValueError: The network returns features of another size.
         """
         found = []
         for start in range(0, len(pictures), BATCH_SIZE):
@@ -221,14 +223,14 @@ class InceptionFeatures:
         features: Features = torch.cat(found).double().numpy()
         if features.shape != (len(pictures), INCEPTION_FEATURES):
             raise ValueError(
-                f"the network made features of shape {list(features.shape)} in place of "
+                f"the network returned features of shape {list(features.shape)} instead of "
                 f"{[len(pictures), INCEPTION_FEATURES]}; use inception-2015-12-05.pt"
             )
         return features
 
 
 def clip_pixels(picture: Pixels, side_px: int) -> Tensor:
-    """Shorter side to `side_px`, centre cut, CLIP's mean and deviation: float [3, side_px, side_px]."""
+    """Prepare a picture for CLIP: resize, crop the centre and normalise. Return float [3, side_px, side_px]."""
     height, width = picture.shape[:2]
     scale = side_px / min(height, width)
     size = (max(side_px, round(width * scale)), max(side_px, round(height * scale)))
@@ -239,7 +241,7 @@ def clip_pixels(picture: Pixels, side_px: int) -> Tensor:
 
 
 def vit_h_14() -> CLIPConfig:
-    """CLIP ViT-H/14 as open_clip builds it."""
+    """Return the config of CLIP ViT-H/14 as open_clip builds it."""
     return CLIPConfig(
         projection_dim=1024,
         text_config={
@@ -269,9 +271,9 @@ OPEN_CLIP_NAMES: Mapping[str, str] = {
     "visual.ln_post.bias": "vision_model.post_layernorm.bias",
     "visual.proj": "visual_projection.weight",
 }
-"""open_clip's name -> transformers' name, outside the layers."""
+"""open_clip's name -> transformers' name, for tensors outside the layers."""
 TRANSPOSED = ("text_projection", "visual.proj")
-"""open_clip multiplies by these from the right, transformers' Linear from the left."""
+"""Names of matrices that open_clip stores transposed."""
 OPEN_CLIP_LAYER_NAMES: Mapping[str, str] = {
     "ln_1": "layer_norm1",
     "ln_2": "layer_norm2",
@@ -283,15 +285,15 @@ LAYER_NAME = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+?)[._](we
 
 
 def from_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename an open_clip state dict to transformers' CLIPModel layout.
+    """Convert an open_clip state dict to transformers' CLIPModel layout.
 
     Raises:
-        KeyError: a name is none of open_clip's.
+        KeyError: A name does not belong to open_clip.
     """
     converted: dict[str, Tensor] = {}
     for full_name, tensor in state.items():
         name = full_name.removeprefix("module.")
-        if name == "attn_mask":  # a constant that older files carry
+        if name == "attn_mask":  # a constant in older files
             continue
         if match := LAYER_NAME.fullmatch(name):
             converted |= _layer_tensors(match, tensor)
@@ -303,7 +305,7 @@ def from_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _layer_tensors(match: re.Match[str], tensor: Tensor) -> dict[str, Tensor]:
-    """One tensor of a layer; the joint input projection of attention becomes three."""
+    """Convert one tensor of a layer. The joint input projection of attention becomes three tensors."""
     tower = "vision_model" if match[1] else "text_model"
     prefix, part, kind = f"{tower}.encoder.layers.{match[2]}", match[3], match[4]
     if part == "attn.in_proj":
@@ -313,10 +315,10 @@ def _layer_tensors(match: re.Match[str], tensor: Tensor) -> dict[str, Tensor]:
 
 
 def load_state(file: Path, remedy: str) -> Mapping[str, Tensor]:
-    """Read a state dict from safetensors, or from a pickle of tensors alone.
+    """Read a state dict from safetensors, or from a pickle that holds tensors only.
 
     Raises:
-        FileNotFoundError: it is missing.
+        FileNotFoundError: The file is missing. The message says what to put there.
     """
     require_file(file, remedy)
     if file.suffix == ".safetensors":
@@ -327,15 +329,15 @@ def load_state(file: Path, remedy: str) -> Mapping[str, Tensor]:
 
 
 def require_file(file: Path, remedy: str) -> None:
-    """Check that a weight file is there.
+    """Check that a weight file exists.
 
     Raises:
-        FileNotFoundError: it is not; the message names it and says what to put there.
+        FileNotFoundError: The file is missing. The message names it and says what to put there.
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing; {remedy} (this scorer downloads nothing)")
 
 
 def _resized(picture: Pixels, side_px: int) -> Pixels:
-    """Bicubic with antialiasing, as clean-fid resizes."""
+    """Resize by bicubic interpolation with antialiasing, as clean-fid does."""
     return np.asarray(Image.fromarray(picture).resize((side_px, side_px), Image.Resampling.BICUBIC))

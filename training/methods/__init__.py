@@ -1,1 +1,1 @@
-"""One file a method: pure functions that turn a part of a batch into a loss."""
+"""Distillation methods, one file each: pure functions from a part of a batch to a loss."""

@@ -1,4 +1,4 @@
-"""The discriminator of TDM-unify-GAN: tells diffused student samples from diffused real latents (Eq. 16, App. F.1)."""
+"""The discriminator of TDM-unify-GAN, between diffused student samples and diffused real latents (Eq. 16, App. F.1)."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from training.methods.tdm import TDM, StudentSample
 
 
 def build_discriminator(teacher: Denoiser) -> Denoiser:
-    """The teacher's UNet encoder with a small head on its middle features.
+    """Return the teacher's UNet encoder with a small head on its middle features.
 
-    Called as a denoiser is, it returns logits [B, 1, h, w], high for real; K enters where the student's does.
+    It takes the arguments of a denoiser, K included, and returns logits [B, 1, h, w], which are high for real latents.
 
     Raises:
-        ValueError: the teacher is no UNet.
+        ValueError: The teacher is not a UNet.
     """
     if not isinstance(teacher, UNetDenoiser):
         raise ValueError(
@@ -36,30 +36,30 @@ def build_discriminator(teacher: Denoiser) -> Denoiser:
 
 
 class Adversary:
-    """Both sides of the game, on x_tau, in the interval of the student's step."""
+    """Losses of discriminator and student, on x_tau in the interval of the student's step."""
 
     def __init__(self, method: TDM, discriminator: Denoiser) -> None:
         self.method = method
         self.discriminator = discriminator
 
     def logits(self, x_tau: Tensor, batch: Batch, forward: Forward) -> Tensor:
-        told = self.method.told(batch, "fake")
+        step_counts = self.method.step_counts_for(batch, "fake")
+        if step_counts is not None:
+            step_counts = step_counts.to(x_tau.device)
         timesteps = forward.tau.to(x_tau.device, torch.float32)
         with autocast(x_tau.device, self.method.config.precision):
-            logits: Tensor = self.discriminator(
-                x_tau, timesteps, None if told is None else told.to(x_tau.device), *batch.conditioning.tensors()
-            )
+            logits: Tensor = self.discriminator(x_tau, timesteps, step_counts, *batch.conditioning.tensors())
         return logits.float()
 
     def discriminator_loss(self, batch: Batch, sample: StudentSample, forward: Forward) -> Tensor:
-        """Real latents of the same prompts against the student's samples, both at tau."""
+        """Return the loss of the discriminator on real latents of the same prompts and student samples, at tau."""
         assert batch.latents is not None, "the distiller refuses a source without latents"
         kernel, sample = self.method.kernel(sample, forward), sample.detach()
         of_real = self.logits(kernel.diffuse_clean(batch.latents, forward.noise), batch, forward)
         return discriminator_loss(of_real, self.logits(kernel.diffuse(sample.x_m, forward.noise), batch, forward))
 
     def generator_loss(self, batch: Batch, sample: StudentSample, forward: Forward) -> Tensor:
-        """ADVLoss of Eq. (16)."""
+        """Return the loss of the student, ADVLoss of Eq. (16)."""
         return adversarial_loss(
             self.logits(self.method.kernel(sample, forward).diffuse(sample.x_m, forward.noise), batch, forward)
         )

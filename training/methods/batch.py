@@ -1,6 +1,6 @@
-"""All randomness of an iteration, drawn for the whole batch at once.
+"""The random numbers of an iteration, drawn for the whole batch at once.
 
-A process or an accumulated part takes its slice, so any number of processes and parts trains on
+Each process and each accumulated part takes its slice. So any number of processes and parts trains on
 the same numbers, and an iteration is a function of (seed, step) alone.
 """
 
@@ -17,17 +17,17 @@ from training.config import DistillConfig
 from training.methods.trajectory import Coordinates, Places, Trajectories, draw_places
 
 FULL_RANGE = (0.02, 0.98)
-"""Shares of T between which DMD draws tau (Yin et al. 2024)."""
+"""Range in which DMD draws tau, as shares of T (Yin et al. 2024)."""
 
 
 @dataclass(frozen=True)
 class Forward:
-    """A draw of the forward process: how far, and by which noise."""
+    """A draw of the forward process: timestep and noise."""
 
     tau: Tensor
-    """[B], timesteps."""
+    """Timesteps, [B]."""
     noise: Tensor
-    """Shaped as latents."""
+    """Noise, shaped as latents."""
 
     def part(self, part: slice, device: torch.device) -> Forward:
         return Forward(self.tau[part], self.noise[part].to(device))
@@ -40,15 +40,15 @@ class Draws:
     places: Places
     noise: Tensor
     fake: tuple[Forward, ...]
-    """One for each update of the fake score."""
+    """One draw for each update of the fake score."""
     generator: Forward
     renoise: Tensor | None
-    """[B, rows, ...], fresh noise of stochastic rollouts."""
+    """Fresh noise of stochastic rollouts, [B, rows, ...]."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A part of an iteration's draws on the device that trains it, with its prompts."""
+    """A part of an iteration's draws with its prompts, on the device that trains it."""
 
     places: Places
     noise: Tensor
@@ -57,29 +57,29 @@ class Batch:
     renoise: Tensor | None
     conditioning: Conditioning
     latents: Tensor | None
-    """Real latents of the same prompts, for methods that use data."""
+    """Real latents of the same prompts, for methods that learn from data."""
 
 
 class PromptSource(Protocol):
-    """Prompts, numbered without end, as the text encoder says them. The method needs nothing else."""
+    """An endless, numbered list of encoded prompts, the only input that the method needs."""
 
     def conditioning(self, numbers: range) -> Conditioning:
-        """Prompts of these numbers: a function of the number alone, so that a run resumes exactly."""
+        """Return the prompts of these numbers. A prompt is a function of its number, so that a run resumes exactly."""
         ...
 
     def empty(self) -> Conditioning:
-        """The empty prompt, batch 1."""
+        """Return the empty prompt, batch 1."""
         ...
 
     def latents(self, numbers: range) -> Tensor | None:
-        """Real latents of the same prompts, unit spread; None where there is no data."""
+        """Return real latents of the same prompts, of unit spread, or None if the source has no data."""
         ...
 
 
 def draw(
     config: DistillConfig, trajectories: Trajectories, latent_shape: tuple[int, ...], generator: torch.Generator
 ) -> Draws:
-    """Draw an iteration's numbers for the whole batch."""
+    """Draw the random numbers of an iteration for the whole batch."""
     places = draw_places(trajectories, config.batch_size, generator)
     shape = (config.batch_size, *latent_shape)
 
@@ -96,7 +96,7 @@ def draw(
 
 
 def draw_tau(config: DistillConfig, coordinates: Coordinates, places: Places, generator: torch.Generator) -> Tensor:
-    """Timesteps [B] to diffuse each sample to, uniform in the interval that the config names."""
+    """Draw tau of each sample, [B], uniform in the interval that the config names."""
     last = torch.full_like(places.timestep, coordinates.schedule.max_timestep)
     if config.interval == "full":
         return coordinates.draw_between(last * FULL_RANGE[0], last * FULL_RANGE[1], generator).round()
@@ -108,7 +108,7 @@ def draw_tau(config: DistillConfig, coordinates: Coordinates, places: Places, ge
 def part_of(
     draws: Draws, part: slice, prompts: PromptSource, first_number: int, device: torch.device, *, has_latents: bool
 ) -> Batch:
-    """A slice of an iteration, moved to a device; latents are read for methods that learn from them only."""
+    """Return a slice of an iteration on a device. Latents are read only if `has_latents`."""
     numbers = range(first_number + part.start, first_number + part.stop)
     latents = prompts.latents(numbers) if has_latents else None
     return Batch(

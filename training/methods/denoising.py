@@ -1,4 +1,4 @@
-"""Denoising training of a teacher: TDM-unify-SFT's first stage (sec. 3.1, "Better Teacher Better Student")."""
+"""Denoising loss of a teacher, for its training and for TDM-unify-SFT (sec. 3.1, "Better Teacher Better Student")."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from training.methods.trajectory import Coordinates
 
 
 def denoising_target(coordinates: Coordinates, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """What the model should predict, by the prediction type of its coordinates."""
+    """Return the target of the model output, by the prediction type of the coordinates."""
     alphas, sigmas = coordinates.levels(timesteps, latents)
     match coordinates.prediction_type:
         case "epsilon":
@@ -31,12 +31,12 @@ def denoising_target(coordinates: Coordinates, latents: Tensor, noise: Tensor, t
 
 @dataclass(frozen=True)
 class DenoisingDraws:
-    """The random numbers of a batch. All [B, ...], on the CPU."""
+    """The random numbers of a batch, [B, ...] each, on the CPU."""
 
     timesteps: Tensor
     noise: Tensor
     is_dropped: Tensor
-    """Whose prompt is emptied."""
+    """Whether a sample trains on the empty prompt, [B]."""
 
     def __getitem__(self, part: slice) -> DenoisingDraws:
         return DenoisingDraws(self.timesteps[part], self.noise[part], self.is_dropped[part])
@@ -45,7 +45,7 @@ class DenoisingDraws:
 def draw_denoising(
     coordinates: Coordinates, shape: Sequence[int], dropout: float, generator: torch.Generator
 ) -> DenoisingDraws:
-    """Draw uniform timesteps, noise of `shape` [B, ...], and the share `dropout` of samples without a prompt."""
+    """Draw uniform timesteps, noise of `shape` [B, ...], and which samples lose their prompt, a share of `dropout`."""
     low = torch.full((shape[0],), coordinates.clean_end, dtype=torch.float64)
     timesteps = coordinates.draw_between(low, torch.full_like(low, coordinates.schedule.max_timestep), generator)
     noise = torch.randn(*shape, generator=generator)
@@ -60,10 +60,11 @@ def finetuning_loss(
     dropout: float,
     generator: torch.Generator,
 ) -> Tensor:
-    """Mean squared error at uniform timesteps, a share `dropout` of prompts emptied for guidance.
+    """Return the mean squared error at uniform timesteps.
 
     Args:
-        latents: [B, ...], unit spread.
+        latents: Latents of unit spread, [B, ...].
+        dropout: Share of samples that train on the empty prompt, for guidance.
     """
     draws = draw_denoising(model.coordinates, latents.shape, dropout, generator)
     return denoising_loss_at(model, latents, conditioning, empty, draws)
@@ -72,7 +73,7 @@ def finetuning_loss(
 def denoising_loss_at(
     model: CleanEstimator, latents: Tensor, conditioning: Conditioning, empty: Conditioning, draws: DenoisingDraws
 ) -> Tensor:
-    """Mean squared error of latents [B, ...] under numbers drawn before."""
+    """Return the mean squared error of latents [B, ...] for numbers that are already drawn."""
     coordinates, count = model.coordinates, len(latents)
     noise = draws.noise.to(latents.device)
     kept = Conditioning.cat(conditioning, empty.expand(count))

@@ -1,7 +1,7 @@
-"""Latent consistency distillation (Luo et al. 2023), the baseline, and where Fig. 8 starts from.
+"""Latent consistency distillation (Luo et al. 2023), a baseline and the start of Fig. 8.
 
-f(x, t) = c_skip(t) x + c_out(t) x_0(x, t) shall be the same at both ends of a teacher's step, Eq. (10).
-It needs real latents, and its sampler is stochastic.
+The loss makes f(x, t) = c_skip(t) x + c_out(t) x_0(x, t) equal at both ends of a teacher's step, Eq. (10).
+The method needs real latents, and its sampler is stochastic.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from training.methods.roles import CleanEstimator, Guided
 from training.methods.trajectory import Coordinates
 
 GRID = 50
-"""Timesteps of the teacher's solver; a skip of T / 50 = 20 is LCM's."""
+"""Timesteps of the teacher's solver. LCM skips T / 50 = 20 timesteps at a time."""
 
 
 @dataclass(frozen=True)
 class ConsistencyFunction:
-    """f(x, t), with a boundary condition at the clean end that holds whatever the network says."""
+    """f(x, t), which is the identity at the clean end for every network."""
 
     estimate: CleanEstimator
 
     def __call__(self, x: Tensor, timesteps: Tensor, conditioning: Conditioning, step_counts: Tensor | None) -> Tensor:
-        """Shaped as x. Called and sampled as any estimate of x_0."""
+        """Return f(x, t), shaped as x. It can stand in for any estimate of x_0."""
         c_skip, c_out = consistency_scalings(timesteps + 1, x)
         return c_skip * x + c_out * self.estimate(x, timesteps, conditioning, step_counts)
 
 
 @dataclass(frozen=True)
 class LCM:
-    """The method, given teacher, student and the student's average as target."""
+    """Latent consistency distillation with a teacher, a student and the student's average as target."""
 
     teacher: Guided
     student: ConsistencyFunction
@@ -43,7 +43,7 @@ class LCM:
     coordinates: Coordinates
 
     def loss(self, batch: Batch) -> Tensor:
-        """Eq. (10) between x_t, diffused data, and the teacher's guided DDIM step from it."""
+        """Return the loss, Eq. (10), between diffused data x_t and the teacher's guided DDIM step from there."""
         assert batch.latents is not None, "the distiller refuses a source without latents"
         skip = (self.coordinates.schedule.max_timestep + 1) // GRID
         high = ((batch.generator.tau + skip) // skip * skip - 1).clamp_max(self.coordinates.schedule.max_timestep)
@@ -56,12 +56,12 @@ class LCM:
         return consistency_loss(self.student(x_high, high, batch.conditioning, None), target)
 
     def _teacher_step(self, x: Tensor, high: Tensor, low: Tensor, conditioning: Conditioning) -> Tensor:
-        """DDIM from `high` to `low`."""
+        """Take a DDIM step from `high` to `low`."""
         x_0 = self.teacher(x, high, conditioning)
         (alpha_high, sigma_high), (alpha_low, sigma_low) = (self.coordinates.levels(t, x) for t in (high, low))
         return alpha_low * x_0 + sigma_low / sigma_high * (x - alpha_high * x_0)
 
 
 def averaged(student: CleanEstimator, average: torch.nn.Module) -> CleanEstimator:
-    """The same estimate by the averaged weights."""
+    """Return the student's estimate with averaged weights."""
     return replace(student, denoiser=average)

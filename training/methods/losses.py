@@ -1,9 +1,9 @@
 """The losses of Trajectory Distribution Matching and of its baselines, as pure functions.
 
-Legend: B samples, d elements each. x_m is the student's sample on its trajectory, x_tau the same
-diffused further to timestep tau, x_0 the student's clean estimate. `real` and `fake` are the
-teacher's and the fake score's estimates of x_0 at x_tau: a score is s = -(x_tau - alpha_tau x_0) /
-sigma_tau^2, so s_real - s_fake = alpha_tau / sigma_tau^2 (real - fake). "Eq." is the TDM paper.
+Legend: B samples of d elements. x_m is the student's sample on its trajectory, x_tau is x_m diffused
+further to timestep tau, x_0 is the student's clean estimate. `real` and `fake` are the estimates of
+x_0 at x_tau by the teacher and the fake score. A score is s = -(x_tau - alpha_tau x_0) / sigma_tau^2,
+so s_real - s_fake = alpha_tau / sigma_tau^2 (real - fake). "Eq." refers to the TDM paper.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import relu
 
 HUBER_C_PER_ROOT_DIM = 0.00054
-"""Of iCT (Song and Dhariwal 2024), on the norm of a sample."""
+"""c of the pseudo-Huber loss for the norm of a sample, from iCT (Song and Dhariwal 2024)."""
 ELEMENTWISE_HUBER_C = 1e-3
 IMPORTANCE_CLIP = 20.0
 SNR_CLIP = 5.0
@@ -23,7 +23,7 @@ SNR_CLIP = 5.0
 
 @dataclass(frozen=True)
 class ForwardKernel:
-    """q(x_tau | x_m) and q(x_tau | x_0), each level shaped [B, 1, 1, ...]."""
+    """The densities q(x_tau | x_m) and q(x_tau | x_0). Each level is shaped [B, 1, 1, ...]."""
 
     alpha_tau: Tensor
     sigma_tau: Tensor
@@ -32,12 +32,12 @@ class ForwardKernel:
 
     @property
     def scale(self) -> Tensor:
-        """Signal scale from m to tau."""
+        """Factor on the signal from m to tau."""
         return self.alpha_tau / self.alpha_m
 
     @property
     def beta(self) -> Tensor:
-        """Noise scale from m to tau: what is missing to sigma_tau."""
+        """Deviation of the noise that is added from m to tau."""
         return (self.sigma_tau**2 - (self.scale * self.sigma_m) ** 2).clamp_min(0).sqrt()
 
     def diffuse(self, x_m: Tensor, noise: Tensor) -> Tensor:
@@ -50,12 +50,12 @@ class ForwardKernel:
 
 
 def per_sample(x: Tensor) -> Tensor:
-    """Mean over all but the first axis, [B]."""
+    """Return the mean over all axes but the first, [B]."""
     return x.flatten(1).mean(1)
 
 
 def like_levels(values: Tensor, like: Tensor) -> Tensor:
-    """[B] -> [B, 1, 1, ...]."""
+    """Reshape [B] to [B, 1, 1, ...], so that it multiplies `like`."""
     return values.view(-1, *[1] * (like.ndim - 1))
 
 
@@ -65,14 +65,14 @@ def like_levels(values: Tensor, like: Tensor) -> Tensor:
 def importance_weight(
     kernel: ForwardKernel, x_tau: Tensor, x_0: Tensor, noise: Tensor, *, exact: bool = False
 ) -> Tensor:
-    """q(x_tau | x_0) / q(x_tau | x_m) of the fake score's loss (sec. 3.1). Shape [B].
+    """Return the weights q(x_tau | x_0) / q(x_tau | x_m) of the fake score's loss (sec. 3.1), [B].
 
     The exact ratio of two Gaussians in d dimensions under- or overflows (log-weights around -1000
-    at d = 1024). So by default it is tempered: the exponent is averaged over dimensions instead of
-    summed, clipped to [1/20, 20], and the factor that depends on tau alone is left to omega_tau.
+    at d = 1024). So by default the weight is tempered: the exponent is averaged over dimensions instead
+    of summed, the weight is clipped to [1/20, 20], and omega_tau covers the factor that depends on tau alone.
 
     Args:
-        exact: the ratio itself, for few dimensions.
+        exact: Whether to return the exact ratio, for few dimensions.
     """
     noise_from_clean = (x_tau - kernel.alpha_tau * x_0) / kernel.sigma_tau
     exponent = 0.5 * (per_sample(noise.square()) - per_sample(noise_from_clean.square()))
@@ -83,14 +83,14 @@ def importance_weight(
 
 
 def fake_score_loss(kernel: ForwardKernel, denoised: Tensor, x_0: Tensor, weight: Tensor) -> Tensor:
-    """Denoising loss of the fake score, Eq. (7), with importance weights. Scalar.
+    """Return the denoising loss of the fake score, Eq. (7), with importance weights. Scalar.
 
-    omega_tau = 1 + min(SNR, 5): the v-prediction weight, clipped at the clean end (Hang et al. 2023).
+    omega_tau = 1 + min(SNR, 5) is the v-prediction weight, clipped at the clean end (Hang et al. 2023).
 
     Args:
-        denoised: the fake score's estimate of x_0 at (x_tau, tau, K).
-        x_0: the student's clean estimate, no gradient.
-        weight: [B], from `importance_weight`, or ones.
+        denoised: The fake score's estimate of x_0 at (x_tau, tau, K).
+        x_0: The student's clean estimate, without gradient.
+        weight: Weights [B] from `importance_weight`, or ones.
     """
     snr = (kernel.alpha_tau / kernel.sigma_tau).square().flatten()
     loss: Tensor = (weight * (1.0 + snr.clamp_max(SNR_CLIP)) * per_sample((denoised - x_0).square())).mean()
@@ -98,11 +98,11 @@ def fake_score_loss(kernel: ForwardKernel, denoised: Tensor, x_0: Tensor, weight
 
 
 def trajectory_score_loss(kernel: ForwardKernel, denoised: Tensor, x_tau: Tensor, noise: Tensor) -> Tensor:
-    """Denoising score matching against q(x_tau | x_m) itself (Vincent 2011). Scalar. Not in the paper.
+    """Return the denoising score matching loss for q(x_tau | x_m) (Vincent 2011). Scalar. It is not in the paper.
 
     Its optimum is the score of the diffused trajectory distribution p_{theta, tau | t_i} that Eq. (5)
-    asks for; Eq. (7)'s is the score of diffused clean samples. The target score is -noise / beta;
-    weighted by beta^2, the loss is the error in units of noise and stays finite where beta vanishes.
+    needs. The optimum of Eq. (7) is the score of diffused clean samples. The target score is -noise / beta.
+    With the weight beta^2 the loss is the error in units of noise, and it stays finite as beta goes to 0.
     """
     score = -(x_tau - kernel.alpha_tau * denoised) / kernel.sigma_tau**2
     return (kernel.beta * score + noise).square().mean()
@@ -112,16 +112,16 @@ def trajectory_score_loss(kernel: ForwardKernel, denoised: Tensor, x_tau: Tensor
 
 
 def revised_samples(x_m: Tensor, real: Tensor, fake: Tensor) -> Tensor:
-    """x~_m of Eq. (6), with lambda_tau = sigma_tau^2 / alpha_tau, so scores become clean estimates."""
+    """Return x~_m of Eq. (6). With lambda_tau = sigma_tau^2 / alpha_tau the scores become clean estimates."""
     return x_m + (real - fake)
 
 
 def pseudo_huber(x_m: Tensor, revised: Tensor) -> Tensor:
-    """Surrogate loss, Eq. (11): sqrt(||x_m - sg(x~_m)||^2 + c^2) - c, c = 0.00054 sqrt(d). Scalar.
+    """Return the surrogate loss, Eq. (11): sqrt(||x_m - sg(x~_m)||^2 + c^2) - c, c = 0.00054 sqrt(d). Scalar.
 
     Args:
-        x_m: with gradient.
-        revised: x~_m of Eq. (6); its gradient is stopped here.
+        x_m: The student's sample, with gradient.
+        revised: x~_m of Eq. (6). This function stops its gradient.
     """
     c = HUBER_C_PER_ROOT_DIM * x_m[0].numel() ** 0.5
     squared = (x_m - revised.detach()).square().flatten(1).sum(1)
@@ -130,32 +130,35 @@ def pseudo_huber(x_m: Tensor, revised: Tensor) -> Tensor:
 
 
 def elementwise_pseudo_huber(x_m: Tensor, revised: Tensor, x_0: Tensor, real: Tensor) -> Tensor:
-    """Pseudo-Huber on every element, sqrt(e^2 + c^2) - c with c = 0.001, under DMD's normalisation. Scalar."""
+    """Return the element-wise pseudo-Huber loss sqrt(e^2 + c^2) - c, c = 0.001, with DMD's normalisation. Scalar."""
     error = x_m - revised.detach()
     c = ELEMENTWISE_HUBER_C
     return (per_sample(torch.sqrt(error.square() + c * c) - c) / dmd_norm(x_0, real)).mean()
 
 
 def normalised_l2(x_m: Tensor, revised: Tensor, x_0: Tensor, real: Tensor) -> Tensor:
-    """Eq. (6) with the normalisation of DMD (Yin et al. 2024, eq. 8): Table 5's "w/o surrogate". Scalar."""
+    """Return the L2 loss of Eq. (6) with DMD's normalisation (Yin et al. 2024, eq. 8). Scalar.
+
+    It is Table 5's "w/o surrogate".
+    """
     return (0.5 * per_sample((x_m - revised.detach()).square()) / dmd_norm(x_0, real)).mean()
 
 
 def dmd_norm(x_0: Tensor, real: Tensor) -> Tensor:
-    """Mean |x_0 - real| of each sample, [B], no gradient."""
+    """Return the mean |x_0 - real| of each sample, [B], without gradient."""
     return per_sample((x_0 - real).detach().abs()).clamp_min(1e-4)
 
 
 def fisher_divergence(real: Tensor, fake: Tensor, x_0: Tensor, alpha: float = 1.0) -> Tensor:
-    """Fisher divergence in place of reverse KL (Table 8), by score identity (SiD, Zhou et al. 2024, eq. 23). Scalar.
+    """Return the Fisher divergence, which replaces reverse KL (Table 8), by SiD's score identity. Scalar.
 
-    Gradient flows through x_tau into both networks, whose weights are fixed, and into x_0: more
-    expensive by two backward passes.
+    SiD is Zhou et al. 2024, eq. 23. The gradient flows into x_0, and through x_tau into both networks, whose
+    weights are fixed. That costs two more backward passes.
 
     Args:
-        real, fake: at x_tau, which depends on the student.
-        x_0: with gradient.
-        alpha: weight of the plain squared difference that is subtracted; 1 to 1.2 in SiD.
+        real, fake: Estimates at x_tau, which depends on the student.
+        x_0: The student's clean estimate, with gradient.
+        alpha: Weight of the squared difference that is subtracted. SiD uses 1 to 1.2.
     """
     gap = real - fake
     identity = gap * (fake - x_0) + (1.0 - alpha) * gap.square()
@@ -164,7 +167,7 @@ def fisher_divergence(real: Tensor, fake: Tensor, x_0: Tensor, alpha: float = 1.
 
 
 def guided(conditional: Tensor, unconditional: Tensor, guidance_scale: float) -> Tensor:
-    """Classifier-free guidance."""
+    """Apply classifier-free guidance."""
     return unconditional + guidance_scale * (conditional - unconditional)
 
 
@@ -172,12 +175,12 @@ def guided(conditional: Tensor, unconditional: Tensor, guidance_scale: float) ->
 
 
 def discriminator_loss(of_real: Tensor, of_student: Tensor) -> Tensor:
-    """Hinge loss of logits [B, ...] (Lim and Ye 2017). Scalar."""
+    """Return the hinge loss of logits [B, ...] (Lim and Ye 2017). Scalar."""
     return relu(1.0 - of_real).mean() + relu(1.0 + of_student).mean()
 
 
 def adversarial_loss(of_student: Tensor) -> Tensor:
-    """ADVLoss of Eq. (16): the student wants its diffused samples taken for real ones. Scalar."""
+    """Return ADVLoss of Eq. (16): it is least where the logits of diffused student samples are high. Scalar."""
     return -of_student.mean()
 
 
@@ -185,10 +188,10 @@ def adversarial_loss(of_student: Tensor) -> Tensor:
 
 
 def consistency_scalings(timesteps: Tensor, like: Tensor, sigma_data: float = 0.5) -> tuple[Tensor, Tensor]:
-    """c_skip and c_out of a latent consistency model (Luo et al. 2023): 1 and 0 at the clean end.
+    """Return c_skip and c_out of a latent consistency model (Luo et al. 2023), which are 1 and 0 at the clean end.
 
     Args:
-        timesteps: [B] on the grid 0..T; LCM scales them by 10.
+        timesteps: Timesteps [B], 0..T. LCM scales them by 10.
     """
     scaled = like_levels(timesteps.to(like.device, torch.float32) * 10.0, like)
     norm = scaled.square() + sigma_data**2
@@ -196,10 +199,10 @@ def consistency_scalings(timesteps: Tensor, like: Tensor, sigma_data: float = 0.
 
 
 def consistency_loss(estimate: Tensor, target: Tensor) -> Tensor:
-    """Pseudo-Huber between a consistency function at two neighbouring timesteps, Eq. (10). Scalar."""
+    """Return the pseudo-Huber loss of a consistency function at two neighbouring timesteps, Eq. (10). Scalar."""
     return pseudo_huber(estimate, target)
 
 
 def denoising_loss(output: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of a model output: how teachers are trained and fine-tuned. Scalar."""
+    """Return the mean squared error of a model output, the loss of teachers. Scalar."""
     return (output.float() - target).square().mean()

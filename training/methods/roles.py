@@ -25,20 +25,20 @@ ATTENTION_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 
 @dataclass(frozen=True)
 class CleanEstimator:
-    """A denoiser in the coordinates it was trained in: (x, timesteps, conditioning, K) -> x_0."""
+    """Estimate of x_0 by a denoiser: (x, timesteps, conditioning, K) -> x_0."""
 
     denoiser: nn.Module
     coordinates: Coordinates
     precision: Precision = "bf16"
     before: Callable[[], None] = lambda: None
-    """Runs before each call; chooses the adapter where roles share a model."""
+    """Function that runs before each call. It chooses the adapter if roles share a model."""
 
     def __call__(self, x: Tensor, timesteps: Tensor, conditioning: Conditioning, step_counts: Tensor | None) -> Tensor:
-        """x_0 estimates, float32, shaped as x. `step_counts` None asks without K, as the teacher is asked."""
+        """Return estimates of x_0, float32, shaped as x. With `step_counts` None the denoiser receives no K."""
         self.before()
-        told = None if step_counts is None else step_counts.to(x.device)
+        counts = None if step_counts is None else step_counts.to(x.device)
         with autocast(x.device, self.precision):
-            output = self.denoiser(x, timesteps.to(x.device, torch.float32), told, *conditioning.tensors())
+            output = self.denoiser(x, timesteps.to(x.device, torch.float32), counts, *conditioning.tensors())
         return self.coordinates.to_clean(x, output, timesteps)
 
 
@@ -48,14 +48,14 @@ class Guided:
 
     estimate: CleanEstimator
     empty: Conditioning
-    """Of the empty prompt, batch 1."""
+    """Conditioning of the empty prompt, batch 1."""
     guidance_scale: float
-    """1 is no guidance, and one call in place of two."""
+    """Guidance scale. 1 means no guidance, so the denoiser computes half as many samples."""
 
     def __call__(
         self, x: Tensor, timesteps: Tensor, conditioning: Conditioning, step_counts: Tensor | None = None
     ) -> Tensor:
-        """x_0 estimates, shaped as x. Both halves are asked in one call."""
+        """Return estimates of x_0, shaped as x. One call computes both halves of the guidance."""
         if self.guidance_scale == 1.0:
             return self.estimate(x, timesteps, conditioning, step_counts)
         both = Conditioning.cat(conditioning, self.empty.expand(len(x)))
@@ -67,23 +67,23 @@ class Guided:
 
 
 class Roles(Protocol):
-    """The three networks of score distillation, whatever they share."""
+    """The three networks of score distillation, with or without shared weights."""
 
     teacher: CleanEstimator
     student: CleanEstimator
     fake: CleanEstimator
 
     def module(self, role: TrainedRole) -> nn.Module:
-        """What the role's optimizer trains and its checkpoint keeps."""
+        """Return the module that the role's optimizer trains and its saved state holds."""
         ...
 
     def activate(self, role: TrainedRole) -> None:
-        """Make ready for the role's backward pass: recomputed activations must be the role's own."""
+        """Prepare the role's backward pass, because recomputed activations must be the role's own."""
         ...
 
 
 class SeparateRoles:
-    """Full fine-tuning: the fake score and the student are one more copy each."""
+    """Roles for full fine-tuning: teacher, student and fake score are three copies of a model."""
 
     def __init__(
         self,
@@ -93,7 +93,11 @@ class SeparateRoles:
         student: nn.Module | None = None,
         precision: Precision = "bf16",
     ) -> None:
-        """Copy `base` twice; `student` starts from another model (an LCM, say, Fig. 8)."""
+        """Copy `base` for the fake score and the student.
+
+        Args:
+            student: Model that the student starts from instead of the base, such as an LCM (Fig. 8).
+        """
         fake = copy.deepcopy(base)
         student = copy.deepcopy(base) if student is None else student
         self._modules = {"student": student.train(), "fake": fake.train()}
@@ -105,11 +109,11 @@ class SeparateRoles:
         return self._modules[role]
 
     def activate(self, role: TrainedRole) -> None:
-        """Nothing is shared."""
+        """Do nothing: the roles share no weights."""
 
 
 class RoleProjection(nn.Module):
-    """The projection of K, one for each role that shares a model. A `cond_proj` of diffusers' timestep embedding."""
+    """Projection of K with weights for each role. It replaces `cond_proj` of diffusers' timestep embedding."""
 
     def __init__(self, projection: nn.Linear) -> None:
         super().__init__()
@@ -119,7 +123,7 @@ class RoleProjection(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Of the role whose turn it is."""
+        """Weight of the active role."""
         projection = self.roles[self.active]
         assert isinstance(projection, nn.Linear)
         return projection.weight
@@ -130,7 +134,7 @@ class RoleProjection(nn.Module):
 
 
 class LoraRoles:
-    """Student and fake score as two adapters on one base; the teacher is the base with adapters off."""
+    """Roles for LoRA: student and fake score are two adapters on one base. The teacher is the base without adapters."""
 
     def __init__(
         self,
@@ -146,7 +150,7 @@ class LoraRoles:
         base.requires_grad_(False)
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights=True)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # the second role's turn
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # for the second role
             for role in ("student", "fake"):
                 inject_adapter_in_model(config, base.model, adapter_name=role)
         self._layers = [module for module in base.modules() if isinstance(module, BaseTunerLayer)]
@@ -161,7 +165,7 @@ class LoraRoles:
         self.fake = CleanEstimator(base, coordinates, precision, lambda: self.activate("fake"))
 
     def _collect(self, role: str) -> nn.ParameterDict:
-        """The role's own parameters, by their names in the base (dots are not allowed in a ParameterDict)."""
+        """Return the role's parameters by their names in the base. A ParameterDict allows no dots, so they become /."""
         marks = (f".{role}.", f".roles.{role}.")
         named = {
             name.replace(".", "/"): p for name, p in self.base.named_parameters() if any(mark in name for mark in marks)
@@ -177,7 +181,7 @@ class LoraRoles:
             layer.set_adapter(role)
         if self._projection is not None:
             self._projection.active = role
-        # peft freezes every adapter but the active one; the graph of the other role still needs its gradients.
+        # peft freezes every adapter but the active one, but the graph of the other role still needs its gradients.
         for adapter in self._adapters.values():
             adapter.requires_grad_(True)
 

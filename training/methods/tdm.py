@@ -1,6 +1,6 @@
-"""TDM and TDM-unify (sec. 3, Algorithm 1), with every choice the paper ablates. DMD2 is one setting of them.
+"""TDM and TDM-unify (sec. 3, Algorithm 1), with every choice that the paper ablates. DMD2 is one combination of them.
 
-An iteration: roll out, one update of the fake score (`fake_loss`), one of the student (`generator_loss`).
+An iteration is a rollout, an update of the fake score (`fake_loss`) and an update of the student (`generator_loss`).
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from training.methods.trajectory import Start, Trajectories, advance, roll_out
 
 @dataclass(frozen=True)
 class StudentSample:
-    """What is matched: x_m at the end of the student's step, diffused onward from there."""
+    """Sample x_m at the end of the student's step, which is diffused further and matched."""
 
     x_m: Tensor
     x_0: Tensor
     timestep: Tensor
-    """[B], t_m, or the clean end where clean samples are matched."""
+    """t_m of each sample, [B], or the clean end if clean samples are matched."""
 
     def detach(self) -> StudentSample:
         return StudentSample(self.x_m.detach(), self.x_0.detach(), self.timestep)
@@ -42,7 +42,7 @@ class StudentSample:
 
 @dataclass(frozen=True)
 class TDM:
-    """The method, given its networks and choices."""
+    """The method, with its networks and settings."""
 
     roles: Roles
     trajectories: Trajectories
@@ -50,25 +50,24 @@ class TDM:
     real: Guided
     """The real score: the teacher with guidance."""
 
-    def told(self, batch: Batch, role: TrainedRole) -> Tensor | None:
-        """K, where the role is told it."""
-        is_told = self.config.told == "both" or self.config.told == role
-        return batch.places.step_counts if is_told else None
+    def step_counts_for(self, batch: Batch, role: TrainedRole) -> Tensor | None:
+        """Return K of each sample, [B], if the config gives K to this role."""
+        return batch.places.step_counts if self.config.step_condition_for in ("both", role) else None
 
     def roll_out(self, batch: Batch) -> Start:
-        """Algorithm 1, lines 3-5."""
+        """Run the student to the start of each sample's step (Algorithm 1, lines 3-5)."""
         return roll_out(
             self.roles.student,
             self.trajectories,
             batch.noise,
             batch.places,
             batch.conditioning,
-            tells_k=self.config.tells_student,
+            with_k=self.config.student_receives_k,
             renoise=batch.renoise,
         )
 
     def student_step(self, batch: Batch, start: Start) -> StudentSample:
-        """The one step that gradients pass through."""
+        """Take the one step that gradients pass through."""
         x_m, x_0 = advance(
             self.roles.student,
             self.trajectories,
@@ -76,7 +75,7 @@ class TDM:
             batch.places,
             batch.conditioning,
             start.previous,
-            told=self.told(batch, "student"),
+            step_counts=self.step_counts_for(batch, "student"),
         )
         if self.config.matching == "noisy":
             return StudentSample(x_m, x_0, batch.places.next_timestep)
@@ -84,12 +83,12 @@ class TDM:
         return StudentSample(x_0, x_0, clean_end)
 
     def fake_loss(self, batch: Batch, sample: StudentSample, forward: Forward) -> Tensor:
-        """Train the fake score on the student's samples, Eq. (7) in the form that `fake_target` names."""
+        """Return the fake score's loss on the student's samples, Eq. (7) in the form that `fake_target` names."""
         sample, target = sample.detach(), self.config.fake_target
         kernel = self.kernel(sample, forward)
         diffuse, origin = (kernel.diffuse_clean, sample.x_0) if target == "clean" else (kernel.diffuse, sample.x_m)
         x_tau = diffuse(origin, forward.noise)
-        denoised = self.roles.fake(x_tau, forward.tau, batch.conditioning, self.told(batch, "fake"))
+        denoised = self.roles.fake(x_tau, forward.tau, batch.conditioning, self.step_counts_for(batch, "fake"))
         if target == "trajectory_score":
             return trajectory_score_loss(kernel, denoised, x_tau, forward.noise)
         weight = torch.ones(len(x_tau), device=x_tau.device)
@@ -99,18 +98,18 @@ class TDM:
         return fake_score_loss(kernel, denoised, sample.x_0, weight)
 
     def generator_loss(self, batch: Batch, sample: StudentSample, forward: Forward) -> tuple[Tensor, Tensor]:
-        """Move the student's samples from where the fake score puts them to where the teacher does.
+        """Return the student's loss, and the root mean square of real minus fake.
 
-        Returns the loss and the root mean square of real minus fake.
+        The loss moves samples from the fake score's estimate towards the teacher's.
         """
         with torch.set_grad_enabled(self.config.generator_loss == "fisher"):
             x_tau = self.kernel(sample, forward).diffuse(sample.x_m, forward.noise)
             real = self.real(x_tau, forward.tau, batch.conditioning)
-            fake = self.roles.fake(x_tau, forward.tau, batch.conditioning, self.told(batch, "fake"))
+            fake = self.roles.fake(x_tau, forward.tau, batch.conditioning, self.step_counts_for(batch, "fake"))
         return self._divergence(sample, real, fake), (real - fake).detach().square().mean().sqrt()
 
     def kernel(self, sample: StudentSample, forward: Forward) -> ForwardKernel:
-        """From where the sample stands to tau."""
+        """Return the kernel from the sample's timestep to tau."""
         return self.trajectories.coordinates.kernel(forward.tau, sample.timestep, sample.x_m)
 
     def _divergence(self, sample: StudentSample, real: Tensor, fake: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""Where samples stand on the student's K-step trajectories, and how they get there.
+"""The student's K-step trajectories: places of samples on them, and rollouts.
 
 Legend: B samples; latents are [B, C, H, W] or [B, C, F, H, W]; per-sample numbers are [B], and
-"levels" are shaped [B, 1, 1, ...] to multiply latents. t_i = T i / K (sec. 3.1): t_m is where a
-step ends, t_{m+1} where it starts. "Eq." is the TDM paper.
+"levels" are shaped [B, 1, 1, ...] to multiply latents. t_i = T i / K (sec. 3.1): a step starts at
+t_{m+1} and ends at t_m. "Eq." refers to the TDM paper.
 """
 
 from __future__ import annotations
@@ -24,43 +24,43 @@ CleanEstimate = Callable[[Tensor, Tensor, Conditioning, Tensor | None], Tensor]
 
 
 def level_columns(values: np.ndarray, like: Tensor) -> Tensor:
-    """Numbers [B] as float32 [B, 1, 1, ...] on the device of `like`."""
+    """Convert numbers [B] to float32 [B, 1, 1, ...] on the device of `like`."""
     column = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).to(like.device)
     return column.view(-1, *[1] * (like.ndim - 1))
 
 
 @dataclass(frozen=True)
 class Coordinates:
-    """The space a denoiser works in: x_t = alpha_t x_0 + sigma_t noise, and what it predicts."""
+    """The noise schedule of a denoiser, x_t = alpha_t x_0 + sigma_t noise, and its prediction type."""
 
     schedule: NoiseSchedule
     prediction_type: PredictionType
 
     @property
     def clean_end(self) -> float:
-        """The timestep below which nothing is noise."""
+        """Timestep at which a sample has no noise."""
         return -1.0 if isinstance(self.schedule, DiffusionSchedule) else 0.0
 
     def levels(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha and sigma at timesteps [B], shaped to multiply `like`."""
+        """Return alpha and sigma at timesteps [B], shaped to multiply `like`."""
         levels = self.schedule.levels(timesteps.double().cpu().numpy())
         return level_columns(levels.alphas, like), level_columns(levels.sigmas, like)
 
     def to_clean(self, x: Tensor, output: Tensor, timesteps: Tensor) -> Tensor:
-        """x_0 from a model output, in float32."""
+        """Compute x_0 from a model output, in float32."""
         columns = denoise_columns(self.prediction_type, self.schedule.levels(timesteps.double().cpu().numpy()))
         p, q = (level_columns(column, x) for column in columns)
         return p * x.float() + q * output.float()
 
     def kernel(self, tau: Tensor, start: Tensor, like: Tensor) -> ForwardKernel:
-        """q(x_tau | x_start)."""
+        """Return the kernel q(x_tau | x_start)."""
         return ForwardKernel(*self.levels(tau, like), *self.levels(start, like))
 
     def draw_between(self, low: Tensor, high: Tensor, generator: torch.Generator) -> Tensor:
-        """Timesteps [B], uniform in (low, high].
+        """Draw timesteps [B] in (low, high].
 
-        Whole ones of a diffusion schedule. Of a flow schedule, uniform before the shift: the shift
-        is how the teacher was told to spend its timesteps.
+        For a diffusion schedule they are whole and uniform. For a flow schedule they are uniform before the
+        shift, because the teacher was trained with shifted timesteps.
         """
         share = torch.rand(len(low), generator=generator, dtype=torch.float64)
         if isinstance(self.schedule, FlowSchedule):
@@ -73,7 +73,7 @@ class Coordinates:
 
 @dataclass(frozen=True)
 class Trajectories:
-    """The solver's tables of every step count K that is trained."""
+    """The solver's step tables, one for each step count K in training."""
 
     coordinates: Coordinates
     tables: Mapping[int, StepTable]
@@ -83,11 +83,11 @@ class Trajectories:
         return tuple(sorted(self.tables))
 
     def ends(self, step_count: int) -> list[float]:
-        """The K timesteps, falling, and the clean end."""
+        """Return the K timesteps, falling, and the clean end."""
         return [*self.tables[step_count].timesteps.tolist(), self.coordinates.clean_end]
 
     def column(self, name: str, places: Places, like: Tensor) -> Tensor:
-        """A column of each sample's own row, shaped to multiply `like`."""
+        """Return a table column at each sample's own row, shaped to multiply `like`."""
         rows = zip(places.step_counts.tolist(), places.row.tolist(), strict=True)
         return level_columns(np.array([getattr(self.tables[k], name)[j] for k, j in rows]), like)
 
@@ -95,7 +95,11 @@ class Trajectories:
 def build_trajectories(
     coordinates: Coordinates, solver: Solver, timesteps: Mapping[int, Sequence[float]]
 ) -> Trajectories:
-    """Tables for step count K -> its K timesteps, falling."""
+    """Build a step table for each step count.
+
+    Args:
+        timesteps: K -> its K timesteps, falling.
+    """
     tables = {
         k: build_step_table(
             coordinates.schedule, coordinates.prediction_type, solver, np.asarray(values, dtype=np.float64)
@@ -107,32 +111,32 @@ def build_trajectories(
 
 @dataclass(frozen=True)
 class Places:
-    """Each sample stands before step `row` of its `step_counts`-step trajectory. All [B]."""
+    """Places of samples: each stands before step `row` of its trajectory of `step_counts` steps. All [B]."""
 
     step_counts: Tensor
     row: Tensor
     timestep: Tensor
-    """t_{m+1}, float64: the step starts here."""
+    """t_{m+1}, float64, where the step starts."""
     next_timestep: Tensor
-    """t_m, float64: and ends here."""
+    """t_m, float64, where the step ends."""
 
     def __getitem__(self, index: Tensor | slice) -> Places:
         return Places(*(getattr(self, f.name)[index] for f in fields(self)))
 
     def at_row(self, row: int, trajectories: Trajectories) -> Places:
-        """The same samples before step `row`."""
+        """Return the places of the same samples before step `row`."""
         return places_at(trajectories, self.step_counts, torch.full_like(self.row, row))
 
 
 def places_at(trajectories: Trajectories, step_counts: Tensor, row: Tensor) -> Places:
-    """Look up both ends of each sample's step."""
+    """Return places, with both ends of each sample's step looked up."""
     pairs = [trajectories.ends(k)[j : j + 2] for k, j in zip(step_counts.tolist(), row.tolist(), strict=True)]
     ends = torch.tensor(pairs, dtype=torch.float64)
     return Places(step_counts, row, ends[:, 0], ends[:, 1])
 
 
 def draw_places(trajectories: Trajectories, batch_size: int, generator: torch.Generator) -> Places:
-    """K uniform in the list (Eq. 8), the step uniform among its K."""
+    """Draw K uniformly from the step counts (Eq. 8), and a step uniformly from its K steps."""
     counts = torch.tensor(trajectories.step_counts)
     step_counts = counts[torch.randint(len(counts), (batch_size,), generator=generator)]
     row = (torch.rand(batch_size, generator=generator) * step_counts).floor().long()
@@ -147,15 +151,15 @@ def advance(
     conditioning: Conditioning,
     previous: Tensor | None = None,
     *,
-    told: Tensor | None = None,
+    step_counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One solver step of each sample. Returns (x_{t_m}, x_0).
+    """Take one solver step of each sample. Return (x_{t_m}, x_0).
 
     Args:
-        previous: x_0 of the step before, for solvers of second order; None before the first step.
-        told: step counts the student is told, or None for a student that knows no K.
+        previous: x_0 of the step before, for solvers of second order, or None before the first step.
+        step_counts: K of each sample, [B], which the student receives, or None for a student without K.
     """
-    x_0 = student(x, places.timestep, conditioning, told)
+    x_0 = student(x, places.timestep, conditioning, step_counts)
     a, b, c = (trajectories.column(name, places, x) for name in "abc")
     x_next = a * x + b * x_0
     return (x_next if previous is None else x_next + c * previous), x_0
@@ -163,11 +167,11 @@ def advance(
 
 @dataclass(frozen=True)
 class Start:
-    """A sample before its step: what the rollout leaves behind. No gradient."""
+    """Samples before their step, as the rollout leaves them, without gradient."""
 
     x: Tensor
     previous: Tensor
-    """x_0 of the step before; zero before the first, where solvers do not read it."""
+    """x_0 of the step before. It is zero before the first step, where solvers do not read it."""
 
 
 @torch.no_grad()
@@ -178,21 +182,24 @@ def roll_out(
     places: Places,
     conditioning: Conditioning,
     *,
-    tells_k: bool = True,
+    with_k: bool = True,
     renoise: Tensor | None = None,
 ) -> Start:
     """Run each sample from noise to the start of its step (Algorithm 1, lines 3-5).
 
     Args:
-        renoise: [B, rows, ...]; given, each step goes to x_0 and back with fresh noise, as DMD2 and
+        with_k: Whether the student receives K.
+        renoise: Fresh noise [B, rows, ...]. With it, each step goes to x_0 and adds this noise, as DMD2 and
             LCM sample. By default the rollout is deterministic.
     """
     x, previous = noise.clone(), torch.zeros_like(noise)
     for row in range(int(places.row.max())):
         going = (places.row > row).nonzero().flatten()
         here = places[going].at_row(row, trajectories)
-        told = here.step_counts if tells_k else None
-        x_next, x_0 = advance(student, trajectories, x[going], here, conditioning[going], previous[going], told=told)
+        step_counts = here.step_counts if with_k else None
+        x_next, x_0 = advance(
+            student, trajectories, x[going], here, conditioning[going], previous[going], step_counts=step_counts
+        )
         if renoise is not None:
             alphas, sigmas = trajectories.coordinates.levels(here.next_timestep, x_0)
             x_next = alphas * x_0 + sigmas * renoise[going, row]
@@ -207,11 +214,11 @@ def sample(
     step_count: int,
     conditioning: Conditioning,
     *,
-    tells_k: bool = True,
+    with_k: bool = True,
     renoise: Tensor | None = None,
 ) -> Tensor:
-    """All K steps from noise [B, ...] to clean samples."""
+    """Take all K steps from noise [B, ...] to clean samples."""
     done = torch.full((len(noise),), step_count)
     end = torch.zeros(len(noise), dtype=torch.float64)
     places = Places(done, done, end, end)
-    return roll_out(student, trajectories, noise, places, conditioning, tells_k=tells_k, renoise=renoise).x
+    return roll_out(student, trajectories, noise, places, conditioning, with_k=with_k, renoise=renoise).x

@@ -24,7 +24,7 @@ SD15 = DistillConfig(
 )
 """TDM-unify on Stable Diffusion 1.5, all weights. Paper: every number, 512 pixels being the model's."""
 
-SD15_4STEP = replace(SD15, steps=3_000, step_counts=(4,), told="nobody")
+SD15_4STEP = replace(SD15, steps=3_000, step_counts=(4,), step_condition_for="none")
 """TDM for 4 steps on Stable Diffusion 1.5. Paper: "within 3k iterations for specific 4-step training"."""
 
 SD15_LORA = replace(
@@ -48,7 +48,7 @@ SDXL_512 = DistillConfig(
     batch_size=64,
     accumulation=8,
     step_counts=(4,),
-    told="nobody",
+    step_condition_for="none",
     student_learning_rate=1e-6,
     fake_learning_rate=5e-6,
     guidance_scale=8.0,
@@ -67,7 +67,7 @@ PIXART_512 = DistillConfig(
     batch_size=32,
     accumulation=2,
     step_counts=(4,),
-    told="nobody",
+    step_condition_for="none",
     student_learning_rate=2e-6,
     fake_learning_rate=2e-5,
     guidance_scale=3.5,
@@ -82,7 +82,7 @@ SD3 = DistillConfig(
     batch_size=32,
     accumulation=8,
     step_counts=(4,),
-    told="nobody",
+    step_condition_for="none",
     guidance_scale=7.0,
     student_learning_rate=1e-4,
     fake_learning_rate=4e-4,
@@ -105,7 +105,7 @@ COGVIDEOX = DistillConfig(
     accumulation=8,
     step_counts=(4,),
     timesteps={4: (999.0, 856.0, 665.0, 399.0)},
-    told="nobody",
+    step_condition_for="none",
     guidance_scale=6.0,
     student_learning_rate=1e-4,
     fake_learning_rate=4e-4,
@@ -148,7 +148,7 @@ def as_dmd2(config: DistillConfig) -> DistillConfig:
         rollout="stochastic",
         matching="clean",
         interval="full",
-        told="nobody",
+        step_condition_for="none",
         fake_updates=10,
         generator_loss="normalised_l2",
         fake_target="clean",
@@ -161,4 +161,4 @@ def as_lcm(config: DistillConfig) -> DistillConfig:
     Raises:
         ConfigError: the config trains LoRA adapters.
     """
-    return replace(config, method="lcm", interval="full", told="nobody", adversarial_weight=0.0)
+    return replace(config, method="lcm", interval="full", step_condition_for="none", adversarial_weight=0.0)

@@ -88,7 +88,7 @@ def recipe_of(config: DistillConfig, coordinates: Coordinates, name: str, files:
         timesteps={k: timesteps_of(config, coordinates, k) for k in config.step_counts},
         default_steps=max(config.step_counts),
         native_sizes=((config.width, config.height),),
-        step_condition="timestep_cond" if config.tells_student else "none",
+        step_condition="timestep_cond" if config.student_receives_k else "none",
         files=files,
     )
 
@@ -118,7 +118,7 @@ def _save_lora(adapter: nn.Module, folder: Path, part: str, config: DistillConfi
         if ".lora_" in name
     }
     save_file(weights, folder / LORA_FILE, metadata={"format": "pt"})
-    condition = {name: p for name, p in named.items() if ".lora_" not in name} if config.tells_student else {}
+    condition = {name: p for name, p in named.items() if ".lora_" not in name} if config.student_receives_k else {}
     return [folder / LORA_FILE, *_save_step_condition(condition, folder)]
 
 
@@ -186,7 +186,7 @@ def load_adapter(roles: LoraRoles, folder: Path, config: DistillConfig) -> None:
     if differing:
         raise CheckpointError(
             f"{folder} does not fit the student's adapter of rank {config.lora_rank}: {len(differing)} tensors differ "
-            f"({differing[0]}, ...); set lora_rank and told as they were there"
+            f"({differing[0]}, ...); set lora_rank and step_condition_for as they were there"
         )
     scale = config.adapter_alpha / config.lora_rank
     with torch.no_grad():
@@ -237,12 +237,12 @@ def require_step_condition(denoiser: Denoiser, config: DistillConfig, what: str)
     Raises:
         ConfigError: the model reads K, or a guidance scale, and the config tells nobody.
     """
-    if config.tells_student:
+    if config.student_receives_k:
         denoiser.add_step_condition()
     elif denoiser.condition_dim is not None:
         raise ConfigError(
-            f"{what} has an input for K and told is {config.told!r} (method {config.method}); set told to both, "
-            "or use a model without that input"
+            f"{what} has an input for K and step_condition_for is {config.step_condition_for!r} (method "
+            f"{config.method}); set step_condition_for to both, or use a model without that input"
         )
 
 

@@ -1,1 +1,1 @@
-"""The training loop, processes and plots."""
+"""The training loop, distillation and fine-tuning runs, processes and plots."""

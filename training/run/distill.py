@@ -1,4 +1,4 @@
-"""A distillation run: networks, optimizers and the turns they take, whatever the backbone and the method."""
+"""A distillation run: networks, optimizers and their updates, for every backbone and method."""
 
 from __future__ import annotations
 
@@ -22,11 +22,9 @@ from training.methods.roles import CleanEstimator, Guided, Roles
 from training.methods.tdm import TDM, StudentSample
 from training.methods.trajectory import CleanEstimate, Coordinates, Start, Trajectories, build_trajectories, sample
 from training.run.loop import (
-    LoopConfig,
     Trainable,
-    clipped_update,
+    accumulated_update,
     learning_rate_at,
-    parameters_of,
     run_loop,
     set_learning_rate,
     update_ema,
@@ -37,14 +35,14 @@ STAGE = "tdm"
 
 
 def trajectories_of(config: DistillConfig, coordinates: Coordinates) -> Trajectories:
-    """The K-step tables of a run: the config's timesteps, else t_i = T i / K."""
+    """Return the step tables of a run, from the config's timesteps or by default from t_i = T i / K."""
     return build_trajectories(
         coordinates, config.solver, {k: timesteps_of(config, coordinates, k) for k in config.step_counts}
     )
 
 
 def timesteps_of(config: DistillConfig, coordinates: Coordinates, step_count: int) -> tuple[float, ...]:
-    """K timesteps, falling."""
+    """Return the timesteps of K steps, falling."""
     if step_count in config.timesteps:
         return config.timesteps[step_count]
     schedule = coordinates.schedule
@@ -55,7 +53,7 @@ def timesteps_of(config: DistillConfig, coordinates: Coordinates, step_count: in
 
 @dataclass(frozen=True)
 class Run:
-    """What a distillation is given."""
+    """Inputs of a distillation."""
 
     roles: Roles
     coordinates: Coordinates
@@ -66,7 +64,7 @@ class Run:
 
 
 class Distiller:
-    """Student, fake score and, for TDM-unify-GAN, discriminator, taking turns."""
+    """Trains student, fake score and, for TDM-unify-GAN, a discriminator, one after the other."""
 
     def __init__(self, run: Run, processes: Processes | None = None) -> None:
         self.run, self.config, self.roles = run, run.config, run.roles
@@ -88,7 +86,7 @@ class Distiller:
     # -- an iteration ------------------------------------------------------------------------------
 
     def train_step(self, step: int, generator: torch.Generator) -> dict[str, float]:
-        """Algorithm 1: roll out, update the fake score, update the student."""
+        """Run one iteration (Algorithm 1): roll out, update the fake score, update the student."""
         self._set_learning_rates(step)
         draws = draw(self.config, self.trajectories, self.run.latent_shape, generator)
         first = step * self.config.batch_size
@@ -129,23 +127,23 @@ class Distiller:
         return self._turn("student", (self._lcm.loss(batch) for batch in batches))
 
     def _turn(self, role: str, losses: Iterator[Tensor]) -> dict[str, float]:
-        """One update of one role: the mean gradient of the parts and of the processes."""
-        optimizer = self.optimizers[role]
-        optimizer.zero_grad(set_to_none=True)
-        total = 0.0
+        """Update one role. Return its loss and gradient norm."""
+        loss, norm = accumulated_update(
+            self.optimizers[role], self._ready(role, losses), len(self.parts), self.config.clip_norm, self.processes
+        )
+        return {f"{role}_loss": loss, f"{role}_norm": norm}
+
+    def _ready(self, role: str, losses: Iterator[Tensor]) -> Iterator[Tensor]:
+        """Yield each loss once its role is ready for the backward pass."""
         for loss in losses:
             if role in ("student", "fake"):
                 self.roles.activate(role)  # type: ignore[arg-type]
-            (loss / len(self.parts)).backward()  # type: ignore[no-untyped-call]
-            total += loss.item() / len(self.parts)
-        self.processes.average_gradients(parameters_of(optimizer))
-        norm = clipped_update(optimizer, self.config.clip_norm)
-        return {f"{role}_loss": total, f"{role}_norm": norm}
+            yield loss
 
-    # -- what is trained ---------------------------------------------------------------------------
+    # -- trained parts and optimizers --------------------------------------------------------------
 
     def trainable(self) -> Trainable:
-        """Everything that a resume restores."""
+        """Return everything that a resume restores."""
         modules = {
             "student": self.roles.module("student"),
             "fake": self.roles.module("fake"),
@@ -156,7 +154,7 @@ class Distiller:
         return Trainable(modules, self.optimizers)
 
     def _optimizer(self, module: nn.Module, rate: float) -> torch.optim.AdamW:
-        """The projection of K, zero at the start, learns faster by `condition_lr_scale`."""
+        """Return AdamW. The projection of K starts at zero, so its learning rate is scaled by `condition_lr_scale`."""
         named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         groups = [
             {"params": [p for name, p in named if "cond_proj" not in name], "lr_scale": 1.0},
@@ -206,7 +204,7 @@ class Distiller:
 
     @contextmanager
     def averaged_student(self) -> Iterator[CleanEstimate]:
-        """The student by its averaged weights, which are swapped in for the time of the block."""
+        """Give the student its averaged weights for the time of the block."""
         current = self.roles.module("student")
         self._swap(current)
         try:
@@ -225,7 +223,11 @@ class Distiller:
     def sample(
         self, noise: Tensor, step_count: int, conditioning: Conditioning, renoise: Tensor | None = None
     ) -> Tensor:
-        """Clean latents by the averaged student, as the runtime will sample it; `renoise` for stochastic methods."""
+        """Return clean latents by the averaged student, sampled as the runtime samples it.
+
+        Args:
+            renoise: Fresh noise [B, rows, ...] for stochastic methods.
+        """
         with self.averaged_student() as student:
             return sample(
                 student,
@@ -233,15 +235,18 @@ class Distiller:
                 noise,
                 step_count,
                 conditioning,
-                tells_k=self.config.tells_student,
+                with_k=self.config.student_receives_k,
                 renoise=renoise,
             )
 
 
 @dataclass
 class Generated:
-    """A part's student sample. With one part the graph is kept from the first use to the last; with
-    several it is made again when it is needed, so that only one part's activations are held."""
+    """Student sample of one part.
+
+    With one part, its graph is kept from the first use to the last. With several parts, each graph is
+    computed again when it is needed, so that memory holds the activations of one part only.
+    """
 
     method: TDM
     batch: Batch
@@ -269,7 +274,7 @@ def distill(
     """Train or resume in `folder`.
 
     Args:
-        draw_samples: called every `grid_every` iterations with the iterations done.
+        draw_samples: Called every `grid_every` iterations with the number of iterations done.
     """
     config = distiller.config
 
@@ -281,11 +286,10 @@ def distill(
     run_loop(
         folder,
         STAGE,
-        LoopConfig(config.steps, config.seed, config.save_every_s, config.log_every),
+        config,
         distiller.trainable(),
         distiller.train_step,
         evaluate if config.grid_every else None,
         config.grid_every or 1,
-        is_main=distiller.processes.is_main,
+        processes=distiller.processes,
     )
-    distiller.processes.wait()

@@ -1,25 +1,24 @@
-"""Fine-tune a teacher on real latents before it is distilled: TDM-unify-SFT, "Better Teacher Better Student"."""
+"""Fine-tune a teacher on real latents before its distillation: TDM-unify-SFT, "Better Teacher Better Student"."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from training.config import ConfigError
+from training.config import ConfigError, check_shared_fields, require, require_not_negative
 from training.methods.batch import PromptSource
-from training.methods.denoising import denoising_loss_at, draw_denoising
+from training.methods.denoising import DenoisingDraws, denoising_loss_at, draw_denoising
 from training.methods.precision import Precision
 from training.methods.roles import CleanEstimator
 from training.run.loop import (
-    LoopConfig,
     Trainable,
-    clipped_update,
+    accumulated_update,
     learning_rate_at,
-    parameters_of,
     run_loop,
     set_learning_rate,
     update_ema,
@@ -31,41 +30,44 @@ STAGE = "finetune"
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """A fine-tuning. The paper names the data (LAION-AeS-6.5+) and no numbers; the defaults are ours."""
+    """Settings of a fine-tuning. The paper names the data (LAION-AeS-6.5+) and no numbers; the defaults are ours."""
 
     steps: int = 10_000
     """Optimizer iterations."""
     batch_size: int = 64
-    """Samples of one iteration, over all processes and accumulated parts."""
+    """Samples of one iteration, summed over processes and accumulated parts."""
     accumulation: int = 1
-    """Parts that a process's share of the batch is cut into, one backward pass each."""
+    """Number of parts of a process's share of the batch. Each part has a backward pass of its own."""
     learning_rate: float = 1e-5
     betas: tuple[float, float] = (0.9, 0.999)
-    """Of AdamW."""
+    """Betas of AdamW."""
     weight_decay: float = 0.01
     warmup_steps: int = 100
+    """Iterations of linear warm-up of the learning rate."""
     final_lr_share: float = 1.0
-    """Share of the learning rate left at the end of a cosine; 1 is constant."""
+    """Share of the learning rate that is left at the end of a cosine. 1 is constant."""
     clip_norm: float = 1.0
+    """Greatest gradient norm; larger gradients are scaled down to it."""
     prompt_dropout: float = 0.1
-    """Share of prompts emptied, in [0, 1]: what guidance subtracts is learned there."""
+    """Share of samples that train on the empty prompt, in [0, 1]. Guidance needs the estimate without a prompt."""
     ema_decay: float = 0.999
-    """Of the model that is kept."""
+    """Decay of the average of the weights, which is the result."""
     seed: int = 0
+    """Seed of prompts, noise and dropout."""
     precision: Precision = "bf16"
     gradient_checkpointing: bool = False
-    """Of diffusers models."""
+    """Whether the backward pass computes activations again, which saves memory and takes time. For diffusers models."""
     save_every_s: float = 120.0
+    """Seconds between two saved states."""
     log_every: int = 50
+    """Iterations between two lines of the log."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulation", "log_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not 0 <= self.prompt_dropout <= 1:
-            raise ConfigError(f"prompt_dropout is {self.prompt_dropout}; it must be a share, in [0, 1]")
-        if not 0 <= self.ema_decay < 1:
-            raise ConfigError(f"ema_decay is {self.ema_decay}; it must be in [0, 1)")
+        check_shared_fields(vars(self))
+        require("steps", self.steps, self.steps >= 1, "at least 1")
+        for name in ("learning_rate", "weight_decay"):
+            require_not_negative(name, getattr(self, name))
+        require("prompt_dropout", self.prompt_dropout, 0 <= self.prompt_dropout <= 1, "a share, in [0, 1]")
 
 
 def finetune(
@@ -78,16 +80,16 @@ def finetune(
     """Train `estimator.denoiser`, or resume in `folder`.
 
     Args:
-        folder: of state and log. Nothing else is written: what is returned is the caller's to save.
-        estimator: on the device of `processes`; its coordinates say what it predicts. The config has the precision.
-        prompts: with latents.
+        folder: Folder of state and log. The caller saves the result.
+        estimator: Model on the device of `processes`, with its prediction type. The config decides the precision.
+        prompts: Prompts with latents.
 
     Returns:
-        The average of the denoiser's weights, a module like it, in eval mode.
+        A copy of the denoiser with the average of its weights, in eval mode.
 
     Raises:
-        ConfigError: the prompts have no latents.
-        TrainingDivergedError: the last state in `folder` is from before.
+        ConfigError: The prompts have no latents.
+        TrainingDivergedError: A loss or gradient is not finite. The last state in `folder` is older and finite.
     """
     processes = processes or Processes()
     if prompts.latents(range(1)) is None:
@@ -100,15 +102,8 @@ def finetune(
     step_of = _FinetuneStep(
         replace(estimator, precision=config.precision), average, optimizer, prompts, config, processes
     )
-    run_loop(
-        folder,
-        STAGE,
-        LoopConfig(config.steps, config.seed, config.save_every_s, config.log_every),
-        Trainable({"model": model, "average": average}, {"model": optimizer}),
-        step_of.train_step,
-        is_main=processes.is_main,
-    )
-    processes.wait()
+    trainable = Trainable({"model": model, "average": average}, {"model": optimizer})
+    run_loop(folder, STAGE, config, trainable, step_of.train_step, processes=processes)
     return average
 
 
@@ -122,28 +117,27 @@ class _FinetuneStep:
     processes: Processes
 
     def train_step(self, step: int, generator: torch.Generator) -> dict[str, float]:
-        """Draw for the whole batch, train on this process's parts of it, average the gradients."""
-        config, device = self.config, self.processes.device
+        """Draw numbers for the whole batch, train on this process's parts, average the gradients."""
+        config = self.config
         rate = learning_rate_at(step, config.steps, config.learning_rate, config.warmup_steps, config.final_lr_share)
         set_learning_rate(self.optimizer, rate)
         first = step * config.batch_size
-        parts = self.processes.parts(config.batch_size, config.accumulation)
         latent = self.prompts.latents(range(first, first + 1))
         assert latent is not None, "checked at the start"
         shape = (config.batch_size, *latent.shape[1:])
         draws = draw_denoising(self.estimator.coordinates, shape, config.prompt_dropout, generator)
-        self.optimizer.zero_grad(set_to_none=True)
-        total = 0.0
+        parts = self.processes.parts(config.batch_size, config.accumulation)
+        losses = self._losses(parts, first, draws)
+        loss, norm = accumulated_update(self.optimizer, losses, len(parts), config.clip_norm, self.processes)
+        update_ema(self.average, self.estimator.denoiser, step, config.ema_decay)
+        return {"loss": self.processes.mean(loss), "norm": norm}
+
+    def _losses(self, parts: Sequence[slice], first: int, draws: DenoisingDraws) -> Iterator[Tensor]:
+        device = self.processes.device
         empty = self.prompts.empty().to(device)
         for part in parts:
             numbers = range(first + part.start, first + part.stop)
             latents = self.prompts.latents(numbers)
             assert latents is not None, "checked at the start"
             conditioning = self.prompts.conditioning(numbers).to(device)
-            loss = denoising_loss_at(self.estimator, latents.to(device), conditioning, empty, draws[part])
-            (loss / len(parts)).backward()  # type: ignore[no-untyped-call]
-            total += loss.item() / len(parts)
-        self.processes.average_gradients(parameters_of(self.optimizer))
-        norm = clipped_update(self.optimizer, config.clip_norm)
-        update_ema(self.average, self.estimator.denoiser, step, config.ema_decay)
-        return {"loss": self.processes.mean(total), "norm": norm}
+            yield denoising_loss_at(self.estimator, latents.to(device), conditioning, empty, draws[part])

@@ -1,7 +1,7 @@
-"""A training loop that can be killed at any moment and resumes exactly where it stood.
+"""A training loop that can be killed at any moment and resumes exactly.
 
-Randomness is counted, not carried: step n draws from a generator seeded by (seed, stage, n), so
-the state on disk is weights, optimizer and the step number alone.
+Step n draws from a generator seeded by (seed, stage, n). So the state on disk needs no random state:
+it is the weights, the optimizer and the step number.
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ import resource
 import sys
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from tdm_runtime.errors import TDMError
+from training.run.processes import Processes
 
 STATE_FILE = "state.pt"
 LOG_FILE = "log.jsonl"
@@ -29,36 +31,49 @@ MIB = 2**20
 
 
 class TrainingDivergedError(TDMError):
-    """A loss or gradient is NaN or infinite; the last state on disk is from before."""
+    """A loss or gradient is NaN or infinite. The last state on disk is older and finite."""
+
+
+class LoopSettings(Protocol):
+    """Fields of `LoopConfig`, which `DistillConfig` and `FinetuneConfig` have too."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def save_every_s(self) -> float: ...
+    @property
+    def log_every(self) -> int: ...
 
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """Length and housekeeping of one training stage."""
+    """Length, logging and saving of one training stage."""
 
     steps: int
-    """Optimizer iterations in all, those before a resume counted in."""
+    """Optimizer iterations in all, including those before a resume."""
     seed: int = 0
-    """Of data order, noise and dropout."""
+    """Seed of data order, noise and dropout."""
     save_every_s: float = 120.0
-    """Seconds between two states on disk; the last state is always written."""
+    """Seconds between two saved states. The last state is always saved."""
     log_every: int = 50
     """Iterations between two lines of the log."""
 
 
 @dataclass(frozen=True)
 class Trainable:
-    """Everything a stage changes while it trains."""
+    """Everything that a stage changes while it trains; the saved state holds it."""
 
     modules: Mapping[str, nn.Module]
     optimizers: Mapping[str, torch.optim.Optimizer]
 
 
 def step_generator(seed: int, stage: str, step: int) -> torch.Generator:
-    """Return the generator of one iteration: a function of its three arguments alone.
+    """Return the generator of one iteration, a function of the three arguments alone.
 
-    torch's CPU generator reads the low 32 bits of a seed. The odd multiplier keeps those of any
-    two steps of a stage apart.
+    torch's CPU generator reads the low 32 bits of a seed. With the odd multiplier, any two steps of a
+    stage differ in these bits.
     """
     key = zlib.crc32(f"{seed}:{stage}".encode())
     return torch.Generator().manual_seed((key + step * 2654435761) % 2**32)
@@ -67,25 +82,27 @@ def step_generator(seed: int, stage: str, step: int) -> torch.Generator:
 def run_loop(
     folder: Path,
     stage: str,
-    config: LoopConfig,
+    config: LoopSettings,
     trainable: Trainable,
     train_step: Callable[[int, torch.Generator], Mapping[str, float]],
     evaluate: Callable[[int], Mapping[str, float]] | None = None,
     evaluate_every: int = 1000,
     *,
-    is_main: bool = True,
+    processes: Processes | None = None,
 ) -> None:
-    """Call `train_step(step, generator)` until `config.steps`, resuming from `folder` where a state lies.
+    """Call `train_step(step, generator)` until `config.steps`, from the state in `folder` if there is one.
 
     Args:
-        train_step: one iteration; returns the numbers to log.
-        evaluate: slower measurements or pictures, given the iterations done, every `evaluate_every`
-            iterations and at the end.
-        is_main: whether this process writes log and states.
+        train_step: Runs one iteration and returns the numbers to log.
+        evaluate: Runs slower measurements, or draws pictures, every `evaluate_every` iterations and at the end.
+            It receives the number of iterations done and returns numbers to log.
+        processes: The processes that train together. The main one writes log and states, and all of them wait for
+            each other at the end. By default this process trains alone.
 
     Raises:
-        TrainingDivergedError: a logged number is not finite.
+        TrainingDivergedError: A number that `train_step` returned is not finite.
     """
+    is_main = processes is None or processes.is_main
     folder.mkdir(parents=True, exist_ok=True)
     first = _load_state(folder, trainable)
     saved_at = started_at = time.monotonic()
@@ -108,32 +125,34 @@ def run_loop(
             _save_state(folder, trainable, done)
             saved_at = time.monotonic()
     bar.close()
+    if processes is not None:
+        processes.wait()
 
 
 def check_finite(stage: str, step: int, numbers: Mapping[str, float]) -> None:
-    """Stop before a broken state is written.
+    """Check that every number is finite, so that no broken state is saved.
 
     Raises:
-        TrainingDivergedError: naming the step and every number.
+        TrainingDivergedError: A number is NaN or infinite. The message names the step and every number.
     """
     if all(math.isfinite(value) for value in numbers.values()):
         return
     shown = ", ".join(f"{name} {value:g}" for name, value in numbers.items())
     raise TrainingDivergedError(
-        f"{stage} diverged at iteration {step}: {shown}. The last state on disk is from before and finite; lower the "
-        "learning rates or guidance_scale and run again to resume from it, or from nothing if it is spoiled already"
+        f"{stage} diverged at iteration {step}: {shown}. The last state on disk is older and finite; lower the "
+        "learning rates or guidance_scale and run again to resume from it, or delete it to start again"
     )
 
 
 def peak_memory_mib() -> float:
-    """Most memory used so far: of the GPU where there is one, else of this process."""
+    """Return the peak memory in MiB: of the GPU if there is one, otherwise of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / MIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def learning_rate_at(step: int, steps: int, peak: float, warmup: int = 100, floor: float = 0.02) -> float:
-    """Linear warm-up, then a cosine to `floor` times the peak."""
+    """Return the learning rate of a step: linear warm-up, then a cosine to `floor` times the peak."""
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
@@ -142,28 +161,50 @@ def learning_rate_at(step: int, steps: int, peak: float, warmup: int = 100, floo
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
-    """Set every group's rate to `value` times the group's own `lr_scale` (1 where it has none)."""
+    """Set the rate of every group to `value` times its `lr_scale`, which is 1 by default."""
     for group in optimizer.param_groups:
         group["lr"] = value * group.get("lr_scale", 1.0)
 
 
 @torch.no_grad()
 def update_ema(average: nn.Module, current: nn.Module, step: int, decay: float) -> None:
-    """Move `average` towards `current`; early steps use a shorter memory so that the start is forgotten."""
+    """Move `average` towards `current`. Early steps use a smaller decay, so that the first weights are forgotten."""
     weight = 1.0 - min(decay, (1.0 + step) / (10.0 + step))
     for target, source in zip(average.parameters(), current.parameters(), strict=True):
         target.lerp_(source.to(target.dtype), weight)
 
 
 def descend(optimizer: torch.optim.Optimizer, loss: Tensor, clip_norm: float = 1.0) -> float:
-    """Backpropagate, clip the gradient norm, update. Returns the norm before clipping."""
+    """Backpropagate, clip the gradient norm and update. Return the norm before clipping."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
     return clipped_update(optimizer, clip_norm)
 
 
+def accumulated_update(
+    optimizer: torch.optim.Optimizer, losses: Iterable[Tensor], parts: int, clip_norm: float, processes: Processes
+) -> tuple[float, float]:
+    """Update by the mean gradient over accumulated parts and processes.
+
+    Args:
+        losses: One loss for each part. An iterator computes each loss when it is needed, so that memory holds the
+            activations of one part only.
+        parts: Number of losses.
+
+    Returns:
+        The mean loss over this process's parts, and the gradient norm before clipping.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    total = 0.0
+    for loss in losses:
+        (loss / parts).backward()  # type: ignore[no-untyped-call]
+        total += loss.item() / parts
+    processes.average_gradients(parameters_of(optimizer))
+    return total, clipped_update(optimizer, clip_norm)
+
+
 def clipped_update(optimizer: torch.optim.Optimizer, clip_norm: float) -> float:
-    """Clip the gradient norm and update, unless the norm is not finite. Returns the norm before clipping."""
+    """Clip the gradient norm, and update if the norm is finite. Return the norm before clipping."""
     norm = float(torch.nn.utils.clip_grad_norm_(parameters_of(optimizer), clip_norm))
     if math.isfinite(norm):
         optimizer.step()
@@ -171,7 +212,7 @@ def clipped_update(optimizer: torch.optim.Optimizer, clip_norm: float) -> float:
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """Everything an optimizer changes."""
+    """Return the parameters that an optimizer changes."""
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 

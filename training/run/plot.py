@@ -1,4 +1,4 @@
-"""Pictures of a run: its log as curves, its samples as a grid."""
+"""Pictures of a run: curves of its log and grids of its samples."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ NOT_CURVES = frozenset({"step", "stage"})
 
 
 def plot_log(folder: Path) -> Path:
-    """Draw every number of `folder/log.jsonl` over the iterations, one panel each.
+    """Draw every number of `folder/log.jsonl` over the iterations, each in its own panel. Return the picture's file.
 
     Raises:
-        FileNotFoundError: there is no log.
+        FileNotFoundError: The folder has no log.
     """
     from matplotlib.figure import Figure
 
@@ -46,7 +46,7 @@ def plot_log(folder: Path) -> Path:
 
 
 class SampleGrid:
-    """The same prompts from the same noise, every K across, again and again while a run goes on."""
+    """Grid of samples of a running distillation, always of the same prompts from the same noise."""
 
     def __init__(
         self,
@@ -55,7 +55,11 @@ class SampleGrid:
         conditioning: Conditioning,
         decode: Callable[[Tensor], Pixels],
     ) -> None:
-        """`decode`: latents [B, C, H, W] -> pictures, uint8 [B, H, W, 3]."""
+        """Keep the prompts, and draw their noise.
+
+        Args:
+            decode: Function from latents [B, C, H, W] to pictures, uint8 [B, H, W, 3].
+        """
         self.folder, self.distiller, self.conditioning, self.decode = folder, distiller, conditioning, decode
         shape = (len(conditioning), *distiller.run.latent_shape)
         generator = torch.Generator().manual_seed(0)

@@ -1,7 +1,7 @@
-"""Training in one process or many, through accelerate: who this process is, and mean gradients.
+"""Training in one process or many, through accelerate: rank, slices of a batch and mean gradients.
 
 Every process draws the same numbers and takes its own slice of the batch, so weights stay equal
-without wrapping a module, which adapters that take turns on one base would not survive.
+without a wrapper around the modules. A wrapper would not work with two adapters on one base.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class Processes:
-    """This process and its company (`accelerate launch --num_processes N`)."""
+    """This process and the others of the same run (`accelerate launch --num_processes N`)."""
 
     def __init__(self) -> None:
         self._state = PartialState(cpu=not torch.cuda.is_available())
@@ -29,10 +29,10 @@ class Processes:
         return self.rank == 0
 
     def parts(self, batch_size: int, accumulation: int) -> list[slice]:
-        """This process's slices of a batch, one for each backward pass.
+        """Return this process's slices of a batch, one for each backward pass.
 
         Raises:
-            ValueError: the batch cannot be cut evenly.
+            ValueError: The batch size is no multiple of processes x accumulation.
         """
         cuts = self.count * accumulation
         if batch_size % cuts:
@@ -55,11 +55,11 @@ class Processes:
             gradient.copy_(part.view_as(gradient))
 
     def mean(self, value: float) -> float:
-        """The mean of a number over the processes."""
+        """Return the mean of a number over the processes."""
         if self.count == 1:
             return value
         return float(reduce(torch.tensor(value, device=self.device), reduction="mean"))
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """Wait until every process has reached this call."""
         self._state.wait_for_everyone()

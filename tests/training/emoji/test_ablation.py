@@ -1,19 +1,31 @@
-"""The ablation table: each row is trained once, measured at every sampler it names, and kept."""
+"""The ablation table: each row is trained once, measured with every sampler, and kept."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from shutil import copytree
 
 import numpy as np
 import pytest
 import torch
 
+from tests.training.run.killed import needs_font
 from training.emoji.data.glyphs import load_glyphs
 from training.emoji.data.text import build_text_encoder, train_tokenizer
 from training.emoji.report import ablation
-from training.emoji.report.ablation import VARIANTS, Judge, Variant, print_ablation, run_variant
+from training.emoji.report.ablation import (
+    VARIANTS,
+    Judge,
+    Variant,
+    prepare_teachers,
+    print_ablation,
+    run_ablation,
+    run_variant,
+)
+from training.emoji.stages import curated
 from training.emoji.stages.autoencoder import build_autoencoder
+from training.emoji.stages.student import load_denoiser
 from training.emoji.stages.teacher import build_unet, save_teacher
 
 SMALL = {"PICTURES": 20, "DIVERSE_PROMPTS": 2, "DIVERSE_SEEDS": 2, "TEACHER_STEPS": 9}
@@ -21,7 +33,7 @@ SMALL = {"PICTURES": 20, "DIVERSE_PROMPTS": 2, "DIVERSE_SEEDS": 2, "TEACHER_STEP
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A teacher of random weights and another one, an autoencoder, and a few latents."""
+    """A run with two teachers of random weights, an autoencoder and a few latents."""
     run = tmp_path_factory.mktemp("run")
     torch.manual_seed(0)
     tokenizer = train_tokenizer(load_glyphs())
@@ -34,7 +46,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every variant on a budget of one iteration of two samples, judged on a few pictures."""
+    """Train every variant for one iteration of two samples, and measure it on a few pictures."""
     for name, value in SMALL.items():
         monkeypatch.setattr(ablation, name, value)
     variants = {
@@ -46,7 +58,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("small")
-def test_every_kind_of_row_is_measured_where_the_paper_measures_it(
+def test_every_kind_of_row_is_measured_with_the_samplers_of_the_paper(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     judge = Judge(run)
@@ -66,7 +78,7 @@ def test_every_kind_of_row_is_measured_where_the_paper_measures_it(
 
 
 @pytest.mark.usefixtures("small")
-def test_a_row_that_is_done_is_read_and_not_trained_again(
+def test_a_finished_row_is_read_and_not_trained_again(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     judge = Judge(run)
@@ -75,7 +87,25 @@ def test_a_row_that_is_done_is_read_and_not_trained_again(
     assert run_variant("TDM-unify", 0, judge, run, tmp_path) == first
 
 
-def test_rows_differ_from_the_method_in_what_they_name_and_share_the_budget() -> None:
+@needs_font
+@pytest.mark.usefixtures("small")
+def test_the_teacher_is_fine_tuned_when_a_row_needs_it(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(curated, "CURATED", replace(curated.CURATED, steps=1, batch_size=2))
+    monkeypatch.setattr(curated, "CURATED_SCENES", 4)
+    bare, results = tmp_path / "run", tmp_path / "results"
+    for part in ("teacher", "autoencoder"):
+        copytree(run / part, bare / part)
+    prepare_teachers(bare, ["TDM-unify", "4 steps, LCM"])
+    assert not (bare / ablation.OTHER_BASE).exists()
+    run_ablation(bare, results, [0], ["unify-SFT"])
+    assert (results / "unify-SFT-0.json").is_file()
+    before, after = (load_denoiser(bare / name / "unet").state_dict() for name in ("teacher", ablation.OTHER_BASE))
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_rows_share_the_batch_size_and_no_two_have_equal_settings() -> None:
     for name, variant in VARIANTS.items():
         assert isinstance(variant, Variant)
         same = variant.config.batch_size == VARIANTS["TDM-unify"].config.batch_size

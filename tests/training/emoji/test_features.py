@@ -1,4 +1,4 @@
-"""The feature network trains, resumes, and its space shows what the Frechet distance is to show."""
+"""The feature network: exact resume, accuracy, and a Frechet distance that rises with defects."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from training.emoji.report.features import (
     load_features,
     train_features,
 )
-from training.emoji.report.samplers import pictures_told, student_pictures
+from training.emoji.report.samplers import pictures_with_k, student_pictures
 from training.emoji.report.scores import Yardstick, wrong_step_counts
 from training.emoji.stages.autoencoder import DecoderConfig, build_autoencoder, train_decoder
 from training.run.loop import LoopConfig
@@ -49,7 +49,6 @@ def test_features_and_decoder_resume_exactly(tmp_path: Path, monkeypatch: pytest
 
 
 def assert_only_the_decoder_moved(before: Path, after: Path) -> None:
-
     first, second = AutoencoderKL.from_pretrained(before), AutoencoderKL.from_pretrained(after)
     assert first.config.scaling_factor == second.config.scaling_factor
     moved = {name for name, tensor in first.state_dict().items() if not torch.equal(tensor, second.state_dict()[name])}
@@ -57,12 +56,12 @@ def assert_only_the_decoder_moved(before: Path, after: Path) -> None:
     assert all(name.startswith(("decoder.", "post_quant_conv.")) for name in moved)
 
 
-def test_a_missing_file_says_how_to_make_it(tmp_path: Path) -> None:
+def test_the_error_for_a_missing_file_says_how_to_make_it(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="train_features"):
         load_features(tmp_path / "none.safetensors")
 
 
-def test_corruption_leaves_some_pictures_alone_and_tells_the_degree() -> None:
+def test_corruption_leaves_some_pictures_unchanged_and_returns_its_degrees() -> None:
     pixels = torch.rand(64, 3, 16, 16) * 2 - 1
     corrupted, degrees = corrupt(pixels, torch.Generator().manual_seed(0))
     is_clean = (degrees == 0).all(1)
@@ -74,7 +73,7 @@ def test_corruption_leaves_some_pictures_alone_and_tells_the_degree() -> None:
 
 @needs_weights
 def test_the_frechet_distance_grows_with_softness_noise_and_collapse() -> None:
-    """From 1.1 for drawings without jitter; blurred by 0.7 pixels 6.5, noisy by 10 of 255 steps 3.0."""
+    """Measured: 1.1 for drawings without jitter, 6.5 blurred by 0.7 pixels, 3.0 with noise of 10 of 255 steps."""
     yardstick = Yardstick(150, load_features())
     pictures = [yardstick.scorer.draw(scene) for scene in (*yardstick.seen, *yardstick.unseen)]
 
@@ -91,7 +90,7 @@ def test_the_frechet_distance_grows_with_softness_noise_and_collapse() -> None:
 
 @needs_weights
 @needs_font
-def test_the_network_reads_held_out_scenes() -> None:
+def test_the_network_reads_held_out_scenes_correctly() -> None:
     assert FEATURES_FILE.stat().st_size <= MAX_FILE_BYTES
     accuracy = held_out_accuracy(load_features(), SceneRenderer(0))
     assert accuracy.glyphs >= 0.6  # every glyph of a pair; 0.67 measured
@@ -99,18 +98,18 @@ def test_the_network_reads_held_out_scenes() -> None:
     assert accuracy.layout >= 0.98
 
 
-def test_told_the_right_k_the_pictures_are_those_served(model: LoadedModel) -> None:
+def test_with_the_right_k_the_pictures_are_those_served(model: LoadedModel) -> None:
     prompts = ["a red heart", "a cat face on a yellow background"]
-    told, served = pictures_told(model, prompts, 2, 2, first_seed=5), student_pictures(model, prompts, 2, 5)
-    assert all(np.abs(a.astype(int) - b.astype(int)).max() <= 1 for a, b in zip(told, served, strict=True))
+    ours, served = pictures_with_k(model, prompts, 2, 2, first_seed=5), student_pictures(model, prompts, 2, 5)
+    assert all(np.abs(a.astype(int) - b.astype(int)).max() <= 1 for a, b in zip(ours, served, strict=True))
 
 
-def test_every_pair_of_true_and_told_step_counts_is_measured_and_k_untold(model: LoadedModel) -> None:
+def test_every_pair_of_steps_taken_and_k_received_is_measured(model: LoadedModel) -> None:
     torch.manual_seed(0)
     network = FeatureNetwork(len(GLYPHS)).eval()
     scores = wrong_step_counts(model, 2, network)
     counts = model.recipe.step_counts
-    assert set(scores) == {(k, told) for k in counts for told in (*counts, None)}
+    assert set(scores) == {(steps, k) for steps in counts for k in (*counts, None)}
     assert all(score.frechet >= 0 and 5 < score.psnr_db < 48.2 for score in scores.values())
 
 

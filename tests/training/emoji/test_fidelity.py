@@ -1,4 +1,4 @@
-"""The distance to the drawn scene tells good pictures from soft ones and soft ones from wrong ones."""
+"""Fidelity ranks good pictures above soft ones, and soft ones above wrong ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from training.emoji.report.score import Scorer, scoring_scenes
 COUNT = 40
 GLYPHS = load_glyphs()
 DRAWN_FLOOR_DB = 40.0
-"""Of drawn scenes with any jitter; without jitter they reach the cap of 48.1."""
+"""Lower bound for drawn scenes with any jitter. Without jitter they reach the cap of 48.1."""
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What training publishes is what stock diffusers pipelines and our runtime both read."""
+"""A published checkpoint gives the same pictures in stock diffusers pipelines and in the runtime."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAX_FOLDER_BYTES = 25 * 10**6
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_a_stock_pipeline_makes_the_same_picture(model: LoadedModel, checkpoint_folder: Path, steps: int) -> None:
-    """With guidance_scale = K + 1, which is where such pipelines embed K. (At K = 3 their DDIM rounds otherwise.)"""
+    """Such pipelines embed K as guidance_scale = K + 1. (K = 3 is left out: their DDIM rounds its timesteps.)"""
     pipeline = StableDiffusionPipeline.from_pretrained(checkpoint_folder, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     stock = pipeline(
@@ -35,7 +35,7 @@ def test_a_stock_pipeline_makes_the_same_picture(model: LoadedModel, checkpoint_
     assert np.abs(stock * 255.0 - ours).max() <= 1.0
 
 
-def test_the_embedded_checkpoint_is_small_and_whole(checkpoint_folder: Path) -> None:
+def test_the_embedded_checkpoint_is_small_and_its_hashes_match(checkpoint_folder: Path) -> None:
     files = [file for file in checkpoint_folder.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) < MAX_FOLDER_BYTES
     recipe = open_checkpoint(checkpoint_folder).recipe
@@ -43,7 +43,7 @@ def test_the_embedded_checkpoint_is_small_and_whole(checkpoint_folder: Path) -> 
     assert all(file_sha256(checkpoint_folder / name) == sha for name, sha in recipe.files.items())
 
 
-def test_training_and_serving_sample_by_the_same_table(checkpoint_folder: Path) -> None:
+def test_training_and_serving_have_the_same_timesteps_schedule_and_solver(checkpoint_folder: Path) -> None:
     served, trained = open_checkpoint(checkpoint_folder).recipe, build_recipe()
     assert served.timesteps == trained.timesteps
     assert served.noise_schedule == trained.noise_schedule

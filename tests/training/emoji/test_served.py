@@ -1,4 +1,4 @@
-"""What the trainer writes, the runtime serves: the same picture as the trainer's own sampler makes."""
+"""The runtime serves the same picture as the trainer's sampler makes."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from training.run.loop import step_generator
 
 PROMPT, SEED = "a red heart on a blue background", 11
 ROUNDING = 3
-"""Levels of 255 that float16 weights may change."""
+"""Greatest difference that float16 weights may cause, in levels of 255."""
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Distiller, LoadedModel]:
-    """Ten iterations from a random teacher, and what is served of them."""
+    """A distiller after ten iterations from a random teacher, and the model that the runtime loads from it."""
     run = tmp_path_factory.mktemp("run")
     torch.manual_seed(0)
     tokenizer = train_tokenizer(load_glyphs())
@@ -55,7 +55,7 @@ def test_the_served_picture_is_the_trainers(trained: tuple[Distiller, LoadedMode
     assert np.abs(served.astype(int) - expected.astype(int)).max() <= ROUNDING
 
 
-def test_ten_iterations_moved_it(trained: tuple[Distiller, LoadedModel]) -> None:
+def test_ten_iterations_change_the_student(trained: tuple[Distiller, LoadedModel]) -> None:
     distiller, _ = trained
     prompts = distiller.run.prompts
     noise = initial_noise(SEED, (1, 4, 16, 16))

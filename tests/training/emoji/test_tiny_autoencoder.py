@@ -1,4 +1,4 @@
-"""The tiny autoencoder trains, resumes, is published and read again; its student is the one that is served."""
+"""The tiny autoencoder: exact resume, training pairs, publishing and loading."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ CONFIG = TinyAutoencoderConfig(LoopConfig(steps=4, save_every_s=0.0), batch_size
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders of every stage, with untrained parts of the embedded model's size."""
+    """Folders of all stages, with untrained parts in the size of the embedded model."""
     run = tmp_path_factory.mktemp("run")
     torch.manual_seed(0)
     tokenizer = train_tokenizer(load_glyphs())
@@ -63,7 +63,9 @@ def published(run: Path, tmp_path: Path) -> Path:
 
 
 @needs_font
-def test_it_resumes_exactly_and_both_halves_learn(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_resumes_exactly_and_changes_encoder_and_decoder(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def train(folder: Path) -> None:
         train_tiny_autoencoder(folder, run / "decoder", run / "teacher", run / "student", CONFIG)
 
@@ -75,7 +77,7 @@ def test_it_resumes_exactly_and_both_halves_learn(run: Path, tmp_path: Path, mon
 
 
 @needs_font
-def test_pairs_of_another_size_are_refused(run: Path, tmp_path: Path) -> None:
+def test_pairs_with_other_counts_are_rejected(run: Path, tmp_path: Path) -> None:
     vae, student = build_autoencoder().eval(), StudentSampler(run / "teacher", run / "student")
     pairs = load_pairs(tmp_path / PAIRS_FILE, vae, student, CONFIG)
     assert len(pairs.latents) == len(pairs.pictures) == 6 + 2 * (1 + 2 + 3 + 4)
@@ -85,7 +87,9 @@ def test_pairs_of_another_size_are_refused(run: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("steps", [1, 4])
-def test_the_last_estimate_is_the_served_picture(model: LoadedModel, checkpoint_folder: Path, steps: int) -> None:
+def test_the_last_estimate_decodes_to_the_served_picture(
+    model: LoadedModel, checkpoint_folder: Path, steps: int
+) -> None:
     student = StudentSampler(checkpoint_folder, checkpoint_folder)
     prompts = ["a red heart", "a cat face on a yellow background"]
     estimates = student.estimates(prompts, steps, first_seed=5)
@@ -97,7 +101,7 @@ def test_the_last_estimate_is_the_served_picture(model: LoadedModel, checkpoint_
         assert likeness_db > 45  # bf16 against fp32; 54 measured
 
 
-def test_bytes_become_the_pixels_they_were_made_of() -> None:
+def test_bytes_to_pixels_and_back_changes_nothing() -> None:
     levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
     assert torch.equal(to_bytes(from_bytes(levels)), levels)
 
@@ -105,13 +109,13 @@ def test_bytes_become_the_pixels_they_were_made_of() -> None:
 # -- the checkpoint --------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_is_published_with_it(published: Path, run: Path) -> None:
+def test_a_checkpoint_can_be_published_with_a_tiny_autoencoder(published: Path, run: Path) -> None:
     checkpoint = open_checkpoint(published)
     assert checkpoint.has_tiny_vae
     assert checkpoint.recipe.files[TINY_VAE_WEIGHTS] == file_sha256(published / TINY_VAE_WEIGHTS)
     tiny = checkpoint.load_tiny_vae()
     assert tiny.config.scaling_factor == 1.0
-    assert tiny.config.block_out_channels == [32, 32, 32]  # not in the file; its length tells the downscale
+    assert tiny.config.block_out_channels == [32, 32, 32]  # not in the file; its length gives the downscale
     assert tiny.dtype == torch.float32
     assert not tiny.training
     trained = AutoencoderTiny.from_pretrained(run / "tiny-autoencoder" / TINY_VAE)
@@ -120,7 +124,7 @@ def test_a_checkpoint_is_published_with_it(published: Path, run: Path) -> None:
         torch.testing.assert_close(tiny.decode(latents).sample, trained.decode(latents).sample, atol=0.02, rtol=0.0)
 
 
-def test_and_without_it(run: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_can_be_published_without_a_tiny_autoencoder(run: Path, tmp_path: Path) -> None:
     publish(tmp_path / "checkpoint", run / "decoder", run / "teacher", run / "student")
     checkpoint = open_checkpoint(tmp_path / "checkpoint")
     assert not checkpoint.has_tiny_vae
@@ -128,12 +132,12 @@ def test_and_without_it(run: Path, tmp_path: Path) -> None:
         checkpoint.load_tiny_vae()
 
 
-def test_no_config_says_where_the_weights_once_lay(published: Path, run: Path) -> None:
+def test_published_configs_hold_no_paths_of_the_run(published: Path, run: Path) -> None:
     for config in published.rglob("config.json"):
         assert str(run) not in config.read_text(encoding="utf-8")
 
 
-def test_stock_pipelines_read_the_checkpoint_with_either(published: Path) -> None:
+def test_stock_pipelines_read_the_checkpoint_with_either_autoencoder(published: Path) -> None:
     stock = StableDiffusionPipeline.from_pretrained(published)
     swapped = StableDiffusionPipeline.from_pretrained(
         published, vae=AutoencoderTiny.from_pretrained(published, subfolder=TINY_VAE)
@@ -144,21 +148,21 @@ def test_stock_pipelines_read_the_checkpoint_with_either(published: Path) -> Non
 
 
 @pytest.mark.parametrize("name", TINY_VAE_FILES)
-def test_half_of_it_is_refused(published: Path, name: str) -> None:
+def test_a_tiny_autoencoder_with_a_missing_file_is_rejected(published: Path, name: str) -> None:
     (published / name).unlink()
     with pytest.raises(CheckpointError, match=f"lacks {name}"):
         open_checkpoint(published)
 
 
-def test_one_that_the_recipe_does_not_list_is_refused(published: Path, run: Path) -> None:
-    """As where a checkpoint is published anew without it, and the old one still lies there."""
+def test_a_tiny_autoencoder_that_the_recipe_does_not_list_is_rejected(published: Path, run: Path) -> None:
+    """Publish without a tiny autoencoder into a folder that still holds an old one."""
     with pytest.raises(RecipeError, match=rf"no sha256 for {TINY_VAE_WEIGHTS}.*remove what does not belong"):
         publish(published, run / "decoder", run / "teacher", run / "student")
     shutil.rmtree(published / TINY_VAE)
     assert not open_checkpoint(published).has_tiny_vae
 
 
-def test_weights_of_another_shape_are_refused(published: Path) -> None:
+def test_tiny_weights_of_another_shape_are_rejected(published: Path) -> None:
     file = published / TINY_VAE / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     file.write_text(json.dumps({**config, "num_decoder_blocks": [4, 2, 0]}), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Distances between sets of features keep their laws."""
+"""Laws of the distances between sets of features."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ RNG = np.random.default_rng(0)
 
 
 def with_moments(mean: np.ndarray, root: np.ndarray, count: int = 400) -> np.ndarray:
-    """A set whose sample mean and covariance (root @ root.T) are exactly these."""
+    """Return a set with exactly this sample mean and this covariance, root @ root.T."""
     white = RNG.standard_normal((count, len(mean)))
     white -= white.mean(0)
     white = white @ np.linalg.inv(np.linalg.cholesky(np.cov(white, rowvar=False))).T
@@ -25,7 +25,7 @@ def test_the_frechet_distance_of_diagonal_gaussians_is_the_closed_form() -> None
     assert frechet_distance(first, second) == pytest.approx(expected, rel=1e-9)
 
 
-def test_the_frechet_distance_of_turned_gaussians_is_that_of_the_axes() -> None:
+def test_a_rotation_of_both_gaussians_keeps_the_frechet_distance() -> None:
     turn = np.linalg.qr(RNG.standard_normal((5, 5)))[0]
     s1, s2 = np.arange(1.0, 6.0), np.arange(6.0, 1.0, -1.0)
     first, second = with_moments(np.zeros(5), turn * s1), with_moments(np.zeros(5), turn * s2)
@@ -47,7 +47,7 @@ def test_diversity_is_the_mean_distance_within_a_prompt() -> None:
     assert diversity(np.ones((3, 4, 2))) == 0.0
 
 
-def test_coverage_counts_the_modes_that_are_kept() -> None:
+def test_coverage_is_the_share_of_modes_that_are_kept() -> None:
     modes = np.repeat(np.array([[0.0], [100.0], [200.0], [300.0]]), 50, axis=0) + RNG.standard_normal((200, 1))
     assert coverage(modes, modes) == 1.0
     assert coverage(modes, modes[:50]) == pytest.approx(0.25)
@@ -55,7 +55,7 @@ def test_coverage_counts_the_modes_that_are_kept() -> None:
     assert coverage(modes, again) > 0.85
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_features_of_the_wrong_shape_are_rejected() -> None:
     with pytest.raises(ValueError, match="at least 2"):
         frechet_distance(np.ones((1, 3)), np.ones((5, 3)))
     with pytest.raises(ValueError, match="3 and 4 features"):

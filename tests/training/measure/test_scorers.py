@@ -1,4 +1,4 @@
-"""The field's scorers load what is published: proven on tiny models written in the published layouts."""
+"""The scorers load published layouts, tested with tiny models in those layouts."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def tokenizer(checkpoint_folder: Path) -> CLIPTokenizer:
 
 
 def tiny_config(tokenizer: CLIPTokenizer, projection: int = 8) -> CLIPConfig:
-    """As ViT-H/14, small: two layers, other widths for pictures and words."""
+    """Return a small ViT-H/14: two layers, with different widths for pictures and words."""
     sizes = {"num_hidden_layers": 2, "hidden_act": "gelu", "projection_dim": projection, "intermediate_size": 24}
     tokens = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     return CLIPConfig(
@@ -49,7 +49,7 @@ def tiny_config(tokenizer: CLIPTokenizer, projection: int = 8) -> CLIPConfig:
 def tiny_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
     torch.manual_seed(0)
     model = CLIPModel(tiny_config(tokenizer)).eval()
-    for parameter in model.parameters():  # biases start at zero, which would hide a lost or swapped one
+    for parameter in model.parameters():  # biases start at zero, which would hide a missing or swapped one
         nn.init.normal_(parameter, std=0.2)
     return model
 
@@ -63,7 +63,7 @@ def clip_folder(tiny_clip: CLIPModel, tokenizer: CLIPTokenizer, tmp_path_factory
 
 
 def to_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of what is tested: transformers' names -> open_clip's, q, k and v in one tensor."""
+    """Convert transformers' names to open_clip's, with q, k and v in one tensor. The inverse is tested."""
     plain = {
         "logit_scale": "logit_scale",
         "text_model.embeddings.position_embedding.weight": "positional_embedding",
@@ -94,7 +94,7 @@ def to_open_clip(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def test_an_open_clip_state_dict_comes_back_whole(tiny_clip: CLIPModel) -> None:
+def test_from_open_clip_restores_every_tensor(tiny_clip: CLIPModel) -> None:
     state = tiny_clip.state_dict()
     back = from_open_clip(
         {f"module.{name}": t for name, t in to_open_clip(state).items()} | {"attn_mask": torch.ones(2)}
@@ -105,7 +105,7 @@ def test_an_open_clip_state_dict_comes_back_whole(tiny_clip: CLIPModel) -> None:
         from_open_clip({"visual.trunk.stem.weight": torch.ones(1)})
 
 
-def test_hps_scores_as_the_model_it_was_converted_from(
+def test_hps_scores_like_the_model_it_was_converted_from(
     tiny_clip: CLIPModel, tokenizer: CLIPTokenizer, clip_folder: Path, tmp_path: Path
 ) -> None:
     torch.save({"state_dict": to_open_clip(tiny_clip.state_dict())}, tmp_path / "hps.pt")
@@ -114,7 +114,7 @@ def test_hps_scores_as_the_model_it_was_converted_from(
     assert scorer.score(PICTURES, PROMPTS) == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_the_published_size_has_the_published_layout() -> None:
+def test_vit_h_14_has_the_published_shapes() -> None:
     with torch.device("meta"):
         state = CLIPModel(vit_h_14()).state_dict()
     assert state["visual_projection.weight"].shape == (1024, 1280)
@@ -123,7 +123,7 @@ def test_the_published_size_has_the_published_layout() -> None:
     assert sum(tensor.numel() for tensor in state.values()) == pytest.approx(986e6, rel=0.001)
 
 
-def test_clip_score_is_that_of_transformers_own_forward(
+def test_clip_score_equals_the_forward_pass_of_transformers(
     tiny_clip: CLIPModel, tokenizer: CLIPTokenizer, clip_folder: Path
 ) -> None:
     pixels = torch.stack([clip_pixels(picture, 28) for picture in PICTURES])
@@ -157,7 +157,7 @@ def test_the_aesthetic_head_is_loaded_in_its_published_layout(
 
 
 class TinyInception(nn.Module):
-    """Says as 2048 features what it was given, where it is called as the published file is."""
+    """Returns the mean of each picture as every feature. It takes the arguments of the published file."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -181,7 +181,7 @@ def test_inception_features_come_from_a_torchscript_file(tmp_path: Path) -> None
         InceptionFeatures.open(tmp_path / "other.pt").features(PICTURES)
 
 
-def test_missing_weights_say_what_to_get_and_where_it_goes(tmp_path: Path, clip_folder: Path) -> None:
+def test_the_error_for_missing_weights_names_the_file_to_get_and_its_path(tmp_path: Path, clip_folder: Path) -> None:
     for make, remedy in (
         (lambda: CLIPScore.open(tmp_path / "clip"), "clip-vit-large-patch14"),
         (lambda: AestheticScore.open(clip_folder, tmp_path / "head.pth"), "improved-aesthetic-predictor"),

@@ -1,4 +1,4 @@
-"""The losses are the paper's: gradients, densities and intervals, checked against first principles."""
+"""The losses agree with the paper: gradients, densities and intervals, checked from first principles."""
 
 from __future__ import annotations
 
@@ -56,22 +56,22 @@ def test_pseudo_huber_gradient_is_equation_12() -> None:
     torch.testing.assert_close(gradient, (fake - real) / norm / 5)
 
 
-def test_generator_loss_vanishes_where_fake_equals_real() -> None:
+def test_generator_loss_is_zero_if_fake_equals_real() -> None:
     x_m, real = normal(2, 4, 4, 4), normal(2, 4, 4, 4, seed=1)
     assert pseudo_huber(x_m, revised_samples(x_m, real, real)).item() == pytest.approx(0.0, abs=1e-9)
 
 
 @pytest.mark.parametrize(("tau", "m"), [(999, 499), (499, 249), (300, 249), (249, -1), (0, -1)])
-def test_diffusing_on_from_the_trajectory_gives_the_marginal_of_tau(tau: int, m: int) -> None:
-    """alpha_tau and sigma_tau are recovered from m's levels and the kernel: variances add up."""
+def test_diffusing_from_m_to_tau_gives_the_levels_of_tau(tau: int, m: int) -> None:
+    """Variances add up: m's levels and the kernel give alpha_tau and sigma_tau."""
     kernel = kernel_between(tau, m)
     torch.testing.assert_close(kernel.scale * kernel.alpha_m, kernel.alpha_tau)
     variance = (kernel.scale * kernel.sigma_m) ** 2 + kernel.beta**2
     torch.testing.assert_close(variance, kernel.sigma_tau**2, rtol=1e-4, atol=1e-7)
 
 
-def test_importance_weight_is_one_from_the_clean_end() -> None:
-    """With x_m = x_0 both densities are one."""
+def test_importance_weight_is_one_at_the_clean_end() -> None:
+    """With x_m = x_0 both densities are equal."""
     kernel = kernel_between(100, -1, batch=6)
     x_0, noise = normal(6, 4, 4, 4).float(), normal(6, 4, 4, 4, seed=1).float()
     weight = importance_weight(kernel, kernel.diffuse(x_0, noise), x_0, noise)
@@ -79,7 +79,7 @@ def test_importance_weight_is_one_from_the_clean_end() -> None:
 
 
 def test_importance_weight_is_the_density_ratio_tempered() -> None:
-    """Its logarithm times d is log q(x_tau | x_0) - log q(x_tau | x_m) without the factor of tau alone."""
+    """d * log(weight) is log q(x_tau | x_0) - log q(x_tau | x_m), without the factor that depends on tau alone."""
     kernel = kernel_between(600, 499, batch=3)
     x_m, x_0, noise = (normal(3, 2, 2, 2, seed=seed).float() for seed in range(3))
     x_0 = 0.1 * x_0 + x_m
@@ -98,7 +98,7 @@ def test_importance_weight_is_the_density_ratio_tempered() -> None:
 
 
 def test_importance_sampling_is_unbiased_in_one_dimension() -> None:
-    """Untempered (d = 1) and unclipped weights turn an average over q(.|x_m) into one over q(.|x_0)."""
+    """With d = 1 and no clipping, the weights turn an average over q(.|x_m) into an average over q(.|x_0)."""
     count = 400_000
     kernel = kernel_between(700, 499)
     x_0 = torch.zeros(count, 1, 1, 1)
@@ -119,7 +119,7 @@ def test_fake_score_loss_is_least_at_the_students_clean_estimate() -> None:
 
 
 def test_trajectory_score_loss_is_least_at_the_conditional_score() -> None:
-    """Where x_0's estimate says exactly the noise from x_m to x_tau, and it grows from there."""
+    """The loss is 0 if the estimate implies exactly the noise from x_m to x_tau, and grows from there."""
     kernel = kernel_between(600, 499, batch=3)
     x_m, noise = normal(3, 2, 4, 4).float(), normal(3, 2, 4, 4, seed=1).float()
     x_tau = kernel.diffuse(x_m, noise)
@@ -129,7 +129,7 @@ def test_trajectory_score_loss_is_least_at_the_conditional_score() -> None:
 
 
 def test_trajectory_score_is_the_score_of_the_diffused_trajectory() -> None:
-    """Where x_m is Gaussian, the minimiser over linear estimates is the exact score of x_tau (Vincent 2011)."""
+    """If x_m is Gaussian, the best linear estimate is the exact score of x_tau (Vincent 2011)."""
     count, std = 400_000, 0.7
     kernel = kernel_between(600, 499, batch=count)
     x_m, noise = std * normal(count, 1, 1, 1).float(), normal(count, 1, 1, 1, seed=1).float()
@@ -145,10 +145,10 @@ def test_trajectory_score_is_the_score_of_the_diffused_trajectory() -> None:
 
 
 def test_the_score_of_diffused_clean_samples_is_not_the_trajectorys() -> None:
-    """Why Eq. (7) wants its samples near x_m: with x_0 ~ N(0, 1) and x_m = x_0 / 2 both scores are known.
+    """With x_0 ~ N(0, 1) and x_m = x_0 / 2 both scores are known. This is why Eq. (7) takes samples near x_m.
 
-    x_tau drawn from x_0 has variance alpha^2 + sigma^2 = 1, drawn from x_m less; the loss on clean
-    samples is least at the first score, the loss on the trajectory at the second.
+    x_tau from x_0 has variance alpha^2 + sigma^2 = 1; x_tau from x_m has less. The loss on clean samples is
+    least at the first score, the loss on the trajectory at the second.
     """
     count = 400_000
     kernel = kernel_between(600, 499, batch=count)
@@ -159,7 +159,7 @@ def test_the_score_of_diffused_clean_samples_is_not_the_trajectorys() -> None:
     assert variance < 0.8 < from_clean.var().item()
 
     def denoised(x_tau: Tensor, assumed_variance: float) -> Tensor:
-        """x_0 that the score -x / variance says."""
+        """Return x_0 for the score -x / variance."""
         return (x_tau - kernel.sigma_tau**2 * x_tau / assumed_variance) / kernel.alpha_tau
 
     ones = torch.ones(count)
@@ -172,7 +172,7 @@ def test_the_score_of_diffused_clean_samples_is_not_the_trajectorys() -> None:
     assert own[variance] < own[1.0]
 
 
-def test_normalised_l2_gradient_is_dmds() -> None:
+def test_normalised_l2_has_the_gradient_of_dmd() -> None:
     """(fake - real) / mean|x_0 - real|, averaged over the elements (DMD, eq. 7 and 8)."""
     x_m, x_0, real, fake = (normal(5, 4, 8, 8, seed=seed) for seed in range(4))
     x_m.requires_grad_()
@@ -183,7 +183,7 @@ def test_normalised_l2_gradient_is_dmds() -> None:
 
 
 def test_elementwise_pseudo_huber_gradient_is_bounded_by_each_element() -> None:
-    """e / sqrt(e^2 + c^2): the sign of the gap wherever it is far above c."""
+    """The gradient is e / sqrt(e^2 + c^2), which is the sign of the gap if the gap is far above c."""
     x_m, x_0, real, fake = (normal(3, 4, 8, 8, seed=seed) for seed in range(4))
     x_m.requires_grad_()
     loss = elementwise_pseudo_huber(x_m, revised_samples(x_m, real, fake), x_0, real)
@@ -193,7 +193,7 @@ def test_elementwise_pseudo_huber_gradient_is_bounded_by_each_element() -> None:
     torch.testing.assert_close(gradient, expected)
 
 
-def test_fisher_divergence_estimates_the_squared_gap_where_the_fake_score_is_exact() -> None:
+def test_fisher_divergence_estimates_the_squared_gap_if_the_fake_score_is_exact() -> None:
     """SiD's identity: E[gap (real - x_0)] = E[gap^2] when fake = E[x_0 | x_tau]."""
     count = 100_000  # elements of one sample, so that its norm hardly depends on any of them
     kernel = kernel_between(500, -1, batch=4)
@@ -206,7 +206,7 @@ def test_fisher_divergence_estimates_the_squared_gap_where_the_fake_score_is_exa
     assert fisher_divergence(real, fake, x_0, alpha=0.0).item() == pytest.approx(expected, rel=0.05)
 
 
-def test_discriminator_and_student_want_opposite_things() -> None:
+def test_discriminator_and_student_have_opposite_losses() -> None:
     good, bad = torch.full((4, 1, 2, 2), 2.0), torch.full((4, 1, 2, 2), -2.0)
     assert discriminator_loss(good, bad).item() == 0.0
     assert discriminator_loss(bad, good).item() == 6.0
@@ -227,7 +227,7 @@ def test_places_cover_every_step_of_every_count_and_nothing_else() -> None:
 
 
 def test_intervals_start_at_t_of_i_over_k_and_end_at_the_next() -> None:
-    """t_i = T i / K on the grid whose index 0 is the clean end; one K's intervals tile (0, T]."""
+    """t_i = T i / K on the grid with the clean end at index 0. The intervals of one K cover (0, T]."""
     places = draw_places(TRAJECTORIES, 4000, torch.Generator().manual_seed(1))
     for k in TRAJECTORIES.tables:
         of_k = places.step_counts == k
@@ -251,7 +251,7 @@ def test_tau_stays_inside_its_interval_and_reaches_both_ends(interval: str, last
     assert tau[last].max().item() == pytest.approx(last_high, abs=2)
 
 
-def test_a_gap_keeps_tau_off_the_place_it_is_diffused_from() -> None:
+def test_min_tau_gap_keeps_tau_above_t_m_by_the_gap() -> None:
     places = draw_places(TRAJECTORIES, 20000, torch.Generator().manual_seed(2))
     tau = draw_tau(replace(CONFIG, min_tau_gap=40), COORDINATES, places, torch.Generator().manual_seed(3))
     assert bool((tau > places.next_timestep + 40).all() and (tau <= places.timestep).all())

@@ -1,4 +1,4 @@
-"""TDM-unify on the real modules at their start: what must hold before and after the first update."""
+"""TDM-unify on the emoji modules, before and after the first update."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def distiller(teacher_folder: Path) -> Distiller:
     return build_distiller(CONFIG, teacher_folder)
 
 
-def test_student_and_fake_score_start_as_the_teacher_whatever_k(distiller: Distiller) -> None:
+def test_student_and_fake_score_start_as_the_teacher_for_every_k(distiller: Distiller) -> None:
     """The projection of K starts at zero (sec. 3.2)."""
     x = torch.randn(4, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     timesteps, prompts = torch.tensor([999.0, 749, 499, 10]), distiller.run.prompts.conditioning(range(4))
@@ -43,7 +43,7 @@ def test_student_and_fake_score_start_as_the_teacher_whatever_k(distiller: Disti
 
 
 @pytest.mark.parametrize("solver", ["ddim", "dpmsolver++"])
-def test_a_rollout_is_deterministic_and_stops_where_each_sample_stands(teacher_folder: Path, solver: str) -> None:
+def test_a_rollout_is_deterministic_and_ends_before_each_samples_step(teacher_folder: Path, solver: str) -> None:
     distiller = build_distiller(replace(CONFIG, solver=solver, precision="fp32"), teacher_folder)
     student, trajectories, generator = distiller.roles.student, distiller.trajectories, torch.Generator().manual_seed(1)
     places = draw_places(trajectories, 6, generator)
@@ -59,13 +59,13 @@ def test_a_rollout_is_deterministic_and_stops_where_each_sample_stands(teacher_f
             here = places[one].at_row(row, trajectories)
             with torch.no_grad():
                 x, previous = advance(
-                    student, trajectories, x, here, prompts[one], previous, told=places.step_counts[one]
+                    student, trajectories, x, here, prompts[one], previous, step_counts=places.step_counts[one]
                 )
         torch.testing.assert_close(first[one], x, rtol=1e-3, atol=1e-3)
 
 
 def test_a_stochastic_rollout_renoises_the_clean_estimate(distiller: Distiller) -> None:
-    """Without noise of its own it lands on alpha x_0."""
+    """With zero noise the rollout ends at alpha x_0."""
     places = draw_places(distiller.trajectories, 6, torch.Generator().manual_seed(1))
     noise, prompts = torch.randn(6, 4, 16, 16), distiller.run.prompts.conditioning(range(6))
     start = roll_out(
@@ -90,7 +90,7 @@ def test_one_iteration_moves_student_and_fake_score_and_not_the_teacher(teacher_
     assert all(torch.isfinite(torch.tensor(value)) for value in numbers.values())
     for role in ("student", "fake"):
         weight = modules[role].timestep_embedding.cond_proj.weight
-        assert weight.abs().max() > 0, "K must become an input from the first update"
+        assert weight.abs().max() > 0, "the projection of K must change in the first update"
 
 
 def test_captions_are_a_function_of_their_number(distiller: Distiller) -> None:

@@ -102,8 +102,8 @@ VARIANTS: dict[str, DistillConfig] = {
     "Fisher": replace(UNIFY, generator_loss="fisher"),
     "trajectory score": replace(UNIFY, fake_target="trajectory_score"),
     "element-wise": replace(UNIFY, generator_loss="elementwise_pseudo_huber", min_tau_gap=20),
-    "one fake score": replace(UNIFY, told="student"),
-    "fixed K": replace(UNIFY, told="nobody", step_counts=(4,)),
+    "one fake score": replace(UNIFY, step_condition_for="student"),
+    "fixed K": replace(UNIFY, step_condition_for="none", step_counts=(4,)),
     "no guidance": replace(UNIFY, guidance_scale=1.0),
     "DMD2": replace(as_dmd2(UNIFY), fake_updates=2),
     "DMD2, adapters": replace(as_dmd2(LORA), fake_updates=2),
@@ -210,7 +210,7 @@ def test_a_lora_comes_back_identical_and_its_alpha_is_in_its_weights(family: Fam
 
 @pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "cogvideox"])
 def test_stock_pipelines_load_the_lora(family: Family, tmp_path: Path) -> None:
-    config = replace(LORA, told="nobody", step_counts=(4,))
+    config = replace(LORA, step_condition_for="none", step_counts=(4,))
     distiller = tiny_distiller(family, config)
     iterate(distiller, 1)
     save_student(distiller, tmp_path)
@@ -233,7 +233,7 @@ def another_base(family: Family) -> Denoiser:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_lora_fits_another_model_of_its_base(family: Family, tmp_path: Path) -> None:
     """The mechanics of Table 2: the adapter was trained on one base and is applied to another."""
-    config = replace(LORA, told="nobody", step_counts=(4,))
+    config = replace(LORA, step_condition_for="none", step_counts=(4,))
     distiller = tiny_distiller(family, config)
     iterate(distiller, 1)
     written = save_student(distiller, tmp_path)
@@ -372,10 +372,12 @@ def test_a_lora_goes_on_from_a_lora_of_its_rank(
     )
     with pytest.raises(CheckpointError, match=r"does not fit the student's adapter of rank 3: \d+ tensors differ"):
         build_backbone_distiller(base, embeddings, replace(config, lora_rank=3), tmp_path)
-    whole = build_backbone_distiller(base, embeddings, replace(config, lora_rank=0, told="student"), tmp_path)
+    whole = build_backbone_distiller(
+        base, embeddings, replace(config, lora_rank=0, step_condition_for="student"), tmp_path
+    )
     assert torch.equal(outputs(whole.roles.student.denoiser, "sd", 2), outputs(merged, "sd", 2))
-    with pytest.raises(ConfigError, match="has an input for K and told is 'nobody'"):
-        build_backbone_distiller(base, embeddings, replace(config, lora_rank=0, told="nobody"), tmp_path)
+    with pytest.raises(ConfigError, match="has an input for K and step_condition_for is 'none'"):
+        build_backbone_distiller(base, embeddings, replace(config, lora_rank=0, step_condition_for="none"), tmp_path)
 
 
 def test_a_rate_that_explodes_is_named_and_leaves_a_finite_state(

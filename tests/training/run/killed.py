@@ -1,4 +1,4 @@
-"""Train once in peace and once with a kill: the states must be the same, bit for bit."""
+"""Compare an uninterrupted training run with a killed and resumed one, bit for bit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ needs_font = pytest.mark.skipif(
 
 
 class Killed(Exception):
-    """Stands for SIGKILL."""
+    """Raised instead of SIGKILL."""
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -26,7 +26,7 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_resumes(train: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Train once in peace, once with a kill before the third step; compare the states."""
+    """Train once without a stop and once with a kill before the third step. Compare the states."""
     train(tmp_path / "peace")
 
     def deadly(seed: int, stage: str, step: int) -> torch.Generator:

@@ -1,4 +1,4 @@
-"""A small distillation as a program, to be launched in several processes, or killed.
+"""A small distillation as a program, which tests launch in several processes, or kill.
 
 python -m tests.training.run.small_run KIND FOLDER --steps N --accumulation N
 """
@@ -21,7 +21,7 @@ KINDS = ("mixture", "adapters")
 
 
 def build(kind: str, steps: int, accumulation: int) -> Distiller:
-    """A distiller at its start: of the mixture, or of a tiny UNet with adapters."""
+    """Return a distiller before its first iteration, of the mixture or of a tiny UNet with adapters."""
     changes = {"steps": steps, "accumulation": accumulation, "save_every_s": 0.0, "log_every": 1}
     if kind == "mixture":
         return build_distiller(replace(DEFAULT, batch_size=16, **changes))  # type: ignore[arg-type]
@@ -29,7 +29,7 @@ def build(kind: str, steps: int, accumulation: int) -> Distiller:
 
 
 def run(kind: str, folder: Path, steps: int, accumulation: int = 1) -> dict[str, Tensor]:
-    """Train or resume; the weights by role and name. Rank n also leaves them in `folder/rank-n.safetensors`."""
+    """Train or resume. Return the weights by role and name; rank n also writes them to `folder/rank-n.safetensors`."""
     torch.set_num_threads(1)
     distiller = build(kind, steps, accumulation)
     distill(folder, distiller)

@@ -1,10 +1,11 @@
-"""Fine-tuning a teacher on latents: it learns, resumes exactly, and its folder can be distilled."""
+"""Fine-tuning of a teacher on latents: loss, exact resume, and a folder that can be distilled."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def train(folder: Path, config: FinetuneConfig = CONFIG, family: Family = "sd") 
 
 
 @pytest.mark.parametrize("family", ["sd", "pixart", "sd3", "cogvideox"])
-def test_it_learns_and_returns_the_average(family: Family, tmp_path: Path) -> None:
+def test_the_loss_falls_and_the_average_is_returned(family: Family, tmp_path: Path) -> None:
     estimator = tiny_estimator(family)
     steps = replace(CONFIG, steps=8, ema_decay=0.5)
     average = finetune(tmp_path, estimator, TinyPrompts(family, has_latents=True), steps)
@@ -58,14 +59,14 @@ def test_accumulated_parts_train_as_one_batch(tmp_path: Path) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-4)
 
 
-def test_prompts_are_emptied_as_often_as_asked(tmp_path: Path) -> None:
-    """With every prompt emptied, what the prompts were makes no difference."""
+def test_prompt_dropout_of_1_ignores_the_prompts_and_0_uses_them(tmp_path: Path) -> None:
+    """Train on two sets of prompts and compare the weights."""
 
     class Others(TinyPrompts):
         def conditioning(self, numbers: range):  # type: ignore[no-untyped-def]
             return super().conditioning(range(numbers.start + 3, numbers.stop + 3))
 
-    def both(dropout: float) -> bool:
+    def are_equal(dropout: float) -> bool:
         config = replace(CONFIG, steps=1, prompt_dropout=dropout)
         averages = [
             finetune(
@@ -76,20 +77,37 @@ def test_prompts_are_emptied_as_often_as_asked(tmp_path: Path) -> None:
         pairs = zip(*(average.parameters() for average in averages), strict=True)
         return all(torch.equal(ours, theirs) for ours, theirs in pairs)
 
-    assert both(1.0) and not both(0.0)
+    assert are_equal(1.0) and not are_equal(0.0)
 
 
-def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
+def test_prompts_without_latents_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="learns from real latents, and the prompts have none; give a set with"):
         finetune(tmp_path, tiny_estimator("sd"), TinyPrompts("sd"), CONFIG)
-    with pytest.raises(ConfigError, match=r"prompt_dropout is 1.5; it must be a share, in \[0, 1\]"):
-        replace(CONFIG, prompt_dropout=1.5)
-    with pytest.raises(ConfigError, match="batch_size is 0; it must be at least 1"):
-        replace(CONFIG, batch_size=0)
 
 
-def test_a_fine_tuned_base_is_a_folder_to_distil(tmp_path: Path) -> None:
-    """TDM-unify-SFT, from pictures to an iteration of the student."""
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt_dropout": 1.5}, r"prompt_dropout is 1.5; it must be a share, in \[0, 1\]"),
+        ({"steps": 0}, "steps is 0; it must be at least 1"),
+        ({"batch_size": 0}, "batch_size is 0; it must be at least 1"),
+        ({"accumulation": 3}, "accumulation is 3; it must be a divisor of batch_size, 4"),
+        ({"warmup_steps": -1}, "warmup_steps is -1; it must be at least 0"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan; it must be a finite number of at least 0"),
+        ({"final_lr_share": -0.1}, "final_lr_share is -0.1; it must be a finite number of at least 0"),
+        ({"clip_norm": 0.0}, "clip_norm is 0.0; it must be above 0"),
+        ({"ema_decay": 1.0}, r"ema_decay is 1.0; it must be in \[0, 1\)"),
+        ({"betas": (0.9, 1.0)}, r"betas is \(0.9, 1.0\); it must be two numbers in \[0, 1\)"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_config_value_out_of_range_is_rejected(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        replace(CONFIG, **changes)
+
+
+def test_a_fine_tuned_base_can_be_distilled(tmp_path: Path) -> None:
+    """Run TDM-unify-SFT from pictures to an iteration of the student."""
     from PIL import Image
 
     base, embeddings, prompts = tmp_path / "sd", tmp_path / "e", tmp_path / "p.jsonl"
@@ -104,7 +122,7 @@ def test_a_fine_tuned_base_is_a_folder_to_distil(tmp_path: Path) -> None:
     before, after = (dict(load_base_model(folder).denoiser.named_parameters()) for folder in (base, tuned))
     assert any(not torch.equal(before[name], after[name]) for name in before)
     again = dict(load_base_model(base).denoiser.named_parameters())
-    assert all(torch.equal(before[name], again[name]) for name in before), "the base itself stays"
+    assert all(torch.equal(before[name], again[name]) for name in before), "fine-tuning must not change the base folder"
     distiller = build_backbone_distiller(tuned, embeddings, UNIFY)
     teacher = dict(distiller.roles.teacher.denoiser.named_parameters())
     assert all(torch.equal(teacher[name], after[name]) for name in after)

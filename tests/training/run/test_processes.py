@@ -1,4 +1,4 @@
-"""However a batch is cut, over processes or over time, and whatever kills a run, the weights are the same."""
+"""Runs give the same weights for any number of processes and accumulated parts, and after a kill."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def assert_close(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Equal but for the order of sums, which AdamW can blow up to a small share of its rate, 1e-3 and more."""
+    """Check equality up to the order of sums, which AdamW can turn into a small share of its rate, 1e-3 and more."""
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-2, atol=1e-4, msg=lambda text, n=name: f"{n}: {text}")
 
 
 def launch(tmp_path: Path, steps: int) -> None:
-    """Two processes on the CPU. `--multi_gpu` is what starts several; accelerate's `--cpu` starts one, whatever N."""
+    """Run two processes on the CPU. accelerate starts several with `--multi_gpu`, and always one with `--cpu`."""
     launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     settings = ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
     meeting = ["--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port())]
@@ -53,7 +53,7 @@ def test_two_processes_train_as_one_and_stay_equal(tmp_path: Path) -> None:
         assert all(torch.equal(first[name], second[name]) for name in first)
         assert_close(first, run(kind, tmp_path / f"{kind}-alone", STEPS))
         lines = (tmp_path / kind / LOG_FILE).read_text().splitlines()
-        assert [json.loads(line)["step"] for line in lines] == [1, 2, 3], "one process writes the log"
+        assert [json.loads(line)["step"] for line in lines] == [1, 2, 3], "only one process may write the log"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -61,12 +61,12 @@ def test_accumulated_parts_train_as_one_batch(kind: str, tmp_path: Path) -> None
     assert_close(run(kind, tmp_path / "two", STEPS, accumulation=2), run(kind, tmp_path / "one", STEPS))
 
 
-def test_a_batch_that_cannot_be_cut_is_refused() -> None:
+def test_a_batch_size_that_parts_do_not_divide_is_rejected() -> None:
     with pytest.raises(ValueError, match="batch_size 6 cannot be cut into 1 processes x 4 accumulated parts; take a"):
         Processes().parts(6, 4)
 
 
-def test_sigkill_and_resume_give_the_weights_of_a_run_in_peace_bit_for_bit(tmp_path: Path) -> None:
+def test_sigkill_and_resume_give_the_weights_of_an_uninterrupted_run(tmp_path: Path) -> None:
     steps = 60
     command = [sys.executable, "-m", PROGRAM, "mixture", "--folder", str(tmp_path / "out"), "--steps", str(steps)]
     killed = tmp_path / "out" / "mixture"

@@ -1,4 +1,4 @@
-"""A killed run resumes exactly: the same weights, bit for bit, as one that was never killed."""
+"""A killed run resumes to the same weights, bit for bit, as an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from training.emoji.stages.teacher import TeacherConfig, train_teacher
 from training.run.loop import LoopConfig, step_generator
 
 
-@pytest.mark.slow  # test_processes.py kills small runs of the same loop
+@pytest.mark.slow  # test_processes.py kills smaller runs of the same loop
 @needs_font
 def test_every_stage_resumes_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loop = LoopConfig(steps=3, save_every_s=0.0)

@@ -1,4 +1,4 @@
-"""The pictures the embedded model learns from: colour glyphs of Noto Color Emoji, and their names."""
+"""Colour glyphs of Noto Color Emoji, from which training pictures are composed, and their names."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ FONT_PATHS = (
     Path("/usr/share/fonts/google-noto-color-emoji-fonts/NotoColorEmoji.ttf"),
 )
 STRIKE_SIZE_PX = 109
-"""The one bitmap size that the font carries."""
+"""The only bitmap size in the font."""
 STRIKE_CANVAS_PX = 136
 GLYPHS_FILE = Path(__file__).with_name("glyphs.txt")
 
 
 @dataclass(frozen=True)
 class Glyph:
-    """One character of the font and the names a caption may call it by."""
+    """One character of the font, and its names in captions."""
 
     character: str
     names: tuple[str, ...]
-    """Lower case, the Unicode short name first."""
+    """Names in lower case, the Unicode short name first."""
 
     @property
     def name(self) -> str:
@@ -33,7 +33,7 @@ class Glyph:
 
 
 def load_glyphs(file: Path = GLYPHS_FILE) -> tuple[Glyph, ...]:
-    """Read the glyph list, in file order, `#` lines skipped."""
+    """Read the glyph list in file order, without `#` lines."""
     glyphs = []
     for line in file.read_text(encoding="utf-8").splitlines():
         if not line or line.startswith("#"):
@@ -44,10 +44,10 @@ def load_glyphs(file: Path = GLYPHS_FILE) -> tuple[Glyph, ...]:
 
 
 def find_font(paths: tuple[Path, ...] = FONT_PATHS) -> Path:
-    """Return the installed Noto Color Emoji.
+    """Return the file of the installed font Noto Color Emoji.
 
     Raises:
-        FileNotFoundError: naming the Debian package to install.
+        FileNotFoundError: The font is not installed. The message names the Debian package.
     """
     for path in paths:
         if path.is_file():
@@ -59,11 +59,11 @@ def find_font(paths: tuple[Path, ...] = FONT_PATHS) -> Path:
 
 
 def render_glyphs(glyphs: tuple[Glyph, ...], font_file: Path | None = None) -> Mapping[str, Image.Image]:
-    """Draw every glyph once: name -> square RGBA picture, trimmed to its ink and centred.
+    """Draw every glyph: name -> square RGBA picture, trimmed to the drawn part and centred.
 
     Raises:
-        FileNotFoundError: the font is not installed.
-        ValueError: the font has no picture for a glyph.
+        FileNotFoundError: The font is not installed.
+        ValueError: The font has no picture for a glyph.
     """
     font = ImageFont.truetype(str(font_file or find_font()), STRIKE_SIZE_PX)
     pictures = {}
@@ -72,7 +72,9 @@ def render_glyphs(glyphs: tuple[Glyph, ...], font_file: Path | None = None) -> M
         ImageDraw.Draw(canvas).text((40, 40), glyph.character, font=font, embedded_color=True)
         ink = canvas.getbbox()
         if ink is None:
-            raise ValueError(f"the font draws nothing for {glyph.name!r} ({glyph.character!r})")
+            raise ValueError(
+                f"the font has no picture for {glyph.name!r} ({glyph.character!r}); remove it from {GLYPHS_FILE.name}"
+            )
         trimmed = canvas.crop(ink)
         side = max(trimmed.size)
         square = Image.new("RGBA", (side, side), (0, 0, 0, 0))

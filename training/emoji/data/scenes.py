@@ -1,7 +1,7 @@
-"""Captioned pictures composed from glyphs: background colour, size, position, two glyphs with a relation.
+"""Scenes composed from glyphs, with captions: background colour, size, position, two glyphs with a relation.
 
-A scene is a pure function of (seed, index), so a killed run resumes on exactly the pictures it
-would have seen, and the scorer can rebuild the picture that a caption asks for.
+A scene is a pure function of (seed, index). So a killed run resumes on the same pictures, and the
+scorer can draw the picture that a caption describes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BACKGROUNDS: Mapping[str, tuple[int, int, int]] = {
     "purple": (125, 60, 180),
     "pink": (248, 160, 195),
 }
-"""Colour names a caption may use and their sRGB bytes. A caption without one means white."""
+"""Colour names of captions -> sRGB bytes. A caption without a colour means white."""
 
 Place = Literal["center", "left", "right", "top", "bottom"]
 Relation = Literal["left of", "right of", "above", "below"]
@@ -43,39 +43,41 @@ CENTERS: Mapping[Place, tuple[float, float]] = {
     "top": (0.5, 0.27),
     "bottom": (0.5, 0.73),
 }
-"""Place -> (x, y) of the glyph's centre as a share of the picture's side."""
+"""Place -> (x, y) of the glyph's centre, in shares of the picture's side."""
 SIDES: Mapping[Size, float] = {"small": 0.42, "normal": 0.68, "big": 0.88}
-"""Size word -> side of the glyph as a share of the picture's side."""
+"""Size word -> side of the glyph, as a share of the picture's side."""
 PAIR_SIDE = 0.46
+"""Side of each glyph of a pair, as a share of the picture's side."""
 HELD_OUT_ONE_IN = 10
+"""One in this many combinations is held out."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """One glyph on the picture."""
+    """Glyph with its place and size on the picture."""
 
     glyph: Glyph
     center: tuple[float, float]
-    """(x, y) in shares of the picture's side."""
+    """(x, y) of the centre, in shares of the picture's side."""
     side: float
-    """Share of the picture's side."""
+    """Side of the glyph, as a share of the picture's side."""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a caption says, in parts."""
+    """Content of a picture, which a caption describes."""
 
     glyphs: tuple[Glyph, ...]
-    """One or two."""
+    """One or two glyphs."""
     background: str = "white"
     size: Size = "normal"
-    """Of a lone glyph; pairs have one size."""
+    """Size of a single glyph. All pairs have the same size."""
     place: Place = "center"
-    """Of a lone glyph."""
+    """Place of a single glyph."""
     relation: Relation = "left of"
-    """Of the first glyph to the second."""
+    """Relation of the first glyph to the second."""
     jitter: tuple[float, ...] = (0.0, 0.0, 1.0)
-    """Shift right, shift down (shares of the side), scale factor: never told in the caption."""
+    """Shift to the right and down, in shares of the side, and scale factor. Captions do not mention it."""
 
     def placements(self) -> tuple[Placement, ...]:
         shift_x, shift_y, scale = self.jitter
@@ -95,7 +97,7 @@ class Scene:
         )
 
     def is_held_out(self) -> bool:
-        """Whether training never sees this combination (a pair of glyphs, or glyph and background)."""
+        """Return whether training never sees this combination (a pair of glyphs, or a glyph and a background)."""
         names = sorted(glyph.name for glyph in self.glyphs)
         key = "+".join(names) if len(names) > 1 else f"{names[0]}@{self.background}"
         is_plain = len(names) == 1 and self.background == "white"
@@ -103,7 +105,7 @@ class Scene:
 
 
 def sample_scene(glyphs: tuple[Glyph, ...], seed: int, index: int, *, held_out: bool = False) -> Scene:
-    """Return scene number `index` of the stream `seed`: of the training set, or of the held-out set."""
+    """Return scene number `index` of the stream `seed`, from the training set or from the held-out set."""
     rng = random.Random(f"{seed}:{index}:{held_out}")
     while True:
         scene = _draw_scene(glyphs, rng)
@@ -129,7 +131,7 @@ def _draw_scene(glyphs: tuple[Glyph, ...], rng: random.Random) -> Scene:
 
 
 def caption(scene: Scene, rng: random.Random | None = None) -> str:
-    """Say a scene in words. With `rng` the wording varies; without, it is the plainest one."""
+    """Describe a scene in words. With `rng` the wording varies. Without it the caption is the plainest one."""
 
     def choose(*wordings: str) -> str:
         return rng.choice(wordings) if rng is not None else wordings[0]

@@ -1,4 +1,4 @@
-"""The text side of the embedded model: an own BPE vocabulary and a small CLIP text model."""
+"""Text part of the embedded model: its BPE vocabulary and a small CLIP text model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SPECIAL_TOKENS = ["<|startoftext|>", "<|endoftext|>"]
 
 
 def train_tokenizer(glyphs: tuple[Glyph, ...]) -> CLIPTokenizer:
-    """Learn a byte-level BPE on captions. Every text has tokens; words of the captions are few tokens."""
+    """Learn a byte-level BPE on captions. It can encode any text, and words of captions become few tokens."""
     rng = random.Random(0)
     corpus = [caption(sample_scene(glyphs, 0, index), rng) for index in range(20000)]
     corpus += [name for glyph in glyphs for name in glyph.names] * 10 + sorted(BACKGROUNDS) * 100
@@ -58,7 +58,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
-    """Return token ids [B, 32], padded and cut."""
+    """Return token ids [B, 32], padded or truncated."""
     rows = tokenizer(prompts, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
     ids: Tensor = rows["input_ids"]
     return ids.to(torch.long)

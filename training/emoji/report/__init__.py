@@ -1,1 +1,1 @@
-"""Scores, grids and the ablation of the embedded model."""
+"""Scores, grids and ablations of the embedded model."""

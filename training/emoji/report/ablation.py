@@ -1,7 +1,7 @@
-"""The paper's ablations on the emoji model: Tables 3, 5, 6, 7, 8, Fig. 8 and 9, one budget for all, several seeds.
+"""The paper's ablations on the emoji model (Tables 2, 3, 5, 6, 7, 8, Fig. 8 and 9), with one budget and several seeds.
 
-Each (variant, seed) is trained and measured once and kept as a JSON file, so the table can be
-stopped, resumed and split over processes.
+Each (variant, seed) is trained and measured once and kept as a JSON file. So a run can stop, resume, and
+be split over processes.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from training.config import DistillConfig
 from training.emoji.data.scenes import caption
 from training.emoji.report.features import FeatureNetwork, features_of, load_features
 from training.emoji.report.score import Scorer, scoring_scenes
+from training.emoji.stages.curated import finetune_teacher
 from training.emoji.stages.student import EMOJI, LATENT_SHAPE, ScenePrompts, build_distiller, load_denoiser
 from training.emoji.stages.teacher import COORDINATES
 from training.measure.metrics import diversity, frechet_distance
@@ -41,9 +42,9 @@ PICTURES = 256
 DIVERSE_PROMPTS, DIVERSE_SEEDS = 12, 6
 TEACHER_STEPS = 25
 OTHER_BASE = "teacher-sft"
-"""Folder of the run with the teacher fine-tuned on a small clean set."""
+"""Folder in the run of the teacher that is fine-tuned on a small clean set."""
 BUDGET = replace(EMOJI, steps=120, batch_size=16, warmup_steps=10, ema_decay=0.97)
-FIXED = replace(BUDGET, step_counts=(4,), told="nobody")
+FIXED = replace(BUDGET, step_counts=(4,), step_condition_for="none")
 
 
 @dataclass(frozen=True)
@@ -52,17 +53,17 @@ class Variant:
 
     config: DistillConfig
     tests: str
-    """The paper's table or figure."""
+    """Table or figure of the paper that the row reproduces."""
     starts_from: str = ""
-    """Another variant whose student this one starts from."""
+    """Name of the variant whose student this one starts from; empty for the teacher."""
     teacher: str = "teacher"
-    """Folder of the run that is distilled."""
+    """Folder in the run of the teacher that is distilled."""
 
 
 VARIANTS: Mapping[str, Variant] = {
     "TDM-unify": Variant(BUDGET, "Table 5"),
-    "unify, K told to nobody": Variant(replace(BUDGET, told="nobody"), "Table 5"),
-    "unify, K told to the student only": Variant(replace(BUDGET, told="student"), "Eq. 9"),
+    "unify, without K": Variant(replace(BUDGET, step_condition_for="none"), "Table 5"),
+    "unify, K for the student only": Variant(replace(BUDGET, step_condition_for="student"), "Eq. 9"),
     "unify, no surrogate (L2, DMD norm)": Variant(replace(BUDGET, generator_loss="normalised_l2"), "Table 5"),
     "unify, trajectory score": Variant(replace(BUDGET, fake_target="trajectory_score"), "ours"),
     "TDM, 4 steps": Variant(FIXED, "Table 5-8"),
@@ -83,22 +84,22 @@ VARIANTS: Mapping[str, Variant] = {
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one sampler at one step count."""
+    """Measurements of one sampler at one step count."""
 
     adherence: float
     """Share of pictures with every glyph and the background right, 0..1."""
     psnr_db: float
-    """Of the picture against the drawn scene its caption asks for."""
+    """Peak signal-to-noise ratio to the drawn scene of the caption, decibels, averaged over pictures."""
     frechet: float
-    """Between features of its pictures and of the teacher's at 25 steps."""
+    """Frechet distance to the teacher's pictures at 25 steps."""
     frechet_drawn: float
-    """The same to the drawn scenes that the captions ask for."""
+    """Frechet distance to the drawn scenes of the captions."""
     diversity: float
     """Mean feature distance between seeds of one caption."""
 
 
 class Judge:
-    """Measures samplers on fixed captions and noise, beside the teacher's pictures."""
+    """Measures samplers on fixed captions and noise, and compares them with the teacher's pictures."""
 
     def __init__(self, run: Path, teacher_folder: Path | None = None) -> None:
         teacher_folder = teacher_folder or run / "teacher"
@@ -122,16 +123,16 @@ class Judge:
         self.drawn = features_of(self.network, [self.scorer.draw(scene) for scene in self.scenes])
 
     def teacher(self, steps: int) -> Sampler:
-        """The guided teacher under DDIM."""
+        """Return a DDIM sampler of the guided teacher."""
         timesteps = spaced_timesteps("trailing", steps, COORDINATES.schedule.num_train_timesteps).tolist()
-        return Sampler(self.real, build_trajectories(COORDINATES, "ddim", {steps: timesteps}), steps, tells_k=False)
+        return Sampler(self.real, build_trajectories(COORDINATES, "ddim", {steps: timesteps}), steps, with_k=False)
 
     def pictures(self, latents: Tensor) -> list[Pixels]:
-        """uint8 [H, W, 3] each."""
+        """Decode latents to pictures, uint8 [H, W, 3] each."""
         return [picture for part in torch.split(latents, 64) for picture in self.decoder.decode(part)]
 
     def measure(self, sampler: Sampler) -> Measured:
-        """All numbers of one sampler."""
+        """Measure one sampler."""
         pictures = self.pictures(sampler(self.noise, self.conditioning))
         repeated = self.pictures(sampler(self.noise[: len(self.repeated)], self.repeated))
         score, features = self.scorer.score(pictures, self.scenes), features_of(self.network, pictures)
@@ -147,17 +148,17 @@ class Judge:
 
 @dataclass(frozen=True)
 class Sampler:
-    """K steps of an estimate, from noise to latents, 64 samples at a time."""
+    """Sampler that takes K steps of an estimate, 64 samples at a time."""
 
     estimate: CleanEstimate
     trajectories: Trajectories
     steps: int
-    tells_k: bool = True
+    with_k: bool = True
     is_stochastic: bool = False
 
     @torch.no_grad()
     def __call__(self, noise: Tensor, conditioning: Conditioning) -> Tensor:
-        """Latents, shaped as noise."""
+        """Return latents, shaped as noise."""
         generator = torch.Generator().manual_seed(1)
         renoise = torch.randn(len(noise), self.steps, *noise.shape[1:], generator=generator)
         parts = [slice(start, start + 64) for start in range(0, len(noise), 64)]
@@ -169,7 +170,7 @@ class Sampler:
                     noise[part],
                     self.steps,
                     conditioning[part],
-                    tells_k=self.tells_k,
+                    with_k=self.with_k,
                     renoise=renoise[part] if self.is_stochastic else None,
                 )
                 for part in parts
@@ -179,25 +180,26 @@ class Sampler:
 
 @dataclass(frozen=True)
 class Result:
-    """A trained variant."""
+    """Measurements of a trained variant."""
 
     variant: str
     seed: int
     seconds: float
-    """Of training, evaluation apart."""
+    """Seconds of training, without evaluation."""
     steps: int
+    """Iterations of training."""
     measured: Mapping[str, Measured]
-    """Sampler, as "4" or "4 dpmsolver++", -> its numbers."""
+    """Name of the sampler, such as "4" or "4 dpmsolver++" -> its measurements."""
 
 
 def samplers_of(distiller: Distiller, student: CleanEstimate) -> dict[str, Sampler]:
-    """How a student is sampled: as it was trained, and what the paper compares that with."""
+    """Return the student's samplers: as in training, and those that the paper compares with it."""
     config = distiller.config
     is_stochastic = config.samples_with_noise
 
     def sampler(steps: int, solver: Solver, *, stochastic: bool) -> Sampler:
         trajectories = trajectories_of(replace(config, step_counts=(steps,), solver=solver), COORDINATES)
-        return Sampler(student, trajectories, steps, config.tells_student, stochastic)
+        return Sampler(student, trajectories, steps, config.student_receives_k, stochastic)
 
     found = {str(k): sampler(k, "ddim", stochastic=is_stochastic) for k in MEASURED_STEPS}
     if len(config.step_counts) == 1:
@@ -208,7 +210,7 @@ def samplers_of(distiller: Distiller, student: CleanEstimate) -> dict[str, Sampl
 
 
 def run_variant(name: str, seed: int, judge: Judge, run: Path, folder: Path) -> Result:
-    """Train and measure one variant, or read it where it is already done."""
+    """Train and measure one variant, or read its result if there is one."""
     variant = VARIANTS[name]
     file = folder / f"{_slug(name)}-{seed}.json"
     if file.is_file():
@@ -237,21 +239,30 @@ def run_variant(name: str, seed: int, judge: Judge, run: Path, folder: Path) -> 
 
 
 def read_result(file: Path) -> Result:
-    """A row as `run_variant` keeps it."""
+    """Read a result that `run_variant` wrote."""
     raw = json.loads(file.read_text(encoding="utf-8"))
     return Result(**raw | {"measured": {label: Measured(**m) for label, m in raw["measured"].items()}})
 
 
 def measure_on_another_base(distiller: Distiller, run: Path) -> Measured:
-    """Put the student's adapter on a fine-tuned teacher, and compare with that teacher's own pictures (Table 2)."""
+    """Put the student's adapter on a fine-tuned teacher, and compare with the pictures of that teacher (Table 2)."""
     other = run / OTHER_BASE
     moved = build_distiller(distiller.config, other)
     moved.roles.module("student").load_state_dict(distiller.average.state_dict())
     return Judge(run, other).measure(samplers_of(moved, moved.roles.student)["4"])
 
 
+def prepare_teachers(run: Path, names: Sequence[str]) -> None:
+    """Fine-tune the other base if one of the rows needs it and the run does not hold it yet."""
+    other = run / OTHER_BASE
+    is_needed = any(VARIANTS[name].teacher == OTHER_BASE or VARIANTS[name].config.lora_rank for name in names)
+    if is_needed and not (other / "unet").is_dir():
+        finetune_teacher(other, run / "teacher", run / "autoencoder")
+
+
 def run_ablation(run: Path, folder: Path, seeds: Sequence[int], names: Sequence[str] = tuple(VARIANTS)) -> None:
-    """Train and measure what is not there yet."""
+    """Train and measure the rows that have no result yet."""
+    prepare_teachers(run, names)
     judge = Judge(run)
     for name in names:
         for seed in seeds:
@@ -273,10 +284,10 @@ COLUMNS = (
 
 
 def print_ablation(run: Path, folder: Path) -> None:
-    """The table as Markdown, means over seeds.
+    """Print the means over seeds as a Markdown table.
 
-    The K columns are Frechet distances to the teacher's pictures at 25 steps, with the range over
-    seeds at the last K; what follows is of the last K.
+    The K columns are Frechet distances to the teacher's pictures at 25 steps. The last of them adds the
+    range over seeds, and the columns after it belong to the last K.
     """
     results = [read_result(file) for file in sorted(folder.glob("*.json"))]
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
@@ -295,7 +306,11 @@ def print_ablation(run: Path, folder: Path) -> None:
 
 
 def _print_row(name: str, paper: str, measured: Sequence[Sequence[Measured]], seconds: str) -> None:
-    """`measured`: for each of `MEASURED_STEPS`, one a seed; empty where there is nothing to say."""
+    """Print a row.
+
+    Args:
+        measured: For each of `MEASURED_STEPS`, the measurements of all seeds. Empty lists give empty cells.
+    """
     frechets = [[m.frechet for m in seeds] for seeds in measured]
     cells = [f"{mean(seeds):.2f}" if seeds else "" for seeds in frechets]
     if len(frechets[-1]) > 1:

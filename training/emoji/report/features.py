@@ -1,7 +1,7 @@
-"""The feature space in which pictures of scenes are compared: a small network that reads them.
+"""Features for comparing pictures of scenes, from a small network that is trained here.
 
-It names the glyphs, the background and the layout, and also how soft and how noisy a picture is.
-The last two keep it from growing blind to them: the Frechet distance must rise with both.
+The network predicts the glyphs, the background and the layout, and also how soft and how noisy a picture
+is. With the last two, the Frechet distance rises when pictures become soft or noisy.
 """
 
 from __future__ import annotations
@@ -41,26 +41,26 @@ LAYOUTS: Mapping[str, int] = {
     "small top": 7,
     "small bottom": 8,
 }
-"""Relation of a pair, or size and place of a lone glyph -> class. "A left of B" shows the same as "B right of A"."""
+"""Relation of a pair, or size and place of a single glyph -> class. "A left of B" looks like "B right of A"."""
 BACKGROUND_NAMES = tuple(sorted(BACKGROUNDS))
 MAX_NOISE = 0.2
-"""Deviation of the strongest noise in training; pixels are -1..1."""
+"""Deviation of the strongest noise in training, for pixels in [-1, 1]."""
 
 
 @dataclass(frozen=True)
 class FeatureConfig:
-    """The feature network's training."""
+    """Settings of the feature network's training."""
 
     loop: LoopConfig = LoopConfig(steps=2500)
     batch_size: int = 64
     learning_rate: float = 2e-3
     corruption_weight: float = 1.0
-    """Of the squared error in softness and noise, both 0..1."""
+    """Weight of the squared error in softness and noise, both 0..1."""
     ema_decay: float = 0.995
 
 
 class FeatureNetwork(nn.Module):
-    """Pixels [B, 3, 64, 64] in [-1, 1] -> features [B, 128] -> what is seen. 0.27 M parameters."""
+    """Network of 0.27 M parameters: pixels [B, 3, 64, 64] in [-1, 1] -> features [B, 128] -> reading."""
 
     def __init__(self, glyphs: int) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class FeatureNetwork(nn.Module):
             *_convolution(64, 64),
             *_convolution(64, 96, stride=2),
             *_convolution(96, 96),
-            nn.AdaptiveAvgPool2d(2),  # four corners, so that places and relations stay apart
+            nn.AdaptiveAvgPool2d(2),  # one value for each quarter, so that places and relations stay apart
             nn.Flatten(),
             nn.Linear(4 * 96, FEATURE_DIM),
         )
@@ -80,53 +80,53 @@ class FeatureNetwork(nn.Module):
         self.corruption = nn.Linear(FEATURE_DIM, 2)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Features [B, 128], before the last activation."""
+        """Return features [B, 128], before the last activation."""
         features: Tensor = self.body(pixels)
         return features
 
     def read(self, pixels: Tensor) -> Reading:
-        """What the network sees."""
+        """Return the network's predictions."""
         active = F.silu(self(pixels))
         return Reading(self.glyphs(active), self.background(active), self.layout(active), self.corruption(active))
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Outputs of the network, or with probabilities and indices in place of logits its targets."""
+    """Outputs of the network, or its targets with probabilities and indices instead of logits."""
 
     glyphs: Tensor
-    """[B, glyphs], a softmax over glyphs; a pair's target is half each."""
+    """Logits [B, glyphs], or probabilities. In a pair, each glyph has probability 1/2."""
     background: Tensor
-    """[B, 10] logits, or indices [B]."""
+    """Logits [B, 10], or indices [B]."""
     layout: Tensor
-    """[B, 9] logits, or indices [B]."""
+    """Logits [B, 9], or indices [B]."""
     corruption: Tensor
-    """[B, 2]: softness and noise, 0..1."""
+    """Softness and noise [B, 2], 0..1."""
 
 
 @dataclass(frozen=True)
 class FeatureAccuracy:
-    """Shares of held-out scenes that the network reads rightly, 0..1."""
+    """Shares of held-out scenes that the network reads correctly, 0..1."""
 
     glyphs: float
-    """Every glyph of the scene."""
+    """Share of scenes with every glyph correct."""
     background: float
     layout: float
 
 
 def layout_of(scene: Scene) -> int:
-    """Its class in `LAYOUTS`."""
+    """Return the class of a scene in `LAYOUTS`."""
     return LAYOUTS[scene.relation if len(scene.glyphs) == 2 else f"{scene.size} {scene.place}"]
 
 
 def corrupt(pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Soften half of the pictures and make half of them noisy, each to its own degree.
+    """Blur a random half of the pictures and add noise to a random half, each to a random degree.
 
     Args:
-        pixels: [B, 3, H, W] in [-1, 1].
+        pixels: Pixels [B, 3, H, W] in [-1, 1].
 
     Returns:
-        As pixels, and the degrees of softness and noise [B, 2], 0..1.
+        The changed pixels, and the degrees of softness and noise [B, 2], 0..1.
     """
     count = len(pixels)
     is_hit = torch.rand(count, 2, generator=generator) < 0.5
@@ -137,14 +137,14 @@ def corrupt(pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]
 
 
 def blurred(pixels: Tensor) -> Tensor:
-    """A binomial blur of deviation 1 pixel. [B, 3, H, W]."""
+    """Apply a binomial blur with a deviation of 1 pixel to [B, 3, H, W]."""
     row = torch.tensor([1.0, 4.0, 6.0, 4.0, 1.0]) / 16.0
     kernel = torch.outer(row, row).expand(3, 1, 5, 5)
     return F.conv2d(F.pad(pixels, (2, 2, 2, 2), mode="replicate"), kernel, groups=3)
 
 
 def reading_loss(reading: Reading, target: Reading, corruption_weight: float) -> Tensor:
-    """Cross-entropy of glyphs, background and layout, and squared error of the corruption."""
+    """Return the cross-entropy of glyphs, background and layout, plus the squared error of the corruption."""
     named = (
         F.cross_entropy(reading.glyphs.float(), target.glyphs)
         + F.cross_entropy(reading.background.float(), target.background)
@@ -154,13 +154,13 @@ def reading_loss(reading: Reading, target: Reading, corruption_weight: float) ->
 
 
 class SceneTargets:
-    """What the network must read from a scene."""
+    """Targets of the network, by scene."""
 
     def __init__(self) -> None:
         self._index = {glyph.name: n for n, glyph in enumerate(load_glyphs())}
 
     def of(self, scenes: Sequence[Scene], corruption: Tensor) -> Reading:
-        """Targets of B scenes; corruption [B, 2]."""
+        """Return the targets of B scenes. corruption is [B, 2]."""
         glyphs = torch.zeros(len(scenes), len(self._index))
         for row, scene in enumerate(scenes):
             for glyph in scene.glyphs:
@@ -171,12 +171,12 @@ class SceneTargets:
 
 
 def train_features(folder: Path, config: FeatureConfig = FeatureConfig()) -> None:
-    """Train or resume; leaves `folder/features.safetensors` in float16, to be copied to `FEATURES_FILE`."""
+    """Train or resume. Write `folder/features.safetensors` in float16, to copy to `FEATURES_FILE`."""
     torch.manual_seed(config.loop.seed)
     renderer, targets = SceneRenderer(config.loop.seed), SceneTargets()
     model = FeatureNetwork(len(renderer.glyphs))
     average = copy.deepcopy(model).requires_grad_(False)
-    # Faster here; the average is saved, so it keeps the plain layout.
+    # Faster; the average, which is saved, keeps the usual format.
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-2)
 
@@ -209,15 +209,15 @@ def train_features(folder: Path, config: FeatureConfig = FeatureConfig()) -> Non
 
 
 def load_features(file: Path = FEATURES_FILE) -> FeatureNetwork:
-    """Load the trained network, float32, ready to run.
+    """Load the trained network in float32, in eval mode.
 
     Raises:
-        FileNotFoundError: there is no such file; the message says how to make it.
+        FileNotFoundError: The file is missing. The message says how to make it.
     """
     if not file.is_file():
         raise FileNotFoundError(
             f"{file} is missing; run training.emoji.report.features.train_features(folder) "
-            f"and copy {FEATURES_FILE.name} from the folder to there"
+            f"and copy {FEATURES_FILE.name} from that folder"
         )
     network = FeatureNetwork(len(load_glyphs()))
     network.load_state_dict({name: tensor.float() for name, tensor in load_file(file).items()})
@@ -226,7 +226,7 @@ def load_features(file: Path = FEATURES_FILE) -> FeatureNetwork:
 
 @torch.no_grad()
 def features_of(network: FeatureNetwork, pictures: Sequence[Pixels], batch_size: int = 128) -> Features:
-    """Features of uint8 [64, 64, 3] pictures, float64 [N, 128]."""
+    """Return the features of pictures uint8 [64, 64, 3], float64 [N, 128]."""
     batches = [
         network(to_pixels(np.stack(pictures[start : start + batch_size])))
         for start in range(0, len(pictures), batch_size)
@@ -237,12 +237,12 @@ def features_of(network: FeatureNetwork, pictures: Sequence[Pixels], batch_size:
 
 @torch.no_grad()
 def held_out_accuracy(network: FeatureNetwork, renderer: SceneRenderer, count: int = 256) -> FeatureAccuracy:
-    """How well the network reads drawn scenes of combinations that training never saw."""
+    """Measure the network on drawn scenes of held-out combinations."""
     scenes = [sample_scene(renderer.glyphs, renderer.seed, index, held_out=True) for index in range(count)]
     target = SceneTargets().of(scenes, torch.zeros(count, 2))
     reading = network.read(renderer.pixels(range(count), held_out=True))
     order = reading.glyphs.argsort(dim=1, descending=True)
-    # A scene of n glyphs is read rightly where its glyphs are the n likeliest.
+    # A scene of n glyphs is read correctly if its glyphs are the n most likely ones.
     found = [
         set(row[: len(scene.glyphs)].tolist()) == set(wanted.nonzero().flatten().tolist())
         for row, scene, wanted in zip(order, scenes, target.glyphs, strict=True)

@@ -1,4 +1,4 @@
-"""A grid of pictures: the student as it is served, beside its teacher."""
+"""A grid of pictures of the served student and its teacher."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from training.emoji.report.samplers import samplers, teacher_of
 
 
 def draw_grid(checkpoint: Path, run: Path, file: Path, prompts: Sequence[str] = GRID_PROMPTS, scale: int = 2) -> None:
-    """Draw prompts down, samplers across, one seed a row."""
+    """Draw prompts down and samplers across. Each row has one seed."""
     found = {name: make(prompts, 0) for name, make in samplers(load_model(checkpoint), teacher_of(run)).items()}
     cell, gap, head = 64 * scale, 6, 40
     size = (len(found) * (cell + gap) + gap, head + len(prompts) * (cell + 20 + gap))

@@ -1,4 +1,4 @@
-"""Everything worth comparing: the student as it is served, a student told a wrong K, and the teacher."""
+"""Samplers to compare: the student as it is served, the student with a wrong K, and the teacher."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ TEACHER_GUIDANCE = 3.0
 BATCH_SIZE = 64
 
 Sampler = Callable[[Sequence[str], int], list[Pixels]]
-"""(prompts, first_seed) -> pictures, uint8 [H, W, 3]; picture n comes from seed first_seed + n."""
+"""(prompts, first_seed) -> pictures, uint8 [H, W, 3]. Picture n has the seed first_seed + n."""
 
 
 def student_pictures(model: LoadedModel, prompts: Sequence[str], steps: int, first_seed: int = 0) -> list[Pixels]:
-    """Pictures as the engine serves them, uint8 [H, W, 3], seeds counting up."""
+    """Return pictures as the engine serves them, uint8 [H, W, 3]. Picture n has the seed first_seed + n."""
     width, height = model.recipe.native_sizes[0]
     params = [SamplingParams(text, first_seed + n, steps, width, height) for n, text in enumerate(prompts)]
     with DiffusionEngine(model, EngineConfig(max_batch_size=16, max_live=len(params))) as engine:
@@ -41,12 +41,12 @@ def student_pictures(model: LoadedModel, prompts: Sequence[str], steps: int, fir
 
 
 @torch.inference_mode()
-def pictures_told(
-    model: LoadedModel, prompts: Sequence[str], steps: int, told: int | None, first_seed: int = 0
+def pictures_with_k(
+    model: LoadedModel, prompts: Sequence[str], steps: int, k: int | None, first_seed: int = 0
 ) -> list[Pixels]:
-    """Pictures of the `steps`-step sampler whose denoiser is told that it takes `told` steps (TDM, sec. 3.2).
+    """Return pictures of `steps` steps whose denoiser receives `k`, which may be wrong or None (TDM, sec. 3.2).
 
-    With `told` = `steps` these are the pictures that are served, up to rounding; None tells it nothing.
+    With `k` = `steps` these are the served pictures, up to rounding.
     """
     width, height = model.recipe.native_sizes[0]
     table, device = model.recipe.step_tables[steps], model.denoiser.device
@@ -64,13 +64,13 @@ def pictures_told(
 
 
 class Teacher:
-    """The teacher with guidance, under DDIM with evenly spaced steps."""
+    """The teacher with guidance, sampled by DDIM with evenly spaced steps."""
 
     def __init__(self, run: Path) -> None:
         self.tokenizer = CLIPTokenizer.from_pretrained(run / "teacher" / "tokenizer")
         self.text_encoder = CLIPTextModel.from_pretrained(run / "teacher" / "text_encoder").eval()
         self.unet = UNet2DConditionModel.from_pretrained(run / "teacher" / "unet").eval()
-        # The decoder that the student is published with, so that the two differ in their latents alone.
+        # The decoder of the published student, so that student and teacher differ only in their latents.
         stage = "decoder" if (run / "decoder" / "vae").is_dir() else "autoencoder"
         vae = AutoencoderKL.from_pretrained(run / stage / "vae").eval()
         self.decoder = torch_decoder(vae, torch.device("cpu"))
@@ -78,7 +78,7 @@ class Teacher:
     def pictures(
         self, prompts: Sequence[str], steps: int, first_seed: int = 0, guidance_scale: float = TEACHER_GUIDANCE
     ) -> list[Pixels]:
-        """uint8 [64, 64, 3] each, from the noise that the student starts from at the same seeds."""
+        """Return pictures, uint8 [64, 64, 3] each, from the same noise as the student's at the same seeds."""
         pictures: list[Pixels] = []
         for start in range(0, len(prompts), BATCH_SIZE):
             texts = list(prompts[start : start + BATCH_SIZE])
@@ -96,18 +96,18 @@ class Teacher:
             with autocast():
                 output = self.unet(torch.cat([x, x]), rows[:, 0].repeat(2), embeds).sample
             conditional, unconditional = output.float().chunk(2)
-            # Guiding the model output is guiding the denoised estimate: one is linear in the other.
+            # Guidance on the model output equals guidance on the denoised estimate: one is linear in the other.
             x, _ = apply_step(rows, x, guided(conditional, unconditional, guidance_scale), x)
         return list(self.decoder.decode(x))
 
 
 def teacher_of(run: Path) -> Teacher | None:
-    """The teacher of a training run, where the run still holds it."""
+    """Return the teacher of a training run, or None if the run does not hold it."""
     return Teacher(run) if (run / "teacher" / "unet").is_dir() else None
 
 
 def samplers(model: LoadedModel, teacher: Teacher | None) -> dict[str, Sampler]:
-    """The student at every step count and the teacher at some, by name."""
+    """Return samplers by name: the student at every step count, and the teacher at `TEACHER_STEPS`."""
     found: dict[str, Sampler] = {
         f"student, K = {steps}": partial(_student, model, steps) for steps in model.recipe.step_counts
     }
@@ -118,7 +118,7 @@ def samplers(model: LoadedModel, teacher: Teacher | None) -> dict[str, Sampler]:
 
 
 def teacher_name(steps: int) -> str:
-    """What `samplers` calls the teacher."""
+    """Return the name of the teacher in `samplers`."""
     return f"teacher, {steps} step{'s' * (steps > 1)}, guidance {TEACHER_GUIDANCE:g}"
 
 

@@ -1,12 +1,12 @@
-"""Prompt adherence and fidelity, exactly: is what the caption says there, and how near is it to the drawing?
+"""Prompt adherence and fidelity of pictures, by comparison with the scenes of their captions.
 
-Adherence: a picture is cut at the places the scene names; each cut is compared with every glyph of the atlas
-drawn the same way. A picture adheres when each cut is nearest to the right glyph and the border has
-the right colour. On drawn scenes this scores 100%, on shuffled captions 0%.
+Adherence: the scorer cuts the picture at the places of the scene and compares each cut with every glyph of
+the atlas, drawn in the same way. A picture adheres if each cut is nearest to the right glyph and the border
+has the right colour. Drawn scenes score 100%, and with shuffled captions they score 0%.
 
-Fidelity: a caption settles its scene up to a small jitter, so the picture is compared, pixel by
-pixel, with the scene drawn at every jitter, and the nearest drawing counts. It goes on telling
-samplers apart where adherence is full.
+Fidelity: a caption fixes its scene except for a small jitter. So the picture is compared, pixel by pixel,
+with the scene drawn at every jitter, and the nearest drawing counts. Fidelity still separates samplers
+that all have full adherence.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ ATLAS_FILE = Path(__file__).with_name("glyphs.webp")
 ATLAS_CELL_PX = 64
 ATLAS_COLUMNS = 16
 COMPARED_PX = 16
-"""Cuts are compared at this size, so that sharpness and a pixel's shift count little."""
+"""Side at which cuts are compared, so that sharpness and a shift of one pixel matter little."""
 SHIFTS_PX = (-2, 0, 2)
 JITTER_SHIFTS = (-0.0125, 0.0, 0.0125)
-"""Shares of the side. With the scales they reach nearly every whole-pixel drawing that a jittered scene may be."""
+"""Shifts in shares of the side. With the scales they reach nearly every whole-pixel drawing of a jittered scene."""
 JITTER_SCALES = (0.965, 0.983, 1.0, 1.017, 1.035)
 MAX_PSNR_DB = float(20 * np.log10(255))
 """PSNR of a mean square error of one level of 255; closer pictures count as this close."""
@@ -40,19 +40,20 @@ MAX_PSNR_DB = float(20 * np.log10(255))
 
 @dataclass(frozen=True)
 class Score:
-    """Shares of pictures, 0..1."""
+    """Shares of pictures, 0..1, and fidelity."""
 
     glyphs: float
-    """Every glyph is the named one, at its place."""
+    """Share with every glyph right, at its place."""
     background: float
+    """Share with the right background."""
     adherence: float
-    """Both."""
+    """Share with both right."""
     psnr_db: float
-    """Mean over the pictures of the peak signal-to-noise ratio to the nearest drawing, decibels, at most 48.1."""
+    """Peak signal-to-noise ratio to the nearest drawing, decibels, at most 48.1, averaged over pictures."""
 
 
 def write_atlas(file: Path = ATLAS_FILE) -> None:
-    """Draw every glyph into one picture, so that scoring needs no font installed."""
+    """Draw every glyph into one picture, so that scoring works without the font."""
     glyphs = load_glyphs()
     pictures = render_glyphs(glyphs)
     rows = -(-len(glyphs) // ATLAS_COLUMNS)
@@ -64,7 +65,7 @@ def write_atlas(file: Path = ATLAS_FILE) -> None:
 
 
 def load_atlas(file: Path = ATLAS_FILE) -> Mapping[str, Image.Image]:
-    """Glyph name -> square RGBA picture."""
+    """Load the atlas: glyph name -> square RGBA picture."""
     atlas = Image.open(file).convert("RGBA")
     cells = {}
     for n, glyph in enumerate(load_glyphs()):
@@ -78,14 +79,14 @@ def _cell_corner(n: int) -> tuple[int, int]:
 
 
 def scoring_scenes(count: int, *, held_out: bool = False, seed: int = 1) -> list[Scene]:
-    """Scenes without jitter: of the kind training draws from, or combinations it never saw."""
+    """Return scenes without jitter, from the training distribution or from held-out combinations."""
     glyphs = load_glyphs()
     scenes = (sample_scene(glyphs, seed, index, held_out=held_out) for index in range(count))
     return [Scene(s.glyphs, s.background, s.size, s.place, s.relation) for s in scenes]
 
 
 class Scorer:
-    """Compares pictures with the scenes their captions say."""
+    """Compares pictures with the scenes of their captions."""
 
     def __init__(self, atlas: Mapping[str, Image.Image] | None = None) -> None:
         self.atlas = atlas or load_atlas()
@@ -94,7 +95,7 @@ class Scorer:
         self._drawn_scenes: dict[tuple[Scene, int], Pixels] = {}
 
     def score(self, pictures: Sequence[Pixels], scenes: Sequence[Scene]) -> Score:
-        """Score uint8 [H, W, 3] pictures, one a scene."""
+        """Score uint8 [H, W, 3] pictures, one for each scene."""
         rows = [
             (all(self.nearest_glyph(picture, p, scene) == p.glyph.name for p in scene.placements()),
              nearest_background(picture) == scene.background)
@@ -107,19 +108,19 @@ class Scorer:
         )
 
     def psnr_db(self, picture: Pixels, scene: Scene) -> float:
-        """Peak signal-to-noise ratio of a uint8 [H, H, 3] picture to the nearest drawing of its scene, decibels."""
+        """Return the peak signal-to-noise ratio of a picture, uint8 [H, H, 3], to the nearest drawing, decibels."""
         side_px = picture.shape[0]
         return min(MAX_PSNR_DB, max(psnr_db(picture, drawing) for drawing in self._drawings(scene, side_px)))
 
     def _drawings(self, scene: Scene, side_px: int) -> Pixels:
-        """A scene at every jitter, uint8 [N, H, W, 3]. Kept: a scene is scored for many samplers."""
+        """Draw a scene at every jitter, uint8 [N, H, W, 3], and keep it: many samplers are scored on a scene."""
         key = (scene, side_px)
         if key not in self._drawn_scenes:
             self._drawn_scenes[key] = np.stack([self.draw(drawn, side_px) for drawn in jittered(scene, side_px)])
         return self._drawn_scenes[key]
 
     def nearest_glyph(self, picture: Pixels, placement: Placement, scene: Scene) -> str:
-        """Name of the glyph that the picture shows at a placement."""
+        """Return the name of the glyph that the picture shows at a placement."""
         left, top, box_px = placed_box(placement, picture.shape[0])
         references = self._drawn(box_px, scene.background)
         best = np.full(len(self._names), np.inf)
@@ -131,7 +132,7 @@ class Scorer:
         return self._names[int(best.argmin())]
 
     def _drawn(self, box_px: int, background: str) -> NDArray[np.float32]:
-        """Every glyph filling a box on a background, [N, 16, 16, 3]."""
+        """Return every glyph on a background, each filling a box, [N, 16, 16, 3]."""
         key = (box_px, background)
         if key not in self._references:
             drawn = []
@@ -144,19 +145,19 @@ class Scorer:
         return self._references[key]
 
     def draw(self, scene: Scene, side_px: int = 64) -> Pixels:
-        """The picture that a scene asks for."""
+        """Draw the picture of a scene."""
         return render(scene, self.atlas, side_px)
 
 
 def placed_box(placement: Placement, side_px: int) -> tuple[int, int, int]:
-    """Left, top and side of a glyph in whole pixels, as `render` places it."""
+    """Return left, top and side of a glyph in whole pixels, as `render` places it."""
     box_px = round(placement.side * side_px)
     left, top = (round(c * side_px - box_px / 2) for c in placement.center)
     return left, top, box_px
 
 
 def jittered(scene: Scene, side_px: int) -> list[Scene]:
-    """The scene at every jitter that draws another picture at this size."""
+    """Return the scene at every jitter that gives a different picture at this size."""
     found = {}
     for x, y, scale in product(JITTER_SHIFTS, JITTER_SHIFTS, JITTER_SCALES):
         moved = replace(scene, jitter=(x, y, scale))
@@ -165,7 +166,7 @@ def jittered(scene: Scene, side_px: int) -> list[Scene]:
 
 
 def nearest_background(picture: Pixels) -> str:
-    """Name of the colour along the picture's border."""
+    """Return the name of the colour along the picture's border."""
     border = np.concatenate([picture[:2].reshape(-1, 3), picture[-2:].reshape(-1, 3),
                              picture[:, :2].reshape(-1, 3), picture[:, -2:].reshape(-1, 3)])  # fmt: skip
     colour = np.median(border, axis=0)
@@ -175,15 +176,3 @@ def nearest_background(picture: Pixels) -> str:
 def _compared(cut: Image.Image) -> NDArray[np.float32]:
     small = cut.resize((COMPARED_PX, COMPARED_PX), Image.Resampling.BOX)
     return np.asarray(small, dtype=np.float32) / 255.0
-
-
-def glyph_named(name: str) -> Glyph:
-    """The glyph of the list with this name.
-
-    Raises:
-        KeyError: there is none.
-    """
-    for glyph in load_glyphs():
-        if name in glyph.names:
-            return glyph
-    raise KeyError(name)

@@ -1,7 +1,7 @@
-"""Measure a checkpoint as it is served, beside its teacher: tables of scores in Markdown.
+"""Scores of a served checkpoint and its teacher, as Markdown tables.
 
-Frechet distances are taken in the feature space of `training.emoji.report.features` and mean nothing
-outside this repository; compare them at equal picture counts only.
+Frechet distances use the features of `training.emoji.report.features` and mean nothing outside this
+repository. Compare them at equal picture counts only.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tdm_runtime.model.loaded_model import LoadedModel
 from training.emoji.data.glyphs import load_glyphs
 from training.emoji.data.scenes import Scene, caption, sample_scene
 from training.emoji.report.features import FeatureNetwork, features_of, load_features
-from training.emoji.report.samplers import TEACHER_STEPS, Sampler, pictures_told, samplers, teacher_name, teacher_of
+from training.emoji.report.samplers import TEACHER_STEPS, Sampler, pictures_with_k, samplers, teacher_name, teacher_of
 from training.emoji.report.score import Score, Scorer, scoring_scenes
 from training.measure.metrics import Features, coverage, diversity, frechet_distance
 
@@ -29,31 +29,31 @@ DIVERSITY_SEEDS = 8
 
 @dataclass(frozen=True)
 class Measures:
-    """What is known of one sampler."""
+    """Measurements of one sampler."""
 
     seen: Score
-    """On scenes of the training distribution."""
+    """Score on scenes of the training distribution."""
     unseen: Score
-    """On combinations that training never saw."""
+    """Score on combinations that training never saw."""
     features: Features
-    """Of the pictures of both, [N, 128]."""
+    """Features of all pictures, [N, 128]."""
     diversity: float
     """Mean feature distance between two seeds of one caption."""
 
 
 class Yardstick:
-    """Scenes to ask for, and what measures the answers."""
+    """Scenes whose captions samplers receive, and the scorer and network that measure the pictures."""
 
     def __init__(self, count: int, features: FeatureNetwork) -> None:
-        """`count` scenes of the training distribution and as many held-out ones."""
+        """Draw `count` scenes of the training distribution and `count` held-out ones."""
         self.scorer, self.network = Scorer(), features
         self.seen, self.unseen = scoring_scenes(count), scoring_scenes(count, held_out=True)
         drawn = [self.scorer.draw(scene) for held_out in (False, True) for scene in drawn_scenes(count, held_out)]
         self.drawn_features = features_of(features, drawn)
-        """Of the same scenes as drawn for training, jitter and all: [2 * count, 128]."""
+        """Features of the same scenes as drawn for training, with jitter, [2 * count, 128]."""
 
     def measure(self, sample: Sampler) -> Measures:
-        """Ask one sampler for every scene, and for several seeds of some."""
+        """Measure one sampler on every scene, and its diversity on several seeds of some scenes."""
         seen, unseen = (sample([caption(s) for s in scenes], 0) for scenes in (self.seen, self.unseen))
         return Measures(
             self.scorer.score(seen, self.seen),
@@ -63,7 +63,7 @@ class Yardstick:
         )
 
     def to_drawn(self, features: Features) -> float:
-        """Frechet distance to the drawn scenes."""
+        """Return the Frechet distance to the drawn scenes."""
         return frechet_distance(features, self.drawn_features)
 
     def _diversity(self, sample: Sampler) -> float:
@@ -74,24 +74,24 @@ class Yardstick:
 
 
 def drawn_scenes(count: int, held_out: bool) -> list[Scene]:
-    """The scenes of `scoring_scenes`, with the jitter that training would have drawn."""
+    """Return the scenes of `scoring_scenes` with jitter, as in training."""
     glyphs = load_glyphs()
     return [sample_scene(glyphs, 1, index, held_out=held_out) for index in range(count)]
 
 
 def measure_samplers(found: Mapping[str, Sampler], yardstick: Yardstick) -> dict[str, Measures]:
-    """Every sampler's measures, by name."""
+    """Measure every sampler. Return the measurements by name."""
     return {name: yardstick.measure(sample) for name, sample in found.items()}
 
 
 def print_scores(checkpoint: Path, run: Path, count: int = 250) -> None:
-    """Print a Markdown table; teacher rows where `run` still holds the teacher.
+    """Print the scores as a Markdown table, with rows of the teacher if `run` holds it.
 
     Args:
-        count: scenes of the training distribution, and as many held-out ones.
+        count: Number of scenes of the training distribution, and of held-out ones.
 
     Raises:
-        FileNotFoundError: the feature network is not trained.
+        FileNotFoundError: The feature network is not trained.
     """
     yardstick = Yardstick(count, load_features())
     measured = measure_samplers(samplers(load_model(checkpoint), teacher_of(run)), yardstick)
@@ -120,48 +120,51 @@ def _score_row(name: str, found: Measures, yardstick: Yardstick, teacher: Measur
 
 
 @dataclass(frozen=True)
-class ToldScore:
-    """Pictures of a sampler that tells its denoiser some K, right or wrong."""
+class StepCountScore:
+    """Score of pictures whose denoiser received some K, right or wrong."""
 
     frechet: float
-    """To the drawn scenes."""
+    """Frechet distance to the drawn scenes."""
     psnr_db: float
 
 
 def wrong_step_counts(
     model: LoadedModel, count: int, features: FeatureNetwork
-) -> dict[tuple[int, int | None], ToldScore]:
-    """Measure the true-K sampler told K' or nothing: (K, K' or None) -> score on `count` scenes of either kind.
+) -> dict[tuple[int, int | None], StepCountScore]:
+    """Score every pair (steps taken, K that the denoiser receives or None).
 
-    Where the student reads K as it should, the diagonal is best (TDM, sec. 3.2).
+    If the student reads K as it should, pairs of equal numbers are best (TDM, sec. 3.2).
+
+    Args:
+        count: Number of scenes of the training distribution, and of held-out ones.
     """
     yardstick = Yardstick(count, features)
     scenes = [*yardstick.seen, *yardstick.unseen]
     prompts = [caption(scene) for scene in scenes]
 
-    def score(pictures: Sequence[Pixels]) -> ToldScore:
+    def score(pictures: Sequence[Pixels]) -> StepCountScore:
         fidelity = [yardstick.scorer.psnr_db(p, scene) for p, scene in zip(pictures, scenes, strict=True)]
-        return ToldScore(yardstick.to_drawn(features_of(features, pictures)), float(np.mean(fidelity)))
+        return StepCountScore(yardstick.to_drawn(features_of(features, pictures)), float(np.mean(fidelity)))
 
     counts = model.recipe.step_counts
     pairs = product(counts, (*counts, None))
-    return {(steps, told): score(pictures_told(model, prompts, steps, told)) for steps, told in pairs}
+    return {(steps, k): score(pictures_with_k(model, prompts, steps, k)) for steps, k in pairs}
 
 
 def print_wrong_step_counts(checkpoint: Path, count: int = 125) -> None:
-    """Print `wrong_step_counts` as a Markdown table: true K down, told K across.
+    """Print `wrong_step_counts` as a Markdown table: steps taken down, K received across.
 
     Raises:
-        FileNotFoundError: the feature network is not trained.
+        FileNotFoundError: The feature network is not trained.
     """
     model = load_model(checkpoint)
     scores = wrong_step_counts(model, count, load_features())
     counts = model.recipe.step_counts
-    tellings = (*counts, None)
+    received = (*counts, None)
     print("Frechet distance to drawings / PSNR to drawing, dB\n")
-    heads = ("told nothing" if told is None else f"told K = {told}" for told in tellings)
+    heads = ("no K" if k is None else f"K = {k}" for k in received)
     print("| steps taken | " + " | ".join(heads) + " |")
-    print("|---" * (len(tellings) + 1) + "|")
+    print("|---" * (len(received) + 1) + "|")
     for steps in counts:
-        cells = (f"{scores[steps, told].frechet:.2f} / {scores[steps, told].psnr_db:.2f}" for told in tellings)
+        cells = (f"{scores[steps, k].frechet:.2f} / {scores[steps, k].psnr_db:.2f}" for k in received)
         print(f"| {steps} | " + " | ".join(cells) + " |")

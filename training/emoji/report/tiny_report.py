@@ -1,4 +1,4 @@
-"""Measure a checkpoint's tiny autoencoder beside its full one: a table in Markdown."""
+"""Scores of a checkpoint's tiny and full autoencoder, as a Markdown table."""
 
 from __future__ import annotations
 
@@ -24,55 +24,58 @@ from training.emoji.stages.tiny_autoencoder import CHUNK, StudentSampler, in_chu
 
 @dataclass(frozen=True)
 class Autoencoders:
-    """A checkpoint's two, behind one convention: latents [B, 4, 16, 16] of unit spread, pixels in [-1, 1]. Float32."""
+    """Both autoencoders of a checkpoint, float32: latents [B, 4, 16, 16] of unit spread, pixels in [-1, 1]."""
 
     full: AutoencoderKL
     tiny: AutoencoderTiny
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """The full encoder's means."""
+        """Encode pixels with the full encoder. Return means."""
         scale = self.full.config.scaling_factor
         return in_chunks(lambda part: scale * self.full.encode(part).latent_dist.mode(), pixels)
 
     @torch.no_grad()
     def encode_tiny(self, pixels: Tensor) -> Tensor:
-        """The tiny encoder's latents."""
+        """Encode pixels with the tiny encoder."""
         return in_chunks(lambda part: self.tiny.encode(part).latents, pixels)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """The full decoder's pixels, clamped."""
+        """Decode latents with the full decoder. Return clamped pixels."""
         scale = self.full.config.scaling_factor
         return in_chunks(lambda part: self.full.decode(part / scale).sample.clamp(-1, 1), latents)
 
     @torch.no_grad()
     def decode_tiny(self, latents: Tensor) -> Tensor:
-        """The tiny decoder's pixels, clamped."""
+        """Decode latents with the tiny decoder. Return clamped pixels."""
         return in_chunks(lambda part: self.tiny.decode(part).sample.clamp(-1, 1), latents)
 
 
 @dataclass(frozen=True)
 class DecoderScore:
-    """What one decoder makes of some latents."""
+    """Scores of one decoder on some latents."""
 
     score: Score
     frechet: float
-    """Distance to the drawn scenes."""
+    """Frechet distance to the drawn scenes."""
 
 
 def load_autoencoders(checkpoint: Path) -> Autoencoders:
-    """Both autoencoders of a checkpoint.
+    """Load both autoencoders of a checkpoint.
 
     Raises:
-        CheckpointError: it has no tiny one, or cannot be served.
+        CheckpointError: The checkpoint has no tiny autoencoder, or cannot be opened.
     """
     opened = open_checkpoint(checkpoint)
     return Autoencoders(opened.load_vae(), opened.load_tiny_vae())
 
 
 def student_latents(student: StudentSampler, captions: list[str]) -> Mapping[str, Tensor]:
-    """By name, latents [B, 4, 16, 16] of pictures at every K and of estimates after the first step. Seeds from 0."""
+    """Return latents [B, 4, 16, 16] by name: of pictures at every K, and of estimates after the first step.
+
+    Caption n has the seed n.
+    """
     finals, firsts = {}, {}
     for step_count in student.trajectories.step_counts:
         chunks = [captions[start : start + CHUNK] for start in range(0, len(captions), CHUNK)]
@@ -86,14 +89,14 @@ def student_latents(student: StudentSampler, captions: list[str]) -> Mapping[str
 
 
 def print_tiny_vae(checkpoint: Path, count: int = 250) -> None:
-    """Print the table: latents down, both decoders' measures across.
+    """Print the table, with latents down and the scores of both decoders across.
 
     Args:
-        count: scenes of the training distribution, and as many held-out ones.
+        count: Number of scenes of the training distribution, and of held-out ones.
 
     Raises:
-        CheckpointError: the checkpoint has no tiny autoencoder.
-        FileNotFoundError: the feature network is not trained.
+        CheckpointError: The checkpoint has no tiny autoencoder.
+        FileNotFoundError: The feature network is not trained.
     """
     both, yardstick = load_autoencoders(checkpoint), Yardstick(count, load_features())
     scenes = [*yardstick.seen, *yardstick.unseen]

@@ -1,6 +1,6 @@
 """Stage 1: the KL autoencoder, pixels [B, 3, 64, 64] in [-1, 1] <-> latents [B, 4, 16, 16].
 
-And a later polish of its decoder alone, for which neither latents nor teacher nor student change.
+A later stage trains the decoder further. It changes neither latents nor teacher nor student.
 """
 
 from __future__ import annotations
@@ -25,41 +25,41 @@ from training.run.loop import LoopConfig, Trainable, descend, learning_rate_at, 
 STAGE = "autoencoder"
 DECODER_STAGE = "decoder"
 FIRST_DECODER_SCENE = 10**6
-"""Far beyond the autoencoder's own scenes, so that the decoder's polish sees fresh ones."""
+"""Number of the decoder stage's first scene, far beyond the scenes of the autoencoder stage."""
 
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """The autoencoder's training."""
+    """Settings of the autoencoder's training."""
 
     loop: LoopConfig = LoopConfig(steps=3200)
     batch_size: int = 32
     learning_rate: float = 1e-3
     kl_weight: float = 1e-4
-    """Per latent element. Small: latents are normalised by their measured spread instead."""
+    """Weight of the KL term per latent element. It is small because `scaling_factor` normalises the latents."""
     edge_weight: float = 0.5
-    """Of the L1 distance between finite differences, which keeps outlines sharp."""
+    """Weight of the L1 distance between finite differences, which keeps outlines sharp."""
     ema_decay: float = 0.995
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """The decoder's polish."""
+    """Settings of the decoder's further training."""
 
     loop: LoopConfig = LoopConfig(steps=1600)
     batch_size: int = 32
     learning_rate: float = 6e-4
     edge_weight: float = 0.5
-    """As the autoencoder's, here at every octave."""
+    """Weight of the L1 distance between finite differences, at every octave."""
     octaves: int = 3
-    """Sizes at which pictures are compared: 64, 32 and 16 pixels."""
+    """Number of sizes at which pictures are compared: 64, 32 and 16 pixels."""
     latent_noise: float = 0.1
-    """Latents carry Gaussian noise of up to this deviation (their spread is 1), as a student's are never exact."""
+    """Greatest deviation of the noise on latents of spread 1, because a student's latents are never exact."""
     ema_decay: float = 0.998
 
 
 def build_autoencoder() -> AutoencoderKL:
-    """Return an untrained autoencoder of 0.9 M parameters, 4 times smaller per side, 4 channels."""
+    """Return an untrained autoencoder of 0.9 M parameters. Latents have 4 channels and a quarter of the side."""
     return AutoencoderKL(
         block_out_channels=(32, 64, 64),
         layers_per_block=1,
@@ -73,7 +73,7 @@ def build_autoencoder() -> AutoencoderKL:
 
 
 class SceneRenderer:
-    """Scene numbers -> pixels, glyphs drawn once."""
+    """Draws numbered scenes. It draws each glyph once and keeps it."""
 
     def __init__(self, seed: int) -> None:
         self.glyphs: tuple[Glyph, ...] = load_glyphs()
@@ -81,32 +81,32 @@ class SceneRenderer:
         self.seed = seed
 
     def pixels(self, indices: range, *, held_out: bool = False) -> Tensor:
-        """Return [B, 3, 64, 64] in [-1, 1]."""
+        """Return the pictures of scenes, [B, 3, 64, 64] in [-1, 1]."""
         scenes = (sample_scene(self.glyphs, self.seed, i, held_out=held_out) for i in indices)
         return to_pixels(np.stack([render(scene, self.pictures) for scene in scenes]))
 
 
 def to_pixels(pictures: NDArray[np.uint8]) -> Tensor:
-    """uint8 [B, H, W, 3] -> float [B, 3, H, W] in [-1, 1]."""
+    """Convert uint8 [B, H, W, 3] to float [B, 3, H, W] in [-1, 1]."""
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
 def reconstruction_loss(output: Tensor, pixels: Tensor, edge_weight: float) -> Tensor:
-    """L1 on pixels plus L1 on horizontal and vertical differences. [B, 3, H, W] both."""
+    """Return the L1 loss of pixels plus that of horizontal and vertical differences. Both are [B, 3, H, W]."""
     error = output - pixels
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
     return error.abs().mean() + edge_weight * edges
 
 
 def octaves_loss(output: Tensor, pixels: Tensor, edge_weight: float, octaves: int) -> Tensor:
-    """Mean `reconstruction_loss` over halved sizes: fine ones sharpen outlines, coarse ones hold shapes and colours.
+    """Return the mean `reconstruction_loss` over `octaves` sizes, each half the one before.
 
-    No feature network takes part: the Frechet distance that judges the decoder is measured in one,
-    and a yardstick must not be what was trained on.
+    Large sizes sharpen outlines, small sizes keep shapes and colours. The loss uses no feature network, because
+    the Frechet distance that scores the decoder is measured in one.
 
     Args:
-        output: [B, 3, H, W], H and W divisible by 2 ** (octaves - 1).
-        pixels: as output.
+        output: Pictures [B, 3, H, W]. H and W are divisible by 2 ** (octaves - 1).
+        pixels: Pictures shaped as output.
     """
     losses = []
     for octave in range(octaves):
@@ -117,7 +117,7 @@ def octaves_loss(output: Tensor, pixels: Tensor, edge_weight: float, octaves: in
 
 
 def train_autoencoder(folder: Path, config: AutoencoderConfig) -> None:
-    """Train or resume; leaves `folder/vae` in diffusers layout, with `scaling_factor` measured."""
+    """Train or resume. Write `folder/vae` in diffusers layout, with the measured `scaling_factor`."""
     torch.manual_seed(config.loop.seed)
     model, average = build_autoencoder(), build_autoencoder()
     average.load_state_dict(model.state_dict())
@@ -151,15 +151,15 @@ def train_autoencoder(folder: Path, config: AutoencoderConfig) -> None:
 
 
 def train_decoder(folder: Path, autoencoder_folder: Path, config: DecoderConfig) -> None:
-    """Train on or resume the decoder of `autoencoder_folder/vae`; leaves `folder/vae` in diffusers layout.
+    """Train the decoder of `autoencoder_folder/vae` further, or resume. Write `folder/vae` in diffusers layout.
 
-    The encoder and `scaling_factor` stay bit for bit what they were. The log holds the held-out
-    PSNR before (`psnr_before_db`) and after (`psnr_db`).
+    The encoder and `scaling_factor` do not change. The log holds the PSNR of held-out scenes before
+    (`psnr_before_db`) and after (`psnr_db`).
     """
     torch.manual_seed(config.loop.seed)
     model = AutoencoderKL.from_pretrained(autoencoder_folder / "vae").requires_grad_(False)
     average = copy.deepcopy(model)
-    model.to(memory_format=torch.channels_last)  # a tenth faster here; the average is saved, so it keeps the plain one
+    model.to(memory_format=torch.channels_last)  # a tenth faster; the average, which is saved, keeps the usual format
     parameters = [*model.decoder.parameters(), *model.post_quant_conv.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
     for parameter in parameters:
@@ -194,7 +194,7 @@ def train_decoder(folder: Path, autoencoder_folder: Path, config: DecoderConfig)
 
 @torch.no_grad()
 def noisy_latents(model: AutoencoderKL, pixels: Tensor, noise: float, generator: torch.Generator) -> Tensor:
-    """Latents as the denoiser sees them, unit spread, each picture's with its own noise of deviation 0..`noise`."""
+    """Return latents of unit spread, each with noise of a random deviation from 0 to `noise`."""
     with autocast():
         mode = model.encode(pixels).latent_dist.mode()
     latents: Tensor = mode.float() * model.config.scaling_factor
@@ -211,5 +211,5 @@ def reconstruction_db(model: AutoencoderKL, pixels: Tensor) -> float:
 
 @torch.no_grad()
 def latent_spread(model: AutoencoderKL, pixels: Tensor) -> float:
-    """Root mean square of the unscaled latents."""
+    """Return the root mean square of the unscaled latents."""
     return float(model.encode(pixels).latent_dist.mode().square().mean().sqrt())

@@ -1,6 +1,6 @@
-"""TDM-unify-SFT's first stage: the teacher fine-tuned on a small, clean set (sec. 3.1).
+"""The first stage of TDM-unify-SFT: fine-tuning of the teacher on a small, clean set (sec. 3.1).
 
-Clean here means without the jitter of place and size that the training set has and no caption tells.
+Clean means without the jitter of place and size that the training set has and captions do not mention.
 """
 
 from __future__ import annotations
@@ -35,20 +35,23 @@ CURATED = FinetuneConfig(
 
 @torch.no_grad()
 def encode_curated(file: Path, autoencoder_folder: Path) -> None:
-    """Write latents [N, 4, 16, 16] float16, unit spread, of the clean scenes of stream `CURATED_SEED`."""
+    """Write latents of the clean scenes of stream `CURATED_SEED`: [N, 4, 16, 16] float16, of unit spread."""
     autoencoder = AutoencoderKL.from_pretrained(autoencoder_folder / "vae").eval()
     renderer = SceneRenderer(CURATED_SEED)
     latents = []
     for start in range(0, CURATED_SCENES, 250):
-        scenes = (sample_scene(renderer.glyphs, CURATED_SEED, n) for n in range(start, start + 250))
+        numbers = range(start, min(start + 250, CURATED_SCENES))
+        scenes = (sample_scene(renderer.glyphs, CURATED_SEED, n) for n in numbers)
         pixels = to_pixels(np.stack([render(replace(s, jitter=Scene.jitter), renderer.pictures) for s in scenes]))
         latents.append(autoencoder.encode(pixels).latent_dist.mode() * autoencoder.config.scaling_factor)
     file.parent.mkdir(parents=True, exist_ok=True)
-    np.save(file, torch.cat(latents).half().numpy())
+    partial = file.with_suffix(".partial.npy")
+    np.save(partial, torch.cat(latents).half().numpy())
+    partial.rename(file)
 
 
 def finetune_teacher(folder: Path, teacher_folder: Path, autoencoder_folder: Path) -> None:
-    """Fine-tune or resume; leaves a teacher in `folder` whose text encoder is the old one."""
+    """Fine-tune or resume. Write a teacher to `folder`, with an unchanged text encoder."""
     latents = folder / "latents.npy"
     if not latents.is_file():
         encode_curated(latents, autoencoder_folder)

@@ -1,4 +1,4 @@
-"""Write a checkpoint folder: diffusers layout, safetensors, and the recipe with every file's hash."""
+"""Write a checkpoint folder: diffusers layout, safetensors, and the recipe with the hashes of the weights."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def write_checkpoint(
     *,
     tiny_vae: AutoencoderTiny | None = None,
 ) -> None:
-    """Write and check a checkpoint; stock diffusers pipelines read it too.
+    """Write a checkpoint and check it. Stock diffusers pipelines can read it too.
 
     Args:
-        tiny_vae: written to tiny_vae/, which stock pipelines leave alone. `StableDiffusionPipeline.from_pretrained(
+        tiny_vae: Autoencoder for tiny_vae/, which stock pipelines ignore. `StableDiffusionPipeline.from_pretrained(
             folder, vae=AutoencoderTiny.from_pretrained(folder, subfolder="tiny_vae"))` uses it.
 
     Raises:
-        CheckpointError: what was written would not be served.
+        CheckpointError: The runtime cannot open the written folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for part, model in (("unet", unet), ("vae", vae), (TINY_VAE, tiny_vae)):
@@ -53,7 +53,7 @@ def write_checkpoint(
 def publish(
     folder: Path, autoencoder: Path, teacher: Path, student: Path, tiny_autoencoder: Path | None = None
 ) -> None:
-    """Assemble the checkpoint from the stages' folders."""
+    """Assemble the checkpoint from the folders of the stages."""
     write_checkpoint(
         folder,
         build_recipe(),
@@ -66,18 +66,18 @@ def publish(
 
 
 def _save_model(model: ModelMixin, folder: Path) -> None:
-    """Save without what means nothing to a reader: the path that the model was loaded from, and warnings."""
+    """Save a model without the path that it was loaded from, and without a field that makes diffusers warn."""
     model.save_pretrained(folder)
     file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     config.pop("_name_or_path", None)
     if isinstance(model, AutoencoderTiny):
-        del config["block_out_channels"]  # its constructor sets it, does not take it, and warns
+        del config["block_out_channels"]  # the constructor sets this field, and warns about it as an argument
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _diffusers_scheduler(recipe: Recipe) -> DDIMScheduler:
-    """What makes a stock pipeline sample as the recipe does, with guidance_scale = K + 1."""
+    """Return the scheduler with which a stock pipeline samples as the recipe does, at guidance_scale = K + 1."""
     schedule = recipe.noise_schedule
     assert isinstance(schedule, DiffusionSchedule), "stock DDIM knows diffusion schedules only"
     return DDIMScheduler(

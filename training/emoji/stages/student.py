@@ -1,4 +1,4 @@
-"""Stage 3: TDM-unify on the emoji teacher, a K-step student for every K at once."""
+"""Stage 3: TDM-unify on the emoji teacher, which trains one student for every K."""
 
 from __future__ import annotations
 
@@ -40,15 +40,20 @@ EMOJI = DistillConfig(
     height=64,
     grid_every=500,
 )
-"""The embedded checkpoint's distillation."""
+"""Settings of the embedded checkpoint's distillation."""
 LATENT_SHAPE = (4, 16, 16)
 
 
 class ScenePrompts:
-    """Captions of the training set's scenes, worded anew each time, as the teacher's text encoder says them."""
+    """Captions of training scenes, encoded by the teacher's text encoder. The wording varies with the number."""
 
     def __init__(self, teacher_folder: Path, seed: int, latents_file: Path | None = None) -> None:
-        """`latents_file`: latents of the scenes of stream `seed`, [N, 4, 16, 16], for methods that use data."""
+        """Load tokenizer and text encoder.
+
+        Args:
+            seed: Stream of scenes.
+            latents_file: Latents of that stream's scenes, [N, 4, 16, 16], for methods that learn from data.
+        """
         self.glyphs, self.seed = load_glyphs(), seed
         self.tokenizer = CLIPTokenizer.from_pretrained(teacher_folder / "tokenizer")
         self.text_encoder = CLIPTextModel.from_pretrained(teacher_folder / "text_encoder").eval().requires_grad_(False)
@@ -56,11 +61,11 @@ class ScenePrompts:
 
     @torch.no_grad()
     def encode(self, captions: list[str]) -> Conditioning:
-        """prompt_embeds [B, 32, 128]."""
+        """Encode captions, with prompt_embeds [B, 32, 128]."""
         return Conditioning(self.text_encoder(tokenize(self.tokenizer, captions)).last_hidden_state)
 
     def captions(self, numbers: range) -> list[str]:
-        """The caption of each scene, its wording drawn by its number."""
+        """Return the caption of each scene. The number decides the wording."""
         scenes = ((n, sample_scene(self.glyphs, self.seed, self._scene(n))) for n in numbers)
         return [caption(scene, random.Random(n)) for n, scene in scenes]
 
@@ -80,7 +85,7 @@ class ScenePrompts:
 
 
 def load_denoiser(folder: Path) -> UNetDenoiser:
-    """A UNet of this model family, float32, with the attention that trains fastest on a CPU."""
+    """Load an emoji UNet in float32, with the attention that trains fastest on a CPU."""
     unet = UNet2DConditionModel.from_pretrained(folder)
     unet.set_attn_processor(AttnProcessor())
     return UNetDenoiser(unet)
@@ -94,10 +99,11 @@ def build_distiller(
     student_folder: Path | None = None,
     processes: Processes | None = None,
 ) -> Distiller:
-    """A distillation of the emoji teacher, at its start.
+    """Return a distillation of the emoji teacher, before its first iteration.
 
     Args:
-        student_folder: a UNet that the student starts from in place of the teacher (an LCM, Fig. 8).
+        latents_file: See `ScenePrompts`.
+        student_folder: UNet that the student starts from instead of the teacher (an LCM, Fig. 8).
     """
     processes = processes or Processes()
     torch.manual_seed(config.seed)
@@ -115,10 +121,10 @@ def build_distiller(
 def train_student(
     folder: Path, teacher_folder: Path, config: DistillConfig, autoencoder_folder: Path | None = None
 ) -> None:
-    """Distil or resume; leaves the averaged student in `folder/unet` and the curves in `folder/metrics.png`.
+    """Distil or resume. Write the averaged student to `folder/unet` and the curves to `folder/metrics.png`.
 
     Args:
-        autoencoder_folder: to decode the sample grids of `config.grid_every` with.
+        autoencoder_folder: Folder of the autoencoder that decodes the sample grids of `config.grid_every`.
     """
     distiller = build_distiller(config, teacher_folder)
     grid = None
@@ -134,5 +140,5 @@ def train_student(
 
 
 def build_recipe(config: DistillConfig = EMOJI) -> Recipe:
-    """The sampling contract of the embedded checkpoint."""
+    """Return the recipe of the embedded checkpoint."""
     return recipe_of(config, COORDINATES, "tdm-emoji")

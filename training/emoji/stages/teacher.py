@@ -29,14 +29,14 @@ from training.run.loop import LoopConfig, Trainable, descend, learning_rate_at, 
 
 STAGE = "teacher"
 SCHEDULE = DiffusionSchedule(beta_schedule="squaredcos_cap_v2")
-"""The cosine schedule suits 16x16 latents and ends in nearly pure noise, so backgrounds are free."""
+"""The cosine schedule suits 16x16 latents. It ends in nearly pure noise, so the noise does not fix the background."""
 COORDINATES = Coordinates(SCHEDULE, "v_prediction")
 STEP_CONDITION_DIM = 64
 
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """The teacher's training."""
+    """Settings of the teacher's training."""
 
     loop: LoopConfig = LoopConfig(steps=11000)
     batch_size: int = 64
@@ -45,11 +45,11 @@ class TeacherConfig:
     """Share of captions replaced by the empty one, for classifier-free guidance."""
     ema_decay: float = 0.999
     scenes: int = 60000
-    """Distinct scenes whose latents are encoded beforehand."""
+    """Number of different scenes. Their latents are encoded before training."""
 
 
 def build_unet() -> UNet2DConditionModel:
-    """Return an untrained denoiser of 6.6 M parameters with a free input for the step count."""
+    """Return an untrained denoiser of 6.6 M parameters, with an input for K that the student uses."""
     unet = UNet2DConditionModel(
         sample_size=16,
         in_channels=4,
@@ -70,9 +70,9 @@ def build_unet() -> UNet2DConditionModel:
 
 
 class LatentScenes:
-    """Latents and captions of numbered scenes; latents are encoded once and kept on disk.
+    """Latents and captions of numbered scenes. The latents are encoded once and kept on disk.
 
-    Latents are scaled to unit spread, [4, 16, 16] float16.
+    Latents are float16 [4, 16, 16], of unit spread.
     """
 
     def __init__(self, folder: Path, autoencoder: AutoencoderKL, count: int, seed: int) -> None:
@@ -83,10 +83,10 @@ class LatentScenes:
             _encode_scenes(file, self.renderer, autoencoder, count)
         self._latents = np.load(file, mmap_mode="r")
         if len(self._latents) != count:
-            raise ValueError(f"{file} holds {len(self._latents)} scenes, {count} are asked for; remove it to remake it")
+            raise ValueError(f"{file} holds {len(self._latents)} scenes instead of {count}; remove it to make it again")
 
     def batch(self, indices: list[int], caption_seed: int) -> tuple[Tensor, list[str]]:
-        """Return latents [B, 4, 16, 16] float32 and one freshly worded caption each."""
+        """Return latents [B, 4, 16, 16] float32 and captions. The seed decides the wording."""
         rng = random.Random(caption_seed)
         scenes = (sample_scene(self.renderer.glyphs, self.renderer.seed, index) for index in indices)
         return torch.from_numpy(self._latents[indices].astype(np.float32)), [caption(s, rng) for s in scenes]
@@ -107,7 +107,7 @@ def _encode_scenes(file: Path, renderer: SceneRenderer, autoencoder: Autoencoder
 
 
 def train_teacher(folder: Path, autoencoder_folder: Path, config: TeacherConfig) -> None:
-    """Train or resume; leaves `folder/{unet,text_encoder,tokenizer}` in diffusers layout."""
+    """Train or resume. Write `folder/{unet,text_encoder,tokenizer}` in diffusers layout."""
     torch.manual_seed(config.loop.seed)
     autoencoder = AutoencoderKL.from_pretrained(autoencoder_folder / "vae").eval()
     scenes = LatentScenes(folder, autoencoder, config.scenes, config.loop.seed)
@@ -144,7 +144,7 @@ def train_teacher(folder: Path, autoencoder_folder: Path, config: TeacherConfig)
 def save_teacher(
     folder: Path, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer
 ) -> None:
-    """Write the parts in diffusers layout."""
+    """Write a teacher in diffusers layout."""
     unet.save_pretrained(folder / "unet")
     text_encoder.save_pretrained(folder / "text_encoder")
     tokenizer.save_pretrained(folder / "tokenizer")

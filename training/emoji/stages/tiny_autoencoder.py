@@ -1,11 +1,11 @@
-"""Stage 4: a tiny autoencoder that stands in for the full one, as TAESD does for Stable Diffusion's.
+"""Stage 4: a tiny autoencoder that can replace the full one, as TAESD does for Stable Diffusion's.
 
-diffusers' AutoencoderTiny (Ollin Boer Bohan, https://github.com/madebyollin/taesd). Its decoder learns
-the full decoder's pictures, its encoder the full encoder's latents. Both speak the denoiser's own
-latents: unit spread, `scaling_factor` 1.
+It is diffusers' AutoencoderTiny (Ollin Boer Bohan, https://github.com/madebyollin/taesd). Its decoder
+learns the full decoder's pictures, its encoder learns the full encoder's latents. Both use the
+denoiser's latents: unit spread, `scaling_factor` 1.
 
-What they learn from is made once and kept on disk: latents of drawings, latents that the student makes
-at every K, and its estimates on the way there, which previews show.
+The training pairs are made once and kept on disk. They contain latents of drawings, the student's final
+latents at every K, and its estimates after the earlier steps, which previews show.
 """
 
 from __future__ import annotations
@@ -46,60 +46,60 @@ from training.run.loop import (
 STAGE = "tiny-autoencoder"
 PAIRS_FILE = "pairs.safetensors"
 FIRST_SCENE = 2 * 10**6
-"""Far beyond the scenes of the earlier stages."""
+"""Number of the first scene, far beyond the scenes of the earlier stages."""
 FIRST_SEED = 10**7
-"""Of the student's noise, far from the seeds that are scored."""
+"""First seed of the student's noise, far from the seeds of the scores."""
 CHUNK = 50
-"""Pictures encoded, decoded or sampled in one call."""
+"""Number of pictures that are encoded, decoded or sampled in one call."""
 
 
 @dataclass(frozen=True)
 class TinyAutoencoderConfig:
-    """The tiny autoencoder's training."""
+    """Settings of the tiny autoencoder's training."""
 
     loop: LoopConfig = LoopConfig(steps=5000)
     batch_size: int = 32
-    """Latents to decode in an iteration; half as many drawings are encoded."""
+    """Latents to decode in an iteration. Half as many drawings are encoded."""
     learning_rate: float = 2e-3
     edge_weight: float = 0.5
-    """Of finite differences, at every octave."""
+    """Weight of the L1 distance between finite differences, at every octave."""
     octaves: int = 3
-    """Sizes at which pictures are compared: 64, 32 and 16 pixels."""
+    """Number of sizes at which pictures are compared: 64, 32 and 16 pixels."""
     square_weight: float = 8.0
-    """Of the mean square error at full size, beside the octaves' absolute one: it mends the few worst pixels first."""
+    """Weight of the mean squared error at full size, which corrects the few worst pixels first."""
     ema_decay: float = 0.998
     drawings: int = 6000
-    """Drawn scenes whose latents are decoded, and which are encoded."""
+    """Number of drawn scenes to encode. Their latents are decoded too."""
     captions: int = 1500
-    """Captions given to the student at each K; every step's estimate is decoded."""
+    """Number of captions for the student at each K. The estimate of every step is decoded."""
     held_out: int = 48
-    """Drawings, and captions at each K, of combinations that training never sees, to measure with."""
+    """Number of held-out drawings, and of held-out captions at each K, for measurements."""
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """What goes in and what the full autoencoder makes of it."""
+    """Inputs, and the outputs of the full autoencoder."""
 
     latents: Tensor
-    """[N, 4, 16, 16] float16, unit spread, to be decoded."""
+    """Latents to decode, [N, 4, 16, 16] float16, of unit spread."""
     pictures: Tensor
-    """[N, 3, 64, 64] uint8, the full decoder's."""
+    """Pictures of the full decoder, [N, 3, 64, 64] uint8."""
     drawings: Tensor
-    """[M, 3, 64, 64] uint8, to be encoded."""
+    """Pictures to encode, [M, 3, 64, 64] uint8."""
     means: Tensor
-    """[M, 4, 16, 16] float16, unit spread, the full encoder's."""
+    """Mean latents of the full encoder, [M, 4, 16, 16] float16, of unit spread."""
 
     def decoding(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents [B, 4, 16, 16] and pixels [B, 3, 64, 64] in [-1, 1], float32."""
+        """Return latents [B, 4, 16, 16] and pixels [B, 3, 64, 64] in [-1, 1], float32."""
         return self.latents[indices].float(), from_bytes(self.pictures[indices])
 
     def encoding(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels [B, 3, 64, 64] in [-1, 1] and latents [B, 4, 16, 16], float32."""
+        """Return pixels [B, 3, 64, 64] in [-1, 1] and latents [B, 4, 16, 16], float32."""
         return from_bytes(self.drawings[indices]), self.means[indices].float()
 
 
 def build_tiny_autoencoder() -> AutoencoderTiny:
-    """Return an untrained one of 0.43 M parameters: no residual block runs at 64 pixels, where time would go."""
+    """Return an untrained tiny autoencoder of 0.43 M parameters. No residual block runs at 64 pixels, to save time."""
     width = (32, 32, 32)
     return AutoencoderTiny(
         encoder_block_out_channels=width,
@@ -112,10 +112,15 @@ def build_tiny_autoencoder() -> AutoencoderTiny:
 
 
 class StudentSampler:
-    """A trained student, asked for the clean estimate of every step."""
+    """Sampler of a trained student that returns the clean estimate of every step."""
 
     def __init__(self, text_folder: Path, student_folder: Path) -> None:
-        """`text_folder` holds text_encoder/ and tokenizer/, `student_folder` unet/. A checkpoint holds all three."""
+        """Load a student.
+
+        Args:
+            text_folder: Folder with text_encoder/ and tokenizer/.
+            student_folder: Folder with unet/. A checkpoint folder can serve as both.
+        """
         recipe = build_recipe()
         self.trajectories = build_trajectories(COORDINATES, recipe.solver, recipe.timesteps)
         self._estimate = CleanEstimator(load_denoiser(student_folder / "unet").eval(), COORDINATES)
@@ -124,23 +129,25 @@ class StudentSampler:
 
     @torch.no_grad()
     def estimates(self, captions: list[str], step_count: int, first_seed: int) -> Tensor:
-        """Latents [K, B, 4, 16, 16], unit spread: each step's `denoised`, the last of which is the picture's.
+        """Return the estimate of every step, latents [K, B, 4, 16, 16] of unit spread. The last is the picture's.
 
-        Caption n starts from the noise of seed `first_seed` + n, as it would be served.
+        Caption n starts from the noise of seed `first_seed` + n, as in serving.
         """
         conditioning = self._prompts.encode(captions)
         x = torch.stack([initial_noise(first_seed + n, LATENT_SHAPE) for n in range(len(captions))])
-        told, found = torch.full((len(x),), step_count), list[Tensor]()
+        step_counts, found = torch.full((len(x),), step_count), list[Tensor]()
         for row in range(step_count):
-            places = places_at(self.trajectories, told, torch.full_like(told, row))
+            places = places_at(self.trajectories, step_counts, torch.full_like(step_counts, row))
             previous = found[-1] if found else None
-            x, x_0 = advance(self._estimate, self.trajectories, x, places, conditioning, previous, told=told)
+            x, x_0 = advance(
+                self._estimate, self.trajectories, x, places, conditioning, previous, step_counts=step_counts
+            )
             found.append(x_0)
         return torch.stack(found)
 
 
 def numbered_captions(renderer: SceneRenderer, numbers: range, *, held_out: bool) -> list[str]:
-    """The caption of each scene, its wording drawn by its number."""
+    """Return the caption of each scene. The number decides the wording."""
     scenes = (sample_scene(renderer.glyphs, renderer.seed, n, held_out=held_out) for n in numbers)
     return [caption(scene, random.Random(n)) for n, scene in zip(numbers, scenes, strict=True)]
 
@@ -154,11 +161,13 @@ def make_pairs(
     *,
     held_out: bool = False,
 ) -> Pairs:
-    """Ask the full autoencoder about `drawings` scenes and about what the student makes of `captions` at each K.
+    """Make pairs from drawn scenes and from the student's estimates, with the full autoencoder's outputs.
 
     Args:
-        seed: of the stream of scenes and of the encoder's sampling noise.
-        held_out: whether scenes are of the combinations that training never sees.
+        seed: Seed of the stream of scenes and of the encoder's sampling noise.
+        drawings: Number of drawn scenes.
+        captions: Number of captions for the student at each K.
+        held_out: Whether the scenes are combinations that training never sees.
     """
     renderer = SceneRenderer(seed)
     drawn, means, latents = list[Tensor](), list[Tensor](), list[Tensor]()
@@ -180,7 +189,7 @@ def make_pairs(
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The mean and a sample of each picture's latents [B, 4, 16, 16], unit spread."""
+    """Return the mean and a sample of each picture's latents, [B, 4, 16, 16] of unit spread."""
     with autocast():
         posterior = vae.encode(pixels).latent_dist
     scale = vae.config.scaling_factor
@@ -189,7 +198,7 @@ def encode(vae: AutoencoderKL, pixels: Tensor, generator: torch.Generator) -> tu
 
 @torch.no_grad()
 def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """The full decoder's pixels [B, 3, 64, 64], clamped to [-1, 1], of latents of unit spread."""
+    """Decode latents of unit spread with the full decoder: pixels [B, 3, 64, 64], clamped to [-1, 1]."""
     with autocast():
         pixels = vae.decode(latents / vae.config.scaling_factor).sample
     clamped: Tensor = pixels.float().clamp(-1, 1)
@@ -197,20 +206,20 @@ def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
 
 
 def to_bytes(pixels: Tensor) -> Tensor:
-    """[-1, 1] -> uint8."""
+    """Convert pixels in [-1, 1] to uint8."""
     return (pixels * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def from_bytes(pixels: Tensor) -> Tensor:
-    """uint8 -> [-1, 1]."""
+    """Convert uint8 to pixels in [-1, 1]."""
     return pixels.float() / 127.5 - 1.0
 
 
 def load_pairs(file: Path, vae: AutoencoderKL, student: StudentSampler, config: TinyAutoencoderConfig) -> Pairs:
-    """Read the pairs to train on, made and kept on first use.
+    """Read the training pairs. The first call makes them and writes the file.
 
     Raises:
-        ValueError: the file holds other counts than the config asks for.
+        ValueError: The counts in the file differ from the config.
     """
     if not file.is_file():
         made = make_pairs(vae, student, config.loop.seed, config.drawings, config.captions)
@@ -222,8 +231,8 @@ def load_pairs(file: Path, vae: AutoencoderKL, student: StudentSampler, config: 
     estimates = config.captions * sum(student.trajectories.step_counts)
     if (len(pairs.drawings), len(pairs.latents)) != (config.drawings, config.drawings + estimates):
         raise ValueError(
-            f"{file} holds {len(pairs.drawings)} drawings and {len(pairs.latents)} latents, asked for are "
-            f"{config.drawings} and {config.drawings + estimates}; remove it to remake it"
+            f"{file} holds {len(pairs.drawings)} drawings and {len(pairs.latents)} latents instead of "
+            f"{config.drawings} and {config.drawings + estimates}; remove it to make it again"
         )
     return pairs
 
@@ -231,17 +240,17 @@ def load_pairs(file: Path, vae: AutoencoderKL, student: StudentSampler, config: 
 def train_tiny_autoencoder(
     folder: Path, autoencoder_folder: Path, text_folder: Path, student_folder: Path, config: TinyAutoencoderConfig
 ) -> None:
-    """Train or resume; leaves `folder/tiny_vae` in diffusers layout.
+    """Train or resume. Write `folder/tiny_vae` in diffusers layout.
 
     Args:
-        autoencoder_folder: holds vae/, the full one.
-        text_folder: holds text_encoder/ and tokenizer/.
-        student_folder: holds unet/. A checkpoint may stand for all three.
+        autoencoder_folder: Folder with vae/, the full autoencoder.
+        text_folder: Folder with text_encoder/ and tokenizer/.
+        student_folder: Folder with unet/. A checkpoint folder can serve as all three.
     """
     torch.manual_seed(config.loop.seed)
     model = build_tiny_autoencoder()
     average = copy.deepcopy(model).requires_grad_(False)
-    model.to(memory_format=torch.channels_last)  # faster here; the average is saved, so it keeps the plain one
+    model.to(memory_format=torch.channels_last)  # faster; the average, which is saved, keeps the usual format
     optimizers = {name: _optimizer(getattr(model, name), config) for name in ("encoder", "decoder")}
     vae = AutoencoderKL.from_pretrained(autoencoder_folder / "vae").eval()
     student = StudentSampler(text_folder, student_folder)
@@ -282,7 +291,7 @@ def train_tiny_autoencoder(
 
 @torch.no_grad()
 def likeness(model: AutoencoderTiny, pairs: Pairs) -> dict[str, float]:
-    """How like the full autoencoder: PSNR of all pictures in decibels, and RMS error of latents of unit spread."""
+    """Compare with the full autoencoder: PSNR of all pictures in decibels, and RMS error of latents of unit spread."""
     latents, pictures = pairs.decoding(torch.arange(len(pairs.latents)))
     drawings, means = pairs.encoding(torch.arange(len(pairs.drawings)))
     decoded = in_chunks(lambda chunk: model.decode(chunk).sample, latents)
@@ -294,7 +303,7 @@ def likeness(model: AutoencoderTiny, pairs: Pairs) -> dict[str, float]:
 
 
 def in_chunks(function: Callable[[Tensor], Tensor], given: Tensor) -> Tensor:
-    """`function` of a long batch, a chunk at a time."""
+    """Apply `function` to a long batch, one chunk at a time."""
     return torch.cat([function(given[start : start + CHUNK]) for start in range(0, len(given), CHUNK)])
 
 
