@@ -55,7 +55,7 @@ def pictures_with_k(
     for start in range(0, len(prompts), BATCH_SIZE):
         texts = prompts[start : start + BATCH_SIZE]
         prompt = conditioning_of([model.text_encoder.encode(text) for text in texts])
-        step_counts = None if told is None else torch.full((len(texts),), told, device=device)
+        step_counts = None if k is None else torch.full((len(texts),), k, device=device)
         noise = torch.stack([initial_noise(first_seed + start + n, shape) for n in range(len(texts))])
         call = partial(denoise, [model] * len(texts), step_counts=step_counts, prompt=prompt)
         *_, (latents, _) = solve(table, noise.to(device), call)

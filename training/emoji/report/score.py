@@ -22,7 +22,7 @@ from PIL import Image
 
 from tdm_runtime.model.decoder import Pixels
 from tdm_runtime.model.similarity import psnr_db
-from training.emoji.data.glyphs import Glyph, load_glyphs, render_glyphs
+from training.emoji.data.glyphs import load_glyphs, render_glyphs
 from training.emoji.data.scenes import BACKGROUNDS, Placement, Scene, render, sample_scene
 
 ATLAS_FILE = Path(__file__).with_name("glyphs.webp")
