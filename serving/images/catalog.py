@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
@@ -10,10 +9,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import pydantic
-
 from serving.config import LoraSource, ModelSource, ServerConfig
 from serving.errors import unknown_model
+from serving.schema.lora_settings import LoraSettings, read_lora_settings
 from tdm_runtime.checkpoint.folder import Checkpoint, open_checkpoint
 from tdm_runtime.checkpoint.lora_file import FOLDER_FILES, read_lora
 from tdm_runtime.checkpoint.recipe import RECIPE_FILE
@@ -184,15 +182,6 @@ class Catalog:
             self._retired.remove(model)
 
 
-class _Beside(pydantic.BaseModel):
-    """`NAME.json` beside `NAME.safetensors`."""
-
-    model_config = pydantic.ConfigDict(extra="forbid")
-
-    scale: float = 1.0
-    base: str | None = None
-
-
 class LoraFolder:
     """What lies in a folder, and what of it is other than at the last look."""
 
@@ -234,8 +223,8 @@ class LoraFolder:
     def _source(self, name: str, file: Path) -> LoraSource | None:
         beside = self._folder / f"{name}.json"
         try:
-            told = _Beside.model_validate(json.loads(beside.read_bytes()) if beside.is_file() else {})
-            return LoraSource(name, file, told.scale, told.base)
+            settings = read_lora_settings(beside.read_bytes()) if beside.is_file() else LoraSettings()
+            return LoraSource(name, file, settings.scale, settings.base)
         except (OSError, ValueError) as error:
             logger.error("LoRA %s is not served: %s cannot be used (%s)", name, beside, error)
             return None

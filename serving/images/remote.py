@@ -1,7 +1,7 @@
 """The engines of other processes, on this machine or others, as if they were here.
 
-A request whose engine dies is asked once more, of another: its seed is settled before the first time, so the second
-makes the same pictures. What an engine refuses is an answer, and is not asked again.
+A request whose engine dies is asked once more, of another: an order has its seeds, so the second makes the same
+pictures. What an engine refuses is an answer, and is not asked again.
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -21,11 +20,10 @@ from ray.serve.handle import DeploymentHandle
 from serving.errors import APIError, from_exception, not_ready, unknown_model
 from serving.fronts.arrival import since_arrival_s
 from serving.schema.answers import ImageAnswer, PartialAnswer
-from serving.schema.image_request import ImageRequest
 from serving.schema.models import ModelCard
+from serving.schema.order import ImageOrder
 from serving.telemetry.metrics import ServerMetrics
 from tdm_runtime.checkpoint.recipe import Recipe
-from tdm_runtime.params import MAX_SEED, SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +41,7 @@ class Listing:
 
     cards: list[ModelCard]
     recipes: Mapping[str, Recipe]
-    """Model -> its recipe: what a request is checked by before it is sent on."""
+    """Model -> its recipe, by which the schema checks a request."""
     backend: str
     """What runs the default and, where it was measured, why."""
 
@@ -80,8 +78,8 @@ class RemoteImages:
         return self._num_live
 
     def close(self) -> None:
-        """Ask no more; the engines are closed by Ray."""
-        self._looking.cancel()
+        """Stop asking, from any thread; Ray closes the engines."""
+        self._looking.get_loop().call_soon_threadsafe(self._looking.cancel)
 
     def models(self) -> list[ModelCard]:
         """What is served."""
@@ -99,41 +97,20 @@ class RemoteImages:
         """As `ImageService.recipe`."""
         return self._listing.recipes[self.model_card(name).id]
 
-    async def render(self, params: SamplingParams, model: str | None) -> bytes:
-        """As `ImageService.render`."""
-
-        async def ask() -> bytes:
-            answer: bytes | APIError = await self._engines.render.remote(params, model)
-            return _unwrapped(answer)
-
-        with self._counted(1):
-            return await self._tried_twice(ask)
-
-    async def generate(
-        self, request: ImageRequest, as_pixels: bool = False, is_background: bool = False
-    ) -> ImageAnswer:
+    async def generate(self, order: ImageOrder) -> ImageAnswer:
         """As `ImageService.generate`."""
-        request = self._checked(request)
-
-        async def ask() -> ImageAnswer:
-            answer: ImageAnswer | APIError = await self._engines.generate.remote(
-                request, as_pixels, is_background, since_arrival_s()
-            )
-            return _unwrapped(answer)
-
-        with self._counted(request.n):
-            answer = await self._tried_twice(ask)
-        if is_background:
+        with self._counted(order):
+            answer = await self._tried_twice(order)
+        if order.delivery.is_background:
             return answer
         self._metrics.observe_request(answer.timings, answer.latency_budget_kept)
         for image in answer.images:
             self._metrics.steps_used.labels(image.num_inference_steps).inc()
         return answer
 
-    async def stream(self, request: ImageRequest) -> AsyncIterator[PartialAnswer | ImageAnswer]:
+    async def stream(self, order: ImageOrder) -> AsyncIterator[PartialAnswer | ImageAnswer]:
         """As `ImageService.stream`; also what is refused is awaited here, as the first part."""
-        request = self._checked(request)
-        parts = self._parts(request)
+        parts = self._parts(order)
         first = await anext(parts)
 
         async def all_parts() -> AsyncIterator[PartialAnswer | ImageAnswer]:
@@ -143,14 +120,14 @@ class RemoteImages:
 
         return all_parts()
 
-    async def _parts(self, request: ImageRequest) -> AsyncIterator[PartialAnswer | ImageAnswer]:
+    async def _parts(self, order: ImageOrder) -> AsyncIterator[PartialAnswer | ImageAnswer]:
         num_told = 0
         engines = self._engines.options(stream=True)
-        with self._counted(request.n):
+        with self._counted(order):
             for attempt in range(TRIES):
                 num_skipped = num_told  # the second engine begins anew; these were told
                 try:
-                    async for part in engines.stream.remote(request, since_arrival_s()):
+                    async for part in engines.stream.remote(order, since_arrival_s()):
                         if num_skipped:
                             num_skipped -= 1
                             continue
@@ -160,10 +137,11 @@ class RemoteImages:
                 except RayError as error:
                     self._note_loss(error, attempt)
 
-    async def _tried_twice(self, ask: Callable[[], Awaitable[Answer]]) -> Answer:
+    async def _tried_twice(self, order: ImageOrder) -> ImageAnswer:
         for attempt in range(TRIES):
             try:
-                return await ask()
+                answer: ImageAnswer | APIError = await self._engines.generate.remote(order, since_arrival_s())
+                return _unwrapped(answer)
             except RayError as error:
                 self._note_loss(error, attempt)
         raise AssertionError("the last loss is raised")
@@ -177,24 +155,13 @@ class RemoteImages:
             raise not_ready("the engines that worked on this request were lost; send it again") from error
         self._metrics.retried.inc()
 
-    def _checked(self, request: ImageRequest) -> ImageRequest:
-        """The request with its seed settled; what its model refuses is refused before it is sent.
-
-        Raises:
-            InvalidRequestError, APIError: the request's mistake.
-        """
-        request.to_sampling_params(self.recipe(request.model))
-        if request.seed is not None:
-            return request
-        return request.model_copy(update={"seed": secrets.randbelow(MAX_SEED + 1)})
-
     @contextlib.contextmanager
-    def _counted(self, num_pictures: int) -> Iterator[None]:
-        self._num_live += num_pictures
+    def _counted(self, order: ImageOrder) -> Iterator[None]:
+        self._num_live += len(order.pictures)
         try:
             yield
         finally:
-            self._num_live -= num_pictures
+            self._num_live -= len(order.pictures)
 
     async def _look_again(self) -> None:
         while True:

@@ -12,7 +12,8 @@ import grpc
 from serving.errors import APIError
 from serving.fronts.access import Caller
 from serving.fronts.arrival import since_arrival_s
-from serving.schema.image_request import MAX_BUDGET_MS, ImageRequest
+from serving.schema.image_request import MAX_BUDGET_MS
+from serving.schema.order import ImageOrder
 from tdm_runtime.errors import InvalidRequestError
 
 DEADLINE_MARGIN_MS = 5.0
@@ -51,22 +52,22 @@ def current_call() -> Call:
 
 
 @contextmanager
-def budgeted(request: ImageRequest) -> Iterator[ImageRequest]:
+def budgeted(order: ImageOrder) -> Iterator[ImageOrder]:
     """A request without a latency budget gets its call's deadline as one.
 
     Raises:
         APIError: 504, the deadline leaves too little.
     """
-    budget_ms = None if request.latency_budget_ms is not None else current_call().budget_ms()
+    budget_ms = None if order.delivery.latency_budget_ms is not None else current_call().budget_ms()
     if budget_ms is None:
-        yield request
+        yield order
         return
     if budget_ms <= 0:
         raise _too_soon(
             f"it leaves {budget_ms + DEADLINE_MARGIN_MS:.3g} ms, {DEADLINE_MARGIN_MS:g} ms are the answer's"
         )
     try:
-        yield request.model_copy(update={"latency_budget_ms": budget_ms})
+        yield order.within(budget_ms)
     except (InvalidRequestError, APIError) as error:
         if error.code != "latency_budget_too_small":
             raise

@@ -15,8 +15,7 @@ from serving.fronts.services import Services
 from serving.rpc.calls import budgeted, current_call
 from serving.rpc.protos import images_pb2 as pb
 from serving.schema.answers import ImageAnswer, PartialAnswer
-from serving.schema.image_request import ImageRequest
-from serving.schema.parsing import validate
+from serving.schema.image_request import order_from_fields
 from tdm_runtime.media.image_file import ImageFormat
 
 FORMATS: dict[ImageFormat, pb.OutputFormat] = {
@@ -49,19 +48,21 @@ class ImageServicer:
 
     async def Generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> pb.GenerateResponse:
         """Make pictures."""
-        as_pixels = request.output_format == pb.OUTPUT_FORMAT_PIXELS
-        with budgeted(validate(fields_of(request), ImageRequest)) as wanted:
-            self._services.spend(current_call().caller, wanted)
-            answer = await self._services.images.generate(wanted, as_pixels)
+        order = order_from_fields(fields_of(request), self._services.images.recipe)
+        if as_pixels := request.output_format == pb.OUTPUT_FORMAT_PIXELS:
+            order = order.as_pixels()
+        with budgeted(order) as order:
+            current_call().caller.spend(order.cost)
+            answer = await self._services.images.generate(order)
         return to_response(answer, as_pixels)
 
     async def GenerateStream(
         self, request: pb.GenerateStreamRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.GenerateStreamResponse]:
         """Make one picture and show it on the way."""
-        with budgeted(validate(stream_fields_of(request), ImageRequest)) as wanted:
-            self._services.spend(current_call().caller, wanted)
-            parts = await self._services.images.stream(wanted)
+        with budgeted(order_from_fields(stream_fields_of(request), self._services.images.recipe)) as order:
+            current_call().caller.spend(order.cost)
+            parts = await self._services.images.stream(order)
         async for part in parts:
             yield to_event(part)
 
@@ -69,7 +70,7 @@ class ImageServicer:
         self, request: pb.ListModelsRequest, context: grpc.aio.ServicerContext
     ) -> pb.ListModelsResponse:
         """What is served."""
-        models = (pb.Model(**_filled(pb.Model, card.model_dump())) for card in self._services.images.models())
+        models = (pb.Model(**_filled(pb.Model, asdict(card))) for card in self._services.images.models())
         return pb.ListModelsResponse(models=models)
 
 
@@ -150,8 +151,8 @@ def to_response(answer: ImageAnswer, as_pixels: bool = False) -> pb.GenerateResp
         images=images,
         output_format=pb.OUTPUT_FORMAT_PIXELS if as_pixels else FORMATS[answer.output_format],
         size=pb.Size(width=answer.width, height=answer.height),
-        usage=pb.Usage(**_filled(pb.Usage, answer.usage.model_dump())),
-        timings=pb.Timings(**_filled(pb.Timings, answer.timings.model_dump())),
+        usage=pb.Usage(**_filled(pb.Usage, asdict(answer.usage))),
+        timings=pb.Timings(**_filled(pb.Timings, asdict(answer.timings))),
         predicted_ms=answer.predicted_ms,
         latency_budget_kept=answer.latency_budget_kept,
         warnings=answer.warnings,

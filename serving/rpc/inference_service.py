@@ -18,8 +18,7 @@ from serving.fronts.services import Services
 from serving.rpc.calls import budgeted, current_call
 from serving.rpc.protos import open_inference_pb2 as pb
 from serving.schema.answers import ImageAnswer
-from serving.schema.image_request import ImageRequest
-from serving.schema.parsing import validate
+from serving.schema.image_request import order_from_fields
 from tdm_runtime.errors import shown
 
 VERSION = "1"
@@ -93,9 +92,9 @@ class InferenceServicer:
         """Make a picture."""
         self._check_model(request.model_name, request.model_version)
         names = wanted_outputs(request)
-        with budgeted(validate(fields_of(request), ImageRequest)) as wanted:
-            self._services.spend(current_call().caller, wanted)
-            answer = await self._services.images.generate(wanted, as_pixels=True)
+        with budgeted(order_from_fields(fields_of(request), self._services.images.recipe).as_pixels()) as order:
+            current_call().caller.spend(order.cost)
+            answer = await self._services.images.generate(order)
         return to_response(answer, names, request.id)
 
     def _check_model(self, name: str, version: str) -> None:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pydantic import BaseModel
-
 from tdm_runtime.media.image_file import ImageFormat
 from tdm_runtime.media.receipt import Receipt
 
 
-class InputTokenDetails(BaseModel):
+@dataclass(frozen=True)
+class InputTokenDetails:
     """Prompt tokens by kind."""
 
     text_tokens: int
     image_tokens: int = 0
 
 
-class Usage(BaseModel):
+@dataclass(frozen=True)
+class Usage:
     """Prompt tokens read, and latent positions made."""
 
     input_tokens: int
@@ -26,7 +26,8 @@ class Usage(BaseModel):
     total_tokens: int
 
 
-class ImageTimings(BaseModel):
+@dataclass(frozen=True)
+class ImageTimings:
     """Where the time of the slowest picture went, in milliseconds."""
 
     queue_ms: float

@@ -7,14 +7,15 @@ import re
 import secrets
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from serving.errors import invalid
 from serving.schema.answers import ImageAnswer, ImageTimings, PartialAnswer, Usage
+from serving.schema.order import DeliveryOptions, ImageEncoding, ImageOrder, ResponseFormat
+from serving.schema.parsing import parse_body, validate
 from tdm_runtime.checkpoint.recipe import Recipe
-from tdm_runtime.engine.delivery import Delivery, Preview
 from tdm_runtime.media.image_file import ImageFormat
 from tdm_runtime.media.receipt import Receipt
 from tdm_runtime.params import MAX_PROMPT_CHARACTERS, MAX_SEED, DecoderName, SamplingParams
@@ -63,7 +64,7 @@ class ImageRequest(BaseModel):
     decoder: DecoderName = Field("full", description="tiny decodes several times faster and a little softer.")
     guidance_scale: float | None = Field(None, description="Only 1: guidance is distilled into the weights.")
     negative_prompt: str | None = Field(None, description="Only empty: it needs guidance.")
-    response_format: Literal["b64_json", "url"] = Field(
+    response_format: ResponseFormat = Field(
         "b64_json", description="url: the server keeps the file for a while; see expires_at."
     )
     output_format: ImageFormat = "png"
@@ -76,15 +77,42 @@ class ImageRequest(BaseModel):
     quality: Literal["auto", "standard"] | None = Field(None, description="Only auto: steps are the quality dial.")
     background: Literal["auto", "opaque"] | None = Field(None, description="Pictures are opaque.")
 
-    def to_sampling_params(self, recipe: Recipe) -> list[SamplingParams]:
-        """One `SamplingParams` a picture.
-
-        Args:
-            recipe: of the model that the request names.
+    def as_file(self, image_format: ImageFormat) -> ImageRequest:
+        """Return the same request, answered with the bytes of one file of this format.
 
         Raises:
-            InvalidRequestError, APIError: a value outside its limits.
+            APIError: 400, the request contradicts that.
         """
+        if self.n != 1 or self.stream:
+            param = "n" if self.n != 1 else "stream"
+            message = f"{param} is {getattr(self, param)!r}; Accept: image/{image_format} gets one picture's bytes"
+            raise invalid(f"{message}, accept application/json for more", param, "invalid_value")
+        if self.response_format == "url":
+            message = (
+                f"response_format is 'url' and Accept says image/{image_format}; accept application/json for a URL"
+            )
+            raise invalid(message, "response_format", "invalid_value")
+        if "output_format" in self.model_fields_set and self.output_format != image_format:
+            message = f"output_format is {self.output_format!r} and Accept says image/{image_format}; leave one out"
+            raise invalid(message, "output_format", "invalid_value")
+        return self.model_copy(update={"output_format": image_format})
+
+    def to_order(self, recipe: Recipe, default_seed: int | None = None) -> ImageOrder:
+        """Check the request against its model and draw its seed.
+
+        Args:
+            recipe: recipe of the model that the request names.
+            default_seed: seed of a request that has none. None draws one.
+
+        Raises:
+            InvalidRequestError, APIError: a value is outside its limits, or fields contradict each other.
+        """
+        self._check_guidance(recipe)
+        pictures = self._pictures(recipe, default_seed)
+        encoding = ImageEncoding(self.output_format, self.output_compression, self.metadata, self.response_format)
+        return ImageOrder(recipe.name, pictures, self._delivery(recipe), encoding)
+
+    def _check_guidance(self, recipe: Recipe) -> None:
         if self.guidance_scale is not None and self.guidance_scale != 1.0:
             message = (
                 f"guidance_scale is {self.guidance_scale}; {recipe.name} has guidance distilled in, only 1 is served"
@@ -93,35 +121,20 @@ class ImageRequest(BaseModel):
         if self.negative_prompt:
             message = f"negative_prompt needs guidance, which {recipe.name} has distilled in; leave it out"
             raise invalid(message, "negative_prompt", "invalid_value")
+
+    def _pictures(self, recipe: Recipe, default_seed: int | None) -> tuple[SamplingParams, ...]:
         width, height = self._size(recipe)
-        first_seed = secrets.randbelow(MAX_SEED + 1) if self.seed is None else self.seed
+        seed = default_seed if self.seed is None else self.seed
+        if seed is None:
+            seed = secrets.randbelow(MAX_SEED + 1)
         steps = recipe.default_steps if self.num_inference_steps is None else self.num_inference_steps
         if steps == "auto":
             steps = recipe.step_counts[-1]
-        params = SamplingParams(self.prompt, first_seed, steps, width, height, self.decoder)
-        params.check_against(recipe)
-        seeds = ((first_seed + n) % (MAX_SEED + 1) for n in range(self.n))
-        return [replace(params, seed=seed) for seed in seeds]
+        first = SamplingParams(self.prompt, seed, steps, width, height, self.decoder)
+        first.check_against(recipe)
+        return tuple(replace(first, seed=(seed + n) % (MAX_SEED + 1)) for n in range(self.n))
 
-    def cost(self, recipe: Recipe) -> float:
-        """What the request takes of a quota, in megapixel-steps; the most it may take where steps are open.
-
-        Raises:
-            InvalidRequestError, APIError: a value outside its limits.
-        """
-        params = self.to_sampling_params(recipe)[0]
-        return self.n * params.width * params.height * params.num_inference_steps / 1e6
-
-    def to_delivery(self, recipe: Recipe, spent_ms: float, on_preview: Callable[[Preview], None] | None) -> Delivery:
-        """How its pictures are to be served.
-
-        Args:
-            spent_ms: what of the latency budget is used up by what is not the engine's.
-            on_preview: told of drafts and previews, where they are asked for.
-
-        Raises:
-            InvalidRequestError, APIError: fields that contradict each other.
-        """
+    def _delivery(self, recipe: Recipe) -> DeliveryOptions:
         is_auto = self.num_inference_steps == "auto"
         if self.min_inference_steps is not None and not is_auto:
             message = f'min_inference_steps is {self.min_inference_steps}; it needs num_inference_steps "auto"'
@@ -137,11 +150,11 @@ class ImageRequest(BaseModel):
         if self.stream and self.response_format == "url":
             message = "response_format is 'url'; a stream carries its pictures, leave it out or send stream false"
             raise invalid(message, "response_format", "invalid_value")
-        return Delivery(
-            latency_budget_ms=None if self.latency_budget_ms is None else max(0.01, self.latency_budget_ms - spent_ms),
+        return DeliveryOptions(
+            latency_budget_ms=self.latency_budget_ms,
             min_inference_steps=(self.min_inference_steps or recipe.step_counts[0]) if is_auto else None,
             strict=self.strict,
-            on_preview=on_preview if partial_images else None,
+            is_streamed=bool(self.stream),
             num_previews=partial_images - self.draft,
             draft=self.draft,
         )
@@ -158,6 +171,38 @@ class ImageRequest(BaseModel):
                 "invalid_value",
             )
         return int(match[1]), int(match[2])
+
+
+RecipeOf = Callable[[str | None], Recipe]
+"""Returns the recipe of a model by its name; None is the default model. Raises APIError 404 for an unknown name."""
+
+
+def order_from_body(
+    body: bytes, recipe_of: RecipeOf, file_format: ImageFormat | None = None, default_seed: int | None = None
+) -> ImageOrder:
+    """Read the JSON body of POST /v1/images/generations.
+
+    Args:
+        file_format: format of the file that is the whole answer. None answers in JSON.
+        default_seed: seed of a request that has none. None draws one.
+
+    Raises:
+        InvalidRequestError, APIError: the request cannot be served as it is.
+    """
+    request = parse_body(body, ImageRequest)
+    if file_format is not None:
+        request = request.as_file(file_format)
+    return request.to_order(recipe_of(request.model), default_seed)
+
+
+def order_from_fields(fields: dict[str, Any], recipe_of: RecipeOf) -> ImageOrder:
+    """Read decoded fields, named as in the JSON body.
+
+    Raises:
+        InvalidRequestError, APIError: the request cannot be served as it is.
+    """
+    request = validate(fields, ImageRequest)
+    return request.to_order(recipe_of(request.model))
 
 
 class GeneratedImage(BaseModel):
@@ -268,6 +313,11 @@ def to_response(answer: ImageAnswer, urls: list[str] | None, expires_at: int | N
         latency_budget_kept=answer.latency_budget_kept,
         warnings=answer.warnings,
     )
+
+
+def to_fields(answer: ImageAnswer, urls: list[str] | None, expires_at: int | None = None) -> dict[str, Any]:
+    """Return the fields of `to_response`, ready for `json.dumps`."""
+    return to_response(answer, urls, expires_at).model_dump()
 
 
 def to_event(answer: PartialAnswer | ImageAnswer) -> PartialImage | CompletedImage:

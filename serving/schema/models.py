@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import BaseModel
 
 
-class ModelCard(BaseModel):
+@dataclass(frozen=True, kw_only=True)
+class ModelCard:
     """One served model."""
 
     id: str

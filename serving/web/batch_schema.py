@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,9 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from serving.errors import APIError, invalid
 from serving.jobs.job import Job
-from serving.schema.image_request import ImageRequest
+from serving.schema.image_request import ImageRequest, RecipeOf, order_from_fields
 from serving.schema.parsing import parse_body, parse_json, validate
-from tdm_runtime.checkpoint.recipe import Recipe
 from tdm_runtime.errors import InvalidRequestError
 
 MAX_REQUESTS = 1000
@@ -62,11 +60,10 @@ class CheckedBatch:
     metadata: dict[str, str] | None
 
 
-def read_batch(body: bytes, is_lines: bool, recipe: Callable[[str | None], Recipe], max_live: int) -> CheckedBatch:
+def read_batch(body: bytes, is_lines: bool, recipe_of: RecipeOf, max_live: int) -> CheckedBatch:
     """Read a batch, all of it or nothing; takes a while for a large one.
 
     Args:
-        recipe: of a model by its name.
         is_lines: OpenAI's form of one JSON object a line; one object for all of them else.
         max_live: pictures that the engine takes at once.
 
@@ -86,7 +83,7 @@ def read_batch(body: bytes, is_lines: bool, recipe: Callable[[str | None], Recip
     cost, known = 0.0, set[str]()
     for number, line in lines:
         try:
-            part, line_cost = _read_line(line, recipe, max_live, known)
+            part, line_cost = _read_line(line, recipe_of, max_live, known)
         except (APIError, InvalidRequestError) as error:
             bad.append(f"{'line' if is_lines else 'request'} {number}: {error}")
             continue
@@ -98,9 +95,7 @@ def read_batch(body: bytes, is_lines: bool, recipe: Callable[[str | None], Recip
     return CheckedBatch(parts[0]["body"]["model"], parts, cost, metadata)
 
 
-def _read_line(
-    line: Any, recipe: Callable[[str | None], Recipe], max_live: int, known: set[str]
-) -> tuple[dict[str, Any], float]:
+def _read_line(line: Any, recipe_of: RecipeOf, max_live: int, known: set[str]) -> tuple[dict[str, Any], float]:
     """Return a request with its seed, and what it costs."""
     raw = parse_json(line) if isinstance(line, bytes) else line
     if not isinstance(raw, dict):
@@ -109,17 +104,15 @@ def _read_line(
     if read.custom_id in known:
         raise invalid(f"custom_id {read.custom_id!r} appears twice", "custom_id", "invalid_value")
     known.add(read.custom_id)
-    wanted = validate(read.body, ImageRequest)
-    for field in ("stream", "latency_budget_ms"):
-        if getattr(wanted, field):
+    order = order_from_fields(read.body, recipe_of)
+    waits = {"stream": order.delivery.is_streamed, "latency_budget_ms": order.delivery.latency_budget_ms is not None}
+    for field, is_asked in waits.items():
+        if is_asked:
             raise invalid(f"{field} is for who waits; leave it out of a batch", field, "invalid_value")
-    if wanted.n > max_live:
-        raise invalid(f"n is {wanted.n}; this server has at most {max_live} pictures at once", "n", "invalid_value")
-    found = recipe(wanted.model)
-    params = wanted.to_sampling_params(found)
-    wanted.to_delivery(found, 0.0, None)
-    body = read.body | {"seed": params[0].seed, "model": found.name}
-    return {"custom_id": read.custom_id, "body": body}, wanted.cost(found)
+    if (n := len(order.pictures)) > max_live:
+        raise invalid(f"n is {n}; this server has at most {max_live} pictures at once", "n", "invalid_value")
+    body = read.body | {"seed": order.pictures[0].seed, "model": order.model}
+    return {"custom_id": read.custom_id, "body": body}, order.cost
 
 
 class BatchCounts(BaseModel):

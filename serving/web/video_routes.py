@@ -42,14 +42,15 @@ def add_video_routes(app: FastAPI, services: Services) -> None:
             wanted = validate(from_form(await read_form(request, config)), VideoRequest)
         else:
             wanted = parse_body(await read_json(request, config), VideoRequest)
-        card = services.images.model_card(wanted.model)
-        params = wanted.to_sampling_params(services.images.recipe(card.id))
-        check_decoder(params.decoder, card)
+        order = wanted.to_order(services.images.recipe)
+        (params,) = order.pictures
+        check_decoder(params.decoder, services.images.model_card(order.model))
         num_frames = wanted.num_seconds * wanted.fps
         job_request = to_job_request(params, wanted)
-        asked = JobRequest("video", caller_of(request).name, card.id, job_request, frame_parts(num_frames))
-        cost = num_frames * params.width * params.height * params.num_inference_steps / 1e6
-        return _shown(await create_job(request, services, asked, cost, wanted.model_dump_json().encode()))
+        asked = JobRequest("video", caller_of(request).name, order.model, job_request, frame_parts(num_frames))
+        return _shown(
+            await create_job(request, services, asked, num_frames * order.cost, wanted.model_dump_json().encode())
+        )
 
     @app.get("/v1/videos")
     async def list_videos(

@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from serving.errors import invalid
 from serving.jobs.job import Job
-from serving.schema.image_request import PROMPT_SCHEMA, SEED_SCHEMA, SIZE_SCHEMA, ImageRequest
-from tdm_runtime.checkpoint.recipe import Recipe
+from serving.schema.image_request import PROMPT_SCHEMA, SEED_SCHEMA, SIZE_SCHEMA, RecipeOf, order_from_fields
+from serving.schema.order import ImageOrder
 from tdm_runtime.params import MAX_PROMPT_CHARACTERS, MAX_SEED, DecoderName, SamplingParams
 
 MAX_SECONDS = 12
@@ -56,14 +56,14 @@ class VideoRequest(BaseModel):
             raise invalid(message, "seconds", "invalid_value")
         return int(text)
 
-    def to_sampling_params(self, recipe: Recipe) -> SamplingParams:
-        """Of the first frame.
+    def to_order(self, recipe_of: RecipeOf) -> ImageOrder:
+        """Return the order of one frame.
 
         Raises:
             InvalidRequestError, APIError: a value outside its limits.
         """
         fields = self.model_dump(exclude={"seconds", "fps"})
-        return ImageRequest.model_validate(fields).to_sampling_params(recipe)[0]
+        return order_from_fields(fields, recipe_of)
 
 
 def from_form(fields: dict[str, str]) -> dict[str, Any]:

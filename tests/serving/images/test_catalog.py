@@ -18,7 +18,8 @@ from serving.config import LoraSource, ModelSource, ServerConfig
 from serving.errors import APIError
 from serving.images.local import ImageService
 from serving.schema.answers import ImageAnswer
-from serving.schema.image_request import ImageRequest
+from serving.schema.image_request import order_from_fields
+from serving.schema.order import ImageOrder
 from serving.telemetry.metrics import ServerMetrics
 from tdm_runtime.errors import CheckpointError
 from tdm_runtime.model.artifacts import BackendConfig
@@ -54,8 +55,12 @@ def service(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def make(service: ImageService, model: str | None) -> ImageAnswer:
-    request = ImageRequest(prompt="a red heart", model=model, seed=7, size="16x16", num_inference_steps=2)
-    return asyncio.run(service.generate(request, as_pixels=True))
+    return asyncio.run(service.generate(ordered(service, model)))
+
+
+def ordered(service: ImageService, model: str | None) -> ImageOrder:
+    fields = {"prompt": "a red heart", "model": model, "seed": 7, "size": "16x16", "num_inference_steps": 2}
+    return order_from_fields(fields, service.recipe).as_pixels()
 
 
 def pixels(service: ImageService, model: str | None) -> np.ndarray:  # type: ignore[type-arg]
@@ -125,9 +130,9 @@ def test_what_is_being_made_is_finished_with_the_lora_it_began_with(service: Ima
     holding = threading.Thread(target=lambda: service.engine.run_on_thread(hold))
     holding.start()
     held.wait(30)
-    request = ImageRequest(prompt="a red heart", model="swapped", seed=7, size="16x16", num_inference_steps=2)
+    order = ordered(service, "swapped")
     made: list[ImageAnswer] = []
-    making = threading.Thread(target=lambda: made.append(asyncio.run(service.generate(request, as_pixels=True))))
+    making = threading.Thread(target=lambda: made.append(asyncio.run(service.generate(order))))
     making.start()
     while not service.num_live:
         threading.Event().wait(0.01)
