@@ -6,7 +6,6 @@ import asyncio
 import inspect
 import logging
 import time
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from typing import Any
@@ -14,15 +13,13 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError, Message
 
-from serving.errors import CLIENT_CLOSED_REQUEST, APIError, invalid
+from serving.errors import APIError, invalid
 from serving.fronts.access import ANYBODY, Caller
 from serving.fronts.arrival import arrive
-from serving.fronts.edge import MAX_REQUEST_ID, check_open, note_error, tell_code, too_many
+from serving.fronts.edge import admit, note_departure, note_error, recorded, request_id_of, too_many
 from serving.fronts.services import Services
 from serving.rpc.calls import Call, enter
 from serving.rpc.statuses import code_of, trailers_of, unreadable
-from serving.telemetry import logs
-from serving.telemetry.tracing import request_span
 
 logger = logging.getLogger(__name__)
 
@@ -59,12 +56,9 @@ class Edge(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc is untyped
 
         async def answer(_: object, context: grpc.aio.ServicerContext) -> None:
             metadata = {name: value for name, value in context.invocation_metadata() or () if isinstance(value, str)}
-            metadata["x-request-id"] = request_id_of(metadata.get("x-request-id", ""))
-            logs.begin_request(request_id=metadata["x-request-id"], method="gRPC")
-            tracing = None if method in STATUS_METHODS else self.services.tracing
-            with request_span(tracing, metadata, f"gRPC {method}") as span:
-                if span is not None:
-                    logs.note(trace_id=span.trace_id)
+            request_id = metadata["x-request-id"] = request_id_of(metadata.get("x-request-id", ""))
+            is_status = method in STATUS_METHODS
+            with recorded(self.services, metadata, request_id, "gRPC", f"gRPC {method}", is_status):
                 await self._answer(method, handler, context, metadata)
 
         return grpc.stream_stream_rpc_method_handler(answer, response_serializer=handler.response_serializer)
@@ -92,8 +86,7 @@ class Edge(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc is untyped
         except asyncio.CancelledError:
             code = grpc.StatusCode.CANCELLED if context.time_remaining() != 0 else grpc.StatusCode.DEADLINE_EXCEEDED
             if not is_watcher:
-                services.metrics.cancelled.inc()
-                tell_code("client_closed", CLIENT_CLOSED_REQUEST)
+                note_departure(services)
             raise
         except grpc.aio.AbortError:  # a service that knows gRPC's codes itself
             code = context.code()
@@ -116,14 +109,11 @@ class Edge(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc is untyped
         Raises:
             APIError: what the call is refused for.
         """
-        services = self.services
         if method == WATCH and self._num_watchers > MAX_WATCHERS:
             raise too_many(f"{MAX_WATCHERS} calls watch the server's health")
-        caller = ANYBODY if method in OPEN_METHODS else services.access.caller(authorization)
-        if method in STATUS_METHODS:
-            return caller
-        check_open(services)
-        return caller
+        if method in OPEN_METHODS:
+            return ANYBODY
+        return admit(self.services, authorization, method in STATUS_METHODS)
 
 
 async def _serve(handler: grpc.RpcMethodHandler, context: grpc.aio.ServicerContext, timeout_s: float) -> None:
@@ -176,9 +166,3 @@ def _known(error: Exception, method: str) -> Exception:
     if isinstance(error, NotImplementedError):
         return APIError(501, f"{method} is not served", code="not_implemented")
     return error
-
-
-def request_id_of(given: str) -> str:
-    """The client's own, where it is one that metadata may hold."""
-    is_usable = 0 < len(given) <= MAX_REQUEST_ID and given.isascii() and given.isprintable()
-    return given if is_usable else str(uuid.uuid4())

@@ -15,11 +15,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serving.errors import CLIENT_CLOSED_REQUEST, invalid
 from serving.fronts.access import Caller
 from serving.fronts.arrival import arrive
-from serving.fronts.edge import check_open, note_error, tell_code
+from serving.fronts.edge import admit, note_code, note_departure, note_error, recorded
 from serving.fronts.services import Services
-from serving.telemetry import logs
 from serving.telemetry.metrics import OTHER
-from serving.telemetry.tracing import current_span, request_span
+from serving.telemetry.tracing import current_span
 from tdm_runtime.errors import shown
 
 logger = logging.getLogger(__name__)
@@ -51,7 +50,7 @@ def add_edges(app: FastAPI, services: Services) -> None:
         code = UNSERVED_STATUS.get(error.status_code, "http_error")
         message = f"{request.method} {request.url.path[:80]}: {error.detail}; see /openapi.json for what is served"
         answer = invalid(message, None, code, error.status_code)
-        tell_code(code, error.status_code)
+        note_code(code, error.status_code)
         answer.headers |= dict(error.headers or {})
         return answer.to_response()
 
@@ -88,11 +87,8 @@ class EdgeMiddleware:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        logs.begin_request(request_id=headers.get("x-request-id", "-")[:64], method=scope["method"])
-        tracing = None if scope["path"] in STATUS_PATHS else self.services.tracing
-        with request_span(tracing, headers, scope["method"]) as span:
-            if span is not None:
-                logs.note(trace_id=span.trace_id)
+        request_id, method = headers.get("x-request-id", "-")[:64], scope["method"]
+        with recorded(self.services, headers, request_id, method, method, scope["path"] in STATUS_PATHS):
             await self._answer(scope, receive, send, headers)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send, headers: Headers) -> None:
@@ -119,12 +115,11 @@ class EdgeMiddleware:
             await self.app(scope, receive, send_with_headers)
         except asyncio.CancelledError:
             status = CLIENT_CLOSED_REQUEST
-            services.metrics.cancelled.inc()
-            tell_code("client_closed", status)
+            note_departure(services)
             raise
         except Exception as error:
             if status:  # the response is on its way: nothing can be said any more
-                tell_code("internal_error", 500)
+                note_code("internal_error", 500)
                 raise
             response = note_error(error, services, request_id).to_response()
             await response(scope, receive, send_with_headers)
@@ -152,13 +147,9 @@ class EdgeMiddleware:
 
     def _admit(self, scope: Scope, headers: Headers) -> None:
         """Let a request pass with its caller, or raise what it is refused for."""
-        path, services = scope["path"], self.services
-        if path in OPEN_PATHS or path.startswith(OPEN_PREFIXES):
-            return
-        scope["caller"] = services.access.caller(headers.get("authorization"))
-        if path in STATUS_PATHS:
-            return
-        check_open(services)
+        path = scope["path"]
+        if path not in OPEN_PATHS and not path.startswith(OPEN_PREFIXES):
+            scope["caller"] = admit(self.services, headers.get("authorization"), path in STATUS_PATHS)
 
 
 def shown_request_id(headers: Headers) -> str:

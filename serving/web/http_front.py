@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import uuid
 from asyncio import TimerHandle
 from typing import Any
 
@@ -19,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from serving.fronts.address import bind
-from serving.fronts.edge import MAX_REQUEST_ID
+from serving.fronts.edge import request_id_of
 
 HEAD_TIMEOUT_S = 10.0
 """Time from a request's first byte to the end of its headers."""
@@ -86,10 +85,7 @@ class RequestId:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         asked = MutableHeaders(scope=scope)
-        request_id = asked.get("x-request-id", "")
-        if not (0 < len(request_id) <= MAX_REQUEST_ID and request_id.isascii() and request_id.isprintable()):
-            request_id = str(uuid.uuid4())
-            asked["x-request-id"] = request_id
+        request_id = asked["x-request-id"] = request_id_of(asked.get("x-request-id", ""))
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
