@@ -18,8 +18,7 @@ from tdm_runtime.checkpoint.recipe import RECIPE_FILE
 from tdm_runtime.engine.engine import DiffusionEngine
 from tdm_runtime.engine.warm_up import warm_up
 from tdm_runtime.errors import CheckpointError, TDMError
-from tdm_runtime.model.artifacts import BackendConfig
-from tdm_runtime.model.choice import load_model
+from tdm_runtime.model.choice import load_checkpoint
 from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.model.lora import LoraBase
 
@@ -47,17 +46,18 @@ class Base:
     model: LoadedModel
 
 
-def load_base(source: ModelSource, backend: BackendConfig) -> Base:
-    """Load a checkpoint.
+def load_base(source: ModelSource, config: ServerConfig) -> Base:
+    """Load a checkpoint. Of its files, those that the command has hashed are not hashed again.
 
     Raises:
         CheckpointError, BackendError: it cannot be served.
     """
-    model = load_model(source.folder, backend)
+    checkpoint = open_checkpoint(source.folder, config.file_hashes)
+    model = load_checkpoint(checkpoint, config.backend)
     if source.name is not None:
         model = replace(model, recipe=replace(model.recipe, name=source.name))
     logger.info("%s runs on %s", model.name, model.choice or model.backend)
-    return Base(open_checkpoint(source.folder), model)
+    return Base(checkpoint, model)
 
 
 class Catalog:

@@ -68,7 +68,7 @@ class ImageService:
         sys.setswitchinterval(SWITCH_S)
         torch.set_num_threads(1)  # of this thread: only the engine's may have more, see loaded_model
         self._safety = Safety.load(config)
-        bases = [load_base(source, config.backend) for source in config.models]
+        bases = [load_base(source, config) for source in config.models]
         self.engine = DiffusionEngine(bases[0].model, config.engine, metrics.observe_batch)
         self.engine.start()
         try:
