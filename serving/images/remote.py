@@ -101,9 +101,8 @@ class RemoteImages:
         """As `ImageService.generate`."""
         with self._counted(order):
             answer = await self._tried_twice(order)
-        if order.delivery.is_background:
-            return answer
-        self._metrics.observe_request(answer.timings, answer.latency_budget_kept)
+        if not order.delivery.is_background:
+            self._metrics.observe_request(answer.timings, answer.latency_budget_kept)
         for image in answer.images:
             self._metrics.steps_used.labels(image.num_inference_steps).inc()
         return answer
