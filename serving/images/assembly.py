@@ -1,4 +1,4 @@
-"""Puts answers together of what the engine made."""
+"""Builds answers from the pictures that the engine made."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tdm_runtime.scheduling.cost_model import Kind
 
 
 def to_images(model: LoadedModel, pictures: Sequence[Picture], encoding: ImageEncoding) -> list[MadeImage]:
-    """Files, or bare pixels, with seeds and receipts."""
+    """Return the pictures as files, or as bare pixels, with seeds and receipts."""
     images = []
     for picture in pictures:
         params = picture.params
@@ -34,7 +34,7 @@ def to_images(model: LoadedModel, pictures: Sequence[Picture], encoding: ImageEn
 
 
 def to_partial(preview: Preview, index: int, encoding: ImageEncoding) -> PartialAnswer:
-    """A file of what is to be seen on the way."""
+    """Return a draft or preview as a file."""
     return PartialAnswer(
         content=_encoded(preview.pixels, encoding, {}),
         index=index,
@@ -48,7 +48,7 @@ def to_partial(preview: Preview, index: int, encoding: ImageEncoding) -> Partial
 
 
 def to_usage(model: LoadedModel, pictures: Sequence[Picture]) -> Usage:
-    """Tokens read and latent positions made."""
+    """Return the number of tokens that were read and of latent positions that were made."""
     first = pictures[0]
     text_tokens = min(first.prompt.num_tokens, first.prompt.max_tokens)
     _, height, width = model.latent_shape(first.params)
@@ -62,7 +62,7 @@ def to_usage(model: LoadedModel, pictures: Sequence[Picture]) -> Usage:
 
 
 def to_timings(slowest: Timings, waited_ms: float, encode_ms: float, total_ms: float) -> ImageTimings:
-    """Of a request, by its slowest picture; what it waited for its turn counts as queue."""
+    """Return the timings of a request's slowest picture. The wait before submission counts as queue time."""
     return ImageTimings(
         queue_ms=waited_ms + slowest.queue_ms,
         text_ms=slowest.text_ms,
@@ -78,13 +78,13 @@ def _encoded(pixels: Pixels, encoding: ImageEncoding, embedded: Mapping[str, str
 
 
 def encoding_kind(order: ImageOrder) -> Kind:
-    """What the engine calls the encoding of a file of this format and size."""
+    """Return the kind under which the engine learns how long files of this format and size take to encode."""
     first = order.pictures[0]
     return Kind(f"encode:{order.encoding.output_format}", (first.height, first.width))
 
 
 def to_warnings(prompt: PromptEmbedding) -> list[str]:
-    """What the client may want to know of a prompt."""
+    """Return what the client should know about its prompt."""
     if not prompt.is_truncated:
         return []
     return [f"the prompt has {prompt.num_tokens} tokens; the model read the first {prompt.max_tokens}"]

@@ -1,4 +1,4 @@
-"""What the fronts and the jobs know of whoever makes pictures."""
+"""The interface through which fronts and jobs order pictures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tdm_runtime.checkpoint.recipe import Recipe
 
 
 class Images(Protocol):
-    """What makes pictures: engines here (`ImageService`) or elsewhere (`RemoteImages`)."""
+    """Makes pictures, with an engine in this process (`ImageService`) or in others (`RemoteImages`)."""
 
     @property
     def is_healthy(self) -> bool: ...

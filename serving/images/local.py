@@ -1,4 +1,4 @@
-"""Makes pictures for the fronts: an engine, a codec, metrics. Knows nothing of HTTP, gRPC or Ray."""
+"""Makes pictures with an engine in this process. Imports neither HTTP, gRPC nor Ray."""
 
 from __future__ import annotations
 
@@ -34,39 +34,40 @@ from tdm_runtime.scheduling.cost_model import Kind
 logger = logging.getLogger(__name__)
 
 SWITCH_S = 1e-4
-"""How long a thread may keep the interpreter from others, in place of Python's 5 ms. The engine's gives it up for every
-operation on tensors, and is to have it back at once, however busy the event loop is."""
+"""Longest time that a thread keeps the interpreter while others want it, in seconds; Python's default is 5 ms. The
+engine's thread gives it up at every operation on tensors and must get it back at once, however busy the event loop is."""
 HAND_OVER = Kind("hand-over")
-"""From the engine's thread to the event loop, which has others to answer as well."""
+"""Time from the engine's thread to the event loop, which may be busy with other requests."""
 SMALL_PIXELS = 3 * 128 * 128
-"""Numbers in a request's pictures up to which a thread of its own costs more than encoding them."""
+"""Most numbers in a request's pictures that are encoded on the event loop; for them a thread would take longer."""
 
 
 @dataclass(frozen=True)
 class Submitted:
-    """A request on its way."""
+    """A request that the engine has accepted."""
 
     order: ImageOrder
     model: LoadedModel
     futures: Sequence[Future[Picture]]
     arrived_s: float
-    """Monotonic, as the next."""
+    """Time of arrival, monotonic."""
     submitted_s: float
+    """Time of submission to the engine, monotonic."""
 
     def cancel(self) -> None:
-        """Stop what is not finished at the next call."""
+        """Stop unfinished pictures at the next call."""
         for future in self.futures:
             future.cancel()
 
 
 class ImageService:
-    """The models and the engine that they share."""
+    """All models, and the engine that they share."""
 
     def __init__(self, config: ServerConfig, metrics: ServerMetrics) -> None:
         self.config = config
         self.metrics = metrics
         sys.setswitchinterval(SWITCH_S)
-        torch.set_num_threads(1)  # of this thread: only the engine's may have more, see loaded_model
+        torch.set_num_threads(1)  # of this thread; only the engine's may have more, see loaded_model
         self._safety = Safety.load(config)
         bases = [load_base(source, config) for source in config.models]
         self.engine = DiffusionEngine(bases[0].model, config.engine, metrics.observe_batch)
@@ -77,7 +78,7 @@ class ImageService:
             self.engine.close()
             raise
         metrics.watch_engine(self.engine, lambda: [served.model for served in self.catalog.served()])
-        gc.freeze()  # models and programs stay: nothing to look through at every collection
+        gc.freeze()  # models and programs live as long as the process; collections need not look through them
 
     @property
     def is_healthy(self) -> bool:
@@ -86,36 +87,36 @@ class ImageService:
 
     @property
     def backend(self) -> str:
-        """What runs the default model and, where it was measured, why."""
+        """Backend of the default model and, where backends were measured, why it was chosen."""
         return self.engine.model.choice or self.engine.model.backend
 
     @property
     def num_live(self) -> int:
-        """Pictures accepted and not yet answered."""
+        """Number of pictures that were accepted and are not yet answered."""
         return self.engine.num_live
 
     def close(self) -> None:
-        """Finish what was accepted, then stop."""
+        """Finish all accepted pictures, then stop."""
         self.catalog.close()
         self.engine.close()
 
     def models(self) -> list[ModelCard]:
-        """What is served."""
+        """Return the served models, the default first."""
         return [_card(served) for served in self.catalog.served()]
 
     def model_card(self, name: str | None) -> ModelCard:
-        """Describe one model; None is the default.
+        """Describe one model; None is the default model.
 
         Raises:
-            APIError: 404, there is none of that name.
+            APIError: 404, no model has this name.
         """
         return _card(self.catalog.find(name))
 
     def recipe(self, name: str | None) -> Recipe:
-        """How a model is sampled; None is the default.
+        """Return the recipe of a model; None is the default model.
 
         Raises:
-            APIError: 404, there is none of that name.
+            APIError: 404, no model has this name.
         """
         return self.catalog.find(name).model.recipe
 
@@ -125,28 +126,28 @@ class ImageService:
         Cancelling this coroutine, or one picture's failure, cancels its pictures at the next call.
 
         Raises:
-            InvalidRequestError, APIError: the request's mistake.
-            OverloadedError: the queue is full, or the latency budget cannot be kept.
+            InvalidRequestError, APIError: the request is at fault.
+            OverloadedError: the queue is full, or the latency budget cannot be met.
             GenerationError: a picture failed.
             TimeoutError: not done within `request_timeout_s`; background work has no limit.
         """
         return await self._finish(self._submit(order, None))
 
     async def stream(self, order: ImageOrder) -> AsyncIterator[PartialAnswer | ImageAnswer]:
-        """Make one picture and show it on the way.
+        """Make one picture and send previews of it.
 
-        What is refused is refused here; what the returned iterator raises comes after the first event.
+        A refusal is raised here. Errors that the returned iterator raises come after the stream has begun.
 
         Raises:
-            As `generate`.
+            InvalidRequestError, APIError, OverloadedError: see `generate`.
         """
         loop, previews = asyncio.get_running_loop(), asyncio.Queue[Preview | None]()
 
-        def tell(preview: Preview | None) -> None:
+        def send(preview: Preview | None) -> None:
             loop.call_soon_threadsafe(previews.put_nowait, preview)
 
-        submitted = self._submit(order, tell)
-        submitted.futures[0].add_done_callback(lambda _: tell(None))
+        submitted = self._submit(order, send)
+        submitted.futures[0].add_done_callback(lambda _: send(None))
         return self._events(submitted, previews)
 
     async def _events(
@@ -175,7 +176,7 @@ class ImageService:
         return submitted
 
     def _delivery(self, order: ImageOrder, waited_s: float, on_preview: Callable[[Preview], None] | None) -> Delivery:
-        """Return what the engine needs to know; of a latency budget, the time for encoding is not the engine's."""
+        """Return the engine's view of an order; its latency budget excludes the time that encoding takes."""
         options, budget_ms = order.delivery, order.delivery.latency_budget_ms
         encoding_ms = 1e3 * len(order.pictures) * self.engine.call_seconds(encoding_kind(order))
         return Delivery(
@@ -194,7 +195,7 @@ class ImageService:
         return to_partial(preview, index, order.encoding)
 
     async def _finish(self, submitted: Submitted) -> ImageAnswer:
-        """Wait for a request's pictures and encode them."""
+        """Wait for the pictures of a request and encode them."""
         order, model = submitted.order, submitted.model
         budget_ms, is_background = order.delivery.latency_budget_ms, order.delivery.is_background
         try:
@@ -205,7 +206,7 @@ class ImageService:
                 self.metrics.budgets_missed.inc()
             raise
         finally:
-            submitted.cancel()  # a finished one is not changed by this
+            submitted.cancel()  # no effect on finished pictures
         handed_s = time.monotonic()
         made_s = submitted.submitted_s + 1e-3 * max(picture.timings.total_ms for picture in pictures)
         self.engine.observe(HAND_OVER, 1, max(0.0, handed_s - made_s))
@@ -264,7 +265,7 @@ def _card(served: Served) -> ModelCard:
 
 
 def _trace(model: LoadedModel, params: Sequence[SamplingParams]) -> None:
-    """Say what is made, where somebody traces it."""
+    """Describe the request in its span, if it is traced."""
     if (span := current_span()) is None:
         return
     span.set(

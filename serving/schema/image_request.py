@@ -1,4 +1,4 @@
-"""POST /v1/images/generations: what it reads and what it answers."""
+"""Request and response of POST /v1/images/generations."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MAX_PICTURES = 10
 MAX_BUDGET_MS = 600_000.0
 SIZE_PATTERN = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", re.ASCII)
 
-# What is checked with a better message than pydantic's is told to the readers of the schema here.
+# Limits that are checked elsewhere, with better messages than Pydantic's. Here they document the schema.
 PROMPT_SCHEMA: dict[str, JsonValue] = {"minLength": 1, "maxLength": MAX_PROMPT_CHARACTERS, "pattern": r"\S"}
 SIZE_SCHEMA: dict[str, JsonValue] = {"pattern": f"^(auto|{SIZE_PATTERN.pattern})$"}
 SEED_SCHEMA: dict[str, JsonValue] = {"minimum": 0, "maximum": MAX_SEED}
@@ -52,28 +52,34 @@ class ImageRequest(BaseModel):
         json_schema_extra=SEED_SCHEMA,
     )
     num_inference_steps: int | Literal["auto"] | None = Field(
-        None, description='One of the model\'s step counts; "auto" takes as many as the budget, or the load, allows.'
+        None,
+        description='One of the model\'s step counts; "auto" takes as many as the latency budget and the load allow.',
     )
     min_inference_steps: int | None = Field(
-        None, description='The fewest that "auto" may take; else the fewest there are.'
+        None, description='Fewest steps that "auto" may take; by default the model\'s smallest step count.'
     )
     latency_budget_ms: float | None = Field(
-        None, gt=0, le=MAX_BUDGET_MS, description="From arrival to answer: kept, or refused at once with 429."
+        None,
+        gt=0,
+        le=MAX_BUDGET_MS,
+        description="Longest time from arrival to answer. A request that cannot meet it gets 429 at once.",
     )
-    strict: bool = Field(False, description="The same bits alone and in any company, on one backend.")
-    decoder: DecoderName = Field("full", description="tiny decodes several times faster and a little softer.")
+    strict: bool = Field(False, description="The same bits alone and in any batch, on one backend.")
+    decoder: DecoderName = Field("full", description="tiny is several times faster and its pictures a little softer.")
     guidance_scale: float | None = Field(None, description="Only 1: guidance is distilled into the weights.")
     negative_prompt: str | None = Field(None, description="Only empty: it needs guidance.")
-    response_format: ResponseFormat = Field(
-        "b64_json", description="url: the server keeps the file for a while; see expires_at."
-    )
+    response_format: ResponseFormat = Field("b64_json", description="url: the server keeps the file until expires_at.")
     output_format: ImageFormat = "png"
     output_compression: int = Field(100, ge=0, le=100, description="Quality of jpeg and webp.")
     metadata: bool = Field(True, description="Write prompt, seed and steps into the picture file.")
     user: str | None = Field(None, max_length=256, description="Accepted and unused.")
-    stream: bool | None = Field(None, description="Server-sent events: partial images, then the picture; only n = 1.")
-    partial_images: int | None = Field(None, ge=0, le=3, description="With stream: at most so many before the last.")
-    draft: bool = Field(False, description="With partial_images: the first is the picture of one step.")
+    stream: bool | None = Field(
+        None, description="Answer with server-sent events: partial images, then the picture; needs n = 1."
+    )
+    partial_images: int | None = Field(
+        None, ge=0, le=3, description="With stream: most partial images before the picture."
+    )
+    draft: bool = Field(False, description="With partial_images: the first one is the picture of one step.")
     quality: Literal["auto", "standard"] | None = Field(None, description="Only auto: steps are the quality dial.")
     background: Literal["auto", "opaque"] | None = Field(None, description="Pictures are opaque.")
 
@@ -210,18 +216,18 @@ class GeneratedImage(BaseModel):
 
     b64_json: str | None = None
     url: str | None = None
-    """Where it is fetched from, without a key, until it expires."""
+    """URL of the file, which needs no key; valid until `expires_at`."""
     expires_at: int | None = None
-    """Of the URL, Unix seconds."""
+    """Time when the URL expires, Unix seconds."""
     revised_prompt: str | None = None
-    """Always null: prompts are read as they are."""
+    """Always null: the server does not rewrite prompts."""
     seed: int
     num_inference_steps: int
-    """That were taken."""
+    """Number of steps that were taken."""
     is_cached: bool
-    """Whether it was made for an earlier request."""
+    """Whether the picture was made for an earlier request."""
     receipt: Receipt
-    """What made it; `tdm-generate --verify` makes it again."""
+    """Everything that determines the picture; `tdm-generate --verify` makes it again."""
 
 
 class ImageResponse(BaseModel):
@@ -236,14 +242,14 @@ class ImageResponse(BaseModel):
     usage: Usage
     timings: ImageTimings
     predicted_ms: float
-    """What `timings.total_ms` was expected to be when the first step was due."""
+    """Prediction of `timings.total_ms` when the first step was due."""
     latency_budget_kept: bool | None
-    """None where there was none."""
+    """Whether the answer was in time; None without a latency budget."""
     warnings: list[str] = []
 
 
 class ImageEvent(BaseModel):
-    """What a stream's events have in common."""
+    """Fields of every event of a stream."""
 
     b64_json: str
     created_at: int
@@ -259,12 +265,12 @@ class PartialImage(ImageEvent):
     type: Literal["image_generation.partial_image"] = "image_generation.partial_image"
     partial_image_index: int
     is_draft: bool
-    """The picture of one step; otherwise what a step of the picture itself expects."""
+    """True for a picture of one step; False for what a step of the picture itself predicts."""
     num_steps_taken: int
 
 
 class CompletedImage(ImageEvent):
-    """Event `image_generation.completed`: what `ImageResponse` says of its one picture."""
+    """Event `image_generation.completed`, with the fields of `ImageResponse` and its picture."""
 
     type: Literal["image_generation.completed"] = "image_generation.completed"
     seed: int
@@ -284,11 +290,11 @@ def to_base64(content: bytes) -> str:
 
 
 def to_response(answer: ImageAnswer, urls: list[str] | None, expires_at: int | None = None) -> ImageResponse:
-    """An answer as JSON.
+    """Return an answer as the body of the HTTP response.
 
     Args:
-        urls: of the pictures, in their order; None puts them into the answer.
-        expires_at: when the URLs do, Unix seconds.
+        urls: URLs of the pictures, in their order. None puts the pictures into the body.
+        expires_at: time when the URLs expire, Unix seconds.
     """
     return ImageResponse(
         created=answer.created,
@@ -321,7 +327,7 @@ def to_fields(answer: ImageAnswer, urls: list[str] | None, expires_at: int | Non
 
 
 def to_event(answer: PartialAnswer | ImageAnswer) -> PartialImage | CompletedImage:
-    """A part of a stream as its event."""
+    """Return a part of a stream as its event."""
     if isinstance(answer, PartialAnswer):
         return PartialImage(
             b64_json=to_base64(answer.content),

@@ -1,4 +1,4 @@
-"""What GET /v1/models tells."""
+"""Answer of GET /v1/models."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class ModelCard:
     default_steps: int
     decoders: list[str]
     backend: str
-    """What runs it, as "openvino bf16"."""
+    """Backend and precision that run the model, such as "openvino bf16"."""
     parity_psnr_db: dict[int, float]
-    """Step count -> how close its pictures come to torch float32, as `tdm-export` measured."""
+    """Step count -> PSNR of the backend's pictures against torch float32, as `tdm-export` measured it."""
     digest: str
     base: str | None = None
-    """Of a LoRA: the model that it changes."""
+    """Name of the model that a LoRA changes; None for a checkpoint."""
 
 
 class ModelList(BaseModel):
