@@ -62,7 +62,7 @@ class ImageRequest(BaseModel):
         None,
         gt=0,
         le=MAX_BUDGET_MS,
-        description="Longest time from arrival to answer. A request that cannot meet it gets 429 at once.",
+        description="Longest time from arrival to answer. A request that cannot meet it is refused at once.",
     )
     strict: bool = Field(False, description="The same bits alone and in any batch, on one backend.")
     decoder: DecoderName = Field("full", description="tiny is several times faster and its pictures a little softer.")
