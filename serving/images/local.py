@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 SWITCH_S = 1e-4
 """Longest time that a thread keeps the interpreter while others want it, in seconds; Python's default is 5 ms. The
-engine's thread gives it up at every operation on tensors and must get it back at once, even if the event loop is busy."""
+engine's thread gives it up at every operation on tensors and must soon get it back, even beside a busy event loop."""
 HAND_OVER = Kind("hand-over")
 """Time from the engine's thread to the event loop, which may be busy with other requests."""
 SMALL_PIXELS = 3 * 128 * 128

@@ -24,7 +24,7 @@ from serving.web.http_edge import caller_of, shown_request_id
 from tdm_runtime.media.image_file import ImageFormat
 
 UNBUFFERED = {"cache-control": "no-store", "x-accel-buffering": "no"}
-"""For streams: proxies pass every event on as it comes."""
+"""Headers of streams, so that proxies pass each event on at once."""
 MEDIA_TYPES: dict[str, ImageFormat] = {"image/png": "png", "image/webp": "webp", "image/jpeg": "jpeg"}
 PICTURE = {"schema": {"type": "string", "format": "binary"}}
 EVENT = {
@@ -42,7 +42,7 @@ ANSWERS: dict[int | str, dict[str, Any]] = {
 
 
 def add_image_routes(app: FastAPI, services: Services) -> None:
-    """Pictures and the models that make them."""
+    """Add the routes of pictures and models."""
 
     @app.post(
         "/v1/images/generations",
@@ -87,7 +87,7 @@ def add_image_routes(app: FastAPI, services: Services) -> None:
 
 
 def accepted_format(accept: str) -> ImageFormat | None:
-    """The picture format that an `Accept` header asks for; None where JSON will do."""
+    """Return the picture format that an `Accept` header prefers; None for JSON."""
     found: list[tuple[float, str]] = []
     for part in accept.split(","):
         media_type, *settings = (word.strip().lower() for word in part.split(";"))
@@ -102,7 +102,7 @@ def accepted_format(accept: str) -> ImageFormat | None:
 
 
 def file_response(answer: ImageAnswer) -> Response:
-    """One picture's bytes; what JSON would say of it, in headers and, of a PNG, in its chunks."""
+    """Return the response that is one picture's file. Headers, and chunks of a PNG, contain what JSON would."""
     (image,) = answer.images
     headers = {
         "server-timing": server_timing(answer.timings),
@@ -119,7 +119,7 @@ def file_response(answer: ImageAnswer) -> Response:
 
 
 async def json_response(answer: ImageAnswer, order: ImageOrder, request: Request, services: Services) -> Response:
-    """Pictures in JSON, or where to fetch them."""
+    """Return the JSON response, with the pictures or with their URLs."""
     if order.encoding.response_format == "url":
         base = base_url(request, services.config)
         published = await asyncio.to_thread(services.artifacts.publish, answer, base, services.config.artifact_ttl_s)
@@ -133,7 +133,7 @@ async def json_response(answer: ImageAnswer, order: ImageOrder, request: Request
 async def server_sent(
     parts: AsyncIterator[PartialAnswer | ImageAnswer], services: Services, request_id: str
 ) -> AsyncIterator[str]:
-    """Events as text; a failure among them is one too."""
+    """Yield events as text. An error after the first event becomes an event too."""
     try:
         async for part in parts:
             event = to_event(part)
@@ -144,7 +144,7 @@ async def server_sent(
 
 
 def server_timing(timings: ImageTimings) -> str:
-    """The standard header that browsers show in their network panel."""
+    """Return the value of the `Server-Timing` header, which browsers show in their network panel."""
     stages = {
         "queue": timings.queue_ms,
         "text": timings.text_ms,

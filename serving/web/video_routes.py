@@ -1,4 +1,4 @@
-"""/v1/videos: clips, made while nobody waits."""
+"""/v1/videos: clips, made in the background."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ VIDEO_SCHEMA = VideoRequest.model_json_schema()
 
 
 def add_video_routes(app: FastAPI, services: Services) -> None:
-    """Clips and the jobs that make them."""
+    """Add the routes of clips."""
     config = services.config
 
     @app.post("/v1/videos", openapi_extra=documented_body(json=VIDEO_SCHEMA, form=VIDEO_SCHEMA), response_model=Video)
     async def create_video(request: Request) -> Response:
-        """Start making a clip: what an image model makes of noise that walks around a circle."""
+        """Start making a clip: pictures of an image model whose noise walks around a circle."""
         if request.headers.get("content-type", "").startswith("multipart/form-data"):
             wanted = validate(from_form(await read_form(request, config)), VideoRequest)
         else:
@@ -71,7 +71,7 @@ def add_video_routes(app: FastAPI, services: Services) -> None:
 
     @app.get("/v1/videos/{video_id}", response_model=Video)
     async def get_video(video_id: str, request: Request) -> Response:
-        """How far a clip is."""
+        """Return the progress of a clip."""
         return _shown(await services.jobs.get("video", caller_of(request).name, video_id))
 
     @app.get("/v1/videos/{video_id}/content", response_class=Response)
@@ -85,7 +85,7 @@ def add_video_routes(app: FastAPI, services: Services) -> None:
 
     @app.delete("/v1/videos/{video_id}")
     async def delete_video(video_id: str, request: Request) -> DeletedVideo:
-        """Delete a clip; one that is being made stops."""
+        """Delete a clip, finished or not."""
         await services.jobs.delete("video", caller_of(request).name, video_id)
         return DeletedVideo(id=video_id)
 
