@@ -1,4 +1,4 @@
-"""What a call says beside its message: who asks, and until when an answer is of use."""
+"""The caller and the deadline of a gRPC call."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from serving.schema.order import ImageOrder
 from tdm_runtime.errors import InvalidRequestError
 
 DEADLINE_MARGIN_MS = 5.0
-"""Of the time to a call's deadline, what its answer's way back may take."""
+"""Part of the time to a call's deadline that is reserved for sending the answer, in milliseconds."""
 NO_DEADLINE_BUDGET = ("x-tdm-deadline-budget", "off")
-"""Metadata of a call whose deadline only says when to give up."""
+"""Metadata of a call whose deadline is not a latency budget."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call, as the edge let it in."""
+    """One admitted call."""
 
     caller: Caller
     context: grpc.aio.ServicerContext
 
     def budget_ms(self) -> float | None:
-        """What the deadline leaves from the arrival on; None where there is none, or it is no budget."""
+        """Return the time from arrival to deadline, in milliseconds; None if the deadline is not a latency budget."""
         remaining_s = self.context.time_remaining()
         if remaining_s is None or NO_DEADLINE_BUDGET in tuple(self.context.invocation_metadata() or ()):
             return None
@@ -42,18 +42,18 @@ _current: ContextVar[Call] = ContextVar("call")
 
 
 def enter(call: Call) -> None:
-    """Make it the call of this task."""
+    """Set the call of this task."""
     _current.set(call)
 
 
 def current_call() -> Call:
-    """The call that this task answers."""
+    """Return the call that this task answers."""
     return _current.get()
 
 
 @contextmanager
 def budgeted(order: ImageOrder) -> Iterator[ImageOrder]:
-    """A request without a latency budget gets its call's deadline as one.
+    """Give an order without a latency budget the call's deadline as one.
 
     Raises:
         APIError: 504, the deadline leaves too little.
@@ -64,7 +64,7 @@ def budgeted(order: ImageOrder) -> Iterator[ImageOrder]:
         return
     if budget_ms <= 0:
         raise _too_soon(
-            f"it leaves {budget_ms + DEADLINE_MARGIN_MS:.3g} ms, {DEADLINE_MARGIN_MS:g} ms are the answer's"
+            f"it leaves {budget_ms + DEADLINE_MARGIN_MS:.3g} ms and sending the answer takes {DEADLINE_MARGIN_MS:g} ms"
         )
     try:
         yield order.within(budget_ms)

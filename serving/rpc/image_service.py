@@ -1,4 +1,4 @@
-"""tdm.images.v1.ImageService: pictures, with all that HTTP knows of them, in types."""
+"""tdm.images.v1.ImageService: typed messages with the fields of HTTP."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ AS_THEY_ARE = (
     "output_compression",
     "metadata",
 )
-"""Fields that both schemas have alike; of steps there are either these or `auto_steps`."""
+"""Fields that HTTP and gRPC share. A message has either `num_inference_steps` or `auto_steps`."""
 
 
 class ImageServicer:
-    """Answers for one replica."""
+    """Answers the calls of one replica."""
 
     def __init__(self, services: Services) -> None:
         self._services = services
@@ -59,7 +59,7 @@ class ImageServicer:
     async def GenerateStream(
         self, request: pb.GenerateStreamRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.GenerateStreamResponse]:
-        """Make one picture and show it on the way."""
+        """Make one picture and send previews of it."""
         with budgeted(order_from_fields(stream_fields_of(request), self._services.images.recipe)) as order:
             current_call().caller.spend(order.cost)
             parts = await self._services.images.stream(order)
@@ -69,7 +69,7 @@ class ImageServicer:
     async def ListModels(
         self, request: pb.ListModelsRequest, context: grpc.aio.ServicerContext
     ) -> pb.ListModelsResponse:
-        """What is served."""
+        """List the served models."""
         models = (pb.Model(**_filled(pb.Model, asdict(card))) for card in self._services.images.models())
         return pb.ListModelsResponse(models=models)
 
@@ -78,10 +78,10 @@ class ImageServicer:
 
 
 def fields_of(request: pb.GenerateRequest) -> dict[str, Any]:
-    """What was sent, under HTTP's names.
+    """Return the fields of a message under HTTP's names.
 
     Raises:
-        APIError: 400, something that this server does not know.
+        APIError: 400, the message has a field or value that this server does not know.
     """
     _refuse_unknown(request)
     fields = {name: getattr(request, name) for name in AS_THEY_ARE if request.HasField(name)}
@@ -101,10 +101,10 @@ def fields_of(request: pb.GenerateRequest) -> dict[str, Any]:
 
 
 def stream_fields_of(request: pb.GenerateStreamRequest) -> dict[str, Any]:
-    """As `fields_of`.
+    """Return the fields of a stream's message under HTTP's names.
 
     Raises:
-        APIError: 400, something that this server does not know, or streams do not carry.
+        APIError: 400, the message has a field or value that this server does not know, or asks for bare pixels.
     """
     _refuse_unknown(request)
     if request.picture.output_format == pb.OUTPUT_FORMAT_PIXELS:
@@ -114,7 +114,7 @@ def stream_fields_of(request: pb.GenerateStreamRequest) -> dict[str, Any]:
 
 
 def _named(value: int, names: Mapping[Any, int], param: str) -> str:
-    """HTTP's word for an enum's value."""
+    """Return HTTP's name of an enum value."""
     for name, number in names.items():
         if number == value:
             return str(name)
@@ -122,7 +122,7 @@ def _named(value: int, names: Mapping[Any, int], param: str) -> str:
 
 
 def _refuse_unknown(message: Message) -> None:
-    """A field of a later .proto would change the picture: it is refused as HTTP refuses unknown names."""
+    """Refuse fields of a later .proto, which would change the picture, as HTTP refuses unknown names."""
     unknown = UnknownFieldSet(message)
     if len(unknown):
         number, name = unknown[0].field_number, message.DESCRIPTOR.full_name
@@ -134,7 +134,7 @@ def _refuse_unknown(message: Message) -> None:
 
 
 def to_response(answer: ImageAnswer, as_pixels: bool = False) -> pb.GenerateResponse:
-    """An answer as a message."""
+    """Return an answer as a message."""
     images = (
         pb.Image(
             content=image.content,
@@ -160,7 +160,7 @@ def to_response(answer: ImageAnswer, as_pixels: bool = False) -> pb.GenerateResp
 
 
 def to_event(part: PartialAnswer | ImageAnswer) -> pb.GenerateStreamResponse:
-    """A part of a stream as a message."""
+    """Return a part of a stream as a message."""
     if isinstance(part, ImageAnswer):
         return pb.GenerateStreamResponse(completed=to_response(part))
     partial = pb.PartialImage(
@@ -176,5 +176,5 @@ def to_event(part: PartialAnswer | ImageAnswer) -> pb.GenerateStreamResponse:
 
 
 def _filled(kind: type[Message], values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values that a message has fields for."""
+    """Return the values for which a message has fields."""
     return {name: values[name] for name in kind.DESCRIPTOR.fields_by_name}
