@@ -1,4 +1,4 @@
-"""A cluster of Ray nodes on this machine under load, one of which is killed. A process of its own: Ray's state is."""
+"""Kills one node of a Ray cluster on this machine under load. It needs its own process, as Ray keeps global state."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KILL_AFTER_S = 2.0
 
 
 def main(checkpoint: Path, port: int) -> None:
-    """Print what clients saw, as JSON."""
+    """Print the results of the clients as JSON."""
     prepare_environment()
     import ray
     from ray import serve
@@ -50,7 +50,7 @@ def main(checkpoint: Path, port: int) -> None:
 
 
 def under_load(cluster: object, workers: list[object], url: str) -> dict[str, object]:
-    """Ask for pictures from several clients and kill a node meanwhile."""
+    """Request pictures from several clients and kill a node meanwhile."""
     seen: Counter[str] = Counter()
     pictures: dict[int, set[str]] = {}
     ends_s = time.monotonic() + LOAD_S

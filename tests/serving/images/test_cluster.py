@@ -1,4 +1,4 @@
-"""Engines on two Ray nodes, one of which dies under load: nobody who was accepted is told of it."""
+"""Engines on two Ray nodes, one of which is killed under load: every accepted request is answered."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from tests.serving.conftest import free_port
 from tests.serving.images import cluster
 
 
-def test_a_node_that_is_killed_loses_no_request(tiny_checkpoint: Path) -> None:
+def test_killing_a_node_loses_no_request(tiny_checkpoint: Path) -> None:
     command = [sys.executable, "-m", "tests.serving.images.cluster", str(tiny_checkpoint), str(free_port())]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert ended.returncode == 0, ended.stderr[-3000:]
     said = json.loads(ended.stdout.splitlines()[-1])
     assert set(said["statuses"]) == {"200"}, ended.stderr[-3000:]
     assert said["statuses"]["200"] > 10 * cluster.NUM_CLIENTS
-    assert 1 <= said["retried"] <= cluster.NUM_CLIENTS  # what was on its way to the dead node, once each
+    assert 1 <= said["retried"] <= cluster.NUM_CLIENTS  # each request at the dead node, once
 
 
 @pytest.mark.parametrize(("text", "expected"), [("3", (3, 3)), ("1-4", (1, 4))])
-def test_the_command_line_names_replicas(text: str, expected: tuple[int, int]) -> None:
+def test_the_command_line_sets_the_number_of_replicas(text: str, expected: tuple[int, int]) -> None:
     config = parse_arguments(["--front", "ray", "--replicas", text])
     assert (config.min_replicas, config.max_replicas) == expected
 
@@ -33,7 +33,7 @@ def test_the_command_line_names_replicas(text: str, expected: tuple[int, int]) -
 @pytest.mark.parametrize(
     "arguments", [["--replicas", "0"], ["--replicas", "4-1"], ["--replicas", "1-4"], ["--replicas", "x"]]
 )
-def test_the_command_line_refuses_what_is_no_number_of_replicas(arguments: list[str]) -> None:
-    """A range needs Ray's proxy, whose load it follows."""
+def test_the_command_line_refuses_a_wrong_number_of_replicas(arguments: list[str]) -> None:
+    """A range of replicas needs Ray's proxy, which measures the load."""
     with pytest.raises(SystemExit):
         parse_arguments(arguments)

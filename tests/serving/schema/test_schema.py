@@ -1,4 +1,4 @@
-"""What a client may send: everything else is a 400 that names value and limit."""
+"""Valid requests become orders; everything else is a 400 that names the value and the limit."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ BAD_REQUESTS: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("body", "param"), BAD_REQUESTS)
-def test_a_bad_value_is_refused_by_name(body: dict[str, Any], param: str) -> None:
+def test_a_bad_value_is_refused_with_the_name_of_its_field(body: dict[str, Any], param: str) -> None:
     with pytest.raises((APIError, InvalidRequestError)) as caught:
         ordered(json.dumps(body).encode())
     assert caught.value.param == param
@@ -123,7 +123,7 @@ def test_brackets_inside_strings_are_not_nesting() -> None:
     assert parse_json(json.dumps({"prompt": text}).encode()) == {"prompt": text}
 
 
-def test_the_least_request_gets_the_recipes_defaults() -> None:
+def test_a_request_with_only_a_prompt_gets_the_recipes_defaults() -> None:
     order = ordered(b'{"prompt": "a cat"}')
     (params,) = order.pictures
     assert order == ImageOrder(RECIPE.name, (params,), DeliveryOptions(), ImageEncoding())
@@ -150,7 +150,7 @@ def test_every_picture_of_a_request_has_its_decoder(decoder: str) -> None:
         ({"stream": True, "n": 2}, "n"),
     ],
 )
-def test_fields_that_contradict_each_other_are_refused_by_name(body: dict[str, Any], param: str) -> None:
+def test_contradicting_fields_are_refused_with_the_name_of_one(body: dict[str, Any], param: str) -> None:
     with pytest.raises((APIError, InvalidRequestError)) as caught:
         ordered(json.dumps({"prompt": "a cat"} | body).encode())
     assert caught.value.param == param
@@ -163,7 +163,7 @@ def test_auto_leaves_the_step_count_open_from_the_fewest_to_the_most() -> None:
     assert order.delivery == DeliveryOptions(latency_budget_ms=40.0, min_inference_steps=RECIPE.step_counts[0])
 
 
-def test_an_order_has_every_wish_of_its_request() -> None:
+def test_an_order_has_the_options_of_its_request() -> None:
     body = {"prompt": "a cat", "stream": True, "partial_images": 3, "draft": True, "strict": True}
     order = ordered(json.dumps(body | {"output_format": "webp", "output_compression": 60, "metadata": False}).encode())
     assert order.delivery == DeliveryOptions(strict=True, is_streamed=True, num_previews=2, draft=True)
@@ -171,12 +171,12 @@ def test_an_order_has_every_wish_of_its_request() -> None:
     assert ordered(b'{"prompt": "a cat", "response_format": "url"}').encoding.response_format == "url"
 
 
-def test_a_word_that_is_no_step_count_is_told_which_word_is() -> None:
+def test_the_error_of_an_unknown_step_word_names_auto() -> None:
     with pytest.raises(APIError, match=r"integer or .*'auto'"):
         ordered(b'{"prompt": "a", "num_inference_steps": "fast"}')
 
 
-def test_the_pictures_of_a_request_count_seeds_up_and_wrap() -> None:
+def test_each_picture_of_a_request_has_the_next_seed_and_seeds_wrap() -> None:
     body = {"prompt": "a cat", "n": 3, "seed": MAX_SEED}
     params = ordered(json.dumps(body).encode()).pictures
     assert [p.seed for p in params] == [MAX_SEED, 0, 1]
@@ -212,7 +212,7 @@ def test_the_seed_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(drawn) == 1
 
 
-def test_an_order_is_frozen_plain_and_survives_pickling() -> None:
+def test_an_order_is_frozen_and_equal_after_pickling() -> None:
     order = ordered(b'{"prompt": "a cat", "n": 2, "latency_budget_ms": 40}')
     assert pickle.loads(pickle.dumps(order)) == order
     assert hash(order) == hash(pickle.loads(pickle.dumps(order)))
@@ -222,7 +222,7 @@ def test_an_order_is_frozen_plain_and_survives_pickling() -> None:
             setattr(part, fields(part)[0].name, None)
 
 
-def test_what_a_front_adds_to_an_order_changes_nothing_else() -> None:
+def test_changing_an_order_leaves_its_other_fields() -> None:
     order = ordered(b'{"prompt": "a cat", "n": 2, "output_format": "jpeg", "strict": true}')
     changed = order.within(40.0).in_background().as_pixels()
     assert (changed.model, changed.pictures) == (order.model, order.pictures)
@@ -230,7 +230,7 @@ def test_what_a_front_adds_to_an_order_changes_nothing_else() -> None:
     assert changed.encoding == ImageEncoding("jpeg", pixels_only=True)
 
 
-def test_an_order_costs_the_most_steps_that_it_may_take() -> None:
+def test_an_order_with_auto_costs_the_most_steps() -> None:
     fields = {"prompt": "a cat", "num_inference_steps": "auto", "n": 3, "size": "64x64"}
     cost = order_from_fields(fields, lambda name: RECIPE).cost
     assert cost == pytest.approx(3 * 64 * 64 * RECIPE.step_counts[-1] / 1e6)
