@@ -154,14 +154,14 @@ def test_invalid_loras_are_logged_and_the_others_still_work(
     (folder / "broken.safetensors").write_bytes(b"no tensors")
     write_lora(folder / "first.safetensors", 7)
     write_lora(folder / "stranger.safetensors", 8)
-    (folder / "stranger.json").write_text(json.dumps({"base": "nobody"}))
+    (folder / "stranger.json").write_text(json.dumps({"base": "missing"}))
     look_twice(service)
     assert not {"broken", "stranger"} & {card.id for card in service.models()}
     assert service.catalog.find("first").model.base is None
     for said in (
         "broken.safetensors cannot be read",
         "'first' is the name of a checkpoint",
-        "'nobody'; this server has",
+        "'missing'; this server has",
     ):
         assert said in caplog.text
     assert pixels(service, "there").size == 16 * 16 * 3
