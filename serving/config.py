@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT
+from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT, FileHashes
 from tdm_runtime.engine.engine import EngineConfig
 from tdm_runtime.model.artifacts import BackendConfig
 
@@ -108,6 +108,8 @@ class ServerConfig:
     """URL of an OpenTelemetry collector that takes traces by HTTP; None sends none."""
     trace_file: Path | None = None
     """Traces as JSON lines, with or without a collector."""
+    file_hashes: FileHashes = field(default_factory=FileHashes, repr=False, compare=False)
+    """Hashes of checkpoint files. The command fills them; its replicas hash only files that have changed since."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.port <= 65535:

@@ -17,13 +17,13 @@ from serving.config import LogFormat, ServerConfig
 from serving.errors import APIError
 from serving.fronts.arrival import arrive
 from serving.fronts.services import Services
+from serving.images.interface import Images
 from serving.images.remote import Listing, RemoteImages, refusal
 from serving.schema.answers import ImageAnswer, PartialAnswer
-from serving.schema.image_request import ImageRequest
+from serving.schema.order import ImageOrder
 from serving.telemetry.logs import set_up_logging
 from serving.telemetry.metrics import ServerMetrics
 from serving.web.http_front import HTTPFront
-from tdm_runtime.params import SamplingParams
 
 
 def ray_logging(log_format: LogFormat) -> LoggingConfig:
@@ -59,18 +59,45 @@ async def start_grpc(config: ServerConfig, services: Services) -> list[Front]:
     return [await GRPCFront.start(services, config.host, config.grpc_port)]
 
 
-@serve.deployment(
-    name="images",
-    max_ongoing_requests=4096,
-    max_queued_requests=-1,
+OPTIONS: dict[str, Any] = {
+    # Admission is the engine's own, so Ray queues nothing.
+    "max_ongoing_requests": 4096,
     # What a constructor refuses once it refuses again: a checkpoint does not mend itself.
-    max_constructor_retry_count=1,
-    # That a replica's process died is noticed at a check; nobody else has its port.
-    health_check_period_s=2,
-    ray_actor_options={"num_cpus": 1},
-)
-class DirectDeployment:
-    """One replica: engine and fronts in one process. Admission is the engine's own, so Ray queues nothing."""
+    "max_constructor_retry_count": 1,
+    # A check finds a replica whose process died; no other request finds it, as no other process has its port.
+    "health_check_period_s": 2,
+}
+"""Options of every deployment."""
+
+
+class Fronts:
+    """The process that listens: what Ray and `tdm-serve` ask of it."""
+
+    images: Images
+    services: Services
+    fronts: list[Front]
+
+    def backend(self) -> str:
+        """What runs the default model and, where it was measured, why."""
+        return self.images.backend
+
+    async def drain(self) -> None:
+        """Answer what was accepted, and stop listening. Called by `tdm-serve` before it stops."""
+        await self.services.drain()
+        for front in self.fronts:
+            await front.close()
+
+    async def __del__(self) -> None:
+        """Called by Ray when it stops a replica. Ray does not know the requests of the replica's own fronts."""
+        if hasattr(self, "fronts"):
+            if self.services.is_ready:
+                await self.drain()
+            await asyncio.to_thread(self.services.close)
+
+
+@serve.deployment(name="images", max_queued_requests=-1, ray_actor_options={"num_cpus": 1}, **OPTIONS)
+class DirectDeployment(Fronts):
+    """One replica: engine and fronts in one process."""
 
     async def __init__(self, config: ServerConfig) -> None:  # type: ignore[misc]  # Ray awaits it
         from serving.images.local import ImageService
@@ -90,31 +117,8 @@ class DirectDeployment:
         if self.services.is_ready and not all(front.is_running for front in self.fronts):
             raise RuntimeError("a front is not running")
 
-    def backend(self) -> str:
-        """What runs the default model and, where it was measured, why."""
-        return self.images.backend
 
-    async def drain(self) -> None:
-        """Answer what was accepted, and stop listening. Called by `tdm-serve` before it stops."""
-        await self.services.drain()
-        for front in self.fronts:
-            await front.close()
-
-    async def __del__(self) -> None:
-        """Called by Ray when it stops a replica; of requests to its own front Ray knows nothing."""
-        if hasattr(self, "fronts"):
-            if self.services.is_ready:
-                await self.drain()
-            await asyncio.to_thread(self.services.close)
-
-
-@serve.deployment(
-    name="engines",
-    max_ongoing_requests=4096,
-    max_constructor_retry_count=1,
-    health_check_period_s=2,
-    ray_actor_options={"num_cpus": 1},
-)
+@serve.deployment(name="engines", ray_actor_options={"num_cpus": 1}, **OPTIONS)
 class EngineDeployment:
     """One engine behind an ingress. What it refuses it returns: Ray would wrap what is raised."""
 
@@ -124,30 +128,21 @@ class EngineDeployment:
         set_up_logging(config)
         self.images = ImageService(config, ServerMetrics())
 
-    async def render(self, params: SamplingParams, model: str | None) -> bytes | APIError:
-        """As `ImageService.render`."""
-        try:
-            return await self.images.render(params, model)
-        except Exception as error:
-            return refusal(error)
-
-    async def generate(
-        self, request: ImageRequest, as_pixels: bool, is_background: bool, elapsed_s: float
-    ) -> ImageAnswer | APIError:
+    async def generate(self, order: ImageOrder, elapsed_s: float) -> ImageAnswer | APIError:
         """As `ImageService.generate`, of a request that arrived so long ago."""
         arrive(elapsed_s)
         try:
-            return await self.images.generate(request, as_pixels, is_background)
+            return await self.images.generate(order)
         except Exception as error:
             return refusal(error)
 
     async def stream(
-        self, request: ImageRequest, elapsed_s: float
+        self, order: ImageOrder, elapsed_s: float
     ) -> AsyncIterator[PartialAnswer | ImageAnswer | APIError]:
         """As `ImageService.stream`, of a request that arrived so long ago."""
         arrive(elapsed_s)
         try:
-            async for part in await self.images.stream(request):
+            async for part in await self.images.stream(order):
                 yield part
         except Exception as error:
             yield refusal(error)
@@ -169,15 +164,10 @@ class EngineDeployment:
 
 
 @serve.deployment(
-    name="images",
-    max_ongoing_requests=4096,
-    max_queued_requests=-1,
-    max_constructor_retry_count=1,
-    health_check_period_s=2,
-    ray_actor_options={"num_cpus": 0, "resources": HEAD},
+    name="images", max_queued_requests=-1, ray_actor_options={"num_cpus": 0, "resources": HEAD}, **OPTIONS
 )
 @serve.ingress()
-class IngressDeployment:
+class IngressDeployment(Fronts):
     """HTTP behind Ray's proxy, before engines on any machine."""
 
     async def __init__(self, config: ServerConfig, engines: DeploymentHandle[Any]) -> None:  # type: ignore[misc]
@@ -192,23 +182,6 @@ class IngressDeployment:
         from serving.web.app import build_app
 
         return build_app(self.services)
-
-    def backend(self) -> str:
-        """What runs the default model and, where it was measured, why."""
-        return self.images.backend
-
-    async def drain(self) -> None:
-        """Answer what was accepted. Called by `tdm-serve` before it stops."""
-        await self.services.drain()
-        for front in self.fronts:
-            await front.close()
-
-    async def __del__(self) -> None:
-        """Called by Ray when it stops the ingress."""
-        if hasattr(self, "fronts"):
-            if self.services.is_ready:
-                await self.drain()
-            self.services.close()
 
 
 def build_application(config: ServerConfig) -> Application:

@@ -48,7 +48,7 @@ def check_models(config: ServerConfig) -> list[Checkpoint]:
     Raises:
         CheckpointError: a checkpoint or a LoRA cannot be served, or two have one name.
     """
-    checkpoints = [open_checkpoint(source.folder) for source in config.models]
+    checkpoints = [open_checkpoint(source.folder, config.file_hashes) for source in config.models]
     opened = zip(config.models, checkpoints, strict=True)
     names = [source.name or checkpoint.recipe.name for source, checkpoint in opened]
     bases = list(names)

@@ -6,13 +6,12 @@ import asyncio
 from dataclasses import dataclass, field
 
 from serving.config import ServerConfig
-from serving.fronts.access import Access, Caller
+from serving.fronts.access import Access
 from serving.fronts.arrival import Turnstile
 from serving.fronts.idempotency import Replays
 from serving.images.interface import Images
 from serving.jobs.artifacts import ArtifactStore, open_artifacts
 from serving.jobs.job_service import JobService
-from serving.schema.image_request import ImageRequest
 from serving.telemetry.metrics import ServerMetrics
 from serving.telemetry.tracing import Tracing
 
@@ -48,14 +47,6 @@ class Services:
         metrics.watch_requests(lambda: services.num_active, config.max_open_requests)
         metrics.watch_live(lambda: images.num_live, config.engine.max_live * config.max_replicas)
         return services
-
-    def spend(self, caller: Caller, request: ImageRequest) -> None:
-        """Take a request out of its caller's quotas.
-
-        Raises:
-            InvalidRequestError, APIError: the request's mistake, or the quota is used up.
-        """
-        caller.spend(request.cost(self.images.recipe(request.model)))
 
     @property
     def is_ready(self) -> bool:

@@ -1,1 +1,1 @@
-"""Pictures for fronts and jobs: an engine in this process, or engines of other processes."""
+"""Makes pictures for fronts and jobs, with an engine in this process or in others."""

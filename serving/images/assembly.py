@@ -1,4 +1,4 @@
-"""Puts answers together of what the engine made."""
+"""Builds answers from the pictures that the engine made."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from serving.schema.answers import ImageTimings, InputTokenDetails, MadeImage, PartialAnswer, Usage
-from serving.schema.image_request import ImageRequest
+from serving.schema.order import ImageEncoding, ImageOrder
 from tdm_runtime.engine.delivery import Preview
 from tdm_runtime.engine.sample import Picture, Timings
 from tdm_runtime.media.image_file import describe_parameters, encode_image
@@ -14,34 +14,32 @@ from tdm_runtime.media.receipt import receipt_of
 from tdm_runtime.model.decoder import Pixels
 from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.model.text_encoder import PromptEmbedding
-from tdm_runtime.params import SamplingParams
 from tdm_runtime.scheduling.cost_model import Kind
 
 
-def to_images(
-    model: LoadedModel, pictures: Sequence[Picture], request: ImageRequest, as_pixels: bool
-) -> list[MadeImage]:
-    """Files, or bare pixels, with seeds and receipts."""
+def to_images(model: LoadedModel, pictures: Sequence[Picture], encoding: ImageEncoding) -> list[MadeImage]:
+    """Return the pictures as files, or as bare pixels, with seeds and receipts."""
     images = []
     for picture in pictures:
         params = picture.params
         receipt = receipt_of(model, params, picture.pixels, picture.is_strict)
         embedded: dict[str, str] = {}
-        if request.metadata and not as_pixels:
+        if encoding.metadata and not encoding.pixels_only:
             text = describe_parameters(params, model.recipe, model.digest)
             embedded = {"parameters": text, "receipt": receipt.to_json()}
-        content = picture.pixels.tobytes() if as_pixels else _encoded(picture.pixels, request, embedded)
+        pixels = picture.pixels
+        content = pixels.tobytes() if encoding.pixels_only else _encoded(pixels, encoding, embedded)
         images.append(MadeImage(content, params.seed, params.num_inference_steps, picture.is_cached, receipt))
     return images
 
 
-def to_partial(preview: Preview, index: int, request: ImageRequest) -> PartialAnswer:
-    """A file of what is to be seen on the way."""
+def to_partial(preview: Preview, index: int, encoding: ImageEncoding) -> PartialAnswer:
+    """Return a draft or preview as a file."""
     return PartialAnswer(
-        content=_encoded(preview.pixels, request, {}),
+        content=_encoded(preview.pixels, encoding, {}),
         index=index,
         created=int(time.time()),
-        output_format=request.output_format,
+        output_format=encoding.output_format,
         width=preview.params.width,
         height=preview.params.height,
         is_draft=preview.is_draft,
@@ -50,7 +48,7 @@ def to_partial(preview: Preview, index: int, request: ImageRequest) -> PartialAn
 
 
 def to_usage(model: LoadedModel, pictures: Sequence[Picture]) -> Usage:
-    """Tokens read and latent positions made."""
+    """Return the number of tokens that were read and of latent positions that were made."""
     first = pictures[0]
     text_tokens = min(first.prompt.num_tokens, first.prompt.max_tokens)
     _, height, width = model.latent_shape(first.params)
@@ -64,7 +62,7 @@ def to_usage(model: LoadedModel, pictures: Sequence[Picture]) -> Usage:
 
 
 def to_timings(slowest: Timings, waited_ms: float, encode_ms: float, total_ms: float) -> ImageTimings:
-    """Of a request, by its slowest picture; what it waited for its turn counts as queue."""
+    """Return the timings of a request's slowest picture. The wait before submission counts as queue time."""
     return ImageTimings(
         queue_ms=waited_ms + slowest.queue_ms,
         text_ms=slowest.text_ms,
@@ -75,17 +73,18 @@ def to_timings(slowest: Timings, waited_ms: float, encode_ms: float, total_ms: f
     )
 
 
-def _encoded(pixels: Pixels, request: ImageRequest, embedded: Mapping[str, str]) -> bytes:
-    return encode_image(pixels, request.output_format, compression=request.output_compression, **embedded)
+def _encoded(pixels: Pixels, encoding: ImageEncoding, embedded: Mapping[str, str]) -> bytes:
+    return encode_image(pixels, encoding.output_format, compression=encoding.compression, **embedded)
 
 
-def encoding_kind(request: ImageRequest, params: SamplingParams) -> Kind:
-    """What the engine calls the encoding of a file of this format and size."""
-    return Kind(f"encode:{request.output_format}", (params.height, params.width))
+def encoding_kind(order: ImageOrder) -> Kind:
+    """Return the kind under which the engine learns how long files of this format and size take to encode."""
+    first = order.pictures[0]
+    return Kind(f"encode:{order.encoding.output_format}", (first.height, first.width))
 
 
 def to_warnings(prompt: PromptEmbedding) -> list[str]:
-    """What the client may want to know of a prompt."""
+    """Return what the client should know about its prompt."""
     if not prompt.is_truncated:
         return []
     return [f"the prompt has {prompt.num_tokens} tokens; the model read the first {prompt.max_tokens}"]

@@ -1,8 +1,7 @@
-"""The models that requests may name: checkpoints, and LoRAs on them that come and go while the server runs."""
+"""Models by name: checkpoints, and LoRAs on them, which can be added and removed while the server runs."""
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
@@ -10,35 +9,33 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import pydantic
-
 from serving.config import LoraSource, ModelSource, ServerConfig
 from serving.errors import unknown_model
+from serving.schema.lora_settings import LoraSettings, read_lora_settings
 from tdm_runtime.checkpoint.folder import Checkpoint, open_checkpoint
 from tdm_runtime.checkpoint.lora_file import FOLDER_FILES, read_lora
 from tdm_runtime.checkpoint.recipe import RECIPE_FILE
 from tdm_runtime.engine.engine import DiffusionEngine
 from tdm_runtime.engine.warm_up import warm_up
 from tdm_runtime.errors import CheckpointError, TDMError
-from tdm_runtime.model.artifacts import BackendConfig
-from tdm_runtime.model.choice import load_model
+from tdm_runtime.model.choice import load_checkpoint
 from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.model.lora import LoraBase
 
 logger = logging.getLogger(__name__)
 
 LOOK_AGAIN_S = 1.0
-"""The folder of LoRAs is looked at so often; what has changed is read when it has not changed since the last look."""
+"""Seconds between two looks at the folder of LoRAs. A changed file is loaded when two looks find it unchanged."""
 Stamp = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Served:
-    """A model that requests may name."""
+    """A model that requests can name."""
 
     model: LoadedModel
     created: int
-    """Unix seconds."""
+    """Time when the checkpoint's recipe was changed or the LoRA was loaded, Unix seconds."""
 
 
 @dataclass(frozen=True)
@@ -49,21 +46,22 @@ class Base:
     model: LoadedModel
 
 
-def load_base(source: ModelSource, backend: BackendConfig) -> Base:
-    """Load a checkpoint.
+def load_base(source: ModelSource, config: ServerConfig) -> Base:
+    """Load a checkpoint. Files that the command has already hashed are not hashed again.
 
     Raises:
-        CheckpointError, BackendError: it cannot be served.
+        CheckpointError, BackendError: the checkpoint cannot be served.
     """
-    model = load_model(source.folder, backend)
+    checkpoint = open_checkpoint(source.folder, config.file_hashes)
+    model = load_checkpoint(checkpoint, config.backend)
     if source.name is not None:
         model = replace(model, recipe=replace(model.recipe, name=source.name))
     logger.info("%s runs on %s", model.name, model.choice or model.backend)
-    return Base(open_checkpoint(source.folder), model)
+    return Base(checkpoint, model)
 
 
 class Catalog:
-    """Finds models by name. Readers see it whole: it changes by being replaced."""
+    """Finds models by name. Every change replaces the whole mapping, so readers need no lock."""
 
     def __init__(self, engine: DiffusionEngine, bases: Sequence[Base], config: ServerConfig) -> None:
         """Warm up every model, then follow the folder of LoRAs.
@@ -77,7 +75,7 @@ class Catalog:
         self._served: dict[str, Served] = {}
         self._threads = config.backend.threads or None
         self._retired: list[LoadedModel] = []
-        """LoRAs that nobody can name any more and some samples still have."""
+        """LoRAs that were removed or replaced and that unfinished samples may still use."""
         for base in bases:
             warm_up(engine, base.model)
             changed_s = (base.checkpoint.folder / RECIPE_FILE).stat().st_mtime
@@ -89,18 +87,18 @@ class Catalog:
         self._watching = threading.Thread(target=self._watch, name="lora-folder", daemon=True)
         if self._folder is not None:
             self.look_again()
-            self.look_again()  # what lay there at the start is served from the start
+            self.look_again()  # LoRAs that are in the folder at the start are served from the start
             self._watching.start()
 
     def served(self) -> list[Served]:
-        """All of them, the default first."""
+        """Return all models, the default first."""
         return list(self._served.values())
 
     def find(self, name: str | None) -> Served:
-        """The model of this name; None is the default.
+        """Return the model of this name; None is the default model.
 
         Raises:
-            APIError: 404, there is none.
+            APIError: 404, no model has this name.
         """
         served = self._served
         if name is None:
@@ -110,13 +108,13 @@ class Catalog:
         return served[name]
 
     def close(self) -> None:
-        """Look at the folder no more."""
+        """Stop watching the folder."""
         self._is_closing.set()
         if self._watching.ident is not None:
             self._watching.join()
 
     def look_again(self) -> None:
-        """Follow what has changed in the folder of LoRAs."""
+        """Load LoRAs that were added or changed in the folder; remove those that are gone."""
         if self._folder is None:
             return
         for lora in self._folder.changed():
@@ -124,7 +122,7 @@ class Catalog:
                 self._replace(self._loaded(lora))
                 logger.info("LoRA %s is served from %s", lora.name, lora.path)
             except TDMError as error:
-                logger.error("LoRA %s is not served as it is now: %s", lora.name, error)
+                logger.error("LoRA %s cannot be served: %s", lora.name, error)
         for name in self._folder.gone():
             if (old := self._served.get(name)) is not None and old.model.base is not None:
                 self._served = {key: served for key, served in self._served.items() if key != name}
@@ -137,13 +135,13 @@ class Catalog:
             try:
                 self.look_again()
             except Exception:
-                logger.exception("the folder of LoRAs could not be followed; it is looked at again")
+                logger.exception("the folder of LoRAs could not be read; trying again")
 
     def _loaded(self, lora: LoraSource) -> Served:
-        """Put a LoRA on its base, between two calls of the engine.
+        """Attach a LoRA to its base, between two calls of the engine.
 
         Raises:
-            CheckpointError: it cannot be.
+            CheckpointError: the LoRA does not fit its base, or there is no such base.
         """
         name = lora.base or next(iter(self._bases))
         if name not in self._bases:
@@ -156,7 +154,7 @@ class Catalog:
         attached: list[LoadedModel] = []
         self._engine.run_on_thread(lambda: attached.append(lora_base.attach(prepared)))
         if not any(served.model.base == name for served in self._served.values()):
-            warm_up(self._engine, attached[0])  # what calls of LoRAs cost is the same for all of a base
+            warm_up(self._engine, attached[0])  # LoRAs of one base have the same costs
         return Served(attached[0], int(time.time()))
 
     def _add(self, served: Served) -> None:
@@ -176,7 +174,7 @@ class Catalog:
         self._served = {**self._served, name: served}
 
     def _forget_retired(self) -> None:
-        """Free LoRAs whose last picture is made."""
+        """Free LoRAs that no unfinished picture uses."""
         for model in [model for model in self._retired if not self._engine.is_used(model)]:
             assert model.base is not None, "checkpoints are not retired"
             lora_base = self._lora_bases[model.base]
@@ -184,39 +182,30 @@ class Catalog:
             self._retired.remove(model)
 
 
-class _Beside(pydantic.BaseModel):
-    """`NAME.json` beside `NAME.safetensors`."""
-
-    model_config = pydantic.ConfigDict(extra="forbid")
-
-    scale: float = 1.0
-    base: str | None = None
-
-
 class LoraFolder:
-    """What lies in a folder, and what of it is other than at the last look."""
+    """A folder of LoRAs, and what has changed in it since the last look."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._seen: dict[str, Stamp] = {}
-        """As of the last look."""
-        self._told: dict[str, Stamp] = {}
-        """As of when it was last told of."""
+        """Stamps at the last look."""
+        self._reported: dict[str, Stamp] = {}
+        """Stamps of the versions that `changed` returned."""
         self._gone: list[str] = []
 
     def changed(self) -> list[LoraSource]:
-        """LoRAs that came or changed and then lay still for a look."""
+        """Return LoRAs that were added or changed and that two looks found unchanged."""
         files = dict(self._files())
         stamps = {name: self._stamp(name, file) for name, file in files.items()}
-        still = [name for name, stamp in stamps.items() if self._seen.get(name) == stamp != self._told.get(name)]
-        self._gone = [name for name in self._told if name not in stamps]
+        still = [name for name, stamp in stamps.items() if self._seen.get(name) == stamp != self._reported.get(name)]
+        self._gone = [name for name in self._reported if name not in stamps]
         self._seen = stamps
-        self._told = {name: stamp for name, stamp in self._told.items() if name in stamps}
-        self._told |= {name: stamps[name] for name in still}
+        self._reported = {name: stamp for name, stamp in self._reported.items() if name in stamps}
+        self._reported |= {name: stamps[name] for name in still}
         return [lora for name in still if (lora := self._source(name, files[name])) is not None]
 
     def gone(self) -> list[str]:
-        """Names that the last look missed."""
+        """Return the names of LoRAs that the last look no longer found."""
         return self._gone
 
     def _files(self) -> Iterator[tuple[str, Path]]:
@@ -234,8 +223,8 @@ class LoraFolder:
     def _source(self, name: str, file: Path) -> LoraSource | None:
         beside = self._folder / f"{name}.json"
         try:
-            told = _Beside.model_validate(json.loads(beside.read_bytes()) if beside.is_file() else {})
-            return LoraSource(name, file, told.scale, told.base)
+            settings = read_lora_settings(beside.read_bytes()) if beside.is_file() else LoraSettings()
+            return LoraSource(name, file, settings.scale, settings.base)
         except (OSError, ValueError) as error:
             logger.error("LoRA %s is not served: %s cannot be used (%s)", name, beside, error)
             return None

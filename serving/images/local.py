@@ -1,4 +1,4 @@
-"""Makes pictures for the fronts: an engine, a codec, metrics. Knows nothing of HTTP, gRPC or Ray."""
+"""Makes pictures with an engine in this process. Imports neither HTTP, gRPC nor Ray."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -19,16 +19,14 @@ from serving.images.assembly import encoding_kind, to_images, to_partial, to_tim
 from serving.images.catalog import Catalog, Served, load_base
 from serving.images.safety import Safety
 from serving.schema.answers import ImageAnswer, PartialAnswer
-from serving.schema.image_request import ImageRequest
 from serving.schema.models import ModelCard
+from serving.schema.order import ImageOrder
 from serving.telemetry.metrics import ServerMetrics
 from serving.telemetry.tracing import current_span
 from tdm_runtime.checkpoint.recipe import Recipe
 from tdm_runtime.engine.delivery import Delivery, Preview
 from tdm_runtime.engine.engine import DiffusionEngine
 from tdm_runtime.engine.sample import Picture
-from tdm_runtime.media.image_file import describe_parameters, encode_image
-from tdm_runtime.media.receipt import receipt_of
 from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.scheduling.cost_model import Kind
@@ -36,43 +34,42 @@ from tdm_runtime.scheduling.cost_model import Kind
 logger = logging.getLogger(__name__)
 
 SWITCH_S = 1e-4
-"""How long a thread may keep the interpreter from others, in place of Python's 5 ms. The engine's gives it up for every
-operation on tensors, and is to have it back at once, however busy the event loop is."""
+"""Longest time that a thread keeps the interpreter while others want it, in seconds; Python's default is 5 ms. The
+engine's thread gives it up at every operation on tensors and must soon get it back, even beside a busy event loop."""
 HAND_OVER = Kind("hand-over")
-"""From the engine's thread to the event loop, which has others to answer as well."""
+"""Time from the engine's thread to the event loop, which may be busy with other requests."""
 SMALL_PIXELS = 3 * 128 * 128
-"""Numbers in a request's pictures up to which a thread of its own costs more than encoding them."""
+"""Most numbers in a request's pictures that are encoded on the event loop; for them a thread would take longer."""
 
 
 @dataclass(frozen=True)
 class Submitted:
-    """A request on its way."""
+    """A request that the engine has accepted."""
 
-    request: ImageRequest
+    order: ImageOrder
     model: LoadedModel
     futures: Sequence[Future[Picture]]
     arrived_s: float
-    """Monotonic, as the next."""
+    """Time of arrival, monotonic."""
     submitted_s: float
-    is_background: bool
-    """Nobody waits for it."""
+    """Time of submission to the engine, monotonic."""
 
     def cancel(self) -> None:
-        """Stop what is not finished at the next call."""
+        """Stop unfinished pictures at the next call."""
         for future in self.futures:
             future.cancel()
 
 
 class ImageService:
-    """The models and the engine that they share."""
+    """All models, and the engine that they share."""
 
     def __init__(self, config: ServerConfig, metrics: ServerMetrics) -> None:
         self.config = config
         self.metrics = metrics
         sys.setswitchinterval(SWITCH_S)
-        torch.set_num_threads(1)  # of this thread: only the engine's may have more, see loaded_model
+        torch.set_num_threads(1)  # of this thread; only the engine's may have more, see loaded_model
         self._safety = Safety.load(config)
-        bases = [load_base(source, config.backend) for source in config.models]
+        bases = [load_base(source, config) for source in config.models]
         self.engine = DiffusionEngine(bases[0].model, config.engine, metrics.observe_batch)
         self.engine.start()
         try:
@@ -81,7 +78,7 @@ class ImageService:
             self.engine.close()
             raise
         metrics.watch_engine(self.engine, lambda: [served.model for served in self.catalog.served()])
-        gc.freeze()  # models and programs stay: nothing to look through at every collection
+        gc.freeze()  # models and programs live as long as the process; collections need not look through them
 
     @property
     def is_healthy(self) -> bool:
@@ -90,99 +87,67 @@ class ImageService:
 
     @property
     def backend(self) -> str:
-        """What runs the default model and, where it was measured, why."""
+        """Backend of the default model and, where backends were measured, why it was chosen."""
         return self.engine.model.choice or self.engine.model.backend
 
     @property
     def num_live(self) -> int:
-        """Pictures accepted and not yet answered."""
+        """Number of pictures that were accepted and are not yet answered."""
         return self.engine.num_live
 
     def close(self) -> None:
-        """Finish what was accepted, then stop."""
+        """Finish all accepted pictures, then stop."""
         self.catalog.close()
         self.engine.close()
 
     def models(self) -> list[ModelCard]:
-        """What is served."""
+        """Return the served models, the default first."""
         return [_card(served) for served in self.catalog.served()]
 
     def model_card(self, name: str | None) -> ModelCard:
-        """Describe one model; None is the default.
+        """Describe one model; None is the default model.
 
         Raises:
-            APIError: 404, there is none of that name.
+            APIError: 404, no model has this name.
         """
         return _card(self.catalog.find(name))
 
     def recipe(self, name: str | None) -> Recipe:
-        """How a model is sampled; None is the default.
+        """Return the recipe of a model; None is the default model.
 
         Raises:
-            APIError: 404, there is none of that name.
+            APIError: 404, no model has this name.
         """
         return self.catalog.find(name).model.recipe
 
-    async def render(self, params: SamplingParams, model: str | None) -> bytes:
-        """Make one picture in the time that others leave. Cancelling this coroutine cancels it at the next call.
-
-        Args:
-            model: its name; None is the default.
-
-        Returns:
-            A PNG with its parameters and its receipt.
-
-        Raises:
-            APIError: 404, there is no such model; 400, it is not to be made.
-            OverloadedError: the queue is full.
-            GenerationError: the picture failed.
-        """
-        self._safety.check_prompt(params.prompt)
-        loaded = self.catalog.find(model).model
-        future = self.engine.submit(params, Delivery(is_background=True), loaded)
-        picture = await asyncio.wrap_future(future)
-        return await asyncio.to_thread(self._to_png, loaded, picture)
-
-    def _to_png(self, model: LoadedModel, picture: Picture) -> bytes:
-        self._safety.check_picture(picture.pixels)
-        receipt = receipt_of(model, picture.params, picture.pixels, picture.is_strict).to_json()
-        text = describe_parameters(picture.params, model.recipe, model.digest)
-        return encode_image(picture.pixels, "png", parameters=text, receipt=receipt)
-
-    async def generate(
-        self, request: ImageRequest, as_pixels: bool = False, is_background: bool = False
-    ) -> ImageAnswer:
+    async def generate(self, order: ImageOrder) -> ImageAnswer:
         """Make a request's pictures.
 
         Cancelling this coroutine, or one picture's failure, cancels its pictures at the next call.
 
-        Args:
-            as_pixels: give bare pixels in place of files.
-            is_background: in the time that others leave, however long that takes.
-
         Raises:
-            InvalidRequestError, APIError: the request's mistake.
-            OverloadedError: the queue is full, or the latency budget cannot be kept.
+            InvalidRequestError, APIError: the request is at fault.
+            OverloadedError: the queue is full, or the latency budget cannot be met.
             GenerationError: a picture failed.
-            TimeoutError: not done within `request_timeout_s`.
+            TimeoutError: not done within `request_timeout_s`; background work has no limit.
         """
-        return await self._finish(self._submit(request, None, is_background), as_pixels)
+        return await self._finish(self._submit(order, None))
 
-    async def stream(self, request: ImageRequest) -> AsyncIterator[PartialAnswer | ImageAnswer]:
-        """Make one picture and show it on the way.
+    async def stream(self, order: ImageOrder) -> AsyncIterator[PartialAnswer | ImageAnswer]:
+        """Make one picture and send previews of it.
 
-        What is refused is refused here; what the returned iterator raises comes after the first event.
+        A refusal is raised here. Errors that the returned iterator raises come after the stream has begun.
 
         Raises:
-            As `generate`.
+            InvalidRequestError, APIError, OverloadedError: see `generate`.
         """
         loop, previews = asyncio.get_running_loop(), asyncio.Queue[Preview | None]()
 
-        def tell(preview: Preview | None) -> None:
+        def send(preview: Preview | None) -> None:
             loop.call_soon_threadsafe(previews.put_nowait, preview)
 
-        submitted = self._submit(request, tell)
-        submitted.futures[0].add_done_callback(lambda _: tell(None))
+        submitted = self._submit(order, send)
+        submitted.futures[0].add_done_callback(lambda _: send(None))
         return self._events(submitted, previews)
 
     async def _events(
@@ -191,49 +156,57 @@ class ImageService:
         try:
             index = 0
             while (preview := await asyncio.wait_for(previews.get(), self.config.request_timeout_s)) is not None:
-                yield await asyncio.to_thread(self._partial, preview, index, submitted.request)
+                yield await asyncio.to_thread(self._partial, preview, index, submitted.order)
                 index += 1
             yield await self._finish(submitted)
         finally:
             submitted.cancel()
 
-    def _submit(
-        self, request: ImageRequest, on_preview: Callable[[Preview], None] | None, is_background: bool = False
-    ) -> Submitted:
-        self._safety.check_prompt(request.prompt)
-        model = self.catalog.find(request.model).model
-        params = request.to_sampling_params(model.recipe)
-        _trace(model, params)
-        encoding_ms = 1e3 * len(params) * self.engine.call_seconds(encoding_kind(request, params[0]))
+    def _submit(self, order: ImageOrder, on_preview: Callable[[Preview], None] | None) -> Submitted:
+        self._safety.check_prompt(order.pictures[0].prompt)
+        model = self.catalog.find(order.model).model
+        _trace(model, order.pictures)
         waited_s = since_arrival_s()
-        delivery = replace(
-            request.to_delivery(model.recipe, encoding_ms, on_preview),
-            elapsed_ms=1e3 * (waited_s + self.engine.call_seconds(HAND_OVER)),
-            is_background=is_background,
-        )
+        delivery = self._delivery(order, waited_s, on_preview)
         now_s = time.monotonic()
-        futures = self.engine.submit_all(params, delivery, model)
-        submitted = Submitted(request, model, futures, now_s - waited_s, now_s, is_background)
-        if request.latency_budget_ms is not None:
+        futures = self.engine.submit_all(order.pictures, delivery, model)
+        submitted = Submitted(order, model, futures, now_s - waited_s, now_s)
+        if order.delivery.latency_budget_ms is not None:
             self.metrics.budgets_promised.inc()
         return submitted
 
-    def _partial(self, preview: Preview, index: int, request: ImageRequest) -> PartialAnswer:
-        self._safety.check_picture(preview.pixels)
-        return to_partial(preview, index, request)
+    def _delivery(self, order: ImageOrder, waited_s: float, on_preview: Callable[[Preview], None] | None) -> Delivery:
+        """Return the engine's view of an order; its latency budget excludes the time that encoding takes."""
+        options, budget_ms = order.delivery, order.delivery.latency_budget_ms
+        encoding_ms = 1e3 * len(order.pictures) * self.engine.call_seconds(encoding_kind(order))
+        return Delivery(
+            latency_budget_ms=None if budget_ms is None else max(0.01, budget_ms - encoding_ms),
+            min_inference_steps=options.min_inference_steps,
+            strict=options.strict,
+            on_preview=on_preview if options.draft or options.num_previews else None,
+            num_previews=options.num_previews,
+            draft=options.draft,
+            is_background=options.is_background,
+            elapsed_ms=1e3 * (waited_s + self.engine.call_seconds(HAND_OVER)),
+        )
 
-    async def _finish(self, submitted: Submitted, as_pixels: bool = False) -> ImageAnswer:
-        """Wait for a request's pictures and encode them."""
-        request, model = submitted.request, submitted.model
+    def _partial(self, preview: Preview, index: int, order: ImageOrder) -> PartialAnswer:
+        self._safety.check_picture(preview.pixels)
+        return to_partial(preview, index, order.encoding)
+
+    async def _finish(self, submitted: Submitted) -> ImageAnswer:
+        """Wait for the pictures of a request and encode them."""
+        order, model = submitted.order, submitted.model
+        budget_ms, is_background = order.delivery.latency_budget_ms, order.delivery.is_background
         try:
-            async with asyncio.timeout(None if submitted.is_background else self.config.request_timeout_s):
+            async with asyncio.timeout(None if is_background else self.config.request_timeout_s):
                 pictures = await asyncio.gather(*map(asyncio.wrap_future, submitted.futures))
         except Exception:
-            if request.latency_budget_ms is not None:
+            if budget_ms is not None:
                 self.metrics.budgets_missed.inc()
             raise
         finally:
-            submitted.cancel()  # a finished one is not changed by this
+            submitted.cancel()  # no effect on finished pictures
         handed_s = time.monotonic()
         made_s = submitted.submitted_s + 1e-3 * max(picture.timings.total_ms for picture in pictures)
         self.engine.observe(HAND_OVER, 1, max(0.0, handed_s - made_s))
@@ -242,19 +215,18 @@ class ImageService:
                 await asyncio.to_thread(self._safety.check_picture, picture.pixels)
         encoding_s = time.monotonic()
         if sum(picture.pixels.size for picture in pictures) <= SMALL_PIXELS:
-            images = to_images(model, pictures, request, as_pixels)
+            images = to_images(model, pictures, order.encoding)
         else:
-            images = await asyncio.to_thread(to_images, model, pictures, request, as_pixels)
+            images = await asyncio.to_thread(to_images, model, pictures, order.encoding)
         ended_s = time.monotonic()
         encode_ms, total_ms = 1e3 * (ended_s - encoding_s), 1e3 * (ended_s - submitted.arrived_s)
-        if not as_pixels:
-            self.engine.observe(encoding_kind(request, pictures[0].params), 1, (ended_s - encoding_s) / len(pictures))
+        if not order.encoding.pixels_only:
+            self.engine.observe(encoding_kind(order), 1, (ended_s - encoding_s) / len(pictures))
         slowest = max((picture.timings for picture in pictures), key=lambda t: t.queue_ms + sum(t.steps_ms))
         waited_ms = 1e3 * (submitted.submitted_s - submitted.arrived_s)
         timings = to_timings(slowest, waited_ms, encode_ms, total_ms)
-        budget_ms = request.latency_budget_ms
         budget_kept = None if budget_ms is None else total_ms <= budget_ms
-        if not submitted.is_background:
+        if not is_background:
             self.metrics.observe_request(timings, budget_kept)
         if (span := current_span()) is not None:
             span.record_stages(slowest, encode_ms, total_ms)
@@ -265,7 +237,7 @@ class ImageService:
             created=int(time.time()),
             model=model.name,
             images=images,
-            output_format=request.output_format,
+            output_format=order.encoding.output_format,
             width=pictures[0].params.width,
             height=pictures[0].params.height,
             usage=to_usage(model, pictures),
@@ -293,7 +265,7 @@ def _card(served: Served) -> ModelCard:
 
 
 def _trace(model: LoadedModel, params: Sequence[SamplingParams]) -> None:
-    """Say what is made, where somebody traces it."""
+    """Describe the request in its span, if it is traced."""
     if (span := current_span()) is None:
         return
     span.set(

@@ -1,7 +1,7 @@
-"""The engines of other processes, on this machine or others, as if they were here.
+"""Makes pictures with engines in other processes, on this machine or others.
 
-A request whose engine dies is asked once more, of another: its seed is settled before the first time, so the second
-makes the same pictures. What an engine refuses is an answer, and is not asked again.
+When an engine dies, its orders are sent once more, to another engine. An order has its seeds, so the second engine
+makes the same pictures. A refusal is an answer and is not sent again.
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -21,35 +20,35 @@ from ray.serve.handle import DeploymentHandle
 from serving.errors import APIError, from_exception, not_ready, unknown_model
 from serving.fronts.arrival import since_arrival_s
 from serving.schema.answers import ImageAnswer, PartialAnswer
-from serving.schema.image_request import ImageRequest
 from serving.schema.models import ModelCard
+from serving.schema.order import ImageOrder
 from serving.telemetry.metrics import ServerMetrics
 from tdm_runtime.checkpoint.recipe import Recipe
-from tdm_runtime.params import MAX_SEED, SamplingParams
 
 logger = logging.getLogger(__name__)
 
 LOOK_AGAIN_S = 1.0
-"""The engines are asked so often what they serve."""
+"""Seconds between two requests for the list of served models."""
 UNSEEN_AFTER_S = 10.0
-"""Nobody answered for so long: not ready."""
+"""Seconds without an answer from any engine after which the server is not ready."""
 TRIES = 2
 Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
 class Listing:
-    """What an engine serves, default first."""
+    """Models that an engine serves."""
 
     cards: list[ModelCard]
+    """One card a model, the default first."""
     recipes: Mapping[str, Recipe]
-    """Model -> its recipe: what a request is checked by before it is sent on."""
+    """Model -> its recipe, against which the schema checks requests."""
     backend: str
-    """What runs the default and, where it was measured, why."""
+    """Backend of the default model and, where backends were measured, why it was chosen."""
 
 
 class RemoteImages:
-    """An `ImageService` whose engines are elsewhere."""
+    """Sends orders to the engines of other processes."""
 
     def __init__(self, engines: DeploymentHandle[Any], listing: Listing, metrics: ServerMetrics) -> None:
         self._engines = engines
@@ -61,34 +60,34 @@ class RemoteImages:
 
     @classmethod
     async def connect(cls, engines: DeploymentHandle[Any], metrics: ServerMetrics) -> RemoteImages:
-        """Wait for the first engine."""
+        """Wait for the first engine and return its client."""
         return cls(engines, await engines.listing.remote(), metrics)
 
     @property
     def is_healthy(self) -> bool:
-        """Whether some engine answered lately."""
+        """Whether an engine has answered recently."""
         return time.monotonic() - self._seen_s < UNSEEN_AFTER_S
 
     @property
     def backend(self) -> str:
-        """What runs the default model and, where it was measured, why."""
+        """Backend of the default model and, where backends were measured, why it was chosen."""
         return self._listing.backend
 
     @property
     def num_live(self) -> int:
-        """Pictures that were sent on and are not yet answered."""
+        """Number of pictures that were sent to engines and are not yet answered."""
         return self._num_live
 
     def close(self) -> None:
-        """Ask no more; the engines are closed by Ray."""
-        self._looking.cancel()
+        """Stop asking, from any thread; Ray closes the engines."""
+        self._looking.get_loop().call_soon_threadsafe(self._looking.cancel)
 
     def models(self) -> list[ModelCard]:
-        """What is served."""
+        """Return the served models, the default first."""
         return self._listing.cards
 
     def model_card(self, name: str | None) -> ModelCard:
-        """As `ImageService.model_card`."""
+        """See `ImageService.model_card`."""
         cards = self._listing.cards
         found = cards[0] if name is None else next((card for card in cards if card.id == name), None)
         if found is None:
@@ -96,44 +95,22 @@ class RemoteImages:
         return found
 
     def recipe(self, name: str | None) -> Recipe:
-        """As `ImageService.recipe`."""
+        """See `ImageService.recipe`."""
         return self._listing.recipes[self.model_card(name).id]
 
-    async def render(self, params: SamplingParams, model: str | None) -> bytes:
-        """As `ImageService.render`."""
-
-        async def ask() -> bytes:
-            answer: bytes | APIError = await self._engines.render.remote(params, model)
-            return _unwrapped(answer)
-
-        with self._counted(1):
-            return await self._tried_twice(ask)
-
-    async def generate(
-        self, request: ImageRequest, as_pixels: bool = False, is_background: bool = False
-    ) -> ImageAnswer:
-        """As `ImageService.generate`."""
-        request = self._checked(request)
-
-        async def ask() -> ImageAnswer:
-            answer: ImageAnswer | APIError = await self._engines.generate.remote(
-                request, as_pixels, is_background, since_arrival_s()
-            )
-            return _unwrapped(answer)
-
-        with self._counted(request.n):
-            answer = await self._tried_twice(ask)
-        if is_background:
-            return answer
-        self._metrics.observe_request(answer.timings, answer.latency_budget_kept)
+    async def generate(self, order: ImageOrder) -> ImageAnswer:
+        """See `ImageService.generate`."""
+        with self._counted(order):
+            answer = await self._tried_twice(order)
+        if not order.delivery.is_background:
+            self._metrics.observe_request(answer.timings, answer.latency_budget_kept)
         for image in answer.images:
             self._metrics.steps_used.labels(image.num_inference_steps).inc()
         return answer
 
-    async def stream(self, request: ImageRequest) -> AsyncIterator[PartialAnswer | ImageAnswer]:
-        """As `ImageService.stream`; also what is refused is awaited here, as the first part."""
-        request = self._checked(request)
-        parts = self._parts(request)
+    async def stream(self, order: ImageOrder) -> AsyncIterator[PartialAnswer | ImageAnswer]:
+        """See `ImageService.stream`. It awaits the first part, so that a refusal is raised here too."""
+        parts = self._parts(order)
         first = await anext(parts)
 
         async def all_parts() -> AsyncIterator[PartialAnswer | ImageAnswer]:
@@ -143,33 +120,39 @@ class RemoteImages:
 
         return all_parts()
 
-    async def _parts(self, request: ImageRequest) -> AsyncIterator[PartialAnswer | ImageAnswer]:
-        num_told = 0
+    async def _parts(self, order: ImageOrder) -> AsyncIterator[PartialAnswer | ImageAnswer]:
+        num_sent = 0
         engines = self._engines.options(stream=True)
-        with self._counted(request.n):
+        with self._counted(order):
             for attempt in range(TRIES):
-                num_skipped = num_told  # the second engine begins anew; these were told
+                num_skipped = num_sent  # the second engine starts from the beginning
                 try:
-                    async for part in engines.stream.remote(request, since_arrival_s()):
+                    async for part in engines.stream.remote(order, since_arrival_s()):
                         if num_skipped:
                             num_skipped -= 1
                             continue
                         yield _unwrapped(part)
-                        num_told += 1
+                        num_sent += 1
                     return
                 except RayError as error:
                     self._note_loss(error, attempt)
 
-    async def _tried_twice(self, ask: Callable[[], Awaitable[Answer]]) -> Answer:
+    async def _tried_twice(self, order: ImageOrder) -> ImageAnswer:
         for attempt in range(TRIES):
             try:
-                return await ask()
+                answer: ImageAnswer | APIError = await self._engines.generate.remote(order, since_arrival_s())
+                return _unwrapped(answer)
             except RayError as error:
                 self._note_loss(error, attempt)
-        raise AssertionError("the last loss is raised")
+        raise AssertionError("the last loss raises an error")
 
     def _note_loss(self, error: RayError, attempt: int) -> None:
-        """Count an engine that died; raise where the request is not to be asked again."""
+        """Record the loss of an engine.
+
+        Raises:
+            APIError: 503, the request was sent as often as allowed.
+            TaskCancelledError: the client left.
+        """
         if isinstance(error, TaskCancelledError):
             raise error
         logger.warning("an engine was lost (%s)", type(error).__name__)
@@ -177,24 +160,13 @@ class RemoteImages:
             raise not_ready("the engines that worked on this request were lost; send it again") from error
         self._metrics.retried.inc()
 
-    def _checked(self, request: ImageRequest) -> ImageRequest:
-        """The request with its seed settled; what its model refuses is refused before it is sent.
-
-        Raises:
-            InvalidRequestError, APIError: the request's mistake.
-        """
-        request.to_sampling_params(self.recipe(request.model))
-        if request.seed is not None:
-            return request
-        return request.model_copy(update={"seed": secrets.randbelow(MAX_SEED + 1)})
-
     @contextlib.contextmanager
-    def _counted(self, num_pictures: int) -> Iterator[None]:
-        self._num_live += num_pictures
+    def _counted(self, order: ImageOrder) -> Iterator[None]:
+        self._num_live += len(order.pictures)
         try:
             yield
         finally:
-            self._num_live -= num_pictures
+            self._num_live -= len(order.pictures)
 
     async def _look_again(self) -> None:
         while True:
@@ -203,7 +175,7 @@ class RemoteImages:
                 self._listing = await asyncio.wait_for(self._engines.listing.remote(), UNSEEN_AFTER_S)
                 self._seen_s = time.monotonic()
             except (RayError, TimeoutError) as error:
-                logger.warning("no engine says what it serves (%s)", type(error).__name__)
+                logger.warning("no engine lists its models (%s)", type(error).__name__)
 
 
 def _unwrapped(answer: Answer | APIError) -> Answer:
@@ -213,7 +185,7 @@ def _unwrapped(answer: Answer | APIError) -> Answer:
 
 
 def refusal(error: Exception) -> APIError:
-    """What goes back in place of an answer, so that it is not taken for a loss."""
+    """Return an error as a value. An exception would look like the loss of the engine."""
     answer = from_exception(error)
     if answer.code == "internal_error":
         logger.error("a request failed", exc_info=error)

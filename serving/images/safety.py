@@ -1,4 +1,4 @@
-"""What a server refuses to draw: a hook for a checker of one's own, and one that knows words."""
+"""Checks of prompts and pictures: a list of blocked words, and a hook for a checker of your own."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from tdm_runtime.model.decoder import Pixels
 
 
 class SafetyChecker(Protocol):
-    """Says why something is not to be made or shown; None where it may be. Called from any thread."""
+    """Returns why a prompt or picture is refused, or None to allow it. Called from any thread."""
 
     def check_prompt(self, prompt: str) -> str | None:
-        """Before anything is made."""
+        """Check a prompt before its pictures are made."""
 
     def check_picture(self, pixels: Pixels) -> str | None:
-        """uint8 [H, W, 3], of every picture and every preview, before it leaves."""
+        """Check a picture or preview, uint8 [H, W, 3], before it is sent."""
 
 
 class BlockedWords:
-    """Refuses prompts that hold words of a list, however they are cased, spaced or accented."""
+    """Refuses prompts that contain a word of a list. Case, accents and spacing make no difference."""
 
     def __init__(self, words: Sequence[str]) -> None:
         """
@@ -45,7 +45,7 @@ class BlockedWords:
 
 
 def _folded(text: str) -> str:
-    """Without case, accents, full-width letters, invisible characters and doubled blanks."""
+    """Return the text without case, accents, full-width letters, invisible characters and repeated spaces."""
     parts = unicodedata.normalize("NFKD", text.casefold())
     kept = (part for part in parts if unicodedata.category(part) not in ("Mn", "Cf"))
     return " ".join("".join(kept).split())
@@ -59,10 +59,10 @@ class Safety:
 
     @classmethod
     def load(cls, config: ServerConfig) -> Safety:
-        """Make the checkers that a configuration names.
+        """Create the checkers that a configuration names.
 
         Raises:
-            ValueError: one cannot be made; says why.
+            ValueError: a checker cannot be created; the message says why.
         """
         checkers: list[SafetyChecker] = []
         if config.blocked_words is not None:
@@ -73,7 +73,7 @@ class Safety:
 
     @property
     def is_on(self) -> bool:
-        """Whether there is anything to ask."""
+        """Whether the server has any checker."""
         return bool(self._checkers)
 
     def check_prompt(self, prompt: str) -> None:

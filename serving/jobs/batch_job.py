@@ -12,7 +12,7 @@ from serving.errors import from_exception, retry_after_s
 from serving.images.interface import Images
 from serving.jobs.artifacts import ArtifactStore
 from serving.jobs.job import FinishedPart, Job, Part
-from serving.schema.image_request import ImageRequest, to_response
+from serving.schema.image_request import order_from_fields, to_fields
 
 
 class BatchRenderer:
@@ -49,13 +49,13 @@ class BatchRenderer:
         return FinishedPart(part.position, json.dumps(line).encode() + b"\n", is_failed=status != 200)
 
     async def _answer(self, job: Job, part: Part) -> Any:
-        wanted = ImageRequest.model_validate(part.request["body"])
-        answer = await self._images.generate(wanted, is_background=True)
-        if wanted.response_format == "b64_json":
-            return to_response(answer, urls=None).model_dump()
+        order = order_from_fields(part.request["body"], self._images.recipe)
+        answer = await self._images.generate(order.in_background())
+        if order.encoding.response_format == "b64_json":
+            return to_fields(answer, urls=None)
         base_url = job.request["base_url"]
         published = await asyncio.to_thread(self._artifacts.publish, answer, base_url, self._keep_s)
-        return to_response(answer, *published).model_dump()
+        return to_fields(answer, *published)
 
     def finish(self, job: Job, parts: Callable[[], Iterator[FinishedPart]]) -> dict[str, Any]:
         """Write the lines to one file, those of failures to another. Returns their ids, None where there is no line."""

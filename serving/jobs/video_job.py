@@ -14,6 +14,7 @@ from PIL import Image
 from serving.images.interface import Images
 from serving.jobs.artifacts import ArtifactStore
 from serving.jobs.job import FinishedPart, Job, Part
+from serving.schema.order import ImageOrder
 from tdm_runtime.media.image_file import encode_image
 from tdm_runtime.media.video_file import encode_clip
 from tdm_runtime.model.decoder import Pixels
@@ -44,10 +45,11 @@ class VideoRenderer:
         """Make a frame, as a PNG with its receipt.
 
         Raises:
-            Exception: as of `Images.render`.
+            Exception: see `Images.generate`.
         """
-        params = SamplingParams(**job.request["sampling"], **part.request)
-        return FinishedPart(part.position, await self._images.render(params, job.model), is_failed=False)
+        frame = SamplingParams(**job.request["sampling"], **part.request)
+        answer = await self._images.generate(ImageOrder(job.model, (frame,)).in_background())
+        return FinishedPart(part.position, answer.images[0].content, is_failed=False)
 
     def finish(self, job: Job, parts: Callable[[], Iterator[FinishedPart]]) -> dict[str, Any]:
         """Make the clip, its first frame and its spritesheet. Returns their ids."""

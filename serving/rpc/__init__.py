@@ -1,1 +1,1 @@
-"""gRPC: services, edge and the front that listens."""
+"""gRPC: the listening server, its edge and its services."""

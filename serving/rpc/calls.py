@@ -1,4 +1,4 @@
-"""What a call says beside its message: who asks, and until when an answer is of use."""
+"""The caller and the deadline of a gRPC call."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ import grpc
 from serving.errors import APIError
 from serving.fronts.access import Caller
 from serving.fronts.arrival import since_arrival_s
-from serving.schema.image_request import MAX_BUDGET_MS, ImageRequest
+from serving.schema.image_request import MAX_BUDGET_MS
+from serving.schema.order import ImageOrder
 from tdm_runtime.errors import InvalidRequestError
 
 DEADLINE_MARGIN_MS = 5.0
-"""Of the time to a call's deadline, what its answer's way back may take."""
+"""Part of the time to a call's deadline that is reserved for sending the answer, in milliseconds."""
 NO_DEADLINE_BUDGET = ("x-tdm-deadline-budget", "off")
-"""Metadata of a call whose deadline only says when to give up."""
+"""Metadata of a call whose deadline is not a latency budget."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call, as the edge let it in."""
+    """One admitted call."""
 
     caller: Caller
     context: grpc.aio.ServicerContext
 
     def budget_ms(self) -> float | None:
-        """What the deadline leaves from the arrival on; None where there is none, or it is no budget."""
+        """Return the time from arrival to deadline, in milliseconds; None if the deadline is not a latency budget."""
         remaining_s = self.context.time_remaining()
         if remaining_s is None or NO_DEADLINE_BUDGET in tuple(self.context.invocation_metadata() or ()):
             return None
@@ -41,32 +42,32 @@ _current: ContextVar[Call] = ContextVar("call")
 
 
 def enter(call: Call) -> None:
-    """Make it the call of this task."""
+    """Set the call of this task."""
     _current.set(call)
 
 
 def current_call() -> Call:
-    """The call that this task answers."""
+    """Return the call that this task answers."""
     return _current.get()
 
 
 @contextmanager
-def budgeted(request: ImageRequest) -> Iterator[ImageRequest]:
-    """A request without a latency budget gets its call's deadline as one.
+def budgeted(order: ImageOrder) -> Iterator[ImageOrder]:
+    """Give an order without a latency budget the call's deadline as one.
 
     Raises:
         APIError: 504, the deadline leaves too little.
     """
-    budget_ms = None if request.latency_budget_ms is not None else current_call().budget_ms()
+    budget_ms = None if order.delivery.latency_budget_ms is not None else current_call().budget_ms()
     if budget_ms is None:
-        yield request
+        yield order
         return
     if budget_ms <= 0:
         raise _too_soon(
-            f"it leaves {budget_ms + DEADLINE_MARGIN_MS:.3g} ms, {DEADLINE_MARGIN_MS:g} ms are the answer's"
+            f"it leaves {budget_ms + DEADLINE_MARGIN_MS:.3g} ms and sending the answer takes {DEADLINE_MARGIN_MS:g} ms"
         )
     try:
-        yield request.model_copy(update={"latency_budget_ms": budget_ms})
+        yield order.within(budget_ms)
     except (InvalidRequestError, APIError) as error:
         if error.code != "latency_budget_too_small":
             raise

@@ -1,4 +1,4 @@
-"""What every call passes: who asks, how many at once, a message in time, failures in one shape, one log line."""
+"""Interceptor around all methods: keys, a bound on open calls, time limits, errors in one shape, log lines, metrics."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import asyncio
 import inspect
 import logging
 import time
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from typing import Any
@@ -14,34 +13,31 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError, Message
 
-from serving.errors import CLIENT_CLOSED_REQUEST, APIError, invalid
+from serving.errors import APIError, invalid
 from serving.fronts.access import ANYBODY, Caller
 from serving.fronts.arrival import arrive
-from serving.fronts.edge import MAX_REQUEST_ID, check_open, note_error, tell_code, too_many
+from serving.fronts.edge import admit, note_departure, note_error, recorded, request_id_of, too_many
 from serving.fronts.services import Services
 from serving.rpc.calls import Call, enter
 from serving.rpc.statuses import code_of, trailers_of, unreadable
-from serving.telemetry import logs
-from serving.telemetry.tracing import request_span
 
 logger = logging.getLogger(__name__)
 
 WATCH = "/grpc.health.v1.Health/Watch"
 INFERENCE = "/inference.GRPCInferenceService"
 OPEN_METHODS = ("/grpc.health.v1.Health/Check", WATCH, f"{INFERENCE}/ServerLive", f"{INFERENCE}/ServerReady")
-"""Served without a key: whether it runs."""
+"""Methods that need no key: liveness and readiness."""
 STATUS_METHODS = (*OPEN_METHODS, f"{INFERENCE}/ModelReady")
-"""Answered while the server stops, and however many others there are."""
+"""Methods that are answered even while the server stops or has too many calls."""
 MAX_WATCHERS = 64
-"""Calls that stay open to be told of changes, by whoever has no key either."""
+"""Most calls that may watch the server's health at once. They need no key and stay open."""
 
 
 class Edge(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc is untyped
-    """Keys, a bound on open calls, reading, counting; every exception as a gRPC status.
+    """Admits, reads, answers and counts every call; turns every exception into a gRPC status.
 
-    Methods of every kind are served as streams of bytes, which on the wire are the same. So a call is let in
-    before its message is read, and nothing that a client sends reaches grpc's own handling of exceptions, which
-    tells clients what was raised.
+    Methods of every kind are served as streams of bytes, which are the same on the wire. So a call is admitted before
+    its message is read, and no exception reaches grpc's own handling, which would send its text to the client.
     """
 
     def __init__(self, services: Services) -> None:
@@ -51,7 +47,7 @@ class Edge(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc is untyped
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[grpc.RpcMethodHandler | None]], handler_call_details: Any
     ) -> grpc.RpcMethodHandler | None:
-        """Put the edge around a method; None, there is no such method."""
+        """Return a method with the edge around it; None if there is no such method."""
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
@@ -59,12 +55,9 @@ class Edge(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc is untyped
 
         async def answer(_: object, context: grpc.aio.ServicerContext) -> None:
             metadata = {name: value for name, value in context.invocation_metadata() or () if isinstance(value, str)}
-            metadata["x-request-id"] = request_id_of(metadata.get("x-request-id", ""))
-            logs.begin_request(request_id=metadata["x-request-id"], method="gRPC")
-            tracing = None if method in STATUS_METHODS else self.services.tracing
-            with request_span(tracing, metadata, f"gRPC {method}") as span:
-                if span is not None:
-                    logs.note(trace_id=span.trace_id)
+            request_id = metadata["x-request-id"] = request_id_of(metadata.get("x-request-id", ""))
+            is_status = method in STATUS_METHODS
+            with recorded(self.services, metadata, request_id, "gRPC", f"gRPC {method}", is_status):
                 await self._answer(method, handler, context, metadata)
 
         return grpc.stream_stream_rpc_method_handler(answer, response_serializer=handler.response_serializer)
@@ -92,10 +85,9 @@ class Edge(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc is untyped
         except asyncio.CancelledError:
             code = grpc.StatusCode.CANCELLED if context.time_remaining() != 0 else grpc.StatusCode.DEADLINE_EXCEEDED
             if not is_watcher:
-                services.metrics.cancelled.inc()
-                tell_code("client_closed", CLIENT_CLOSED_REQUEST)
+                note_departure(services)
             raise
-        except grpc.aio.AbortError:  # a service that knows gRPC's codes itself
+        except grpc.aio.AbortError:  # raised by services that set a gRPC code themselves
             code = context.code()
             raise
         except Exception as error:
@@ -111,23 +103,20 @@ class Edge(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc is untyped
             logger.info("gRPC %s %s %.1f ms %s", method, code.name, elapsed_ms, request_id, extra=fields)
 
     def _admit(self, method: str, authorization: str | None) -> Caller:
-        """Who makes the call.
+        """Return the caller of a call that may pass.
 
         Raises:
-            APIError: what the call is refused for.
+            APIError: 401, 429 or 503, see `admit`; 429, too many calls watch the server's health.
         """
-        services = self.services
         if method == WATCH and self._num_watchers > MAX_WATCHERS:
             raise too_many(f"{MAX_WATCHERS} calls watch the server's health")
-        caller = ANYBODY if method in OPEN_METHODS else services.access.caller(authorization)
-        if method in STATUS_METHODS:
-            return caller
-        check_open(services)
-        return caller
+        if method in OPEN_METHODS:
+            return ANYBODY
+        return admit(self.services, authorization, method in STATUS_METHODS)
 
 
 async def _serve(handler: grpc.RpcMethodHandler, context: grpc.aio.ServicerContext, timeout_s: float) -> None:
-    """Read, let the method answer, write."""
+    """Read the messages of a call, run its method and write the answer."""
     given: Any
     if handler.request_streaming:
         given = _read_all(handler, context, timeout_s)
@@ -151,10 +140,10 @@ async def _read_all(
 
 
 async def _read(handler: grpc.RpcMethodHandler, context: grpc.aio.ServicerContext, timeout_s: float) -> Message | None:
-    """The client's next message; None after the last.
+    """Return the client's next message; None after the last.
 
     Raises:
-        APIError: 408, it takes longer than `timeout_s` to arrive; or 400, it is not what it should be.
+        APIError: 408, the message did not arrive within `timeout_s`; 400, its bytes cannot be decoded.
     """
     try:
         async with asyncio.timeout(timeout_s):
@@ -172,13 +161,7 @@ async def _read(handler: grpc.RpcMethodHandler, context: grpc.aio.ServicerContex
 
 
 def _known(error: Exception, method: str) -> Exception:
-    """Generated code raises this for what a .proto has and a server has not."""
+    """Convert the error that generated code raises for a method that the server does not implement."""
     if isinstance(error, NotImplementedError):
         return APIError(501, f"{method} is not served", code="not_implemented")
     return error
-
-
-def request_id_of(given: str) -> str:
-    """The client's own, where it is one that metadata may hold."""
-    is_usable = 0 < len(given) <= MAX_REQUEST_ID and given.isascii() and given.isprintable()
-    return given if is_usable else str(uuid.uuid4())

@@ -1,4 +1,4 @@
-"""The replica's gRPC front: grpc.aio on a port of its own, in the replica's event loop, on the services of HTTP."""
+"""The replica's gRPC server: grpc.aio on its own port, in the replica's event loop, with the same services as HTTP."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ SERVICES = (
     open_inference_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name,
 )
 HEALTH_S = 0.2
-"""How often it is looked whether the server is ready."""
+"""Seconds between two looks at whether the server is ready."""
 GRACE_S = 0.5
-"""For what was answered to reach the kernel; who still watches the server's health then is let go."""
+"""Seconds in which sent answers reach the kernel; then calls that watch the server's health are closed."""
 KIB = 1024
 LIMITS = {
     "grpc.max_metadata_size": 16 * KIB,
-    "grpc.max_concurrent_streams": 256,  # of one connection
+    "grpc.max_concurrent_streams": 256,  # on one connection
     "grpc.server_handshake_timeout_ms": 10_000,
     "grpc.max_connection_idle_ms": 300_000,
-    "grpc.keepalive_time_ms": 60_000,  # clients that vanished are found out
+    "grpc.keepalive_time_ms": 60_000,  # finds clients that vanished
     "grpc.keepalive_timeout_ms": 20_000,
-    "grpc.http2.min_ping_interval_without_data_ms": 10_000,  # of the client's pings
+    "grpc.http2.min_ping_interval_without_data_ms": 10_000,  # limits the client's pings
     "grpc.http2.max_ping_strikes": 2,
-    "grpc.compression_enabled_algorithms_bitset": 1,  # identity: what is read is as large as what was sent
-    "grpc.so_reuseport": 1,  # as HTTP's: replicas share the port
+    "grpc.compression_enabled_algorithms_bitset": 1,  # only identity: a message is as large as it was on the wire
+    "grpc.so_reuseport": 1,  # replicas share the port, as with HTTP
 }
 
 
 class GRPCFront:
-    """A listening server. Made by `start`."""
+    """A listening gRPC server, created by `start`."""
 
     def __init__(self, server: grpc.aio.Server, health_servicer: health.aio.HealthServicer, services: Services) -> None:
         self._server = server
@@ -49,10 +49,10 @@ class GRPCFront:
 
     @classmethod
     async def start(cls, services: Services, host: str, port: int) -> GRPCFront:
-        """Listen, and answer from now on.
+        """Start to listen and answer.
 
         Raises:
-            OSError: the address cannot be listened on.
+            OSError: the server cannot listen on the address.
         """
         limits = LIMITS | {"grpc.max_receive_message_length": services.config.max_body_bytes}
         server = grpc.aio.server(interceptors=(Edge(services),), options=tuple(limits.items()))
@@ -71,11 +71,11 @@ class GRPCFront:
 
     @property
     def is_running(self) -> bool:
-        """False once it was closed, or failed."""
+        """Whether the server listens."""
         return not self._serving.done()
 
     async def close(self) -> None:
-        """Stop listening; return when every open answer was handed to the kernel."""
+        """Stop listening. Return when the kernel has every open answer."""
         self._following.cancel()
         with suppress(asyncio.CancelledError):
             await self._following
@@ -84,11 +84,11 @@ class GRPCFront:
         await self._serving
 
     async def _follow(self, services: Services) -> None:
-        """Tell whoever watches when pictures can be made, and when they no longer can."""
-        told = None
+        """Report to watching clients when pictures can be made, and when they no longer can."""
+        reported = None
         while True:
-            if (is_ready := services.is_ready) is not told:
-                told = is_ready
+            if (is_ready := services.is_ready) is not reported:
+                reported = is_ready
                 statuses = health_pb2.HealthCheckResponse
                 status = statuses.SERVING if is_ready else statuses.NOT_SERVING
                 for name in ("", *SERVICES):

@@ -1,4 +1,4 @@
-"""tdm.images.v1.ImageService: pictures, with all that HTTP knows of them, in types."""
+"""tdm.images.v1.ImageService: typed messages with the fields of HTTP."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from serving.fronts.services import Services
 from serving.rpc.calls import budgeted, current_call
 from serving.rpc.protos import images_pb2 as pb
 from serving.schema.answers import ImageAnswer, PartialAnswer
-from serving.schema.image_request import ImageRequest
-from serving.schema.parsing import validate
+from serving.schema.image_request import order_from_fields
 from tdm_runtime.media.image_file import ImageFormat
 
 FORMATS: dict[ImageFormat, pb.OutputFormat] = {
@@ -38,38 +37,40 @@ AS_THEY_ARE = (
     "output_compression",
     "metadata",
 )
-"""Fields that both schemas have alike; of steps there are either these or `auto_steps`."""
+"""Fields that HTTP and gRPC share. A message has either `num_inference_steps` or `auto_steps`."""
 
 
 class ImageServicer:
-    """Answers for one replica."""
+    """Answers the calls of one replica."""
 
     def __init__(self, services: Services) -> None:
         self._services = services
 
     async def Generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> pb.GenerateResponse:
         """Make pictures."""
-        as_pixels = request.output_format == pb.OUTPUT_FORMAT_PIXELS
-        with budgeted(validate(fields_of(request), ImageRequest)) as wanted:
-            self._services.spend(current_call().caller, wanted)
-            answer = await self._services.images.generate(wanted, as_pixels)
+        order = order_from_fields(fields_of(request), self._services.images.recipe)
+        if as_pixels := request.output_format == pb.OUTPUT_FORMAT_PIXELS:
+            order = order.as_pixels()
+        with budgeted(order) as order:
+            current_call().caller.spend(order.cost)
+            answer = await self._services.images.generate(order)
         return to_response(answer, as_pixels)
 
     async def GenerateStream(
         self, request: pb.GenerateStreamRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.GenerateStreamResponse]:
-        """Make one picture and show it on the way."""
-        with budgeted(validate(stream_fields_of(request), ImageRequest)) as wanted:
-            self._services.spend(current_call().caller, wanted)
-            parts = await self._services.images.stream(wanted)
+        """Make one picture and send previews of it."""
+        with budgeted(order_from_fields(stream_fields_of(request), self._services.images.recipe)) as order:
+            current_call().caller.spend(order.cost)
+            parts = await self._services.images.stream(order)
         async for part in parts:
             yield to_event(part)
 
     async def ListModels(
         self, request: pb.ListModelsRequest, context: grpc.aio.ServicerContext
     ) -> pb.ListModelsResponse:
-        """What is served."""
-        models = (pb.Model(**_filled(pb.Model, card.model_dump())) for card in self._services.images.models())
+        """List the served models."""
+        models = (pb.Model(**_filled(pb.Model, asdict(card))) for card in self._services.images.models())
         return pb.ListModelsResponse(models=models)
 
 
@@ -77,10 +78,10 @@ class ImageServicer:
 
 
 def fields_of(request: pb.GenerateRequest) -> dict[str, Any]:
-    """What was sent, under HTTP's names.
+    """Return the fields of a message under HTTP's names.
 
     Raises:
-        APIError: 400, something that this server does not know.
+        APIError: 400, the message has a field or value that this server does not know.
     """
     _refuse_unknown(request)
     fields = {name: getattr(request, name) for name in AS_THEY_ARE if request.HasField(name)}
@@ -100,10 +101,10 @@ def fields_of(request: pb.GenerateRequest) -> dict[str, Any]:
 
 
 def stream_fields_of(request: pb.GenerateStreamRequest) -> dict[str, Any]:
-    """As `fields_of`.
+    """Return the fields of a stream's message under HTTP's names.
 
     Raises:
-        APIError: 400, something that this server does not know, or streams do not carry.
+        APIError: 400, the message has a field or value that this server does not know, or asks for bare pixels.
     """
     _refuse_unknown(request)
     if request.picture.output_format == pb.OUTPUT_FORMAT_PIXELS:
@@ -113,7 +114,7 @@ def stream_fields_of(request: pb.GenerateStreamRequest) -> dict[str, Any]:
 
 
 def _named(value: int, names: Mapping[Any, int], param: str) -> str:
-    """HTTP's word for an enum's value."""
+    """Return HTTP's name of an enum value."""
     for name, number in names.items():
         if number == value:
             return str(name)
@@ -121,7 +122,7 @@ def _named(value: int, names: Mapping[Any, int], param: str) -> str:
 
 
 def _refuse_unknown(message: Message) -> None:
-    """A field of a later .proto would change the picture: it is refused as HTTP refuses unknown names."""
+    """Refuse fields of a later .proto, which would change the picture, as HTTP refuses unknown names."""
     unknown = UnknownFieldSet(message)
     if len(unknown):
         number, name = unknown[0].field_number, message.DESCRIPTOR.full_name
@@ -133,7 +134,7 @@ def _refuse_unknown(message: Message) -> None:
 
 
 def to_response(answer: ImageAnswer, as_pixels: bool = False) -> pb.GenerateResponse:
-    """An answer as a message."""
+    """Return an answer as a message."""
     images = (
         pb.Image(
             content=image.content,
@@ -150,8 +151,8 @@ def to_response(answer: ImageAnswer, as_pixels: bool = False) -> pb.GenerateResp
         images=images,
         output_format=pb.OUTPUT_FORMAT_PIXELS if as_pixels else FORMATS[answer.output_format],
         size=pb.Size(width=answer.width, height=answer.height),
-        usage=pb.Usage(**_filled(pb.Usage, answer.usage.model_dump())),
-        timings=pb.Timings(**_filled(pb.Timings, answer.timings.model_dump())),
+        usage=pb.Usage(**_filled(pb.Usage, asdict(answer.usage))),
+        timings=pb.Timings(**_filled(pb.Timings, asdict(answer.timings))),
         predicted_ms=answer.predicted_ms,
         latency_budget_kept=answer.latency_budget_kept,
         warnings=answer.warnings,
@@ -159,7 +160,7 @@ def to_response(answer: ImageAnswer, as_pixels: bool = False) -> pb.GenerateResp
 
 
 def to_event(part: PartialAnswer | ImageAnswer) -> pb.GenerateStreamResponse:
-    """A part of a stream as a message."""
+    """Return a part of a stream as a message."""
     if isinstance(part, ImageAnswer):
         return pb.GenerateStreamResponse(completed=to_response(part))
     partial = pb.PartialImage(
@@ -175,5 +176,5 @@ def to_event(part: PartialAnswer | ImageAnswer) -> pb.GenerateStreamResponse:
 
 
 def _filled(kind: type[Message], values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values that a message has fields for."""
+    """Return the values for which a message has fields."""
     return {name: values[name] for name in kind.DESCRIPTOR.fields_by_name}

@@ -1,7 +1,7 @@
 """inference.GRPCInferenceService: the Open Inference Protocol, version 2, for pictures.
 
-A call makes one picture. Inputs are tensors of shape [1], as `contents` or as `raw_input_contents`; what HTTP has
-beside them may come as the request's parameters.
+A call makes one picture. Inputs are tensors of shape [1], as `contents` or as `raw_input_contents`. Other fields of
+HTTP are the request's parameters.
 """
 
 from __future__ import annotations
@@ -18,29 +18,28 @@ from serving.fronts.services import Services
 from serving.rpc.calls import budgeted, current_call
 from serving.rpc.protos import open_inference_pb2 as pb
 from serving.schema.answers import ImageAnswer
-from serving.schema.image_request import ImageRequest
-from serving.schema.parsing import validate
+from serving.schema.image_request import order_from_fields
 from tdm_runtime.errors import shown
 
 VERSION = "1"
-"""Of every model: another checkpoint is another model."""
+"""Version of every model; another checkpoint is another model."""
 INPUTS = {
     "prompt": ("BYTES",),
     "negative_prompt": ("BYTES",),
     "seed": ("INT64", "UINT64"),
     "num_inference_steps": ("INT32", "INT64"),
 }
-"""Name -> datatypes; the first is the one that ModelMetadata names."""
+"""Input -> its datatypes; ModelMetadata names the first."""
 OUTPUTS = {"generated_image": "UINT8", "seed": "INT64", "num_inference_steps": "INT32"}
 CONTENTS = {"BYTES": "bytes_contents", "INT32": "int_contents", "INT64": "int64_contents", "UINT64": "uint64_contents"}
-"""Datatype -> the field of `InferTensorContents` that holds it."""
+"""Datatype -> the field of `InferTensorContents` with its values."""
 LAYOUTS = {"INT32": "<i", "INT64": "<q", "UINT64": "<Q"}
 PARAMETERS = ("size", "num_inference_steps", "min_inference_steps", "latency_budget_ms", "strict", "decoder")
 LENGTH = struct.Struct("<I")
 
 
 class InferenceServicer:
-    """Answers for one replica."""
+    """Answers the calls of one replica."""
 
     def __init__(self, services: Services) -> None:
         self._services = services
@@ -48,32 +47,32 @@ class InferenceServicer:
     async def ServerLive(
         self, request: pb.ServerLiveRequest, context: grpc.aio.ServicerContext
     ) -> pb.ServerLiveResponse:
-        """That the process answers."""
+        """Answer while the process runs."""
         return pb.ServerLiveResponse(live=True)
 
     async def ServerReady(
         self, request: pb.ServerReadyRequest, context: grpc.aio.ServicerContext
     ) -> pb.ServerReadyResponse:
-        """Whether pictures can be made."""
+        """Return whether pictures can be made."""
         return pb.ServerReadyResponse(ready=self._services.is_ready)
 
     async def ServerMetadata(
         self, request: pb.ServerMetadataRequest, context: grpc.aio.ServicerContext
     ) -> pb.ServerMetadataResponse:
-        """What answers."""
+        """Return the server's name and version."""
         return pb.ServerMetadataResponse(name="tdm-serve", version=_server_version())
 
     async def ModelReady(
         self, request: pb.ModelReadyRequest, context: grpc.aio.ServicerContext
     ) -> pb.ModelReadyResponse:
-        """Whether a model makes pictures; one that there is not is none that will."""
+        """Return whether a model can make pictures; an unknown model is an error."""
         self._check_model(request.name, request.version)
         return pb.ModelReadyResponse(ready=self._services.is_ready)
 
     async def ModelMetadata(
         self, request: pb.ModelMetadataRequest, context: grpc.aio.ServicerContext
     ) -> pb.ModelMetadataResponse:
-        """A model's inputs and outputs."""
+        """Return a model's inputs and outputs."""
         self._check_model(request.name, request.version)
         tensor = pb.ModelMetadataResponse.TensorMetadata
         return pb.ModelMetadataResponse(
@@ -93,15 +92,16 @@ class InferenceServicer:
         """Make a picture."""
         self._check_model(request.model_name, request.model_version)
         names = wanted_outputs(request)
-        with budgeted(validate(fields_of(request), ImageRequest)) as wanted:
-            self._services.spend(current_call().caller, wanted)
-            answer = await self._services.images.generate(wanted, as_pixels=True)
+        with budgeted(order_from_fields(fields_of(request), self._services.images.recipe).as_pixels()) as order:
+            current_call().caller.spend(order.cost)
+            answer = await self._services.images.generate(order)
         return to_response(answer, names, request.id)
 
     def _check_model(self, name: str, version: str) -> None:
-        """
+        """Check that a model exists in this version.
+
         Raises:
-            APIError: 404, there is no such model, or not in this version.
+            APIError: 404, it does not.
         """
         card = self._services.images.model_card(name)
         if version not in ("", VERSION):
@@ -113,10 +113,10 @@ class InferenceServicer:
 
 
 def fields_of(request: pb.ModelInferRequest) -> dict[str, Any]:
-    """What was sent, under HTTP's names.
+    """Return the inputs and parameters of a message under HTTP's names.
 
     Raises:
-        APIError: 400 naming the tensor or parameter, what it is and what it may be.
+        APIError: 400 naming the tensor or parameter, its value and the allowed values.
     """
     raws: list[bytes | None] = [*request.raw_input_contents] or [None] * len(request.inputs)
     if len(raws) != len(request.inputs):
@@ -136,10 +136,10 @@ def fields_of(request: pb.ModelInferRequest) -> dict[str, Any]:
 
 
 def wanted_outputs(request: pb.ModelInferRequest) -> list[str]:
-    """The outputs that are asked for.
+    """Return the names of the requested outputs.
 
     Raises:
-        APIError: 400, one that there is not, or that is to go elsewhere than into the answer.
+        APIError: 400, an output is unknown or has parameters.
     """
     for output in request.outputs:
         if output.name not in OUTPUTS:
@@ -172,7 +172,7 @@ def _refuse_parameters(
 
 
 def _value_of(tensor: pb.ModelInferRequest.InferInputTensor, raw: bytes | None) -> Any:
-    """The one element of a tensor that `_check_tensor` let pass."""
+    """Return the one element of a tensor that has passed `_check_tensor`."""
     if raw is not None and tensor.HasField("contents"):
         raise _refused(f"{tensor.name} has contents beside raw_input_contents; send one of them", tensor.name)
     value = _typed_value(tensor) if raw is None else _raw_value(tensor, raw)
@@ -220,7 +220,7 @@ def _refused(message: str, param: str) -> APIError:
 
 
 def to_response(answer: ImageAnswer, names: list[str], call_id: str) -> pb.ModelInferResponse:
-    """A picture as tensors; what HTTP tells beside it, as parameters."""
+    """Return a picture as tensors, with the other fields of HTTP as parameters."""
     (image,) = answer.images
     tensors = {
         "generated_image": ([answer.height, answer.width, 3], image.content),
@@ -253,5 +253,5 @@ def _parameters(answer: ImageAnswer) -> Mapping[str, pb.InferParameter]:
 def _server_version() -> str:
     try:
         return importlib.metadata.version("tdm-serve")
-    except importlib.metadata.PackageNotFoundError:  # run from its folder
+    except importlib.metadata.PackageNotFoundError:  # the package is not installed
         return "unknown"

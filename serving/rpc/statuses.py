@@ -1,4 +1,4 @@
-"""Failures as gRPC tells them: a code, the message, and beside them what the HTTP body and headers would hold."""
+"""Errors as gRPC statuses: a code, a message, and trailing metadata with what HTTP's body and headers would hold."""
 
 from __future__ import annotations
 
@@ -28,31 +28,33 @@ Metadata = tuple[tuple[str, str], ...]
 
 
 def code_of(error: APIError) -> grpc.StatusCode:
-    """The code of a failure; of a status without one of its own, whose fault it is."""
+    """Return the gRPC code of an error. Other statuses become INVALID_ARGUMENT below 500 and INTERNAL from 500 on."""
     fallback = grpc.StatusCode.INVALID_ARGUMENT if error.status < 500 else grpc.StatusCode.INTERNAL
     return CODES.get(error.status, fallback)
 
 
 def trailers_of(error: APIError) -> Metadata:
-    """Trailing metadata of a failure: `code`, `param` and when to come back."""
+    """Return the trailing metadata of an error: `code`, `param` and when to retry."""
     headers = error.headers
     retry_ms = headers.get("retry-after-ms") or (f"{headers['retry-after']}000" if "retry-after" in headers else None)
-    told = {
+    values = {
         "code": error.code,
         "param": error.param,
         "retry-after-ms": retry_ms,
         "x-should-retry": headers.get("x-should-retry"),
     }
-    return tuple((name, printable(value)) for name, value in told.items() if value)
+    return tuple((name, printable(value)) for name, value in values.items() if value)
 
 
 def printable(text: str) -> str:
-    """As metadata may hold it: part of a client's own words may be in it."""
+    """Return the text with only characters that metadata allows; it may quote the client."""
     shown = "".join(character if " " <= character <= "~" else "?" for character in text[:MAX_METADATA_CHARACTERS])
     return shown.strip()
 
 
 def unreadable(kind: type[Message]) -> APIError:
-    """Bytes that are not the message they should be."""
+    """Return the error of a message that cannot be decoded."""
     name = kind.DESCRIPTOR.full_name
-    return invalid(f"the call's bytes are no {name}; encode it with the .proto of this server", None, "invalid_message")
+    return invalid(
+        f"the call's bytes cannot be decoded as {name}; encode it with this server's .proto", None, "invalid_message"
+    )

@@ -1,24 +1,24 @@
-"""What the service gives its fronts, before any of them puts it on its wire."""
+"""Answers to image requests, before HTTP or gRPC encodes them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pydantic import BaseModel
-
 from tdm_runtime.media.image_file import ImageFormat
 from tdm_runtime.media.receipt import Receipt
 
 
-class InputTokenDetails(BaseModel):
+@dataclass(frozen=True)
+class InputTokenDetails:
     """Prompt tokens by kind."""
 
     text_tokens: int
     image_tokens: int = 0
 
 
-class Usage(BaseModel):
-    """Prompt tokens read, and latent positions made."""
+@dataclass(frozen=True)
+class Usage:
+    """Number of prompt tokens that were read and of latent positions that were made."""
 
     input_tokens: int
     input_tokens_details: InputTokenDetails
@@ -26,8 +26,9 @@ class Usage(BaseModel):
     total_tokens: int
 
 
-class ImageTimings(BaseModel):
-    """Where the time of the slowest picture went, in milliseconds."""
+@dataclass(frozen=True)
+class ImageTimings:
+    """Time of each stage of the slowest picture, in milliseconds."""
 
     queue_ms: float
     text_ms: float
@@ -42,19 +43,19 @@ class MadeImage:
     """One picture."""
 
     content: bytes
-    """A file; where pixels were asked for, uint8 [H, W, 3], row by row."""
+    """An image file; with `ImageEncoding.pixels_only`, uint8 [H, W, 3], row by row."""
     seed: int
     num_inference_steps: int
-    """That were taken."""
+    """Number of steps that were taken."""
     is_cached: bool
-    """Whether it was made for an earlier request."""
+    """Whether the picture was made for an earlier request."""
     receipt: Receipt
-    """What made it; `tdm-generate --verify` makes it again."""
+    """Everything that determines the picture; `tdm-generate --verify` makes it again."""
 
 
 @dataclass(frozen=True)
 class ImageAnswer:
-    """A request's pictures and how they came about."""
+    """Pictures of a request, and how they were made."""
 
     created: int
     """Unix seconds."""
@@ -66,9 +67,9 @@ class ImageAnswer:
     usage: Usage
     timings: ImageTimings
     predicted_ms: float
-    """What `timings.total_ms` was expected to be when the first step was due."""
+    """Prediction of `timings.total_ms` when the first step was due."""
     latency_budget_kept: bool | None
-    """None where there was none."""
+    """Whether the answer was in time; None without a latency budget."""
     warnings: list[str]
 
     @property
@@ -78,17 +79,17 @@ class ImageAnswer:
 
 @dataclass(frozen=True)
 class PartialAnswer:
-    """What is to be seen of a picture before it is done."""
+    """Draft or preview of a picture that is not finished."""
 
     content: bytes
-    """As of `MadeImage`."""
+    """An image file."""
     index: int
-    """Of the partial picture, from 0."""
+    """Number of the partial picture, from 0."""
     created: int
     """Unix seconds."""
     output_format: ImageFormat
     width: int
     height: int
     is_draft: bool
-    """The picture of one step; otherwise what a step of the picture itself expects."""
+    """True for a picture of one step; False for what a step of the picture itself predicts."""
     num_steps_taken: int

@@ -1,4 +1,4 @@
-"""POST /v1/images/generations: what it reads and what it answers."""
+"""Request and response of POST /v1/images/generations."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import re
 import secrets
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from serving.errors import invalid
 from serving.schema.answers import ImageAnswer, ImageTimings, PartialAnswer, Usage
+from serving.schema.order import DeliveryOptions, ImageEncoding, ImageOrder, ResponseFormat
+from serving.schema.parsing import parse_body, validate
 from tdm_runtime.checkpoint.recipe import Recipe
-from tdm_runtime.engine.delivery import Delivery, Preview
 from tdm_runtime.media.image_file import ImageFormat
 from tdm_runtime.media.receipt import Receipt
 from tdm_runtime.params import MAX_PROMPT_CHARACTERS, MAX_SEED, DecoderName, SamplingParams
@@ -23,7 +24,7 @@ MAX_PICTURES = 10
 MAX_BUDGET_MS = 600_000.0
 SIZE_PATTERN = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", re.ASCII)
 
-# What is checked with a better message than pydantic's is told to the readers of the schema here.
+# Limits that are checked elsewhere, with better messages than Pydantic's. Here they document the schema.
 PROMPT_SCHEMA: dict[str, JsonValue] = {"minLength": 1, "maxLength": MAX_PROMPT_CHARACTERS, "pattern": r"\S"}
 SIZE_SCHEMA: dict[str, JsonValue] = {"pattern": f"^(auto|{SIZE_PATTERN.pattern})$"}
 SEED_SCHEMA: dict[str, JsonValue] = {"minimum": 0, "maximum": MAX_SEED}
@@ -51,40 +52,73 @@ class ImageRequest(BaseModel):
         json_schema_extra=SEED_SCHEMA,
     )
     num_inference_steps: int | Literal["auto"] | None = Field(
-        None, description='One of the model\'s step counts; "auto" takes as many as the budget, or the load, allows.'
+        None,
+        description='One of the model\'s step counts; "auto" takes as many as the latency budget and the load allow.',
     )
     min_inference_steps: int | None = Field(
-        None, description='The fewest that "auto" may take; else the fewest there are.'
+        None, description='Fewest steps that "auto" may take; by default the model\'s smallest step count.'
     )
     latency_budget_ms: float | None = Field(
-        None, gt=0, le=MAX_BUDGET_MS, description="From arrival to answer: kept, or refused at once with 429."
+        None,
+        gt=0,
+        le=MAX_BUDGET_MS,
+        description="Longest time from arrival to answer. A request that cannot meet it is refused at once.",
     )
-    strict: bool = Field(False, description="The same bits alone and in any company, on one backend.")
-    decoder: DecoderName = Field("full", description="tiny decodes several times faster and a little softer.")
+    strict: bool = Field(False, description="The same bits alone and in any batch, on one backend.")
+    decoder: DecoderName = Field("full", description="tiny is several times faster and its pictures a little softer.")
     guidance_scale: float | None = Field(None, description="Only 1: guidance is distilled into the weights.")
     negative_prompt: str | None = Field(None, description="Only empty: it needs guidance.")
-    response_format: Literal["b64_json", "url"] = Field(
-        "b64_json", description="url: the server keeps the file for a while; see expires_at."
-    )
+    response_format: ResponseFormat = Field("b64_json", description="url: the server keeps the file until expires_at.")
     output_format: ImageFormat = "png"
     output_compression: int = Field(100, ge=0, le=100, description="Quality of jpeg and webp.")
     metadata: bool = Field(True, description="Write prompt, seed and steps into the picture file.")
     user: str | None = Field(None, max_length=256, description="Accepted and unused.")
-    stream: bool | None = Field(None, description="Server-sent events: partial images, then the picture; only n = 1.")
-    partial_images: int | None = Field(None, ge=0, le=3, description="With stream: at most so many before the last.")
-    draft: bool = Field(False, description="With partial_images: the first is the picture of one step.")
+    stream: bool | None = Field(
+        None, description="Answer with server-sent events: partial images, then the picture; needs n = 1."
+    )
+    partial_images: int | None = Field(
+        None, ge=0, le=3, description="With stream: most partial images before the picture."
+    )
+    draft: bool = Field(False, description="With partial_images: the first one is the picture of one step.")
     quality: Literal["auto", "standard"] | None = Field(None, description="Only auto: steps are the quality dial.")
     background: Literal["auto", "opaque"] | None = Field(None, description="Pictures are opaque.")
 
-    def to_sampling_params(self, recipe: Recipe) -> list[SamplingParams]:
-        """One `SamplingParams` a picture.
-
-        Args:
-            recipe: of the model that the request names.
+    def as_file(self, image_format: ImageFormat) -> ImageRequest:
+        """Return the same request, answered with the bytes of one file of this format.
 
         Raises:
-            InvalidRequestError, APIError: a value outside its limits.
+            APIError: 400, the request contradicts that.
         """
+        if self.n != 1 or self.stream:
+            param = "n" if self.n != 1 else "stream"
+            message = f"{param} is {getattr(self, param)!r}; Accept: image/{image_format} gets one picture's bytes"
+            raise invalid(f"{message}, accept application/json for more", param, "invalid_value")
+        if self.response_format == "url":
+            message = (
+                f"response_format is 'url' and Accept says image/{image_format}; accept application/json for a URL"
+            )
+            raise invalid(message, "response_format", "invalid_value")
+        if "output_format" in self.model_fields_set and self.output_format != image_format:
+            message = f"output_format is {self.output_format!r} and Accept says image/{image_format}; leave one out"
+            raise invalid(message, "output_format", "invalid_value")
+        return self.model_copy(update={"output_format": image_format})
+
+    def to_order(self, recipe: Recipe, default_seed: int | None = None) -> ImageOrder:
+        """Check the request against its model and draw its seed.
+
+        Args:
+            recipe: recipe of the model that the request names.
+            default_seed: seed of a request that has none. None draws one.
+
+        Raises:
+            InvalidRequestError, APIError: a value is outside its limits, or fields contradict each other.
+        """
+        self._check_guidance(recipe)
+        pictures = self._pictures(recipe, default_seed)
+        encoding = ImageEncoding(self.output_format, self.output_compression, self.metadata, self.response_format)
+        return ImageOrder(recipe.name, pictures, self._delivery(recipe), encoding)
+
+    def _check_guidance(self, recipe: Recipe) -> None:
         if self.guidance_scale is not None and self.guidance_scale != 1.0:
             message = (
                 f"guidance_scale is {self.guidance_scale}; {recipe.name} has guidance distilled in, only 1 is served"
@@ -93,35 +127,20 @@ class ImageRequest(BaseModel):
         if self.negative_prompt:
             message = f"negative_prompt needs guidance, which {recipe.name} has distilled in; leave it out"
             raise invalid(message, "negative_prompt", "invalid_value")
+
+    def _pictures(self, recipe: Recipe, default_seed: int | None) -> tuple[SamplingParams, ...]:
         width, height = self._size(recipe)
-        first_seed = secrets.randbelow(MAX_SEED + 1) if self.seed is None else self.seed
+        seed = default_seed if self.seed is None else self.seed
+        if seed is None:
+            seed = secrets.randbelow(MAX_SEED + 1)
         steps = recipe.default_steps if self.num_inference_steps is None else self.num_inference_steps
         if steps == "auto":
             steps = recipe.step_counts[-1]
-        params = SamplingParams(self.prompt, first_seed, steps, width, height, self.decoder)
-        params.check_against(recipe)
-        seeds = ((first_seed + n) % (MAX_SEED + 1) for n in range(self.n))
-        return [replace(params, seed=seed) for seed in seeds]
+        first = SamplingParams(self.prompt, seed, steps, width, height, self.decoder)
+        first.check_against(recipe)
+        return tuple(replace(first, seed=(seed + n) % (MAX_SEED + 1)) for n in range(self.n))
 
-    def cost(self, recipe: Recipe) -> float:
-        """What the request takes of a quota, in megapixel-steps; the most it may take where steps are open.
-
-        Raises:
-            InvalidRequestError, APIError: a value outside its limits.
-        """
-        params = self.to_sampling_params(recipe)[0]
-        return self.n * params.width * params.height * params.num_inference_steps / 1e6
-
-    def to_delivery(self, recipe: Recipe, spent_ms: float, on_preview: Callable[[Preview], None] | None) -> Delivery:
-        """How its pictures are to be served.
-
-        Args:
-            spent_ms: what of the latency budget is used up by what is not the engine's.
-            on_preview: told of drafts and previews, where they are asked for.
-
-        Raises:
-            InvalidRequestError, APIError: fields that contradict each other.
-        """
+    def _delivery(self, recipe: Recipe) -> DeliveryOptions:
         is_auto = self.num_inference_steps == "auto"
         if self.min_inference_steps is not None and not is_auto:
             message = f'min_inference_steps is {self.min_inference_steps}; it needs num_inference_steps "auto"'
@@ -137,11 +156,11 @@ class ImageRequest(BaseModel):
         if self.stream and self.response_format == "url":
             message = "response_format is 'url'; a stream carries its pictures, leave it out or send stream false"
             raise invalid(message, "response_format", "invalid_value")
-        return Delivery(
-            latency_budget_ms=None if self.latency_budget_ms is None else max(0.01, self.latency_budget_ms - spent_ms),
+        return DeliveryOptions(
+            latency_budget_ms=self.latency_budget_ms,
             min_inference_steps=(self.min_inference_steps or recipe.step_counts[0]) if is_auto else None,
             strict=self.strict,
-            on_preview=on_preview if partial_images else None,
+            is_streamed=bool(self.stream),
             num_previews=partial_images - self.draft,
             draft=self.draft,
         )
@@ -160,23 +179,55 @@ class ImageRequest(BaseModel):
         return int(match[1]), int(match[2])
 
 
+RecipeOf = Callable[[str | None], Recipe]
+"""Returns the recipe of a model by its name; None is the default model. Raises APIError 404 for an unknown name."""
+
+
+def order_from_body(
+    body: bytes, recipe_of: RecipeOf, file_format: ImageFormat | None = None, default_seed: int | None = None
+) -> ImageOrder:
+    """Read the JSON body of POST /v1/images/generations.
+
+    Args:
+        file_format: format of the file that is the whole answer. None answers in JSON.
+        default_seed: seed of a request that has none. None draws one.
+
+    Raises:
+        InvalidRequestError, APIError: the request cannot be served as it is.
+    """
+    request = parse_body(body, ImageRequest)
+    if file_format is not None:
+        request = request.as_file(file_format)
+    return request.to_order(recipe_of(request.model), default_seed)
+
+
+def order_from_fields(fields: dict[str, Any], recipe_of: RecipeOf) -> ImageOrder:
+    """Read decoded fields, named as in the JSON body.
+
+    Raises:
+        InvalidRequestError, APIError: the request cannot be served as it is.
+    """
+    request = validate(fields, ImageRequest)
+    return request.to_order(recipe_of(request.model))
+
+
 class GeneratedImage(BaseModel):
     """One picture."""
 
     b64_json: str | None = None
     url: str | None = None
-    """Where it is fetched from, without a key, until it expires."""
+    """URL of the file, which needs no key; valid until `expires_at`."""
     expires_at: int | None = None
-    """Of the URL, Unix seconds."""
+    """Time when the URL expires, Unix seconds."""
     revised_prompt: str | None = None
-    """Always null: prompts are read as they are."""
+    """Always null: the server does not rewrite prompts."""
     seed: int
     num_inference_steps: int
-    """That were taken."""
+    """Number of steps that were taken."""
     is_cached: bool
-    """Whether it was made for an earlier request."""
+    """Whether the picture was made for an earlier request."""
     receipt: Receipt
-    """What made it; `tdm-generate --verify` makes it again."""
+    """Everything that determines the picture; `tdm-generate --verify` makes it again."""
 
 
 class ImageResponse(BaseModel):
@@ -191,14 +242,14 @@ class ImageResponse(BaseModel):
     usage: Usage
     timings: ImageTimings
     predicted_ms: float
-    """What `timings.total_ms` was expected to be when the first step was due."""
+    """Prediction of `timings.total_ms` when the first step was due."""
     latency_budget_kept: bool | None
-    """None where there was none."""
+    """Whether the answer was in time; None without a latency budget."""
     warnings: list[str] = []
 
 
 class ImageEvent(BaseModel):
-    """What a stream's events have in common."""
+    """Fields of every event of a stream."""
 
     b64_json: str
     created_at: int
@@ -214,12 +265,12 @@ class PartialImage(ImageEvent):
     type: Literal["image_generation.partial_image"] = "image_generation.partial_image"
     partial_image_index: int
     is_draft: bool
-    """The picture of one step; otherwise what a step of the picture itself expects."""
+    """True for a picture of one step; False for what a step of the picture itself predicts."""
     num_steps_taken: int
 
 
 class CompletedImage(ImageEvent):
-    """Event `image_generation.completed`: what `ImageResponse` says of its one picture."""
+    """Event `image_generation.completed`, with the fields of `ImageResponse` and its picture."""
 
     type: Literal["image_generation.completed"] = "image_generation.completed"
     seed: int
@@ -239,11 +290,11 @@ def to_base64(content: bytes) -> str:
 
 
 def to_response(answer: ImageAnswer, urls: list[str] | None, expires_at: int | None = None) -> ImageResponse:
-    """An answer as JSON.
+    """Return an answer as the body of the HTTP response.
 
     Args:
-        urls: of the pictures, in their order; None puts them into the answer.
-        expires_at: when the URLs do, Unix seconds.
+        urls: URLs of the pictures, in their order. None puts the pictures into the body.
+        expires_at: time when the URLs expire, Unix seconds.
     """
     return ImageResponse(
         created=answer.created,
@@ -270,8 +321,13 @@ def to_response(answer: ImageAnswer, urls: list[str] | None, expires_at: int | N
     )
 
 
+def to_fields(answer: ImageAnswer, urls: list[str] | None, expires_at: int | None = None) -> dict[str, Any]:
+    """Return the fields of `to_response`, ready for `json.dumps`."""
+    return to_response(answer, urls, expires_at).model_dump()
+
+
 def to_event(answer: PartialAnswer | ImageAnswer) -> PartialImage | CompletedImage:
-    """A part of a stream as its event."""
+    """Return a part of a stream as its event."""
     if isinstance(answer, PartialAnswer):
         return PartialImage(
             b64_json=to_base64(answer.content),

@@ -1,13 +1,15 @@
-"""What GET /v1/models tells."""
+"""Answer of GET /v1/models."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import BaseModel
 
 
-class ModelCard(BaseModel):
+@dataclass(frozen=True, kw_only=True)
+class ModelCard:
     """One served model."""
 
     id: str
@@ -19,12 +21,12 @@ class ModelCard(BaseModel):
     default_steps: int
     decoders: list[str]
     backend: str
-    """What runs it, as "openvino bf16"."""
+    """Backend and precision that run the model, such as "openvino bf16"."""
     parity_psnr_db: dict[int, float]
     """Step count -> how close its pictures come to torch float32 on a CPU like this one."""
     digest: str
     base: str | None = None
-    """Of a LoRA: the model that it changes."""
+    """Name of the model that a LoRA changes; None for a checkpoint."""
 
 
 class ModelList(BaseModel):

@@ -1,4 +1,4 @@
-"""Bytes to checked values. The only place that decodes what a client sends."""
+"""Decoding and checking of request bodies. No other module decodes what a client sends."""
 
 from __future__ import annotations
 
@@ -40,7 +40,11 @@ def validate(raw: dict[str, Any], kind: type[Body]) -> Body:
 
 
 def parse_json(body: bytes) -> Any:
-    """Decode JSON, refusing what parsers disagree on: duplicate keys, NaN, deep nesting, invalid UTF-8."""
+    """Decode JSON strictly. Parsers disagree on duplicate keys, NaN, deep nesting and invalid UTF-8; all are errors.
+
+    Raises:
+        APIError: 400 naming the mistake.
+    """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -67,7 +71,7 @@ def parse_json(body: bytes) -> Any:
 
 
 def _depth_exceeds(text: str, limit: int) -> bool:
-    """Whether brackets outside strings nest deeper than `limit`."""
+    """Return whether brackets outside strings nest deeper than `limit`."""
     depth = 0
     for token in re.finditer(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', text, re.DOTALL):
         if token[0] in "[{":
@@ -80,9 +84,9 @@ def _depth_exceeds(text: str, limit: int) -> bool:
 
 
 def _from_validation(error: ValidationError, kind: type[BaseModel]) -> APIError:
-    """The first thing pydantic found, with the field as `param`."""
+    """Return Pydantic's first error as an API error whose `param` is the field."""
     first, *others = error.errors(include_url=False)
-    param = str(first["loc"][0])  # no field has fields; what follows names a member of a union
+    param = str(first["loc"][0])  # no field has fields of its own; further parts name a member of a union
     if first["type"] == "missing":
         return invalid(f"{param} is required", param, "missing_required_parameter")
     if first["type"] == "extra_forbidden":

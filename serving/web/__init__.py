@@ -1,1 +1,1 @@
-"""HTTP: routes, edges and the front that listens."""
+"""HTTP: the listening server, its edge and its routes."""

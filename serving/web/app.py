@@ -19,7 +19,7 @@ DESCRIPTION = (
 
 
 def build_app(services: Services) -> FastAPI:
-    """Return the ASGI application of a replica's services."""
+    """Return the ASGI application that serves a replica."""
     app = FastAPI(title="tdm-serve", version="1", description=DESCRIPTION, docs_url=None, redoc_url=None)
     add_image_routes(app, services)
     add_file_routes(app, services)

@@ -21,12 +21,12 @@ DOCUMENTED_BODY = documented_body(json=BatchRequest.model_json_schema(), jsonl=B
 
 
 def add_batch_routes(app: FastAPI, services: Services) -> None:
-    """Batches of image requests."""
+    """Add the routes of batches."""
     max_live = services.config.engine.max_live
 
     @app.post("/v1/batches", openapi_extra=DOCUMENTED_BODY)
     async def create_batch(request: Request) -> Batch:
-        """Accept image requests, all or none, to be answered while nobody waits."""
+        """Accept image requests, all or none, and answer them in the background."""
         is_lines = request.headers.get("content-type", "").split(";")[0].strip().lower() in JSON_LINES
         if not is_lines:
             check_media_type(request, "application/json")
@@ -54,10 +54,10 @@ def add_batch_routes(app: FastAPI, services: Services) -> None:
 
     @app.get("/v1/batches/{batch_id}")
     async def get_batch(batch_id: str, request: Request) -> Batch:
-        """How far a batch is, and the files of its answers."""
+        """Return the progress of a batch and, once it is completed, the ids of its files."""
         return to_batch(await services.jobs.get("batch", caller_of(request).name, batch_id))
 
     @app.post("/v1/batches/{batch_id}/cancel")
     async def cancel_batch(batch_id: str, request: Request) -> Batch:
-        """Stop a batch; what it made so far is deleted."""
+        """Cancel a batch and delete its results."""
         return to_batch(await services.jobs.cancel("batch", caller_of(request).name, batch_id))

@@ -1,8 +1,7 @@
-"""/v1/batches: what it reads and what it answers."""
+"""Requests and responses of /v1/batches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,15 +9,14 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from serving.errors import APIError, invalid
 from serving.jobs.job import Job
-from serving.schema.image_request import ImageRequest
+from serving.schema.image_request import ImageRequest, RecipeOf, order_from_fields
 from serving.schema.parsing import parse_body, parse_json, validate
-from tdm_runtime.checkpoint.recipe import Recipe
 from tdm_runtime.errors import InvalidRequestError
 
 MAX_REQUESTS = 1000
 MAX_BATCH_BYTES = 8 * 2**20
-MAX_TOLD = 5
-"""Bad requests that a refusal names."""
+MAX_NAMED = 5
+"""Most bad requests that an error message names."""
 
 
 class BatchLine(BaseModel):
@@ -26,11 +24,13 @@ class BatchLine(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    custom_id: str = Field(min_length=1, max_length=64, description="The client's own name of it; unique in a batch.")
+    custom_id: str = Field(
+        min_length=1, max_length=64, description="The client's own name of the request; unique in a batch."
+    )
     method: Literal["POST"] = "POST"
     url: Literal["/v1/images/generations"] = "/v1/images/generations"
     body: dict[str, Any] = Field(
-        description="Of POST /v1/images/generations, without stream and latency_budget_ms.",
+        description="Body of POST /v1/images/generations, without stream and latency_budget_ms.",
         json_schema_extra=ImageRequest.model_json_schema(),
     )
 
@@ -46,32 +46,31 @@ class BatchRequest(BaseModel):
         json_schema_extra={"minItems": 1, "maxItems": MAX_REQUESTS, "items": BatchLine.model_json_schema()},
     )
     completion_window: Literal["24h"] = "24h"
-    metadata: dict[str, str] | None = Field(None, max_length=16, description="Comes back with the batch.")
+    metadata: dict[str, str] | None = Field(None, max_length=16, description="Returned with the batch.")
 
 
 @dataclass(frozen=True)
 class CheckedBatch:
-    """A batch of which every request can be answered."""
+    """A batch whose requests are all valid."""
 
     model: str
-    """Of its first request."""
+    """Model of its first request."""
     parts: list[dict[str, Any]]
-    """{custom_id, body}; every body has its seed, so that it is answered the same again."""
+    """One {custom_id, body} a request. Each body has its seed, so that a second attempt makes the same pictures."""
     cost: float
-    """In megapixel-steps."""
+    """Sum of the costs of all requests, in megapixel-steps."""
     metadata: dict[str, str] | None
 
 
-def read_batch(body: bytes, is_lines: bool, recipe: Callable[[str | None], Recipe], max_live: int) -> CheckedBatch:
-    """Read a batch, all of it or nothing; takes a while for a large one.
+def read_batch(body: bytes, is_lines: bool, recipe_of: RecipeOf, max_live: int) -> CheckedBatch:
+    """Read a batch; if one request is invalid, the whole batch is. A large batch takes a while.
 
     Args:
-        recipe: of a model by its name.
-        is_lines: OpenAI's form of one JSON object a line; one object for all of them else.
-        max_live: pictures that the engine takes at once.
+        is_lines: whether the body has one JSON object a line, as OpenAI's batch files do, or is one JSON object.
+        max_live: most pictures that the engine accepts at once.
 
     Raises:
-        APIError: 400 naming the first bad requests by their line, or by their place in `requests`, from 1.
+        APIError: 400 naming the first bad requests by their line, or by their number in `requests`, from 1.
     """
     metadata = None
     if is_lines:
@@ -86,44 +85,42 @@ def read_batch(body: bytes, is_lines: bool, recipe: Callable[[str | None], Recip
     cost, known = 0.0, set[str]()
     for number, line in lines:
         try:
-            part, line_cost = _read_line(line, recipe, max_live, known)
+            part, line_cost = _read_line(line, recipe_of, max_live, known)
         except (APIError, InvalidRequestError) as error:
             bad.append(f"{'line' if is_lines else 'request'} {number}: {error}")
             continue
         parts.append(part)
         cost += line_cost
     if bad:
-        told = "; ".join(bad[:MAX_TOLD]) + (f"; and {len(bad) - MAX_TOLD} more" if len(bad) > MAX_TOLD else "")
-        raise invalid(f"nothing was accepted. {told}", "requests", "invalid_batch")
+        named = "; ".join(bad[:MAX_NAMED]) + (f"; and {len(bad) - MAX_NAMED} more" if len(bad) > MAX_NAMED else "")
+        raise invalid(f"no request was accepted. {named}", "requests", "invalid_batch")
     return CheckedBatch(parts[0]["body"]["model"], parts, cost, metadata)
 
 
-def _read_line(
-    line: Any, recipe: Callable[[str | None], Recipe], max_live: int, known: set[str]
-) -> tuple[dict[str, Any], float]:
-    """Return a request with its seed, and what it costs."""
+def _read_line(line: Any, recipe_of: RecipeOf, max_live: int, known: set[str]) -> tuple[dict[str, Any], float]:
+    """Return a request with its seed, and its cost."""
     raw = parse_json(line) if isinstance(line, bytes) else line
     if not isinstance(raw, dict):
-        raise invalid("it is no JSON object", None, "invalid_json")
+        raise invalid(f"it is a JSON {type(raw).__name__}; send an object", None, "invalid_json")
     read = validate(raw, BatchLine)
     if read.custom_id in known:
-        raise invalid(f"custom_id {read.custom_id!r} appears twice", "custom_id", "invalid_value")
+        raise invalid(
+            f"custom_id {read.custom_id!r} appears twice; give each request its own", "custom_id", "invalid_value"
+        )
     known.add(read.custom_id)
-    wanted = validate(read.body, ImageRequest)
-    for field in ("stream", "latency_budget_ms"):
-        if getattr(wanted, field):
-            raise invalid(f"{field} is for who waits; leave it out of a batch", field, "invalid_value")
-    if wanted.n > max_live:
-        raise invalid(f"n is {wanted.n}; this server has at most {max_live} pictures at once", "n", "invalid_value")
-    found = recipe(wanted.model)
-    params = wanted.to_sampling_params(found)
-    wanted.to_delivery(found, 0.0, None)
-    body = read.body | {"seed": params[0].seed, "model": found.name}
-    return {"custom_id": read.custom_id, "body": body}, wanted.cost(found)
+    order = order_from_fields(read.body, recipe_of)
+    waits = {"stream": order.delivery.is_streamed, "latency_budget_ms": order.delivery.latency_budget_ms is not None}
+    for field, is_asked in waits.items():
+        if is_asked:
+            raise invalid(f"{field} has no use in the background; leave it out of a batch", field, "invalid_value")
+    if (n := len(order.pictures)) > max_live:
+        raise invalid(f"n is {n}; this server has at most {max_live} pictures at once", "n", "invalid_value")
+    body = read.body | {"seed": order.pictures[0].seed, "model": order.model}
+    return {"custom_id": read.custom_id, "body": body}, order.cost
 
 
 class BatchCounts(BaseModel):
-    """Requests of a batch."""
+    """Number of requests of a batch, by state."""
 
     total: int
     completed: int
@@ -131,7 +128,7 @@ class BatchCounts(BaseModel):
 
 
 class BatchErrorItem(BaseModel):
-    """Why a batch failed as a whole."""
+    """One reason why a whole batch failed."""
 
     code: str
     message: str
@@ -140,14 +137,14 @@ class BatchErrorItem(BaseModel):
 
 
 class BatchErrors(BaseModel):
-    """Why a batch failed as a whole."""
+    """Reasons why a whole batch failed."""
 
     object: Literal["list"] = "list"
     data: list[BatchErrorItem]
 
 
 class Batch(BaseModel):
-    """A batch, as OpenAI's client reads it."""
+    """A batch, in the shape that OpenAI's client reads."""
 
     id: str
     object: Literal["batch"] = "batch"
@@ -155,21 +152,21 @@ class Batch(BaseModel):
     model: str
     completion_window: Literal["24h"] = "24h"
     input_file_id: str = ""
-    """Always empty: the requests come with the batch."""
+    """Always empty: the batch contains its requests."""
     status: Literal["in_progress", "completed", "failed", "cancelled"]
-    """Requests are checked before they are accepted, so none is ever `validating`."""
+    """Never `validating`, as requests are checked before the batch is accepted."""
     created_at: int
     in_progress_at: int | None
     completed_at: int | None
     failed_at: int | None
     cancelled_at: int | None
     expires_at: int
-    """When it and its files are deleted; Unix seconds."""
+    """Time when the batch and its files are deleted, Unix seconds."""
     request_counts: BatchCounts
     output_file_id: str | None
-    """JSON lines {id, custom_id, response, error}, at /v1/files/{id}/content."""
+    """File of JSON lines {id, custom_id, response, error}, at /v1/files/{id}/content."""
     error_file_id: str | None
-    """The same of requests that failed."""
+    """File of the failed requests, in the same form."""
     errors: BatchErrors | None
     metadata: dict[str, str] | None
 
@@ -185,7 +182,7 @@ class BatchList(BaseModel):
 
 
 def to_batch(job: Job) -> Batch:
-    """A job as the API shows it."""
+    """Return a job in the shape of the API."""
     ended_at = None if job.completed_at is None else int(job.completed_at)
     error = job.error_code and BatchErrorItem(code=job.error_code, message=job.error_message or "")
     return Batch(

@@ -1,4 +1,4 @@
-"""Reading bodies within limits of size, time and kind."""
+"""Reads request bodies within limits of size, time and media type."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MAX_FORM_FIELDS = 32
 
 
 async def read_json(request: Request, config: ServerConfig) -> bytes:
-    """Read a JSON body, undecoded.
+    """Return the bytes of a JSON body.
 
     Raises:
         APIError: 408, 413 or 415.
@@ -26,7 +26,7 @@ async def read_json(request: Request, config: ServerConfig) -> bytes:
 
 
 async def read_form(request: Request, config: ServerConfig) -> dict[str, str]:
-    """Read the text fields of a multipart form.
+    """Return the text fields of a multipart form.
 
     Raises:
         APIError: 400, 408, 413 or 415.
@@ -50,17 +50,17 @@ async def read_form(request: Request, config: ServerConfig) -> dict[str, str]:
 
 
 async def read_bytes(request: Request, config: ServerConfig, max_bytes: int | None = None) -> bytes:
-    """Read a body of any kind.
+    """Return the bytes of a body of any media type.
 
     Args:
-        max_bytes: in place of the configuration's.
+        max_bytes: largest allowed size. None takes the configuration's.
 
     Raises:
         APIError: 408, 413 or 415.
     """
     encoding = request.headers.get("content-encoding", "identity")
     if encoding != "identity":
-        message = f"content-encoding {encoding[:32]!r} is not read; send it plain"
+        message = f"content-encoding is {encoding[:32]!r}; send the body without encoding"
         raise invalid(message, None, "unsupported_encoding", 415)
     chunks, size, most = [], 0, max_bytes or config.max_body_bytes
     try:
@@ -80,11 +80,12 @@ async def read_bytes(request: Request, config: ServerConfig, max_bytes: int | No
 
 
 def check_media_type(request: Request, wanted: str) -> None:
-    """
+    """Check the media type of a body; a request that does not name one passes.
+
     Raises:
-        APIError: 415, the body is of another kind; none is taken to be the wanted one.
+        APIError: 415, the body has another media type.
     """
     media_type = request.headers.get("content-type", wanted).split(";")[0].strip().lower()
     if media_type != wanted:
-        message = f"content-type {media_type[:64]!r} is not read; send {wanted}"
+        message = f"content-type is {media_type[:64]!r}; send {wanted}"
         raise invalid(message, None, "unsupported_media_type", 415)

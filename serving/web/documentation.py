@@ -1,4 +1,4 @@
-"""The OpenAPI document: what is really read and answered, which the framework does not know by itself."""
+"""The OpenAPI document. It adds what FastAPI cannot know: bodies that are parsed by hand, errors and keys."""
 
 from __future__ import annotations
 
@@ -12,20 +12,22 @@ from serving.fronts.idempotency import MAX_KEY_CHARACTERS
 from serving.fronts.services import Services
 from serving.web.http_edge import OPEN_PATHS, OPEN_PREFIXES
 
-ERRORS = "Refused or failed. `message` names the value, the limit and the remedy; `x-should-retry: false` says that "
-ERRORS += "the same request fails again, `retry-after` and `retry-after-ms` when it may not."
+ERRORS = (
+    "Refused or failed. `message` names the value, the limit and the remedy. With `x-should-retry: false` the same "
+)
+ERRORS += "request fails again; `retry-after` and `retry-after-ms` say when to send it again."
 
 MEDIA_TYPES = {"json": "application/json", "jsonl": "application/jsonl", "form": "multipart/form-data"}
 IDEMPOTENCY_KEY = {
     "name": "Idempotency-Key",
     "in": "header",
-    "description": "The same request with the same key gets the same answer, made once.",
+    "description": "Repeated requests with the same key get the answer of the first one.",
     "schema": {"type": "string", "pattern": f"^[ -~]{{1,{MAX_KEY_CHARACTERS}}}$"},
 }
 
 
 class ErrorDetail(BaseModel):
-    """What went wrong."""
+    """Description of an error."""
 
     message: str
     type: str
@@ -34,13 +36,13 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """Every failure."""
+    """Body of every error response."""
 
     error: ErrorDetail
 
 
 def document(app: FastAPI, services: Services) -> None:
-    """Make /openapi.json true."""
+    """Complete /openapi.json with what FastAPI does not know."""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -55,7 +57,7 @@ def _document(app: FastAPI, services: Services) -> dict[str, Any]:
     components = spec.setdefault("components", {})
     schemas = components.setdefault("schemas", {})
     for name in ("HTTPValidationError", "ValidationError"):
-        schemas.pop(name, None)  # the framework's own shape, which is never sent
+        schemas.pop(name, None)  # FastAPI's own error shape, which this server never sends
     schemas["ErrorDetail"] = ErrorDetail.model_json_schema()
     schemas["ErrorBody"] = ErrorBody.model_json_schema(ref_template="#/components/schemas/{model}")
     schemas["ErrorBody"].pop("$defs", None)
@@ -74,10 +76,10 @@ def _document(app: FastAPI, services: Services) -> dict[str, Any]:
 
 
 def documented_body(**schemas: dict[str, Any]) -> dict[str, Any]:
-    """A request body that is parsed by hand, to be stricter than the framework.
+    """Document a request body that is parsed by hand, more strictly than FastAPI would.
 
     Args:
-        schemas: of each media type that is read, by its name in `MEDIA_TYPES`.
+        schemas: JSON schema of each accepted media type, by its name in `MEDIA_TYPES`.
     """
     content = {MEDIA_TYPES[name]: {"schema": schema} for name, schema in schemas.items()}
     return {"requestBody": {"required": True, "content": content}, "parameters": [IDEMPOTENCY_KEY]}

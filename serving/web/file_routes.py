@@ -1,4 +1,4 @@
-"""GET /v1/files: what was made and is kept for a while. The id is the key to it."""
+"""GET /v1/files: files that the server keeps for a limited time. Knowing the id is permission to read the file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from serving.jobs.artifacts import ArtifactStore
 
 
 def add_file_routes(app: FastAPI, services: Services) -> None:
-    """Kept files."""
+    """Add the routes of files."""
     answers = {200: {"content": {"application/octet-stream": {}}}, 404: {"description": "Unknown, or expired."}}
 
     @app.get("/v1/files/{file_id}", responses=answers, response_class=Response)  # type: ignore[arg-type]
@@ -27,10 +27,10 @@ def add_file_routes(app: FastAPI, services: Services) -> None:
 
 
 async def file_response(artifacts: ArtifactStore, file_id: str, request: Request) -> Response:
-    """A kept file as an answer.
+    """Return the response that sends a file.
 
     Raises:
-        APIError: 404, there is none of that id; 416, no bytes in that range.
+        APIError: 404, no file has this id; 416, the file has no bytes in the range.
     """
     found = await asyncio.to_thread(artifacts.find, file_id)
     headers = {"cache-control": f"private, max-age={found.remaining_s}", "accept-ranges": "bytes"}
@@ -42,18 +42,18 @@ async def file_response(artifacts: ArtifactStore, file_id: str, request: Request
         headers["content-range"] = f"bytes {start}-{end - 1}/{found.num_bytes}"
     headers["content-length"] = str(end - start)
     content: Iterator[bytes] = artifacts.read(found.id, start, end)
-    return StreamingResponse(content, status, headers, found.media_type)  # reads on threads
+    return StreamingResponse(content, status, headers, found.media_type)  # Starlette reads it on a thread
 
 
 def _range(header: str, num_bytes: int) -> tuple[int, int] | None:
-    """The first byte and the one behind the last of a single range; players seek by it. None for the whole file.
+    """Return start and end of a range header, end exclusive; None for the whole file. Video players seek with it.
 
     Raises:
-        APIError: 416, there are no such bytes.
+        APIError: 416, the file has no bytes in the range.
     """
     match = re.fullmatch(r"bytes=([0-9]{0,15})-([0-9]{0,15})", header.strip(), re.ASCII)
     if match is None or match[1] == match[2] == "":
-        return None  # as the standard has it: what is not understood is ignored
+        return None  # RFC 9110: a server ignores a range header that it does not understand
     if match[1] == "":
         start, end = max(0, num_bytes - int(match[2])), num_bytes
     else:
@@ -66,5 +66,5 @@ def _range(header: str, num_bytes: int) -> tuple[int, int] | None:
 
 
 def base_url(request: Request, config: ServerConfig) -> str:
-    """What this server's URLs begin with, as the client knows it."""
+    """Return the beginning of this server's URLs, as the client reaches it."""
     return config.public_url or str(request.base_url).rstrip("/")

@@ -1,4 +1,4 @@
-"""What every request passes: who asks, how many at once, errors in one shape, one log line."""
+"""ASGI middleware around all routes: keys, a bound on open requests, errors in one shape, log lines and metrics."""
 
 from __future__ import annotations
 
@@ -15,21 +15,20 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serving.errors import CLIENT_CLOSED_REQUEST, invalid
 from serving.fronts.access import Caller
 from serving.fronts.arrival import arrive
-from serving.fronts.edge import check_open, note_error, tell_code
+from serving.fronts.edge import admit, note_code, note_departure, note_error, recorded
 from serving.fronts.services import Services
-from serving.telemetry import logs
 from serving.telemetry.metrics import OTHER
-from serving.telemetry.tracing import current_span, request_span
+from serving.telemetry.tracing import current_span
 from tdm_runtime.errors import shown
 
 logger = logging.getLogger(__name__)
 
 OPEN_PATHS = ("/health", "/ready", "/")
-"""Served without a key: whether it runs, and the page that asks for the key."""
+"""Paths that need no key: health, readiness, and the page where the user enters the key."""
 OPEN_PREFIXES = ("/playground/static/", "/v1/files/")
-"""Files are found by names that nobody guesses, for as long as they live."""
+"""Prefixes of paths that need no key. The names of files cannot be guessed."""
 STATUS_PATHS = ("/health", "/ready", "/metrics")
-"""Answered while the server stops, and however many others there are. Asked all the time, so they are not traced."""
+"""Paths that are answered even while the server stops or has too many requests. Monitors ask often; no traces."""
 SECURITY_HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -37,12 +36,12 @@ SECURITY_HEADERS = {
     "referrer-policy": "no-referrer",
 }
 MOUNTED = "{path}"
-"""How the template of a mounted folder ends; what is found in one leaves no route behind."""
+"""End of the template of a mounted folder; Starlette sets no route for files in one."""
 UNSERVED_STATUS = {404: "not_found", 405: "method_not_allowed"}
 
 
 def add_edges(app: FastAPI, services: Services) -> None:
-    """Put the edge around an application, and give its own refusals the one shape."""
+    """Put the middleware around an application, and give FastAPI's own errors the shape of the API."""
     routes = frozenset(path for route in app.routes if (path := getattr(route, "path_format", None)))
     app.add_middleware(EdgeMiddleware, services=services, routes=routes)
 
@@ -51,7 +50,7 @@ def add_edges(app: FastAPI, services: Services) -> None:
         code = UNSERVED_STATUS.get(error.status_code, "http_error")
         message = f"{request.method} {request.url.path[:80]}: {error.detail}; see /openapi.json for what is served"
         answer = invalid(message, None, code, error.status_code)
-        tell_code(code, error.status_code)
+        note_code(code, error.status_code)
         answer.headers |= dict(error.headers or {})
         return answer.to_response()
 
@@ -64,9 +63,9 @@ def add_edges(app: FastAPI, services: Services) -> None:
 
 
 def caller_of(request: Request) -> Caller:
-    """Who asks, as the edge found out."""
+    """Return the caller that the middleware admitted."""
     caller = request.scope["caller"]
-    assert isinstance(caller, Caller), "the edge lets nobody pass unseen"
+    assert isinstance(caller, Caller), "requests to open paths have no caller"
     return caller
 
 
@@ -76,7 +75,7 @@ class EdgeMiddleware:
     def __init__(self, app: ASGIApp, services: Services, routes: frozenset[str]) -> None:
         """
         Args:
-            routes: templates of what is served.
+            routes: templates of all served paths.
         """
         self.app = app
         self.services = services
@@ -88,11 +87,8 @@ class EdgeMiddleware:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        logs.begin_request(request_id=headers.get("x-request-id", "-")[:64], method=scope["method"])
-        tracing = None if scope["path"] in STATUS_PATHS else self.services.tracing
-        with request_span(tracing, headers, scope["method"]) as span:
-            if span is not None:
-                logs.note(trace_id=span.trace_id)
+        request_id, method = headers.get("x-request-id", "-")[:64], scope["method"]
+        with recorded(self.services, headers, request_id, method, method, scope["path"] in STATUS_PATHS):
             await self._answer(scope, receive, send, headers)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send, headers: Headers) -> None:
@@ -119,24 +115,23 @@ class EdgeMiddleware:
             await self.app(scope, receive, send_with_headers)
         except asyncio.CancelledError:
             status = CLIENT_CLOSED_REQUEST
-            services.metrics.cancelled.inc()
-            tell_code("client_closed", status)
+            note_departure(services)
             raise
         except Exception as error:
-            if status:  # the response is on its way: nothing can be said any more
-                tell_code("internal_error", 500)
+            if status:  # the response has begun; its status cannot change
+                note_code("internal_error", 500)
                 raise
             response = note_error(error, services, request_id).to_response()
             await response(scope, receive, send_with_headers)
         finally:
             services.num_active -= 1
-            self._tell(scope, status, 1e3 * (time.monotonic() - started_s), request_id)
+            self._record(scope, status, 1e3 * (time.monotonic() - started_s), request_id)
 
-    def _tell(self, scope: Scope, status: int, elapsed_ms: float, request_id: str) -> None:
-        """Count, log and trace what became of a request."""
+    def _record(self, scope: Scope, status: int, elapsed_ms: float, request_id: str) -> None:
+        """Count, log and trace the outcome of a request."""
         method, route = scope["method"], self._route(scope)
         self.services.metrics.observe_answer(method, route, status)
-        shown = repr(scope["path"][:80]) if route == OTHER else route  # a template tells no name of a file
+        shown = repr(scope["path"][:80]) if route == OTHER else route  # a template shows no file names
         fields = {"route": route, "status": status, "duration_ms": round(elapsed_ms, 2)}
         logger.info("%s %s %d %.1f ms %s", method, shown, status, elapsed_ms, request_id, extra=fields)
         if (span := current_span()) is not None:
@@ -144,23 +139,23 @@ class EdgeMiddleware:
             span.set({"http.request.method": method, "http.route": route, "http.response.status_code": status})
 
     def _route(self, scope: Scope) -> str:
-        """The template of what was asked for."""
+        """Return the template of the requested path."""
         route = str(getattr(scope.get("route"), "path_format", scope["path"]))
         if route in self._routes:
             return route
         return next((mount for mount in self._mounts if route.startswith(mount.removesuffix(MOUNTED))), OTHER)
 
     def _admit(self, scope: Scope, headers: Headers) -> None:
-        """Let a request pass with its caller, or raise what it is refused for."""
-        path, services = scope["path"], self.services
-        if path in OPEN_PATHS or path.startswith(OPEN_PREFIXES):
-            return
-        scope["caller"] = services.access.caller(headers.get("authorization"))
-        if path in STATUS_PATHS:
-            return
-        check_open(services)
+        """Set the request's caller.
+
+        Raises:
+            APIError: 401, 429 or 503, see `admit`.
+        """
+        path = scope["path"]
+        if path not in OPEN_PATHS and not path.startswith(OPEN_PREFIXES):
+            scope["caller"] = admit(self.services, headers.get("authorization"), path in STATUS_PATHS)
 
 
 def shown_request_id(headers: Headers) -> str:
-    """As the log may repeat it; the front makes one where the client sent none."""
+    """Return the request id in a form that is safe in a log line."""
     return repr(headers.get("x-request-id", "-")[:64])

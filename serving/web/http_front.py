@@ -1,7 +1,7 @@
-"""The replica's own HTTP front: uvicorn on the server's port, in the replica's event loop.
+"""The replica's own HTTP server: uvicorn on the server's port, in the replica's event loop.
 
-A request crosses no process on its way to the engine, which is most of what Ray's proxy costs
-(docs/performance.md). What that proxy did is done here: request ids, cancelling for clients that
+A request crosses no process on its way to the engine; crossing one is most of what Ray's proxy costs
+(docs/performance.md). This module does what that proxy did: request ids, cancelling for clients that
 leave, and limits on what a client may send before the application sees it.
 """
 
@@ -23,20 +23,20 @@ from uvicorn.config import HTTP_PROTOCOLS
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from serving.fronts.address import bind
-from serving.fronts.edge import MAX_REQUEST_ID
+from serving.fronts.edge import request_id_of
 
 HEAD_TIMEOUT_S = 10.0
-"""Time from a request's first byte to the end of its headers."""
+"""Longest time from a request's first byte to the end of its headers."""
 KEEP_ALIVE_S = 90
-"""Idle connections are closed after it: later than load balancers do (60 s), so that none sends into a closed one."""
+"""Seconds after which an idle connection is closed. Load balancers close after 60 s, so that none uses a closed one."""
 MAX_OVERHEAD_BYTES = 64 * 1024
-"""Of one request: request line, headers, chunk sizes, trailers. The body has its own limit (`ServerConfig`)."""
+"""Largest size of one request without its body: request line, headers, chunk sizes and trailers."""
 BACKLOG = 2048
-"""Connections that the kernel keeps for a busy event loop."""
+"""Most connections that the kernel queues while the event loop is busy."""
 
 
 class HTTPFront:
-    """A listening server. Made by `start`."""
+    """A listening HTTP server, created by `start`."""
 
     def __init__(self, server: uvicorn.Server, serving: asyncio.Task[None]) -> None:
         self._server = server
@@ -44,13 +44,13 @@ class HTTPFront:
 
     @classmethod
     async def start(cls, app: ASGIApp, host: str, port: int) -> HTTPFront:
-        """Listen, and answer from now on.
+        """Start to listen and answer.
 
         Raises:
-            OSError: the address cannot be listened on.
+            OSError: the server cannot listen on the address.
         """
         listener = bind(host, port)
-        logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # a client's broken HTTP is no news
+        logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # broken HTTP of clients needs no log line
         config = uvicorn.Config(
             RequestId(CancelForLeavers(app)),
             http=BoundedHTTP,
@@ -73,27 +73,24 @@ class HTTPFront:
 
     @property
     def is_running(self) -> bool:
-        """False once it was closed, or failed."""
+        """Whether the server listens."""
         return not self._serving.done()
 
     async def close(self) -> None:
-        """Stop listening; return when every open answer was handed to the kernel. Idle connections are closed."""
+        """Stop listening and close idle connections. Return when the kernel has every open answer."""
         self._server.should_exit = True
         await asyncio.shield(self._serving)
 
 
 class RequestId:
-    """Answer with the client's `x-request-id`; make one where there is none, or none that a header may hold."""
+    """Gives each request an `x-request-id`, the client's where it is valid, and sends it back."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         asked = MutableHeaders(scope=scope)
-        request_id = asked.get("x-request-id", "")
-        if not (0 < len(request_id) <= MAX_REQUEST_ID and request_id.isascii() and request_id.isprintable()):
-            request_id = str(uuid.uuid4())
-            asked["x-request-id"] = request_id
+        request_id = asked["x-request-id"] = request_id_of(asked.get("x-request-id", ""))
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -104,10 +101,10 @@ class RequestId:
 
 
 class CancelForLeavers:
-    """Cancel the application when its client goes before the answer is complete.
+    """Cancels the application when the client leaves before the answer is complete.
 
-    uvicorn only tells an application that asks, and one that waits for a picture does not ask. Watching
-    begins when the body has been read, so a request that reads none is answered to the end.
+    uvicorn reports a disconnect only to an application that calls `receive`; one that waits for a picture does not.
+    Watching begins when the body has been read, so a request whose body is not read is always answered to the end.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -122,7 +119,7 @@ class CancelForLeavers:
         async def wait_for_end() -> Message:
             nonlocal has_left
             while (message := await receive())["type"] != "http.disconnect":
-                pass  # it comes when the client left, and when the answer is complete
+                pass  # it comes when the client leaves and when the answer is complete
             if not is_answered:
                 has_left = True
                 answering.cancel()
@@ -148,7 +145,7 @@ class CancelForLeavers:
         except asyncio.CancelledError:
             if not has_left:
                 raise
-            answering.uncancel()  # nobody is left to be told
+            answering.uncancel()  # the client is gone; there is nothing to send
         finally:
             if watching is not None:
                 watching.cancel()

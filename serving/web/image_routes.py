@@ -10,14 +10,13 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 
-from serving.errors import invalid
 from serving.fronts.edge import note_error
 from serving.fronts.idempotency import check_key, seed_of
 from serving.fronts.services import Services
 from serving.schema.answers import ImageAnswer, ImageTimings, PartialAnswer
-from serving.schema.image_request import ImageRequest, ImageResponse, to_event, to_response
+from serving.schema.image_request import ImageRequest, ImageResponse, order_from_body, to_event, to_response
 from serving.schema.models import ModelCard, ModelList
-from serving.schema.parsing import parse_body
+from serving.schema.order import ImageOrder
 from serving.web.body import read_json
 from serving.web.documentation import documented_body
 from serving.web.file_routes import base_url
@@ -25,7 +24,7 @@ from serving.web.http_edge import caller_of, shown_request_id
 from tdm_runtime.media.image_file import ImageFormat
 
 UNBUFFERED = {"cache-control": "no-store", "x-accel-buffering": "no"}
-"""For streams: proxies pass every event on as it comes."""
+"""Headers of streams, so that proxies pass each event on at once."""
 MEDIA_TYPES: dict[str, ImageFormat] = {"image/png": "png", "image/webp": "webp", "image/jpeg": "jpeg"}
 PICTURE = {"schema": {"type": "string", "format": "binary"}}
 EVENT = {
@@ -43,7 +42,7 @@ ANSWERS: dict[int | str, dict[str, Any]] = {
 
 
 def add_image_routes(app: FastAPI, services: Services) -> None:
-    """Pictures and the models that make them."""
+    """Add the routes of pictures and models."""
 
     @app.post(
         "/v1/images/generations",
@@ -55,24 +54,21 @@ def add_image_routes(app: FastAPI, services: Services) -> None:
         """Make pictures for a prompt."""
         caller = caller_of(request)
         body = await read_json(request, services.config)
-        wanted = parse_body(body, ImageRequest)
         accepted = accepted_format(request.headers.get("accept", "*/*"))
-        if accepted is not None:
-            wanted = as_file(wanted, accepted)
         key = request.headers.get("idempotency-key")
         if key is not None:
             check_key(key)
-            if wanted.seed is None:
-                wanted = wanted.model_copy(update={"seed": seed_of(caller.name, key)})
+        default_seed = None if key is None else seed_of(caller.name, key)
+        order = order_from_body(body, services.images.recipe, accepted, default_seed)
 
         async def answer() -> Response:
-            services.spend(caller, wanted)
-            made = await services.images.generate(wanted)
-            return file_response(made) if accepted is not None else await json_response(made, wanted, request, services)
+            caller.spend(order.cost)
+            made = await services.images.generate(order)
+            return file_response(made) if accepted is not None else await json_response(made, order, request, services)
 
-        if wanted.stream:
-            services.spend(caller, wanted)
-            parts = await services.images.stream(wanted)
+        if order.delivery.is_streamed:
+            caller.spend(order.cost)
+            parts = await services.images.stream(order)
             text = server_sent(parts, services, shown_request_id(request.headers))
             return StreamingResponse(text, media_type="text/event-stream", headers=UNBUFFERED)
         if key is None:
@@ -91,7 +87,7 @@ def add_image_routes(app: FastAPI, services: Services) -> None:
 
 
 def accepted_format(accept: str) -> ImageFormat | None:
-    """The picture format that an `Accept` header asks for; None where JSON will do."""
+    """Return the picture format that an `Accept` header prefers; None for JSON."""
     found: list[tuple[float, str]] = []
     for part in accept.split(","):
         media_type, *settings = (word.strip().lower() for word in part.split(";"))
@@ -105,27 +101,8 @@ def accepted_format(accept: str) -> ImageFormat | None:
     return MEDIA_TYPES.get(first)
 
 
-def as_file(request: ImageRequest, image_format: ImageFormat) -> ImageRequest:
-    """The request whose answer is one picture's bytes.
-
-    Raises:
-        APIError: 400, it cannot be.
-    """
-    if request.n != 1 or request.stream:
-        param = "n" if request.n != 1 else "stream"
-        message = f"{param} is {getattr(request, param)!r}; Accept: image/{image_format} gets one picture's bytes"
-        raise invalid(f"{message}, accept application/json for more", param, "invalid_value")
-    if request.response_format == "url":
-        message = f"response_format is 'url' and Accept says image/{image_format}; accept application/json for a URL"
-        raise invalid(message, "response_format", "invalid_value")
-    if "output_format" in request.model_fields_set and request.output_format != image_format:
-        message = f"output_format is {request.output_format!r} and Accept says image/{image_format}; leave one out"
-        raise invalid(message, "output_format", "invalid_value")
-    return request.model_copy(update={"output_format": image_format})
-
-
 def file_response(answer: ImageAnswer) -> Response:
-    """One picture's bytes; what JSON would say of it, in headers and, of a PNG, in its chunks."""
+    """Return the response that is one picture's file. Headers, and chunks of a PNG, contain what JSON would."""
     (image,) = answer.images
     headers = {
         "server-timing": server_timing(answer.timings),
@@ -141,9 +118,9 @@ def file_response(answer: ImageAnswer) -> Response:
     return Response(image.content, media_type=f"image/{answer.output_format}", headers=headers)
 
 
-async def json_response(answer: ImageAnswer, wanted: ImageRequest, request: Request, services: Services) -> Response:
-    """Pictures in JSON, or where to fetch them."""
-    if wanted.response_format == "url":
+async def json_response(answer: ImageAnswer, order: ImageOrder, request: Request, services: Services) -> Response:
+    """Return the JSON response, with the pictures or with their URLs."""
+    if order.encoding.response_format == "url":
         base = base_url(request, services.config)
         published = await asyncio.to_thread(services.artifacts.publish, answer, base, services.config.artifact_ttl_s)
         body = to_response(answer, *published).model_dump_json()
@@ -156,7 +133,7 @@ async def json_response(answer: ImageAnswer, wanted: ImageRequest, request: Requ
 async def server_sent(
     parts: AsyncIterator[PartialAnswer | ImageAnswer], services: Services, request_id: str
 ) -> AsyncIterator[str]:
-    """Events as text; a failure among them is one too."""
+    """Yield events as text. An error after the first event becomes an event too."""
     try:
         async for part in parts:
             event = to_event(part)
@@ -167,7 +144,7 @@ async def server_sent(
 
 
 def server_timing(timings: ImageTimings) -> str:
-    """The standard header that browsers show in their network panel."""
+    """Return the value of the `Server-Timing` header, which browsers show in their network panel."""
     stages = {
         "queue": timings.queue_ms,
         "text": timings.text_ms,

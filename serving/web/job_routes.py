@@ -1,4 +1,4 @@
-"""What routes that accept jobs have in common."""
+"""Functions that the routes of clips and batches share."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from serving.schema.models import ModelCard
 from serving.web.http_edge import caller_of
 
 MAX_PAGE = 100
-"""Jobs in one answer."""
+"""Most jobs in one answer."""
 
 
 def check_decoder(decoder: str, card: ModelCard) -> None:
-    """
+    """Check that a model has a decoder.
+
     Raises:
-        APIError: 400, the model has no such decoder.
+        APIError: 400, the model does not have it.
     """
     if decoder not in card.decoders:
         message = f"decoder is {decoder!r}; {card.id} has {', '.join(card.decoders)}"
@@ -29,14 +30,14 @@ def check_decoder(decoder: str, card: ModelCard) -> None:
 
 
 async def create_job(request: Request, services: Services, wanted: JobRequest, cost: float, body: bytes) -> Job:
-    """Accept a job within the caller's quota; with an `Idempotency-Key` that it came with before, return that job.
+    """Accept a job within the caller's quota. A repeated `Idempotency-Key` returns the job that it created before.
 
     Args:
-        cost: in megapixel-steps.
-        body: what must be the same where the key is.
+        cost: cost of the job, in megapixel-steps.
+        body: request body; requests with the same key must have the same one.
 
     Raises:
-        APIError: 400 or 422, the key cannot be used; 429, the quota is used up or too many jobs wait.
+        APIError: 400 or 422, the key cannot be used; 429, the quota is used up or too many jobs are waiting.
     """
     key = request.headers.get("idempotency-key")
     if key is not None:

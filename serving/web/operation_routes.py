@@ -1,4 +1,4 @@
-"""Whether it runs, how it does, and the playground."""
+"""Routes of health, readiness, metrics and the playground."""
 
 from __future__ import annotations
 
@@ -31,37 +31,37 @@ class Readiness(BaseModel):
 
     status: str = "ready"
     live: int
-    """Pictures accepted and not yet answered."""
+    """Number of pictures that were accepted and are not yet answered."""
     max_live: int
-    """More are refused."""
+    """Largest value of `live`; more pictures are refused."""
 
 
 def add_operation_routes(app: FastAPI, services: Services) -> None:
-    """Health, readiness and metrics."""
+    """Add the routes of health, readiness and metrics."""
 
     @app.get("/health")
     async def health() -> Health:
-        """Whether the process answers."""
+        """Answer while the process runs."""
         return Health()
 
     @app.get("/ready")
     async def ready() -> Readiness:
-        """Whether pictures can be made, and how many are being made."""
+        """Return the number of pictures in progress; 503 while no pictures can be made."""
         if not services.is_ready:
             raise not_ready("the server is stopping, or its engine is not running")
         return Readiness(live=services.images.num_live, max_live=services.config.engine.max_live)
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
-        """Prometheus metrics."""
+        """Return the metrics in Prometheus' text format."""
         return Response(services.metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 def add_playground(app: FastAPI) -> None:
-    """The page.
+    """Add the playground's page and its files.
 
     Raises:
-        FileNotFoundError: its files are missing; better now than at the first visit.
+        FileNotFoundError: files are missing. The check is here, so that the start fails and not the first visit.
     """
     if missing := [name for name in STATIC_FILES if not (STATIC_FOLDER / name).is_file()]:
         raise FileNotFoundError(f"{STATIC_FOLDER} lacks {', '.join(missing)}; reinstall the package")

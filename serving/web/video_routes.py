@@ -1,4 +1,4 @@
-"""/v1/videos: clips, made while nobody waits."""
+"""/v1/videos: clips, made in the background."""
 
 from __future__ import annotations
 
@@ -32,24 +32,25 @@ VIDEO_SCHEMA = VideoRequest.model_json_schema()
 
 
 def add_video_routes(app: FastAPI, services: Services) -> None:
-    """Clips and the jobs that make them."""
+    """Add the routes of clips."""
     config = services.config
 
     @app.post("/v1/videos", openapi_extra=documented_body(json=VIDEO_SCHEMA, form=VIDEO_SCHEMA), response_model=Video)
     async def create_video(request: Request) -> Response:
-        """Start making a clip: what an image model makes of noise that walks around a circle."""
+        """Start making a clip: pictures of an image model whose noise walks around a circle."""
         if request.headers.get("content-type", "").startswith("multipart/form-data"):
             wanted = validate(from_form(await read_form(request, config)), VideoRequest)
         else:
             wanted = parse_body(await read_json(request, config), VideoRequest)
-        card = services.images.model_card(wanted.model)
-        params = wanted.to_sampling_params(services.images.recipe(card.id))
-        check_decoder(params.decoder, card)
+        order = wanted.to_order(services.images.recipe)
+        (params,) = order.pictures
+        check_decoder(params.decoder, services.images.model_card(order.model))
         num_frames = wanted.num_seconds * wanted.fps
         job_request = to_job_request(params, wanted)
-        asked = JobRequest("video", caller_of(request).name, card.id, job_request, frame_parts(num_frames))
-        cost = num_frames * params.width * params.height * params.num_inference_steps / 1e6
-        return _shown(await create_job(request, services, asked, cost, wanted.model_dump_json().encode()))
+        asked = JobRequest("video", caller_of(request).name, order.model, job_request, frame_parts(num_frames))
+        return _shown(
+            await create_job(request, services, asked, num_frames * order.cost, wanted.model_dump_json().encode())
+        )
 
     @app.get("/v1/videos")
     async def list_videos(
@@ -70,7 +71,7 @@ def add_video_routes(app: FastAPI, services: Services) -> None:
 
     @app.get("/v1/videos/{video_id}", response_model=Video)
     async def get_video(video_id: str, request: Request) -> Response:
-        """How far a clip is."""
+        """Return the progress of a clip."""
         return _shown(await services.jobs.get("video", caller_of(request).name, video_id))
 
     @app.get("/v1/videos/{video_id}/content", response_class=Response)
@@ -84,7 +85,7 @@ def add_video_routes(app: FastAPI, services: Services) -> None:
 
     @app.delete("/v1/videos/{video_id}")
     async def delete_video(video_id: str, request: Request) -> DeletedVideo:
-        """Delete a clip; one that is being made stops."""
+        """Delete a clip, finished or not."""
         await services.jobs.delete("video", caller_of(request).name, video_id)
         return DeletedVideo(id=video_id)
 

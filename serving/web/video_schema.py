@@ -1,4 +1,4 @@
-"""/v1/videos: what it reads and what it answers."""
+"""Requests and responses of /v1/videos."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from serving.errors import invalid
 from serving.jobs.job import Job
-from serving.schema.image_request import PROMPT_SCHEMA, SEED_SCHEMA, SIZE_SCHEMA, ImageRequest
-from tdm_runtime.checkpoint.recipe import Recipe
+from serving.schema.image_request import PROMPT_SCHEMA, SEED_SCHEMA, SIZE_SCHEMA, RecipeOf, order_from_fields
+from serving.schema.order import ImageOrder
 from tdm_runtime.params import MAX_PROMPT_CHARACTERS, MAX_SEED, DecoderName, SamplingParams
 
 MAX_SECONDS = 12
 MAX_FPS = 30
 WHOLE_NUMBERS = ("fps", "seed", "num_inference_steps")
-"""Fields that a form sends as text."""
+"""Fields with a whole number, which a form sends as text."""
 VideoVariant = Literal["video", "thumbnail", "spritesheet"]
 POLL_AFTER_MS = 500
 
@@ -46,9 +46,10 @@ class VideoRequest(BaseModel):
 
     @property
     def num_seconds(self) -> int:
-        """
+        """Length of the clip.
+
         Raises:
-            APIError: 400, not within the limits.
+            APIError: 400, it is not within the limits.
         """
         text = str(self.seconds)
         if not re.fullmatch(r"[0-9]{1,2}", text, re.ASCII) or not 1 <= int(text) <= MAX_SECONDS:
@@ -56,18 +57,18 @@ class VideoRequest(BaseModel):
             raise invalid(message, "seconds", "invalid_value")
         return int(text)
 
-    def to_sampling_params(self, recipe: Recipe) -> SamplingParams:
-        """Of the first frame.
+    def to_order(self, recipe_of: RecipeOf) -> ImageOrder:
+        """Return the order of the first frame.
 
         Raises:
             InvalidRequestError, APIError: a value outside its limits.
         """
         fields = self.model_dump(exclude={"seconds", "fps"})
-        return ImageRequest.model_validate(fields).to_sampling_params(recipe)[0]
+        return order_from_fields(fields, recipe_of)
 
 
 def from_form(fields: dict[str, str]) -> dict[str, Any]:
-    """Read a form's numbers; what is none stays text, and is refused as such."""
+    """Convert the numbers of a form. Other text stays as it is and fails validation later."""
     return {
         name: int(text) if name in WHOLE_NUMBERS and re.fullmatch(r"-?[0-9]{1,20}", text, re.ASCII) else text
         for name, text in fields.items()
@@ -75,40 +76,39 @@ def from_form(fields: dict[str, str]) -> dict[str, Any]:
 
 
 def to_job_request(params: SamplingParams, request: VideoRequest) -> dict[str, Any]:
-    """What a clip's worker needs to know."""
+    """Return what the database keeps of a clip's request."""
     sampling = asdict(params)
-    del sampling["noise_angle"]  # each frame's own
+    del sampling["noise_angle"]  # each frame has its own
     return {"sampling": sampling, "seconds": request.num_seconds, "fps": request.fps}
 
 
 class VideoError(BaseModel):
-    """Why there is no clip."""
+    """Reason why a clip failed."""
 
     code: str
     message: str
 
 
 class Video(BaseModel):
-    """A clip, or the job that makes it."""
+    """A clip, finished or not."""
 
     id: str
     object: Literal["video"] = "video"
     model: str
     status: Literal["queued", "in_progress", "completed", "failed"]
     progress: int
-    """Percent of the frames that are made."""
+    """Percentage of frames that are finished."""
     created_at: int
     completed_at: int | None
     expires_at: int | None
-    """When its files, and it, are deleted; Unix seconds."""
+    """Time when the clip and its files are deleted, Unix seconds."""
     error: VideoError | None
     prompt: str
     size: str
     seconds: str
     remixed_from_video_id: None = None
     motion: Literal["noise_walk"] = "noise_walk"
-    """An image model's: each frame is a picture of its own, from noise that walks once around a circle and ends where
-    it began."""
+    """How frames differ: each is a picture of its own, from noise that walks once around a circle."""
     fps: int
     num_frames: int
     seed: int
@@ -134,7 +134,7 @@ class DeletedVideo(BaseModel):
 
 
 def to_video(job: Job) -> Video:
-    """A job as the API shows it."""
+    """Return a job in the shape of the API."""
     sampling = job.request["sampling"]
     assert job.status != "cancelled", "a clip is deleted, not cancelled"
     return Video(

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property, partial
+from dataclasses import dataclass, field
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -46,23 +47,49 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DEFAULT_CHECKPOINT = Path(__file__).resolve().parents[2] / "checkpoints" / "tdm-emoji"
 
 
+class FileHashes:
+    """sha256 of files, each computed once for as long as its file stays as it is.
+
+    Pickled, they serve other processes of the same machine. A file is hashed again when its size, times or inode have
+    changed, and on another machine.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[object, ...], str] = {}
+
+    def sha256(self, file: Path) -> str:
+        """Return the hex sha256 of a file.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+        path, stat = file.resolve(), file.stat()
+        times_ns = stat.st_mtime_ns, stat.st_ctime_ns
+        state = (_machine(), str(path), stat.st_dev, stat.st_ino, stat.st_size, *times_ns)
+        if state not in self._known:
+            self._known[state] = file_sha256(file)
+        return self._known[state]
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A folder that was checked and may be loaded."""
 
     folder: Path
     recipe: Recipe
+    hashes: FileHashes = field(default_factory=FileHashes, repr=False, compare=False)
+    """Hashes of its files."""
 
     @cached_property
     def digest(self) -> str:
         """sha256 over the recipe, which itself holds the hash of every weight file."""
-        return file_sha256(self.folder / RECIPE_FILE)
+        return self.hashes.sha256(self.folder / RECIPE_FILE)
 
     @cached_property
     def fingerprint(self) -> str:
         """sha256 over everything that a compiled program depends on: weights, configs, tokenizer and recipe."""
         names = sorted({*self.recipe.files, *OTHER_FILES, *(TINY_VAE_FILES if self.has_tiny_vae else ()), RECIPE_FILE})
-        lines = (f"{name} {self.recipe.files.get(name) or file_sha256(self.folder / name)}" for name in names)
+        lines = (f"{name} {self.recipe.files.get(name) or self.hashes.sha256(self.folder / name)}" for name in names)
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     def load_unet(self) -> UNet2DConditionModel:
@@ -166,8 +193,11 @@ class Checkpoint:
             )
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_checkpoint(folder: Path, hashes: FileHashes | None = None) -> Checkpoint:
     """Check a folder's completeness, its recipe and the hash of every weight file.
+
+    Args:
+        hashes: hashes that are known already; those that are computed here are added. None hashes every file.
 
     Raises:
         CheckpointError: naming the file and what to do.
@@ -181,6 +211,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             "convert them to safetensors and remove them"
         )
     recipe = load_recipe(folder)
+    hashes = FileHashes() if hashes is None else hashes
     tiny_vae_files = TINY_VAE_FILES if (folder / TINY_VAE).is_dir() else ()
     if missing := [name for name in (*WEIGHT_FILES, *OTHER_FILES, *tiny_vae_files) if not (folder / name).is_file()]:
         raise CheckpointError(f"{folder} lacks {', '.join(missing)}; restore the folder from its source")
@@ -192,19 +223,19 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             "or remove what does not belong to it"
         )
     for name, expected in recipe.files.items():
-        _check_hash(folder, name, expected)
+        _check_hash(folder, name, expected, hashes)
     _check_model_index(folder)
-    return Checkpoint(folder, recipe)
+    return Checkpoint(folder, recipe, hashes)
 
 
-def _check_hash(folder: Path, name: str, expected: str) -> None:
+def _check_hash(folder: Path, name: str, expected: str, hashes: FileHashes) -> None:
     file = folder / name
     if not file.resolve().is_relative_to(folder.resolve()):
         raise RecipeError(f"{folder / RECIPE_FILE} lists {name!r}, which lies outside the checkpoint folder")
     if not file.is_file():
         raise CheckpointError(f"{file} is missing; restore the folder from its source")
     try:
-        actual = file_sha256(file)
+        actual = hashes.sha256(file)
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read ({error.strerror}); make it readable") from None
     if actual != expected:
@@ -229,3 +260,10 @@ def file_sha256(file: Path) -> str:
     """Hex sha256 of a file."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@cache
+def _machine() -> str:
+    """Return what tells this machine, since its last start, from others."""
+    boot_id = Path("/proc/sys/kernel/random/boot_id")
+    return f"{platform.node()} {boot_id.read_text(encoding='ascii').strip() if boot_id.is_file() else ''}"

@@ -26,7 +26,7 @@ from serving.fronts.idempotency import Replays, seed_of
 from serving.fronts.services import Services
 from serving.images.local import ImageService
 from serving.images.safety import BlockedWords, Safety
-from serving.schema.image_request import ImageRequest
+from serving.schema.image_request import order_from_fields
 from serving.telemetry.metrics import ServerMetrics
 from serving.web.app import build_app
 from serving.web.http_edge import OPEN_PATHS
@@ -219,14 +219,14 @@ def test_more_open_requests_than_are_allowed_are_refused(images: ImageService) -
 
 def test_the_time_before_its_turn_counts_against_the_budget(images: ImageService) -> None:
     async def test() -> None:
-        wanted = ImageRequest(**BODY, latency_budget_ms=8000)
+        order = order_from_fields(BODY | {"latency_budget_ms": 8000}, images.recipe)
         arrive(ago_s=3.0)
-        answer = await images.generate(wanted)
+        answer = await images.generate(order)
         assert 3000 < answer.timings.total_ms < 8000 and answer.latency_budget_kept
         assert answer.timings.queue_ms > 3000
         arrive(ago_s=9.0)
         with pytest.raises(DeadlineError):
-            await images.generate(wanted)
+            await images.generate(order)
 
     run(test)
 
@@ -436,9 +436,3 @@ def test_a_saved_file_replaces_the_old_one_at_once(tmp_path: Path) -> None:
     save_keys(file, [APIKey("a", "0" * 64)])
     save_keys(file, [])
     assert load_keys(file) == [] and [entry.name for entry in tmp_path.iterdir()] == ["keys.json"]
-
-
-def test_a_request_costs_what_it_may_take(images: ImageService) -> None:
-    recipe = images.recipe(None)
-    request = ImageRequest.model_validate(BODY | {"num_inference_steps": "auto", "n": 3})
-    assert request.cost(recipe) == pytest.approx(3 * 16 * 16 * recipe.step_counts[-1] / 1e6)

@@ -24,7 +24,7 @@ KILL_AFTER_S = 2.0
 
 
 def main(checkpoint: Path, port: int) -> None:
-    """Print what clients saw, as JSON."""
+    """Print the results of the clients as JSON."""
     prepare_environment()
     import ray
     from ray import serve
@@ -64,7 +64,7 @@ def wrong_answers(port: int) -> dict[str, object]:
 
 
 def under_load(cluster: object, workers: list[object], url: str) -> dict[str, object]:
-    """Ask for pictures from several clients and kill a node meanwhile."""
+    """Request pictures from several clients and kill a node meanwhile."""
     seen: Counter[str] = Counter()
     pictures: dict[int, set[str]] = {}
     ends_s = time.monotonic() + LOAD_S

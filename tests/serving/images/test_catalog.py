@@ -1,4 +1,4 @@
-"""Models by name, and LoRAs that come, change and go while pictures are made."""
+"""Models by name, and LoRAs that are added, changed and removed while pictures are made."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from serving.config import LoraSource, ModelSource, ServerConfig
 from serving.errors import APIError
 from serving.images.local import ImageService
 from serving.schema.answers import ImageAnswer
-from serving.schema.image_request import ImageRequest
+from serving.schema.image_request import order_from_fields
+from serving.schema.order import ImageOrder
 from serving.telemetry.metrics import ServerMetrics
 from tdm_runtime.errors import CheckpointError
 from tdm_runtime.model.artifacts import BackendConfig
@@ -54,8 +55,12 @@ def service(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def make(service: ImageService, model: str | None) -> ImageAnswer:
-    request = ImageRequest(prompt="a red heart", model=model, seed=7, size="16x16", num_inference_steps=2)
-    return asyncio.run(service.generate(request, as_pixels=True))
+    return asyncio.run(service.generate(ordered(service, model)))
+
+
+def ordered(service: ImageService, model: str | None) -> ImageOrder:
+    fields = {"prompt": "a red heart", "model": model, "seed": 7, "size": "16x16", "num_inference_steps": 2}
+    return order_from_fields(fields, service.recipe).as_pixels()
 
 
 def pixels(service: ImageService, model: str | None) -> np.ndarray:  # type: ignore[type-arg]
@@ -63,7 +68,7 @@ def pixels(service: ImageService, model: str | None) -> np.ndarray:  # type: ign
 
 
 def look_twice(service: ImageService) -> None:
-    """What lies still for a look is followed."""
+    """Look twice, so that changed files are loaded."""
     service.catalog.look_again()
     service.catalog.look_again()
 
@@ -83,7 +88,7 @@ def test_every_model_is_listed_and_makes_its_own_pictures(service: ImageService)
     assert np.abs(pixels(service, "fixed") - pixels(service, "there")).max() > 5
 
 
-def test_a_model_that_there_is_not_is_refused_with_those_that_there_are(service: ImageService) -> None:
+def test_the_error_of_an_unknown_model_lists_the_served_ones(service: ImageService) -> None:
     with pytest.raises(
         APIError, match="'dall-e-3' does not exist; this server has first, second, fixed, there"
     ) as caught:
@@ -91,7 +96,7 @@ def test_a_model_that_there_is_not_is_refused_with_those_that_there_are(service:
     assert (caught.value.status, caught.value.code, caught.value.param) == (404, "model_not_found", "model")
 
 
-def test_a_lora_comes_changes_and_goes_while_the_server_runs(service: ImageService) -> None:
+def test_a_lora_is_added_changed_and_removed_while_the_server_runs(service: ImageService) -> None:
     file = write_lora(lora_folder(service) / "guest.safetensors", 3)
     service.catalog.look_again()
     with pytest.raises(APIError):
@@ -112,7 +117,7 @@ def test_a_lora_comes_changes_and_goes_while_the_server_runs(service: ImageServi
     assert "there" in {card.id for card in service.models()}
 
 
-def test_what_is_being_made_is_finished_with_the_lora_it_began_with(service: ImageService) -> None:
+def test_a_picture_is_finished_with_the_lora_version_that_it_began_with(service: ImageService) -> None:
     file = write_lora(lora_folder(service) / "swapped.safetensors", 5)
     look_twice(service)
     before = pixels(service, "swapped")
@@ -125,9 +130,9 @@ def test_what_is_being_made_is_finished_with_the_lora_it_began_with(service: Ima
     holding = threading.Thread(target=lambda: service.engine.run_on_thread(hold))
     holding.start()
     held.wait(30)
-    request = ImageRequest(prompt="a red heart", model="swapped", seed=7, size="16x16", num_inference_steps=2)
+    order = ordered(service, "swapped")
     made: list[ImageAnswer] = []
-    making = threading.Thread(target=lambda: made.append(asyncio.run(service.generate(request, as_pixels=True))))
+    making = threading.Thread(target=lambda: made.append(asyncio.run(service.generate(order))))
     making.start()
     while not service.num_live:
         threading.Event().wait(0.01)
@@ -142,19 +147,21 @@ def test_what_is_being_made_is_finished_with_the_lora_it_began_with(service: Ima
     assert np.abs(pixels(service, "swapped") - before).max() > 5
 
 
-def test_what_is_no_lora_harms_nobody(service: ImageService, caplog: pytest.LogCaptureFixture) -> None:
+def test_invalid_loras_are_logged_and_the_others_still_work(
+    service: ImageService, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = lora_folder(service)
     (folder / "broken.safetensors").write_bytes(b"no tensors")
     write_lora(folder / "first.safetensors", 7)
     write_lora(folder / "stranger.safetensors", 8)
-    (folder / "stranger.json").write_text(json.dumps({"base": "nobody"}))
+    (folder / "stranger.json").write_text(json.dumps({"base": "missing"}))
     look_twice(service)
     assert not {"broken", "stranger"} & {card.id for card in service.models()}
     assert service.catalog.find("first").model.base is None
     for said in (
         "broken.safetensors cannot be read",
         "'first' is the name of a checkpoint",
-        "'nobody'; this server has",
+        "'missing'; this server has",
     ):
         assert said in caplog.text
     assert pixels(service, "there").size == 16 * 16 * 3
@@ -176,12 +183,12 @@ def test_the_command_line_names_loras(text: str, expected: LoraSource) -> None:
 @pytest.mark.parametrize(
     "arguments", [["--lora", "a"], ["--lora", "a=/x:1e999"], ["--model", "a"], ["--model", "=x"]], ids=" ".join
 )
-def test_the_command_line_refuses_what_names_nothing(arguments: list[str]) -> None:
+def test_the_command_line_refuses_incomplete_names(arguments: list[str]) -> None:
     with pytest.raises(SystemExit):
         parse_arguments(arguments)
 
 
-def test_two_models_of_one_name_are_refused(tiny_checkpoint: Path) -> None:
+def test_two_models_with_one_name_are_refused(tiny_checkpoint: Path) -> None:
     config = ServerConfig(models=(ModelSource(tiny_checkpoint), ModelSource(tiny_checkpoint)), backend=TORCH)
     with pytest.raises(CheckpointError, match="two models are called 'tdm-emoji'"):
         ImageService(config, ServerMetrics())

@@ -1,4 +1,4 @@
-"""Engines on two Ray nodes, one of which dies under load: nobody who was accepted is told of it."""
+"""Engines on two Ray nodes, one of which is killed under load: every accepted request is answered."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def said(tiny_checkpoint: Path) -> dict[str, Any]:
 def test_a_node_that_is_killed_loses_no_request(said: dict[str, Any]) -> None:
     assert set(said["statuses"]) == {"200"}
     assert said["statuses"]["200"] > 10 * cluster.NUM_CLIENTS
-    assert 1 <= said["retried"] <= cluster.NUM_CLIENTS  # what was on its way to the dead node, once each
+    assert 1 <= said["retried"] <= cluster.NUM_CLIENTS  # each request at the dead node, once
 
 
 def test_rays_proxy_answers_a_request_that_offers_an_upgrade_once(said: dict[str, Any]) -> None:
@@ -38,7 +38,7 @@ def test_rays_proxy_answers_a_request_that_offers_an_upgrade_once(said: dict[str
 
 
 @pytest.mark.parametrize(("text", "expected"), [("3", (3, 3)), ("1-4", (1, 4))])
-def test_the_command_line_names_replicas(text: str, expected: tuple[int, int]) -> None:
+def test_the_command_line_sets_the_number_of_replicas(text: str, expected: tuple[int, int]) -> None:
     config = parse_arguments(["--front", "ray", "--replicas", text])
     assert (config.min_replicas, config.max_replicas) == expected
 
@@ -46,7 +46,7 @@ def test_the_command_line_names_replicas(text: str, expected: tuple[int, int]) -
 @pytest.mark.parametrize(
     "arguments", [["--replicas", "0"], ["--replicas", "4-1"], ["--replicas", "1-4"], ["--replicas", "x"]]
 )
-def test_the_command_line_refuses_what_is_no_number_of_replicas(arguments: list[str]) -> None:
-    """A range needs Ray's proxy, whose load it follows."""
+def test_the_command_line_refuses_a_wrong_number_of_replicas(arguments: list[str]) -> None:
+    """A range of replicas needs Ray's proxy, which measures the load."""
     with pytest.raises(SystemExit):
         parse_arguments(arguments)

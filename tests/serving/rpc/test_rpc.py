@@ -1,4 +1,4 @@
-"""gRPC: on a real server as clients see it, then the edge in this process, on a tiny checkpoint."""
+"""gRPC: first against a real server, then the edge in this process with a tiny checkpoint."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ OPTIONS = (("grpc.enable_http_proxy", 0),)
 NO_BUDGET = (calls.NO_DEADLINE_BUDGET,)
 PROMPT = "a red heart"
 LONG_S = 60.0
-"""A deadline that any machine keeps."""
+"""A deadline that any machine can meet."""
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def http(server: RunningServer) -> httpx.Client:
 
 
 def refusal(call: Callable[[], Any]) -> tuple[grpc.StatusCode, str, dict[str, str]]:
-    """Code, details and trailing metadata of a call that must fail, and must not tell of the inside."""
+    """Return code, details and trailing metadata of a call that must fail without revealing internals."""
     with pytest.raises(grpc.RpcError) as caught:
         call()
     error: Any = caught.value
@@ -81,7 +81,7 @@ def refusal(call: Callable[[], Any]) -> tuple[grpc.StatusCode, str, dict[str, st
 
 
 def metric(http: httpx.Client, name: str) -> float:
-    """Sum of a metric over its labels."""
+    """Return the sum of a metric over its labels."""
     values = re.findall(rf"^{name}(?:{{[^}}]*}})? (\S+)$", http.get("/metrics").text, re.MULTILINE)
     return sum(map(float, values))
 
@@ -96,7 +96,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 # -- tdm.images.v1.ImageService --------------------------------------------------------------------
 
 
-def test_a_picture_is_the_one_of_http(images: images_pb2_grpc.ImageServiceStub, http: httpx.Client) -> None:
+def test_a_picture_equals_that_of_http(images: images_pb2_grpc.ImageServiceStub, http: httpx.Client) -> None:
     request = pb.GenerateRequest(prompt=PROMPT, seed=7, num_inference_steps=2, strict=True)
     answer, call = images.Generate.with_call(request, metadata=(("x-request-id", "abc-123"),))
     body = {"prompt": PROMPT, "seed": 7, "num_inference_steps": 2, "strict": True}
@@ -134,7 +134,7 @@ def test_several_pictures_and_automatic_steps(images: images_pb2_grpc.ImageServi
     assert "tokens" in answer.warnings[0]
 
 
-def test_a_stream_shows_a_draft_steps_and_the_picture(images: images_pb2_grpc.ImageServiceStub) -> None:
+def test_a_stream_sends_a_draft_previews_and_the_picture(images: images_pb2_grpc.ImageServiceStub) -> None:
     picture = pb.GenerateRequest(prompt=PROMPT, seed=7, num_inference_steps=4)
     events = list(images.GenerateStream(pb.GenerateStreamRequest(picture=picture, partial_images=3, draft=True)))
     assert [event.WhichOneof("event") for event in events] == ["partial_image"] * 3 + ["completed"]
@@ -147,7 +147,7 @@ def test_a_stream_shows_a_draft_steps_and_the_picture(images: images_pb2_grpc.Im
     assert only.WhichOneof("event") == "completed"
 
 
-def test_the_models_are_those_of_http(images: images_pb2_grpc.ImageServiceStub, http: httpx.Client) -> None:
+def test_the_models_equal_those_of_http(images: images_pb2_grpc.ImageServiceStub, http: httpx.Client) -> None:
     (model,) = images.ListModels(pb.ListModelsRequest()).models
     (card,) = http.get("/v1/models").json()["data"]
     assert (model.id, model.digest, list(model.step_counts)) == (card["id"], card["digest"], card["step_counts"])
@@ -176,7 +176,7 @@ def test_a_deadline_is_a_latency_budget(images: images_pb2_grpc.ImageServiceStub
     assert next(stream).completed.latency_budget_kept
 
 
-def test_a_deadline_that_nothing_could_keep_is_refused_and_nothing_is_made(
+def test_an_impossible_deadline_is_refused_and_no_picture_is_made(
     images: images_pb2_grpc.ImageServiceStub, http: httpx.Client
 ) -> None:
     made = metric(http, "tdm_pictures_total")
@@ -210,7 +210,9 @@ def test_who_leaves_is_cancelled(images: images_pb2_grpc.ImageServiceStub, http:
     assert cancelled() > before and pictures() - made < 30
 
 
-def test_a_listener_that_leaves_harms_nobody(images: images_pb2_grpc.ImageServiceStub, http: httpx.Client) -> None:
+def test_a_client_that_leaves_a_stream_does_not_disturb_others(
+    images: images_pb2_grpc.ImageServiceStub, http: httpx.Client
+) -> None:
     picture = pb.GenerateRequest(prompt=PROMPT)
     for _ in range(3):
         stream = images.GenerateStream(pb.GenerateStreamRequest(picture=picture, partial_images=3))
@@ -250,7 +252,7 @@ def test_values_out_of_range_are_named(
     assert trailers["x-should-retry"] == "false" and trailers["x-request-id"]
 
 
-def test_what_is_missing_and_whom_nobody_knows(images: images_pb2_grpc.ImageServiceStub) -> None:
+def test_a_missing_prompt_and_an_unknown_model_are_refused(images: images_pb2_grpc.ImageServiceStub) -> None:
     code, _, trailers = refusal(lambda: images.Generate(pb.GenerateRequest()))
     assert (code, trailers["code"]) == (Code.INVALID_ARGUMENT, "missing_required_parameter")
     code, details, trailers = refusal(lambda: images.Generate(pb.GenerateRequest(prompt=PROMPT, model="../x\n\u00fc")))
@@ -296,7 +298,7 @@ def test_hostile_bytes_are_refused(channel: grpc.Channel, path: str, raw: bytes,
         (("x-tdm-deadline-budget", "perhaps"),),
     ],
 )
-def test_odd_metadata_harms_nobody(images: images_pb2_grpc.ImageServiceStub, metadata: Any) -> None:
+def test_odd_metadata_does_not_disturb_a_call(images: images_pb2_grpc.ImageServiceStub, metadata: Any) -> None:
     _, call = images.ListModels.with_call(pb.ListModelsRequest(), metadata=metadata)
     assert len(dict(call.trailing_metadata())["x-request-id"]) == 36
 
@@ -309,7 +311,7 @@ def test_too_much_metadata_and_compression_are_refused(images: images_pb2_grpc.I
     assert code is Code.UNIMPLEMENTED
 
 
-def test_what_a_client_said_is_made_printable() -> None:
+def test_quoted_text_of_a_client_is_made_printable() -> None:
     assert printable(" a\r\nb\u00fc " + "x" * 300) == "a??b? " + "x" * 249
 
 
@@ -374,7 +376,7 @@ def test_typed_and_raw_tensors_make_the_typed_services_picture(
         assert answer.parameters["latency_budget_kept"].bool_param
 
 
-def test_only_the_outputs_that_are_asked_for(inference: open_inference_pb2_grpc.GRPCInferenceServiceStub) -> None:
+def test_only_requested_outputs_are_sent(inference: open_inference_pb2_grpc.GRPCInferenceServiceStub) -> None:
     wanted = open_inference_pb2.ModelInferRequest.InferRequestedOutputTensor
     auto = {"num_inference_steps": parameter("auto"), "min_inference_steps": parameter(2)}
     answer = inference.ModelInfer(infer_request(PROMPT_TENSOR, outputs=[wanted(name="seed")], parameters=auto))
@@ -394,7 +396,7 @@ HUGE_SEED = tensor("seed", "UINT64", uint64_contents=[2**64 - 1])
 
 
 @pytest.mark.parametrize(
-    ("request_", "param", "told"),
+    ("request_", "param", "reason"),
     [
         (infer_request(), "prompt", "required"),
         (infer_request(PROMPT_TENSOR, model="x"), "model", "tdm-emoji"),
@@ -421,14 +423,14 @@ HUGE_SEED = tensor("seed", "UINT64", uint64_contents=[2**64 - 1])
     ],
 )
 def test_wrong_tensors_are_named(
-    inference: open_inference_pb2_grpc.GRPCInferenceServiceStub, request_: Any, param: str, told: str
+    inference: open_inference_pb2_grpc.GRPCInferenceServiceStub, request_: Any, param: str, reason: str
 ) -> None:
     code, details, trailers = refusal(lambda: inference.ModelInfer(request_))
     assert code is (Code.NOT_FOUND if param.startswith("model") else Code.INVALID_ARGUMENT), details
-    assert trailers["param"] == param and told in details
+    assert trailers["param"] == param and reason in details
 
 
-def test_the_protocols_own_questions_are_answered(
+def test_liveness_readiness_and_metadata_are_answered(
     inference: open_inference_pb2_grpc.GRPCInferenceServiceStub,
 ) -> None:
     assert inference.ServerLive(open_inference_pb2.ServerLiveRequest()).live
@@ -449,13 +451,13 @@ def test_the_protocols_own_questions_are_answered(
 # -- around it -------------------------------------------------------------------------------------
 
 
-def test_the_benchmark_measures_it(server: RunningServer, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_benchmark_measures_grpc(server: RunningServer, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["latency", "--endpoint-type", "grpc", "--num-prompts", "4", "--num-warmups", "0"]
     address = f"127.0.0.1:{server.grpc_port}"
     assert tdm_bench([*command, "--base-url", address, "--num-inference-steps", "2,auto"]) == 0
-    told = capsys.readouterr().out
-    assert "id tdm-emoji" in told and "| step 2 |" in told and "| grpc |" in told
-    assert re.search(r"^failed +0$", told, re.MULTILINE)
+    printed = capsys.readouterr().out
+    assert "id tdm-emoji" in printed and "| step 2 |" in printed and "| grpc |" in printed
+    assert re.search(r"^failed +0$", printed, re.MULTILINE)
     assert tdm_bench([*command, "--base-url", "grpc://127.0.0.1:9"]) == 2
     assert "--grpc-port" in capsys.readouterr().err
 
@@ -466,13 +468,13 @@ def test_a_taken_port_is_refused(server: RunningServer, capsys: pytest.CaptureFi
     assert f"127.0.0.1:{server.grpc_port}" in message and "choose another with --grpc-port" in message
 
 
-def test_http_and_grpc_want_ports_of_their_own() -> None:
+def test_http_and_grpc_cannot_share_a_port() -> None:
     for port in (0, 70000, 8000):
         with pytest.raises(ValueError, match=f"grpc_port is {port}"):
             ServerConfig(port=8000, grpc_port=port)
 
 
-def test_what_is_generated_is_of_these_protos(tmp_path: Path) -> None:
+def test_the_generated_modules_match_the_proto_files(tmp_path: Path) -> None:
     pytest.importorskip("grpc_tools")
     version = importlib.metadata.version("grpcio-tools")
     if f"'{version}'" not in (PROTOS / "images_pb2_grpc.py").read_text():
@@ -516,7 +518,7 @@ def services(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def converse(services: Services, talk: Talk) -> None:
-    """Serve for as long as one client talks."""
+    """Serve one client until it is done."""
 
     async def run() -> None:
         port = free_port()
@@ -540,7 +542,7 @@ async def refused(call: Awaitable[Any]) -> tuple[grpc.StatusCode, dict[str, str]
     return caught.value.code(), dict(caught.value.trailing_metadata())
 
 
-def test_who_has_no_key_is_told_nothing_but_that_it_runs(services: Services) -> None:
+def test_without_a_key_only_liveness_and_readiness_are_answered(services: Services) -> None:
     async def talk(channel: grpc.aio.Channel) -> None:
         images = images_pb2_grpc.ImageServiceStub(channel)
         inference = open_inference_pb2_grpc.GRPCInferenceServiceStub(channel)
@@ -566,7 +568,7 @@ def test_who_has_no_key_is_told_nothing_but_that_it_runs(services: Services) -> 
     converse(services, talk)
 
 
-def test_a_quota_says_when_to_come_back(services: Services) -> None:
+def test_a_used_up_quota_gives_a_retry_time(services: Services) -> None:
     async def talk(channel: grpc.aio.Channel) -> None:
         images = images_pb2_grpc.ImageServiceStub(channel)
         await images.Generate(pb.GenerateRequest(prompt=PROMPT), metadata=bearer(POOR_KEY))
@@ -577,7 +579,7 @@ def test_a_quota_says_when_to_come_back(services: Services) -> None:
     converse(services, talk)
 
 
-def test_so_many_are_open_at_once_and_who_sends_nothing_is_let_go(services: Services) -> None:
+def test_open_call_limit_and_timeout_of_a_silent_client(services: Services) -> None:
     async def talk(channel: grpc.aio.Channel) -> None:
         images = images_pb2_grpc.ImageServiceStub(channel)
         silent = [channel.stream_stream("/tdm.images.v1.ImageService/Generate")(metadata=bearer(KEY)) for _ in range(2)]
@@ -594,7 +596,7 @@ def test_so_many_are_open_at_once_and_who_sends_nothing_is_let_go(services: Serv
     converse(services, talk)
 
 
-def test_nothing_of_the_inside_is_told(services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_internal_error_reveals_nothing(services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("a secret of the inside")
 
@@ -617,7 +619,9 @@ def test_nothing_of_the_inside_is_told(services: Services, monkeypatch: pytest.M
     converse(services, talk)
 
 
-def test_who_watches_the_health_is_told_of_the_end(services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_health_watchers_are_notified_when_the_server_stops(
+    services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(edge, "MAX_WATCHERS", 2)
 
     async def talk(channel: grpc.aio.Channel) -> None:
@@ -641,7 +645,7 @@ def test_who_watches_the_health_is_told_of_the_end(services: Services, monkeypat
     converse(services, talk)
 
 
-def test_a_front_on_a_taken_address_says_so(services: Services) -> None:
+def test_a_front_on_a_taken_address_names_it(services: Services) -> None:
     async def run() -> None:
         with pytest.raises(OSError, match="--grpc-port"):
             await GRPCFront.start(services, "203.0.113.1", free_port())

@@ -1,26 +1,29 @@
-"""What a client may send: everything else is a 400 that names value and limit."""
+"""Valid requests become orders; everything else is a 400 that names the value and the limit."""
 
 from __future__ import annotations
 
 import json
+import pickle
+import random
+from dataclasses import FrozenInstanceError, fields, is_dataclass
 from typing import Any
 
 import pytest
 
 from serving.errors import APIError
-from serving.schema.image_request import MAX_PICTURES, ImageRequest
-from serving.schema.parsing import parse_body, parse_json
+from serving.schema.image_request import MAX_PICTURES, order_from_body, order_from_fields
+from serving.schema.order import DeliveryOptions, ImageEncoding, ImageOrder
+from serving.schema.parsing import parse_json
 from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT
 from tdm_runtime.checkpoint.recipe import load_recipe
-from tdm_runtime.engine.delivery import Delivery
 from tdm_runtime.errors import InvalidRequestError
 from tdm_runtime.params import MAX_SEED
 
 RECIPE = load_recipe(DEFAULT_CHECKPOINT)
 
 
-def parsed(body: bytes) -> ImageRequest:
-    return parse_body(body, ImageRequest)
+def ordered(body: bytes) -> ImageOrder:
+    return order_from_body(body, lambda name: RECIPE)
 
 
 NO_BODY: dict[str, Any] = {}
@@ -83,9 +86,9 @@ BAD_REQUESTS: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("body", "param"), BAD_REQUESTS)
-def test_a_bad_value_is_refused_by_name(body: dict[str, Any], param: str) -> None:
+def test_a_bad_value_is_refused_with_the_name_of_its_field(body: dict[str, Any], param: str) -> None:
     with pytest.raises((APIError, InvalidRequestError)) as caught:
-        parsed(json.dumps(body).encode()).to_sampling_params(RECIPE)
+        ordered(json.dumps(body).encode())
     assert caught.value.param == param
     assert param in str(caught.value)
     assert len(str(caught.value)) < 500
@@ -112,7 +115,7 @@ def test_a_bad_value_is_refused_by_name(body: dict[str, Any], param: str) -> Non
 )
 def test_a_body_that_is_not_one_plain_json_object_is_refused(body: bytes) -> None:
     with pytest.raises((APIError, InvalidRequestError)):
-        parsed(body).to_sampling_params(RECIPE)
+        ordered(body)
 
 
 def test_brackets_inside_strings_are_not_nesting() -> None:
@@ -120,8 +123,10 @@ def test_brackets_inside_strings_are_not_nesting() -> None:
     assert parse_json(json.dumps({"prompt": text}).encode()) == {"prompt": text}
 
 
-def test_the_least_request_gets_the_recipes_defaults() -> None:
-    (params,) = parsed(b'{"prompt": "a cat"}').to_sampling_params(RECIPE)
+def test_a_request_with_only_a_prompt_gets_the_recipes_defaults() -> None:
+    order = ordered(b'{"prompt": "a cat"}')
+    (params,) = order.pictures
+    assert order == ImageOrder(RECIPE.name, (params,), DeliveryOptions(), ImageEncoding())
     assert params.num_inference_steps == RECIPE.default_steps
     assert (params.width, params.height) == RECIPE.native_sizes[0]
     assert 0 <= params.seed <= MAX_SEED
@@ -131,7 +136,7 @@ def test_the_least_request_gets_the_recipes_defaults() -> None:
 @pytest.mark.parametrize("decoder", ["full", "tiny"])
 def test_every_picture_of_a_request_has_its_decoder(decoder: str) -> None:
     body = {"prompt": "a cat", "n": 3, "decoder": decoder}
-    params = parsed(json.dumps(body).encode()).to_sampling_params(RECIPE)
+    params = ordered(json.dumps(body).encode()).pictures
     assert [p.decoder for p in params] == [decoder] * 3
 
 
@@ -145,46 +150,87 @@ def test_every_picture_of_a_request_has_its_decoder(decoder: str) -> None:
         ({"stream": True, "n": 2}, "n"),
     ],
 )
-def test_fields_that_contradict_each_other_are_refused_by_name(body: dict[str, Any], param: str) -> None:
-    request = parsed(json.dumps({"prompt": "a cat"} | body).encode())
+def test_contradicting_fields_are_refused_with_the_name_of_one(body: dict[str, Any], param: str) -> None:
     with pytest.raises((APIError, InvalidRequestError)) as caught:
-        request.to_delivery(RECIPE, 0.0, lambda preview: None)
+        ordered(json.dumps({"prompt": "a cat"} | body).encode())
     assert caught.value.param == param
     assert param in str(caught.value)
 
 
 def test_auto_leaves_the_step_count_open_from_the_fewest_to_the_most() -> None:
-    request = parsed(b'{"prompt": "a cat", "num_inference_steps": "auto", "latency_budget_ms": 40}')
-    (params,) = request.to_sampling_params(RECIPE)
-    delivery = request.to_delivery(RECIPE, 10.0, None)
-    assert params.num_inference_steps == RECIPE.step_counts[-1]
-    assert delivery.min_inference_steps == RECIPE.step_counts[0]
-    assert delivery.latency_budget_ms == 30.0, "the engine may not use what others need"
+    order = ordered(b'{"prompt": "a cat", "num_inference_steps": "auto", "latency_budget_ms": 40}')
+    assert order.pictures[0].num_inference_steps == RECIPE.step_counts[-1]
+    assert order.delivery == DeliveryOptions(latency_budget_ms=40.0, min_inference_steps=RECIPE.step_counts[0])
 
 
-def test_a_plain_request_promises_nothing_and_shows_nothing() -> None:
-    delivery = parsed(b'{"prompt": "a cat"}').to_delivery(RECIPE, 10.0, lambda preview: None)
-    assert delivery == Delivery()
+def test_an_order_has_the_options_of_its_request() -> None:
+    body = {"prompt": "a cat", "stream": True, "partial_images": 3, "draft": True, "strict": True}
+    order = ordered(json.dumps(body | {"output_format": "webp", "output_compression": 60, "metadata": False}).encode())
+    assert order.delivery == DeliveryOptions(strict=True, is_streamed=True, num_previews=2, draft=True)
+    assert order.encoding == ImageEncoding("webp", compression=60, metadata=False)
+    assert ordered(b'{"prompt": "a cat", "response_format": "url"}').encoding.response_format == "url"
 
 
-def test_a_word_that_is_no_step_count_is_told_which_word_is() -> None:
+def test_the_error_of_an_unknown_step_word_names_auto() -> None:
     with pytest.raises(APIError, match=r"integer or .*'auto'"):
-        parsed(b'{"prompt": "a", "num_inference_steps": "fast"}')
+        ordered(b'{"prompt": "a", "num_inference_steps": "fast"}')
 
 
-def test_the_pictures_of_a_request_count_seeds_up_and_wrap() -> None:
+def test_each_picture_of_a_request_has_the_next_seed_and_seeds_wrap() -> None:
     body = {"prompt": "a cat", "n": 3, "seed": MAX_SEED}
-    params = parsed(json.dumps(body).encode()).to_sampling_params(RECIPE)
+    params = ordered(json.dumps(body).encode()).pictures
     assert [p.seed for p in params] == [MAX_SEED, 0, 1]
 
 
 @pytest.mark.parametrize("extra", [{"user": "u"}, {"quality": "auto"}, {"stream": False}, {"guidance_scale": 1}])
 def test_what_official_clients_send_by_default_is_accepted(extra: dict[str, Any]) -> None:
     body = {"prompt": "a cat", "model": RECIPE.name, "size": "auto", **extra}
-    assert len(parsed(json.dumps(body).encode()).to_sampling_params(RECIPE)) == 1
+    assert len(ordered(json.dumps(body).encode()).pictures) == 1
 
 
 @pytest.mark.parametrize("prompt", ["قلب أحمر", "赤いハート 🦋", "a\u202eb", "x" * 2000])
 def test_any_unicode_text_is_a_prompt(prompt: str) -> None:
-    (params,) = parsed(json.dumps({"prompt": prompt}).encode()).to_sampling_params(RECIPE)
+    (params,) = ordered(json.dumps({"prompt": prompt}).encode()).pictures
     assert params.prompt == prompt
+
+
+# -- the order -------------------------------------------------------------------------------------
+
+
+def test_the_seed_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+
+    def draw(below: int) -> int:
+        drawn.append(random.randrange(below))
+        return drawn[-1]
+
+    monkeypatch.setattr("secrets.randbelow", draw)
+    order = ordered(b'{"prompt": "a cat", "n": 3}')
+    assert [params.seed for params in order.pictures] == [(drawn[0] + n) % (MAX_SEED + 1) for n in range(3)]
+    assert order_from_body(b'{"prompt": "a", "seed": 5}', lambda name: RECIPE, default_seed=6).pictures[0].seed == 5
+    assert order_from_body(b'{"prompt": "a"}', lambda name: RECIPE, default_seed=6).pictures[0].seed == 6
+    assert len(drawn) == 1
+
+
+def test_an_order_is_frozen_and_equal_after_pickling() -> None:
+    order = ordered(b'{"prompt": "a cat", "n": 2, "latency_budget_ms": 40}')
+    assert pickle.loads(pickle.dumps(order)) == order
+    assert hash(order) == hash(pickle.loads(pickle.dumps(order)))
+    for part in (order, order.delivery, order.encoding, *order.pictures):
+        assert is_dataclass(part)
+        with pytest.raises(FrozenInstanceError):
+            setattr(part, fields(part)[0].name, None)
+
+
+def test_changing_an_order_leaves_its_other_fields() -> None:
+    order = ordered(b'{"prompt": "a cat", "n": 2, "output_format": "jpeg", "strict": true}')
+    changed = order.within(40.0).in_background().as_pixels()
+    assert (changed.model, changed.pictures) == (order.model, order.pictures)
+    assert changed.delivery == DeliveryOptions(latency_budget_ms=40.0, strict=True, is_background=True)
+    assert changed.encoding == ImageEncoding("jpeg", pixels_only=True)
+
+
+def test_an_order_with_auto_costs_the_most_steps() -> None:
+    fields = {"prompt": "a cat", "num_inference_steps": "auto", "n": 3, "size": "64x64"}
+    cost = order_from_fields(fields, lambda name: RECIPE).cost
+    assert cost == pytest.approx(3 * 64 * 64 * RECIPE.step_counts[-1] / 1e6)

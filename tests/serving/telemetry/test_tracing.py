@@ -25,9 +25,9 @@ TIMINGS = Timings(queue_ms=9.0, text_ms=2.0, steps_ms=[3.0, 4.0], decode_ms=5.0,
 OFF = """
 import sys
 from serving.web.app import build_app
-from serving.services import Services
+from serving.fronts.services import Services
 from serving.config import ServerConfig
-from serving.tracing import Tracing, current_span, request_span
+from serving.telemetry.tracing import Tracing, current_span, request_span
 with request_span(Tracing.start(ServerConfig()), {}, "POST") as span:
     assert span is None and current_span() is None
 assert not [name for name in sys.modules if name.startswith(("opentelemetry.sdk", "opentelemetry.exporter"))]

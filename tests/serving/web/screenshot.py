@@ -24,7 +24,7 @@ PROMPTS = [
 
 
 def arrange(page: Page) -> None:
-    """A history, a budget that was kept, and all step counts side by side."""
+    """Show a history, a budget that was met, and all step counts side by side."""
     for prompt in PROMPTS:
         make(page, prompt)
     expect(page.locator("#outcome-kept")).to_have_text("Budget kept")
@@ -46,7 +46,7 @@ def main() -> None:
             browser.close()
         finally:
             server.stop()
-    # The last three bits are noise that nobody sees and half of the file.
+    # The last three bits are invisible noise and half of the file.
     Image.open(TARGET).convert("RGB").point(lambda level: level & 0xF8 | level >> 5).save(TARGET, optimize=True)
     print(f"{TARGET}: {TARGET.stat().st_size} bytes")
 

@@ -1,4 +1,4 @@
-"""Batches over HTTP, by the official client where it has the call."""
+"""Batches over HTTP, with the official client where it has the call."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def wait_for(client: openai.OpenAI, batch_id: str) -> Any:
     pytest.fail(f"{batch_id} is not done after {TIMEOUT_S} s")
 
 
-def test_lines_in_lines_out(http: httpx.Client, client: openai.OpenAI) -> None:
-    """In order, under their names, inline or by URL as each asked; the same pictures as asked for at once."""
+def test_a_batch_of_lines_is_answered_line_by_line(http: httpx.Client, client: openai.OpenAI) -> None:
+    """Answers keep order and names, inline or by URL, and have the pictures of direct requests."""
     lines = [line("a", seed=1), line("b", seed=2, n=2, response_format="url"), line("c", output_format="webp")]
     created = post_lines(http, as_lines(lines))
     assert created.status_code == 200, created.text
@@ -77,7 +77,9 @@ def test_lines_in_lines_out(http: httpx.Client, client: openai.OpenAI) -> None:
     assert batch.id in [listed.id for listed in client.batches.list(limit=100)]
 
 
-def test_json_with_metadata_and_an_idempotency_key(http: httpx.Client, client: openai.OpenAI) -> None:
+def test_a_json_batch_keeps_its_metadata_and_an_idempotency_key_repeats_it(
+    http: httpx.Client, client: openai.OpenAI
+) -> None:
     body = {
         "endpoint": URL,
         "requests": [{"custom_id": "a", "body": {"prompt": "a cat", "num_inference_steps": 1}}],
@@ -103,7 +105,7 @@ def test_a_batch_is_cancelled(http: httpx.Client, client: openai.OpenAI) -> None
         time.sleep(0.05)
 
 
-def test_bad_lines_are_named_and_nothing_is_accepted(http: httpx.Client) -> None:
+def test_a_batch_with_bad_lines_is_refused_and_the_lines_are_named(http: httpx.Client) -> None:
     before = http.get("/v1/batches").json()
     lines = [
         as_lines([line("a")]),
@@ -166,7 +168,7 @@ def test_an_unknown_batch_is_a_404(http: httpx.Client, batch_id: str) -> None:
         assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
 
 
-def test_the_documented_bodies_are_those_that_are_read(http: httpx.Client) -> None:
+def test_the_documented_bodies_have_the_fields_that_are_read(http: httpx.Client) -> None:
     paths = http.get("/openapi.json").json()["paths"]
     batch = paths["/v1/batches"]["post"]["requestBody"]["content"]
     assert batch["application/json"]["schema"]["required"] == ["requests"]

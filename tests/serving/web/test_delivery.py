@@ -1,4 +1,4 @@
-"""Budgets, automatic step counts, streams and receipts, asked for over HTTP as users do."""
+"""Latency budgets, automatic step counts, streams and receipts over HTTP."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.serving.conftest import RunningServer
 
 PROMPT = "a red heart"
 LONG_MS = 60_000.0
-"""A budget that any machine keeps."""
+"""A latency budget that any machine can meet."""
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def events_of(answer: httpx.Response) -> list[tuple[str, dict[str, Any]]]:
     return events
 
 
-def test_auto_says_how_many_steps_it_took(http: httpx.Client) -> None:
+def test_auto_reports_the_number_of_steps_it_took(http: httpx.Client) -> None:
     answer = ask(http, num_inference_steps="auto", latency_budget_ms=LONG_MS).json()
     steps = answer["data"][0]["num_inference_steps"]
     assert 1 <= steps <= 4 and len(answer["timings"]["steps_ms"]) == steps
@@ -65,12 +65,12 @@ def test_auto_says_how_many_steps_it_took(http: httpx.Client) -> None:
     )
 
 
-def test_not_fewer_steps_than_asked_for(http: httpx.Client) -> None:
+def test_auto_takes_at_least_min_inference_steps(http: httpx.Client) -> None:
     answer = ask(http, num_inference_steps="auto", min_inference_steps=3).json()
     assert answer["data"][0]["num_inference_steps"] in (3, 4)
 
 
-def test_a_budget_that_nothing_could_keep_is_the_clients_mistake(http: httpx.Client) -> None:
+def test_an_impossible_budget_is_the_clients_error(http: httpx.Client) -> None:
     answer = ask(http, latency_budget_ms=0.01)
     error = answer.json()["error"]
     assert answer.status_code == 400 and answer.headers["x-should-retry"] == "false"
@@ -121,7 +121,7 @@ def test_the_official_client_streams_a_draft_and_previews(client: openai.OpenAI,
     assert events[-1].usage.total_tokens > 0
 
 
-def test_events_say_what_they_show(http: httpx.Client) -> None:
+def test_events_report_their_steps_and_kind(http: httpx.Client) -> None:
     events = events_of(ask(http, stream=True, partial_images=3, num_inference_steps=3))
     partial = [data for name, data in events if name == "image_generation.partial_image"]
     assert [data["num_steps_taken"] for data in partial] == [1, 2], "the last step is the picture"
@@ -136,12 +136,12 @@ def test_a_stream_without_partial_images_is_one_event(http: httpx.Client) -> Non
     assert [name for name, _ in events_of(ask(http, stream=True))] == ["image_generation.completed"]
 
 
-def test_what_is_refused_is_refused_before_the_stream_begins(http: httpx.Client) -> None:
+def test_a_bad_request_is_refused_before_the_stream_begins(http: httpx.Client) -> None:
     answer = ask(http, stream=True, size="1024x1024")
     assert answer.status_code == 400 and answer.json()["error"]["param"] == "size"
 
 
-def test_a_listener_that_leaves_harms_nobody(server: RunningServer, http: httpx.Client) -> None:
+def test_a_client_that_leaves_a_stream_does_not_disturb_others(server: RunningServer, http: httpx.Client) -> None:
     body = {"prompt": PROMPT, "stream": True, "partial_images": 3}
     for _ in range(3):
         with httpx.stream("POST", f"{server.url}/v1/images/generations", json=body, timeout=60) as answer:
@@ -163,7 +163,7 @@ def test_a_receipt_is_reproduced_by_the_command(
     assert "seed 7, 2 steps" in capsys.readouterr().out
 
 
-def test_without_metadata_a_picture_holds_no_receipt(http: httpx.Client) -> None:
+def test_without_metadata_a_picture_contains_no_receipt(http: httpx.Client) -> None:
     image = ask(http, metadata=False).json()["data"][0]
     assert b"tdm_receipt" not in base64.b64decode(image["b64_json"])
     assert image["receipt"]["prompt"] == PROMPT, "who asked knows it anyway"

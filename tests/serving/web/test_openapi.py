@@ -1,4 +1,4 @@
-"""The OpenAPI document is complete and true: schemathesis sends what it allows, and what it does not."""
+"""The OpenAPI document is complete and true: schemathesis sends valid and invalid requests."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def test_schemathesis_finds_nothing(server: RunningServer, tmp_path: Path) -> No
     assert re.search(rf"Tested: {selected}$", done.stdout, re.MULTILINE), done.stdout[-2000:]
 
 
-def test_every_operation_is_told(server: RunningServer) -> None:
-    """What a reader needs of each: a sentence, its refusals, and the body where there is one."""
+def test_every_operation_is_documented(server: RunningServer) -> None:
+    """Each operation has a description, its errors and, where it reads one, its body."""
     for path, operations in httpx.get(f"{server.url}/openapi.json").json()["paths"].items():
         for method, operation in operations.items():
             assert operation["description"].endswith("."), (method, path)

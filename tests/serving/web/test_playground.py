@@ -29,7 +29,7 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 GENERATIONS = "**/v1/images/generations"
 AWKWARD_PROMPT = """it's "a" $HOME `fox` \\ 狐"""
 RESOURCE_ERROR = "Failed to load resource"
-"""What the browser itself writes to the console for any status that is not 200."""
+"""Message that the browser writes to the console for any status other than 200."""
 
 pytestmark = pytest.mark.skipif(not CHROMIUM.exists(), reason=f"{CHROMIUM} is missing; apt-get install chromium")
 
@@ -47,7 +47,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def open_page(browser: Browser, server: RunningServer) -> Iterator[Open]:
-    """What opens pages; none may have written an error, or met the content security policy, when the test ends."""
+    """Return a function that opens pages. At the end no page may have an error or a policy violation in its console."""
     contexts: list[BrowserContext] = []
     complaints: list[str] = []
 
@@ -71,7 +71,7 @@ def open_page(browser: Browser, server: RunningServer) -> Iterator[Open]:
 
 @pytest.fixture
 def page(open_page: Open) -> Page:
-    """A page that shows its first picture."""
+    """Return a page that shows its first picture."""
     page = open_page()
     expect_picture(page)
     return page
@@ -97,7 +97,7 @@ def thumbnails(page: Page) -> Locator:
 
 
 def asked_of(page: Page, act: Callable[[], object]) -> dict[str, Any]:
-    """The body of the request for a picture that `act` makes the page send."""
+    """Return the body of the picture request that the page sends during `act`."""
     with page.expect_request(GENERATIONS) as request:
         act()
     return body_of(request.value)
@@ -192,7 +192,7 @@ def test_events_are_parsed_wherever_their_bytes_are_cut(page: Page) -> None:
 # ---- Budgets and refusals ----
 
 
-def test_auto_takes_what_the_budget_allows_and_says_what_was_kept(page: Page) -> None:
+def test_auto_follows_the_budget_and_shows_whether_it_was_met(page: Page) -> None:
     expect(page.get_by_label("Latency budget")).to_be_hidden()
     page.get_by_label("auto").check()
     expect(page.locator("#outcome-steps")).to_have_text("4 (auto)")
@@ -202,7 +202,7 @@ def test_auto_takes_what_the_budget_allows_and_says_what_was_kept(page: Page) ->
     expect(page.locator("#outcome-predicted")).to_have_text(re.compile(r"^[\d.]+ ms$"))
 
 
-def test_an_impossible_budget_is_refused_in_the_servers_words(page: Page) -> None:
+def test_an_impossible_budget_shows_the_servers_message(page: Page) -> None:
     page.get_by_label("auto").check()
     page.get_by_label("Latency budget").fill("0.01")
     expect(page.get_by_role("alert")).to_contain_text("latency_budget_ms leaves")
@@ -212,7 +212,7 @@ def test_an_impossible_budget_is_refused_in_the_servers_words(page: Page) -> Non
     expect(page.get_by_role("alert")).to_be_hidden()
 
 
-def test_what_cannot_be_kept_now_is_tried_once_more_when_the_server_says(page: Page) -> None:
+def test_a_refusal_with_a_retry_time_is_retried_once_at_that_time(page: Page) -> None:
     page.clock.install()
     for code in ("latency_budget_unavailable", "queue_full"):
         headers = {"retry-after": "60", "retry-after-ms": "59900"}
@@ -224,7 +224,7 @@ def test_what_cannot_be_kept_now_is_tried_once_more_when_the_server_says(page: P
         expect(page.get_by_role("alert")).to_be_hidden()
 
 
-def test_the_second_refusal_is_the_users_to_try_again(page: Page) -> None:
+def test_after_a_second_refusal_the_user_can_try_again(page: Page) -> None:
     page.route(GENERATIONS, refusal(429, "queue_full", "32 wait", {"retry-after": "0"}), times=2)
     page.get_by_role("button", name="Make").click()
     page.get_by_role("button", name="Try again").click()
@@ -310,7 +310,7 @@ def test_history_restores_everything(page: Page) -> None:
     expect(page.locator("#filmstrip")).to_have_text("draftstep 2step 3picture")
 
 
-def test_what_is_typed_over_leaves_no_trace_in_the_history(page: Page) -> None:
+def test_overwritten_prompts_do_not_enter_the_history(page: Page) -> None:
     page.evaluate("performance.now = () => 1")  # as fast as one types
     before = thumbnails(page).count()
     for prompt in ("a fox", "a fox on", "a fox on yellow"):
@@ -338,7 +338,7 @@ def test_compare_shows_one_seed_at_every_step_count(page: Page) -> None:
 
 
 @pytest.mark.parametrize("name", ["curl", "python"])
-def test_what_is_copied_runs(page: Page, tmp_path: Path, name: str) -> None:
+def test_copied_code_runs(page: Page, tmp_path: Path, name: str) -> None:
     page.evaluate("sessionStorage.setItem('tdm-api-key', 'secret-key')")
     page.get_by_label("auto").check()
     page.get_by_label("Latency budget").fill("60000")
@@ -513,7 +513,7 @@ def test_colours_follow_the_system_and_text_stands_out(open_page: Open) -> None:
 
 
 def luminance(colour: str) -> float:
-    """WCAG's relative luminance of `rgb(r, g, b)`."""
+    """Return WCAG's relative luminance of `rgb(r, g, b)`."""
     channels = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
     red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue

@@ -1,4 +1,4 @@
-"""Through real HTTP and the official client: pictures, errors, a client that leaves, an overload."""
+"""A real server over HTTP and with the official client: pictures, errors, a client that leaves, overload."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from tdm_runtime.pipeline import generate
 from tests.serving.conftest import RunningServer
 
 PICTURE_TOLERANCE = 2
-"""Levels of 255 by which batching may change a picture."""
+"""Largest difference, in levels of 255, that batching may make."""
 BACKEND_LINE = re.compile(r"^backend: (\S+) (\S+) with (\d+) threads?, (\S+) ms a picture( \(.*\))?$", re.MULTILINE)
-"""What `tdm-serve` prints when it has measured: backend, precision, threads, milliseconds, and the other candidates."""
+"""Line that `tdm-serve` prints after it measured: backend, precision, threads, milliseconds, other candidates."""
 
 
 @pytest.fixture
@@ -61,14 +61,14 @@ def picture_of(b64_json: str | None) -> Image.Image:
 
 
 def metric(http: httpx.Client, name: str) -> float:
-    """Sum of a metric over its labels."""
+    """Return the sum of a metric over its labels."""
     values = re.findall(rf"^{name}(?:{{[^}}]*}})? (\S+)$", http.get("/metrics").text, re.MULTILINE)
     return sum(map(float, values))
 
 
 @pytest.fixture(scope="module")
 def served(server: RunningServer) -> LoadedModel:
-    """The model as the server runs it: on the backend that it chose, with as many threads."""
+    """Return the model on the backend and with the number of threads that the server chose."""
     found = BACKEND_LINE.search(server.log.read_text())
     assert found is not None
     backend, precision, threads = found[1], found[2], int(found[3])
@@ -93,14 +93,18 @@ def test_the_official_client_gets_the_picture_that_the_reference_makes(
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
-def test_what_the_server_chose_keeps_torchs_pictures(client: openai.OpenAI, model: LoadedModel, steps: int) -> None:
+def test_the_chosen_backend_makes_nearly_the_pictures_of_torch(
+    client: openai.OpenAI, model: LoadedModel, steps: int
+) -> None:
     answer = client.images.generate(prompt="a red heart", extra_body={"seed": 7, "num_inference_steps": steps})
     assert answer.data is not None
     picture = np.asarray(picture_of(answer.data[0].b64_json))
     assert psnr_db(picture, generate(model, SamplingParams("a red heart", 7, steps, 64, 64))) >= MIN_PSNR_DB
 
 
-def test_the_start_says_what_runs_and_what_it_was_compared_with(server: RunningServer, served: LoadedModel) -> None:
+def test_the_start_logs_the_backend_and_the_others_that_were_measured(
+    server: RunningServer, served: LoadedModel
+) -> None:
     (line,) = BACKEND_LINE.finditer(server.log.read_text())
     assert f"{line[1]} {line[2]}" == served.backend
     assert float(line[4]) > 0
@@ -108,7 +112,7 @@ def test_the_start_says_what_runs_and_what_it_was_compared_with(server: RunningS
         assert re.search(r"torch fp32 \S+ ms", line[5])
 
 
-def test_the_model_card_says_what_runs_and_how_close_it_comes(http: httpx.Client, served: LoadedModel) -> None:
+def test_the_model_card_has_backend_and_parity(http: httpx.Client, served: LoadedModel) -> None:
     (card,) = http.get("/v1/models").json()["data"]
     assert card == http.get("/v1/models/tdm-emoji").json()
     assert card["backend"] == served.backend
@@ -120,7 +124,7 @@ def test_the_model_card_says_what_runs_and_how_close_it_comes(http: httpx.Client
 
 
 @pytest.mark.parametrize("decoder", ["full", "tiny"])
-def test_a_picture_is_decoded_as_it_was_asked_for(
+def test_a_picture_is_decoded_by_the_requested_decoder(
     http: httpx.Client, served: LoadedModel, decoder: DecoderName
 ) -> None:
     body = {"prompt": "a red heart", "seed": 7, "num_inference_steps": 2, "decoder": decoder}
@@ -137,7 +141,7 @@ def test_a_picture_is_decoded_as_it_was_asked_for(
         assert np.abs(picture.astype(int) - expected[name]).max() > PICTURE_TOLERANCE
 
 
-def test_a_decoder_that_there_is_not_is_refused_by_name(client: openai.OpenAI) -> None:
+def test_an_unknown_decoder_is_refused_by_name(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         client.images.generate(prompt="a cat", extra_body={"decoder": "jpeg"})
     assert caught.value.param == "decoder"
@@ -161,7 +165,7 @@ def test_every_step_count_is_served_and_reported(client: openai.OpenAI, steps: i
     assert 0 <= body["data"][0]["seed"] < 2**32
 
 
-def test_n_pictures_differ_and_each_is_the_one_of_its_seed(client: openai.OpenAI) -> None:
+def test_n_pictures_differ_and_each_matches_its_seed(client: openai.OpenAI) -> None:
     several = client.images.generate(prompt="a dog", n=3, extra_body={"seed": 10}).data or []
     (last,) = client.images.generate(prompt="a dog", extra_body={"seed": 12}).data or []
     pictures = [np.asarray(picture_of(image.b64_json)).astype(int) for image in (*several, last)]
@@ -170,13 +174,13 @@ def test_n_pictures_differ_and_each_is_the_one_of_its_seed(client: openai.OpenAI
 
 
 @pytest.mark.parametrize("image_format", ["png", "webp", "jpeg"])
-def test_every_format_is_what_it_says(client: openai.OpenAI, image_format: Any) -> None:
+def test_every_format_has_its_own_file_type(client: openai.OpenAI, image_format: Any) -> None:
     answer = client.images.generate(prompt="a cat", output_format=image_format, extra_body={"seed": 1})
     assert answer.data is not None
     assert picture_of(answer.data[0].b64_json).format == image_format.upper()
 
 
-def test_a_truncated_prompt_is_said(http: httpx.Client) -> None:
+def test_a_truncated_prompt_gives_a_warning(http: httpx.Client) -> None:
     body = http.post("/v1/images/generations", json={"prompt": "a red heart and " * 40}).json()
     assert "tokens" in body["warnings"][0]
 
@@ -201,7 +205,7 @@ def test_errors_raise_the_official_clients_typed_exceptions(client: openai.OpenA
         ("GET", "/v1/models/..%2fx", 404),
     ],
 )
-def test_what_is_not_served_is_an_error_in_the_one_shape(
+def test_an_unknown_path_or_method_is_an_error_in_the_shape_of_the_api(
     http: httpx.Client, method: str, path: str, status: int
 ) -> None:
     answer = http.request(method, path)
@@ -253,7 +257,7 @@ def test_a_chunked_flood_is_cut_off(http: httpx.Client) -> None:
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
     ],
 )
-def test_broken_http_harms_nobody(server: RunningServer, http: httpx.Client, raw: bytes) -> None:
+def test_broken_http_does_not_disturb_others(server: RunningServer, http: httpx.Client, raw: bytes) -> None:
     with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
         try:
             connection.sendall(raw)
@@ -297,8 +301,8 @@ def test_a_client_that_leaves_is_cancelled(server: RunningServer, http: httpx.Cl
     assert num_cancelled > 0 and num_made < 30
 
 
-def test_an_overload_is_refused_with_when_to_come_back_and_nothing_else_fails(http: httpx.Client) -> None:
-    """Eight times what may be live (32): some are served, the others get 429."""
+def test_overload_is_refused_with_a_retry_time_and_nothing_else_fails(http: httpx.Client) -> None:
+    """Of eight times the most live pictures (32), some are served and the others get 429."""
 
     def ask(seed: int) -> httpx.Response:
         return http.post("/v1/images/generations", json={"prompt": "a cat", "n": 8, "seed": seed})
@@ -337,7 +341,7 @@ def test_operations_endpoints_answer(http: httpx.Client) -> None:
         assert f"tdm_{name}_seconds_bucket" in text
 
 
-def test_the_playground_is_one_page_of_our_own(http: httpx.Client) -> None:
+def test_the_playground_loads_only_its_own_files(http: httpx.Client) -> None:
     page = http.get("/")
     assert page.status_code == 200
     assert "default-src 'none'" in page.headers["content-security-policy"]
@@ -347,7 +351,7 @@ def test_the_playground_is_one_page_of_our_own(http: httpx.Client) -> None:
         assert http.get(f"/playground/static/{file}").status_code == 200
 
 
-def test_the_documented_body_is_the_one_that_is_read(http: httpx.Client) -> None:
+def test_the_documented_body_has_the_fields_that_are_read(http: httpx.Client) -> None:
     operation = http.get("/openapi.json").json()["paths"]["/v1/images/generations"]["post"]
     schema = operation["requestBody"]["content"]["application/json"]["schema"]
     assert schema["required"] == ["prompt"]

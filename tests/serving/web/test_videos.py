@@ -1,4 +1,4 @@
-"""Clips over HTTP, by the official client where it has the call."""
+"""Clips over HTTP, with the official client where it has the call."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.serving.web.test_server import BACKEND_LINE
 CLIP = {"prompt": "a red heart", "seed": 7, "seconds": "2", "fps": 4, "num_inference_steps": 2}
 PICTURE_TOLERANCE = 2
 MIN_CLIP_PSNR_DB = 30.0
-"""Of a frame beside the picture that it was."""
+"""Lowest PSNR of a decoded frame against its picture."""
 TIMEOUT_S = 120.0
 
 
@@ -50,7 +50,7 @@ def frames_of(clip: bytes) -> list[Pixels]:
 
 
 def wait_for_clip(http: httpx.Client, video_id: str, progress: int = 100) -> dict[str, Any]:
-    """Poll until a clip has come so far, or ended; through a server that comes back."""
+    """Poll until a clip has reached this progress or has ended, even while the server restarts."""
     deadline_s = time.monotonic() + TIMEOUT_S
     while time.monotonic() < deadline_s:
         try:
@@ -67,15 +67,15 @@ def wait_for_clip(http: httpx.Client, video_id: str, progress: int = 100) -> dic
 
 
 def test_the_official_client_makes_a_clip(client: openai.OpenAI, server: RunningServer) -> None:
-    """Its frames are the pictures that the reference makes at their angles; what it is, it says."""
+    """Its frames are the pictures that the reference makes at their angles, and its metadata is right."""
     extra = {name: CLIP[name] for name in ("seed", "fps", "num_inference_steps")}
     video = client.videos.create_and_poll(
         prompt="a red heart", model="tdm-emoji", seconds="2", size="64x64", extra_body=extra
     )
     assert (video.status, video.progress, video.seconds, video.size) == ("completed", 100, "2", "64x64")
     assert video.completed_at is not None and video.expires_at is not None and video.error is None
-    told: Any = video
-    assert (told.motion, told.num_frames, told.seed, told.fps) == ("noise_walk", 8, 7, 4)
+    shown: Any = video
+    assert (shown.motion, shown.num_frames, shown.seed, shown.fps) == ("noise_walk", 8, 7, 4)
 
     clip = client.videos.download_content(video.id)
     assert clip.response.headers["content-type"] == "video/mp4"
@@ -100,7 +100,9 @@ def test_the_official_client_makes_a_clip(client: openai.OpenAI, server: Running
         client.videos.retrieve(video.id)
 
 
-def test_the_same_request_makes_the_same_bytes_and_its_receipt_holds(http: httpx.Client, tmp_path: Path) -> None:
+def test_the_same_request_makes_the_same_bytes_and_its_receipt_is_reproduced(
+    http: httpx.Client, tmp_path: Path
+) -> None:
     ids = [http.post("/v1/videos", json=CLIP).json()["id"] for _ in range(2)]
     for video_id in ids:
         assert wait_for_clip(http, video_id)["status"] == "completed"
@@ -111,7 +113,7 @@ def test_the_same_request_makes_the_same_bytes_and_its_receipt_holds(http: httpx
     assert tdm_generate(["--verify", str(file)]) == 0
 
 
-def test_what_is_being_made_says_when_to_look_again_and_can_be_deleted(http: httpx.Client) -> None:
+def test_an_unfinished_clip_has_a_poll_interval_and_can_be_deleted(http: httpx.Client) -> None:
     answer = http.post("/v1/videos", json=CLIP | {"seconds": 12, "fps": 30})
     assert int(answer.headers["openai-poll-after-ms"]) > 0
     video = answer.json()
@@ -131,7 +133,7 @@ def test_what_is_being_made_says_when_to_look_again_and_can_be_deleted(http: htt
         time.sleep(0.05)
 
 
-def test_pages(http: httpx.Client) -> None:
+def test_clips_are_listed_in_pages(http: httpx.Client) -> None:
     ids = [http.post("/v1/videos", json=CLIP | {"seconds": 1, "fps": 1, "seed": n}).json()["id"] for n in range(3)]
     for video_id in ids:
         wait_for_clip(http, video_id)
@@ -183,7 +185,9 @@ def test_an_idempotency_key_gives_the_same_job(http: httpx.Client) -> None:
     ],
 )
 @pytest.mark.parametrize("form", [True, False], ids=["form", "json"])
-def test_a_bad_value_is_refused_by_name(http: httpx.Client, fields: dict[str, str], param: str, form: bool) -> None:
+def test_a_bad_value_is_refused_with_the_name_of_its_field(
+    http: httpx.Client, fields: dict[str, str], param: str, form: bool
+) -> None:
     fields = {"prompt": "a"} | fields
     body: dict[str, Any] = (
         {"files": {name: (None, text) for name, text in fields.items()}} if form else {"json": fields}
