@@ -23,7 +23,7 @@ class ModelCard:
     backend: str
     """Backend and precision that run the model, such as "openvino bf16"."""
     parity_psnr_db: dict[int, float]
-    """Step count -> how close its pictures come to torch float32 on a CPU like this one."""
+    """Step count -> PSNR of the backend's pictures against torch float32, measured on a CPU like this one."""
     digest: str
     base: str | None = None
     """Name of the model that a LoRA changes; None for a checkpoint."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import uuid
 from array import array
 from asyncio import TimerHandle
 from typing import Any
@@ -196,7 +195,8 @@ class DecliningParser(httptools.HttpRequestParser):
 
 
 class BoundedHTTP(HttpToolsProtocol):
-    """uvicorn's fast parser, which by itself keeps headers of any size for any time, and stops at an upgrade."""
+    """uvicorn's fast parser with limits; by itself it accepts headers of any size, waits without end, and stops
+    at an upgrade."""
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)

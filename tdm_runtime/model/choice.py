@@ -89,8 +89,15 @@ def load_model(
         CheckpointError: the folder cannot be served; the message says why and what to do.
         BackendError: the backend cannot run here, or its artifacts are not of this checkpoint and machine.
     """
-    checkpoint = open_checkpoint(Path(folder))
-    config = replace(config, device=device or config.device)
+    return load_checkpoint(open_checkpoint(Path(folder)), replace(config, device=device or config.device))
+
+
+def load_checkpoint(checkpoint: Checkpoint, config: BackendConfig = BackendConfig()) -> LoadedModel:
+    """Load a checkpoint that was opened.
+
+    Raises:
+        CheckpointError, BackendError: see `load_model`.
+    """
     try:
         return _loaded(checkpoint, config)
     except ArtifactError as error:

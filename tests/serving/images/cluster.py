@@ -1,6 +1,6 @@
-"""A cluster of Ray nodes on this machine: upgrades that its proxy is offered, then load while one node is killed.
+"""Runs a Ray cluster on this machine: offers upgrades to its proxy, then kills one node under load.
 
-A process of its own, because Ray's state is.
+It needs its own process, because Ray keeps global state.
 """
 
 from __future__ import annotations

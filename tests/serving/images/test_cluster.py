@@ -26,7 +26,7 @@ def said(tiny_checkpoint: Path) -> dict[str, Any]:
     return seen
 
 
-def test_a_node_that_is_killed_loses_no_request(said: dict[str, Any]) -> None:
+def test_killing_a_node_loses_no_request(said: dict[str, Any]) -> None:
     assert set(said["statuses"]) == {"200"}
     assert said["statuses"]["200"] > 10 * cluster.NUM_CLIENTS
     assert 1 <= said["retried"] <= cluster.NUM_CLIENTS  # each request at the dead node, once

@@ -188,8 +188,10 @@ def test_an_impossible_deadline_is_refused_and_no_picture_is_made(
 
 
 @pytest.mark.parametrize("way", ["cancel", "deadline"])
-def test_who_leaves_is_cancelled(images: images_pb2_grpc.ImageServiceStub, http: httpx.Client, way: str) -> None:
-    """Their pictures are still waiting when they go. They ask again where a busy machine let them go too late."""
+def test_the_call_of_a_client_that_leaves_is_cancelled(
+    images: images_pb2_grpc.ImageServiceStub, http: httpx.Client, way: str
+) -> None:
+    """Their pictures still wait when the clients leave. On a busy machine some leave too late; then they try again."""
     request = pb.GenerateRequest(prompt="a cat", n=10)
     timeout_s = 0.03 if way == "deadline" else None
     cancelled, pictures = (lambda: metric(http, "tdm_cancelled_total")), (lambda: metric(http, "tdm_pictures_total"))

@@ -78,11 +78,10 @@ def test_an_impossible_budget_is_the_clients_error(http: httpx.Client) -> None:
     assert "1 picture of 4 steps would take" in error["message"]
 
 
-def test_under_load_budgets_are_kept_or_refused_with_the_time_to_come_back(http: httpx.Client) -> None:
-    """Sixteen at once with the budget of about four: each is answered in time, or refused with the time to return.
+def test_under_load_budgets_are_met_or_refused_with_a_retry_time(http: httpx.Client) -> None:
+    """Of sixteen requests with a budget for about four, each is answered in time or refused at once.
 
-    A machine that is busy with other work may spread the sixteen so far that all have room, or run so much slower than
-    predicted that none has; then they ask again.
+    On a busy machine all sixteen may fit, or none; then they try again.
     """
 
     def with_budget(seed: int, budget_ms: float) -> httpx.Response:

@@ -268,13 +268,13 @@ def test_broken_http_does_not_disturb_others(server: RunningServer, http: httpx.
     assert http.get("/ready").status_code == 200
 
 
-def test_a_body_that_never_comes_is_given_up(silent_client: socket.socket) -> None:
+def test_a_body_that_never_arrives_times_out(silent_client: socket.socket) -> None:
     answer = silent_client.recv(65536)
     assert b" 408 " in answer.split(b"\r\n")[0]
 
 
-def test_a_client_that_leaves_is_cancelled(server: RunningServer, http: httpx.Client) -> None:
-    """Its pictures are still waiting when it goes. It asks again where a busy machine let it go too late."""
+def test_the_request_of_a_client_that_leaves_is_cancelled(server: RunningServer, http: httpx.Client) -> None:
+    """Its pictures still wait when the client leaves. On a busy machine it may leave too late, so it tries again."""
     body = json.dumps({"prompt": "a cat", "n": 10}).encode()
     head = (
         f"POST /v1/images/generations HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
