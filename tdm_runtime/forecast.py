@@ -12,6 +12,8 @@ from tdm_runtime.cost_model import CostModel, Kind
 TEXT = Kind("text")
 NO_PREVIEW = Kind("")
 NEVER_S = float("inf")
+TOLERANCE_S = 1e-7
+"""What is late by less than this is in time: sums of seconds are not exact."""
 MAX_BACKGROUND_COST = 1.1
 """Times what a call takes, that it may take with background work besides."""
 MARGIN = 3.0
@@ -41,7 +43,11 @@ class Work:
     promised_s: float = NEVER_S
     """When it must be done, monotonic; never late where nothing was promised."""
     elapsed_s: float = 0.0
-    """Of its budget, what others have used up."""
+    """Time of its budget that had passed before its submission."""
+    hand_over_s: float = 0.0
+    """Time kept of its budget for handing its picture over, which takes longer under load."""
+    encoding_s: float = 0.0
+    """Time kept of its budget for encoding its file."""
     target_s: float = NEVER_S
     """When it should be done at the latest, monotonic: what a step count is chosen by."""
     unpromised_s: float = 0.0
@@ -177,6 +183,8 @@ class Forecast:
     """When samples are done, monotonic; of those that were followed to their end."""
     broken: Urgency | None
     """The first promise that is not kept; what comes after it was not looked at."""
+    margin_s: float = 0.0
+    """Time that the first broken promise had to spare for the deviation of the calls before it."""
 
 
 def forecast(
@@ -212,6 +220,7 @@ def forecast(
             live.remove(work)
             open_ends.discard(work.urgency)
             finish_s[work.urgency] = now_s
-            if now_s + margin * math.sqrt(variance) > work.promised_s:
-                return Forecast(finish_s, work.urgency)
+            margin_s = margin * math.sqrt(variance)
+            if now_s + margin_s > work.promised_s + TOLERANCE_S:
+                return Forecast(finish_s, work.urgency, margin_s)
     return Forecast(finish_s, None)

@@ -112,11 +112,11 @@ class ImageRequest(BaseModel):
         params = self.to_sampling_params(recipe)[0]
         return self.n * params.width * params.height * params.num_inference_steps / 1e6
 
-    def to_delivery(self, recipe: Recipe, spent_ms: float, on_preview: Callable[[Preview], None] | None) -> Delivery:
+    def to_delivery(self, recipe: Recipe, encoding_ms: float, on_preview: Callable[[Preview], None] | None) -> Delivery:
         """How its pictures are to be served.
 
         Args:
-            spent_ms: what of the latency budget is used up by what is not the engine's.
+            encoding_ms: what encoding its files takes of the latency budget.
             on_preview: told of drafts and previews, where they are asked for.
 
         Raises:
@@ -138,7 +138,8 @@ class ImageRequest(BaseModel):
             message = "response_format is 'url'; a stream carries its pictures, leave it out or send stream false"
             raise invalid(message, "response_format", "invalid_value")
         return Delivery(
-            latency_budget_ms=None if self.latency_budget_ms is None else max(0.01, self.latency_budget_ms - spent_ms),
+            latency_budget_ms=self.latency_budget_ms,
+            encoding_ms=0.0 if self.latency_budget_ms is None else encoding_ms,
             min_inference_steps=(self.min_inference_steps or recipe.step_counts[0]) if is_auto else None,
             strict=self.strict,
             on_preview=on_preview if partial_images else None,
