@@ -36,7 +36,7 @@ class KnownCosts(CostModel):
     def seconds(self, kind: Kind, size: int = 1) -> float:
         return {"denoise": 1.0, "text": 0.0}.get(kind.stage, 0.5)
 
-    def observe(self, kind: Kind, size: int, seconds: float, now_s: float) -> None:
+    def observe(self, kind: Kind, size: int, seconds: float, now_s: float, is_calm: bool = False) -> None:
         pass
 
     def batch_size(self, kind: Kind, available: int) -> int:
