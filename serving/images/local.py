@@ -10,6 +10,8 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
+from typing import get_args
 
 import torch
 
@@ -20,13 +22,15 @@ from serving.images.catalog import Catalog, Served, load_base
 from serving.images.safety import Safety
 from serving.schema.answers import ImageAnswer, PartialAnswer
 from serving.schema.models import ModelCard
-from serving.schema.order import ImageOrder
+from serving.schema.order import ImageEncoding, ImageOrder
 from serving.telemetry.metrics import ServerMetrics
 from serving.telemetry.tracing import current_span
 from tdm_runtime.checkpoint.recipe import Recipe
 from tdm_runtime.engine.delivery import Delivery, Preview
 from tdm_runtime.engine.engine import DiffusionEngine
 from tdm_runtime.engine.sample import Picture
+from tdm_runtime.engine.warm_up import PROMPT
+from tdm_runtime.media.image_file import ImageFormat
 from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.scheduling.cost_model import Kind
@@ -38,6 +42,8 @@ SWITCH_S = 1e-4
 engine's thread gives it up at every operation on tensors and must soon get it back, even beside a busy event loop."""
 HAND_OVER = Kind("hand-over")
 """Time from the engine's thread to the event loop, which may be busy with other requests."""
+CALM_CALLS = 3
+"""Calls of a kind that are measured before the first request."""
 SMALL_PIXELS = 3 * 128 * 128
 """Most numbers in a request's pictures that are encoded on the event loop; for them a thread would take longer."""
 
@@ -74,11 +80,24 @@ class ImageService:
         self.engine.start()
         try:
             self.catalog = Catalog(self.engine, bases, config)
+            for base in bases:
+                self._learn_calm_costs(base.model)
         except BaseException:
             self.engine.close()
             raise
         metrics.watch_engine(self.engine, lambda: [served.model for served in self.catalog.served()])
         gc.freeze()  # models and programs live as long as the process; collections need not look through them
+
+    def _learn_calm_costs(self, model: LoadedModel) -> None:
+        """Measure encoding and hand-over before the first request: what load teaches about them fades to this."""
+        for width, height in model.recipe.native_sizes:
+            params = SamplingParams(PROMPT, 0, model.recipe.step_counts[0], width, height)
+            picture = self.engine.submit(params, model=model).result()
+            for output_format in get_args(ImageFormat):
+                order = ImageOrder(model.name, (params,), encoding=ImageEncoding(output_format))
+                encode = partial(to_images, model, [picture], order.encoding)
+                self.engine.observe(encoding_kind(order), 1, _least_seconds(encode))
+        self.engine.observe(HAND_OVER, 1, _least_seconds(partial(self.engine.run_on_thread, lambda: None)))
 
     @property
     def is_healthy(self) -> bool:
@@ -176,18 +195,20 @@ class ImageService:
         return submitted
 
     def _delivery(self, order: ImageOrder, waited_s: float, on_preview: Callable[[Preview], None] | None) -> Delivery:
-        """Return the engine's view of an order; its latency budget excludes the time that encoding takes."""
+        """Return the engine's view of an order. Of its latency budget, encoding and hand-over take a part."""
         options, budget_ms = order.delivery, order.delivery.latency_budget_ms
         encoding_ms = 1e3 * len(order.pictures) * self.engine.call_seconds(encoding_kind(order))
         return Delivery(
-            latency_budget_ms=None if budget_ms is None else max(0.01, budget_ms - encoding_ms),
+            latency_budget_ms=budget_ms,
             min_inference_steps=options.min_inference_steps,
             strict=options.strict,
             on_preview=on_preview if options.draft or options.num_previews else None,
             num_previews=options.num_previews,
             draft=options.draft,
             is_background=options.is_background,
-            elapsed_ms=1e3 * (waited_s + self.engine.call_seconds(HAND_OVER)),
+            elapsed_ms=1e3 * waited_s,
+            hand_over_ms=1e3 * self.engine.call_seconds(HAND_OVER),
+            encoding_ms=0.0 if budget_ms is None else encoding_ms,
         )
 
     def _partial(self, preview: Preview, index: int, order: ImageOrder) -> PartialAnswer:
@@ -246,6 +267,16 @@ class ImageService:
             latency_budget_kept=budget_kept,
             warnings=to_warnings(pictures[0].prompt),
         )
+
+
+def _least_seconds(call: Callable[[], object]) -> float:
+    """Return the seconds of the quickest of `CALM_CALLS` calls after a first one."""
+    times_s = []
+    for _ in range(CALM_CALLS + 1):
+        began_s = time.monotonic()
+        call()
+        times_s.append(time.monotonic() - began_s)
+    return min(times_s[1:])
 
 
 def _card(served: Served) -> ModelCard:

@@ -32,7 +32,8 @@ class Delivery:
     """
 
     latency_budget_ms: float | None = None
-    """From submission to pixels, a promise: a request that cannot keep it is refused at once. None promises nothing."""
+    """From arrival to file, a promise: a request that cannot keep it is refused at once. None promises nothing. What
+    `elapsed_ms`, `hand_over_ms` and `encoding_ms` leave of it is the engine's, from submission to pixels."""
     min_inference_steps: int | None = None
     """The engine takes as many steps as the budget allows, from these to `SamplingParams.num_inference_steps`, and
     says how many. None takes exactly `num_inference_steps`."""
@@ -47,7 +48,11 @@ class Delivery:
     draft: bool = False
     """Also make the picture of one step from the same noise and tell `on_preview` of it first."""
     elapsed_ms: float = 0.0
-    """So much of the budget has passed, or will on the way back, because of others: later it may be kept."""
+    """Time of the budget that had passed before the submission, because of other requests."""
+    hand_over_ms: float = 0.0
+    """Expected time from the pixels until the caller has them, which takes longer under load."""
+    encoding_ms: float = 0.0
+    """Expected time of encoding the file."""
 
     def __post_init__(self) -> None:
         budget_ms = self.latency_budget_ms

@@ -160,12 +160,14 @@ class DiffusionEngine:
     def call_seconds(self, kind: Kind) -> float:
         """What one call of one sample takes, as a promise counts on it; 0 for what was never seen."""
         with self._wake:
+            self.costs.pass_time(time.monotonic())
             return self.costs.seconds(kind)
 
     def observe(self, kind: Kind, size: int, seconds: float) -> None:
         """Learn what a call took that is not the engine's own, as encoding a file."""
+        now_s = time.monotonic()
         with self._wake:
-            self.costs.observe(kind, size, seconds)
+            self.costs.observe(kind, size, seconds, now_s, self._scheduler.is_calm(now_s - seconds))
 
     def limit(self, kind: Kind, size: int) -> None:
         """Learn that more samples than `size` in a call do not help."""
@@ -217,6 +219,8 @@ class DiffusionEngine:
     ) -> list[Future[Picture]]:
         """Accept several pictures or, where one of them does not fit, none. As `submit`."""
         now_s = time.monotonic()
+        with self._wake:
+            self.costs.pass_time(now_s)
         wanted = [self._intake.sample(model or self.model, params, delivery, now_s) for params in requests]
         made: list[tuple[Sample, Picture]] = []
         with self._wake:
@@ -322,7 +326,8 @@ class DiffusionEngine:
         failed = {s: error for s, error in zip(newcomers, outcomes, strict=True) if error is not None}
         with self._wake:
             if num_encoded:
-                self.costs.observe(batch[0].text, 1, (ended_s - started_s) / num_encoded)
+                is_calm = self._scheduler.is_calm(started_s)
+                self.costs.observe(batch[0].text, 1, (ended_s - started_s) / num_encoded, ended_s, is_calm)
             for sample in failed:
                 self._scheduler.remove(sample)
         for sample, error in failed.items():
@@ -354,7 +359,7 @@ class DiffusionEngine:
             self._note(sample, outcome, started_s, ended_s)
         with self._wake:
             self._scheduler.end_call()
-            self.costs.observe(kind, len(batch), ended_s - free_s)
+            self.costs.observe(kind, len(batch), ended_s - free_s, ended_s, self._scheduler.is_calm(began_s))
             shown = [sample for sample in batch if sample.is_shown]
             left = [s for s, out in zip(batch, outcomes, strict=True) if s.advance() or isinstance(out, TDMError)]
             for sample in left:
@@ -390,7 +395,7 @@ class DiffusionEngine:
         pixels = self._calls.preview(sample)
         ended_s = time.monotonic()
         with self._wake:
-            self.costs.observe(sample.preview, 1, ended_s - started_s)
+            self.costs.observe(sample.preview, 1, ended_s - started_s, ended_s, self._scheduler.is_calm(started_s))
         self._free_s += ended_s - started_s
         if not isinstance(pixels, TDMError):
             self._tell(sample, Preview(sample.params, pixels, sample.step_index, is_draft=False))

@@ -82,7 +82,10 @@ class Intake:
             sample.target_s = sample.submitted_s + self._auto_stretch * unloaded_s
         else:
             sample.elapsed_s = 1e-3 * sample.delivery.elapsed_ms
-            deadline_s = sample.submitted_s + 1e-3 * budget_ms - sample.elapsed_s
+            sample.hand_over_s = 1e-3 * sample.delivery.hand_over_ms
+            sample.encoding_s = 1e-3 * sample.delivery.encoding_ms
+            taken_s = sample.elapsed_s + sample.hand_over_s + sample.encoding_s
+            deadline_s = sample.submitted_s + 1e-3 * budget_ms - taken_s
             sample.target_s = sample.promised_s = deadline_s
         sample.urgency = (deadline_s, sample.urgency[1])
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from tdm_runtime.scheduling.cost_model import CostModel
-from tdm_runtime.scheduling.work import NEVER_S, Urgency, Work
+from tdm_runtime.scheduling.work import NEVER_S, TOLERANCE_S, Urgency, Work
 
 MAX_BACKGROUND_COST = 1.1
 """Times what a call takes, that it may take with background work besides."""
@@ -61,6 +61,8 @@ class Forecast:
     """When samples are done, monotonic; of those that were followed to their end."""
     broken: Urgency | None
     """The first promise that is not kept; what comes after it was not looked at."""
+    margin_s: float = 0.0
+    """Time that the first broken promise had to spare for the deviation of the calls before it."""
 
 
 def forecast(
@@ -96,6 +98,7 @@ def forecast(
             live.remove(work)
             open_ends.discard(work.urgency)
             finish_s[work.urgency] = now_s
-            if now_s + margin * math.sqrt(variance) > work.promised_s:
-                return Forecast(finish_s, work.urgency)
+            margin_s = margin * math.sqrt(variance)
+            if now_s + margin_s > work.promised_s + TOLERANCE_S:
+                return Forecast(finish_s, work.urgency, margin_s)
     return Forecast(finish_s, None)

@@ -12,6 +12,7 @@ calls take what they are known to take, every promise is kept.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from typing import Generic, TypeVar
 
@@ -19,12 +20,18 @@ from tdm_runtime.errors import DeadlineError, InvalidRequestError, TDMError
 from tdm_runtime.scheduling.cost_model import CostModel, Kind
 from tdm_runtime.scheduling.demand import MovingRate
 from tdm_runtime.scheduling.forecast import MARGIN, Forecast, call_seconds, choose, forecast
-from tdm_runtime.scheduling.work import NEVER_S, Urgency, Work
+from tdm_runtime.scheduling.work import NEVER_S, TOLERANCE_S, Urgency, Work
 
 Item = TypeVar("Item", bound=Work)
 DEMAND_WINDOW = 20
 """Unloaded times of a sample in which demand is counted."""
 MIN_WINDOW_S = 0.25
+TRIAL_S = 0.5
+"""Time without a call after which an idle engine lets in what it expects to be late and at best is in time."""
+TRIAL_TIMES = 10
+"""The same in unloaded times of what is let in, where that is longer."""
+MIN_RETURN_S = 1e-3
+"""Shortest time after which a refused request may come back."""
 MAX_RETURN_S = 5.0
 """Who is refused is not sent away for longer because others were, who may not come back."""
 MAX_LOAD = 0.7
@@ -34,6 +41,16 @@ that are not the best, and what is not the model's, need the rest."""
 
 def _counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _at_most(seconds: float) -> str:
+    """Milliseconds that there are, rounded down: so the numbers of a refusal add up to it as they are printed."""
+    return f"{math.floor(1e4 * max(0.0, seconds)) / 10:.1f}"
+
+
+def _at_least(seconds: float) -> str:
+    """Milliseconds that are needed, rounded up."""
+    return f"{math.ceil(1e4 * seconds) / 10:.1f}"
 
 
 class StepScheduler(Generic[Item]):
@@ -59,6 +76,12 @@ class StepScheduler(Generic[Item]):
         self._running_until_s = 0.0
         """When the running call is expected to end, monotonic."""
         self._live: dict[Urgency, Item] = {}
+        self._latest: set[int] = set()
+        """Those that came last, refused or not, by their order of arrival."""
+        self._arrived_s = 0.0
+        """When they came, monotonic."""
+        self._called_s = -NEVER_S
+        """When the last call began, monotonic."""
         self._settled_demand = MovingRate()
         """Seconds of work a second, of step counts that were asked for."""
         self._returns_s = 0.0
@@ -78,28 +101,50 @@ class StepScheduler(Generic[Item]):
         """Of the call that runs."""
         return self._running[0].lane.kind if self._running else None
 
+    def is_calm(self, since_s: float) -> bool:
+        """Whether there was no load since then: one request's samples at most, and no arrival, refused ones too."""
+        return self._arrived_s <= since_s and self._latest.issuperset(order for _, order in self._live)
+
     # -- who is let in ------------------------------------------------------------------------
 
     def admit(self, items: Sequence[Item], now_s: float) -> None:
         """Let samples join, which may share the very next call, if that breaks no promise; all of them or none.
 
-        Those without a promise are let in in any case, if need be behind all promises.
+        Those without a promise are let in in any case, if need be behind all promises. An idle engine keeps no time to
+        spare: its calls make no other promise late, and only calls teach it that their kind deviates less by now.
 
         Raises:
             DeadlineError: a promise of theirs, or another's because of them, could not be kept now.
             InvalidRequestError: theirs could not be kept with nothing else to do.
         """
+        self.costs.pass_time(now_s)
+        self._latest, self._arrived_s = {item.urgency[1] for item in items}, now_s
         self._note_demand(items, now_s)
-        does_break = self._ahead(now_s, items).broken is not None
-        if does_break and self._give_up_lost(now_s):
-            does_break = self._ahead(now_s, items).broken is not None
-        if does_break:
+        margin = MARGIN if self._live else 0.0
+        ahead = self._ahead(now_s, items, margin=margin)
+        if ahead.broken is not None and self._give_up_lost(now_s):
+            ahead = self._ahead(now_s, items, margin=margin)
+        if ahead.broken is not None and not self._is_trial(items, now_s):
             if any(item.promised_s < NEVER_S for item in items):
-                raise self._refusal(items, now_s)
+                raise self._refusal(items, now_s, ahead)
             self._step_aside(items)
         for item in items:
             assert item.urgency not in self._live, "urgency must be unique"
             self._live[item.urgency] = item
+
+    def _is_trial(self, items: Sequence[Item], now_s: float) -> bool:
+        """Whether samples are let in to learn from: the engine has been idle for a while, and at best they are in time.
+
+        Calm calls teach too much as well, where something else kept the machine busy; what they taught does not fade.
+        """
+        is_due = not self._live and now_s >= self._called_s + self._trial_pause_s(items)
+        return is_due and self._unloaded_s(items, self.costs.least()) <= min(
+            item.promised_s - now_s + item.hand_over_s + item.encoding_s for item in items
+        )
+
+    def _trial_pause_s(self, items: Sequence[Item]) -> float:
+        """Seconds from the last call to a trial: so a small share of the time goes to promises that may be broken."""
+        return max(TRIAL_S, TRIAL_TIMES * self._unloaded_s(items, self.costs.least()))
 
     def _step_aside(self, items: Sequence[Item]) -> None:
         """Have samples without a promise wait behind all promises, and share no call, which would make it longer."""
@@ -109,7 +154,13 @@ class StepScheduler(Generic[Item]):
             item.share_no_call()
 
     def _note_demand(self, items: Sequence[Item], now_s: float) -> None:
-        """Count what is asked for, also what will be refused."""
+        """Count what is asked for, also what will be refused; not what finds the engine idle.
+
+        A lone client that asks again as soon as it is answered would otherwise be taken for load: fewer steps let it
+        ask more often, which would keep its steps few.
+        """
+        if not self._live:
+            return
         for item in items:
             if item.is_background:
                 continue
@@ -138,27 +189,57 @@ class StepScheduler(Generic[Item]):
             if (size := self.costs.batch_size(item.denoise.kind, min(len(due), self.capacity)))
         )
 
-    def _refusal(self, items: Sequence[Item], now_s: float) -> TDMError:
-        """Why a budget is not promised, and when it would be, or with which one."""
+    def _refusal(self, items: Sequence[Item], now_s: float, ahead: Forecast) -> TDMError:
+        """Why a budget is not promised, and when it would be, or with which one.
+
+        Args:
+            ahead: the forecast with these items, in which a promise is broken.
+        """
         hardest = min(items, key=lambda item: item.promised_s)
-        promised_s = hardest.promised_s
-        budget_ms, needed_ms = 1e3 * (promised_s - now_s), 1e3 * self._unloaded_s(items)
-        what = f"{_counted(len(items), 'picture')} of {_counted(items[0].steps_left, 'step')}"
-        if needed_ms > budget_ms + 1e3 * hardest.elapsed_s:
+        left_s, unloaded_s = hardest.promised_s - now_s, self._unloaded_s(items, self.costs)
+        taken = (
+            f"latency_budget_ms leaves {_at_most(left_s)} ms: {_at_least(hardest.elapsed_s)} ms had passed, "
+            f"handing over takes {_at_least(hardest.hand_over_s)} ms and encoding {_at_least(hardest.encoding_s)} ms; "
+            f"{_counted(len(items), 'picture')} of {_counted(items[0].steps_left, 'step')} would take "
+            f"{_at_least(unloaded_s)} ms with nothing else to do"
+        )
+        room_s = left_s + hardest.elapsed_s + hardest.hand_over_s + TOLERANCE_S
+        if self._unloaded_s(items, self.costs.least()) > room_s:
+            workable_s = unloaded_s + hardest.elapsed_s + hardest.hand_over_s + hardest.encoding_s
             return InvalidRequestError(
-                f"latency_budget_ms leaves {budget_ms:.3g} ms; {what} would take {needed_ms:.3g} ms with nothing "
-                "else to do, allow for more or ask for fewer steps",
+                f"{taken}, allow for at least {_at_least(workable_s)} ms or ask for fewer steps",
                 param="latency_budget_ms",
                 code="latency_budget_too_small",
             )
-        # Also what is due later: it is what would become late.
-        last_s = max([promised_s, *(item.promised_s for item in self._live.values() if item.promised_s < NEVER_S)])
-        ahead_ms = 1e3 * (max(0.0, self._running_until_s - now_s) + self.backlog_s(last_s))
+        assert ahead.broken is not None
+        done_s, spare = ahead.finish_s[ahead.broken] - now_s, f"{_at_least(ahead.margin_s)} ms are kept for slow calls"
+        if ahead.broken in (item.urgency for item in items):
+            reason = f"{_at_least(max(0.0, done_s - unloaded_s))} ms of work come before and {spare}"
+        else:
+            due_s = self._live[ahead.broken].promised_s - now_s
+            reason = (
+                f"a picture promised before would be late: it is due in {_at_most(due_s)} ms, would be done in "
+                f"{_at_least(done_s)} ms and {spare}"
+            )
+        wait_s = self._wait_s(items, now_s, unloaded_s, ahead.margin_s)
         return DeadlineError(
-            f"latency_budget_ms leaves {max(0.0, budget_ms):.3g} ms; {what} would take {needed_ms:.3g} ms and "
-            f"{ahead_ms:.3g} ms of work were promised before, retry later or allow for more",
-            retry_after_s=self._turn_s(items, now_s + 1e-3 * max(1.0, ahead_ms + needed_ms - budget_ms)) - now_s,
+            f"{taken}, {reason}, retry later or allow for more",
+            retry_after_s=self._turn_s(items, now_s + wait_s) - now_s,
         )
+
+    def _wait_s(self, items: Sequence[Item], now_s: float, unloaded_s: float, margin_s: float) -> float:
+        """Time after which a budget that is refused now is expected to be kept, if no other request comes."""
+        hardest = min(items, key=lambda item: item.promised_s)
+        left_s = hardest.promised_s - now_s
+        # Also what is due later: it is what would become late.
+        last_s = max(item.promised_s for item in [*items, *self._live.values()] if item.promised_s < NEVER_S)
+        running_s = max(0.0, self._running_until_s - now_s) if self._running else 0.0
+        idle_s = running_s + self.backlog_s(last_s)
+        wait_s = max(MIN_RETURN_S, min(idle_s, idle_s + unloaded_s + margin_s - left_s))
+        if unloaded_s > left_s:  # calls are too slow just now even for an idle engine
+            last_call_s = now_s + running_s + self.backlog_s() if self._live else self._called_s
+            wait_s = max(wait_s, last_call_s + self._trial_pause_s(items) - now_s)
+        return wait_s
 
     def _turn_s(self, items: Sequence[Item], earliest_s: float) -> float:
         """When those who are refused may come back, each at a time of its own: all at once would be refused again."""
@@ -168,13 +249,13 @@ class StepScheduler(Generic[Item]):
         )
         return turn_s
 
-    def _unloaded_s(self, items: Sequence[Item]) -> float:
+    def _unloaded_s(self, items: Sequence[Item], costs: CostModel) -> float:
         """How long samples take with nothing else to do."""
         works = [item.copy() for item in items]
         for work in works:
             work.promised_s = NEVER_S
         urgencies = {work.urgency for work in works}
-        return max(forecast(works, self.costs, self.capacity, 0.0, urgencies).finish_s.values())
+        return max(forecast(works, costs, self.capacity, 0.0, urgencies).finish_s.values())
 
     # -- what runs next -----------------------------------------------------------------------
 
@@ -183,6 +264,7 @@ class StepScheduler(Generic[Item]):
 
         Those that take their first step have their step count settled and their end predicted.
         """
+        self.costs.pass_time(now_s)
         self.end_call()
         self._give_up([item for item in self._live.values() if item.promised_s < now_s])
         batch = self._choice()
@@ -196,6 +278,7 @@ class StepScheduler(Generic[Item]):
         if not self._joining:
             self._together.update(batch)
         self._running = batch
+        self._called_s = now_s
         self._running_until_s = now_s + call_seconds(batch, self.costs)
         return batch
 

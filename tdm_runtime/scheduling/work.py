@@ -8,14 +8,10 @@ from typing import NamedTuple
 from tdm_runtime.scheduling.cost_model import CostModel, Kind
 
 TEXT = Kind("text")
-
-
 NO_PREVIEW = Kind("")
-
-
 NEVER_S = float("inf")
-
-
+TOLERANCE_S = 1e-7
+"""A sample that is late by less than this is in time, because sums of seconds are not exact."""
 Urgency = tuple[float, int]
 """(deadline in monotonic seconds, order of arrival): unique among the live, the smallest goes first."""
 
@@ -41,7 +37,11 @@ class Work:
     promised_s: float = NEVER_S
     """When it must be done, monotonic; never late where nothing was promised."""
     elapsed_s: float = 0.0
-    """Of its budget, what others have used up."""
+    """Time of its budget that had passed before its submission."""
+    hand_over_s: float = 0.0
+    """Time kept of its budget for handing its picture over, which takes longer under load."""
+    encoding_s: float = 0.0
+    """Time kept of its budget for encoding its file."""
     target_s: float = NEVER_S
     """When it should be done at the latest, monotonic: what a step count is chosen by."""
     unpromised_s: float = 0.0

@@ -134,7 +134,7 @@ class EqualCosts(CostModel):
     def seconds(self, kind: Kind, size: int = 1) -> float:
         return self.seconds_a_call
 
-    def observe(self, kind: Kind, size: int, seconds: float) -> None:
+    def observe(self, kind: Kind, size: int, seconds: float, now_s: float, is_calm: bool = False) -> None:
         pass
 
     def batch_size(self, kind: Kind, available: int) -> int:

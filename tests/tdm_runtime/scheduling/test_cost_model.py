@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tdm_runtime.scheduling.cost_model import MAX_SURPRISE, CostModel, Kind
+from tdm_runtime.scheduling.cost_model import HALF_LIFE_S, MAX_SURPRISE, CostModel, Kind
 
 STEP = Kind("denoise", (4, 8, 8))
 
@@ -14,7 +14,7 @@ STEP = Kind("denoise", (4, 8, 8))
 def learned(seconds: dict[int, float]) -> CostModel:
     costs = CostModel()
     for size, each in seconds.items():
-        costs.observe(STEP, size, each)
+        costs.observe(STEP, size, each, 0.0)
     return costs
 
 
@@ -32,7 +32,7 @@ def test_sizes_between_lie_on_the_line_and_beyond_in_proportion() -> None:
 def test_an_estimate_stays_within_what_was_seen_and_its_caution_above_it(seen: list[float]) -> None:
     costs = CostModel()
     for seconds in seen:
-        costs.observe(STEP, 1, seconds)
+        costs.observe(STEP, 1, seconds, 0.0)
     spread = max(seen) - min(seen)
     assert min(seen) - 1e-9 <= costs.seconds(STEP) <= max(seen) + spread + 1e-9
 
@@ -40,13 +40,13 @@ def test_an_estimate_stays_within_what_was_seen_and_its_caution_above_it(seen: l
 def test_it_follows_a_machine_that_changed() -> None:
     costs = learned({1: 1.0})
     for _ in range(60):
-        costs.observe(STEP, 1, 2.0)
+        costs.observe(STEP, 1, 2.0, 0.0)
     assert costs.seconds(STEP) == pytest.approx(2.0, rel=0.05)
 
 
 def test_one_stall_is_not_the_models_cost() -> None:
     costs = learned({1: 1.0})
-    costs.observe(STEP, 1, 1000.0)
+    costs.observe(STEP, 1, 1000.0, 0.0)
     assert costs.seconds(STEP) < MAX_SURPRISE
 
 
@@ -81,7 +81,79 @@ def test_a_limit_holds_whatever_is_learned() -> None:
     costs = learned({1: 1.0, 2: 1.1, 4: 1.2})
     costs.limit(STEP, 2)
     assert costs.batch_size(STEP, 4) == 2
-    costs.observe(STEP, 4, 0.1)
+    costs.observe(STEP, 4, 0.1, 0.0)
     assert costs.batch_size(STEP, 4) == 2
     costs.limit(STEP, 0)
     assert costs.batch_size(STEP, 4) == 1
+
+
+# -- time ------------------------------------------------------------------------------------------
+
+QUICK_S = 0.005
+"""A call that is quick enough for the shortest half-life."""
+CALLS = st.lists(
+    st.tuples(st.sampled_from([1, 2, 8]), st.floats(0.1, 50.0), st.floats(0.0, 100.0), st.booleans()), max_size=40
+)
+
+
+def after(calls: list[tuple[int, float, float, bool]]) -> tuple[CostModel, float]:
+    """Costs after a warm-up and calls of (size, times its usual time, seconds before it, calm), and the time then."""
+    costs, now_s = CostModel(), 0.0
+    for size in (1, 2, 8):
+        costs.observe(STEP, size, size * QUICK_S, now_s)
+    for size, factor, pause_s, is_calm in calls:
+        now_s += pause_s
+        costs.observe(STEP, size, factor * size * QUICK_S, now_s, is_calm)
+    return costs, now_s
+
+
+@given(calls=CALLS, pauses=st.lists(st.floats(0.0, 1000.0), min_size=1, max_size=5))
+def test_without_calls_costs_only_fall_whatever_the_clock_does(
+    calls: list[tuple[int, float, float, bool]], pauses: list[float]
+) -> None:
+    costs, now_s = after(calls)
+    last = costs.seconds(STEP), costs.deviation(STEP)
+    back = costs.at(now_s - 1000.0)
+    assert (back.seconds(STEP), back.deviation(STEP)) == last, "a clock that goes back takes nothing away"
+    for pause_s in pauses:
+        now_s += pause_s
+        costs.pass_time(now_s)
+        assert 0 < costs.seconds(STEP) <= last[0] * (1 + 1e-9) and 0 <= costs.deviation(STEP) <= last[1]
+        last = costs.seconds(STEP), costs.deviation(STEP)
+    assert costs.least().seconds(STEP) <= min(QUICK_S, last[0]) * (1 + 1e-9)
+
+
+@given(calls=CALLS)
+def test_what_load_taught_is_gone_after_a_second(calls: list[tuple[int, float, float, bool]]) -> None:
+    storm = [(size, factor, min(pause_s, 0.1), False) for size, factor, pause_s, _ in calls]
+    costs, now_s = after(storm)
+    costs.pass_time(now_s + 1.0)
+    assert costs.seconds(STEP) <= 1.001 * QUICK_S
+    assert costs.deviation(STEP) < 0.001
+
+
+def test_between_the_calls_of_a_busy_engine_nothing_is_forgotten() -> None:
+    costs, now_s = after([(1, 3.0, QUICK_S, False)] * 60)
+    assert costs.seconds(STEP) == pytest.approx(3 * QUICK_S, rel=0.02)
+    assert costs.at(now_s + HALF_LIFE_S / 10).seconds(STEP) == pytest.approx(3 * QUICK_S, rel=0.03)
+
+
+def test_slow_calls_are_remembered_for_longer() -> None:
+    """A call of five seconds is no less known because its kind was not called for five seconds."""
+    costs, now_s = CostModel(), 0.0
+    costs.observe(STEP, 1, 5.0, now_s)
+    for _ in range(40):
+        now_s += 10.0
+        costs.observe(STEP, 1, 10.0, now_s)
+    assert costs.at(now_s + 10.0).seconds(STEP) == pytest.approx(10.0, rel=0.05)
+
+
+def test_one_client_that_comes_every_few_minutes_teaches_that_the_machine_is_slower() -> None:
+    costs, now_s = after([(1, 2.0, 300.0, True)] * 60)
+    assert costs.at(now_s + 300.0).seconds(STEP) == pytest.approx(2 * QUICK_S, rel=0.1)
+
+
+def test_storms_do_not_add_up() -> None:
+    costs, now_s = after(([(1, 4.0, QUICK_S, False)] * 30 + [(1, 4.0, 1.0, False)]) * 20)
+    costs.pass_time(now_s + 1.0)
+    assert costs.seconds(STEP) == pytest.approx(QUICK_S, rel=0.01)

@@ -29,9 +29,9 @@ def known_costs(gain: float = 0.5) -> CostModel:
     costs = CostModel()
     for shape, step_s in zip(SHAPES, STEP_S, strict=True):
         for size in range(1, 9):
-            costs.observe(Kind("denoise", shape), size, step_s * (gain + (1 - gain) * size))
-            costs.observe(Kind("decode:full", shape), size, 0.7 * step_s * size)
-    costs.observe(TEXT, 1, 0.1)
+            costs.observe(Kind("denoise", shape), size, step_s * (gain + (1 - gain) * size), 0.0)
+            costs.observe(Kind("decode:full", shape), size, 0.7 * step_s * size, 0.0)
+    costs.observe(TEXT, 1, 0.1, 0.0)
     return costs
 
 
@@ -245,7 +245,7 @@ def scheduler_of(*items: Request, capacity: int = 1, gain: float = 0.0) -> StepS
 
 def test_a_budget_that_nobody_could_keep_is_the_requests_mistake() -> None:
     with pytest.raises(
-        InvalidRequestError, match=r"latency_budget_ms leaves 2e\+03 ms; 1 picture of 4 steps"
+        InvalidRequestError, match=r"latency_budget_ms leaves 2000\.0 ms: .*; 1 picture of 4 steps"
     ) as caught:
         scheduler_of(request(0, steps=4, budget_s=2.0))
     assert (caught.value.param, caught.value.code) == ("latency_budget_ms", "latency_budget_too_small")
@@ -286,13 +286,13 @@ def test_a_promise_is_given_with_something_to_spare_and_may_use_it_up() -> None:
     costs = known_costs()
     denoise = Kind("denoise", SHAPES[0])
     for seconds in (0.5, 1.5) * 20:
-        costs.observe(denoise, 1, seconds)
+        costs.observe(denoise, 1, seconds, 0.0)
     fits_s = scheduler_of().costs.seconds(denoise) + 0.7 + 0.1
     scheduler: StepScheduler[Request] = StepScheduler(costs, 1)
-    with pytest.raises(DeadlineError):
-        scheduler.admit([request(0, budget_s=1.3 * fits_s)], 0.0)
-    first = request(1, budget_s=4 * fits_s)
+    first = request(0, budget_s=4 * fits_s)
     scheduler.admit([first], 0.0)
+    with pytest.raises(DeadlineError):  # it could go first, and is expected to keep its budget
+        scheduler.admit([request(1, budget_s=1.3 * fits_s)], 0.0)
     with pytest.raises(DeadlineError):  # the first is short of what it had to spare, and still expected in time
         scheduler.admit([request(2, budget_s=2 * fits_s, now_s=2.5 * fits_s)], 2.5 * fits_s)
     assert (scheduler.num_late, scheduler.live()) == (0, [first])
@@ -363,6 +363,31 @@ def test_auto_without_a_budget_aims_at_its_target_and_is_never_refused() -> None
     late = request(1, steps=4, open_steps=(1, 2, 3, 4), due_s=0.1)
     scheduler.admit([late], 0.0)
     assert late in scheduler.live()
+
+
+def test_a_lone_client_gets_the_most_steps_however_often_it_asks() -> None:
+    """Quick answers let it ask more often; that is no load, as nothing waits."""
+    scheduler, now_s = scheduler_of(), 0.0
+    for order in range(40):
+        item = request(order, now_s=now_s, budget_s=1.2 * 4.8, open_steps=(1, 2, 3, 4))
+        scheduler.admit([item], now_s)
+        while item.done_s is None:
+            _, now_s = run_call(scheduler, now_s)
+        assert item.settled == 4
+
+
+def test_clients_that_meet_each_other_take_fewer_steps() -> None:
+    scheduler, now_s, order = scheduler_of(), 0.0, 0
+    settled: list[int] = []
+    for _ in range(20):
+        clients = [request(order + n, now_s=now_s, budget_s=12.0, open_steps=(1, 2, 3, 4)) for n in range(2)]
+        order += 2
+        for item in clients:
+            scheduler.admit([item], now_s)
+        while any(item.done_s is None for item in clients):
+            _, now_s = run_call(scheduler, now_s)
+        settled += [item.settled for item in clients]
+    assert max(settled[-4:]) < 4, "12 s hold two pictures of four steps, and leave no time for those to come"
 
 
 def test_not_fewer_than_it_may() -> None:
