@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,9 +19,9 @@ import torch
 from tdm_runtime.engine.calls import ModelCalls, Stepped
 from tdm_runtime.engine.delivery import Delivery, Preview
 from tdm_runtime.engine.intake import Intake
-from tdm_runtime.engine.result_cache import ResultCache
+from tdm_runtime.engine.replies import EngineStats, Replies
 from tdm_runtime.engine.sample import Picture, Sample
-from tdm_runtime.errors import CancelledError, GenerationError, OverloadedError, TDMError
+from tdm_runtime.errors import CancelledError, OverloadedError, TDMError
 from tdm_runtime.model.decoder import Pixels
 from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.params import SamplingParams
@@ -56,22 +56,6 @@ class EngineConfig:
             raise ValueError(f"result_cache_bytes is {self.result_cache_bytes}; give a number of bytes, or 0 for none")
 
 
-@dataclass
-class EngineStats:
-    """Counters since the start. A picture is counted before its future is resolved."""
-
-    steps: int = 0
-    """Denoiser calls."""
-    sample_steps: int = 0
-    """Samples in those calls, summed."""
-    finished: int = 0
-    failed: int = 0
-    cancelled: int = 0
-    refused: int = 0
-    out_of_memory: int = 0
-    """Calls that did not fit into memory."""
-
-
 class DiffusionEngine:
     """Accepts requests from any thread, runs them on its own.
 
@@ -98,12 +82,11 @@ class DiffusionEngine:
         self._observe_batch = observe_batch
         self._scheduler: StepScheduler[Sample] = StepScheduler(self.costs, config.max_batch_size, config.joining)
         self._calls = ModelCalls(self._ask_for_fewer_than)
-        self._results = ResultCache(config.result_cache_bytes)
         self._intake = Intake(self.costs, config.patience, config.auto_stretch)
-        self._unanswered: set[Sample] = set()
         self._tasks: list[Callable[[], None]] = []
         self._wake = threading.Condition()
-        """Guards everything above that changes, and the samples' places in the queue."""
+        """Lock of everything above that changes, and of the samples' places in the queue."""
+        self._replies = Replies(self.stats, config.result_cache_bytes, self._wake)
         self._is_closing = False
         self._failure: BaseException | None = None
         self._free_s = time.monotonic()
@@ -123,7 +106,7 @@ class DiffusionEngine:
             self._wake.notify()
         if self._thread.ident is not None:
             self._thread.join()
-        self._fail_unanswered("the engine was closed before it started; send the request to another replica")
+        self._replies.fail_all("the engine was closed before it started; send the request to another replica")
 
     def __enter__(self) -> DiffusionEngine:
         self.start()
@@ -139,18 +122,17 @@ class DiffusionEngine:
 
     def is_used(self, model: LoadedModel) -> bool:
         """Whether a sample of this model is accepted and not yet answered."""
-        with self._wake:
-            return any(sample.model is model for sample in self._unanswered)
+        return self._replies.is_used(model)
 
     @property
     def num_live(self) -> int:
         """Samples accepted and not yet answered."""
-        return len(self._unanswered)
+        return self._replies.num_open
 
     @property
     def result_cache_hits(self) -> int:
         """Pictures that were not made because they had been."""
-        return self._results.hits
+        return self._replies.cache_hits
 
     @property
     def num_late(self) -> int:
@@ -228,15 +210,15 @@ class DiffusionEngine:
                 raise OverloadedError("the engine is stopping; send the request to another replica", retry_after_s=1.0)
             waiting = []
             for sample in wanted:
-                if picture := self._cached(sample):
+                if picture := self._replies.cached(sample):
                     made.append((sample, picture))
                 else:
                     waiting += [*self._intake.drafts(sample), sample]
             self._admit(waiting, now_s)
-            self._unanswered.update(waiting, (sample for sample, _ in made))
+            self._replies.expect([*waiting, *(sample for sample, _ in made)])
             self._wake.notify()
         for sample, picture in made:
-            self._answer(sample, picture)
+            self._replies.answer(sample, picture)
         return [sample.future for sample in wanted]
 
     def _admit(self, samples: list[Sample], now_s: float) -> None:
@@ -251,13 +233,6 @@ class DiffusionEngine:
         except TDMError:
             self.stats.refused += sum(sample.draft_of is None for sample in samples)
             raise
-
-    def _cached(self, sample: Sample) -> Picture | None:
-        params, strict, digest = sample.params, sample.delivery.strict, sample.model.digest
-        for steps in reversed(sample.open_steps or (params.num_inference_steps,)):
-            if picture := self._results.get(digest, replace(params, num_inference_steps=steps), strict):
-                return picture
-        return None
 
     # -- the engine's thread ------------------------------------------------------------------
 
@@ -279,7 +254,7 @@ class DiffusionEngine:
             logger.exception("the engine's thread died")
             with self._wake:
                 self._failure = error
-            self._fail_unanswered("the engine stopped unexpectedly; retry on another replica")
+            self._replies.fail_all("the engine stopped unexpectedly; retry on another replica")
 
     def _wait_for_work(self) -> bool:
         """Block until there is a sample to run. False when closing and none is left."""
@@ -303,7 +278,7 @@ class DiffusionEngine:
                 self._scheduler.remove(sample)
             batch = self._scheduler.schedule(now_s)
         for sample in abandoned:
-            self._answer(sample, CancelledError("cancelled by the caller"))
+            self._replies.answer(sample, CancelledError("cancelled by the caller"))
         return batch
 
     def _prepare(self, batch: list[Sample]) -> tuple[list[Sample], float]:
@@ -331,7 +306,7 @@ class DiffusionEngine:
             for sample in failed:
                 self._scheduler.remove(sample)
         for sample, error in failed.items():
-            self._answer(sample, error)
+            self._replies.answer(sample, error)
         return [sample for sample in batch if sample not in failed], ended_s - started_s
 
     def _run(self, batch: list[Sample]) -> Sequence[Stepped | Pixels | TDMError]:
@@ -371,9 +346,9 @@ class DiffusionEngine:
             self._observe_batch(len(batch), ended_s - started_s)
         for sample, outcome in zip(batch, outcomes, strict=True):
             if isinstance(outcome, TDMError):
-                self._answer(sample, outcome)
+                self._replies.answer(sample, outcome)
             elif isinstance(outcome, np.ndarray):
-                self._answer(sample, self._to_picture(sample, outcome))
+                self._replies.answer(sample, self._to_picture(sample, outcome))
             elif sample in shown:
                 self._show(sample)
 
@@ -398,7 +373,7 @@ class DiffusionEngine:
             self.costs.observe(sample.preview, 1, ended_s - started_s, ended_s, self._scheduler.is_calm(started_s))
         self._free_s += ended_s - started_s
         if not isinstance(pixels, TDMError):
-            self._tell(sample, Preview(sample.params, pixels, sample.step_index, is_draft=False))
+            self._replies.show(sample, Preview(sample.params, pixels, sample.step_index, is_draft=False))
 
     def _to_picture(self, sample: Sample, pixels: Pixels) -> Picture:
         assert sample.prompt is not None
@@ -411,47 +386,3 @@ class DiffusionEngine:
         self.stats.out_of_memory += 1
         if kind := self._scheduler.running_kind:
             self.limit(kind, size // 2)
-
-    # -- any of the engine's threads ----------------------------------------------------------
-
-    def _answer(self, sample: Sample, outcome: Picture | TDMError) -> None:
-        """Resolve a sample's future, exactly once: whoever comes second is ignored."""
-        with self._wake:
-            if sample not in self._unanswered:
-                return
-            self._unanswered.remove(sample)
-            is_wanted = sample.future.set_running_or_notify_cancel()  # from here on it cannot be cancelled
-            if sample.draft_of is None:
-                self._count(outcome if is_wanted else None)
-            if isinstance(outcome, Picture):
-                self._results.put(sample.model.digest, outcome)
-        if not is_wanted:
-            return
-        if isinstance(outcome, TDMError):
-            sample.future.set_exception(outcome)
-            return
-        if sample.draft_of is not None:
-            self._tell(sample.draft_of, Preview(outcome.params, outcome.pixels, 1, is_draft=True))
-        sample.future.set_result(outcome)
-
-    def _count(self, outcome: Picture | TDMError | None) -> None:
-        if outcome is None:
-            self.stats.cancelled += 1
-        elif isinstance(outcome, Picture):
-            self.stats.finished += 1
-        else:
-            self.stats.failed += 1
-
-    def _tell(self, sample: Sample, preview: Preview) -> None:
-        if sample.delivery.on_preview is None or sample.future.done():
-            return
-        try:
-            sample.delivery.on_preview(preview)
-        except Exception:
-            logger.exception("a listener to previews failed; its picture is made all the same")
-
-    def _fail_unanswered(self, message: str) -> None:
-        with self._wake:
-            samples = list(self._unanswered)
-        for sample in samples:
-            self._answer(sample, GenerationError(message))

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from tdm_runtime.backends import Backend
 from tdm_runtime.engine.delivery import Delivery
-from tdm_runtime.engine.engine import DiffusionEngine, EngineConfig, EngineStats
+from tdm_runtime.engine.engine import DiffusionEngine, EngineConfig
+from tdm_runtime.engine.replies import EngineStats
 from tdm_runtime.engine.sample import Picture
 from tdm_runtime.errors import GenerationError, InvalidRequestError, NotFiniteError, OverloadedError, TDMError
 from tdm_runtime.model.choice import load_model
