@@ -9,12 +9,12 @@ import time
 from pathlib import Path
 from typing import cast, get_args
 
-from tdm_runtime.backends import BACKENDS, PRECISIONS
+from tdm_runtime.backends import BACKENDS, PRECISIONS, TORCH_BACKENDS
 from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT
 from tdm_runtime.errors import BackendError, CheckpointError, TDMError, shown
 from tdm_runtime.media.image_file import ImageFormat, describe_parameters, encode_image
 from tdm_runtime.media.receipt import read_claims, receipt_of
-from tdm_runtime.model.artifacts import TORCH_BACKENDS, BackendConfig
+from tdm_runtime.model.artifacts import BackendConfig
 from tdm_runtime.model.choice import load_model
 from tdm_runtime.model.decoder import Pixels
 from tdm_runtime.params import MAX_SEED, DecoderName, SamplingParams

@@ -1,8 +1,4 @@
-"""Ways to run a component: callables of one signature, each in its own file, heavy imports inside.
-
-torch (eager), torch-compiled and cuda-graphs run the checkpoint's own modules; onnxruntime, openvino
-and tensorrt run what `tdm-export` built of them.
-"""
+"""Backends run one component each. They share one signature, and each has its own file with its heavy imports."""
 
 from __future__ import annotations
 
@@ -15,6 +11,8 @@ from torch import Tensor
 BackendName = Literal["torch", "torch-compiled", "cuda-graphs", "onnxruntime", "openvino", "tensorrt"]
 Precision = Literal["fp32", "bf16", "fp16", "int8", "fp8"]
 BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
+TORCH_BACKENDS: tuple[BackendName, ...] = ("torch", "torch-compiled", "cuda-graphs")
+"""Backends that run the modules of the checkpoint itself; the others run files that `tdm-export` built."""
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -25,7 +23,7 @@ sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 class Backend(Protocol):
     """One component, ready to run.
 
-    Called with the tensors of the component's `Interface`, all on `device`, all with the same batch
+    It is called with the tensors of the component's `Interface`, all on `device`, all with the same batch
     size; returns a tensor that the caller owns. Not thread-safe: one thread calls at a time.
     """
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from tdm_runtime.backends import TORCH_DTYPES, BackendName, Precision
+from tdm_runtime.backends import TORCH_BACKENDS, TORCH_DTYPES, BackendName, Precision
 from tdm_runtime.backends.machine import gpu_architecture
 from tdm_runtime.checkpoint.folder import Checkpoint
 from tdm_runtime.checkpoint.manifest import (
@@ -24,8 +24,6 @@ from tdm_runtime.errors import ArtifactError
 from tdm_runtime.model.load import load_build, load_with_torch
 from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.model.local_parity import LocalParity
-
-TORCH_BACKENDS: tuple[BackendName, ...] = ("torch", "torch-compiled", "cuda-graphs")
 
 
 @dataclass(frozen=True)

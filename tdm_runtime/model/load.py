@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from tdm_runtime.backends import TORCH_DTYPES, Backend, BackendName, Precision
 from tdm_runtime.backends.interface import ComponentName, Interface
+from tdm_runtime.backends.opening import open_file, open_module
 from tdm_runtime.checkpoint.folder import Checkpoint
 from tdm_runtime.checkpoint.manifest import Build, Manifest, PictureParity, check_build
 from tdm_runtime.checkpoint.recipe import RECIPE_FILE
@@ -47,7 +47,7 @@ def load_with_torch(
         # The decoder works beside the denoiser. OpenMP workers stop spinning, and a step takes twice as
         # long, once there are more of them than cores, so only the denoiser's thread may have a team.
         team = 1 if name.endswith("decoder") else threads
-        return _torch_backend(backend, module, interface, on, dtype, team), interface
+        return open_module(backend, module, interface, on, dtype, team), interface
 
     return _assembled(checkpoint, f"{backend} {precision}", run, {})
 
@@ -80,40 +80,7 @@ def component_backend(
     if name not in build.components:
         raise ArtifactError(f"{build.name} in {folder} has no {name}; run `tdm-export` again")
     file, interface = folder / build.components[name].file, manifest.interfaces[name]
-    match build.backend:
-        case "openvino":
-            from tdm_runtime.backends.openvino import OpenVINOBackend
-
-            return OpenVINOBackend(file, build.precision, threads)
-        case "onnxruntime":
-            from tdm_runtime.backends.onnxruntime import OnnxRuntimeBackend
-
-            on = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            return OnnxRuntimeBackend(file, interface, on, threads)
-        case "tensorrt":
-            from tdm_runtime.backends.tensorrt import TensorRTBackend
-
-            return TensorRTBackend(file, interface, torch.device("cuda"))
-    raise ArtifactError(f"{folder} has a build for {build.backend!r}, which runs no artifacts")
-
-
-def _torch_backend(
-    name: BackendName,
-    module: nn.Module,
-    interface: Interface,
-    device: torch.device,
-    dtype: torch.dtype,
-    threads: int | None,
-) -> Backend:
-    from tdm_runtime.backends.pytorch import CompiledTorchBackend, TorchBackend
-
-    if name == "torch":
-        return TorchBackend(module, device, dtype, threads, interface)
-    if name == "torch-compiled":
-        return CompiledTorchBackend(module, device, dtype, threads, interface)
-    from tdm_runtime.backends.cuda_graphs import CudaGraphBackend
-
-    return CudaGraphBackend(module, device, dtype, interface)
+    return open_file(build.backend, file, interface, build.precision, threads)
 
 
 def _assembled(
