@@ -340,10 +340,10 @@ def test_two_shapes_never_share_a_batch(tiny_model: LoadedModel, make_engine: Ma
 
 def test_an_earlier_deadline_goes_first(tiny_model: LoadedModel, make_engine: MakeEngine) -> None:
     model, backend = observed(tiny_model)
-    engine = make_engine(model, max_batch_size=1)
+    engine = make_engine(model, max_batch_size=1, patience=1e6)
     engine.submit(request_for(tiny_model, 0, 1))
-    engine.submit(request_for(tiny_model, 1, 1), Delivery(latency_budget_ms=15))
-    engine.submit(request_for(tiny_model, 2, 1), Delivery(latency_budget_ms=10))
+    engine.submit(request_for(tiny_model, 1, 1), Delivery(latency_budget_ms=60_000))
+    engine.submit(request_for(tiny_model, 2, 1), Delivery(latency_budget_ms=40_000))
     run_dry(engine)
     order = [latents[0] for latents, _ in backend.calls]
     for latents, seed in zip(order, (2, 1, 0), strict=True):
