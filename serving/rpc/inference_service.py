@@ -92,7 +92,8 @@ class InferenceServicer:
         """Make a picture."""
         self._check_model(request.model_name, request.model_version)
         names = wanted_outputs(request)
-        with budgeted(order_from_fields(fields_of(request), self._services.images.recipe).as_pixels()) as order:
+        fields = fields_of(request) | {"model": request.model_name}
+        with budgeted(order_from_fields(fields, self._services.images.recipe).as_pixels()) as order:
             current_call().caller.spend(order.cost)
             answer = await self._services.images.generate(order)
         return to_response(answer, names, request.id)

@@ -6,10 +6,10 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
-from pydantic import BaseModel
 
 from serving.fronts.idempotency import MAX_KEY_CHARACTERS
 from serving.fronts.services import Services
+from serving.web.error_schema import ErrorBody, ErrorDetail
 from serving.web.http_edge import OPEN_PATHS, OPEN_PREFIXES
 
 ERRORS = (
@@ -24,21 +24,6 @@ IDEMPOTENCY_KEY = {
     "description": "Repeated requests with the same key get the answer of the first one.",
     "schema": {"type": "string", "pattern": f"^[ -~]{{1,{MAX_KEY_CHARACTERS}}}$"},
 }
-
-
-class ErrorDetail(BaseModel):
-    """Description of an error."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorBody(BaseModel):
-    """Body of every error response."""
-
-    error: ErrorDetail
 
 
 def document(app: FastAPI, services: Services) -> None:

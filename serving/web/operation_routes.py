@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from fastapi import FastAPI, Response
 from fastapi.responses import FileResponse, PlainTextResponse
 from fastapi.staticfiles import StaticFiles
-from pydantic import BaseModel
 
 from serving.errors import not_ready
 from serving.fronts.services import Services
@@ -20,13 +20,15 @@ STATIC_FILES = (
 STATIC_FOLDER = Path(__file__).resolve().parent.parent / "static"
 
 
-class Health(BaseModel):
+@dataclass(frozen=True)
+class Health:
     """Answer of GET /health."""
 
     status: str = "ok"
 
 
-class Readiness(BaseModel):
+@dataclass(frozen=True, kw_only=True)
+class Readiness:
     """Answer of GET /ready."""
 
     status: str = "ready"

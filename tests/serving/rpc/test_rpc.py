@@ -506,7 +506,7 @@ def services(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) ->
     save_keys(file, list(KEYS))
     backend = BackendConfig("torch", threads=1)
     config = ServerConfig(
-        models=(ModelSource(tiny_checkpoint),),
+        models=(ModelSource(tiny_checkpoint), ModelSource(tiny_checkpoint, "second")),
         backend=backend,
         api_keys=file,
         body_timeout_s=0.3,
@@ -566,6 +566,16 @@ def test_without_a_key_only_liveness_and_readiness_are_answered(services: Servic
         assert (await health.Check(health_pb2.HealthCheckRequest())).status == health_pb2.HealthCheckResponse.SERVING
         assert (await inference.ServerReady(open_inference_pb2.ServerReadyRequest())).ready
         assert (await images.Generate(pb.GenerateRequest(prompt=PROMPT), metadata=bearer(KEY))).images
+
+    converse(services, talk)
+
+
+def test_model_infer_makes_the_picture_of_the_model_that_it_names(services: Services) -> None:
+    async def talk(channel: grpc.aio.Channel) -> None:
+        inference = open_inference_pb2_grpc.GRPCInferenceServiceStub(channel)
+        for name in ("tdm-emoji", "second"):
+            answer = await inference.ModelInfer(infer_request(PROMPT_TENSOR, model=name), metadata=bearer(KEY))
+            assert answer.model_name == name
 
     converse(services, talk)
 
