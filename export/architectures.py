@@ -24,8 +24,6 @@ class RealSize:
     """The published shape of one call, in latents: what is timed."""
     tokens: int = 0
     """L of the prompt embeddings that a denoiser reads."""
-    text_dim: int = 0
-    """D of the same."""
     note: str = ""
     """What `sizes` are, where they are not the published ones."""
 
@@ -136,20 +134,20 @@ _LATENTS_VIDEO_CUT = {**_LATENTS_VIDEO, "frames": 3}
 REAL_SIZES: Mapping[str, Mapping[ComponentName, RealSize]] = {
     "sd15": {
         "text_encoder": RealSize("CLIPTextModel", _clip_large(), {"batch": 1}),
-        "denoiser": RealSize("UNet2DConditionModel", _SD15_UNET, _LATENTS_512, 77, 768),
+        "denoiser": RealSize("UNet2DConditionModel", _SD15_UNET, _LATENTS_512, 77),
         "decoder": RealSize("AutoencoderKL", _autoencoder_kl(0.18215, 512), _LATENTS_512),
         "tiny_decoder": RealSize("AutoencoderTiny", {}, _LATENTS_512),
     },
     "pixart": {
-        "denoiser": RealSize("PixArtTransformer2DModel", _PIXART, _LATENTS_512, 120, 4096),
+        "denoiser": RealSize("PixArtTransformer2DModel", _PIXART, _LATENTS_512, 120),
         "decoder": RealSize("AutoencoderKL", _autoencoder_kl(0.18215, 512), _LATENTS_512),
     },
     "sdxl": {
-        "denoiser": RealSize("UNet2DConditionModel", _SDXL_UNET, _LATENTS_1024, 77, 2048),
+        "denoiser": RealSize("UNet2DConditionModel", _SDXL_UNET, _LATENTS_1024, 77),
         "decoder": RealSize("AutoencoderKL", _autoencoder_kl(0.13025, 1024), _LATENTS_1024),
     },
     "cogvideox-2b": {
-        "denoiser": RealSize("CogVideoXTransformer3DModel", _COGVIDEOX_2B, _LATENTS_VIDEO, 226, 4096),
+        "denoiser": RealSize("CogVideoXTransformer3DModel", _COGVIDEOX_2B, _LATENTS_VIDEO, 226),
         "decoder": RealSize("AutoencoderKLCogVideoX", _COGVIDEOX_VAE, _LATENTS_VIDEO_CUT, note="9 of 49 frames"),
     },
 }

@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 from tdm_runtime.checkpoint.folder import file_sha256
 from tdm_runtime.errors import TDMError
-from tdm_runtime.families.conditioning import Conditioning
-from training.pretrained.base_model import BaseModel, Family, encode_prompts, family_of
+from tdm_runtime.families import Conditioning, current_name
+from training.pretrained.base_model import BaseModel, encode_prompts, family_of
 from training.run.loop import step_generator
 
 INDEX_FILE = "index.json"
@@ -104,14 +104,16 @@ def _shown(line: bytes) -> str:
 class EmbeddingIndex:
     """What a folder of embeddings was made of, `index.json`. A folder is resumed by an equal one only."""
 
-    family: Family
+    family: str
+    """Name of the base's family."""
     width: int
-    """Of the pictures, in pixels."""
+    """Width of the pictures, in pixels."""
     height: int
+    """Height of the pictures, in pixels."""
     count: int
-    """Prompts."""
+    """Number of prompts."""
     shard_size: int
-    """Prompts of a shard; the last may hold fewer."""
+    """Prompts in a shard; the last shard may hold fewer."""
     stored_type: StoredType
     prompts_sha256: str
     text_encoders: str
@@ -141,7 +143,7 @@ def read_index(folder: Path) -> EmbeddingIndex:
         raise PromptError(f"{file} is not of format {INDEX_FORMAT}; embed the prompts anew, into another folder")
     if strangers := sorted({f.name for f in fields(EmbeddingIndex)} ^ set(raw)):
         raise PromptError(f"{file}: {strangers} are missing or unknown; embed the prompts anew, into another folder")
-    return EmbeddingIndex(**raw)
+    return EmbeddingIndex(**raw | {"family": current_name(raw["family"])})
 
 
 def write_json(file: Path, raw: Mapping[str, object]) -> None:
@@ -203,7 +205,7 @@ def embed_prompts(
         raise PromptError(f"shard_size is {shard_size}; it must be at least 1")
     prompts = [row.prompt for row in read_prompt_file(prompt_file)]
     index = EmbeddingIndex(
-        family=family_of(base_folder),
+        family=family_of(base_folder).name,
         width=width,
         height=height,
         count=len(prompts),
@@ -303,9 +305,9 @@ class EmbeddedPrompts:
             PromptError: they were made for another.
         """
         index = self.index
-        if index.family != base.family:
+        if index.family != base.family.name:
             raise PromptError(
-                f"{self.folder} holds embeddings for {index.family}, the base model is {base.family}; "
+                f"{self.folder} holds embeddings for {index.family}, the base model is {base.family.name}; "
                 "embed the prompts with this base"
             )
         if (index.width, index.height) != (width, height):

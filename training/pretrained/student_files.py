@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from tdm_runtime.checkpoint.folder import file_sha256
 from tdm_runtime.checkpoint.recipe import RECIPE_FILE, Recipe
 from tdm_runtime.errors import CheckpointError
-from tdm_runtime.families import Denoiser, denoiser_for
-from tdm_runtime.families.unet import UNetDenoiser
+from tdm_runtime.families import Denoiser, denoiser_for, family_of_model
 from training.config import ConfigError, DistillConfig
 from training.methods.roles import CleanEstimator, LoraRoles
 from training.methods.trajectory import Coordinates
@@ -35,8 +34,8 @@ ONE_FILE = "1TB"
 
 
 def part_name(denoiser: Denoiser) -> str:
-    """The folder of a denoiser in its pipeline, and the prefix of its LoRA."""
-    return "unet" if isinstance(denoiser, UNetDenoiser) else "transformer"
+    """Return the folder of a denoiser in its pipeline, which is also the prefix of its LoRA."""
+    return family_of_model(denoiser.model).denoiser_folder
 
 
 # ---- saving --------------------------------------------------------------------------------------
@@ -70,7 +69,7 @@ def save_student(distiller: Distiller, folder: Path, name: str | None = None) ->
 def save_denoiser(denoiser: Denoiser, folder: Path) -> list[Path]:
     """Write whole weights, such that diffusers' own `from_pretrained` reads the model."""
     part = folder / part_name(denoiser)
-    if isinstance(denoiser, UNetDenoiser):  # its config knows the input for K
+    if denoiser.saves_step_condition:
         denoiser.model.save_pretrained(part, max_shard_size=ONE_FILE)
         return sorted(part.glob("*.safetensors"))
     with _without_step_condition(denoiser):

@@ -1,7 +1,6 @@
 """Distil or fine-tune a pretrained backbone: a diffusers folder and embedded prompts in, a student out.
 
-Every family goes one way; what differs is in `tdm_runtime.families` (calls), `training.pretrained.base_model`
-(folders) and `LORA_TARGETS` (here).
+All families are trained by the same code; what differs between them is in `tdm_runtime.families`.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -20,9 +18,9 @@ from tdm_runtime.families import Denoiser
 from tdm_runtime.model.decoder import torch_decoder
 from tdm_runtime.sampling.schedule import FlowSchedule
 from training.config import ConfigError, DistillConfig, config_as_toml
-from training.methods.roles import ATTENTION_PROJECTIONS, CleanEstimator, LoraRoles, Roles, SeparateRoles
+from training.methods.roles import CleanEstimator, LoraRoles, Roles, SeparateRoles
 from training.methods.trajectory import Coordinates
-from training.pretrained.base_model import BaseModel, Family, family_of, load_base_model
+from training.pretrained.base_model import BaseModel, family_of, load_base_model
 from training.pretrained.latents import load_latent_encoder
 from training.pretrained.prompts import EmbeddedPrompts
 from training.pretrained.student_files import (
@@ -40,15 +38,6 @@ from training.run.processes import Processes
 
 CONFIG_FILE = "config.toml"
 GRID_PROMPTS = 4
-LORA_TARGETS: Mapping[Family, tuple[str, ...]] = {
-    "sd": ATTENTION_PROJECTIONS,
-    "sdxl": ATTENTION_PROJECTIONS,
-    "pixart": ATTENTION_PROJECTIONS,
-    # The text stream has projections of its own; the published SD3.5 adapter trains them too.
-    "sd3": (*ATTENTION_PROJECTIONS, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
-    "cogvideox": ATTENTION_PROJECTIONS,
-}
-"""Layers that get adapters, by the end of their name: attention, as diffusers' own training scripts choose."""
 
 
 def train_backbone(
@@ -94,7 +83,7 @@ def sample_grid(folder: Path, base_folder: Path, distiller: Distiller) -> Sample
     Raises:
         ConfigError: the base makes clips.
     """
-    if family_of(base_folder) == "cogvideox":
+    if family_of(base_folder).makes_clips:
         raise ConfigError(f"grid_every is {distiller.config.grid_every} and {base_folder} makes clips; set it to 0")
     decoder = torch_decoder(load_latent_encoder(base_folder, str(distiller.device)).vae, distiller.device)
     conditioning = distiller.run.prompts.conditioning(range(GRID_PROMPTS)).to(distiller.device)
@@ -121,7 +110,7 @@ def build_backbone_distiller(
     processes = processes or Processes()
     base, prompts = load_base_model(base_folder), EmbeddedPrompts(embeddings_folder, config.seed)
     prompts.require(base, config.width, config.height)
-    shape = base.latent_shape(config.width, config.height, config.frames)
+    shape = base.geometry.latent_shape(config.width, config.height, config.frames)
     coordinates = coordinates_of(base, config)
     roles = build_roles(base, coordinates, config, processes.device, student_folder)
     return Distiller(Run(roles, coordinates, prompts, shape, config), processes)
@@ -137,10 +126,11 @@ def coordinates_of(base: BaseModel, config: DistillConfig) -> Coordinates:
     is_flow = isinstance(schedule, FlowSchedule)
     if config.flow_shift and not is_flow:
         raise ConfigError(
-            f"flow_shift is {config.flow_shift:g} and the base is {base.family}, a diffusion model; set flow_shift to 0"
+            f"flow_shift is {config.flow_shift:g} and the base is {base.family.name}, a diffusion model; "
+            "set flow_shift to 0"
         )
     if config.method == "lcm" and is_flow:
-        raise ConfigError(f"method 'lcm' knows diffusion schedules, {base.family} is a flow; set method to tdm")
+        raise ConfigError(f"method 'lcm' knows diffusion schedules, {base.family.name} is a flow; set method to tdm")
     if isinstance(schedule, FlowSchedule) and config.flow_shift:
         schedule = replace(schedule, shift=config.flow_shift)
     return Coordinates(schedule, base.prediction_type)
@@ -172,7 +162,7 @@ def build_roles(
             for role in ("student", "fake"):
                 roles.module(role).model.enable_gradient_checkpointing()  # type: ignore[operator, union-attr]
         return roles
-    targets = LORA_TARGETS[base.family]
+    targets = base.family.lora_targets
     shared = LoraRoles(
         denoiser, coordinates, config.lora_rank, config.adapter_alpha, targets, precision=config.precision
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,11 @@ import pytest
 import torch
 
 from tdm_runtime.errors import CheckpointError, RecipeError
-from tdm_runtime.families import Conditioning, denoiser_for
+from tdm_runtime.families import FAMILIES, Conditioning
 from tdm_runtime.sampling.schedule import DiffusionSchedule, FlowSchedule
 from tests.tiny_models import TEXT_TOKENS, TINY_MODELS, tiny_cogvideox
 from tests.tiny_pipelines import SCHEDULERS, build_pipeline
-from training.pretrained.base_model import BaseModel, encode_prompts, load_base_model
+from training.pretrained.base_model import encode_prompts, load_base_model
 
 PROMPTS = ["a red fox", "", "two cats on a green hill at night"]
 
@@ -39,7 +40,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 @pytest.fixture
 def sd_copy(folders: Callable[[str], Path], tmp_path: Path) -> Path:
     """A folder to break: the same files, its JSON its own."""
-    source = folders("sd")
+    source = folders("stable_diffusion")
     for file in source.rglob("*"):
         target = tmp_path / file.relative_to(source)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -54,19 +55,19 @@ def change_json(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-@pytest.mark.parametrize("family", SCHEDULERS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_denoiser_is_that_of_the_folder(folders: Callable[[str], Path], family: str) -> None:
     base = load_base_model(folders(family))
     expected = TINY_MODELS[family]().state_dict()
-    assert base.family == family and not base.denoiser.training
+    assert base.family == FAMILIES[family] and not base.denoiser.training
     loaded = base.denoiser.model.state_dict()
     assert loaded.keys() == expected.keys()
     assert all(torch.equal(loaded[name], expected[name]) for name in expected)
-    assert base.spatial_downscale == 8
-    assert base.temporal_downscale == (4 if family == "cogvideox" else 1)
+    assert base.geometry.spatial_compression == 8
+    assert base.geometry.temporal_compression == (4 if family == "cogvideox" else None)
 
 
-@pytest.mark.parametrize("family", SCHEDULERS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_noise_is_that_of_the_folders_scheduler(folders: Callable[[str], Path], family: str) -> None:
     base, theirs = load_base_model(folders(family)), SCHEDULERS[family]()
     if isinstance(base.noise_schedule, FlowSchedule):
@@ -80,7 +81,7 @@ def test_the_noise_is_that_of_the_folders_scheduler(folders: Callable[[str], Pat
     assert base.prediction_type == theirs.config.prediction_type
 
 
-@pytest.mark.parametrize("family", SCHEDULERS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_prompts_are_encoded_as_the_pipeline_encodes_them_and_fit_the_denoiser(
     folders: Callable[[str], Path], family: str
 ) -> None:
@@ -91,15 +92,16 @@ def test_prompts_are_encoded_as_the_pipeline_encodes_them_and_fit_the_denoiser(
     everything = Conditioning.cat(*batches)
     expected = reference_embeds(family)
     torch.testing.assert_close(everything.prompt_embeds, expected, rtol=1e-5, atol=1e-5)
-    assert (everything.pooled_prompt_embeds is None) == (family not in ("sdxl", "sd3"))
-    assert (everything.attention_mask is None) == (family != "pixart")
+    base = load_base_model(folders(family))
+    read = [spec.name for spec in base.denoiser.interface(TEXT_TOKENS).inputs]
+    given = {field.name for field in fields(Conditioning) if getattr(everything, field.name) is not None}
+    assert given == {field.name for field in fields(Conditioning) if field.name in read}
     if family == "sdxl":
         assert everything.time_ids is not None
         assert everything.time_ids.tolist() == [[128.0, 64.0, 0.0, 0.0, 128.0, 64.0]] * 3
         assert not everything.prompt_embeds[1].any() and everything.prompt_embeds[2].any()
     assert not any(t is not None and (t.requires_grad or t.is_inference()) for t in everything.tensors())
-    base = load_base_model(folders(family))
-    x = torch.zeros(3, *base.latent_shape(64, 128, frames=9 if family == "cogvideox" else 1))
+    x = torch.zeros(3, *base.geometry.latent_shape(64, 128, frames=9 if base.family.makes_clips else 1))
     with torch.no_grad():
         assert base.denoiser(x, torch.tensor([999.0, 500.0, 1.0]), None, *everything.tensors()).shape == x.shape
 
@@ -109,7 +111,7 @@ def reference_embeds(family: str) -> torch.Tensor:
     """The whole pipeline, asked for positive embeddings; an empty SDXL prompt for negative ones."""
     pipeline = build_pipeline(family)
     cpu = torch.device("cpu")
-    if family == "sd":
+    if family == "stable_diffusion":
         return pipeline.encode_prompt(PROMPTS, cpu, 1, True, [""] * 3)[0]
     if family == "sdxl":
         embeds, negative, *_ = pipeline.encode_prompt(PROMPTS, device=cpu)
@@ -121,19 +123,19 @@ def reference_embeds(family: str) -> torch.Tensor:
 
 
 def test_latents_have_the_shape_that_the_denoiser_takes(folders: Callable[[str], Path]) -> None:
-    assert load_base_model(folders("sd")).latent_shape(64, 48) == (4, 6, 8)
+    assert load_base_model(folders("stable_diffusion")).geometry.latent_shape(64, 48) == (4, 6, 8)
     video = load_base_model(folders("cogvideox"))
-    shapes = [video.latent_shape(64, 48, frames) for frames in (1, 4, 5, 9, 49)]
+    shapes = [video.geometry.latent_shape(64, 48, frames) for frames in (1, 4, 5, 9, 49)]
     assert shapes == [(4, count, 6, 8) for count in (1, 1, 2, 3, 13)]
 
 
 @pytest.mark.parametrize(
     ("family", "size", "message"),
     [
-        ("sd", (60, 64), "60x64 pixels; sd takes multiples of 8"),
+        ("stable_diffusion", (60, 64), "60x64 pixels; stable_diffusion takes multiples of 8"),
         ("pixart", (64, 72), "64x72 pixels; pixart takes multiples of 16"),
-        ("sd", (0, 64), "multiples of 8"),
-        ("sd", (64, 64, 5), "frames is 5; sd makes pictures"),
+        ("stable_diffusion", (0, 64), "multiples of 8"),
+        ("stable_diffusion", (64, 64, 5), "frames is 5; stable_diffusion makes pictures"),
         ("cogvideox", (64, 64, 0), "frames is 0; it must be at least 1"),
     ],
 )
@@ -141,17 +143,17 @@ def test_a_size_without_whole_tokens_is_refused(
     folders: Callable[[str], Path], family: str, size: tuple[int, ...], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        load_base_model(folders(family)).latent_shape(*size)
+        load_base_model(folders(family)).geometry.latent_shape(*size)
 
 
 def test_cogvideox_1_5_names_the_next_number_of_frames() -> None:
-    denoiser = denoiser_for(tiny_cogvideox(patch_size_t=2, patch_bias=False, use_rotary_positional_embeddings=True))
-    base = BaseModel("cogvideox", denoiser, DiffusionSchedule(), "v_prediction", 8, 4)
-    assert base.latent_shape(64, 64, 5) == (4, 2, 8, 8)
+    model = tiny_cogvideox(patch_size_t=2, patch_bias=False, use_rotary_positional_embeddings=True)
+    geometry = FAMILIES["cogvideox"].geometry(model.config, {"block_out_channels": [4] * 4})
+    assert geometry.latent_shape(64, 64, 5) == (4, 2, 8, 8)
     with pytest.raises(
         ValueError, match="9, which are 3 latent frames, and the model takes multiples of 2; ask for 13"
     ):
-        base.latent_shape(64, 64, 9)
+        geometry.latent_shape(64, 64, 9)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from tests.training.tiny_runs import UNIFY, TinyPrompts, iterate, tiny_base
 from training.config import ConfigError
 from training.methods.roles import CleanEstimator
 from training.methods.trajectory import Coordinates
-from training.pretrained.base_model import Family, load_base_model
+from training.pretrained.base_model import load_base_model
 from training.pretrained.latents import encode_latents
 from training.pretrained.prompts import embed_prompts
 from training.pretrained.train import build_backbone_distiller, finetune_backbone
@@ -27,17 +27,17 @@ CONFIG = FinetuneConfig(
 )
 
 
-def tiny_estimator(family: Family) -> CleanEstimator:
+def tiny_estimator(family: str) -> CleanEstimator:
     base = tiny_base(family)
     return CleanEstimator(base.denoiser, Coordinates(base.noise_schedule, base.prediction_type), "fp32")
 
 
-def train(folder: Path, config: FinetuneConfig = CONFIG, family: Family = "sd") -> torch.nn.Module:
+def train(folder: Path, config: FinetuneConfig = CONFIG, family: str = "stable_diffusion") -> torch.nn.Module:
     return finetune(folder, tiny_estimator(family), TinyPrompts(family, has_latents=True), config)
 
 
-@pytest.mark.parametrize("family", ["sd", "pixart", "sd3", "cogvideox"])
-def test_it_learns_and_returns_the_average(family: Family, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["stable_diffusion", "pixart", "sd3", "cogvideox"])
+def test_it_learns_and_returns_the_average(family: str, tmp_path: Path) -> None:
     estimator = tiny_estimator(family)
     steps = replace(CONFIG, steps=8, ema_decay=0.5)
     average = finetune(tmp_path, estimator, TinyPrompts(family, has_latents=True), steps)
@@ -69,7 +69,10 @@ def test_prompts_are_emptied_as_often_as_asked(tmp_path: Path) -> None:
         config = replace(CONFIG, steps=1, prompt_dropout=dropout)
         averages = [
             finetune(
-                tmp_path / f"{dropout}-{kind.__name__}", tiny_estimator("sd"), kind("sd", has_latents=True), config
+                tmp_path / f"{dropout}-{kind.__name__}",
+                tiny_estimator("stable_diffusion"),
+                kind("stable_diffusion", has_latents=True),
+                config,
             )
             for kind in (TinyPrompts, Others)
         ]
@@ -81,7 +84,7 @@ def test_prompts_are_emptied_as_often_as_asked(tmp_path: Path) -> None:
 
 def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="learns from real latents, and the prompts have none; give a set with"):
-        finetune(tmp_path, tiny_estimator("sd"), TinyPrompts("sd"), CONFIG)
+        finetune(tmp_path, tiny_estimator("stable_diffusion"), TinyPrompts("stable_diffusion"), CONFIG)
     with pytest.raises(ConfigError, match=r"prompt_dropout is 1.5; it must be a share, in \[0, 1\]"):
         replace(CONFIG, prompt_dropout=1.5)
     with pytest.raises(ConfigError, match="batch_size is 0; it must be at least 1"):
@@ -92,8 +95,8 @@ def test_a_fine_tuned_base_is_a_folder_to_distil(tmp_path: Path) -> None:
     """TDM-unify-SFT, from pictures to an iteration of the student."""
     from PIL import Image
 
-    base, embeddings, prompts = tmp_path / "sd", tmp_path / "e", tmp_path / "p.jsonl"
-    build_pipeline("sd").save_pretrained(base)
+    base, embeddings, prompts = tmp_path / "stable_diffusion", tmp_path / "e", tmp_path / "p.jsonl"
+    build_pipeline("stable_diffusion").save_pretrained(base)
     Image.new("RGB", (64, 64), (200, 30, 30)).save(tmp_path / "red.png")
     prompts.write_text('{"prompt": "red", "image": "red.png"}\n')
     embed_prompts(base, prompts, embeddings, 64, 64, device="cpu")
