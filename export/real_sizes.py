@@ -1,7 +1,7 @@
-"""Full-size architectures with random weights: exported, converted and run on this machine, one at a time.
+"""Export, convert and run full-size architectures with random weights on this machine, one at a time.
 
-Every stage of every component runs in a process of its own, so that its peak of memory is its own. What was
-measured is kept in OUTPUT/results.jsonl: a second run goes on where the first one stopped.
+Every stage of every component runs in its own process, so that its peak of memory is measured alone. Results are
+kept in OUTPUT/results.jsonl; a second run continues where the first one stopped.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Figures = dict[str, Any]
 RESULTS_FILE = "results.jsonl"
 MAX_CALLS = 5
 MAX_CALLS_S = 120.0
-"""Calls are repeated until one of the two is reached, and the first is left out; a slower one is the only one."""
+"""Limits of repeated calls. The first call is left out unless it alone reaches the second limit."""
 _FAMILY = FAMILIES["stable_diffusion"]
 """Family of the checkpoint that `--checkpoint` writes."""
 _CHECKPOINT_FOLDERS: Mapping[ComponentName, str] = {
@@ -58,10 +58,10 @@ _CHECKPOINT_FOLDERS: Mapping[ComponentName, str] = {
 def write_random_sd15(folder: Path) -> None:
     """Write a checkpoint of Stable Diffusion 1.5's full size with random weights, float16 on disk (2.1 GB).
 
-    It is sampled as the embedded checkpoint is (recipe, scheduler, tokenizer), at 512x512 pixels.
+    Recipe, scheduler and tokenizer are the embedded checkpoint's; the size is 512x512 pixels.
 
     Raises:
-        CheckpointError: what was written would not be served.
+        CheckpointError: the folder that was written cannot be served.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for component, part in _CHECKPOINT_FOLDERS.items():
@@ -105,7 +105,7 @@ def module_of(component: RealSize) -> tuple[nn.Module, Interface]:
 
 
 def _export(component: RealSize, folder: Path) -> Figures:
-    """Ask torch at the small shape, then write the ONNX file."""
+    """Compute the output of torch at the small shape, then write the ONNX file."""
     module, interface = module_of(component)
     inputs = interface.random_inputs(component.small, torch.Generator().manual_seed(1))
     named = {spec.name: tensor for spec, tensor in zip(interface.inputs, inputs, strict=True)}
@@ -133,7 +133,7 @@ def _save_arrays(file: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _convert(component: RealSize, folder: Path) -> Figures:
-    """Write the OpenVINO IR as `tdm-export` does, weights in float16, and drop the ONNX file."""
+    """Write the OpenVINO IR as `tdm-export` does, with weights in float16, and delete the ONNX file."""
     start = time.monotonic()
     write_ir(folder / "model.onnx", folder / "model.xml")
     _mark_compressed(folder / "model.xml")
@@ -144,9 +144,9 @@ def _convert(component: RealSize, folder: Path) -> Figures:
 
 
 def _mark_compressed(file: Path) -> None:
-    """Mark the conversions behind float16 weights as decompression: OpenVINO would make float32 copies of the rest.
+    """Mark the conversions behind float16 weights as decompression; OpenVINO would make float32 copies otherwise.
 
-    On load that is a third less memory, 2.2 GiB for Stable Diffusion 1.5; the numbers are the same.
+    Loading then takes a third less memory (2.2 GiB less for Stable Diffusion 1.5); the results are the same.
     """
     tree = ElementTree.parse(file)
     layers = list(tree.iter("layer"))
@@ -160,7 +160,7 @@ def _mark_compressed(file: Path) -> None:
 
 
 def _parity(component: RealSize, folder: Path) -> Figures:
-    """Relative L2 distance to torch at the small shape, in both precisions; the weights went through float16."""
+    """Measure the relative L2 distance to torch at the small shape, in both precisions, with float16 weights."""
     import openvino
 
     tensors = dict(np.load(folder / "small.npz"))
@@ -207,27 +207,27 @@ STAGES: Mapping[str, Callable[[RealSize, Path], Figures]] = {
     "parity": _parity,
     "run": _run,
 }
-"""In order. Each leaves what the next one needs in the component's folder."""
+"""Stages in order. Each leaves the input of the next one in the component's folder."""
 
 
 def _relative_l2(actual: NDArray[Any], expected: NDArray[Any]) -> float:
-    """Pixels are centred first."""
+    """Return |actual - expected| / |expected|; pixels are centred first."""
     centre = 127.5 if expected.dtype == np.uint8 else 0.0
     reference = expected.astype(np.float64) - centre
     return float(np.linalg.norm(actual - centre - reference) / np.linalg.norm(reference))
 
 
 def _peak_rss_bytes() -> int:
-    """Of this process since it began; file pages that it mapped count."""
+    """Return the peak memory of this process since its start, with the file pages that it mapped."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 
 
 def measure(model: str, component: ComponentName, output: Path) -> Figures:
-    """Take one component through all stages, each in its own process.
+    """Run all stages of one component, each in its own process.
 
     Raises:
-        subprocess.CalledProcessError: a stage failed; what it said went to stderr.
+        subprocess.CalledProcessError: a stage failed; its message is on stderr.
     """
     folder = output / f"{model}-{component}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -245,7 +245,7 @@ def measure(model: str, component: ComponentName, output: Path) -> Figures:
 
 
 def table(results: Iterable[Figures]) -> str:
-    """The results as Markdown."""
+    """Return the results as a Markdown table."""
     lines = [
         "| model | component | parameters, M | export, s | CPU s | peak, GiB | IR, GiB | L2 f32 | L2 bf16 "
         "| shape out | load, s | call, s (calls) | CPU s | peak, GiB |",
@@ -264,7 +264,7 @@ def table(results: Iterable[Figures]) -> str:
 
 
 def _measure_all(models: Sequence[str], output: Path) -> int:
-    """Measure what is not yet in the results. Returns how many components failed."""
+    """Measure the components that are not in the results yet. Returns the number of failed components."""
     file = output / RESULTS_FILE
     output.mkdir(parents=True, exist_ok=True)
     results = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
@@ -291,7 +291,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m export.real_sizes", description=__doc__)
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"{', '.join(REAL_SIZES)}; all when absent")
-    parser.add_argument("--output", type=Path, help="folder for the results; several GB are needed meanwhile")
+    parser.add_argument("--output", type=Path, help="folder for the results; needs several GB while it runs")
     parser.add_argument("--checkpoint", nargs=2, metavar=("MODEL", "DIR"), help="write a random checkpoint: sd15 only")
     parser.add_argument("--component", help=argparse.SUPPRESS)
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)

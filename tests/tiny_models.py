@@ -16,6 +16,7 @@ from diffusers import (
     SD3Transformer2DModel,
     UNet2DConditionModel,
 )
+from torch import Tensor
 
 from tdm_runtime.families import FAMILIES, Conditioning, denoiser_for
 
@@ -103,6 +104,44 @@ TINY_SHAPES: Mapping[str, tuple[int, ...]] = {
     name: (4, 3, 8, 8) if FAMILIES[name].makes_clips else (4, 8, 8) for name in TINY_MODELS
 }
 """Family -> latents of one sample."""
+
+
+def call_sd(unet: Any, x: Tensor, timesteps: Tensor, prompt: Conditioning) -> Tensor:
+    output: Tensor = unet(x, timesteps, prompt.prompt_embeds).sample
+    return output
+
+
+def call_sdxl(unet: Any, x: Tensor, timesteps: Tensor, prompt: Conditioning) -> Tensor:
+    added = {"text_embeds": prompt.pooled_prompt_embeds, "time_ids": prompt.time_ids}
+    output: Tensor = unet(x, timesteps, prompt.prompt_embeds, added_cond_kwargs=added).sample
+    return output
+
+
+def call_pixart(transformer: Any, x: Tensor, timesteps: Tensor, prompt: Conditioning) -> Tensor:
+    sizes = {"resolution": None, "aspect_ratio": None}
+    output = transformer(x, prompt.prompt_embeds, timesteps, sizes, encoder_attention_mask=prompt.attention_mask)
+    predicted, _variance = output.sample.chunk(2, dim=1)
+    return predicted
+
+
+def call_sd3(transformer: Any, x: Tensor, timesteps: Tensor, prompt: Conditioning) -> Tensor:
+    output: Tensor = transformer(x, prompt.prompt_embeds, prompt.pooled_prompt_embeds, timesteps).sample
+    return output
+
+
+def call_cogvideox(transformer: Any, x: Tensor, timesteps: Tensor, prompt: Conditioning) -> Tensor:
+    output: Tensor = transformer(x.transpose(1, 2).contiguous(), prompt.prompt_embeds, timesteps).sample
+    return output.transpose(1, 2)
+
+
+STOCK_CALLS: Mapping[str, Callable[[Any, Tensor, Tensor, Conditioning], Tensor]] = {
+    "stable_diffusion": call_sd,
+    "sdxl": call_sdxl,
+    "pixart": call_pixart,
+    "sd3": call_sd3,
+    "cogvideox": call_cogvideox,
+}
+"""Family -> call of the bare model as its diffusers pipeline makes it, with an output shaped as the latents."""
 
 
 def tiny_conditioning(family: str, batch_size: int, seed: int = 0) -> Conditioning:

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from tdm_runtime.families import FAMILIES
-from tests.tiny_models import POOLED_DIM, TEXT_DIM, TINY_MODELS
+from tests.tiny_models import POOLED_DIM, TEXT_DIM, TEXT_TOKENS, TINY_MODELS
 
 SCHEDULERS: Mapping[str, Callable[[], Any]] = {
     "stable_diffusion": lambda: diffusers.PNDMScheduler(
@@ -143,3 +143,19 @@ def build_pipeline(name: str) -> Any:
         vae=build_vae(name),
         scheduler=SCHEDULERS[name](),
     )
+
+
+@torch.no_grad()
+def stock_embeds(family: str, prompts: list[str]) -> torch.Tensor:
+    """Embeddings by the whole stock pipeline. It encodes the empty prompt of SDXL as the negative prompt."""
+    pipeline, cpu = build_pipeline(family), torch.device("cpu")
+    if family == "stable_diffusion":
+        return pipeline.encode_prompt(prompts, cpu, 1, True, [""] * len(prompts))[0]
+    if family == "sdxl":
+        embeds, negative, *_ = pipeline.encode_prompt(prompts, device=cpu)
+        rows = [embeds[n] if prompt else negative[n] for n, prompt in enumerate(prompts)]
+        return torch.stack(rows)
+    if family == "sd3":
+        return pipeline.encode_prompt(prompts, prompts, prompts, device=cpu)[0]
+    length = {"max_sequence_length": TEXT_TOKENS} if family == "cogvideox" else {}
+    return pipeline.encode_prompt(prompts, device=cpu, **length)[0]

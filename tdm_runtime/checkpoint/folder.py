@@ -103,7 +103,7 @@ class Checkpoint:
         return model.float().eval()
 
     def load_tokenizer(self) -> PromptTokenizer:
-        """Load the tokenizer; prompts become exactly as many tokens as the text model has positions."""
+        """Load the tokenizer. Every prompt becomes as many tokens as the text model has positions."""
         from tdm_runtime.checkpoint.tokenizer import PromptTokenizer
 
         tokenizer = self._load("tokenizer", PromptTokenizer.load)
@@ -175,10 +175,10 @@ def other_files(family: Family) -> tuple[str, ...]:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Check a folder's completeness, its recipe and the hash of every weight file.
+    """Check that a folder is complete, and its recipe and the hash of every weight file.
 
     Raises:
-        CheckpointError: naming the file and what to do.
+        CheckpointError: the folder cannot be served; the message names the file and the remedy.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; give the folder of a checkpoint that has {RECIPE_FILE}")

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tdm_runtime.errors import CheckpointError
 from tdm_runtime.families.conditioning import Conditioning
 from tdm_runtime.families.denoiser import Denoiser
-from tdm_runtime.families.latent_space import DecoderModule, LatentGeometry
+from tdm_runtime.families.latent_space import DecoderModule, LatentGeometry, LatentScaling
 
 ATTENTION_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 """Attention layers by the end of their name, as diffusers' own LoRA training scripts choose them."""
@@ -111,6 +111,16 @@ class Family(ABC):
             spatial_compression=self.spatial_compression(vae),
             patch_size=int(denoiser.get("patch_size") or 1),
         )
+
+    def encode_pixels(self, vae: Any, pixels: Tensor) -> Tensor:
+        """Return the latents of pictures as the denoiser reads them: the mean of the VAE's distribution, scaled.
+
+        Args:
+            vae: full VAE of the family.
+            pixels: [B, 3, H, W], in [-1, 1].
+        """
+        mean: Tensor = vae.encode(pixels).latent_dist.mode()
+        return LatentScaling.of(vae.config).from_vae(mean)
 
     @abstractmethod
     def encode_prompts(self, prompts: list[str], encoders: TextEncoders) -> Conditioning:

@@ -117,7 +117,9 @@ def test_table_has_a_row_for_every_result() -> None:
     assert "| 1.2 |" in rows[0]
 
 
-def test_results_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_run_measures_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     measured: list[str] = []
 
     def measure(model: str, component: str, output: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tdm_runtime.errors import CheckpointError
-from tdm_runtime.families.latent_space import LatentScaling
+from tdm_runtime.families import Family
 from training.pretrained.base_model import family_of
 from training.pretrained.prompts import (
     EmbeddingIndex,
@@ -36,16 +36,15 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 @dataclass(frozen=True)
 class LatentEncoder:
-    """VAE of a base, with the scaling of the latents that its denoiser reads."""
+    """VAE of a base and its family."""
 
     vae: Any
-    scaling: LatentScaling
+    family: Family
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Return latents [B, C, h, w], float32, the mean of the VAE's distribution, for [B, 3, H, W] in [-1, 1]."""
-        mean: Tensor = self.vae.encode(pixels).latent_dist.mode()
-        return self.scaling.from_vae(mean)
+        """Return latents [B, C, h, w] as the denoiser reads them, float32, for pixels [B, 3, H, W] in [-1, 1]."""
+        return self.family.encode_pixels(self.vae, pixels)
 
 
 def load_latent_encoder(base_folder: Path, device: str) -> LatentEncoder:
@@ -67,7 +66,7 @@ def load_latent_encoder(base_folder: Path, device: str) -> LatentEncoder:
     except Exception as error:  # diffusers raises many kinds; a user can do the same about all of them
         raise CheckpointError(f"{base_folder / 'vae'} cannot be loaded: {error}; restore it from its source") from error
     vae = vae.float().eval().requires_grad_(False).to(device)
-    return LatentEncoder(vae, LatentScaling.of(vae.config))
+    return LatentEncoder(vae, family)
 
 
 def encode_latents(

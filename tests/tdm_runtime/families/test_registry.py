@@ -12,15 +12,15 @@ import pytest
 from torch import nn
 
 from tdm_runtime.errors import CheckpointError
-from tdm_runtime.families import FAMILIES, current_name, decoder_for, family_of_model, family_of_pipeline
-from tests.tiny_models import TINY_MODELS
+from tdm_runtime.families import FAMILIES, current_name, decoder_for, denoiser_for, family_of_model, family_of_pipeline
+from tests.tiny_models import STOCK_CALLS, TINY_MODELS
 from tests.tiny_pipelines import SCHEDULERS, TEXT_PARTS, build_vae
 
 DOCS = Path(__file__).parents[3] / "docs" / "checkpoints.md"
 
 
-def test_every_family_has_its_tiny_models_and_no_other() -> None:
-    assert set(TINY_MODELS) == set(SCHEDULERS) == set(TEXT_PARTS) == set(FAMILIES)
+def test_every_family_has_its_tiny_factories_and_nothing_else_has() -> None:
+    assert set(TINY_MODELS) == set(STOCK_CALLS) == set(SCHEDULERS) == set(TEXT_PARTS) == set(FAMILIES)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -49,7 +49,7 @@ def test_a_family_is_found_by_its_pipeline_and_by_its_model(name: str) -> None:
 def test_an_unknown_pipeline_model_or_vae_belongs_to_no_family() -> None:
     assert family_of_pipeline("FluxPipeline") is None
     with pytest.raises(CheckpointError, match="the denoiser is a Linear; this version knows UNet2DConditionModel, Pix"):
-        family_of_model(nn.Linear(1, 1))
+        denoiser_for(nn.Linear(1, 1))
     with pytest.raises(CheckpointError, match="the VAE is a Linear; this version knows AutoencoderKL, AutoencoderTiny"):
         decoder_for(nn.Linear(1, 1))
 

@@ -1,4 +1,4 @@
-"""Prompt files, embeddings and latents on disk: what is written is what is trained on, by number."""
+"""Prompt files, embeddings and latents on disk: training reads by number what was written."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_a_bad_line_is_named(tmp_path: Path, text: str, message: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_read_is_what_the_pipeline_says(
+def test_embeddings_on_disk_equal_the_pipelines(
     bases: Callable[[str], Path], prompt_file: Path, tmp_path: Path, family: str
 ) -> None:
     index = embed(bases(family), prompt_file, tmp_path / "e")
@@ -129,12 +129,12 @@ def test_half_precision_is_half_as_large_and_keeps_sizes_exact(
     assert torch.equal(found.time_ids, expected.time_ids) and found.prompt_embeds.dtype == torch.float32
 
 
-def test_a_number_too_large_for_half_precision_is_named() -> None:
+def test_a_value_out_of_the_range_of_half_precision_is_named() -> None:
     with pytest.raises(PromptError, match="prompt_embeds reaches 70000, which fp16 cannot hold; store bf16 or fp32"):
         prompts_module.to_stored("prompt_embeds", torch.tensor([70000.0]), "fp16")
 
 
-def test_a_killed_embedding_goes_on_with_the_missing_shards(
+def test_a_killed_embedding_continues_with_the_missing_shards(
     bases: Callable[[str], Path], prompt_file: Path, tmp_path: Path
 ) -> None:
     base, folder = bases("stable_diffusion"), tmp_path / "e"
@@ -149,11 +149,11 @@ def test_a_killed_embedding_goes_on_with_the_missing_shards(
     ):
         EmbeddedPrompts(folder, 0)
     embed(base, prompt_file, folder)
-    assert kept.stat().st_mtime_ns == 1, "what was there is kept"
+    assert kept.stat().st_mtime_ns == 1, "finished shards are kept"
     assert torch.allclose(EmbeddedPrompts(folder, 0).conditioning(range(5)).prompt_embeds, expected, atol=1e-6)
 
 
-def test_a_folder_is_not_resumed_with_something_else(
+def test_a_folder_is_not_resumed_with_other_settings(
     bases: Callable[[str], Path], prompt_file: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "e"
@@ -173,7 +173,7 @@ def test_a_folder_is_not_resumed_with_something_else(
         embed(bases("stable_diffusion"), prompt_file, folder)
 
 
-def test_embeddings_of_an_earlier_version_are_read_and_resumed_by_the_familys_former_name(
+def test_embeddings_with_a_familys_former_name_are_read_and_resumed(
     bases: Callable[[str], Path], prompt_file: Path, tmp_path: Path
 ) -> None:
     base, folder = bases("stable_diffusion"), tmp_path / "e"
@@ -227,7 +227,7 @@ def test_damaged_folders_are_named(bases: Callable[[str], Path], prompt_file: Pa
 # ---- the order of prompts ------------------------------------------------------------------------
 
 
-def test_each_epoch_visits_each_prompt_once_in_an_order_of_its_own(
+def test_each_epoch_visits_each_prompt_once_in_its_own_order(
     bases: Callable[[str], Path], prompt_file: Path, tmp_path: Path
 ) -> None:
     embed(bases("stable_diffusion"), prompt_file, tmp_path / "e")
@@ -267,7 +267,7 @@ def reference_latents(base: Path, files: list[Path]) -> Tensor:
 
 
 @pytest.mark.parametrize("family", ["stable_diffusion", "sd3"])
-def test_latents_pair_with_their_prompts_and_are_in_the_denoisers_units(
+def test_latents_pair_with_their_prompts_and_have_the_denoisers_scaling(
     bases: Callable[[str], Path], prompt_file: Path, pictures: list[Path], tmp_path: Path, family: str
 ) -> None:
     base, folder = bases(family), tmp_path / "e"
@@ -287,7 +287,7 @@ def test_latents_pair_with_their_prompts_and_are_in_the_denoisers_units(
     torch.testing.assert_close(again, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_folder_of_pictures_goes_by_name(
+def test_pictures_of_a_folder_are_paired_sorted_by_name(
     bases: Callable[[str], Path], prompt_file: Path, pictures: list[Path], tmp_path: Path
 ) -> None:
     folder = tmp_path / "e"
@@ -333,7 +333,7 @@ def test_pictures_that_do_not_pair_are_refused(
         encode_latents(bases("cogvideox"), prompt_file, video, 64, 48)
 
 
-def test_a_picture_covers_the_size_and_is_cut_in_the_middle(tmp_path: Path) -> None:
+def test_a_picture_is_scaled_to_cover_the_size_and_cropped_at_the_centre(tmp_path: Path) -> None:
     image = Image.new("RGB", (90, 30), (0, 0, 0))
     image.paste((255, 255, 255), (30, 0, 60, 30))
     image.save(tmp_path / "p.png")

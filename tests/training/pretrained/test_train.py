@@ -1,4 +1,4 @@
-"""Every backbone family distils: real classes at a tiny size, whole copies and adapters."""
+"""Every family is distilled: real classes at a tiny size, all weights and LoRA adapters."""
 
 from __future__ import annotations
 
@@ -46,16 +46,16 @@ TIMESTEPS = torch.tensor([980.0, 500.0, 60.0])
 @torch.no_grad()
 def outputs(denoiser: torch.nn.Module, family: str, step_count: int | None) -> Tensor:
     x = torch.randn(3, *TINY_SHAPES[family], generator=torch.Generator().manual_seed(5))
-    told = None if step_count is None else torch.full((3,), step_count)
-    output: Tensor = denoiser(x, TIMESTEPS, told, *tiny_conditioning(family, 3, seed=2).tensors())
+    step_counts = None if step_count is None else torch.full((3,), step_count)
+    output: Tensor = denoiser(x, TIMESTEPS, step_counts, *tiny_conditioning(family, 3, seed=2).tensors())
     return output
 
 
 @torch.no_grad()
 def estimates(distiller: Distiller, role: str, family: str, step_count: int | None) -> Tensor:
     x = torch.randn(3, *TINY_SHAPES[family], generator=torch.Generator().manual_seed(5))
-    told = None if step_count is None else torch.full((3,), step_count)
-    estimate: Tensor = getattr(distiller.roles, role)(x, TIMESTEPS.double(), tiny_conditioning(family, 3, seed=2), told)
+    step_counts, prompts = None if step_count is None else torch.full((3,), step_count), tiny_conditioning(family, 3, 2)
+    estimate: Tensor = getattr(distiller.roles, role)(x, TIMESTEPS.double(), prompts, step_counts)
     return estimate
 
 
@@ -83,13 +83,13 @@ def test_unify_moves_student_and_fake_score_and_not_the_teacher(family: str, kin
     for role in ("student", "fake", "average"):
         names = [name for name in before if name.startswith(f"{role}.")]
         moved = [name for name in names if not torch.equal(before[name], after[name])]
-        # A UNet's class and a transformer's unread rest may stay; an adapter that stays is one that was forgotten.
+        # A few weights of a model may be unused and stay; an adapter that stays would not be trained at all.
         assert len(moved) > 0.9 * len(names), sorted(set(names) - set(moved))
         assert any("cond_proj" in name for name in moved)
     assert torch.equal(estimates(distiller, "teacher", family, None), teacher)
-    told = {role: [estimates(distiller, role, family, k) for k in (1, 4)] for role in ("student", "fake")}
-    assert all(not torch.allclose(one, four) for one, four in told.values())
-    assert not torch.allclose(told["student"][0], told["fake"][0])
+    by_role = {role: [estimates(distiller, role, family, k) for k in (1, 4)] for role in ("student", "fake")}
+    assert all(not torch.allclose(one, four) for one, four in by_role.values())
+    assert not torch.allclose(by_role["student"][0], by_role["fake"][0])
 
 
 VARIANTS: dict[str, DistillConfig] = {
@@ -128,7 +128,7 @@ def test_a_flow_or_a_video_takes_dpm_solver_and_reverse_intervals_too(family: st
     assert all(math.isfinite(value) for value in numbers.values())
 
 
-def test_a_discriminator_is_made_of_unets_only() -> None:
+def test_a_discriminator_needs_a_unet_and_real_latents() -> None:
     with pytest.raises(ValueError, match="adversarial_weight needs a UNet as teacher, got PixArtDenoiser"):
         tiny_distiller("pixart", VARIANTS["GAN"], has_latents=True)
     with pytest.raises(ConfigError, match="learns from real latents, and the prompts have none"):
@@ -145,7 +145,7 @@ def test_a_discriminator_is_made_of_unets_only() -> None:
     ],
 )
 def test_gradient_checkpointing_changes_nothing(family: str, kind: str, parts: int) -> None:
-    """Adapters take turns on one base: what is recomputed in a backward pass must be the role's own."""
+    """Adapters take turns on one base: a backward pass must recompute with the adapter of its own role."""
     plain = tiny_distiller(family, replace(KINDS[kind], accumulation=parts))
     saving = tiny_distiller(family, replace(KINDS[kind], accumulation=parts, gradient_checkpointing=True))
     checkpointed = [m for m in saving.roles.student.denoiser.modules() if getattr(m, "gradient_checkpointing", False)]
@@ -165,7 +165,7 @@ def test_the_teacher_is_not_checkpointed() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_whole_weights_come_back_identical(family: str, tmp_path: Path) -> None:
+def test_whole_weights_load_as_they_were_saved(family: str, tmp_path: Path) -> None:
     distiller = tiny_distiller(family, UNIFY)
     iterate(distiller, 1)
     written = save_student(distiller, tmp_path, "a student")
@@ -176,14 +176,14 @@ def test_whole_weights_come_back_identical(family: str, tmp_path: Path) -> None:
     recipe = load_recipe(tmp_path)
     assert (recipe.name, recipe.step_condition, recipe.step_counts) == ("a student", "timestep_cond", (1, 2, 3, 4))
     assert {tmp_path / name for name in recipe.files} == {f for f in written if f.suffix == ".safetensors"}
-    # Stock diffusers reads the folder, with every weight in place.
+    # Stock diffusers finds every weight in the folder.
     part = FAMILIES[family].denoiser_folder
     _, report = type(TINY_MODELS[family]()).from_pretrained(tmp_path / part, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
 
 
 def with_lora_by_peft(family: str, denoiser: Denoiser, file: Path, config: DistillConfig) -> Denoiser:
-    """As readers do that know nothing of alpha: diffusers where the class has the mixin, else peft itself."""
+    """The LoRA applied without alpha: by diffusers if the class has the mixin, otherwise by peft itself."""
     part = FAMILIES[family].denoiser_folder
     if hasattr(denoiser.model, "load_lora_adapter"):
         denoiser.model.load_lora_adapter(read_tensors(file), prefix=part)
@@ -198,7 +198,7 @@ def with_lora_by_peft(family: str, denoiser: Denoiser, file: Path, config: Disti
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_lora_comes_back_identical_and_its_alpha_is_in_its_weights(family: str, tmp_path: Path) -> None:
+def test_a_lora_loads_as_it_was_saved_and_its_weights_include_alpha(family: str, tmp_path: Path) -> None:
     distiller = tiny_distiller(family, LORA)
     iterate(distiller, 1)
     save_student(distiller, tmp_path)
@@ -235,7 +235,7 @@ def another_base(family: str) -> Denoiser:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_lora_fits_another_model_of_its_base(family: str, tmp_path: Path) -> None:
-    """The mechanics of Table 2: the adapter was trained on one base and is applied to another."""
+    """As in Table 2, the adapter was trained on one base and is applied to another."""
     config = replace(LORA, told="nobody", step_counts=(4,))
     distiller = tiny_distiller(family, config)
     iterate(distiller, 1)
@@ -255,7 +255,7 @@ def test_a_student_that_samples_with_fresh_noise_gets_no_recipe(tmp_path: Path) 
         assert [file.name for file in written] == ["diffusion_pytorch_model.safetensors"]
 
 
-def test_what_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_student_that_does_not_fit_the_base_is_refused(tmp_path: Path) -> None:
     base = tiny_base("stable_diffusion").denoiser
     with pytest.raises(CheckpointError, match=r"neither unet/ nor pytorch_lora_weights\.safetensors; give a folder"):
         load_student(base, tmp_path)
@@ -299,7 +299,7 @@ def parameters(distiller: Distiller, role: str) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in getattr(distiller.roles, role).denoiser.named_parameters()}
 
 
-def test_sdxl_stage_two_goes_on_from_stage_one_with_a_new_fake_score(
+def test_sdxl_stage_two_starts_from_stage_one_with_a_fresh_fake_score(
     workplace: Callable[[str], tuple[Path, Path]], tmp_path: Path
 ) -> None:
     base, embeddings = workplace("sdxl")
@@ -328,7 +328,7 @@ TINY: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("preset", [name for name in PRESETS if name not in ("sdxl-512", "sdxl-1024", "pixart-1024")])
-def test_a_preset_runs_from_folder_to_folder_and_starts_again_where_it_stood(
+def test_a_preset_runs_from_folder_to_folder_and_a_second_run_trains_nothing_more(
     workplace: Callable[[str], tuple[Path, Path]], preset: str, tmp_path: Path
 ) -> None:
     families: dict[str, str] = {"pixart": "pixart", "sd3": "sd3", "cogvideox": "cogvideox"}
@@ -343,25 +343,25 @@ def test_a_preset_runs_from_folder_to_folder_and_starts_again_where_it_stood(
         assert recipe.timesteps == {4: (999.0, 856.0, 665.0, 399.0)}
     hashes = recipe.files
     assert train_backbone(tmp_path, base, embeddings, config, name=preset) == written
-    assert load_recipe(tmp_path).files == hashes, "nothing was left to train"
+    assert load_recipe(tmp_path).files == hashes, "the second run must train nothing"
 
 
-def test_a_run_draws_samples_and_curves_along_the_way(
-    workplace: Callable[[str], tuple[Path, Path]], tmp_path: Path
-) -> None:
+def test_a_run_draws_samples_and_curves(workplace: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
     base, embeddings = workplace("stable_diffusion")
     config = replace(UNIFY, **{**TINY, "grid_every": 1, "log_every": 1})
     train_backbone(tmp_path, base, embeddings, config)
     grids = [Image.open(tmp_path / "samples" / f"{done:06d}.png") for done in (1, 2)]
     assert grids[0].size == (len(config.step_counts) * 64, GRID_PROMPTS * 64)
-    assert grids[0].tobytes() != grids[1].tobytes(), "the student has moved"
+    assert grids[0].tobytes() != grids[1].tobytes(), "the student must have changed"
     assert Image.open(tmp_path / PLOT_FILE).width > 100
     video, texts = workplace("cogvideox")
     with pytest.raises(ConfigError, match=r"grid_every is 1 and .* makes clips; set it to 0"):
         train_backbone(tmp_path / "video", video, texts, replace(config, frames=9))
 
 
-def test_a_lora_goes_on_from_a_lora_of_its_rank(workplace: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
+def test_a_lora_continues_from_a_lora_of_its_rank_only(
+    workplace: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
     base, embeddings = workplace("stable_diffusion")
     config = replace(LORA, **TINY)
     train_backbone(tmp_path, base, embeddings, config)
@@ -384,7 +384,7 @@ def test_a_lora_goes_on_from_a_lora_of_its_rank(workplace: Callable[[str], tuple
         build_backbone_distiller(base, embeddings, replace(config, lora_rank=0, told="nobody"), tmp_path)
 
 
-def test_a_rate_that_explodes_is_named_and_leaves_a_finite_state(
+def test_a_diverging_learning_rate_is_named_and_leaves_a_finite_state(
     workplace: Callable[[str], tuple[Path, Path]], tmp_path: Path
 ) -> None:
     base, embeddings = workplace("stable_diffusion")
