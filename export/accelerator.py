@@ -145,7 +145,7 @@ def _tiny(name: str, part: ComponentName, real: RealSize) -> RealSize:
     }
     vae = {"block_out_channels": (8, 8, 16, 16), "layers_per_block": 1, "norm_num_groups": 4}
     sizes = {size: 1 if size == "batch" else 16 for size in real.sizes}
-    return replace(real, config={**real.config, **changes.get((name, part), vae)}, sizes=sizes, text_dim=16)
+    return replace(real, config={**real.config, **changes.get((name, part), vae)}, sizes=sizes)
 
 
 # -- ways -------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The published architectures that exports are tried on, as data, and models of them with random weights."""
+"""Published architectures as data, and models of them with random weights, to try exports on."""
 
 from __future__ import annotations
 
@@ -18,20 +18,18 @@ class RealSize:
     """One component of a published model."""
 
     model_class: str
-    """Of diffusers, or `CLIPTextModel`."""
+    """Name of a class of diffusers, or `CLIPTextModel`."""
     config: Mapping[str, Any]
     sizes: Mapping[str, int]
-    """The published shape of one call, in latents: what is timed."""
+    """Sizes in latents of the call that is timed, as published."""
     tokens: int = 0
-    """L of the prompt embeddings that a denoiser reads."""
-    text_dim: int = 0
-    """D of the same."""
+    """L of the prompt embeddings that a denoiser reads; 0 for other components."""
     note: str = ""
-    """What `sizes` are, where they are not the published ones."""
+    """How `sizes` differ from the published ones; empty if they do not."""
 
     @property
     def small(self) -> Mapping[str, int]:
-        """A shape at which torch can be asked too, other than the traced one in batch, height and width."""
+        """Sizes small enough to run in torch too; batch, height and width differ from the traced ones."""
         return {**self.sizes, "batch": 3, "height": 10, "width": 16}
 
 
@@ -136,30 +134,30 @@ _LATENTS_VIDEO_CUT = {**_LATENTS_VIDEO, "frames": 3}
 REAL_SIZES: Mapping[str, Mapping[ComponentName, RealSize]] = {
     "sd15": {
         "text_encoder": RealSize("CLIPTextModel", _clip_large(), {"batch": 1}),
-        "denoiser": RealSize("UNet2DConditionModel", _SD15_UNET, _LATENTS_512, 77, 768),
+        "denoiser": RealSize("UNet2DConditionModel", _SD15_UNET, _LATENTS_512, 77),
         "decoder": RealSize("AutoencoderKL", _autoencoder_kl(0.18215, 512), _LATENTS_512),
         "tiny_decoder": RealSize("AutoencoderTiny", {}, _LATENTS_512),
     },
     "pixart": {
-        "denoiser": RealSize("PixArtTransformer2DModel", _PIXART, _LATENTS_512, 120, 4096),
+        "denoiser": RealSize("PixArtTransformer2DModel", _PIXART, _LATENTS_512, 120),
         "decoder": RealSize("AutoencoderKL", _autoencoder_kl(0.18215, 512), _LATENTS_512),
     },
     "sdxl": {
-        "denoiser": RealSize("UNet2DConditionModel", _SDXL_UNET, _LATENTS_1024, 77, 2048),
+        "denoiser": RealSize("UNet2DConditionModel", _SDXL_UNET, _LATENTS_1024, 77),
         "decoder": RealSize("AutoencoderKL", _autoencoder_kl(0.13025, 1024), _LATENTS_1024),
     },
     "cogvideox-2b": {
-        "denoiser": RealSize("CogVideoXTransformer3DModel", _COGVIDEOX_2B, _LATENTS_VIDEO, 226, 4096),
+        "denoiser": RealSize("CogVideoXTransformer3DModel", _COGVIDEOX_2B, _LATENTS_VIDEO, 226),
         "decoder": RealSize("AutoencoderKLCogVideoX", _COGVIDEOX_VAE, _LATENTS_VIDEO_CUT, note="9 of 49 frames"),
     },
 }
-"""Model -> component. PixArt's is the one of 512 pixels; SDXL's and CogVideoX's text encoders are left out."""
+"""Model -> component. PixArt is the model of 512 pixels; the text encoders of SDXL and CogVideoX are left out."""
 
 
 def random_model(component: RealSize, seed: int = 0) -> nn.Module:
     """Build a component with random weights that keep activations near 1; float32, eval mode.
 
-    Weights are drawn once: what the libraries would draw first, in vain, takes minutes for billions of them.
+    The libraries' own random initialisation is skipped: it takes minutes for billions of weights.
     """
     from accelerate import init_empty_weights
 
@@ -174,7 +172,7 @@ def random_model(component: RealSize, seed: int = 0) -> nn.Module:
 
 
 def empty_model(component: RealSize) -> nn.Module:
-    """Build a component as its library does, with whatever weights that gives."""
+    """Build a component with the initial weights of its library."""
     model: nn.Module
     if component.model_class == "CLIPTextModel":
         from transformers import CLIPTextConfig, CLIPTextModel
@@ -188,7 +186,7 @@ def empty_model(component: RealSize) -> nn.Module:
 
 
 def _random_weight(like: Tensor, *, is_scale: bool, generator: torch.Generator) -> Tensor:
-    """Matrices and kernels normal with the variance 1 / fan_in; of vectors, scales one and biases zero."""
+    """Return normal matrices and kernels with variance 1 / fan_in; scales are one and biases zero."""
     if like.ndim > 1:
         return torch.empty(like.shape).normal_(std=1 / math.sqrt(like[0].numel()), generator=generator)
     return torch.ones(like.shape) if is_scale else torch.zeros(like.shape)

@@ -32,23 +32,24 @@ from tdm_runtime.checkpoint.folder import (
     DEFAULT_CHECKPOINT,
     TINY_VAE,
     TINY_VAE_WEIGHTS,
-    WEIGHT_FILES,
     file_sha256,
     open_checkpoint,
+    weight_files,
 )
 from tdm_runtime.checkpoint.recipe import RECIPE_FILE, load_recipe
-from tdm_runtime.families import denoiser_for
-from tdm_runtime.families.interfaces import interface_of
-from tdm_runtime.model.components import DecoderModule, TextEncoderModule, VideoDecoderModule
+from tdm_runtime.families import FAMILIES, decoder_for, denoiser_for
+from tdm_runtime.model.components import TextEncoderModule
 
 Figures = dict[str, Any]
 RESULTS_FILE = "results.jsonl"
 MAX_CALLS = 5
 MAX_CALLS_S = 120.0
 """Calls repeat until `MAX_CALLS` or this time is reached. The first call is left out unless it is the only one."""
+_FAMILY = FAMILIES["stable_diffusion"]
+"""Family of the checkpoint that `--checkpoint` writes."""
 _CHECKPOINT_FOLDERS: Mapping[ComponentName, str] = {
     "text_encoder": "text_encoder",
-    "denoiser": "unet",
+    "denoiser": _FAMILY.denoiser_folder,
     "decoder": "vae",
     "tiny_decoder": TINY_VAE,
 }
@@ -73,7 +74,7 @@ def write_random_sd15(folder: Path) -> None:
         load_recipe(DEFAULT_CHECKPOINT),
         name="sd15-random",
         native_sizes=((512, 512),),
-        files={name: file_sha256(folder / name) for name in (*WEIGHT_FILES, TINY_VAE_WEIGHTS)},
+        files={name: file_sha256(folder / name) for name in (*weight_files(_FAMILY), TINY_VAE_WEIGHTS)},
     )
     (folder / RECIPE_FILE).write_text(recipe.to_json(), encoding="utf-8")
     open_checkpoint(folder)
@@ -93,17 +94,14 @@ def module_of(component: RealSize) -> tuple[nn.Module, Interface]:
     if component.model_class == "CLIPTextModel":
         text_encoder = TextEncoderModule(model)
         return text_encoder, text_encoder.interface()
-    if component.model_class == "AutoencoderKLCogVideoX":
-        video_decoder = VideoDecoderModule(model)
-        return video_decoder, video_decoder.interface(component.sizes["frames"])
     if component.model_class.startswith("Autoencoder"):
-        decoder = DecoderModule(model)
-        return decoder, decoder.interface()
+        decoder = decoder_for(model)
+        return decoder, decoder.interface(component.sizes.get("frames", 1))
     denoiser = denoiser_for(model)
     if denoiser.condition_dim is None:
         denoiser.add_step_condition()
         nn.init.normal_(denoiser.timestep_embedding.cond_proj.weight, std=1 / 16)
-    return denoiser, interface_of(denoiser, component.tokens, component.text_dim)
+    return denoiser, denoiser.interface(component.tokens)
 
 
 def _export(component: RealSize, folder: Path) -> Figures:

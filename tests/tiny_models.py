@@ -1,11 +1,12 @@
-"""Real denoiser classes at a tiny size, with random weights that are the same on every call.
+"""Tiny denoiser of each family: the real class with random weights, the same on every call.
 
-Each takes latents of `TINY_SHAPES` and prompt embeddings [B, L, `TEXT_DIM`].
+Each takes latents of `TINY_SHAPES` and prompt embeddings [B, `TEXT_TOKENS`, `TEXT_DIM`].
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,8 +16,9 @@ from diffusers import (
     SD3Transformer2DModel,
     UNet2DConditionModel,
 )
+from torch import Tensor
 
-from tdm_runtime.families.conditioning import Conditioning
+from tdm_runtime.families import FAMILIES, Conditioning, denoiser_for
 
 TEXT_DIM = 16
 TEXT_TOKENS = 6
@@ -91,33 +93,76 @@ def tiny_cogvideox(**changes: Any) -> CogVideoXTransformer3DModel:
 
 
 TINY_MODELS: Mapping[str, Callable[..., Any]] = {
-    "sd": tiny_unet,
+    "stable_diffusion": tiny_unet,
     "sdxl": tiny_sdxl_unet,
     "pixart": tiny_pixart,
     "sd3": tiny_sd3,
     "cogvideox": tiny_cogvideox,
 }
+"""Family -> tiny denoiser. A test fails if a registered family is missing here."""
 TINY_SHAPES: Mapping[str, tuple[int, ...]] = {
-    "sd": (4, 8, 8),
-    "sdxl": (4, 8, 8),
-    "pixart": (4, 8, 8),
-    "sd3": (4, 8, 8),
-    "cogvideox": (4, 3, 8, 8),
+    name: (4, 3, 8, 8) if FAMILIES[name].makes_clips else (4, 8, 8) for name in TINY_MODELS
 }
-"""Latents of one sample."""
+"""Family -> latents of one sample."""
+
+
+def call_sd(unet: Any, x: Tensor, timesteps: Tensor, prompt: Conditioning) -> Tensor:
+    output: Tensor = unet(x, timesteps, prompt.prompt_embeds).sample
+    return output
+
+
+def call_sdxl(unet: Any, x: Tensor, timesteps: Tensor, prompt: Conditioning) -> Tensor:
+    added = {"text_embeds": prompt.pooled_prompt_embeds, "time_ids": prompt.time_ids}
+    output: Tensor = unet(x, timesteps, prompt.prompt_embeds, added_cond_kwargs=added).sample
+    return output
+
+
+def call_pixart(transformer: Any, x: Tensor, timesteps: Tensor, prompt: Conditioning) -> Tensor:
+    sizes = {"resolution": None, "aspect_ratio": None}
+    output = transformer(x, prompt.prompt_embeds, timesteps, sizes, encoder_attention_mask=prompt.attention_mask)
+    predicted, _variance = output.sample.chunk(2, dim=1)
+    return predicted
+
+
+def call_sd3(transformer: Any, x: Tensor, timesteps: Tensor, prompt: Conditioning) -> Tensor:
+    output: Tensor = transformer(x, prompt.prompt_embeds, prompt.pooled_prompt_embeds, timesteps).sample
+    return output
+
+
+def call_cogvideox(transformer: Any, x: Tensor, timesteps: Tensor, prompt: Conditioning) -> Tensor:
+    output: Tensor = transformer(x.transpose(1, 2).contiguous(), prompt.prompt_embeds, timesteps).sample
+    return output.transpose(1, 2)
+
+
+STOCK_CALLS: Mapping[str, Callable[[Any, Tensor, Tensor, Conditioning], Tensor]] = {
+    "stable_diffusion": call_sd,
+    "sdxl": call_sdxl,
+    "pixart": call_pixart,
+    "sd3": call_sd3,
+    "cogvideox": call_cogvideox,
+}
+"""Family -> call of the bare model as its diffusers pipeline makes it, with an output shaped as the latents."""
 
 
 def tiny_conditioning(family: str, batch_size: int, seed: int = 0) -> Conditioning:
-    """Random prompts with all that the family reads."""
+    """Random prompts with every field that the family reads."""
     draw = torch.Generator().manual_seed(seed)
+    fields = _conditioning_inputs(family)
     embeds = torch.randn(batch_size, TEXT_TOKENS, TEXT_DIM, generator=draw)
-    pooled = torch.randn(batch_size, POOLED_DIM, generator=draw) if family in ("sdxl", "sd3") else None
-    mask = None
-    if family == "pixart":
+    pooled = mask = time_ids = None
+    if "pooled_prompt_embeds" in fields:
+        pooled = torch.randn(batch_size, POOLED_DIM, generator=draw)
+    if "attention_mask" in fields:
         lengths = torch.randint(1, TEXT_TOKENS + 1, (batch_size, 1), generator=draw)
         mask = (torch.arange(TEXT_TOKENS) < lengths).long()
-    time_ids = torch.tensor([[64.0, 64.0, 0.0, 0.0, 64.0, 64.0]]).repeat(batch_size, 1) if family == "sdxl" else None
+    if "time_ids" in fields:
+        time_ids = torch.tensor([[64.0, 64.0, 0.0, 0.0, 64.0, 64.0]]).repeat(batch_size, 1)
     return Conditioning(embeds, pooled, mask, time_ids)
+
+
+@cache
+def _conditioning_inputs(family: str) -> frozenset[str]:
+    return frozenset(spec.name for spec in denoiser_for(TINY_MODELS[family]()).interface(TEXT_TOKENS).inputs)
 
 
 _UNET = {

@@ -20,12 +20,13 @@ from transformers import (
     T5Tokenizer,
 )
 
-from tests.tiny_models import POOLED_DIM, TEXT_DIM, TINY_MODELS
-from training.pretrained.base_model import PIPELINES
+from tdm_runtime.families import FAMILIES
+from tests.tiny_models import POOLED_DIM, TEXT_DIM, TEXT_TOKENS, TINY_MODELS
 
-CLASS_NAMES = {layout.family: name for name, layout in PIPELINES.items()}
 SCHEDULERS: Mapping[str, Callable[[], Any]] = {
-    "sd": lambda: diffusers.PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+    "stable_diffusion": lambda: diffusers.PNDMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
+    ),
     "sdxl": lambda: diffusers.EulerDiscreteScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction"
     ),
@@ -37,7 +38,7 @@ SCHEDULERS: Mapping[str, Callable[[], Any]] = {
 
 @cache
 def clip_tokenizer() -> CLIPTokenizer:
-    """One token a letter."""
+    """A tokenizer with one token per letter."""
     specials = ["<|startoftext|>", "<|endoftext|>"]
     letters = [letter + end for letter in string.ascii_lowercase for end in ("", "</w>")]
     vocabulary = {token: number for number, token in enumerate(specials + letters)}
@@ -70,31 +71,40 @@ def t5_parts() -> tuple[T5Tokenizer, T5EncoderModel]:
     return tokenizer, T5EncoderModel(config).eval()
 
 
-def text_parts(family: str) -> dict[str, Any]:
-    if family == "sd":
-        return {"tokenizer": clip_tokenizer(), "text_encoder": clip_model(CLIPTextModel, TEXT_DIM)}
-    if family == "sdxl":
-        first, second = clip_model(CLIPTextModel, 8), clip_model(CLIPTextModelWithProjection, 8)
-        tokenizer = clip_tokenizer()
-        return {"tokenizer": tokenizer, "text_encoder": first, "tokenizer_2": tokenizer, "text_encoder_2": second}
+def one_clip() -> dict[str, Any]:
+    parts = {"tokenizer": clip_tokenizer(), "text_encoder": clip_model(CLIPTextModel, TEXT_DIM)}
+    return {**parts, "safety_checker": None, "feature_extractor": None}
+
+
+def two_clips() -> dict[str, Any]:
+    first, second = clip_model(CLIPTextModel, 8), clip_model(CLIPTextModelWithProjection, 8)
+    tokenizer = clip_tokenizer()
+    return {"tokenizer": tokenizer, "text_encoder": first, "tokenizer_2": tokenizer, "text_encoder_2": second}
+
+
+def one_t5() -> dict[str, Any]:
     tokenizer, encoder = t5_parts()
-    if family != "sd3":
-        return {"tokenizer": tokenizer, "text_encoder": encoder}
+    return {"tokenizer": tokenizer, "text_encoder": encoder}
+
+
+def two_clips_and_a_t5() -> dict[str, Any]:
+    tokenizer, encoder = t5_parts()
     clips = {f"text_encoder{n}": clip_model(CLIPTextModelWithProjection, 8, POOLED_DIM // 2) for n in ("", "_2")}
     tokenizers = {f"tokenizer{n}": clip_tokenizer() for n in ("", "_2")}
     return {**clips, **tokenizers, "text_encoder_3": encoder, "tokenizer_3": tokenizer}
 
 
-def build_vae(family: str) -> Any:
-    if family == "cogvideox":
-        return AutoencoderKLCogVideoX(
-            down_block_types=("CogVideoXDownBlock3D",) * 4,
-            up_block_types=("CogVideoXUpBlock3D",) * 4,
-            block_out_channels=(4, 4, 4, 4),
-            latent_channels=4,
-            layers_per_block=1,
-            norm_num_groups=2,
-        )
+TEXT_PARTS: Mapping[str, Callable[[], dict[str, Any]]] = {
+    "stable_diffusion": one_clip,
+    "sdxl": two_clips,
+    "pixart": one_t5,
+    "sd3": two_clips_and_a_t5,
+    "cogvideox": one_t5,
+}
+"""Family -> what its pipeline takes beside denoiser, VAE and scheduler, by folder."""
+
+
+def kl_vae() -> AutoencoderKL:
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -104,15 +114,48 @@ def build_vae(family: str) -> Any:
     )
 
 
-def build_pipeline(family: str) -> Any:
-    name = CLASS_NAMES[family]  # type: ignore[index]
-    switches: dict[str, Any] = {}
-    if family == "sd":
-        switches = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    return getattr(diffusers, name)(
-        **{PIPELINES[name].part: TINY_MODELS[family]()},
-        **text_parts(family),
-        **switches,
-        vae=build_vae(family),
-        scheduler=SCHEDULERS[family](),
+def cogvideox_vae() -> AutoencoderKLCogVideoX:
+    return AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * 4,
+        up_block_types=("CogVideoXUpBlock3D",) * 4,
+        block_out_channels=(4, 4, 4, 4),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
     )
+
+
+VAES: Mapping[str, Callable[[], Any]] = {"AutoencoderKL": kl_vae, "AutoencoderKLCogVideoX": cogvideox_vae}
+"""Class in diffusers -> a tiny VAE."""
+
+
+def build_vae(family: str) -> Any:
+    return VAES[FAMILIES[family].vae_classes[0]]()
+
+
+def build_pipeline(name: str) -> Any:
+    """Return the stock pipeline of a family, whole."""
+    family = FAMILIES[name]
+    return getattr(diffusers, family.pipelines[0])(
+        **{family.denoiser_folder: TINY_MODELS[name]()},
+        **TEXT_PARTS[name](),
+        **family.pipeline_options,
+        vae=build_vae(name),
+        scheduler=SCHEDULERS[name](),
+    )
+
+
+@torch.no_grad()
+def stock_embeds(family: str, prompts: list[str]) -> torch.Tensor:
+    """Embeddings by the whole stock pipeline. It encodes the empty prompt of SDXL as the negative prompt."""
+    pipeline, cpu = build_pipeline(family), torch.device("cpu")
+    if family == "stable_diffusion":
+        return pipeline.encode_prompt(prompts, cpu, 1, True, [""] * len(prompts))[0]
+    if family == "sdxl":
+        embeds, negative, *_ = pipeline.encode_prompt(prompts, device=cpu)
+        rows = [embeds[n] if prompt else negative[n] for n, prompt in enumerate(prompts)]
+        return torch.stack(rows)
+    if family == "sd3":
+        return pipeline.encode_prompt(prompts, prompts, prompts, device=cpu)[0]
+    length = {"max_sequence_length": TEXT_TOKENS} if family == "cogvideox" else {}
+    return pipeline.encode_prompt(prompts, device=cpu, **length)[0]

@@ -1,6 +1,6 @@
 """Open a checkpoint folder: diffusers layout, safetensors only, every weight file hashed.
 
-Whatever is wrong with a folder is said here, before the first request, with what to do about it.
+A folder that cannot be served is refused here, before the first request, with an error that names the remedy.
 """
 
 from __future__ import annotations
@@ -16,33 +16,23 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from tdm_runtime.checkpoint.recipe import RECIPE_FILE, Recipe, load_recipe
 from tdm_runtime.errors import CheckpointError, RecipeError
+from tdm_runtime.families import FAMILIES, Denoiser, Family, family_of_pipeline
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+    from diffusers import AutoencoderTiny
     from transformers import CLIPTextModel
 
     from tdm_runtime.checkpoint.tokenizer import PromptTokenizer
 
 Part = TypeVar("Part")
 
-WEIGHT_FILES = (
-    "unet/diffusion_pytorch_model.safetensors",
-    "vae/diffusion_pytorch_model.safetensors",
-    "text_encoder/model.safetensors",
-)
-OTHER_FILES = (
-    "model_index.json",
-    "unet/config.json",
-    "vae/config.json",
-    "text_encoder/config.json",
-    "tokenizer/tokenizer.json",
-    "tokenizer/tokenizer_config.json",
-)
+SERVED_FAMILIES = ("stable_diffusion",)
+"""Names of the families that are served: those with one CLIP text encoder, the only one that the runtime has."""
 TINY_VAE = "tiny_vae"
-"""Folder of the tiny autoencoder, which a checkpoint may have."""
+"""Folder of the tiny autoencoder, which is optional."""
 TINY_VAE_WEIGHTS = f"{TINY_VAE}/diffusion_pytorch_model.safetensors"
 TINY_VAE_FILES = (TINY_VAE_WEIGHTS, f"{TINY_VAE}/config.json")
-"""All there where the folder is."""
+"""Files of that folder; all are required if the folder exists."""
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DEFAULT_CHECKPOINT = Path(__file__).resolve().parents[2] / "checkpoints" / "tdm-emoji"
 
@@ -77,6 +67,7 @@ class Checkpoint:
 
     folder: Path
     recipe: Recipe
+    family: Family
     hashes: FileHashes = field(default_factory=FileHashes, repr=False, compare=False)
     """Hashes of its files."""
 
@@ -88,35 +79,36 @@ class Checkpoint:
     @cached_property
     def fingerprint(self) -> str:
         """sha256 over everything that a compiled program depends on: weights, configs, tokenizer and recipe."""
-        names = sorted({*self.recipe.files, *OTHER_FILES, *(TINY_VAE_FILES if self.has_tiny_vae else ()), RECIPE_FILE})
+        tiny_vae_files = TINY_VAE_FILES if self.has_tiny_vae else ()
+        names = sorted({*self.recipe.files, *other_files(self.family), *tiny_vae_files, RECIPE_FILE})
         lines = (f"{name} {self.recipe.files.get(name) or self.hashes.sha256(self.folder / name)}" for name in names)
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
-    def load_unet(self) -> UNet2DConditionModel:
-        """Load the denoiser, float32, eval mode."""
-        from diffusers import UNet2DConditionModel
+    def load_denoiser(self) -> Denoiser:
+        """Load the denoiser in its family's adapter, float32, eval mode."""
+        import diffusers
 
-        unet: UNet2DConditionModel = self._load_model("unet", UNet2DConditionModel)
-        self._check_step_condition(unet.config.time_cond_proj_dim)
-        return unet.float().eval()
+        model = self._load_model(self.family.denoiser_folder, getattr(diffusers, self.family.denoiser_class))
+        denoiser = self.family.adapter(model.float().eval())
+        self._check_step_condition(denoiser.condition_dim)
+        return denoiser
 
-    def load_vae(self) -> AutoencoderKL:
+    def load_vae(self) -> Any:
         """Load the autoencoder, float32, eval mode."""
-        from diffusers import AutoencoderKL
+        import diffusers
 
-        vae: AutoencoderKL = self._load_model("vae", AutoencoderKL)
-        return vae.float().eval()
+        return self._load_model("vae", getattr(diffusers, self.family.vae_classes[0])).float().eval()
 
     @property
     def has_tiny_vae(self) -> bool:
-        """Whether it came with a tiny autoencoder."""
+        """Whether the folder has a tiny autoencoder."""
         return (self.folder / TINY_VAE).is_dir()
 
     def load_tiny_vae(self) -> AutoencoderTiny:
-        """Load the tiny autoencoder, float32, eval mode. Its latents are the denoiser's own, without a scaling factor.
+        """Load the tiny autoencoder, float32, eval mode. It decodes the denoiser's latents without a scaling factor.
 
         Raises:
-            CheckpointError: the checkpoint has none.
+            CheckpointError: the checkpoint has no tiny autoencoder.
         """
         from diffusers import AutoencoderTiny
 
@@ -133,12 +125,12 @@ class Checkpoint:
         from transformers import CLIPTextModel
         from transformers.utils.logging import disable_progress_bar
 
-        disable_progress_bar()  # of weights that load in a moment
+        disable_progress_bar()  # weights load in a moment
         model: CLIPTextModel = self._load_model("text_encoder", CLIPTextModel)
         return model.float().eval()
 
     def load_tokenizer(self) -> PromptTokenizer:
-        """Load the tokenizer; prompts become exactly as many tokens as the text model has positions."""
+        """Load the tokenizer. Every prompt becomes as many tokens as the text model has positions."""
         from tdm_runtime.checkpoint.tokenizer import PromptTokenizer
 
         tokenizer = self._load("tokenizer", PromptTokenizer.load)
@@ -152,22 +144,19 @@ class Checkpoint:
 
     @property
     def latent_channels(self) -> int:
-        """Of the denoiser's latents."""
-        return int(self._config("unet", "in_channels"))
+        """Channels of the denoiser's latents."""
+        return int(self._config(self.family.denoiser_folder, "in_channels"))
 
     @property
     def downscale(self) -> int:
-        """Pixels per latent, each side."""
-        return int(2 ** (len(self._config("vae", "block_out_channels")) - 1))
+        """Pixels per latent, along each side."""
+        return self._load("vae", lambda folder: self.family.spatial_compression(_read_config(folder)))
 
     def _config(self, part: str, key: str) -> Any:
-        def read(folder: Path) -> Any:
-            return json.loads((folder / "config.json").read_text(encoding="utf-8"))[key]
-
-        return self._load(part, read)
+        return self._load(part, lambda folder: _read_config(folder)[key])
 
     def _load_model(self, part: str, model_class: Any) -> Any:
-        """Load weights that are all there and all used: the libraries would fill gaps with random numbers."""
+        """Load weights and check that none is missing or unused: the libraries would fill gaps with random numbers."""
         model, report = self._load(part, partial(model_class.from_pretrained, output_loading_info=True))
         if strangers := sorted({*report["missing_keys"], *report["unexpected_keys"]}):
             raise CheckpointError(
@@ -179,7 +168,7 @@ class Checkpoint:
     def _load(self, part: str, load: Callable[[Path], Part]) -> Part:
         try:
             return load(self.folder / part)
-        except Exception as error:  # the libraries raise many kinds; all mean the same to a user
+        except Exception as error:  # the libraries raise many kinds; a user can do the same about all of them
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CheckpointError(
                 f"{self.folder / part} cannot be loaded: {reason}; restore the folder from its source"
@@ -188,19 +177,38 @@ class Checkpoint:
     def _check_step_condition(self, dim: int | None) -> None:
         if (self.recipe.step_condition == "timestep_cond") != (dim is not None):
             raise RecipeError(
-                f"{self.folder}: the recipe's step_condition is {self.recipe.step_condition!r} but the unet's "
-                f"time_cond_proj_dim is {dim}; recipe and weights are not of one training run"
+                f"{self.folder}: the recipe's step_condition is {self.recipe.step_condition!r} but the "
+                f"{self.family.denoiser_folder}'s time_cond_proj_dim is {dim}; recipe and weights are not of one "
+                "training run: restore the folder from its source"
             )
 
 
+def weight_files(family: Family) -> tuple[str, ...]:
+    """Return the weight files that every checkpoint of a family has, relative to its folder."""
+    return (
+        f"{family.denoiser_folder}/diffusion_pytorch_model.safetensors",
+        "vae/diffusion_pytorch_model.safetensors",
+        *(f"{part}/model.safetensors" for part in family.text_encoders),
+    )
+
+
+def other_files(family: Family) -> tuple[str, ...]:
+    """Return the other files that every checkpoint of a family has beside its recipe."""
+    return (
+        "model_index.json",
+        *(f"{part}/config.json" for part in (family.denoiser_folder, "vae", *family.text_encoders)),
+        *(f"{part}/{name}" for part in family.tokenizers for name in ("tokenizer.json", "tokenizer_config.json")),
+    )
+
+
 def open_checkpoint(folder: Path, hashes: FileHashes | None = None) -> Checkpoint:
-    """Check a folder's completeness, its recipe and the hash of every weight file.
+    """Check that a folder is complete, and its recipe and the hash of every weight file.
 
     Args:
         hashes: hashes that are known already; those that are computed here are added. None hashes every file.
 
     Raises:
-        CheckpointError: naming the file and what to do.
+        CheckpointError: the folder cannot be served; the message names the file and the remedy.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; give the folder of a checkpoint that has {RECIPE_FILE}")
@@ -212,11 +220,13 @@ def open_checkpoint(folder: Path, hashes: FileHashes | None = None) -> Checkpoin
         )
     recipe = load_recipe(folder)
     hashes = FileHashes() if hashes is None else hashes
+    family = _read_family(folder)
     tiny_vae_files = TINY_VAE_FILES if (folder / TINY_VAE).is_dir() else ()
-    if missing := [name for name in (*WEIGHT_FILES, *OTHER_FILES, *tiny_vae_files) if not (folder / name).is_file()]:
+    required = (*weight_files(family), *other_files(family), *tiny_vae_files)
+    if missing := [name for name in required if not (folder / name).is_file()]:
         raise CheckpointError(f"{folder} lacks {', '.join(missing)}; restore the folder from its source")
     # Shards and their index count too: the libraries would read them in place of the files listed.
-    weights = {*WEIGHT_FILES, *(str(file.relative_to(folder)) for file in folder.rglob("*.safetensors*"))}
+    weights = {*weight_files(family), *(str(file.relative_to(folder)) for file in folder.rglob("*.safetensors*"))}
     if unlisted := sorted(weights - set(recipe.files)):
         raise RecipeError(
             f"{folder / RECIPE_FILE} has no sha256 for {', '.join(unlisted[:3])}; publish the checkpoint anew, "
@@ -224,8 +234,7 @@ def open_checkpoint(folder: Path, hashes: FileHashes | None = None) -> Checkpoin
         )
     for name, expected in recipe.files.items():
         _check_hash(folder, name, expected, hashes)
-    _check_model_index(folder)
-    return Checkpoint(folder, recipe, hashes)
+    return Checkpoint(folder, recipe, family, hashes)
 
 
 def _check_hash(folder: Path, name: str, expected: str, hashes: FileHashes) -> None:
@@ -245,19 +254,30 @@ def _check_hash(folder: Path, name: str, expected: str, hashes: FileHashes) -> N
         )
 
 
-def _check_model_index(folder: Path) -> None:
+def _read_family(folder: Path) -> Family:
+    """Return the family that model_index.json names. Pipelines of other names are taken for Stable Diffusion."""
     file = folder / "model_index.json"
+    if not file.is_file():
+        raise CheckpointError(f"{folder} lacks {file.name}; restore the folder from its source")
     try:
         index = json.loads(file.read_text(encoding="utf-8"))
-        denoiser = index["unet"][1]
-    except (OSError, ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
+        family = family_of_pipeline(index.get("_class_name")) or FAMILIES["stable_diffusion"]
+        denoiser = index[family.denoiser_folder][1]
+    except (OSError, ValueError, AttributeError, KeyError, IndexError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{file} cannot be read ({error!r}); restore the folder from its source") from None
-    if denoiser != "UNet2DConditionModel":
-        raise CheckpointError(f"{file} names the denoiser {denoiser!r}; this version serves UNet2DConditionModel")
+    if family.name not in SERVED_FAMILIES:
+        raise CheckpointError(f"{file} is of {family.name}; this version serves {', '.join(SERVED_FAMILIES)} only")
+    if denoiser != family.denoiser_class:
+        raise CheckpointError(f"{file} names the denoiser {denoiser!r}; this version serves {family.denoiser_class}")
+    return family
+
+
+def _read_config(folder: Path) -> Any:
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
 def file_sha256(file: Path) -> str:
-    """Hex sha256 of a file."""
+    """Return the hex sha256 of a file."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

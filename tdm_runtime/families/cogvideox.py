@@ -1,22 +1,32 @@
-"""CogVideoXTransformer3DModel (CogVideoX text-to-video)."""
+"""CogVideoX, text to video: a T5 text encoder, CogVideoXTransformer3DModel and a VAE of clips."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from types import MethodType
+from typing import TYPE_CHECKING, Any, final
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from tdm_runtime.backends.interface import Interface, TensorSpec
+from tdm_runtime.errors import CheckpointError
 from tdm_runtime.families.conditioning import Conditioning
 from tdm_runtime.families.denoiser import Denoiser, require_outputs
+from tdm_runtime.families.family import Family, TextEncoders
+from tdm_runtime.families.latent_space import DecoderModule, LatentGeometry
+from tdm_runtime.families.positions import length, sines_1d, sines_2d
 
 if TYPE_CHECKING:
     from diffusers import CogVideoXTransformer3DModel
 
 
 class CogVideoXDenoiser(Denoiser):
-    """K goes in by the transformer's own `timestep_cond`; its frames come before its channels, ours after."""
+    """K goes in by the transformer's own `timestep_cond`. Its frames come before its channels, ours after."""
 
     timestep_embedding_name = "time_embedding"
+    latent_axes = ("frames", "height", "width")
 
     def __init__(self, model: CogVideoXTransformer3DModel) -> None:
         super().__init__(model)
@@ -24,8 +34,26 @@ class CogVideoXDenoiser(Denoiser):
         self.patch_size_t: int = model.config.patch_size_t or 1
         """Latent frames per token; the number of latent frames is a multiple of it."""
 
+    @property
+    def text_dim(self) -> int:
+        width: int = self.model.config.text_embed_dim
+        return width
+
+    def interface(self, tokens: int | str) -> Interface:
+        """Return what `forward` is called with.
+
+        Raises:
+            CheckpointError: the model reads a fixed number of tokens, and another one was given.
+        """
+        config = self.model.config
+        if not config.use_rotary_positional_embeddings and tokens != config.max_text_seq_length:
+            raise CheckpointError(
+                f"tokens is {tokens!r}; without rotary embeddings CogVideoX reads exactly {config.max_text_seq_length}"
+            )
+        return super().interface(tokens)
+
     def predict(self, latents: Tensor, timesteps: Tensor, condition: Tensor | None, prompt: Conditioning) -> Tensor:
-        """latents [B, C, F, H, W]; attention_mask is unread, as in stock pipelines.
+        """Call the transformer with latents [B, C, F, H, W]; attention_mask is unread, as in stock pipelines.
 
         Without rotary embeddings prompt_embeds must be exactly `max_text_seq_length` tokens long.
         """
@@ -40,7 +68,7 @@ class CogVideoXDenoiser(Denoiser):
         return output.transpose(1, 2)
 
     def _rotary_embedding(self, latents: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Cosines and sines [F * H * W / patches, attention_head_dim], as `CogVideoXPipeline` makes them."""
+        """Return cosines and sines [F * H * W / patches, attention_head_dim], as `CogVideoXPipeline` makes them."""
         config = self.model.config
         if not config.use_rotary_positional_embeddings:
             return None
@@ -66,3 +94,137 @@ class CogVideoXDenoiser(Denoiser):
                 device=device,
             )
         return rotary
+
+
+class CogVideoXDecoder(DecoderModule):
+    """Latents of a clip -> the pixels of its frames."""
+
+    def interface(self, latent_frames: int = 1) -> Interface:
+        """Return what `forward` is called with.
+
+        Args:
+            latent_frames: F, which is fixed: the VAE goes through the latent frames in a Python loop, two at a time.
+        """
+        config = self.vae.config
+        ratio = config.temporal_compression_ratio
+        num_frames = (latent_frames - 1) * ratio + 1 if latent_frames % 2 else latent_frames * ratio
+        return Interface(
+            (TensorSpec("latents", "float32", ("batch", config.latent_channels, latent_frames, "height", "width")),),
+            TensorSpec("pixels", "uint8", ("batch", num_frames, "height_px", "width_px", 3)),
+        )
+
+
+@final
+class CogVideoX(Family):
+    """Family of `CogVideoXPipeline`."""
+
+    name = "cogvideox"
+    pipelines = ("CogVideoXPipeline",)
+    denoiser_class = "CogVideoXTransformer3DModel"
+    adapter = CogVideoXDenoiser
+    makes_clips = True
+    vae_classes = ("AutoencoderKLCogVideoX",)
+    decoder = CogVideoXDecoder
+
+    def geometry(self, denoiser: Mapping[str, Any], vae: Mapping[str, Any]) -> LatentGeometry:
+        return replace(
+            super().geometry(denoiser, vae),
+            temporal_compression=int(vae.get("temporal_compression_ratio", 4)),
+            patch_size_t=int(denoiser.get("patch_size_t") or 1),
+        )
+
+    def encode_prompts(self, prompts: list[str], encoders: TextEncoders) -> Conditioning:
+        embeds, _ = encoders.pipeline.encode_prompt(
+            prompts,
+            device=encoders.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=encoders.denoiser_config.get("max_text_seq_length", 226),
+        )
+        return Conditioning(embeds)
+
+    def replacement(self, part: nn.Module) -> tuple[str, Any] | None:
+        from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXSafeConv3d
+        from diffusers.models.embeddings import CogVideoXPatchEmbed
+
+        if isinstance(part, CogVideoXPatchEmbed) and part.use_positional_embeddings:
+            return "_get_positional_embeddings", MethodType(_joint_position_embedding, part)
+        if isinstance(part, CogVideoXDenoiser) and part.model.config.use_rotary_positional_embeddings:
+            return "_rotary_embedding", MethodType(_traceable_rotary_embedding, part)
+        if isinstance(part, CogVideoXSafeConv3d):  # splits a large input, for the same result
+            return "forward", MethodType(nn.Conv3d.forward, part)
+        return None
+
+
+def _joint_position_embedding(self: Any, height: int, width: int, num_frames: int, device: object = None) -> Tensor:
+    """CogVideoXPatchEmbed._get_positional_embeddings [1, L + F * H * W / 4, D], zeros for the text; all on the CPU."""
+    spatial_dim, temporal_dim = 3 * self.embed_dim // 4, self.embed_dim // 4
+    frames = (num_frames - 1) // self.temporal_compression_ratio + 1
+    rows, columns, times = (
+        torch.arange(size, dtype=torch.float32) / scale
+        for size, scale in (
+            (height // self.patch_size, self.spatial_interpolation_scale),
+            (width // self.patch_size, self.spatial_interpolation_scale),
+            (frames, self.temporal_interpolation_scale),
+        )
+    )
+    spatial = sines_2d(rows, columns, spatial_dim)[None].expand(frames, -1, -1)
+    temporal = sines_1d(times, temporal_dim)[:, None].expand(-1, spatial.shape[1], -1)
+    video = torch.cat([temporal, spatial], dim=-1).flatten(0, 1)
+    return torch.cat([torch.zeros(self.max_text_seq_length, self.embed_dim), video])[None]
+
+
+def _traceable_rotary_embedding(self: CogVideoXDenoiser, latents: Tensor) -> tuple[Tensor, Tensor]:
+    """CogVideoXDenoiser._rotary_embedding in tensors: [F * H * W / patches, attention_head_dim] each."""
+    config = self.model.config
+    frames, height, width = latents.shape[2:]
+    counted = [
+        torch.arange(size, dtype=torch.float64)
+        for size in (frames // self.patch_size_t, height // self.patch_size, width // self.patch_size)
+    ]
+    times, rows, columns = counted
+    if config.patch_size_t is None:
+        trained = (config.sample_height // self.patch_size, config.sample_width // self.patch_size)
+        (top, bottom), (left, right) = _crop_region(length(rows), length(columns), *trained)
+        rows = _evenly_spaced(rows, top, bottom)
+        columns = _evenly_spaced(columns, left, right)
+    head_dim = config.attention_head_dim
+    axes = ((times, head_dim // 4), (rows, head_dim // 8 * 3), (columns, head_dim // 8 * 3))
+    shape = tuple(axis.shape[0] for axis in counted)
+
+    def table(wave: Callable[[Tensor], Tensor]) -> Tensor:
+        parts = []
+        for index, (positions, dim) in enumerate(axes):
+            waves = wave(positions.float()[:, None] * _rotary_frequencies(dim)).repeat_interleave(2, dim=1)
+            view = [1, 1, 1, dim]
+            view[index] = -1
+            parts.append(waves.view(view).expand(*shape, dim))
+        return torch.cat(parts, dim=-1).flatten(0, 2)
+
+    return table(torch.cos), table(torch.sin)
+
+
+def _crop_region(
+    height: Tensor, width: Tensor, trained_height: int, trained_width: int
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """diffusers' get_resize_crop_region_for_grid without branches. float64 as in Python, because halves are rounded.
+
+    Returns:
+        (top, bottom), (left, right).
+    """
+    is_tall = height / width > trained_height / trained_width
+    resized_height = torch.where(is_tall, float(trained_height), torch.round(trained_width / width * height))
+    resized_width = torch.where(is_tall, torch.round(trained_height / height * width), float(trained_width))
+    top = torch.round((trained_height - resized_height) / 2)
+    left = torch.round((trained_width - resized_width) / 2)
+    return (top, top + resized_height), (left, left + resized_width)
+
+
+def _evenly_spaced(counted: Tensor, start: Tensor, stop: Tensor) -> Tensor:
+    """Return linspace(start, stop * (n - 1) / n, n) for counted = 0 ... n - 1."""
+    count = length(counted)
+    last = stop * (count - 1) / count
+    return start + counted * ((last - start) / (count - 1).clamp(min=1))
+
+
+def _rotary_frequencies(dim: int) -> Tensor:
+    return 1.0 / 10000 ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)

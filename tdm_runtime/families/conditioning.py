@@ -1,4 +1,4 @@
-"""What a denoiser is told about the prompt, for a batch of samples."""
+"""`Conditioning`: what a denoiser reads about the prompts of a batch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Conditioning:
-    """The text side of a batch. Fields that a family does not read stay None."""
+    """Prompts of a batch, encoded. Fields that a family does not read stay None."""
 
     prompt_embeds: Tensor
     """[B, L, D]."""
@@ -25,20 +25,20 @@ class Conditioning:
         return len(self.prompt_embeds)
 
     def __getitem__(self, index: Tensor | slice) -> Conditioning:
-        """The samples at an index tensor [N], a mask [B] or a slice; always a batch."""
+        """Return the samples at an index tensor [N], a mask [B] or a slice, always as a batch."""
         prompt_embeds, *rest = self.tensors()
         return Conditioning(prompt_embeds[index], *(None if t is None else t[index] for t in rest))
 
     def tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """The fields in the order of a denoiser's `forward`."""
+        """Return the fields in the order of a denoiser's `forward`."""
         return self.prompt_embeds, self.pooled_prompt_embeds, self.attention_mask, self.time_ids
 
     @classmethod
     def cat(cls, first: Conditioning, second: Conditioning) -> Conditioning:
-        """One batch, `first` before `second`.
+        """Return one batch, `first` before `second`.
 
         Raises:
-            ValueError: a field is given by one of the two only.
+            ValueError: a field is None in one of the two only.
         """
         joined: list[Tensor | None] = []
         for field, a, b in zip(fields(cls), first.tensors(), second.tensors(), strict=True):
@@ -53,10 +53,10 @@ class Conditioning:
         return cls(prompt_embeds, *rest)
 
     def expand(self, count: int) -> Conditioning:
-        """A batch of one, repeated without a copy.
+        """Return a batch of one sample, repeated without a copy.
 
         Raises:
-            ValueError: the batch is not of one sample.
+            ValueError: the batch has more than one sample.
         """
         if len(self) != 1:
             raise ValueError(
@@ -67,6 +67,6 @@ class Conditioning:
         return Conditioning(prompt_embeds.expand(count, *prompt_embeds.shape[1:]), *repeated)
 
     def to(self, device: torch.device | str) -> Conditioning:
-        """The same on another device."""
+        """Return a copy on another device."""
         prompt_embeds, *rest = self.tensors()
         return Conditioning(prompt_embeds.to(device), *(None if t is None else t.to(device) for t in rest))

@@ -1,39 +1,49 @@
-"""What every denoiser adapter shares: one signature, and the input for the step count K.
+"""Base of the denoiser adapters: one signature, and the input for the step count K.
 
 diffusers' `TimestepEmbedding` adds `cond_proj(condition)` to the sinusoid of the timestep. A
-pretrained model gets a zero `cond_proj`, so that it starts as the model it was (TDM, sec. 3.2).
+pretrained model gets a zero `cond_proj`, so its outputs are unchanged at first (TDM, sec. 3.2).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from tdm_runtime.backends.interface import DType, Interface, TensorSpec
 from tdm_runtime.errors import CheckpointError
 from tdm_runtime.families.conditioning import Conditioning
 from tdm_runtime.families.step_condition import embed_step_count
 
 
 class Denoiser(nn.Module):
-    """A diffusers denoiser as every backend, trainer and exporter sees it: tensors in, one tensor out.
+    """A diffusers denoiser as every backend, trainer and exporter calls it: tensors in, one tensor out.
 
-    One call at a time: K may reach the model beside its arguments (`PassedCondition`).
+    It takes one call at a time, because K may reach the model beside its arguments (`PassedCondition`).
     """
 
     timestep_embedding_name: ClassVar[str]
-    """Where the model keeps the TimestepEmbedding that K enters."""
+    """Path of the model's TimestepEmbedding, which K enters."""
+    saves_step_condition: ClassVar[bool] = False
+    """Whether the model's own `save_pretrained` and `from_pretrained` keep the input for K."""
+    latent_axes: ClassVar[tuple[str, ...]] = ("height", "width")
+    """Names of the axes of a sample's latents after the channels."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
-        self.training = model.training  # a fresh nn.Module says True, whatever it holds
+        self.training = model.training  # nn.Module starts with True
         self.latent_channels: int = model.config.in_channels
         self.patch_size: int = getattr(model.config, "patch_size", 1)
         """Latents per token side; latent height and width are multiples of it."""
+
+    @property
+    def text_dim(self) -> int:
+        """Width D of the prompt embeddings that the model reads."""
+        raise NotImplementedError
 
     @property
     def timestep_embedding(self) -> Any:
@@ -42,7 +52,7 @@ class Denoiser(nn.Module):
 
     @property
     def condition_dim(self) -> int | None:
-        """Width of the embedding of K that the model takes; None where it has no input for K."""
+        """Width of the embedding of K that the model takes; None if it has no input for K."""
         projection = self.timestep_embedding.cond_proj
         return None if projection is None else int(projection.in_features)
 
@@ -59,14 +69,14 @@ class Denoiser(nn.Module):
         """Predict the model output.
 
         Args:
-            latents: [B, C, H, W], of a video [B, C, F, H, W].
+            latents: [B, C, H, W]; [B, C, F, H, W] for clips.
             timesteps: whole or fractional, [B].
-            step_counts: [B], each sample's K; unread where the model has no input for it. None asks
-                without K, as a teacher is asked: exactly the model as it was pretrained.
+            step_counts: [B], the K of each sample; unread if the model has no input for it. With None the model
+                runs without K, exactly as it was pretrained; teachers are called so.
             prompt_embeds, pooled_prompt_embeds, attention_mask, time_ids: see `Conditioning`.
 
         Returns:
-            Shaped as latents, of the recipe's prediction type.
+            Model output of the latents' shape, of the recipe's prediction type.
 
         Raises:
             ValueError: the model reads a part of the conditioning that is None.
@@ -75,11 +85,46 @@ class Denoiser(nn.Module):
         return self.predict(latents, timesteps, self._embedded(step_counts), prompt)
 
     def predict(self, latents: Tensor, timesteps: Tensor, condition: Tensor | None, prompt: Conditioning) -> Tensor:
-        """Call the model as its family is called; `condition` is the embedded K, [B, condition_dim]."""
+        """Call the model with its family's own arguments; `condition` is the embedded K, [B, condition_dim]."""
         raise NotImplementedError
 
+    def interface(self, tokens: int | str) -> Interface:
+        """Return what `forward` is called with: batch, height, width and frames may differ from call to call.
+
+        Args:
+            tokens: L of the prompt embeddings; "tokens" if it may differ from call to call.
+
+        Raises:
+            CheckpointError: the model reads a fixed number of tokens, and another one was given.
+        """
+
+        def batched(name: str, dtype: DType, shape: Sequence[int | str]) -> TensorSpec:
+            return TensorSpec(name, dtype, ("batch", *shape))
+
+        latents: tuple[int | str, ...] = (self.latent_channels, *self.latent_axes)
+        return Interface(
+            (
+                batched("latents", "float32", latents),
+                batched("timesteps", "float32", ()),
+                batched("step_counts", "int64", ()),
+                batched("prompt_embeds", "float32", (tokens, self.text_dim)),
+                *(batched(name, dtype, shape) for name, (dtype, shape) in self.conditioning_inputs(tokens).items()),
+            ),
+            batched("model_output", "float32", latents),
+        )
+
+    def conditioning_inputs(self, tokens: int | str) -> Mapping[str, tuple[DType, Sequence[int | str]]]:
+        """Return what the model reads beside prompt_embeds, with dtype and shape of one sample.
+
+        The keys are fields of `Conditioning`, in the order of that class.
+
+        Args:
+            tokens: see `interface`.
+        """
+        return {}
+
     def add_step_condition(self, dim: int = 256) -> None:
-        """Give the model an input for K that changes nothing yet. A model that has one keeps it.
+        """Give the model an input for K that changes no output yet. A model that has such an input keeps it.
 
         Args:
             dim: width of the embedding of K, even, at least 4.
@@ -94,19 +139,19 @@ class Denoiser(nn.Module):
         self.timestep_embedding.cond_proj = projection
 
     def step_condition_state(self) -> dict[str, Tensor]:
-        """The weights that read K, by their name in the model, copied to the CPU; empty without such an input.
+        """Return the weights that read K, by their name in the model, copied to the CPU; empty without such an input.
 
-        `from_pretrained` knows them for a UNet only: other families keep them in a file beside the model.
+        Models whose `from_pretrained` does not know them (`saves_step_condition`) keep them in a file beside the model.
         """
         if self.condition_dim is None:
             return {}
         return {self._projection_name: self.timestep_embedding.cond_proj.weight.detach().cpu().clone()}
 
     def load_step_condition(self, state: Mapping[str, Tensor]) -> None:
-        """Take weights that `step_condition_state` gave, adding the input for K where there is none.
+        """Load the weights of `step_condition_state`; a model without an input for K gets one.
 
         Raises:
-            CheckpointError: they are of another model.
+            CheckpointError: the weights belong to another model.
         """
         name, rows = self._projection_name, self.timestep_embedding.linear_1.in_features
         if set(state) != {name}:
@@ -134,10 +179,10 @@ class Denoiser(nn.Module):
 
 
 class PassedCondition:
-    """Hands K to a TimestepEmbedding that its model calls without a condition.
+    """Passes K to a TimestepEmbedding that its model calls without a condition.
 
-    The hook stays, the condition is there for one block only: torch.compile does not look at hooks
-    that come and go. Gradient checkpointing recomputes transformer blocks, which come after the embedding.
+    The hook is permanent and the condition is set for one block only, because torch.compile ignores hooks that come
+    and go. Gradient checkpointing recomputes transformer blocks only, which come after the embedding.
     """
 
     def __init__(self, embedding: nn.Module) -> None:
@@ -146,7 +191,7 @@ class PassedCondition:
 
     @contextmanager
     def during(self, condition: Tensor | None) -> Iterator[None]:
-        """Within the block the embedding is called with `condition`; also after an error it is forgotten."""
+        """Pass `condition` to the embedding within the block. It is cleared afterwards, also after an error."""
         self._condition = condition
         try:
             yield
@@ -160,10 +205,10 @@ class PassedCondition:
 
 
 def require(name: str, value: Tensor | None, family: str) -> Tensor:
-    """Return a part of the conditioning that a family cannot do without.
+    """Return a part of the conditioning that a family needs.
 
     Raises:
-        ValueError: it is None.
+        ValueError: the part is None.
     """
     if value is None:
         raise ValueError(f"{name} is None; {family} reads it: encode prompts with all text encoders of the checkpoint")
@@ -174,7 +219,7 @@ def require_outputs(model: Any, allowed: tuple[int, ...]) -> None:
     """Check that a model predicts its own latents.
 
     Raises:
-        CheckpointError: it does not, as inpainting and image-to-video models, which read a picture too.
+        CheckpointError: it does not. Inpainting and image-to-video models, for example, read a picture too.
     """
     inputs, outputs = model.config.in_channels, getattr(model.config, "out_channels", None)
     if outputs is not None and outputs not in allowed:

@@ -1,7 +1,7 @@
-"""How a denoiser is told the step count K it is sampled with (TDM, sec. 3.2).
+"""Embedding of K, the number of steps that a denoiser is sampled with (TDM, sec. 3.2).
 
-K is embedded as stock Stable Diffusion pipelines embed guidance_scale - 1, so a checkpoint
-conditioned this way also runs there, with guidance_scale = K + 1.
+K is embedded as stock Stable Diffusion pipelines embed guidance_scale - 1. So a checkpoint with this
+condition also runs there, with guidance_scale = K + 1.
 """
 
 from __future__ import annotations

@@ -1,47 +1,84 @@
-"""UNet2DConditionModel (Stable Diffusion 1 and 2, SDXL, and the embedded checkpoint)."""
+"""UNet2DConditionModel, which Stable Diffusion and SDXL share."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from tdm_runtime.families.conditioning import Conditioning
-from tdm_runtime.families.denoiser import Denoiser, require, require_outputs
+from tdm_runtime.families.denoiser import Denoiser, require_outputs
+from tdm_runtime.families.family import Family
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
+
+_MANY_UPSAMPLERS = 30
+"""Number of upsamplers that torch.export sees. A UNet doubles sizes that are multiples of 2**upsamplers and passes all
+other sizes on. A program that was traced with a multiple would fail at the others; no size is a multiple of 2**30, so
+every size is passed on."""
 
 
 class UNetDenoiser(Denoiser):
     """K goes in by the UNet's own `timestep_cond`, so stock pipelines can run the checkpoint too."""
 
     timestep_embedding_name = "time_embedding"
+    saves_step_condition = True
 
     def __init__(self, model: UNet2DConditionModel) -> None:
         super().__init__(model)
         require_outputs(model, (self.latent_channels,))
 
+    @property
+    def text_dim(self) -> int:
+        width: int = self.model.config.cross_attention_dim
+        return width
+
     def predict(self, latents: Tensor, timesteps: Tensor, condition: Tensor | None, prompt: Conditioning) -> Tensor:
-        """latents [B, C, H, W]; SDXL (`addition_embed_type` "text_time") reads pooled_prompt_embeds and time_ids."""
-        added = None
-        if self.model.config.addition_embed_type == "text_time":
-            added = {
-                "text_embeds": require("pooled_prompt_embeds", prompt.pooled_prompt_embeds, "SDXL"),
-                "time_ids": require("time_ids", prompt.time_ids, "SDXL"),
-            }
+        """Call the UNet with latents [B, C, H, W]."""
         output: Tensor = self.model(
             latents,
             timesteps,
             prompt.prompt_embeds,
             timestep_cond=condition,
-            added_cond_kwargs=added,
+            added_cond_kwargs=self._added_conditions(prompt),
             encoder_attention_mask=prompt.attention_mask,
             return_dict=False,
         )[0]
         return output
 
     def add_step_condition(self, dim: int = 256) -> None:
-        """As every family, and registered in the config: save_pretrained and from_pretrained keep it."""
+        """Give the UNet an input for K and register it in the config, so save_pretrained and from_pretrained keep it.
+
+        Args:
+            dim: see `Denoiser.add_step_condition`.
+        """
         super().add_step_condition(dim)
         self.model.register_to_config(time_cond_proj_dim=self.condition_dim)
+
+    def _added_conditions(self, prompt: Conditioning) -> dict[str, Tensor] | None:
+        """Return what the UNet reads beside the prompt's embeddings."""
+        return None
+
+
+class UNetFamily(Family):
+    """What Stable Diffusion and SDXL have in common."""
+
+    denoiser_folder = "unet"
+    denoiser_class = "UNet2DConditionModel"
+
+    def is_denoiser(self, model: Any) -> bool:
+        """Return whether a model is this family's UNet: only those of SDXL read the size of the picture."""
+        return super().is_denoiser(model) and reads_picture_size(model) == self._reads_picture_size
+
+    _reads_picture_size = False
+
+    def replacement(self, part: nn.Module) -> tuple[str, Any] | None:
+        from diffusers import UNet2DConditionModel
+
+        return ("num_upsamplers", _MANY_UPSAMPLERS) if isinstance(part, UNet2DConditionModel) else None
+
+
+def reads_picture_size(unet: Any) -> bool:
+    """Return whether a UNet reads pooled embeddings and the size of the picture beside the prompt."""
+    return bool(unet.config.addition_embed_type == "text_time")

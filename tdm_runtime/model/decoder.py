@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tdm_runtime.backends import Backend
-from tdm_runtime.model.components import DecoderModule
+from tdm_runtime.families import DecoderModule
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL

@@ -70,7 +70,7 @@ def test_random_checkpoint_can_be_opened(checkpoint: Path) -> None:
     assert opened.recipe.native_sizes == ((512, 512),)
     assert opened.recipe.step_counts == (1, 2, 3, 4)
     assert opened.has_tiny_vae
-    assert opened.load_unet().config.time_cond_proj_dim == 256
+    assert opened.load_denoiser().condition_dim == 256
     assert opened.load_tokenizer().max_tokens == 77
     assert opened.load_tiny_vae().config.latent_channels == 4
 

@@ -1,4 +1,4 @@
-"""Every family's ONNX file computes what torch does, at shapes other than the one it was traced with."""
+"""ONNX files of every family give what torch gives, also at shapes other than the traced one."""
 
 from __future__ import annotations
 
@@ -22,38 +22,36 @@ from export.onnx_export import EXAMPLE_SIZES, export_onnx
 from export.traceable import traceable
 from tdm_runtime.backends.interface import Interface, TensorSpec
 from tdm_runtime.errors import CheckpointError
-from tdm_runtime.families import Denoiser, denoiser_for
-from tdm_runtime.families.interfaces import interface_of
-from tdm_runtime.model.components import DecoderModule, TextEncoderModule, VideoDecoderModule
-from tests.tiny_models import TEXT_DIM, TEXT_TOKENS, tiny_cogvideox, tiny_pixart, tiny_sd3, tiny_sdxl_unet, tiny_unet
+from tdm_runtime.families import FAMILIES, DecoderModule, Denoiser, decoder_for, denoiser_for
+from tdm_runtime.model.components import TextEncoderModule
+from tests.tiny_models import TEXT_TOKENS, TINY_MODELS, tiny_cogvideox, tiny_pixart
 
 TOLERANCE = 1e-4
 """Largest distance to torch, as a share of the largest number: float32 summed in another order, through all layers."""
 VARIANTS: Mapping[str, Callable[[], Any]] = {
-    "sd": tiny_unet,
-    "sdxl": tiny_sdxl_unet,
-    "pixart-512": lambda: tiny_pixart(num_layers=1),
+    **{name: TINY_MODELS[name] for name in FAMILIES},
+    "pixart": lambda: tiny_pixart(num_layers=1),
     "pixart-1024": lambda: tiny_pixart(num_layers=1, use_additional_conditions=True),
-    "sd3": tiny_sd3,
-    "cogvideox-2b": lambda: tiny_cogvideox(num_layers=1),
+    "cogvideox": lambda: tiny_cogvideox(num_layers=1),
     "cogvideox-5b": lambda: tiny_cogvideox(num_layers=1, use_rotary_positional_embeddings=True),
 }
+"""Every family, and more variants of those whose published models need different replacements."""
 OTHER_SIZES: tuple[Mapping[str, int], ...] = (
     {"batch": 3, "height": 10, "width": 14, "frames": 5, "tokens": 9},
     {"batch": 1, "height": 20, "width": 6, "frames": 1, "tokens": 3},
     {"batch": 2, "height": 8, "width": 8, "frames": 3, "tokens": TEXT_TOKENS},  # as the tiny models were trained
 )
 ODD_SIZES = ({"batch": 1, "height": 9, "width": 11, "tokens": 4},)
-"""A UNet's levels need not divide its sizes; transformers take multiples of their patch size."""
+"""For models without patches. The others take multiples of their patch size only."""
 
 
 def denoiser_of(variant: str) -> tuple[Denoiser, Interface]:
-    """A denoiser that reads K by weights that are felt, the same on every call."""
+    """A denoiser whose output depends on K, with the same weights on every call."""
     denoiser = denoiser_for(VARIANTS[variant]())
     denoiser.add_step_condition(8)
     weight = denoiser.timestep_embedding.cond_proj.weight
     nn.init.normal_(weight, generator=torch.Generator().manual_seed(2))
-    return denoiser, interface_of(denoiser, TEXT_TOKENS if "cogvideox" in variant else "tokens", TEXT_DIM)
+    return denoiser, denoiser.interface(TEXT_TOKENS if "cogvideox" in variant else "tokens")
 
 
 def named(interface: Interface, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
@@ -92,7 +90,7 @@ class Exported:
         return torch.from_numpy(self.session.run(None, feed)[0])
 
     def weight_types(self) -> set[int]:
-        """Of matrices and kernels."""
+        """ONNX types of matrices and kernels."""
         model = onnx.load(self.file, load_external_data=False)
         return {weight.data_type for weight in model.graph.initializer if len(weight.dims) > 1 and weight.external_data}
 
@@ -111,8 +109,8 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 class TestDenoisers:
     def test_equals_torch_at_the_traced_shape_and_others(self, exported: Exported) -> None:
         draw = torch.Generator().manual_seed(3)
-        is_unet = exported.file.stem in ("sd", "sdxl")
-        for sizes in (EXAMPLE_SIZES, *OTHER_SIZES, *(ODD_SIZES if is_unet else ())):
+        takes_odd_sizes = exported.module.patch_size == 1
+        for sizes in (EXAMPLE_SIZES, *OTHER_SIZES, *(ODD_SIZES if takes_odd_sizes else ())):
             inputs = exported.interface.random_inputs(sizes, draw)
             expected = ask_torch(exported.module, exported.interface, inputs)
             assert_close(exported.ask_onnxruntime(inputs), expected)
@@ -151,20 +149,20 @@ class TestDenoisers:
 
 
 class TestTraceable:
-    """What export swaps computes what it is swapped for."""
+    """Replacements for export give the same results as the methods that they replace."""
 
     MORE = (*OTHER_SIZES, {"batch": 1, "height": 6, "width": 26, "frames": 2, "tokens": 3})
 
     @pytest.mark.parametrize("variant", VARIANTS)
-    def test_changes_no_number(self, variant: str) -> None:
+    def test_changes_no_result(self, variant: str) -> None:
         denoiser, interface = denoiser_of(variant)
         self.assert_unchanged(denoiser, interface, self.MORE)
 
-    def test_changes_no_number_of_cogvideox_1_5(self) -> None:
+    def test_changes_no_result_of_cogvideox_1_5(self) -> None:
         model = tiny_cogvideox(num_layers=1, use_rotary_positional_embeddings=True, patch_size_t=2)
         denoiser = denoiser_for(model)
         sizes = tuple({"batch": 2, "frames": frames, "height": 8, "width": 6} for frames in (2, 4))
-        self.assert_unchanged(denoiser, interface_of(denoiser, TEXT_TOKENS, TEXT_DIM), sizes)
+        self.assert_unchanged(denoiser, denoiser.interface(TEXT_TOKENS), sizes)
 
     @staticmethod
     def assert_unchanged(denoiser: Denoiser, interface: Interface, many: tuple[Mapping[str, int], ...]) -> None:
@@ -175,14 +173,16 @@ class TestTraceable:
                 actual = ask_torch(denoiser, interface, inputs)
             assert_close(actual, expected)
 
-    @pytest.mark.parametrize("variant", [variant for variant in VARIANTS if variant != "sd3"])  # which needs no swap
-    def test_leaves_the_module_as_it_was(self, variant: str) -> None:
+    @pytest.mark.parametrize("variant", VARIANTS)
+    def test_changes_what_the_family_states_and_restores_it_afterwards(self, variant: str) -> None:
         denoiser, _ = denoiser_of(variant)
-        before = [dict(part.__dict__) for part in denoiser.modules()]
+        parts = list(denoiser.modules())
+        before = [dict(part.__dict__) for part in parts]
+        stated = [any(family.replacement(part) for family in FAMILIES.values()) for part in parts]
         with pytest.raises(RuntimeError, match="stop"), traceable(denoiser):
-            assert any(part.__dict__ != was for part, was in zip(denoiser.modules(), before, strict=True))
+            assert [part.__dict__ != was for part, was in zip(parts, before, strict=True)] == stated
             raise RuntimeError("stop")
-        assert all(part.__dict__ == was for part, was in zip(denoiser.modules(), before, strict=True))
+        assert all(part.__dict__ == was for part, was in zip(parts, before, strict=True))
 
 
 def _kl_decoder() -> DecoderModule:
@@ -210,8 +210,8 @@ def _tiny_decoder() -> DecoderModule:
     )
 
 
-def _video_decoder() -> VideoDecoderModule:
-    return VideoDecoderModule(
+def _video_decoder() -> DecoderModule:
+    return decoder_for(
         AutoencoderKLCogVideoX(
             block_out_channels=(4, 4, 8),
             down_block_types=("CogVideoXDownBlock3D",) * 3,
@@ -283,7 +283,7 @@ def test_text_encoder_equals_torch(tmp_path: Path) -> None:
 
 class TestDtypes:
     def test_float16_weights_between_float32_tensors(self, tmp_path: Path) -> None:
-        denoiser, interface = denoiser_of("sd")
+        denoiser, interface = denoiser_of("stable_diffusion")
         before = {name: weight.clone() for name, weight in denoiser.state_dict().items()}
         half = export(denoiser, interface, tmp_path / "unet.onnx", torch.float16)
         assert half.weight_types() == {onnx.TensorProto.FLOAT16}
@@ -313,22 +313,22 @@ class TestInterfaces:
     @pytest.mark.parametrize(
         ("variant", "names"),
         [
-            ("sd", ()),
+            ("stable_diffusion", ()),
             ("sdxl", ("pooled_prompt_embeds", "time_ids")),
-            ("pixart-512", ("attention_mask",)),
+            ("pixart", ("attention_mask",)),
             ("sd3", ("pooled_prompt_embeds",)),
-            ("cogvideox-2b", ()),
+            ("cogvideox", ()),
         ],
     )
-    def test_names_what_the_family_reads(self, variant: str, names: tuple[str, ...]) -> None:
+    def test_inputs_are_those_that_the_family_reads(self, variant: str, names: tuple[str, ...]) -> None:
         _, interface = denoiser_of(variant)
         assert tuple(spec.name for spec in interface.inputs[4:]) == names
         assert interface.output.shape == interface.inputs[0].shape
 
     def test_cogvideox_with_sines_reads_a_fixed_number_of_tokens(self) -> None:
-        denoiser, _ = denoiser_of("cogvideox-2b")
+        denoiser, _ = denoiser_of("cogvideox")
         with pytest.raises(CheckpointError, match=rf"tokens is 'tokens'; .* exactly {TEXT_TOKENS}"):
-            interface_of(denoiser, "tokens", TEXT_DIM)
+            denoiser.interface("tokens")
 
 
 class TestErrors:
@@ -337,7 +337,7 @@ class TestErrors:
         TensorSpec("model_output", "float32", ("batch", 4, "height", "width")),
     )
 
-    def test_a_size_that_becomes_a_number_is_named(self, tmp_path: Path) -> None:
+    def test_a_size_that_becomes_a_constant_is_named(self, tmp_path: Path) -> None:
         class Bakes(nn.Module):
             def forward(self, latents: Tensor) -> Tensor:
                 return latents + float(int(latents.shape[-2] // 2))

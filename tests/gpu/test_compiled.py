@@ -18,7 +18,7 @@ pytestmark = [
 CUDA = torch.device("cuda")
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl"])
+@pytest.mark.parametrize("family", ["stable_diffusion", "sdxl"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-3), (torch.bfloat16, 0.03)])
 def test_compiled_equals_eager(family: str, dtype: torch.dtype, tolerance: float) -> None:
     """Batches of 3 and 4 share a program, and so do the two batches of 1."""

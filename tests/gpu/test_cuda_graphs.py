@@ -13,9 +13,9 @@ import torch
 from tdm_runtime.backends.cuda_graphs import CudaGraphBackend
 from tdm_runtime.backends.pytorch import TorchBackend
 from tdm_runtime.engine.engine import DiffusionEngine
+from tdm_runtime.families import DecoderModule
 from tdm_runtime.model.artifacts import BackendConfig
 from tdm_runtime.model.choice import load_model
-from tdm_runtime.model.components import DecoderModule
 from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.pipeline import generate
@@ -38,7 +38,7 @@ def on_cuda(family: str, batch: int, seed: int = 0, scale: int = 1) -> list[torc
 
 
 def pair(
-    family: str = "sd", dtype: torch.dtype = torch.float32, max_graphs: int = 8
+    family: str = "stable_diffusion", dtype: torch.dtype = torch.float32, max_graphs: int = 8
 ) -> tuple[CudaGraphBackend, TorchBackend]:
     """Return a replaying and an eager backend with the same weights."""
     denoiser, interface = tiny_denoiser(family)
@@ -46,7 +46,7 @@ def pair(
     return graphs, TorchBackend(denoiser, CUDA, dtype, interface=interface)
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl"])
+@pytest.mark.parametrize("family", ["stable_diffusion", "sdxl"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_replay_equals_the_eager_call(family: str, dtype: torch.dtype) -> None:
     """Shapes are recorded and replayed in turn, because they share memory."""
@@ -62,30 +62,30 @@ def test_a_replay_equals_the_eager_call(family: str, dtype: torch.dtype) -> None
 def test_a_replay_uses_the_inputs_of_its_call() -> None:
     graphs, eager = pair()
     for seed in range(4):
-        inputs = on_cuda("sd", 2, seed=seed)
+        inputs = on_cuda("stable_diffusion", 2, seed=seed)
         assert relative_l2(graphs(*inputs), eager(*inputs)) < KERNEL_TOLERANCE
 
 
 def test_later_calls_do_not_change_an_earlier_output() -> None:
     graphs, _ = pair()
-    first = graphs(*on_cuda("sd", 2))
+    first = graphs(*on_cuda("stable_diffusion", 2))
     kept = first.clone()
-    graphs(*on_cuda("sd", 2, seed=1))
-    graphs(*on_cuda("sd", 8, seed=2))
+    graphs(*on_cuda("stable_diffusion", 2, seed=1))
+    graphs(*on_cuda("stable_diffusion", 8, seed=2))
     assert torch.equal(first, kept)
 
 
 def test_batches_of_a_bucket_share_a_recording() -> None:
     graphs, _ = pair()
     for batch in (5, 6, 7, 8):
-        graphs(*on_cuda("sd", batch))
+        graphs(*on_cuda("stable_diffusion", batch))
     assert len(graphs._graphs) == 1
 
 
 def test_the_least_recently_used_recording_is_dropped() -> None:
     graphs, eager = pair(max_graphs=2)
     for batch in (1, 2, 1, 4, 1, 2, 4):
-        inputs = on_cuda("sd", batch)
+        inputs = on_cuda("stable_diffusion", batch)
         assert relative_l2(graphs(*inputs), eager(*inputs)) < KERNEL_TOLERANCE
         assert len(graphs._graphs) <= 2
 
@@ -93,7 +93,7 @@ def test_the_least_recently_used_recording_is_dropped() -> None:
 def test_another_thread_may_work_while_a_graph_is_recorded() -> None:
     """The decoder does this during denoiser calls: it allocates memory and records its own graphs."""
     torch.manual_seed(0)
-    decoder = DecoderModule(build_vae("sd"))
+    decoder = DecoderModule(build_vae("stable_diffusion"))
     decoding = CudaGraphBackend(copy.deepcopy(decoder), CUDA)
     eager = TorchBackend(decoder, CUDA)
     failures: list[BaseException] = []
@@ -112,7 +112,7 @@ def test_another_thread_may_work_while_a_graph_is_recorded() -> None:
     graphs, reference = pair(max_graphs=32)
     for batch in (1, 2, 4, 8, 16, 32):
         for scale in (1, 2):
-            inputs = on_cuda("sd", batch, scale=scale)
+            inputs = on_cuda("stable_diffusion", batch, scale=scale)
             assert relative_l2(graphs(*inputs), reference(*inputs)) < KERNEL_TOLERANCE
     thread.join()
     assert failures == []

@@ -12,7 +12,7 @@ import torch
 from export.onnx_export import export_onnx
 from tdm_runtime.backends.onnxruntime import OnnxRuntimeBackend
 from tdm_runtime.backends.pytorch import TorchBackend
-from tdm_runtime.model.components import DecoderModule
+from tdm_runtime.families import DecoderModule
 from tests.gpu.tiny_denoiser import relative_l2, tiny_denoiser, tiny_inputs
 from tests.tiny_pipelines import build_vae
 
@@ -43,7 +43,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
     folder = tmp_path_factory.mktemp("onnx")
 
     def build(dtype: torch.dtype) -> OnnxRuntimeBackend:
-        denoiser, interface = tiny_denoiser("sd")
+        denoiser, interface = tiny_denoiser("stable_diffusion")
         file = folder / f"{dtype}.onnx"
         if not file.exists():
             export_onnx(denoiser, interface, file, title="denoiser", dtype=dtype)
@@ -54,10 +54,10 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
 def test_outputs_equal_torch_at_any_batch_and_size(build: Build, dtype: torch.dtype) -> None:
-    backend, torch_backend = build(dtype), TorchBackend(tiny_denoiser("sd")[0], CUDA)
+    backend, torch_backend = build(dtype), TorchBackend(tiny_denoiser("stable_diffusion")[0], CUDA)
     assert backend._session.get_providers()[0] == "CUDAExecutionProvider"
     for batch, scale in [(1, 1), (3, 1), (2, 2), (1, 1), (7, 1), (3, 1)]:
-        inputs = [tensor.to(CUDA) for tensor in tiny_inputs("sd", batch, seed=batch, scale=scale)]
+        inputs = [tensor.to(CUDA) for tensor in tiny_inputs("stable_diffusion", batch, seed=batch, scale=scale)]
         output = backend(*inputs)
         assert output.is_cuda and output.dtype == torch.float32
         assert relative_l2(output, torch_backend(*inputs)) < TOLERANCES[dtype]
@@ -66,8 +66,8 @@ def test_outputs_equal_torch_at_any_batch_and_size(build: Build, dtype: torch.dt
 @pytest.mark.parametrize("is_default", [True, False])
 def test_calls_run_in_order_on_the_callers_stream(build: Build, is_default: bool) -> None:
     """Inputs are still being computed at the call, and outputs are used at once."""
-    backend, torch_backend = build(torch.float32), TorchBackend(tiny_denoiser("sd")[0], CUDA)
-    latents, *rest = (tensor.to(CUDA) for tensor in tiny_inputs("sd", 4))
+    backend, torch_backend = build(torch.float32), TorchBackend(tiny_denoiser("stable_diffusion")[0], CUDA)
+    latents, *rest = (tensor.to(CUDA) for tensor in tiny_inputs("stable_diffusion", 4))
     expected = torch_backend(2 * latents, *rest) + 1
     busy = torch.randn(4096, 4096, device=CUDA)
     stream = torch.cuda.default_stream() if is_default else torch.cuda.Stream()
@@ -85,17 +85,17 @@ def test_calls_run_in_order_on_the_callers_stream(build: Build, is_default: bool
 
 def test_later_calls_do_not_change_an_earlier_output(build: Build) -> None:
     backend = build(torch.float32)
-    inputs = [tensor.to(CUDA) for tensor in tiny_inputs("sd", 2)]
+    inputs = [tensor.to(CUDA) for tensor in tiny_inputs("stable_diffusion", 2)]
     for _ in range(2):  # first with ONNX Runtime's memory, then with torch's
         first = backend(*inputs)
         kept = first.clone()
-        backend(*(tensor.to(CUDA) for tensor in tiny_inputs("sd", 2, seed=1)))
+        backend(*(tensor.to(CUDA) for tensor in tiny_inputs("stable_diffusion", 2, seed=1)))
         assert torch.equal(first, kept)
 
 
 def test_the_decoder_returns_uint8_pixels(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    decoder = DecoderModule(build_vae("sd"))
+    decoder = DecoderModule(build_vae("stable_diffusion"))
     export_onnx(decoder, decoder.interface(), tmp_path / "decoder.onnx", title="decoder")
     backend = OnnxRuntimeBackend(tmp_path / "decoder.onnx", decoder.interface(), CUDA)
     for _ in range(2):

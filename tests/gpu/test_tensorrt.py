@@ -19,7 +19,8 @@ from tdm_runtime.backends.pytorch import TorchBackend
 from tdm_runtime.backends.tensorrt import BuiltFor, TensorRTBackend, built_for_file, import_tensorrt, sizes_of
 from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT, open_checkpoint
 from tdm_runtime.errors import ArtifactError, BackendError
-from tdm_runtime.model.components import DecoderModule, load_component
+from tdm_runtime.families import DecoderModule
+from tdm_runtime.model.components import load_component
 from tests.gpu.tiny_denoiser import relative_l2, tiny_denoiser, tiny_inputs
 from tests.tiny_pipelines import build_vae
 
@@ -58,7 +59,7 @@ def test_the_machine_and_sizes_of_a_plan_are_saved_beside_it(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(("name", "size"), [("batch", 5), ("height", 7), ("width", 17)])
 def test_a_size_outside_the_range_of_a_plan_is_refused_by_name(name: str, size: int) -> None:
-    interface = tiny_denoiser("sd")[1]
+    interface = tiny_denoiser("stable_diffusion")[1]
     given = {"batch": 4, "height": 8, "width": 16} | {name: size}
     shapes = [spec.resolve(given) for spec in interface.inputs]
     sizes = sizes_of(interface, shapes)
@@ -69,7 +70,7 @@ def test_a_size_outside_the_range_of_a_plan_is_refused_by_name(name: str, size: 
 
 
 def test_a_plan_is_tuned_for_the_first_size() -> None:
-    denoiser, decoder = tiny_denoiser("sd")[1], DecoderModule(build_vae("sd")).interface()
+    denoiser, decoder = tiny_denoiser("stable_diffusion")[1], DecoderModule(build_vae("stable_diffusion")).interface()
     ranges = size_ranges(denoiser, [(64, 64), (48, 96)], 8)
     assert ranges == {"batch": (1, 8, 8), "height": (48, 64, 64), "width": (64, 64, 96)}
     assert size_ranges(decoder, [(64, 64)], 1) == {"batch": (1, 1, 1), "height": (64, 64, 64), "width": (64, 64, 64)}
@@ -89,7 +90,7 @@ def test_a_gpu_without_a_precision_is_refused() -> None:
 @pytest.mark.skipif(HAS_TENSORRT, reason="tensorrt is installed")
 def test_without_tensorrt_the_error_names_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(BackendError, match=r"tensorrt cannot be imported .*; `pip install tensorrt`"):
-        TensorRTBackend(tmp_path / "denoiser.plan", tiny_denoiser("sd")[1], CUDA)
+        TensorRTBackend(tmp_path / "denoiser.plan", tiny_denoiser("stable_diffusion")[1], CUDA)
 
 
 class Convolution(nn.Module):
@@ -114,7 +115,7 @@ def test_precision_of_reads_the_precision_of_the_file(tmp_path: Path) -> None:
 def test_cast_last_moves_the_cast_to_the_end_and_keeps_the_pixels(tmp_path: Path) -> None:
     """TensorRT supports uint8 only at an output."""
     onnx = pytest.importorskip("onnx")
-    decoder = DecoderModule(build_vae("sd"))
+    decoder = DecoderModule(build_vae("stable_diffusion"))
     interface = decoder.interface()
     before, after = tmp_path / "before.onnx", tmp_path / "after.onnx"
     export_onnx(decoder, interface, before, title="decoder")
@@ -161,7 +162,7 @@ def test_fp8_rounds_products_and_stays_close_to_float32(tmp_path: Path) -> None:
 
 def built(folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Path, Path]:
     """Build the tiny denoiser's ONNX file and plan, and return both paths."""
-    denoiser, interface = tiny_denoiser("sd", seed)
+    denoiser, interface = tiny_denoiser("stable_diffusion", seed)
     onnx_file, plan = folder / f"{seed}-{dtype}.onnx", folder / f"{seed}-{dtype}.plan"
     export_onnx(denoiser, interface, onnx_file, title="denoiser", dtype=dtype)
     build_plan(onnx_file, plan, interface, SIZES, timing_cache=folder / "timing.cache")
@@ -174,22 +175,22 @@ def built(folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0) -> tu
 def test_a_plan_computes_the_same_as_torch(tmp_path: Path, dtype: torch.dtype, tolerance: float) -> None:
     """Sizes vary within the ranges; batches beyond the largest are split."""
     _, plan = built(tmp_path, dtype)
-    denoiser, interface = tiny_denoiser("sd")
+    denoiser, interface = tiny_denoiser("stable_diffusion")
     backend, eager = TensorRTBackend(plan, interface, CUDA), TorchBackend(denoiser, CUDA)
     for batch, scale in [(1, 1), (3, 1), (2, 2), (7, 1), (1, 1)]:
-        inputs = [tensor.to(CUDA) for tensor in tiny_inputs("sd", batch, seed=batch, scale=scale)]
+        inputs = [tensor.to(CUDA) for tensor in tiny_inputs("stable_diffusion", batch, seed=batch, scale=scale)]
         output = backend(*inputs)
         assert output.dtype == torch.float32 and output.shape == inputs[0].shape
         assert relative_l2(output, eager(*inputs)) < tolerance
     with pytest.raises(BackendError, match=r"height is 24; .* takes 8 to 16"):
-        backend(*(tensor.to(CUDA) for tensor in tiny_inputs("sd", 1, scale=3)))
+        backend(*(tensor.to(CUDA) for tensor in tiny_inputs("stable_diffusion", 1, scale=3)))
 
 
 @pytest.mark.gpu
 @on_a_gpu
 def test_the_plan_of_a_decoder_returns_uint8_pixels(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    decoder = DecoderModule(build_vae("sd"))
+    decoder = DecoderModule(build_vae("stable_diffusion"))
     interface, plan = decoder.interface(), tmp_path / "decoder.plan"
     export_onnx(decoder, interface, tmp_path / "decoder.onnx", title="decoder")
     build_plan(tmp_path / "decoder.onnx", plan, interface, SIZES)
@@ -203,10 +204,10 @@ def test_the_plan_of_a_decoder_returns_uint8_pixels(tmp_path: Path) -> None:
 @on_a_gpu
 def test_refit_replaces_the_weights_and_can_restore_them(tmp_path: Path) -> None:
     first_file, plan = built(tmp_path)
-    other, interface = tiny_denoiser("sd", seed=1)
+    other, interface = tiny_denoiser("stable_diffusion", seed=1)
     other_file = tmp_path / "other.onnx"
     export_onnx(other, interface, other_file, title="denoiser")
-    inputs = [tensor.to(CUDA) for tensor in tiny_inputs("sd", 2)]
+    inputs = [tensor.to(CUDA) for tensor in tiny_inputs("stable_diffusion", 2)]
     backend = TensorRTBackend(plan, interface, CUDA)
     before, expected = backend(*inputs), TorchBackend(other, CUDA)(*inputs)
     assert relative_l2(before, expected) > 0.1
@@ -220,17 +221,17 @@ def test_refit_replaces_the_weights_and_can_restore_them(tmp_path: Path) -> None
 @on_a_gpu
 def test_refit_refuses_a_file_of_another_graph(tmp_path: Path) -> None:
     _, plan = built(tmp_path)
-    decoder = DecoderModule(build_vae("sd"))
+    decoder = DecoderModule(build_vae("stable_diffusion"))
     export_onnx(decoder, decoder.interface(), tmp_path / "decoder.onnx", title="decoder")
     with pytest.raises(ArtifactError, match=r"decoder.onnx"):
-        TensorRTBackend(plan, tiny_denoiser("sd")[1], CUDA).refit(tmp_path / "decoder.onnx")
+        TensorRTBackend(plan, tiny_denoiser("stable_diffusion")[1], CUDA).refit(tmp_path / "decoder.onnx")
 
 
 @pytest.mark.gpu
 @on_a_gpu
 def test_plans_of_other_versions_and_damaged_ones_are_refused(tmp_path: Path) -> None:
     _, plan = built(tmp_path)
-    interface, beside = tiny_denoiser("sd")[1], built_for_file(plan)
+    interface, beside = tiny_denoiser("stable_diffusion")[1], built_for_file(plan)
     original = beside.read_text(encoding="utf-8")
     assert json.loads(original)["tensorrt"] == import_tensorrt().__version__
     beside.write_text(original.replace(import_tensorrt().__version__, "8.0.0"), encoding="utf-8")

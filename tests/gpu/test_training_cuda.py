@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate import PartialState
 
+from tdm_runtime.families import FAMILIES
 from tests.training.tiny_runs import UNIFY, tiny_distiller
 from training.run.distill import Distiller
 from training.run.loop import step_generator
@@ -16,7 +17,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-FAMILIES = ("sd", "sdxl", "pixart", "sd3", "cogvideox")
 
 
 def trained(distiller: Distiller, steps: int = 2) -> list[torch.Tensor]:
@@ -37,11 +37,11 @@ def test_a_family_trains_on_cuda(family: str, lora_rank: int) -> None:
 
 def test_cuda_and_cpu_train_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     config = replace(UNIFY, precision="fp32")
-    on_cuda = trained(tiny_distiller("sd", config))
+    on_cuda = trained(tiny_distiller("stable_diffusion", config))
     PartialState._reset_state()  # it keeps the device of the first use
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: False)
-        on_cpu = trained(tiny_distiller("sd", config))
+        on_cpu = trained(tiny_distiller("stable_diffusion", config))
     PartialState._reset_state()
     for first, second in zip(on_cuda, on_cpu, strict=True):
         torch.testing.assert_close(first, second, rtol=1e-2, atol=1e-3)

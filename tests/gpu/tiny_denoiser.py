@@ -7,8 +7,7 @@ from torch import Tensor
 
 from tdm_runtime.backends.interface import Interface
 from tdm_runtime.families import Denoiser, denoiser_for
-from tdm_runtime.families.interfaces import interface_of
-from tests.tiny_models import TEXT_DIM, TEXT_TOKENS, TINY_MODELS, TINY_SHAPES, tiny_conditioning
+from tests.tiny_models import TEXT_TOKENS, TINY_MODELS, TINY_SHAPES, tiny_conditioning
 
 CONDITION_DIM = 8
 
@@ -21,7 +20,7 @@ def tiny_denoiser(family: str, seed: int = 0) -> tuple[Denoiser, Interface]:
     for parameter in denoiser.parameters():
         if seed or not parameter.any():  # the step condition starts at zero; it must have an effect
             torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5, generator=draw)
-    return denoiser.requires_grad_(False), interface_of(denoiser, TEXT_TOKENS, TEXT_DIM)
+    return denoiser.requires_grad_(False), denoiser.interface(TEXT_TOKENS)
 
 
 def tiny_inputs(family: str, batch: int, *, seed: int = 0, scale: int = 1) -> tuple[Tensor, ...]:

@@ -28,7 +28,7 @@ student_learning_rate = 1e-3
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")
-    build_pipeline("sd").save_pretrained(folder)
+    build_pipeline("stable_diffusion").save_pretrained(folder)
     return folder
 
 

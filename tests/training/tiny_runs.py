@@ -8,20 +8,20 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from tdm_runtime.families import Conditioning, denoiser_for
+from tdm_runtime.families import FAMILIES, Conditioning, denoiser_for
 from tdm_runtime.sampling.schedule import DiffusionSchedule, FlowSchedule, NoiseSchedule
 from tdm_runtime.sampling.step_table import PredictionType
 from tests.tiny_models import TINY_MODELS, TINY_SHAPES, tiny_conditioning
 from training.config import DistillConfig
-from training.pretrained.base_model import BaseModel, Family
+from training.pretrained.base_model import BaseModel
 from training.pretrained.train import build_roles, coordinates_of
 from training.run.distill import Distiller, Run
 from training.run.loop import step_generator
 from training.run.processes import Processes
 
 PROMPTS = 8
-NOISE: Mapping[Family, tuple[NoiseSchedule, PredictionType]] = {
-    "sd": (DiffusionSchedule(), "epsilon"),
+NOISE: Mapping[str, tuple[NoiseSchedule, PredictionType]] = {
+    "stable_diffusion": (DiffusionSchedule(), "epsilon"),
     "sdxl": (DiffusionSchedule(), "v_prediction"),
     "pixart": (DiffusionSchedule("linear", 0.0001, 0.02), "epsilon"),
     "sd3": (FlowSchedule(shift=3.0), "flow_prediction"),
@@ -62,12 +62,14 @@ class TinyPrompts:
         return torch.stack(draws)
 
 
-def tiny_base(family: Family) -> BaseModel:
+def tiny_base(family: str) -> BaseModel:
     """Return a teacher with random weights, which are the same on every call."""
-    return BaseModel(family, denoiser_for(TINY_MODELS[family]()), *NOISE[family], 8, 4)
+    denoiser = denoiser_for(TINY_MODELS[family]())
+    geometry = FAMILIES[family].geometry(denoiser.model.config, {"block_out_channels": [4] * 4})
+    return BaseModel(FAMILIES[family], denoiser, *NOISE[family], geometry)
 
 
-def tiny_distiller(family: Family, config: DistillConfig, *, has_latents: bool = False) -> Distiller:
+def tiny_distiller(family: str, config: DistillConfig, *, has_latents: bool = False) -> Distiller:
     """Return a distillation before its first iteration."""
     base, processes = tiny_base(family), Processes()
     coordinates = coordinates_of(base, config)

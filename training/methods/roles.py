@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from tdm_runtime.families.conditioning import Conditioning
 from tdm_runtime.families.denoiser import Denoiser
+from tdm_runtime.families.family import ATTENTION_PROJECTIONS
 from training.methods.losses import guided
 from training.methods.precision import Precision, autocast
 from training.methods.trajectory import Coordinates
 
 TrainedRole = Literal["student", "fake"]
-ATTENTION_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 @dataclass(frozen=True)

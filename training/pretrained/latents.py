@@ -1,4 +1,4 @@
-"""Pictures -> latents, paired with embedded prompts by number: for GAN, LCM and fine-tuning, which learn from data."""
+"""Encode pictures to latents, paired with embedded prompts by number. GAN, LCM and fine-tuning learn from them."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
 from tdm_runtime.errors import CheckpointError
-from training.pretrained.base_model import Family, family_of
+from tdm_runtime.families import Family
+from training.pretrained.base_model import family_of
 from training.pretrained.prompts import (
     EmbeddingIndex,
     PromptError,
@@ -35,37 +36,37 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 @dataclass(frozen=True)
 class LatentEncoder:
-    """A base's VAE, and its denoiser's units: latents of about unit spread."""
+    """VAE of a base and its family."""
 
     vae: Any
-    scaling_factor: float
-    shift_factor: float
+    family: Family
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """pixels [B, 3, H, W] in [-1, 1] -> latents [B, C, h, w], float32, the mean of the VAE's distribution."""
-        mean: Tensor = self.vae.encode(pixels).latent_dist.mode()
-        return (mean - self.shift_factor) * self.scaling_factor
+        """Return latents [B, C, h, w] as the denoiser reads them, float32, for pixels [B, 3, H, W] in [-1, 1]."""
+        return self.family.encode_pixels(self.vae, pixels)
 
 
 def load_latent_encoder(base_folder: Path, device: str) -> LatentEncoder:
     """Load the VAE of a diffusers pipeline folder.
 
     Raises:
+        PromptError: the VAE takes clips.
         CheckpointError: it cannot be loaded.
     """
-    family: Family = family_of(base_folder)
-    if family == "cogvideox":
+    family = family_of(base_folder)
+    if family.makes_clips:
         raise PromptError(
-            f"{base_folder} is of cogvideox, whose VAE takes clips, and pictures are encoded here; "
+            f"{base_folder} is of {family.name}, whose VAE takes clips, and pictures are encoded here; "
             "use a data-free method (tdm without adversarial_weight) for video"
         )
+    vae_class = getattr(diffusers, family.vae_classes[0])
     try:
-        vae = AutoencoderKL.from_pretrained(base_folder / "vae", use_safetensors=True, local_files_only=True)
-    except Exception as error:  # diffusers raises many kinds; all mean the same to a user
+        vae = vae_class.from_pretrained(base_folder / "vae", use_safetensors=True, local_files_only=True)
+    except Exception as error:  # diffusers raises many kinds; a user can do the same about all of them
         raise CheckpointError(f"{base_folder / 'vae'} cannot be loaded: {error}; restore it from its source") from error
     vae = vae.float().eval().requires_grad_(False).to(device)
-    return LatentEncoder(vae, float(vae.config.scaling_factor), float(vae.config.shift_factor or 0.0))
+    return LatentEncoder(vae, family)
 
 
 def encode_latents(
@@ -79,14 +80,14 @@ def encode_latents(
     batch_size: int = 4,
     device: str | None = None,
 ) -> int:
-    """Encode a picture for each prompt into the folder of their embeddings. A killed run goes on where it stood.
+    """Encode a picture for each prompt into the folder of their embeddings. A killed run continues when started again.
 
     Args:
-        images: a folder, whose pictures in the order of their names belong to the prompts in theirs; or a
-            prompt file with "image" on each line.
-        output_folder: where `embed_prompts` has been.
-        width, height: pictures are scaled to cover that, in pixels, and cut in the middle.
-        device: of the VAE; by default CUDA where there is one.
+        images: a folder, whose pictures sorted by name pair with the prompts in their order; or a prompt file with
+            "image" on each line.
+        output_folder: folder that `embed_prompts` wrote.
+        width, height: size in pixels that pictures are scaled to cover, and then cropped to at the centre.
+        device: device of the VAE; by default CUDA if there is a CUDA device.
 
     Returns:
         The number of pictures.
@@ -95,10 +96,12 @@ def encode_latents(
         PromptError: pictures and prompts do not pair, or a picture cannot be read.
     """
     index = read_index(output_folder)
-    if (index.family, index.width, index.height) != (family_of(base_folder), width, height):
+    family = family_of(base_folder).name
+    if (index.family, index.width, index.height) != (family, width, height):
         raise PromptError(
             f"{output_folder} holds embeddings of {index.family} at {index.width}x{index.height}, the latents are of "
-            f"{family_of(base_folder)} at {width}x{height}; latents and embeddings must agree"
+            f"{family} at {width}x{height}; latents and embeddings must agree: give the base and the size of the "
+            "embeddings"
         )
     files = list_images(images)
     if len(files) != index.count:
@@ -120,10 +123,10 @@ def encode_latents(
 
 
 def list_images(images: Path) -> list[Path]:
-    """The pictures of a folder by name, or of a prompt file by line.
+    """Return the pictures of a folder sorted by name, or of a prompt file in the order of its lines.
 
     Raises:
-        PromptError: a line names none.
+        PromptError: a line names no picture.
     """
     if images.is_dir():
         return sorted(file for file in images.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
@@ -136,10 +139,10 @@ def list_images(images: Path) -> list[Path]:
 
 
 def read_pixels(file: Path, width: int, height: int) -> Tensor:
-    """A picture scaled to cover the size and cut in the middle, [3, H, W] in [-1, 1].
+    """Return a picture, scaled to cover the size and cropped at the centre, [3, H, W] in [-1, 1].
 
     Raises:
-        PromptError: it cannot be read.
+        PromptError: the picture cannot be read.
     """
     try:
         with Image.open(file) as image:
@@ -155,7 +158,7 @@ def _encode_files(encoder: LatentEncoder, files: Sequence[Path], index: Embeddin
 
 
 def _settle(folder: Path, files: Sequence[Path], stored_type: StoredType) -> None:
-    """Note what the latents are of, or find that a run before meant the same."""
+    """Write down what the latents are made of, or check that an earlier run was made of the same."""
     names = hashlib.sha256("\n".join(str(file.resolve()) for file in files).encode()).hexdigest()
     plan = {"stored_type": stored_type, "pictures_sha256": names}
     file = folder / LATENTS_FILE

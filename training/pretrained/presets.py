@@ -1,9 +1,9 @@
-"""Distillations by name: the paper's hyper-parameters (App. D), and what turns one into a baseline.
+"""Presets of distillations by name, with the paper's hyper-parameters (App. D), and the baselines made from them.
 
-Three sources are named below. "paper" is TDM (App. D). "demo" is its public demo and checkpoints.
-"ours" are choices that neither states: `ema_decay`, `accumulation` and checkpointing (both change
-memory and time, not the result), and whatever is marked so. A preset for one K tells K to nobody:
-there is nothing to tell apart, and stock pipelines then need no input for it.
+Each docstring names the sources. "Paper" is TDM (App. D). "Demo" is its public demo and checkpoints. "Ours" are
+choices that neither states: `ema_decay`, `accumulation` and checkpointing (both change memory and time, not the
+result), and others marked so. In a preset for one K no model reads K: there is only one value, and stock pipelines
+then need no input for it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SD15 = DistillConfig(
     fake_learning_rate=2e-5,
     guidance_scale=3.5,
 )
-"""TDM-unify on Stable Diffusion 1.5, all weights. Paper: every number, 512 pixels being the model's."""
+"""TDM-unify on Stable Diffusion 1.5, all weights, 512 pixels. Paper: every number."""
 
 SD15_4STEP = replace(SD15, steps=3_000, step_counts=(4,), step_condition_for="none")
 """TDM for 4 steps on Stable Diffusion 1.5. Paper: "within 3k iterations for specific 4-step training"."""
@@ -38,9 +38,9 @@ SD15_LORA = replace(
 )
 """TDM-LoRA (Table 2): 4 steps, for any model that was fine-tuned from the base.
 
-Paper: iterations and guidance, as 4 steps on Stable Diffusion 1.5. Demo: the rank; and that LoRA
-needs a rate near 1e-4, 2e-6 moving nothing. Ours: the batch size, the fake score's rate, and alpha,
-which is the rank so that readers with and without alpha agree.
+Paper: iterations and guidance, as for 4 steps on Stable Diffusion 1.5. Demo: the rank, and a learning rate near
+1e-4, since 2e-6 hardly moves a LoRA. Ours: the batch size, the fake score's learning rate, and alpha, which equals
+the rank so that readers with and without alpha agree.
 """
 
 SDXL_512 = DistillConfig(
@@ -59,8 +59,8 @@ SDXL_512 = DistillConfig(
 """First stage of 4 steps on SDXL, all weights, 512 pixels. Paper: every number."""
 
 SDXL_1024 = replace(SDXL_512, accumulation=16, width=1024, height=1024)
-"""Second stage, at 1024 pixels: the student goes on from the first stage (`student_folder`), the
-fake score starts from the pretrained SDXL again. Paper: every number, and the new fake score."""
+"""Second stage, at 1024 pixels. The student starts from the first stage (`student_folder`), the fake score from
+the pretrained SDXL again. Paper: every number, and the new fake score."""
 
 PIXART_512 = DistillConfig(
     steps=500,
@@ -75,7 +75,7 @@ PIXART_512 = DistillConfig(
 """4 steps on PixArt-alpha, all weights, 512 pixels. Paper: every number."""
 
 PIXART_1024 = replace(PIXART_512, accumulation=8, gradient_checkpointing=True, width=1024, height=1024)
-"""The same at 1024 pixels. Paper: every number, which it states for both sizes at once."""
+"""4 steps on PixArt-alpha at 1024 pixels. Paper: every number; it states them once for both sizes."""
 
 SD3 = DistillConfig(
     steps=3_000,
@@ -95,8 +95,8 @@ SD3 = DistillConfig(
 )
 """4 steps on Stable Diffusion 3, LoRA, flow matching. The paper has no numbers for it.
 
-Demo: flow shift 6, 1024 pixels, that two adapters share the base, and rank and alpha (of the
-SD3.5 checkpoint). diffusers: the guidance, its pipeline's default. Ours: the rest.
+Demo: flow shift 6, 1024 pixels, two adapters on one base, and the rank and alpha of the SD3.5 checkpoint.
+diffusers: the guidance, which is its pipeline's default. Ours: the rest.
 """
 
 COGVIDEOX = DistillConfig(
@@ -118,8 +118,8 @@ COGVIDEOX = DistillConfig(
 )
 """4 steps on CogVideoX-2b, LoRA, 49 frames. The paper has a result (Table 4) and no numbers.
 
-Demo: the timesteps (even spacing makes worse video), size and frames, and that LoRA needs a rate
-near 1e-4. diffusers: the guidance, its pipeline's default. Ours: the rest.
+Demo: the timesteps (even spacing makes worse video), size and frames, and a learning rate near 1e-4 for LoRA.
+diffusers: the guidance, which is its pipeline's default. Ours: the rest.
 """
 
 PRESETS: Mapping[str, DistillConfig] = {
@@ -133,14 +133,14 @@ PRESETS: Mapping[str, DistillConfig] = {
     "sd3": SD3,
     "cogvideox": COGVIDEOX,
 }
-"""By the name that a command takes; each is described at its constant."""
+"""Name on the command line -> preset."""
 
 
 def as_dmd2(config: DistillConfig) -> DistillConfig:
-    """The same run by DMD2 (Yin et al. 2024): clean estimates matched over all noise levels, one fake score.
+    """Return the same run by DMD2 (Yin et al. 2024): one fake score, clean estimates matched over all noise levels.
 
-    Source: App. F.1 for the ten updates of the fake score, "other hyper-parameters remain consistent";
-    DMD2 for the rest. Its discriminator is `adversarial_weight`, which is left as it is.
+    Sources: App. F.1 for the ten updates of the fake score, "other hyper-parameters remain consistent"; DMD2 for
+    the rest. `adversarial_weight`, the weight of its discriminator, stays unchanged.
     """
     return replace(
         config,
@@ -156,7 +156,7 @@ def as_dmd2(config: DistillConfig) -> DistillConfig:
 
 
 def as_lcm(config: DistillConfig) -> DistillConfig:
-    """The same run by latent consistency distillation (Luo et al. 2023), whole copies on real latents.
+    """Return the same run by latent consistency distillation (Luo et al. 2023), on real latents and all weights.
 
     Raises:
         ConfigError: the config trains LoRA adapters.

@@ -1,8 +1,8 @@
-"""Prompt files, and their embeddings on disk: encoded once, read by number while training.
+"""Prompt files and their embeddings on disk. Prompts are encoded once and read by number in training.
 
 A folder of embeddings holds `index.json`, `empty.safetensors` (the empty prompt) and shards
-`prompts-00000.safetensors` of `Conditioning`'s fields, row n being line n of the prompt file;
-beside them, where a method needs data, shards `latents-00000.safetensors` (`training.pretrained.latents`).
+`prompts-00000.safetensors` with the fields of `Conditioning`; row n is line n of the prompt file. For methods that
+learn from data it also holds shards `latents-00000.safetensors` (`training.pretrained.latents`).
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from tqdm import tqdm
 
 from tdm_runtime.checkpoint.folder import file_sha256
 from tdm_runtime.errors import TDMError
-from tdm_runtime.families.conditioning import Conditioning
-from training.pretrained.base_model import BaseModel, Family, encode_prompts, family_of
+from tdm_runtime.families import Conditioning, current_name
+from training.pretrained.base_model import BaseModel, encode_prompts, family_of
 from training.run.loop import step_generator
 
 INDEX_FILE = "index.json"
 EMPTY_FILE = "empty.safetensors"
 INDEX_FORMAT = 1
 SMALL_FILE = 2**20
-"""Files up to this many bytes are hashed whole in a fingerprint of text encoders; of larger ones the size is."""
+"""Files up to this size, in bytes, go into the fingerprint of the text encoders whole; larger ones with their size."""
 
 StoredType = Literal["fp16", "bf16", "fp32"]
 STORED_TYPES: Mapping[StoredType, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -53,10 +53,10 @@ class PromptRow:
 
 
 def read_prompt_file(file: Path) -> list[PromptRow]:
-    """Read JSON lines, `{"prompt": "..."}` each, optionally with "image"; other fields are not read.
+    """Read lines of JSON: `{"prompt": "..."}` with an optional "image"; other fields are ignored.
 
     Raises:
-        PromptError: the file is missing or empty, or a line is not of that form.
+        PromptError: the file is missing or empty, or a line does not have that form.
     """
     try:
         lines = file.read_bytes().split(b"\n")  # not splitlines: JSON strings may hold other line ends
@@ -102,23 +102,25 @@ def _shown(line: bytes) -> str:
 
 @dataclass(frozen=True)
 class EmbeddingIndex:
-    """What a folder of embeddings was made of, `index.json`. A folder is resumed by an equal one only."""
+    """Content of `index.json`: what a folder of embeddings was made of. Only a run with an equal index resumes it."""
 
-    family: Family
+    family: str
+    """Name of the base's family."""
     width: int
-    """Of the pictures, in pixels."""
+    """Width of the pictures, in pixels."""
     height: int
+    """Height of the pictures, in pixels."""
     count: int
-    """Prompts."""
+    """Number of prompts."""
     shard_size: int
-    """Prompts of a shard; the last may hold fewer."""
+    """Prompts in a shard; the last shard may hold fewer."""
     stored_type: StoredType
     prompts_sha256: str
     text_encoders: str
     """Fingerprint of the base's text encoders and tokenizers."""
 
     def shards(self, stem: str, folder: Path) -> list[tuple[Path, range]]:
-        """Each shard's file and the rows it holds."""
+        """Return each shard's file and the rows that it holds."""
         starts = range(0, self.count, self.shard_size)
         return [
             (folder / f"{stem}-{n:05d}.safetensors", range(start, min(start + self.shard_size, self.count)))
@@ -130,7 +132,7 @@ def read_index(folder: Path) -> EmbeddingIndex:
     """Read `folder/index.json`.
 
     Raises:
-        PromptError: it is missing, damaged, or of another version.
+        PromptError: the file is missing, damaged, or of another version.
     """
     file = folder / INDEX_FILE
     try:
@@ -141,28 +143,28 @@ def read_index(folder: Path) -> EmbeddingIndex:
         raise PromptError(f"{file} is not of format {INDEX_FORMAT}; embed the prompts anew, into another folder")
     if strangers := sorted({f.name for f in fields(EmbeddingIndex)} ^ set(raw)):
         raise PromptError(f"{file}: {strangers} are missing or unknown; embed the prompts anew, into another folder")
-    return EmbeddingIndex(**raw)
+    return EmbeddingIndex(**raw | {"family": current_name(raw["family"])})
 
 
 def write_json(file: Path, raw: Mapping[str, object]) -> None:
-    """Write an object so that a reader sees the whole file or none."""
+    """Write JSON through a temporary file, so that a reader never sees half of it."""
     partial = file.with_suffix(".partial")
     partial.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, file)
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write safetensors so that a reader sees the whole file or none."""
+    """Write safetensors through a temporary file, so that a reader never sees half of it."""
     partial = file.with_suffix(".partial")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
     os.replace(partial, file)
 
 
 def to_stored(name: str, tensor: Tensor, stored_type: StoredType) -> Tensor:
-    """Narrow a tensor for the disk.
+    """Return a tensor in the type that it is stored in, on the CPU.
 
     Raises:
-        PromptError: a value does not fit.
+        PromptError: a value is out of that type's range.
     """
     narrow = tensor.to(STORED_TYPES[stored_type]).cpu()
     if not narrow.isfinite().all():
@@ -185,16 +187,16 @@ def embed_prompts(
     batch_size: int = 16,
     device: str | None = None,
 ) -> EmbeddingIndex:
-    """Encode a prompt file by a base's text encoders. A killed run goes on with the shards that are missing.
+    """Encode a prompt file with a base's text encoders. A killed run continues with the missing shards.
 
     Args:
-        width, height: of the pictures, in pixels; SDXL is told.
-        stored_type: bf16 where fp16 is too narrow, as an error then says.
-        shard_size: prompts of a file; a kill costs at most so many.
-        device: of the text encoders; by default CUDA where there is one.
+        width, height: size of the pictures in pixels, which SDXL reads.
+        stored_type: type on disk; an error asks for bf16 if fp16 is too narrow.
+        shard_size: prompts per file. A kill costs the work of at most one file.
+        device: device of the text encoders; by default CUDA if there is a CUDA device.
 
     Raises:
-        PromptError: the prompt file is damaged, or the folder holds embeddings of something else.
+        PromptError: the prompt file is damaged, or the folder was begun with another index.
         CheckpointError: the base cannot be read.
     """
     if stored_type not in get_args(StoredType):
@@ -203,7 +205,7 @@ def embed_prompts(
         raise PromptError(f"shard_size is {shard_size}; it must be at least 1")
     prompts = [row.prompt for row in read_prompt_file(prompt_file)]
     index = EmbeddingIndex(
-        family=family_of(base_folder),
+        family=family_of(base_folder).name,
         width=width,
         height=height,
         count=len(prompts),
@@ -232,7 +234,7 @@ def embed_prompts(
 
 
 def _settle_index(folder: Path, index: EmbeddingIndex) -> None:
-    """Start a folder, or find that it was started with the same settings."""
+    """Write the index of a fresh folder, or check that the folder was begun with the same one."""
     if not (folder / INDEX_FILE).exists():
         write_json(folder / INDEX_FILE, {"format": INDEX_FORMAT, **asdict(index)})
         return
@@ -245,7 +247,7 @@ def _settle_index(folder: Path, index: EmbeddingIndex) -> None:
 
 
 def _stacked(rows: Iterator[Conditioning], count: int, stored_type: StoredType) -> dict[str, Tensor]:
-    """The next rows as tensors by field name. Sizes and masks are whole numbers, which stay exact."""
+    """Return the next rows as tensors by field name. Sizes and masks are whole numbers and stay exact."""
     taken = [dict(zip(_FIELDS, row.tensors(), strict=True)) for row in islice(rows, count)]
     stacked: dict[str, Tensor] = {}
     for name in _FIELDS:
@@ -264,7 +266,7 @@ _STORED: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 
 def _fingerprint(base_folder: Path) -> str:
-    """A hash that changes with the text encoders, without reading gigabytes of weights."""
+    """Return a hash that changes with the text encoders, without reading gigabytes of weights."""
     digest = hashlib.sha256()
     files = (f for part in ("tokenizer*", "text_encoder*") for f in base_folder.glob(f"{part}/**/*") if f.is_file())
     for file in sorted(files):
@@ -279,10 +281,10 @@ def _fingerprint(base_folder: Path) -> str:
 
 
 class EmbeddedPrompts:
-    """A folder of embeddings as a `PromptSource`: each epoch visits every prompt once, in an order of its own."""
+    """`PromptSource` of a folder of embeddings. Each epoch visits every prompt once, in its own order."""
 
     def __init__(self, folder: Path, seed: int) -> None:
-        """Open a folder; nothing but the empty prompt is read yet.
+        """Open a folder and read the empty prompt; other prompts are read when they are needed.
 
         Raises:
             PromptError: the folder is incomplete.
@@ -300,12 +302,12 @@ class EmbeddedPrompts:
         """Check that the embeddings were made for a base and a size.
 
         Raises:
-            PromptError: they were made for another.
+            PromptError: they were made for another base or size.
         """
         index = self.index
-        if index.family != base.family:
+        if index.family != base.family.name:
             raise PromptError(
-                f"{self.folder} holds embeddings for {index.family}, the base model is {base.family}; "
+                f"{self.folder} holds embeddings for {index.family}, the base model is {base.family.name}; "
                 "embed the prompts with this base"
             )
         if (index.width, index.height) != (width, height):
@@ -315,20 +317,20 @@ class EmbeddedPrompts:
             )
 
     def rows(self, numbers: range) -> list[int]:
-        """Lines of the prompt file, counted from 0: a permutation of them for each epoch, by (seed, number) alone."""
+        """Return lines of the prompt file, counted from 0: a permutation per epoch that depends on the seed only."""
         count = self.index.count
         return [int(self._order(number // count)[number % count]) for number in numbers]
 
     def conditioning(self, numbers: range) -> Conditioning:
-        """float32, of batch len(numbers)."""
+        """Return the prompts of these numbers, float32."""
         return _conditioning(self._prompts.read(self.rows(numbers)))
 
     def empty(self) -> Conditioning:
-        """The empty prompt, batch 1."""
+        """Return the empty prompt, a batch of 1."""
         return self._empty
 
     def latents(self, numbers: range) -> Tensor | None:
-        """Of the same prompts' pictures, float32 [B, C, H, W]; None where none were made."""
+        """Return the latents of the same prompts' pictures, float32 [B, C, H, W]; None if the folder has none."""
         return None if self._latents is None else self._latents.read(self.rows(numbers))["latents"].float()
 
     def _draw_order(self, epoch: int) -> Tensor:
@@ -344,10 +346,10 @@ def _conditioning(tensors: Mapping[str, Tensor]) -> Conditioning:
 
 
 class ShardedRows:
-    """Rows of tensors that lie in shards, read one by one by memory map."""
+    """Rows of tensors in shards, read one at a time through a memory map."""
 
     def __init__(self, index: EmbeddingIndex, stem: str, folder: Path) -> None:
-        """Open nothing yet.
+        """Check that all shards exist; they are opened when a row of them is needed.
 
         Raises:
             PromptError: a shard is missing.
@@ -362,7 +364,7 @@ class ShardedRows:
         self._open: dict[int, Any] = {}
 
     def read(self, rows: Sequence[int]) -> dict[str, Tensor]:
-        """The tensors of these rows, [len(rows), ...], as stored.
+        """Return the tensors of these rows, [len(rows), ...], in the type that they are stored in.
 
         Raises:
             PromptError: a shard is damaged.

@@ -1,9 +1,10 @@
-"""A trained student on disk: whole weights, or a LoRA that any reader applies right, with its recipe.
+"""Files of a trained student: whole weights or a LoRA, and the recipe.
 
-unet|transformer/                    whole weights, as diffusers saves them
-pytorch_lora_weights.safetensors     or an adapter, diffusers' names, alpha / rank folded into B
-step_condition.safetensors           the weights that read K, where the above cannot hold them
-tdm_recipe.json                      how to sample it, unless sampling it takes fresh noise
+unet|transformer/                    whole weights, as diffusers saves them, or
+pytorch_lora_weights.safetensors     a LoRA with diffusers' names and alpha / rank folded into B, so that readers
+                                     without alpha apply it right
+step_condition.safetensors           the weights that read K, if the files above cannot hold them
+tdm_recipe.json                      how to sample the student, unless it samples with fresh noise
 """
 
 from __future__ import annotations
@@ -20,8 +21,7 @@ from torch import Tensor, nn
 from tdm_runtime.checkpoint.folder import file_sha256
 from tdm_runtime.checkpoint.recipe import RECIPE_FILE, Recipe
 from tdm_runtime.errors import CheckpointError
-from tdm_runtime.families import Denoiser, denoiser_for
-from tdm_runtime.families.unet import UNetDenoiser
+from tdm_runtime.families import Denoiser, denoiser_for, family_of_model
 from training.config import ConfigError, DistillConfig
 from training.methods.roles import CleanEstimator, LoraRoles
 from training.methods.trajectory import Coordinates
@@ -31,12 +31,12 @@ from training.run.distill import Distiller, timesteps_of
 LORA_FILE = "pytorch_lora_weights.safetensors"
 STEP_CONDITION_FILE = "step_condition.safetensors"
 ONE_FILE = "1TB"
-"""The runtime hashes one weight file a model, so weights are never cut into shards."""
+"""Shard size that no model reaches: the runtime reads one weight file per model."""
 
 
 def part_name(denoiser: Denoiser) -> str:
-    """The folder of a denoiser in its pipeline, and the prefix of its LoRA."""
-    return "unet" if isinstance(denoiser, UNetDenoiser) else "transformer"
+    """Return the folder of a denoiser in its pipeline, which is also the prefix of its LoRA."""
+    return family_of_model(denoiser.model).denoiser_folder
 
 
 # ---- saving --------------------------------------------------------------------------------------
@@ -46,11 +46,11 @@ def save_student(distiller: Distiller, folder: Path, name: str | None = None) ->
     """Write the averaged student.
 
     Args:
-        name: of the model in its recipe; by default the folder's.
+        name: name of the model in its recipe; by default the folder's.
 
     Returns:
-        The files written. No recipe is among them where the student samples with fresh noise (DMD2,
-        LCM): a recipe says deterministic solvers only.
+        The files that were written. A student that samples with fresh noise (DMD2, LCM) gets no recipe, because
+        recipes state deterministic solvers only.
     """
     folder.mkdir(parents=True, exist_ok=True)
     denoiser = _denoiser(distiller)
@@ -68,9 +68,9 @@ def save_student(distiller: Distiller, folder: Path, name: str | None = None) ->
 
 
 def save_denoiser(denoiser: Denoiser, folder: Path) -> list[Path]:
-    """Write whole weights, such that diffusers' own `from_pretrained` reads the model."""
+    """Write whole weights that diffusers' own `from_pretrained` reads. Returns the files that were written."""
     part = folder / part_name(denoiser)
-    if isinstance(denoiser, UNetDenoiser):  # its config knows the input for K
+    if denoiser.saves_step_condition:
         denoiser.model.save_pretrained(part, max_shard_size=ONE_FILE)
         return sorted(part.glob("*.safetensors"))
     with _without_step_condition(denoiser):
@@ -79,7 +79,7 @@ def save_denoiser(denoiser: Denoiser, folder: Path) -> list[Path]:
 
 
 def recipe_of(config: DistillConfig, coordinates: Coordinates, name: str, files: Mapping[str, str] = {}) -> Recipe:
-    """The sampling contract of what a config trains; `files` as `Recipe.files`."""
+    """Return the recipe for what a config trains; `files` is `Recipe.files`."""
     return Recipe(
         name=name,
         prediction_type=coordinates.prediction_type,
@@ -123,7 +123,7 @@ def _save_lora(adapter: nn.Module, folder: Path, part: str, config: DistillConfi
 
 
 def _model_name(name: str) -> str:
-    """A parameter of a role's ParameterDict -> its name in the diffusers model, without the role."""
+    """Return the name in the diffusers model, without the role, of a parameter in a role's ParameterDict."""
     dotted = name.replace("/", ".").removeprefix("model.")
     return dotted.replace(".roles.student.", ".").replace(".student.", ".")
 
@@ -141,10 +141,10 @@ def _save_step_condition(state: Mapping[str, Tensor], folder: Path) -> list[Path
 
 
 def load_student(base: Denoiser, folder: Path) -> Denoiser:
-    """The student of a folder as a denoiser of its own; a LoRA is merged into `base`, which is changed.
+    """Load the student of a folder. A LoRA is merged into `base`, which is changed and returned.
 
     Args:
-        folder: of `save_student`, or any with unet|transformer (an LCM, say).
+        folder: folder that `save_student` wrote, or any folder with unet|transformer, such as an LCM's.
 
     Raises:
         CheckpointError: the folder holds no student of this base.
@@ -166,10 +166,10 @@ def load_student(base: Denoiser, folder: Path) -> Denoiser:
 
 
 def load_adapter(roles: LoraRoles, folder: Path, config: DistillConfig) -> None:
-    """Let the student's adapter go on from a saved LoRA of the same rank.
+    """Start the student's adapter from a saved LoRA of the same rank.
 
     Raises:
-        CheckpointError: the folder has no LoRA, or one of other layers or another rank.
+        CheckpointError: the folder has no LoRA, or its LoRA has other layers or another rank.
     """
     file = folder / LORA_FILE
     if not file.is_file():
@@ -195,10 +195,10 @@ def load_adapter(roles: LoraRoles, folder: Path, config: DistillConfig) -> None:
 
 
 def merge_lora(denoiser: Denoiser, state: Mapping[str, Tensor]) -> None:
-    """Add B A of a saved LoRA to each weight it belongs to.
+    """Add the product B A of a saved LoRA to each weight that it changes.
 
     Raises:
-        CheckpointError: it names layers that this denoiser does not have, or of another shape.
+        CheckpointError: this denoiser lacks a layer of the LoRA, or the layer has another shape.
     """
     prefix = f"{part_name(denoiser)}."
     layers = sorted(name.removesuffix(".lora_A.weight") for name in state if name.endswith(".lora_A.weight"))
@@ -220,10 +220,10 @@ def merge_lora(denoiser: Denoiser, state: Mapping[str, Tensor]) -> None:
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
+    """Return the tensors of a safetensors file.
 
     Raises:
-        CheckpointError: it cannot be read.
+        CheckpointError: the file cannot be read.
     """
     try:
         return load_file(file)
@@ -232,10 +232,13 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def require_step_condition(denoiser: Denoiser, config: DistillConfig, what: str) -> None:
-    """Give a denoiser an input for K where the config tells it, and refuse one that it would leave unread.
+    """Give a denoiser an input for K if the config gives K to the student; otherwise refuse a model with that input.
+
+    Args:
+        what: name of the denoiser in the error.
 
     Raises:
-        ConfigError: the model reads K, or a guidance scale, and the config tells nobody.
+        ConfigError: the model reads K, or a guidance scale, and the config does not give K to the student.
     """
     if config.student_receives_k:
         denoiser.add_step_condition()

@@ -1,7 +1,6 @@
-"""Distil or fine-tune a pretrained backbone: a diffusers folder and embedded prompts in, a student out.
+"""Distil or fine-tune a pretrained backbone: from a diffusers folder and embedded prompts to a student.
 
-Every family goes one way; what differs is in `tdm_runtime.families` (calls), `training.pretrained.base_model`
-(folders) and `LORA_TARGETS` (here).
+All families are trained by the same code; what differs between them is in `tdm_runtime.families`.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -20,9 +18,9 @@ from tdm_runtime.families import Denoiser
 from tdm_runtime.model.decoder import torch_decoder
 from tdm_runtime.sampling.schedule import FlowSchedule
 from training.config import ConfigError, DistillConfig, config_as_toml
-from training.methods.roles import ATTENTION_PROJECTIONS, CleanEstimator, LoraRoles, Roles, SeparateRoles
+from training.methods.roles import CleanEstimator, LoraRoles, Roles, SeparateRoles
 from training.methods.trajectory import Coordinates
-from training.pretrained.base_model import BaseModel, Family, family_of, load_base_model
+from training.pretrained.base_model import BaseModel, family_of, load_base_model
 from training.pretrained.latents import load_latent_encoder
 from training.pretrained.prompts import EmbeddedPrompts
 from training.pretrained.student_files import (
@@ -40,15 +38,7 @@ from training.run.processes import Processes
 
 CONFIG_FILE = "config.toml"
 GRID_PROMPTS = 4
-LORA_TARGETS: Mapping[Family, tuple[str, ...]] = {
-    "sd": ATTENTION_PROJECTIONS,
-    "sdxl": ATTENTION_PROJECTIONS,
-    "pixart": ATTENTION_PROJECTIONS,
-    # The text stream has projections of its own; the published SD3.5 adapter trains them too.
-    "sd3": (*ATTENTION_PROJECTIONS, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
-    "cogvideox": ATTENTION_PROJECTIONS,
-}
-"""Layers that get adapters, by the end of their name: attention, as diffusers' own training scripts choose."""
+"""Prompts in a sample grid."""
 
 
 def train_backbone(
@@ -64,16 +54,16 @@ def train_backbone(
 
     Args:
         base_folder: a diffusers pipeline folder; text encoders are not read.
-        embeddings_folder: of `training.pretrained.prompts.embed_prompts`.
+        embeddings_folder: folder that `training.pretrained.prompts.embed_prompts` wrote.
         student_folder: see `build_backbone_distiller`.
-        name: of the model in its recipe; by default the folder's.
+        name: name of the model in its recipe; by default the folder's.
 
     Returns:
-        The files of the student (`training.pretrained.student_files`), on the main process.
+        The files of the student (`training.pretrained.student_files`); an empty list on all but the main process.
 
     Raises:
-        TDMError: base, embeddings, config and student do not fit together; the message names the misfit.
-        TrainingDivergedError: the last state in `folder` is from before.
+        TDMError: base, embeddings, config and student do not fit together; the message names what does not fit.
+        TrainingDivergedError: the loss or a weight is not finite; the state in `folder` is from before that.
     """
     distiller = build_backbone_distiller(base_folder, embeddings_folder, config, student_folder)
     if distiller.processes.is_main:
@@ -89,12 +79,12 @@ def train_backbone(
 
 
 def sample_grid(folder: Path, base_folder: Path, distiller: Distiller) -> SampleGrid:
-    """Pictures of the first prompts, decoded by the base's VAE into `folder/samples`.
+    """Return a grid that draws pictures of the first prompts into `folder/samples`, decoded by the base's VAE.
 
     Raises:
         ConfigError: the base makes clips.
     """
-    if family_of(base_folder) == "cogvideox":
+    if family_of(base_folder).makes_clips:
         raise ConfigError(f"grid_every is {distiller.config.grid_every} and {base_folder} makes clips; set it to 0")
     decoder = torch_decoder(load_latent_encoder(base_folder, str(distiller.device)).vae, distiller.device)
     conditioning = distiller.run.prompts.conditioning(range(GRID_PROMPTS)).to(distiller.device)
@@ -108,39 +98,40 @@ def build_backbone_distiller(
     student_folder: Path | None = None,
     processes: Processes | None = None,
 ) -> Distiller:
-    """A distillation of a pretrained backbone, at its start.
+    """Return the distillation of a pretrained backbone, before its first iteration.
 
     Args:
-        student_folder: what the student starts from in place of the base: SDXL's first stage, or an
-            LCM (Fig. 8). The fake score starts from the base all the same (App. D).
+        student_folder: folder that the student starts from instead of the base: SDXL's first stage, or an
+            LCM (Fig. 8). The fake score always starts from the base (App. D).
 
     Raises:
-        TDMError: base, embeddings, config and student do not fit together; the message names the misfit.
+        TDMError: base, embeddings, config and student do not fit together; the message names what does not fit.
         ValueError: the model has no latents of the config's size.
     """
     processes = processes or Processes()
     base, prompts = load_base_model(base_folder), EmbeddedPrompts(embeddings_folder, config.seed)
     prompts.require(base, config.width, config.height)
-    shape = base.latent_shape(config.width, config.height, config.frames)
+    shape = base.geometry.latent_shape(config.width, config.height, config.frames)
     coordinates = coordinates_of(base, config)
     roles = build_roles(base, coordinates, config, processes.device, student_folder)
     return Distiller(Run(roles, coordinates, prompts, shape, config), processes)
 
 
 def coordinates_of(base: BaseModel, config: DistillConfig) -> Coordinates:
-    """The base's noise and prediction, a flow shifted as the config says.
+    """Return the base's noise schedule and prediction type; the shift of a flow is the config's.
 
     Raises:
-        ConfigError: the config asks for a flow's shift, or LCM, and the base has no such thing.
+        ConfigError: the config sets a flow's shift for a diffusion model, or LCM for a flow.
     """
     schedule = base.noise_schedule
     is_flow = isinstance(schedule, FlowSchedule)
     if config.flow_shift and not is_flow:
         raise ConfigError(
-            f"flow_shift is {config.flow_shift:g} and the base is {base.family}, a diffusion model; set flow_shift to 0"
+            f"flow_shift is {config.flow_shift:g} and the base is {base.family.name}, a diffusion model; "
+            "set flow_shift to 0"
         )
     if config.method == "lcm" and is_flow:
-        raise ConfigError(f"method 'lcm' knows diffusion schedules, {base.family} is a flow; set method to tdm")
+        raise ConfigError(f"method 'lcm' knows diffusion schedules, {base.family.name} is a flow; set method to tdm")
     if isinstance(schedule, FlowSchedule) and config.flow_shift:
         schedule = replace(schedule, shift=config.flow_shift)
     return Coordinates(schedule, base.prediction_type)
@@ -153,7 +144,9 @@ def build_roles(
     device: torch.device,
     student_folder: Path | None = None,
 ) -> Roles:
-    """Teacher, student and fake score on a device, as the config shares or copies them. `base` is used up.
+    """Return teacher, student and fake score on a device, sharing one model if they are LoRAs.
+
+    The denoiser of `base` becomes part of them.
 
     Raises:
         TDMError: the student's folder does not fit.
@@ -172,7 +165,7 @@ def build_roles(
             for role in ("student", "fake"):
                 roles.module(role).model.enable_gradient_checkpointing()  # type: ignore[operator, union-attr]
         return roles
-    targets = LORA_TARGETS[base.family]
+    targets = base.family.lora_targets
     shared = LoraRoles(
         denoiser, coordinates, config.lora_rank, config.adapter_alpha, targets, precision=config.precision
     )
@@ -187,10 +180,10 @@ def finetune_backbone(folder: Path, base_folder: Path, embeddings_folder: Path, 
     """Fine-tune a base on real latents, the first stage of TDM-unify-SFT.
 
     Returns:
-        `folder / "base"`, a pipeline folder to distil: the base's own, with the fine-tuned denoiser in place.
+        `folder / "base"`, a pipeline folder to distil: a copy of the base's with the fine-tuned denoiser.
 
     Raises:
-        TDMError: base and embeddings do not fit, or there are no latents.
+        TDMError: base and embeddings do not fit together, or there are no latents.
     """
     processes = Processes()
     base, prompts = load_base_model(base_folder), EmbeddedPrompts(embeddings_folder, config.seed)
@@ -211,7 +204,7 @@ def finetune_backbone(folder: Path, base_folder: Path, embeddings_folder: Path, 
 
 
 def _link_or_copy(source: str, target: str) -> None:
-    """Text encoders are gigabytes: share weights where the file system can. Configs are the folder's own."""
+    """Link weights, which are gigabytes, if the file system can; copy everything else."""
     Path(target).unlink(missing_ok=True)
     if source.endswith(".safetensors"):
         with suppress(OSError):

@@ -12,7 +12,7 @@ from tdm_runtime.backends.interface import Interface
 from tdm_runtime.backends.onnxruntime import PROVIDERS, OnnxRuntimeBackend, Provider, require_provider, require_used
 from tdm_runtime.backends.pytorch import TorchBackend
 from tdm_runtime.errors import ArtifactError, BackendError
-from tdm_runtime.model.components import DecoderModule
+from tdm_runtime.families import DecoderModule
 from tests.gpu.tiny_denoiser import relative_l2, tiny_denoiser, tiny_inputs
 from tests.tiny_pipelines import build_vae
 
@@ -24,14 +24,14 @@ TOLERANCE = 1e-4
 
 @pytest.fixture(scope="module")
 def decoder() -> DecoderModule:
-    return DecoderModule(build_vae("sd"))
+    return DecoderModule(build_vae("stable_diffusion"))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, decoder: DecoderModule) -> Path:
     """A tiny denoiser and a tiny decoder as ONNX files."""
     folder = tmp_path_factory.mktemp("onnx")
-    denoiser, interface = tiny_denoiser("sd")
+    denoiser, interface = tiny_denoiser("stable_diffusion")
     export_onnx(denoiser, interface, folder / "denoiser.onnx", title="denoiser")
     export_onnx(decoder, decoder.interface(), folder / "decoder.onnx", title="decoder")
     return folder
@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, decoder: DecoderModule) -> 
 
 @pytest.fixture(scope="module")
 def interface() -> Interface:
-    return tiny_denoiser("sd")[1]
+    return tiny_denoiser("stable_diffusion")[1]
 
 
 @pytest.fixture(scope="module")
@@ -49,16 +49,16 @@ def backend(folder: Path, interface: Interface) -> OnnxRuntimeBackend:
 
 def test_any_batch_and_size_is_as_torch_has_it(backend: OnnxRuntimeBackend) -> None:
     """Every shape twice, in between others: the first call learns the output's shape, later ones bind it."""
-    torch_backend = TorchBackend(tiny_denoiser("sd")[0], CPU)
+    torch_backend = TorchBackend(tiny_denoiser("stable_diffusion")[0], CPU)
     for batch, scale in [(1, 1), (3, 1), (2, 2), (1, 1), (7, 1), (3, 1), (2, 2)]:
-        inputs = tiny_inputs("sd", batch, seed=batch, scale=scale)
+        inputs = tiny_inputs("stable_diffusion", batch, seed=batch, scale=scale)
         output = backend(*inputs)
         assert output.dtype == torch.float32 and output.shape == inputs[0].shape
         assert relative_l2(output, torch_backend(*inputs)) < TOLERANCE
 
 
 def test_a_batch_with_different_steps_is_its_samples_alone(backend: OnnxRuntimeBackend) -> None:
-    inputs = tiny_inputs("sd", 4)
+    inputs = tiny_inputs("stable_diffusion", 4)
     together = backend(*inputs)
     for n in range(4):
         alone = backend(*(tensor[n : n + 1] for tensor in inputs))
@@ -66,18 +66,18 @@ def test_a_batch_with_different_steps_is_its_samples_alone(backend: OnnxRuntimeB
 
 
 def test_the_caller_owns_what_it_gets(backend: OnnxRuntimeBackend) -> None:
-    inputs = tiny_inputs("sd", 2)
+    inputs = tiny_inputs("stable_diffusion", 2)
     for _ in range(2):  # with memory of ONNX Runtime's, then of torch's
         first = backend(*inputs)
         kept = first.clone()
         first_again = backend(*inputs)
-        backend(*tiny_inputs("sd", 2, seed=1))
+        backend(*tiny_inputs("stable_diffusion", 2, seed=1))
         assert torch.equal(first, kept) and torch.equal(first_again, kept)
         assert first.data_ptr() != first_again.data_ptr()
 
 
 def test_inputs_may_lie_in_memory_in_any_order(backend: OnnxRuntimeBackend) -> None:
-    latents, *rest = tiny_inputs("sd", 3)
+    latents, *rest = tiny_inputs("stable_diffusion", 3)
     strided = latents.to(memory_format=torch.channels_last)
     assert not strided.is_contiguous()
     assert torch.equal(backend(strided, *rest), backend(latents, *rest))
@@ -101,7 +101,7 @@ def test_idle_workers_sleep(backend: OnnxRuntimeBackend) -> None:
 def test_weights_can_be_kept_once(folder: Path, interface: Interface, backend: OnnxRuntimeBackend) -> None:
     lean = OnnxRuntimeBackend(folder / "denoiser.onnx", interface, CPU, threads=1, prepack=False)
     assert lean._session.get_session_options().get_session_config_entry("session.disable_prepacking") == "1"
-    inputs = tiny_inputs("sd", 2)
+    inputs = tiny_inputs("stable_diffusion", 2)
     assert relative_l2(lean(*inputs), backend(*inputs)) < TOLERANCE
 
 
@@ -140,6 +140,6 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, interface: Interf
 
 
 def test_a_tensor_of_another_type_is_noticed(backend: OnnxRuntimeBackend) -> None:
-    latents, timesteps, *rest = tiny_inputs("sd", 2)
+    latents, timesteps, *rest = tiny_inputs("stable_diffusion", 2)
     with pytest.raises(AssertionError, match=r"timesteps is torch.float64, not float32"):
         backend(latents, timesteps.double(), *rest)

@@ -15,14 +15,15 @@ from tdm_runtime.backends.interface import ComponentName
 from tdm_runtime.backends.pytorch import CompiledTorchBackend, TorchBackend
 from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT, open_checkpoint
 from tdm_runtime.errors import BackendError
-from tdm_runtime.model.components import DecoderModule, load_component
+from tdm_runtime.families import FAMILIES, DecoderModule
+from tdm_runtime.model.components import load_component
 from tests.gpu.tiny_denoiser import relative_l2, tiny_denoiser, tiny_inputs
 from tests.tiny_pipelines import build_vae
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl", "pixart", "sd3", "cogvideox"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_eager_is_the_module_itself(family: str) -> None:
     """Called with the interface's tensors alone, also where the module's forward has others in between."""
     denoiser, interface = tiny_denoiser(family)
@@ -35,8 +36,8 @@ def test_eager_is_the_module_itself(family: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bits_are_close_and_float32_comes_out(dtype: torch.dtype) -> None:
-    denoiser, interface = tiny_denoiser("sd")
-    inputs = tiny_inputs("sd", 3)
+    denoiser, interface = tiny_denoiser("stable_diffusion")
+    inputs = tiny_inputs("stable_diffusion", 3)
     expected = TorchBackend(copy.deepcopy(denoiser), CPU, interface=interface)(*inputs)
     actual = TorchBackend(denoiser, CPU, dtype, interface=interface)(*inputs)
     assert actual.dtype == torch.float32
@@ -56,7 +57,7 @@ def test_timesteps_are_not_rounded() -> None:
 
 
 def test_pixels_stay_bytes() -> None:
-    backend = TorchBackend(DecoderModule(build_vae("sd")), CPU, torch.bfloat16)
+    backend = TorchBackend(DecoderModule(build_vae("stable_diffusion")), CPU, torch.bfloat16)
     pixels = backend(torch.randn(2, 4, 4, 6))
     assert pixels.dtype == torch.uint8 and pixels.shape == (2, 32, 48, 3)
 
@@ -74,11 +75,11 @@ def test_threads_are_set_for_the_call() -> None:
 @pytest.mark.timeout(900)
 def test_compiled_is_eager() -> None:
     """A batch of 3 runs as 2 and 1, then the programs are there."""
-    denoiser, interface = tiny_denoiser("sd")
+    denoiser, interface = tiny_denoiser("stable_diffusion")
     compiled = CompiledTorchBackend(copy.deepcopy(denoiser), CPU, threads=1, interface=interface)
     eager = TorchBackend(denoiser, CPU, interface=interface)
     for batch in (3, 1, 2, 3):
-        inputs = tiny_inputs("sd", batch, seed=batch)
+        inputs = tiny_inputs("stable_diffusion", batch, seed=batch)
         assert relative_l2(compiled(*inputs), eager(*inputs)) < 1e-5
 
 

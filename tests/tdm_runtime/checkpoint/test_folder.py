@@ -13,10 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tdm_runtime.checkpoint.folder import OTHER_FILES, WEIGHT_FILES, file_sha256, open_checkpoint
+from tdm_runtime.checkpoint.folder import file_sha256, open_checkpoint, other_files, weight_files
 from tdm_runtime.checkpoint.recipe import RECIPE_FILE
 from tdm_runtime.errors import CheckpointError, RecipeError
+from tdm_runtime.families import FAMILIES
 from tdm_runtime.model.choice import load_model
+
+WEIGHT_FILES = weight_files(FAMILIES["stable_diffusion"])
+OTHER_FILES = other_files(FAMILIES["stable_diffusion"])
 
 
 @pytest.fixture
@@ -64,7 +68,7 @@ def test_an_intact_folder_loads(folder: Path) -> None:
 
 def test_weights_load_as_float32_without_gradients_to_train(folder: Path) -> None:
     checkpoint = open_checkpoint(folder)
-    for module in (checkpoint.load_unet(), checkpoint.load_vae(), checkpoint.load_text_model()):
+    for module in (checkpoint.load_denoiser(), checkpoint.load_vae(), checkpoint.load_text_model()):
         assert not module.training
         assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
 
@@ -246,14 +250,14 @@ def test_sizes_that_the_decoder_cannot_make_are_refused(folder: Path) -> None:
 
 def test_another_step_condition_than_the_unets_is_refused(folder: Path) -> None:
     edit_recipe(folder, step_condition="none")
-    message = recipe_refusal(folder, lambda edited: open_checkpoint(edited).load_unet())
+    message = recipe_refusal(folder, lambda edited: open_checkpoint(edited).load_denoiser())
     assert str(folder) in message
     assert "step_condition is 'none' but the unet's time_cond_proj_dim is" in message
 
 
 def test_a_unet_without_the_recipes_step_condition_is_refused(folder: Path) -> None:
     edit_json(folder / "unet/config.json", time_cond_proj_dim=None)
-    message = refusal(folder, lambda edited: open_checkpoint(edited).load_unet())
+    message = refusal(folder, lambda edited: open_checkpoint(edited).load_denoiser())
     assert "time_embedding.cond_proj.weight" in message
     assert "restore the folder" in message
 
@@ -290,6 +294,17 @@ def test_another_denoiser_class_is_refused(folder: Path) -> None:
     message = refusal(folder)
     assert f"{folder / 'model_index.json'} names the denoiser 'FluxTransformer2DModel'" in message
     assert "this version serves UNet2DConditionModel" in message
+
+
+def test_a_pipeline_of_a_family_that_is_not_served_is_refused(folder: Path) -> None:
+    edit_json(folder / "model_index.json", _class_name="StableDiffusionXLPipeline")
+    message = refusal(folder)
+    assert f"{folder / 'model_index.json'} is of sdxl; this version serves stable_diffusion only" in message
+
+
+def test_a_pipeline_of_unknown_name_with_a_unet_is_served(folder: Path) -> None:
+    edit_json(folder / "model_index.json", _class_name="LatentConsistencyModelPipeline")
+    assert open_checkpoint(folder).family.name == "stable_diffusion"
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[]", '{"unet": null}', '{"unet": ["diffusers"]}', "[" * 100_000])

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from tdm_runtime.backends.interface import Interface, TensorSpec
 from tdm_runtime.backends.machine import gpu_architecture, installed
-from tdm_runtime.checkpoint.folder import OTHER_FILES, TINY_VAE_FILES, Checkpoint, file_sha256, open_checkpoint
+from tdm_runtime.checkpoint.folder import TINY_VAE_FILES, Checkpoint, file_sha256, open_checkpoint, other_files
 from tdm_runtime.checkpoint.manifest import (
     MANIFEST_FILE,
     MANIFEST_FORMAT,
@@ -31,6 +31,7 @@ from tdm_runtime.checkpoint.manifest import (
 )
 from tdm_runtime.checkpoint.recipe import RECIPE_FILE
 from tdm_runtime.errors import ArtifactError
+from tdm_runtime.families import FAMILIES
 
 INTERFACE = Interface(
     (TensorSpec("latents", "float32", ("batch", 4, "height", "width")), TensorSpec("timesteps", "float32", ("batch",))),
@@ -275,7 +276,7 @@ def assert_other_artifacts(copy: Path, checkpoint: Checkpoint) -> None:
     assert default_artifacts(open_checkpoint(copy)) != default_artifacts(checkpoint)
 
 
-@pytest.mark.parametrize("name", [*OTHER_FILES, TINY_VAE_FILES[1]])
+@pytest.mark.parametrize("name", [*other_files(FAMILIES["stable_diffusion"]), TINY_VAE_FILES[1]])
 def test_another_config_or_tokenizer_wants_other_artifacts(checkpoint: Checkpoint, copy: Path, name: str) -> None:
     edit_json(copy / name, note="changed")
     assert_other_artifacts(copy, checkpoint)

@@ -1,4 +1,4 @@
-"""Every family is called as its own pipeline calls it, and K enters without touching the teacher."""
+"""Each adapter calls its model as the stock pipeline does, and the input for K leaves the teacher unchanged."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tdm_runtime.errors import CheckpointError
-from tdm_runtime.families import ADAPTERS, Conditioning, Denoiser, denoiser_for
+from tdm_runtime.families import FAMILIES, Conditioning, Denoiser, denoiser_for
 from tdm_runtime.families.step_condition import embed_step_count
 from tests.tiny_models import (
+    STOCK_CALLS,
     TINY_MODELS,
     TINY_SHAPES,
     tiny_cogvideox,
@@ -31,7 +32,6 @@ from tests.tiny_models import (
     tiny_unet,
 )
 
-FAMILIES = list(TINY_MODELS)
 TIMESTEPS = torch.tensor([999.0, 500.0, 20.0])
 STEP_COUNTS = torch.tensor([1, 2, 4])
 
@@ -40,28 +40,8 @@ def draw_latents(family: str) -> Tensor:
     return torch.randn(3, *TINY_SHAPES[family], generator=torch.Generator().manual_seed(1))
 
 
-def bare_output(family: str, model: Any, x: Tensor, timesteps: Tensor, prompt: Conditioning) -> Tensor:
-    """The model called as the diffusers pipeline of its family calls it."""
-    output: Tensor
-    if family == "cogvideox":
-        output = model(x.transpose(1, 2).contiguous(), prompt.prompt_embeds, timesteps).sample.transpose(1, 2)
-    elif family == "sd3":
-        output = model(x, prompt.prompt_embeds, prompt.pooled_prompt_embeds, timesteps).sample
-    elif family == "pixart":
-        sizes = {"resolution": None, "aspect_ratio": None}
-        output = model(
-            x, prompt.prompt_embeds, timesteps, sizes, encoder_attention_mask=prompt.attention_mask
-        ).sample.chunk(2, dim=1)[0]
-    elif family == "sdxl":
-        added = {"text_embeds": prompt.pooled_prompt_embeds, "time_ids": prompt.time_ids}
-        output = model(x, timesteps, prompt.prompt_embeds, added_cond_kwargs=added).sample
-    else:
-        output = model(x, timesteps, prompt.prompt_embeds).sample
-    return output
-
-
 def conditioned(family: str, scale: float = 0.3) -> Denoiser:
-    """A denoiser whose K is felt."""
+    """A denoiser whose output depends on K."""
     denoiser = denoiser_for(TINY_MODELS[family]())
     denoiser.add_step_condition(16)
     generator = torch.Generator().manual_seed(2)
@@ -78,10 +58,10 @@ def call(denoiser: Denoiser, family: str, step_counts: Tensor | None, index: sli
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_without_k_the_output_is_that_of_the_bare_model(family: str) -> None:
+def test_without_k_the_output_equals_the_bare_models(family: str) -> None:
     model = TINY_MODELS[family]()
     assert sum(p.numel() for p in model.parameters()) < 300_000
-    expected = bare_output(family, model, draw_latents(family), TIMESTEPS, tiny_conditioning(family, 3))
+    expected = STOCK_CALLS[family](model, draw_latents(family), TIMESTEPS, tiny_conditioning(family, 3))
     denoiser = denoiser_for(model)
     assert denoiser.condition_dim is None and denoiser.step_condition_state() == {}
     output = call(denoiser, family, None)
@@ -92,7 +72,7 @@ def test_without_k_the_output_is_that_of_the_bare_model(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_a_fresh_input_for_k_changes_nothing(family: str) -> None:
+def test_a_fresh_input_for_k_changes_no_output(family: str) -> None:
     denoiser = denoiser_for(TINY_MODELS[family]())
     expected = call(denoiser, family, None)
     denoiser.add_step_condition(16)
@@ -103,7 +83,7 @@ def test_a_fresh_input_for_k_changes_nothing(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_k_is_felt_by_each_sample_of_a_mixed_batch_and_never_by_the_teacher(family: str) -> None:
+def test_k_changes_each_sample_of_a_mixed_batch_and_never_the_teacher(family: str) -> None:
     teacher = call(denoiser_for(TINY_MODELS[family]()), family, None)
     denoiser = conditioned(family)
     mixed = call(denoiser, family, STEP_COUNTS)
@@ -132,14 +112,14 @@ def test_each_sample_has_its_own_timestep(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_reach_k_also_through_checkpointed_blocks(family: str) -> None:
+def test_gradients_reach_the_input_for_k_with_and_without_checkpointing(family: str) -> None:
     gradients = []
     for is_checkpointed in (False, True):
         denoiser = conditioned(family).train()
         if is_checkpointed:
             denoiser.model.enable_gradient_checkpointing()
         output = call(denoiser, family, STEP_COUNTS)
-        teacher = call(denoiser, family, None)  # between forward and backward, as a trainer calls it
+        teacher = call(denoiser, family, None)  # between forward and backward, as in training
         (output - teacher.detach()).square().mean().backward()
         gradients.append({name: p.grad for name, p in denoiser.named_parameters() if p.grad is not None})
     plain, checkpointed = gradients
@@ -151,7 +131,7 @@ def test_gradients_reach_k_also_through_checkpointed_blocks(family: str) -> None
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_k_is_forgotten_after_an_error(family: str) -> None:
+def test_k_is_cleared_after_an_error(family: str) -> None:
     denoiser = conditioned(family)
     teacher = call(denoiser, family, None)
 
@@ -179,7 +159,7 @@ def test_a_copy_has_its_own_k(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_what_reads_k_survives_a_file(family: str, tmp_path: Path) -> None:
+def test_the_weights_that_read_k_are_saved_and_loaded(family: str, tmp_path: Path) -> None:
     denoiser = conditioned(family)
     save_file(denoiser.step_condition_state(), tmp_path / "step_condition.safetensors")
     fresh = denoiser_for(TINY_MODELS[family]())
@@ -190,10 +170,10 @@ def test_what_reads_k_survives_a_file(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("build", [tiny_unet, tiny_sdxl_unet])
 @torch.no_grad()
-def test_a_unet_keeps_its_input_for_k_in_the_diffusers_folder(
+def test_a_unets_own_save_pretrained_keeps_the_input_for_k(
     build: Callable[..., UNet2DConditionModel], tmp_path: Path
 ) -> None:
-    family = "sd" if build is tiny_unet else "sdxl"
+    family = "stable_diffusion" if build is tiny_unet else "sdxl"
     denoiser = conditioned(family)
     denoiser.model.save_pretrained(tmp_path)
     loaded = denoiser_for(UNet2DConditionModel.from_pretrained(tmp_path).eval())
@@ -201,7 +181,7 @@ def test_a_unet_keeps_its_input_for_k_in_the_diffusers_folder(
     assert torch.equal(call(loaded, family, STEP_COUNTS), call(denoiser, family, STEP_COUNTS))
 
 
-def test_an_input_for_k_that_is_there_is_kept() -> None:
+def test_an_existing_input_for_k_is_kept() -> None:
     denoiser = denoiser_for(tiny_unet(time_cond_proj_dim=8))
     before = denoiser.timestep_embedding.cond_proj
     denoiser.add_step_condition(32)
@@ -210,8 +190,8 @@ def test_an_input_for_k_that_is_there_is_kept() -> None:
 
 
 @torch.no_grad()
-def test_k_reaches_pixart_as_the_sum_that_cond_proj_means() -> None:
-    """The same model with K folded into the sinusoid by hand."""
+def test_pixart_adds_the_projected_k_to_the_timesteps_sinusoid() -> None:
+    """The reference adds K to the sinusoid by a hook of its own."""
     denoiser = conditioned("pixart")
     embedding = denoiser.timestep_embedding
     shift = embedding.cond_proj(embed_step_count(STEP_COUNTS, 16))
@@ -224,7 +204,7 @@ def test_k_reaches_pixart_as_the_sum_that_cond_proj_means() -> None:
 
 @pytest.mark.parametrize("sides", [(8, 8), (6, 10)])
 @torch.no_grad()
-def test_pixart_of_1024_pixels_is_told_the_size_of_the_picture(sides: tuple[int, int]) -> None:
+def test_pixart_of_1024_pixels_reads_the_size_of_the_picture(sides: tuple[int, int]) -> None:
     model: PixArtTransformer2DModel = tiny_pixart(use_additional_conditions=True)
     height, width = sides
     x, prompt = torch.randn(3, 4, height, width), tiny_conditioning("pixart", 3)
@@ -238,7 +218,7 @@ def test_pixart_of_1024_pixels_is_told_the_size_of_the_picture(sides: tuple[int,
 
 
 @torch.no_grad()
-def test_the_padding_of_a_prompt_is_not_read_by_pixart() -> None:
+def test_pixart_ignores_the_padding_of_a_prompt() -> None:
     denoiser, x = denoiser_for(tiny_pixart()), draw_latents("pixart")
     prompt = tiny_conditioning("pixart", 3)
     assert prompt.attention_mask is not None
@@ -251,9 +231,7 @@ def test_the_padding_of_a_prompt_is_not_read_by_pixart() -> None:
 @pytest.mark.parametrize("changes", [{}, {"patch_size_t": 2, "patch_bias": False}])
 @pytest.mark.parametrize("sides", [(8, 8), (6, 10)])
 @torch.no_grad()
-def test_rotary_embeddings_of_cogvideox_are_those_of_its_pipeline(
-    sides: tuple[int, int], changes: dict[str, Any]
-) -> None:
+def test_rotary_embeddings_of_cogvideox_equal_its_pipelines(sides: tuple[int, int], changes: dict[str, Any]) -> None:
     # the slice of CogVideoX 1.5 is cut out of the grid it was trained on
     model = tiny_cogvideox(use_rotary_positional_embeddings=True, sample_width=12, sample_height=12, **changes)
     pipeline = CogVideoXPipeline(None, None, None, model, None)
@@ -266,9 +244,9 @@ def test_rotary_embeddings_of_cogvideox_are_those_of_its_pipeline(
     assert torch.equal(output, expected.transpose(1, 2))
 
 
-@pytest.mark.parametrize("family", ["pixart", "sd"])
+@pytest.mark.parametrize("family", ["pixart", "stable_diffusion"])
 @torch.no_grad()
-def test_a_compiled_denoiser_hears_every_k(family: str) -> None:
+def test_a_compiled_denoiser_reads_every_k(family: str) -> None:
     denoiser = conditioned(family)
     compiled = torch.compile(denoiser, backend="eager", fullgraph=True)
     for step_counts in (STEP_COUNTS, None, torch.tensor([4, 4, 2])):
@@ -277,15 +255,9 @@ def test_a_compiled_denoiser_hears_every_k(family: str) -> None:
         torch.testing.assert_close(output, call(denoiser, family, step_counts), rtol=1e-5, atol=1e-5)
 
 
-def test_each_known_class_has_its_adapter() -> None:
-    for build in TINY_MODELS.values():
-        model = build()
-        assert type(denoiser_for(model)) is ADAPTERS[type(model).__name__]
-
-
-def test_an_unknown_class_is_refused_by_name() -> None:
-    with pytest.raises(CheckpointError, match="Linear; this version knows UNet2DConditionModel, PixArt"):
-        denoiser_for(nn.Linear(1, 1))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_model_gets_the_adapter_of_its_family(family: str) -> None:
+    assert type(denoiser_for(TINY_MODELS[family]())) is FAMILIES[family].adapter
 
 
 @pytest.mark.parametrize("model", [lambda: tiny_unet(in_channels=9), lambda: tiny_cogvideox(in_channels=8)])
@@ -301,7 +273,7 @@ def test_a_width_that_cannot_hold_sines_and_cosines_is_refused(dim: int) -> None
 
 
 @pytest.mark.parametrize(("family", "field"), [("sdxl", "pooled_prompt_embeds"), ("sd3", "pooled_prompt_embeds")])
-def test_a_missing_part_of_the_conditioning_is_named(family: str, field: str) -> None:
+def test_a_missing_field_of_the_conditioning_is_named_in_the_error(family: str, field: str) -> None:
     denoiser = denoiser_for(TINY_MODELS[family]())
     embeds = tiny_conditioning(family, 3).prompt_embeds
     with pytest.raises(ValueError, match=f"{field} is None"):
@@ -311,7 +283,7 @@ def test_a_missing_part_of_the_conditioning_is_named(family: str, field: str) ->
 def test_a_step_condition_of_another_model_is_refused() -> None:
     denoiser = denoiser_for(tiny_pixart())
     with pytest.raises(CheckpointError, match="time_embedding"):
-        denoiser.load_step_condition(conditioned("sd").step_condition_state())
+        denoiser.load_step_condition(conditioned("stable_diffusion").step_condition_state())
     with pytest.raises(CheckpointError, match=r"\[\]"):
         denoiser.load_step_condition({})
     name = "adaln_single.emb.timestep_embedder.cond_proj.weight"
@@ -333,8 +305,8 @@ def test_conditioning_is_indexed_joined_and_repeated() -> None:
     assert torch.equal(repeated.prompt_embeds[3], batch.prompt_embeds[1])
 
 
-def test_conditioning_refuses_what_does_not_fit() -> None:
-    sdxl, unet = tiny_conditioning("sdxl", 2), tiny_conditioning("sd", 2)
+def test_conditioning_refuses_to_join_or_expand_what_does_not_fit() -> None:
+    sdxl, unet = tiny_conditioning("sdxl", 2), tiny_conditioning("stable_diffusion", 2)
     with pytest.raises(ValueError, match="pooled_prompt_embeds is given by the first conditioning only"):
         Conditioning.cat(sdxl, unet)
     with pytest.raises(ValueError, match="this one has 2 samples"):

@@ -21,13 +21,13 @@ def test_a_stock_pipeline_at_guidance_scale_k_plus_1_embeds_k(steps: int, dim: i
 
 
 @pytest.mark.parametrize("dim", [64, 256])
-def test_step_counts_are_told_apart(dim: int) -> None:
+def test_embeddings_of_different_step_counts_are_far_apart(dim: int) -> None:
     embeddings = embed_step_count(torch.arange(1, 9), dim)
     distances = torch.cdist(embeddings, embeddings) + 1e9 * torch.eye(8)
     assert distances.min() > 1.0
 
 
-def test_a_batch_embeds_as_its_samples_do_alone() -> None:
+def test_a_batch_gives_the_same_embeddings_as_single_samples() -> None:
     steps = torch.tensor([4, 1, 8])
     alone = torch.cat([embed_step_count(k[None], 64) for k in steps])
     assert torch.equal(embed_step_count(steps, 64), alone)

@@ -17,7 +17,7 @@ from torch import Tensor
 from tdm_runtime.backends import Backend
 from tdm_runtime.backends.pytorch import TorchBackend
 from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT, open_checkpoint
-from tdm_runtime.model.components import DecoderModule
+from tdm_runtime.families import DecoderModule
 from tdm_runtime.model.decoder import TILE_OVERLAP, Decoder, Pixels, _tile_starts, torch_decoder
 from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.model.similarity import psnr_db

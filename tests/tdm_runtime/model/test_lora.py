@@ -73,7 +73,7 @@ def one_lora(checkpoint: Checkpoint, base: LoadedModel, name: str, path: Path, s
 
 @pytest.fixture(scope="module")
 def unet_halves(checkpoint: Checkpoint) -> Halves:
-    return drawn(checkpoint.load_unet(), UNET_LAYERS)
+    return drawn(checkpoint.load_denoiser().model, UNET_LAYERS)
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +179,7 @@ def test_it_is_the_base_with_changed_weights(
 def test_what_peft_saves_is_what_peft_makes(
     checkpoint: Checkpoint, base: LoadedModel, use_rslora: bool, tmp_path: Path
 ) -> None:
-    unet = checkpoint.load_unet()
+    unet = checkpoint.load_denoiser().model
     targets = [name for name in UNET_LAYERS if "attn" in name]
     config = LoraConfig(r=RANK, lora_alpha=int(ALPHA), target_modules=targets, use_rslora=use_rslora)
     changed = get_peft_model(unet, config)
@@ -207,7 +207,7 @@ def two_loras(
     checkpoint: Checkpoint, base: LoadedModel, unet_halves: Halves, text_halves: Halves, tmp_path: Path
 ) -> Iterator[tuple[LoraBase, list[LoadedModel]]]:
     lora_base = LoraBase(checkpoint, base)
-    other = drawn(checkpoint.load_unet(), UNET_LAYERS[:3], seed=5)
+    other = drawn(checkpoint.load_denoiser().model, UNET_LAYERS[:3], seed=5)
     files = [
         write_kohya(tmp_path / "a.safetensors", unet_halves, text_halves),
         write_diffusers(tmp_path / "b.safetensors", other, {}),

@@ -1,10 +1,11 @@
-"""Base models are read from real pipeline folders, and say about noise what diffusers says."""
+"""Base models load from real pipeline folders, with the noise schedule of diffusers."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,11 @@ import pytest
 import torch
 
 from tdm_runtime.errors import CheckpointError, RecipeError
-from tdm_runtime.families import Conditioning, denoiser_for
+from tdm_runtime.families import FAMILIES, Conditioning
 from tdm_runtime.sampling.schedule import DiffusionSchedule, FlowSchedule
 from tests.tiny_models import TEXT_TOKENS, TINY_MODELS, tiny_cogvideox
-from tests.tiny_pipelines import SCHEDULERS, build_pipeline
-from training.pretrained.base_model import BaseModel, encode_prompts, load_base_model
+from tests.tiny_pipelines import SCHEDULERS, build_pipeline, stock_embeds
+from training.pretrained.base_model import encode_prompts, load_base_model
 
 PROMPTS = ["a red fox", "", "two cats on a green hill at night"]
 
@@ -38,8 +39,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.fixture
 def sd_copy(folders: Callable[[str], Path], tmp_path: Path) -> Path:
-    """A folder to break: the same files, its JSON its own."""
-    source = folders("sd")
+    """A copy of a folder whose JSON files may be changed."""
+    source = folders("stable_diffusion")
     for file in source.rglob("*"):
         target = tmp_path / file.relative_to(source)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -54,20 +55,20 @@ def change_json(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-@pytest.mark.parametrize("family", SCHEDULERS)
-def test_the_denoiser_is_that_of_the_folder(folders: Callable[[str], Path], family: str) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_denoiser_has_the_folders_weights(folders: Callable[[str], Path], family: str) -> None:
     base = load_base_model(folders(family))
     expected = TINY_MODELS[family]().state_dict()
-    assert base.family == family and not base.denoiser.training
+    assert base.family == FAMILIES[family] and not base.denoiser.training
     loaded = base.denoiser.model.state_dict()
     assert loaded.keys() == expected.keys()
     assert all(torch.equal(loaded[name], expected[name]) for name in expected)
-    assert base.spatial_downscale == 8
-    assert base.temporal_downscale == (4 if family == "cogvideox" else 1)
+    assert base.geometry.spatial_compression == 8
+    assert base.geometry.temporal_compression == (4 if family == "cogvideox" else None)
 
 
-@pytest.mark.parametrize("family", SCHEDULERS)
-def test_the_noise_is_that_of_the_folders_scheduler(folders: Callable[[str], Path], family: str) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_noise_schedule_equals_the_folders_scheduler(folders: Callable[[str], Path], family: str) -> None:
     base, theirs = load_base_model(folders(family)), SCHEDULERS[family]()
     if isinstance(base.noise_schedule, FlowSchedule):
         ours = base.noise_schedule.shifted(np.arange(1000, 0, -1) / 1000)
@@ -80,60 +81,45 @@ def test_the_noise_is_that_of_the_folders_scheduler(folders: Callable[[str], Pat
     assert base.prediction_type == theirs.config.prediction_type
 
 
-@pytest.mark.parametrize("family", SCHEDULERS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_prompts_are_encoded_as_the_pipeline_encodes_them_and_fit_the_denoiser(
     folders: Callable[[str], Path], family: str
 ) -> None:
     batches = list(encode_prompts(folders(family), PROMPTS, batch_size=2, width=64, height=128))
     assert [len(batch) for batch in batches] == [2, 1]
-    if family in ("pixart", "sd3"):  # their pipelines pad to a fixed length of their own
+    if family in ("pixart", "sd3"):  # their pipelines pad to fixed lengths
         assert batches[0].prompt_embeds.shape[1] == {"pixart": 120, "sd3": 12 + 256}[family]
     everything = Conditioning.cat(*batches)
-    expected = reference_embeds(family)
+    expected = stock_embeds(family, PROMPTS)
     torch.testing.assert_close(everything.prompt_embeds, expected, rtol=1e-5, atol=1e-5)
-    assert (everything.pooled_prompt_embeds is None) == (family not in ("sdxl", "sd3"))
-    assert (everything.attention_mask is None) == (family != "pixart")
+    base = load_base_model(folders(family))
+    read = [spec.name for spec in base.denoiser.interface(TEXT_TOKENS).inputs]
+    given = {field.name for field in fields(Conditioning) if getattr(everything, field.name) is not None}
+    assert given == {field.name for field in fields(Conditioning) if field.name in read}
     if family == "sdxl":
         assert everything.time_ids is not None
         assert everything.time_ids.tolist() == [[128.0, 64.0, 0.0, 0.0, 128.0, 64.0]] * 3
         assert not everything.prompt_embeds[1].any() and everything.prompt_embeds[2].any()
     assert not any(t is not None and (t.requires_grad or t.is_inference()) for t in everything.tensors())
-    base = load_base_model(folders(family))
-    x = torch.zeros(3, *base.latent_shape(64, 128, frames=9 if family == "cogvideox" else 1))
+    x = torch.zeros(3, *base.geometry.latent_shape(64, 128, frames=9 if base.family.makes_clips else 1))
     with torch.no_grad():
         assert base.denoiser(x, torch.tensor([999.0, 500.0, 1.0]), None, *everything.tensors()).shape == x.shape
 
 
-@torch.no_grad()
-def reference_embeds(family: str) -> torch.Tensor:
-    """The whole pipeline, asked for positive embeddings; an empty SDXL prompt for negative ones."""
-    pipeline = build_pipeline(family)
-    cpu = torch.device("cpu")
-    if family == "sd":
-        return pipeline.encode_prompt(PROMPTS, cpu, 1, True, [""] * 3)[0]
-    if family == "sdxl":
-        embeds, negative, *_ = pipeline.encode_prompt(PROMPTS, device=cpu)
-        return torch.stack([embeds[0], negative[1], embeds[2]])
-    if family == "sd3":
-        return pipeline.encode_prompt(PROMPTS, PROMPTS, PROMPTS, device=cpu)[0]
-    length = {"max_sequence_length": TEXT_TOKENS} if family == "cogvideox" else {}
-    return pipeline.encode_prompt(PROMPTS, device=cpu, **length)[0]
-
-
-def test_latents_have_the_shape_that_the_denoiser_takes(folders: Callable[[str], Path]) -> None:
-    assert load_base_model(folders("sd")).latent_shape(64, 48) == (4, 6, 8)
+def test_latent_shapes_of_pictures_and_clips(folders: Callable[[str], Path]) -> None:
+    assert load_base_model(folders("stable_diffusion")).geometry.latent_shape(64, 48) == (4, 6, 8)
     video = load_base_model(folders("cogvideox"))
-    shapes = [video.latent_shape(64, 48, frames) for frames in (1, 4, 5, 9, 49)]
+    shapes = [video.geometry.latent_shape(64, 48, frames) for frames in (1, 4, 5, 9, 49)]
     assert shapes == [(4, count, 6, 8) for count in (1, 1, 2, 3, 13)]
 
 
 @pytest.mark.parametrize(
     ("family", "size", "message"),
     [
-        ("sd", (60, 64), "60x64 pixels; sd takes multiples of 8"),
+        ("stable_diffusion", (60, 64), "60x64 pixels; stable_diffusion takes multiples of 8"),
         ("pixart", (64, 72), "64x72 pixels; pixart takes multiples of 16"),
-        ("sd", (0, 64), "multiples of 8"),
-        ("sd", (64, 64, 5), "frames is 5; sd makes pictures"),
+        ("stable_diffusion", (0, 64), "multiples of 8"),
+        ("stable_diffusion", (64, 64, 5), "frames is 5; stable_diffusion makes pictures"),
         ("cogvideox", (64, 64, 0), "frames is 0; it must be at least 1"),
     ],
 )
@@ -141,17 +127,17 @@ def test_a_size_without_whole_tokens_is_refused(
     folders: Callable[[str], Path], family: str, size: tuple[int, ...], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        load_base_model(folders(family)).latent_shape(*size)
+        load_base_model(folders(family)).geometry.latent_shape(*size)
 
 
-def test_cogvideox_1_5_names_the_next_number_of_frames() -> None:
-    denoiser = denoiser_for(tiny_cogvideox(patch_size_t=2, patch_bias=False, use_rotary_positional_embeddings=True))
-    base = BaseModel("cogvideox", denoiser, DiffusionSchedule(), "v_prediction", 8, 4)
-    assert base.latent_shape(64, 64, 5) == (4, 2, 8, 8)
+def test_cogvideox_1_5_names_the_next_allowed_number_of_frames() -> None:
+    model = tiny_cogvideox(patch_size_t=2, patch_bias=False, use_rotary_positional_embeddings=True)
+    geometry = FAMILIES["cogvideox"].geometry(model.config, {"block_out_channels": [4] * 4})
+    assert geometry.latent_shape(64, 64, 5) == (4, 2, 8, 8)
     with pytest.raises(
         ValueError, match="9, which are 3 latent frames, and the model takes multiples of 2; ask for 13"
     ):
-        base.latent_shape(64, 64, 9)
+        geometry.latent_shape(64, 64, 9)
 
 
 @pytest.mark.parametrize(
@@ -216,7 +202,7 @@ def test_an_unknown_pipeline_is_refused_by_name(sd_copy: Path) -> None:
         load_base_model(sd_copy)
 
 
-def test_another_denoiser_than_the_pipelines_is_refused(sd_copy: Path) -> None:
+def test_a_denoiser_class_of_another_pipeline_is_refused(sd_copy: Path) -> None:
     change_json(sd_copy / "model_index.json", unet=["diffusers", "UNet3DConditionModel"])
     with pytest.raises(CheckpointError, match="a StableDiffusionPipeline has a UNet2DConditionModel"):
         load_base_model(sd_copy)
@@ -232,13 +218,13 @@ def test_pixart_folders_that_name_the_former_class_are_read(folders: Callable[[s
     assert len(list(encode_prompts(folder, ["a"], batch_size=1, width=64, height=64))) == 1
 
 
-def test_a_vae_that_does_not_say_its_size_is_refused(sd_copy: Path) -> None:
+def test_a_vae_config_without_block_out_channels_is_refused(sd_copy: Path) -> None:
     change_json(sd_copy / "vae" / "config.json", block_out_channels=None)
     with pytest.raises(CheckpointError, match="lacks block_out_channels"):
         load_base_model(sd_copy)
 
 
-def test_weights_that_do_not_fill_the_model_are_refused(sd_copy: Path) -> None:
+def test_weights_with_missing_tensors_are_refused(sd_copy: Path) -> None:
     change_json(sd_copy / "unet" / "config.json", time_cond_proj_dim=16)
     with pytest.raises(CheckpointError, match=r"1 tensors are missing or left over \(time_embedding.cond_proj.weight"):
         load_base_model(sd_copy)
@@ -256,7 +242,7 @@ def test_a_vae_of_another_model_is_refused(sd_copy: Path) -> None:
         load_base_model(sd_copy)
 
 
-def test_prompts_need_their_text_encoder(sd_copy: Path) -> None:
+def test_a_missing_text_encoder_is_named(sd_copy: Path) -> None:
     change_json(sd_copy / "model_index.json", text_encoder=[None, None])
     with pytest.raises(CheckpointError, match="comes without text_encoder"):
         encode_prompts(sd_copy, ["a"], batch_size=1, width=64, height=64)

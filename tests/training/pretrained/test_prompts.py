@@ -1,4 +1,4 @@
-"""Prompt files, embeddings and latents on disk: what is written is what is trained on, by number."""
+"""Prompt files, embeddings and latents on disk: training reads by number what was written."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
+from tdm_runtime.families import FAMILIES
 from tests.tiny_pipelines import build_pipeline
 from training.pretrained import prompts as prompts_module
-from training.pretrained.base_model import Family, encode_prompts, load_base_model
+from training.pretrained.base_model import encode_prompts, load_base_model
 from training.pretrained.latents import encode_latents, read_pixels
 from training.pretrained.prompts import (
     EmbeddedPrompts,
@@ -33,11 +34,11 @@ TEXTS = ["a red fox", "two cats", "rain", "a green hill at night", "a b c"]
 
 
 @pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Family], Path]:
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     root = tmp_path_factory.mktemp("pipelines")
 
     @cache
-    def folder(family: Family) -> Path:
+    def folder(family: str) -> Path:
         build_pipeline(family).save_pretrained(root / family)
         return root / family
 
@@ -95,9 +96,9 @@ def test_a_bad_line_is_named(tmp_path: Path, text: str, message: str) -> None:
 # ---- embeddings ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl", "pixart", "sd3", "cogvideox"])
-def test_what_is_read_is_what_the_pipeline_says(
-    bases: Callable[[Family], Path], prompt_file: Path, tmp_path: Path, family: Family
+@pytest.mark.parametrize("family", FAMILIES)
+def test_embeddings_on_disk_equal_the_pipelines(
+    bases: Callable[[str], Path], prompt_file: Path, tmp_path: Path, family: str
 ) -> None:
     index = embed(bases(family), prompt_file, tmp_path / "e")
     assert (index.family, index.width, index.height, index.count) == (family, 64, 48, 5)
@@ -116,7 +117,7 @@ def test_what_is_read_is_what_the_pipeline_says(
 
 
 def test_half_precision_is_half_as_large_and_keeps_sizes_exact(
-    bases: Callable[[Family], Path], prompt_file: Path, tmp_path: Path
+    bases: Callable[[str], Path], prompt_file: Path, tmp_path: Path
 ) -> None:
     whole, half = (
         embed(bases("sdxl"), prompt_file, tmp_path / kind, stored_type=kind) and EmbeddedPrompts(tmp_path / kind, 0)
@@ -128,15 +129,15 @@ def test_half_precision_is_half_as_large_and_keeps_sizes_exact(
     assert torch.equal(found.time_ids, expected.time_ids) and found.prompt_embeds.dtype == torch.float32
 
 
-def test_a_number_too_large_for_half_precision_is_named() -> None:
+def test_a_value_out_of_the_range_of_half_precision_is_named() -> None:
     with pytest.raises(PromptError, match="prompt_embeds reaches 70000, which fp16 cannot hold; store bf16 or fp32"):
         prompts_module.to_stored("prompt_embeds", torch.tensor([70000.0]), "fp16")
 
 
-def test_a_killed_embedding_goes_on_with_the_missing_shards(
-    bases: Callable[[Family], Path], prompt_file: Path, tmp_path: Path
+def test_a_killed_embedding_continues_with_the_missing_shards(
+    bases: Callable[[str], Path], prompt_file: Path, tmp_path: Path
 ) -> None:
-    base, folder = bases("sd"), tmp_path / "e"
+    base, folder = bases("stable_diffusion"), tmp_path / "e"
     embed(base, prompt_file, folder)
     expected = EmbeddedPrompts(folder, 0).conditioning(range(5)).prompt_embeds
     kept = folder / "prompts-00000.safetensors"
@@ -148,48 +149,61 @@ def test_a_killed_embedding_goes_on_with_the_missing_shards(
     ):
         EmbeddedPrompts(folder, 0)
     embed(base, prompt_file, folder)
-    assert kept.stat().st_mtime_ns == 1, "what was there is kept"
+    assert kept.stat().st_mtime_ns == 1, "finished shards are kept"
     assert torch.allclose(EmbeddedPrompts(folder, 0).conditioning(range(5)).prompt_embeds, expected, atol=1e-6)
 
 
-def test_a_folder_is_not_resumed_with_something_else(
-    bases: Callable[[Family], Path], prompt_file: Path, tmp_path: Path
+def test_a_folder_is_not_resumed_with_other_settings(
+    bases: Callable[[str], Path], prompt_file: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "e"
-    embed(bases("sd"), prompt_file, folder)
+    embed(bases("stable_diffusion"), prompt_file, folder)
     for changes, message in (
         ({"shard_size": 3}, r"shard_size 2 \(now 3\)"),
         ({"stored_type": "fp16"}, "stored_type fp"),
     ):
         with pytest.raises(PromptError, match=f"was begun with {message}"):
-            embed(bases("sd"), prompt_file, folder, **changes)
-    with pytest.raises(PromptError, match=r"family sd \(now pixart\), text_encoders"):
+            embed(bases("stable_diffusion"), prompt_file, folder, **changes)
+    with pytest.raises(PromptError, match=r"family stable_diffusion \(now pixart\), text_encoders"):
         embed(bases("pixart"), prompt_file, folder)
     prompt_file.write_text('{"prompt": "another"}\n')
     with pytest.raises(
         PromptError, match=r"count 5 \(now 1\), prompts_sha256 .*; resume with the same, or use another"
     ):
-        embed(bases("sd"), prompt_file, folder)
+        embed(bases("stable_diffusion"), prompt_file, folder)
+
+
+def test_embeddings_with_a_familys_former_name_are_read_and_resumed(
+    bases: Callable[[str], Path], prompt_file: Path, tmp_path: Path
+) -> None:
+    base, folder = bases("stable_diffusion"), tmp_path / "e"
+    embed(base, prompt_file, folder)
+    index = folder / "index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"family": "sd"}))
+    EmbeddedPrompts(folder, 0).require(load_base_model(base), 64, 48)
+    (folder / "prompts-00001.safetensors").unlink()
+    assert embed(base, prompt_file, folder).family == "stable_diffusion"
+    assert (folder / "prompts-00001.safetensors").is_file()
 
 
 def test_embeddings_of_another_family_or_size_are_refused_by_name(
-    bases: Callable[[Family], Path], prompt_file: Path, tmp_path: Path
+    bases: Callable[[str], Path], prompt_file: Path, tmp_path: Path
 ) -> None:
-    embed(bases("sd"), prompt_file, tmp_path / "e")
+    embed(bases("stable_diffusion"), prompt_file, tmp_path / "e")
     source = EmbeddedPrompts(tmp_path / "e", 0)
     with pytest.raises(
-        PromptError, match="holds embeddings for sd, the base model is sd3; embed the prompts with this"
+        PromptError, match="holds embeddings for stable_diffusion, the base model is sd3; embed the prompts with this"
     ):
         source.require(load_base_model(bases("sd3")), 64, 48)
     with pytest.raises(PromptError, match="for 64x48 pixels, the config trains 64x64; embed the prompts for that size"):
-        source.require(load_base_model(bases("sd")), 64, 64)
+        source.require(load_base_model(bases("stable_diffusion")), 64, 64)
 
 
-def test_damaged_folders_are_named(bases: Callable[[Family], Path], prompt_file: Path, tmp_path: Path) -> None:
+def test_damaged_folders_are_named(bases: Callable[[str], Path], prompt_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "e"
     with pytest.raises(PromptError, match=r"index.json cannot be read .* make embeddings with `tdm-train embed`"):
         EmbeddedPrompts(folder, 0)
-    embed(bases("sd"), prompt_file, folder)
+    embed(bases("stable_diffusion"), prompt_file, folder)
     (folder / "prompts-00000.safetensors").write_bytes(b"torn")
     with pytest.raises(PromptError, match=r"prompts-00000.safetensors is damaged .*; remove it and embed again"):
         EmbeddedPrompts(folder, 0).conditioning(range(5))
@@ -205,18 +219,18 @@ def test_damaged_folders_are_named(bases: Callable[[Family], Path], prompt_file:
         with pytest.raises(PromptError, match=message):
             read_index(folder)
     with pytest.raises(PromptError, match="stored_type is 'fp8'; it must be one of fp16, bf16, fp32"):
-        embed(bases("sd"), prompt_file, tmp_path / "f", stored_type="fp8")
+        embed(bases("stable_diffusion"), prompt_file, tmp_path / "f", stored_type="fp8")
     with pytest.raises(PromptError, match="shard_size is 0; it must be at least 1"):
-        embed(bases("sd"), prompt_file, tmp_path / "f", shard_size=0)
+        embed(bases("stable_diffusion"), prompt_file, tmp_path / "f", shard_size=0)
 
 
 # ---- the order of prompts ------------------------------------------------------------------------
 
 
-def test_each_epoch_visits_each_prompt_once_in_an_order_of_its_own(
-    bases: Callable[[Family], Path], prompt_file: Path, tmp_path: Path
+def test_each_epoch_visits_each_prompt_once_in_its_own_order(
+    bases: Callable[[str], Path], prompt_file: Path, tmp_path: Path
 ) -> None:
-    embed(bases("sd"), prompt_file, tmp_path / "e")
+    embed(bases("stable_diffusion"), prompt_file, tmp_path / "e")
     source = EmbeddedPrompts(tmp_path / "e", seed=1)
     epochs = [tuple(source.rows(range(5 * epoch, 5 * epoch + 5))) for epoch in range(20)]
     assert all(sorted(epoch) == [0, 1, 2, 3, 4] for epoch in epochs)
@@ -252,9 +266,9 @@ def reference_latents(base: Path, files: list[Path]) -> Tensor:
     return latents
 
 
-@pytest.mark.parametrize("family", ["sd", "sd3"])
-def test_latents_pair_with_their_prompts_and_are_in_the_denoisers_units(
-    bases: Callable[[Family], Path], prompt_file: Path, pictures: list[Path], tmp_path: Path, family: Family
+@pytest.mark.parametrize("family", ["stable_diffusion", "sd3"])
+def test_latents_pair_with_their_prompts_and_have_the_denoisers_scaling(
+    bases: Callable[[str], Path], prompt_file: Path, pictures: list[Path], tmp_path: Path, family: str
 ) -> None:
     base, folder = bases(family), tmp_path / "e"
     embed(base, prompt_file, folder)
@@ -273,31 +287,32 @@ def test_latents_pair_with_their_prompts_and_are_in_the_denoisers_units(
     torch.testing.assert_close(again, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_folder_of_pictures_goes_by_name(
-    bases: Callable[[Family], Path], prompt_file: Path, pictures: list[Path], tmp_path: Path
+def test_pictures_of_a_folder_are_paired_sorted_by_name(
+    bases: Callable[[str], Path], prompt_file: Path, pictures: list[Path], tmp_path: Path
 ) -> None:
     folder = tmp_path / "e"
-    embed(bases("sd"), prompt_file, folder)
-    encode_latents(bases("sd"), tmp_path, folder, 64, 48, stored_type="fp32", device="cpu")
+    embed(bases("stable_diffusion"), prompt_file, folder)
+    encode_latents(bases("stable_diffusion"), tmp_path, folder, 64, 48, stored_type="fp32", device="cpu")
     source = EmbeddedPrompts(folder, 0)
     found = source.latents(range(5))
     assert found is not None
     by_name = sorted(pictures)
-    expected = reference_latents(bases("sd"), [by_name[row] for row in source.rows(range(5))])
+    expected = reference_latents(bases("stable_diffusion"), [by_name[row] for row in source.rows(range(5))])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(PromptError, match=r"latents.json is of other pictures .* or remove latents.json"):
-        encode_latents(bases("sd"), prompt_file, folder, 64, 48, stored_type="fp32", device="cpu")
+        encode_latents(bases("stable_diffusion"), prompt_file, folder, 64, 48, stored_type="fp32", device="cpu")
 
 
 def test_pictures_that_do_not_pair_are_refused(
-    bases: Callable[[Family], Path], prompt_file: Path, pictures: list[Path], tmp_path: Path
+    bases: Callable[[str], Path], prompt_file: Path, pictures: list[Path], tmp_path: Path
 ) -> None:
-    base, folder = bases("sd"), tmp_path / "e"
+    base, folder = bases("stable_diffusion"), tmp_path / "e"
     with pytest.raises(PromptError, match=r"index.json cannot be read"):
         encode_latents(base, prompt_file, folder, 64, 48)
     embed(base, prompt_file, folder)
     with pytest.raises(
-        PromptError, match="of sd at 64x48, the latents are of sd at 64x64; latents and embeddings must"
+        PromptError,
+        match="of stable_diffusion at 64x48, the latents are of stable_diffusion at 64x64; latents and embeddings must",
     ):
         encode_latents(base, prompt_file, folder, 64, 64)
     pictures[0].rename(tmp_path / "hidden")
@@ -318,7 +333,7 @@ def test_pictures_that_do_not_pair_are_refused(
         encode_latents(bases("cogvideox"), prompt_file, video, 64, 48)
 
 
-def test_a_picture_covers_the_size_and_is_cut_in_the_middle(tmp_path: Path) -> None:
+def test_a_picture_is_scaled_to_cover_the_size_and_cropped_at_the_centre(tmp_path: Path) -> None:
     image = Image.new("RGB", (90, 30), (0, 0, 0))
     image.paste((255, 255, 255), (30, 0, 60, 30))
     image.save(tmp_path / "p.png")

@@ -1,4 +1,4 @@
-"""Every backbone family distils: real classes at a tiny size, whole copies and adapters."""
+"""Every family is distilled: real classes at a tiny size, all weights and LoRA adapters."""
 
 from __future__ import annotations
 
@@ -18,20 +18,19 @@ from torch import Tensor
 
 from tdm_runtime.checkpoint.recipe import load_recipe
 from tdm_runtime.errors import CheckpointError
-from tdm_runtime.families import Denoiser, denoiser_for
+from tdm_runtime.families import FAMILIES, Denoiser, denoiser_for
 from tdm_runtime.sampling.schedule import FlowSchedule
 from tests.tiny_models import TINY_MODELS, TINY_SHAPES, tiny_conditioning
 from tests.tiny_pipelines import build_pipeline
 from tests.training.tiny_runs import LORA, UNIFY, iterate, tiny_base, tiny_distiller, weights_of
 from training.config import ConfigError, DistillConfig
 from training.methods.roles import LoraRoles, SeparateRoles
-from training.pretrained.base_model import Family, load_base_model
+from training.pretrained.base_model import load_base_model
 from training.pretrained.presets import PRESETS, as_dmd2, as_lcm
 from training.pretrained.prompts import embed_prompts
 from training.pretrained.student_files import LORA_FILE, STEP_CONDITION_FILE, load_student, read_tensors, save_student
 from training.pretrained.train import (
     GRID_PROMPTS,
-    LORA_TARGETS,
     build_backbone_distiller,
     coordinates_of,
     train_backbone,
@@ -40,7 +39,6 @@ from training.run.distill import Distiller
 from training.run.loop import TrainingDivergedError
 from training.run.plot import PLOT_FILE
 
-FAMILIES: tuple[Family, ...] = ("sd", "sdxl", "pixart", "sd3", "cogvideox")
 KINDS = {"full": UNIFY, "lora": LORA}
 TIMESTEPS = torch.tensor([980.0, 500.0, 60.0])
 
@@ -48,16 +46,16 @@ TIMESTEPS = torch.tensor([980.0, 500.0, 60.0])
 @torch.no_grad()
 def outputs(denoiser: torch.nn.Module, family: str, step_count: int | None) -> Tensor:
     x = torch.randn(3, *TINY_SHAPES[family], generator=torch.Generator().manual_seed(5))
-    told = None if step_count is None else torch.full((3,), step_count)
-    output: Tensor = denoiser(x, TIMESTEPS, told, *tiny_conditioning(family, 3, seed=2).tensors())
+    step_counts = None if step_count is None else torch.full((3,), step_count)
+    output: Tensor = denoiser(x, TIMESTEPS, step_counts, *tiny_conditioning(family, 3, seed=2).tensors())
     return output
 
 
 @torch.no_grad()
 def estimates(distiller: Distiller, role: str, family: str, step_count: int | None) -> Tensor:
     x = torch.randn(3, *TINY_SHAPES[family], generator=torch.Generator().manual_seed(5))
-    told = None if step_count is None else torch.full((3,), step_count)
-    estimate: Tensor = getattr(distiller.roles, role)(x, TIMESTEPS.double(), tiny_conditioning(family, 3, seed=2), told)
+    step_counts, prompts = None if step_count is None else torch.full((3,), step_count), tiny_conditioning(family, 3, 2)
+    estimate: Tensor = getattr(distiller.roles, role)(x, TIMESTEPS.double(), prompts, step_counts)
     return estimate
 
 
@@ -74,7 +72,7 @@ def averaged_outputs(distiller: Distiller, family: str, step_count: int | None) 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_unify_moves_student_and_fake_score_and_not_the_teacher(family: Family, kind: str) -> None:
+def test_unify_moves_student_and_fake_score_and_not_the_teacher(family: str, kind: str) -> None:
     distiller = tiny_distiller(family, KINDS[kind])
     teacher = estimates(distiller, "teacher", family, None)
     assert all(torch.equal(estimates(distiller, role, family, 4), teacher) for role in ("student", "fake"))
@@ -85,13 +83,13 @@ def test_unify_moves_student_and_fake_score_and_not_the_teacher(family: Family, 
     for role in ("student", "fake", "average"):
         names = [name for name in before if name.startswith(f"{role}.")]
         moved = [name for name in names if not torch.equal(before[name], after[name])]
-        # A UNet's class and a transformer's unread rest may stay; an adapter that stays is one that was forgotten.
+        # A few weights of a model may be unused and stay; an adapter that stays would not be trained at all.
         assert len(moved) > 0.9 * len(names), sorted(set(names) - set(moved))
         assert any("cond_proj" in name for name in moved)
     assert torch.equal(estimates(distiller, "teacher", family, None), teacher)
-    told = {role: [estimates(distiller, role, family, k) for k in (1, 4)] for role in ("student", "fake")}
-    assert all(not torch.allclose(one, four) for one, four in told.values())
-    assert not torch.allclose(told["student"][0], told["fake"][0])
+    by_role = {role: [estimates(distiller, role, family, k) for k in (1, 4)] for role in ("student", "fake")}
+    assert all(not torch.allclose(one, four) for one, four in by_role.values())
+    assert not torch.allclose(by_role["student"][0], by_role["fake"][0])
 
 
 VARIANTS: dict[str, DistillConfig] = {
@@ -113,36 +111,41 @@ VARIANTS: dict[str, DistillConfig] = {
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_setting_of_the_method_runs_and_moves_the_student(name: str) -> None:
-    distiller = tiny_distiller("sd", VARIANTS[name], has_latents=True)
+    distiller = tiny_distiller("stable_diffusion", VARIANTS[name], has_latents=True)
     before = weights_of(distiller)
     (numbers,) = iterate(distiller, 1)
     after = weights_of(distiller)
     assert all(math.isfinite(value) for value in numbers.values())
     assert any(not torch.equal(before[n], after[n]) for n in before if n.startswith("student."))
     assert ("discriminator_loss" in numbers) == ("GAN" in name)
-    x = torch.randn(1, *TINY_SHAPES["sd"])
-    assert distiller.sample(x, 4, tiny_conditioning("sd", 1)).isfinite().all()
+    x = torch.randn(1, *TINY_SHAPES["stable_diffusion"])
+    assert distiller.sample(x, 4, tiny_conditioning("stable_diffusion", 1)).isfinite().all()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_flow_or_a_video_takes_dpm_solver_and_reverse_intervals_too(family: Family) -> None:
+def test_a_flow_or_a_video_takes_dpm_solver_and_reverse_intervals_too(family: str) -> None:
     (numbers,) = iterate(tiny_distiller(family, replace(UNIFY, solver="dpmsolver++", interval="reverse")), 1)
     assert all(math.isfinite(value) for value in numbers.values())
 
 
-def test_a_discriminator_is_made_of_unets_only() -> None:
+def test_a_discriminator_needs_a_unet_and_real_latents() -> None:
     with pytest.raises(ValueError, match="adversarial_weight needs a UNet as teacher, got PixArtDenoiser"):
         tiny_distiller("pixart", VARIANTS["GAN"], has_latents=True)
     with pytest.raises(ConfigError, match="learns from real latents, and the prompts have none"):
-        tiny_distiller("sd", VARIANTS["GAN"])
+        tiny_distiller("stable_diffusion", VARIANTS["GAN"])
 
 
 @pytest.mark.parametrize(
     ("family", "kind", "parts"),
-    [("sd", "full", 1), ("sd", "full", 2), ("sd", "lora", 2), *((family, "lora", 1) for family in FAMILIES)],
+    [
+        ("stable_diffusion", "full", 1),
+        ("stable_diffusion", "full", 2),
+        ("stable_diffusion", "lora", 2),
+        *((family, "lora", 1) for family in FAMILIES),
+    ],
 )
-def test_gradient_checkpointing_changes_nothing(family: Family, kind: str, parts: int) -> None:
-    """Adapters take turns on one base: what is recomputed in a backward pass must be the role's own."""
+def test_gradient_checkpointing_changes_nothing(family: str, kind: str, parts: int) -> None:
+    """Adapters take turns on one base: a backward pass must recompute with the adapter of its own role."""
     plain = tiny_distiller(family, replace(KINDS[kind], accumulation=parts))
     saving = tiny_distiller(family, replace(KINDS[kind], accumulation=parts, gradient_checkpointing=True))
     checkpointed = [m for m in saving.roles.student.denoiser.modules() if getattr(m, "gradient_checkpointing", False)]
@@ -153,7 +156,7 @@ def test_gradient_checkpointing_changes_nothing(family: Family, kind: str, parts
 
 
 def test_the_teacher_is_not_checkpointed() -> None:
-    roles = tiny_distiller("sd", replace(UNIFY, gradient_checkpointing=True)).roles
+    roles = tiny_distiller("stable_diffusion", replace(UNIFY, gradient_checkpointing=True)).roles
     assert isinstance(roles, SeparateRoles)
     assert not any(getattr(m, "gradient_checkpointing", False) for m in roles.teacher.denoiser.modules())
 
@@ -162,31 +165,31 @@ def test_the_teacher_is_not_checkpointed() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_whole_weights_come_back_identical(family: Family, tmp_path: Path) -> None:
+def test_whole_weights_load_as_they_were_saved(family: str, tmp_path: Path) -> None:
     distiller = tiny_distiller(family, UNIFY)
     iterate(distiller, 1)
     written = save_student(distiller, tmp_path, "a student")
     student = load_student(tiny_base(family).denoiser, tmp_path)
     for k in (1, 4):
         assert torch.equal(outputs(student, family, k), averaged_outputs(distiller, family, k))
-    assert (tmp_path / STEP_CONDITION_FILE in written) == (family not in ("sd", "sdxl"))
+    assert (tmp_path / STEP_CONDITION_FILE in written) != student.saves_step_condition
     recipe = load_recipe(tmp_path)
     assert (recipe.name, recipe.step_condition, recipe.step_counts) == ("a student", "timestep_cond", (1, 2, 3, 4))
     assert {tmp_path / name for name in recipe.files} == {f for f in written if f.suffix == ".safetensors"}
-    # Stock diffusers reads the folder, with every weight in place.
-    part = "unet" if family in ("sd", "sdxl") else "transformer"
+    # Stock diffusers finds every weight in the folder.
+    part = FAMILIES[family].denoiser_folder
     _, report = type(TINY_MODELS[family]()).from_pretrained(tmp_path / part, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
 
 
-def with_lora_by_peft(family: Family, denoiser: Denoiser, file: Path, config: DistillConfig) -> Denoiser:
-    """As readers do that know nothing of alpha: diffusers where the class has the mixin, else peft itself."""
-    part = "unet" if family in ("sd", "sdxl") else "transformer"
+def with_lora_by_peft(family: str, denoiser: Denoiser, file: Path, config: DistillConfig) -> Denoiser:
+    """The LoRA applied without alpha: by diffusers if the class has the mixin, otherwise by peft itself."""
+    part = FAMILIES[family].denoiser_folder
     if hasattr(denoiser.model, "load_lora_adapter"):
         denoiser.model.load_lora_adapter(read_tensors(file), prefix=part)
         return denoiser
     rank = config.lora_rank
-    lora = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(LORA_TARGETS[family]))
+    lora = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(FAMILIES[family].lora_targets))
     inject_adapter_in_model(lora, denoiser.model)
     state = {name.removeprefix(f"{part}."): tensor for name, tensor in read_tensors(file).items()}
     report = set_peft_model_state_dict(denoiser.model, state)
@@ -195,7 +198,7 @@ def with_lora_by_peft(family: Family, denoiser: Denoiser, file: Path, config: Di
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_lora_comes_back_identical_and_its_alpha_is_in_its_weights(family: Family, tmp_path: Path) -> None:
+def test_a_lora_loads_as_it_was_saved_and_its_weights_include_alpha(family: str, tmp_path: Path) -> None:
     distiller = tiny_distiller(family, LORA)
     iterate(distiller, 1)
     save_student(distiller, tmp_path)
@@ -208,20 +211,20 @@ def test_a_lora_comes_back_identical_and_its_alpha_is_in_its_weights(family: Fam
     assert not torch.allclose(trained, outputs(tiny_base(family).denoiser, family, None), atol=1e-3)
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "cogvideox"])
-def test_stock_pipelines_load_the_lora(family: Family, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["stable_diffusion", "sdxl", "sd3", "cogvideox"])
+def test_stock_pipelines_load_the_lora(family: str, tmp_path: Path) -> None:
     config = replace(LORA, step_condition_for="none", step_counts=(4,))
     distiller = tiny_distiller(family, config)
     iterate(distiller, 1)
     save_student(distiller, tmp_path)
     pipeline = build_pipeline(family)
     pipeline.load_lora_weights(tmp_path)
-    denoiser = denoiser_for(pipeline.unet if family in ("sd", "sdxl") else pipeline.transformer)
+    denoiser = denoiser_for(getattr(pipeline, FAMILIES[family].denoiser_folder))
     expected = averaged_outputs(distiller, family, None)
     torch.testing.assert_close(outputs(denoiser, family, None), expected, rtol=1e-5, atol=1e-5)
 
 
-def another_base(family: Family) -> Denoiser:
+def another_base(family: str) -> Denoiser:
     denoiser = tiny_base(family).denoiser
     generator = torch.Generator().manual_seed(9)
     with torch.no_grad():
@@ -231,7 +234,7 @@ def another_base(family: Family) -> Denoiser:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_lora_fits_another_model_of_its_base(family: Family, tmp_path: Path) -> None:
+def test_a_lora_fits_another_model_of_its_base(family: str, tmp_path: Path) -> None:
     """The mechanics of Table 2: the adapter was trained on one base and is applied to another."""
     config = replace(LORA, step_condition_for="none", step_counts=(4,))
     distiller = tiny_distiller(family, config)
@@ -248,27 +251,27 @@ def test_a_lora_fits_another_model_of_its_base(family: Family, tmp_path: Path) -
 
 def test_a_student_that_samples_with_fresh_noise_gets_no_recipe(tmp_path: Path) -> None:
     for config in (as_dmd2(UNIFY), as_lcm(UNIFY)):
-        written = save_student(tiny_distiller("sd", config, has_latents=True), tmp_path)
+        written = save_student(tiny_distiller("stable_diffusion", config, has_latents=True), tmp_path)
         assert [file.name for file in written] == ["diffusion_pytorch_model.safetensors"]
 
 
-def test_what_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
-    base = tiny_base("sd").denoiser
+def test_a_student_that_does_not_fit_the_base_is_refused(tmp_path: Path) -> None:
+    base = tiny_base("stable_diffusion").denoiser
     with pytest.raises(CheckpointError, match=r"neither unet/ nor pytorch_lora_weights\.safetensors; give a folder"):
         load_student(base, tmp_path)
-    save_student(tiny_distiller("sd", LORA), tmp_path / "lora")
-    wide = denoiser_for(TINY_MODELS["sd"](block_out_channels=(16, 64)))
+    save_student(tiny_distiller("stable_diffusion", LORA), tmp_path / "lora")
+    wide = denoiser_for(TINY_MODELS["stable_diffusion"](block_out_channels=(16, 64)))
     with pytest.raises(CheckpointError, match=r"for a weight of shape \(32, 32\), the model's is \(64, 64\); use the"):
         load_student(wide, tmp_path / "lora")
     with pytest.raises(CheckpointError, match="which SD3Transformer2DModel has not; use its base"):
         load_student(tiny_base("sd3").denoiser, tmp_path / "lora")
-    save_student(tiny_distiller("sd", UNIFY), tmp_path / "full")
+    save_student(tiny_distiller("stable_diffusion", UNIFY), tmp_path / "full")
     with pytest.raises(CheckpointError, match=r"is no model like the base: \d+ weights differ in shape"):
         load_student(wide, tmp_path / "full")
     with pytest.raises(
-        ConfigError, match=r"flow_shift is 6 and the base is sd, a diffusion model; set flow_shift to 0"
+        ConfigError, match=r"flow_shift is 6 and the base is stable_diffusion, a diffusion model; set flow_shift to 0"
     ):
-        tiny_distiller("sd", replace(UNIFY, flow_shift=6.0))
+        tiny_distiller("stable_diffusion", replace(UNIFY, flow_shift=6.0))
     with pytest.raises(ConfigError, match="method 'lcm' knows diffusion schedules, sd3 is a flow"):
         tiny_distiller("sd3", as_lcm(UNIFY), has_latents=True)
 
@@ -277,13 +280,13 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Family], tuple[Path, Path]]:
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
     """A base's pipeline folder and its embedded prompts."""
     root = tmp_path_factory.mktemp("workplace")
     (root / "prompts.jsonl").write_text('{"prompt": "a red fox"}\n{"prompt": "two cats"}\n{"prompt": "rain"}\n')
 
     @cache
-    def places(family: Family) -> tuple[Path, Path]:
+    def places(family: str) -> tuple[Path, Path]:
         base, embeddings = root / family, root / f"{family}-embeddings"
         build_pipeline(family).save_pretrained(base)
         embed_prompts(base, root / "prompts.jsonl", embeddings, 64, 64)
@@ -296,8 +299,8 @@ def parameters(distiller: Distiller, role: str) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in getattr(distiller.roles, role).denoiser.named_parameters()}
 
 
-def test_sdxl_stage_two_goes_on_from_stage_one_with_a_new_fake_score(
-    workplace: Callable[[Family], tuple[Path, Path]], tmp_path: Path
+def test_sdxl_stage_two_starts_from_stage_one_with_a_fresh_fake_score(
+    workplace: Callable[[str], tuple[Path, Path]], tmp_path: Path
 ) -> None:
     base, embeddings = workplace("sdxl")
     config = replace(PRESETS["sdxl-512"], **TINY, student_learning_rate=1e-3, fake_learning_rate=1e-3)
@@ -325,11 +328,11 @@ TINY: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("preset", [name for name in PRESETS if name not in ("sdxl-512", "sdxl-1024", "pixart-1024")])
-def test_a_preset_runs_from_folder_to_folder_and_starts_again_where_it_stood(
-    workplace: Callable[[Family], tuple[Path, Path]], preset: str, tmp_path: Path
+def test_a_preset_runs_from_folder_to_folder_and_a_second_run_trains_nothing_more(
+    workplace: Callable[[str], tuple[Path, Path]], preset: str, tmp_path: Path
 ) -> None:
-    families: dict[str, Family] = {"pixart": "pixart", "sd3": "sd3", "cogvideox": "cogvideox"}
-    base, embeddings = workplace(families.get(preset, "sd"))
+    families: dict[str, str] = {"pixart": "pixart", "sd3": "sd3", "cogvideox": "cogvideox"}
+    base, embeddings = workplace(families.get(preset, "stable_diffusion"))
     config = replace(PRESETS[preset], **TINY, frames=9 if preset == "cogvideox" else 1)
     written = train_backbone(tmp_path, base, embeddings, config, name=preset)
     recipe = load_recipe(tmp_path)
@@ -340,50 +343,53 @@ def test_a_preset_runs_from_folder_to_folder_and_starts_again_where_it_stood(
         assert recipe.timesteps == {4: (999.0, 856.0, 665.0, 399.0)}
     hashes = recipe.files
     assert train_backbone(tmp_path, base, embeddings, config, name=preset) == written
-    assert load_recipe(tmp_path).files == hashes, "nothing was left to train"
+    assert load_recipe(tmp_path).files == hashes, "the second run must train nothing"
 
 
-def test_a_run_draws_samples_and_curves_along_the_way(
-    workplace: Callable[[Family], tuple[Path, Path]], tmp_path: Path
-) -> None:
-    base, embeddings = workplace("sd")
+def test_a_run_draws_samples_and_curves(workplace: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
+    base, embeddings = workplace("stable_diffusion")
     config = replace(UNIFY, **{**TINY, "grid_every": 1, "log_every": 1})
     train_backbone(tmp_path, base, embeddings, config)
     grids = [Image.open(tmp_path / "samples" / f"{done:06d}.png") for done in (1, 2)]
     assert grids[0].size == (len(config.step_counts) * 64, GRID_PROMPTS * 64)
-    assert grids[0].tobytes() != grids[1].tobytes(), "the student has moved"
+    assert grids[0].tobytes() != grids[1].tobytes(), "the student must have changed"
     assert Image.open(tmp_path / PLOT_FILE).width > 100
     video, texts = workplace("cogvideox")
     with pytest.raises(ConfigError, match=r"grid_every is 1 and .* makes clips; set it to 0"):
         train_backbone(tmp_path / "video", video, texts, replace(config, frames=9))
 
 
-def test_a_lora_goes_on_from_a_lora_of_its_rank(
-    workplace: Callable[[Family], tuple[Path, Path]], tmp_path: Path
+def test_a_lora_continues_from_a_lora_of_its_rank_only(
+    workplace: Callable[[str], tuple[Path, Path]], tmp_path: Path
 ) -> None:
-    base, embeddings = workplace("sd")
+    base, embeddings = workplace("stable_diffusion")
     config = replace(LORA, **TINY)
     train_backbone(tmp_path, base, embeddings, config)
     second = build_backbone_distiller(base, embeddings, config, tmp_path)
     merged = load_student(load_base_model(base).denoiser, tmp_path)
     second.roles.activate("student")
     torch.testing.assert_close(
-        outputs(second.roles.student.denoiser, "sd", 2), outputs(merged, "sd", 2), rtol=1e-4, atol=1e-4
+        outputs(second.roles.student.denoiser, "stable_diffusion", 2),
+        outputs(merged, "stable_diffusion", 2),
+        rtol=1e-4,
+        atol=1e-4,
     )
     with pytest.raises(CheckpointError, match=r"does not fit the student's adapter of rank 3: \d+ tensors differ"):
         build_backbone_distiller(base, embeddings, replace(config, lora_rank=3), tmp_path)
     whole = build_backbone_distiller(
         base, embeddings, replace(config, lora_rank=0, step_condition_for="student"), tmp_path
     )
-    assert torch.equal(outputs(whole.roles.student.denoiser, "sd", 2), outputs(merged, "sd", 2))
+    assert torch.equal(
+        outputs(whole.roles.student.denoiser, "stable_diffusion", 2), outputs(merged, "stable_diffusion", 2)
+    )
     with pytest.raises(ConfigError, match="has an input for K and step_condition_for is 'none'"):
         build_backbone_distiller(base, embeddings, replace(config, lora_rank=0, step_condition_for="none"), tmp_path)
 
 
-def test_a_rate_that_explodes_is_named_and_leaves_a_finite_state(
-    workplace: Callable[[Family], tuple[Path, Path]], tmp_path: Path
+def test_a_diverging_learning_rate_is_named_and_leaves_a_finite_state(
+    workplace: Callable[[str], tuple[Path, Path]], tmp_path: Path
 ) -> None:
-    base, embeddings = workplace("sd")
+    base, embeddings = workplace("stable_diffusion")
     for rate in (1e12, 1e36):
         config = replace(UNIFY, **TINY | {"steps": 20}, student_learning_rate=rate)
         with pytest.raises(TrainingDivergedError, match=r"tdm diverged at iteration \d+: .*lower the learning rates"):
@@ -408,8 +414,10 @@ def test_two_adapters_cost_a_sixth_of_the_base_at_sd15s_real_size() -> None:
     config = PRESETS["sd15-lora"]
     assert config.lora_rank == 64
     with torch.device("meta"):
-        base = replace(tiny_base("sd"), denoiser=denoiser_for(unet))
-        roles = LoraRoles(base.denoiser, coordinates_of(base, config), 64, 64.0, LORA_TARGETS["sd"])
+        base = replace(tiny_base("stable_diffusion"), denoiser=denoiser_for(unet))
+        roles = LoraRoles(
+            base.denoiser, coordinates_of(base, config), 64, 64.0, FAMILIES["stable_diffusion"].lora_targets
+        )
     adapters = {role: sum(p.numel() for p in roles.module(role).parameters()) for role in ("student", "fake")}
     assert adapters["student"] == adapters["fake"] > 0
     trained = 4 * sum(adapters.values()) + adapters["student"]

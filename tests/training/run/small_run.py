@@ -25,7 +25,7 @@ def build(kind: str, steps: int, accumulation: int) -> Distiller:
     changes = {"steps": steps, "accumulation": accumulation, "save_every_s": 0.0, "log_every": 1}
     if kind == "mixture":
         return build_distiller(replace(DEFAULT, batch_size=16, **changes))  # type: ignore[arg-type]
-    return tiny_distiller("sd", replace(LORA, **changes))  # type: ignore[arg-type]
+    return tiny_distiller("stable_diffusion", replace(LORA, **changes))  # type: ignore[arg-type]
 
 
 def run(kind: str, folder: Path, steps: int, accumulation: int = 1) -> dict[str, Tensor]:

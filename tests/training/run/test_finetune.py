@@ -16,7 +16,7 @@ from tests.training.tiny_runs import UNIFY, TinyPrompts, iterate, tiny_base
 from training.config import ConfigError
 from training.methods.roles import CleanEstimator
 from training.methods.trajectory import Coordinates
-from training.pretrained.base_model import Family, load_base_model
+from training.pretrained.base_model import load_base_model
 from training.pretrained.latents import encode_latents
 from training.pretrained.prompts import embed_prompts
 from training.pretrained.train import build_backbone_distiller, finetune_backbone
@@ -28,17 +28,17 @@ CONFIG = FinetuneConfig(
 )
 
 
-def tiny_estimator(family: Family) -> CleanEstimator:
+def tiny_estimator(family: str) -> CleanEstimator:
     base = tiny_base(family)
     return CleanEstimator(base.denoiser, Coordinates(base.noise_schedule, base.prediction_type), "fp32")
 
 
-def train(folder: Path, config: FinetuneConfig = CONFIG, family: Family = "sd") -> torch.nn.Module:
+def train(folder: Path, config: FinetuneConfig = CONFIG, family: str = "stable_diffusion") -> torch.nn.Module:
     return finetune(folder, tiny_estimator(family), TinyPrompts(family, has_latents=True), config)
 
 
-@pytest.mark.parametrize("family", ["sd", "pixart", "sd3", "cogvideox"])
-def test_the_loss_falls_and_the_average_is_returned(family: Family, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["stable_diffusion", "pixart", "sd3", "cogvideox"])
+def test_the_loss_falls_and_the_average_is_returned(family: str, tmp_path: Path) -> None:
     estimator = tiny_estimator(family)
     steps = replace(CONFIG, steps=8, ema_decay=0.5)
     average = finetune(tmp_path, estimator, TinyPrompts(family, has_latents=True), steps)
@@ -70,7 +70,10 @@ def test_prompt_dropout_of_1_ignores_the_prompts_and_0_uses_them(tmp_path: Path)
         config = replace(CONFIG, steps=1, prompt_dropout=dropout)
         averages = [
             finetune(
-                tmp_path / f"{dropout}-{kind.__name__}", tiny_estimator("sd"), kind("sd", has_latents=True), config
+                tmp_path / f"{dropout}-{kind.__name__}",
+                tiny_estimator("stable_diffusion"),
+                kind("stable_diffusion", has_latents=True),
+                config,
             )
             for kind in (TinyPrompts, Others)
         ]
@@ -82,7 +85,7 @@ def test_prompt_dropout_of_1_ignores_the_prompts_and_0_uses_them(tmp_path: Path)
 
 def test_prompts_without_latents_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="learns from real latents, and the prompts have none; give a set with"):
-        finetune(tmp_path, tiny_estimator("sd"), TinyPrompts("sd"), CONFIG)
+        finetune(tmp_path, tiny_estimator("stable_diffusion"), TinyPrompts("stable_diffusion"), CONFIG)
 
 
 @pytest.mark.parametrize(
@@ -109,8 +112,8 @@ def test_a_fine_tuned_base_can_be_distilled(tmp_path: Path) -> None:
     """Run TDM-unify-SFT from pictures to an iteration of the student."""
     from PIL import Image
 
-    base, embeddings, prompts = tmp_path / "sd", tmp_path / "e", tmp_path / "p.jsonl"
-    build_pipeline("sd").save_pretrained(base)
+    base, embeddings, prompts = tmp_path / "stable_diffusion", tmp_path / "e", tmp_path / "p.jsonl"
+    build_pipeline("stable_diffusion").save_pretrained(base)
     Image.new("RGB", (64, 64), (200, 30, 30)).save(tmp_path / "red.png")
     prompts.write_text('{"prompt": "red", "image": "red.png"}\n')
     embed_prompts(base, prompts, embeddings, 64, 64, device="cpu")

@@ -1,0 +1,107 @@
+"""Latents of a family: their shape as a rule, their units, and the module that turns them into pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tdm_runtime.backends.interface import Interface, TensorSpec
+
+
+@dataclass(frozen=True)
+class LatentGeometry:
+    """Rule that gives the latent shape for a size in pixels and a number of frames."""
+
+    family: str
+    """Name of the family, for errors."""
+    channels: int
+    spatial_compression: int
+    """Pixels per latent, along each side."""
+    patch_size: int = 1
+    """Latents per token, along each side."""
+    temporal_compression: int | None = None
+    """Frames per latent frame after the first, which stands for one frame. None for families that make pictures."""
+    patch_size_t: int = 1
+    """Latent frames per token."""
+
+    @property
+    def size_multiple(self) -> int:
+        """Width and height in pixels must be multiples of it."""
+        return self.spatial_compression * self.patch_size
+
+    def latent_shape(self, width: int, height: int, frames: int = 1) -> tuple[int, ...]:
+        """Return the shape of one sample: [C, H, W] for a picture, [C, F, H, W] for a clip.
+
+        Args:
+            width, height: in pixels.
+            frames: of a clip; 1 for a picture.
+
+        Raises:
+            ValueError: the size or the number of frames does not give a whole number of tokens.
+        """
+        multiple = self.size_multiple
+        if width < multiple or height < multiple or width % multiple or height % multiple:
+            raise ValueError(f"the size is {width}x{height} pixels; {self.family} takes multiples of {multiple}")
+        side = (height // self.spatial_compression, width // self.spatial_compression)
+        if self.temporal_compression is None:
+            if frames != 1:
+                raise ValueError(f"frames is {frames}; {self.family} makes pictures, of 1 frame")
+            return (self.channels, *side)
+        if frames < 1:
+            raise ValueError(f"frames is {frames}; it must be at least 1")
+        latent_frames = (frames - 1) // self.temporal_compression + 1
+        if missing := -latent_frames % self.patch_size_t:
+            raise ValueError(
+                f"frames is {frames}, which are {latent_frames} latent frames, and the model takes multiples of "
+                f"{self.patch_size_t}; ask for {frames + missing * self.temporal_compression}"
+            )
+        return (self.channels, latent_frames, *side)
+
+
+@dataclass(frozen=True)
+class LatentScaling:
+    """Conversion between the VAE's latents and the denoiser's, which have about unit variance."""
+
+    factor: float
+    shift: float
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> LatentScaling:
+        """Read scaling and shift from a VAE's config; without shift_factor the shift is 0."""
+        return cls(float(config["scaling_factor"]), float(config.get("shift_factor") or 0.0))
+
+    def to_vae(self, latents: Tensor) -> Tensor:
+        """Return the denoiser's latents as the VAE decodes them."""
+        return latents / self.factor + self.shift
+
+    def from_vae(self, latents: Tensor) -> Tensor:
+        """Return what the VAE encoded as the denoiser reads it."""
+        return (latents - self.shift) * self.factor
+
+
+class DecoderModule(nn.Module):
+    """The denoiser's latents -> pixels as picture files store them."""
+
+    def __init__(self, vae: Any) -> None:
+        """Take a diffusers VAE, full or tiny."""
+        super().__init__()
+        self.vae = vae.eval()
+        self._scaling = LatentScaling.of(vae.config)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Return uint8 [B, H, W, 3] for latents [B, C, h, w], or [B, frames, H, W, 3] for [B, C, F, h, w]."""
+        pixels = self.vae.decode(self._scaling.to_vae(latents), return_dict=False)[0].float()
+        levels: Tensor = (pixels.clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
+        return levels.movedim(1, -1).contiguous()
+
+    def interface(self, latent_frames: int = 1) -> Interface:
+        """Return what `forward` is called with. `latent_frames` is the F of clips; pictures have none."""
+        channels = self.vae.config.latent_channels
+        return Interface(
+            (TensorSpec("latents", "float32", ("batch", channels, "height", "width")),),
+            TensorSpec("pixels", "uint8", ("batch", "height_px", "width_px", 3)),
+        )

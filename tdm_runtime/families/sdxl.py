@@ -1,0 +1,56 @@
+"""Stable Diffusion XL: two CLIP text encoders and a UNet that also reads the size of the picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import final
+
+import torch
+from torch import Tensor
+
+from tdm_runtime.backends.interface import DType
+from tdm_runtime.families.conditioning import Conditioning
+from tdm_runtime.families.denoiser import require
+from tdm_runtime.families.family import TextEncoders
+from tdm_runtime.families.unet import UNetDenoiser, UNetFamily
+
+TIME_IDS = 6
+"""Numbers of a picture's size and crop that the UNet reads."""
+
+
+class SDXLDenoiser(UNetDenoiser):
+    """The UNet reads pooled_prompt_embeds and time_ids too (`addition_embed_type` "text_time")."""
+
+    def conditioning_inputs(self, tokens: int | str) -> Mapping[str, tuple[DType, Sequence[int | str]]]:
+        config = self.model.config
+        pooled_dim = config.projection_class_embeddings_input_dim - TIME_IDS * config.addition_time_embed_dim
+        return {"pooled_prompt_embeds": ("float32", (pooled_dim,)), "time_ids": ("float32", (TIME_IDS,))}
+
+    def _added_conditions(self, prompt: Conditioning) -> dict[str, Tensor]:
+        return {
+            "text_embeds": require("pooled_prompt_embeds", prompt.pooled_prompt_embeds, "SDXL"),
+            "time_ids": require("time_ids", prompt.time_ids, "SDXL"),
+        }
+
+
+@final
+class SDXL(UNetFamily):
+    """Family of `StableDiffusionXLPipeline`."""
+
+    name = "sdxl"
+    pipelines = ("StableDiffusionXLPipeline",)
+    adapter = SDXLDenoiser
+    tokenizers = ("tokenizer", "tokenizer_2")
+    text_encoders = ("text_encoder", "text_encoder_2")
+    _reads_picture_size = True
+
+    def encode_prompts(self, prompts: list[str], encoders: TextEncoders) -> Conditioning:
+        """Encode prompts. If the pipeline says `force_zeros_for_empty_prompt`, "" becomes zeros."""
+        pipeline, device = encoders.pipeline, encoders.device
+        embeds, _, pooled, _ = pipeline.encode_prompt(prompts, device=device, do_classifier_free_guidance=False)
+        if pipeline.config.force_zeros_for_empty_prompt:
+            is_given = torch.tensor([prompt != "" for prompt in prompts], device=device)
+            embeds, pooled = embeds * is_given[:, None, None], pooled * is_given[:, None]
+        size = [encoders.height, encoders.width]
+        time_ids = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32, device=device)
+        return Conditioning(embeds, pooled, time_ids=time_ids.repeat(len(prompts), 1))

@@ -1,0 +1,24 @@
+"""Stable Diffusion 1 and 2, and the embedded checkpoint: one CLIP text encoder and a UNet."""
+
+from __future__ import annotations
+
+from typing import ClassVar, final
+
+from tdm_runtime.families.conditioning import Conditioning
+from tdm_runtime.families.family import TextEncoders
+from tdm_runtime.families.unet import UNetDenoiser, UNetFamily
+
+
+@final
+class StableDiffusion(UNetFamily):
+    """Family of `StableDiffusionPipeline`."""
+
+    name = "stable_diffusion"
+    former_name = "sd"
+    pipelines = ("StableDiffusionPipeline",)
+    pipeline_options: ClassVar = {"requires_safety_checker": False}
+    adapter = UNetDenoiser
+
+    def encode_prompts(self, prompts: list[str], encoders: TextEncoders) -> Conditioning:
+        embeds, _ = encoders.pipeline.encode_prompt(prompts, encoders.device, 1, do_classifier_free_guidance=False)
+        return Conditioning(embeds)
