@@ -13,9 +13,9 @@ from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
 
+from serving.arrival import arrive
 from serving.config import LogFormat, ServerConfig
 from serving.errors import APIError
-from serving.fronts.arrival import arrive
 from serving.fronts.services import Services
 from serving.images.interface import Images
 from serving.images.remote import Listing, RemoteImages, refusal

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
+from serving.arrival import Turnstile
 from serving.config import ServerConfig
 from serving.fronts.access import Access
-from serving.fronts.arrival import Turnstile
 from serving.fronts.idempotency import Replays
 from serving.images.interface import Images
 from serving.jobs.artifacts import ArtifactStore, open_artifacts

@@ -15,8 +15,8 @@ from typing import get_args
 
 import torch
 
+from serving.arrival import since_arrival_s
 from serving.config import ServerConfig
-from serving.fronts.arrival import since_arrival_s
 from serving.images.assembly import encoding_kind, to_images, to_partial, to_timings, to_usage, to_warnings
 from serving.images.catalog import Catalog, Served, load_base
 from serving.images.safety import Safety

@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 from ray.exceptions import RayError, TaskCancelledError
 from ray.serve.handle import DeploymentHandle
 
+from serving.arrival import since_arrival_s
 from serving.errors import APIError, from_exception, not_ready, unknown_model
-from serving.fronts.arrival import since_arrival_s
 from serving.schema.answers import ImageAnswer, PartialAnswer
 from serving.schema.models import ModelCard
 from serving.schema.order import ImageOrder

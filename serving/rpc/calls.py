@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import grpc
 
+from serving.arrival import since_arrival_s
 from serving.errors import APIError
 from serving.fronts.access import Caller
-from serving.fronts.arrival import since_arrival_s
 from serving.schema.image_request import MAX_BUDGET_MS
 from serving.schema.order import ImageOrder
 from tdm_runtime.errors import InvalidRequestError

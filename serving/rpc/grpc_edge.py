@@ -13,9 +13,9 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError, Message
 
+from serving.arrival import arrive
 from serving.errors import APIError, invalid
 from serving.fronts.access import ANYBODY, Caller
-from serving.fronts.arrival import arrive
 from serving.fronts.edge import admit, note_departure, note_error, recorded, request_id_of, too_many
 from serving.fronts.services import Services
 from serving.rpc.calls import Call, enter

@@ -12,9 +12,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serving.arrival import arrive
 from serving.errors import CLIENT_CLOSED_REQUEST, invalid
 from serving.fronts.access import Caller
-from serving.fronts.arrival import arrive
 from serving.fronts.edge import admit, note_code, note_departure, note_error, recorded
 from serving.fronts.services import Services
 from serving.telemetry.metrics import OTHER

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from serving.arrival import arrive
 from serving.command.keys import main as tdm_keys
 from serving.config import ModelSource, ServerConfig
 from serving.errors import APIError
 from serving.fronts import access
 from serving.fronts.access import Access, APIKey, Bucket, Caller, hash_key, load_keys, save_keys
-from serving.fronts.arrival import arrive
 from serving.fronts.idempotency import Replays, seed_of
 from serving.fronts.services import Services
 from serving.images.local import ImageService

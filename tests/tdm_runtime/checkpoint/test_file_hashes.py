@@ -12,9 +12,13 @@ from pathlib import Path
 import pytest
 
 from tdm_runtime.checkpoint import folder
-from tdm_runtime.checkpoint.folder import OTHER_FILES, TINY_VAE_FILES, WEIGHT_FILES, FileHashes, open_checkpoint
+from tdm_runtime.checkpoint.folder import TINY_VAE_FILES, FileHashes, open_checkpoint, other_files, weight_files
 from tdm_runtime.checkpoint.recipe import RECIPE_FILE
 from tdm_runtime.errors import CheckpointError
+from tdm_runtime.families import FAMILIES
+
+FAMILY = FAMILIES["stable_diffusion"]
+WEIGHT_FILES = weight_files(FAMILY)
 
 
 @pytest.fixture
@@ -49,7 +53,7 @@ def flip_bit(file: Path) -> None:
 def test_handed_over_hashes_spare_a_second_process_all_hashing(copy: Path, hashed: Counter[Path]) -> None:
     hashes = FileHashes()
     first = open_checkpoint(copy, hashes)
-    names = {*first.recipe.files, *WEIGHT_FILES, *OTHER_FILES, *TINY_VAE_FILES, RECIPE_FILE}
+    names = {*first.recipe.files, *WEIGHT_FILES, *other_files(FAMILY), *TINY_VAE_FILES, RECIPE_FILE}
     expected = (first.digest, first.fingerprint)
     second = open_checkpoint(copy, pickle.loads(pickle.dumps(hashes)))
     assert (second.digest, second.fingerprint) == expected

@@ -13,9 +13,9 @@ from diffusers import AutoencoderKLCogVideoX
 from tdm_runtime.backends.pytorch import TorchBackend
 from tdm_runtime.engine.delivery import Delivery, Preview
 from tdm_runtime.engine.engine import DiffusionEngine
+from tdm_runtime.families import decoder_for
 from tdm_runtime.families.cogvideox import CogVideoXDenoiser
 from tdm_runtime.model.choice import load_model
-from tdm_runtime.model.components import VideoDecoderModule
 from tdm_runtime.model.decoder import Decoder
 from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.params import SamplingParams
@@ -46,7 +46,7 @@ def clip_model(tiny_checkpoint: Path) -> LoadedModel:
             down_block_types=("CogVideoXDownBlock3D",) * 4,
             up_block_types=("CogVideoXUpBlock3D",) * 4,
         )
-    decoder = Decoder(TorchBackend(VideoDecoderModule(vae), CPU), downscale=8)
+    decoder = Decoder(TorchBackend(decoder_for(vae), CPU), downscale=8)
     return replace(
         base,
         recipe=replace(base.recipe, native_sizes=((64, 64), (96, 64))),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 
-from serving.fronts.arrival import Turnstile, arrive, since_arrival_s
+from serving.arrival import Turnstile, arrive, since_arrival_s
 
 
 def test_one_passes_a_turn_of_the_loop_in_the_order_of_arrival() -> None:
