@@ -1,7 +1,8 @@
-"""After a storm of requests a lone client is served again, and what was refused in it was refused for true reasons."""
+"""After a storm of requests a lone client is served again, and the numbers of every refusal add up."""
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +31,7 @@ def ask(http: httpx.Client, **fields: Any) -> httpx.Response:
 
 
 def storm(ask_once: Callable[[int], httpx.Response | None]) -> list[httpx.Response]:
-    """Ask again and again, as many clients that do not wait when they are refused."""
+    """Run `CLIENTS` clients that ask again at once, refused or not, and return their answers."""
     ends_s = time.monotonic() + STORM_S
 
     def client(number: int) -> list[httpx.Response]:
@@ -45,7 +46,7 @@ def storm(ask_once: Callable[[int], httpx.Response | None]) -> list[httpx.Respon
 
 
 def assert_lone_client_is_served(http: httpx.Client, budget_ms: float) -> None:
-    """Within a second; on a slow machine, within the time of some pictures."""
+    """Check that a request is accepted within a second, or within the time of 30 pictures on a slow machine."""
     ends_s = time.monotonic() + max(1.0, 30e-3 * budget_ms)
     answer = ask(http, latency_budget_ms=budget_ms)
     while answer.status_code != 200 and time.monotonic() < ends_s:
@@ -79,7 +80,7 @@ def test_after_a_storm_a_lone_client_is_served_within_a_second(server: RunningSe
         assert refusal.unloaded_ms > refusal.left_ms and refusal.workable_ms > 0.1 * min(alone[:3])
 
     def leave_early(_: int) -> None:
-        with pytest.raises(httpx.TimeoutException):
+        with contextlib.suppress(httpx.TimeoutException):  # a full queue is refused sooner than that
             httpx.post(
                 f"{server.url}/v1/images/generations", json={"prompt": "a", "n": 4}, timeout=httpx.Timeout(5, read=0.01)
             )

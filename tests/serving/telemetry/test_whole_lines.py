@@ -16,8 +16,8 @@ START = f"""
 import json, logging, sys, threading
 from pathlib import Path
 from serving.config import ServerConfig
-from serving.logs import set_up_logging, write_whole_lines
-from serving.tracing import Tracing, request_span
+from serving.telemetry.logs import set_up_logging, write_whole_lines
+from serving.telemetry.tracing import Tracing, request_span
 def messages(writer):
     for number in range({NUM_LINES}):
         yield "%s %d %s" % (writer, number, "x" * (20_000 if number % 10 == 0 else 100))
