@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
-from serving.cli import prepare_environment
 
 from serving import deployment
+from serving.command.cli import prepare_environment
 from serving.config import ServerConfig
 
 FILE = Path(__file__).resolve().parents[2] / "deploy" / "rayservice.yaml"
