@@ -1,4 +1,4 @@
-"""The server's settings: frozen, checked where they are made."""
+"""Settings of the server. They are frozen, and checked when they are made."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class ModelSource:
     """A checkpoint to serve."""
 
     folder: Path = DEFAULT_CHECKPOINT
-    """In diffusers layout, with a tdm_recipe.json."""
+    """Folder in diffusers layout with a tdm_recipe.json."""
     name: str | None = None
-    """What requests call it; None is the name in its recipe."""
+    """Name in requests. None takes the name in the recipe."""
 
 
 @dataclass(frozen=True)
@@ -33,81 +33,83 @@ class LoraSource:
     name: str
     path: Path
     scale: float = 1.0
-    """Times what it was trained to add."""
+    """Factor of what the LoRA adds. 1 is as trained."""
     base: str | None = None
-    """The model that it changes; None is the first."""
+    """Name of the model that it changes. None is the first model."""
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.scale):
-            raise ValueError(f"the scale of {self.name} is {self.scale}; give a finite number, 1 is as trained")
+            raise ValueError(f"the scale of {self.name} is {self.scale}; give a finite number; 1 is as trained")
 
 
 def default_state_folder() -> Path:
-    """Where programs of this user keep what should outlive them."""
+    """Return the default folder for jobs and files, in the user's state folder."""
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "tdm-serve"
 
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """One server process and its replicas."""
+    """Settings of one server and its replicas."""
 
     models: tuple[ModelSource, ...] = (ModelSource(),)
-    """The first makes the pictures of requests that name none."""
+    """Served checkpoints. Requests that name no model get the first."""
     loras: tuple[LoraSource, ...] = ()
     lora_folder: Path | None = None
-    """LoRAs that are served as they come, change and go: `NAME.safetensors` or a folder `NAME`, and where there is
-    one, `NAME.json` with `scale` and `base`."""
+    """Folder of LoRAs, which may be added, changed and removed while the server runs. Each is a file
+    `NAME.safetensors` or a folder `NAME`; an optional `NAME.json` has its `scale` and `base`."""
     host: str = "127.0.0.1"
-    """Address to listen on; others than this machine's own want `api_keys`."""
+    """Address to listen on. Set `api_keys` if other machines can reach it."""
     port: int = 8000
     grpc_port: int | None = None
-    """Of gRPC, on the same address; None is no gRPC."""
+    """Port for gRPC on the same address. None turns gRPC off."""
     front: FrontName = "direct"
-    """Who answers HTTP: the replicas themselves, on one machine; or Ray's proxy and an ingress, which cost more, route
-    between replicas on any machine and ask another where one dies."""
+    """Process that answers HTTP. "direct": the replicas themselves, on one machine. "ray": Ray's proxy and an ingress,
+    which are slower, reach replicas on any machine and retry a request on another replica if one dies."""
     min_replicas: int = 1
-    """Processes with engines, each with all models."""
+    """Number of processes with an engine. Each serves all models."""
     max_replicas: int = 1
-    """Behind Ray's proxy, more are started when there is more to do than engines take in one call."""
+    """Most processes with an engine. With `front="ray"`, Ray starts more than `min_replicas` when each has more open
+    requests than one denoiser call takes."""
     engine: EngineConfig = EngineConfig()
     backend: BackendConfig = BackendConfig("auto", threads=0)
-    """What runs the checkpoint."""
+    """Backend of the models, and its options."""
     api_keys: Path | None = None
-    """File of who may ask, made by `tdm-keys`; None lets everybody."""
+    """File of API keys, made by `tdm-keys`. None accepts requests without a key."""
     blocked_words: Path | None = None
-    """File of words that prompts may not hold, one a line."""
+    """File of words that prompts must not contain, one a line."""
     safety_checker: str | None = None
-    """`MODULE:FACTORY` of a checker of one's own (`serving.images.safety.SafetyChecker`)."""
+    """`MODULE:FACTORY` of a custom checker, see `serving.images.safety.SafetyChecker`."""
     state_folder: Path = field(default_factory=default_state_folder)
-    """What outlives the server: jobs and files, where the two below do not say otherwise."""
+    """Folder of jobs and files, unless `database_url` and `artifacts_url` name other places."""
     database_url: str | None = None
-    """Of jobs, as SQLAlchemy reads it; several machines share one in PostgreSQL. SQLite in `state_folder` else."""
+    """SQLAlchemy URL of the database of jobs. Several machines share one in PostgreSQL. None is SQLite in
+    `state_folder`."""
     artifacts_url: str | None = None
-    """Where files are kept, as fsspec reads it; a folder in `state_folder` else."""
+    """fsspec URL of the place where files are kept. None is a folder in `state_folder`."""
     artifact_ttl_s: float = 24 * 3600.0
-    """Files, and jobs that ended, are kept for so long."""
+    """How long files and ended jobs are kept, in seconds."""
     public_url: str | None = None
-    """What clients call this server, without a path; what they called it by in their request else."""
+    """URL of this server for its clients, without a path. None takes the address that each request was sent to."""
     max_open_requests: int = 1024
-    """HTTP and gRPC requests open at once; beyond, 429. What of them the engine takes is its own to say."""
+    """Most HTTP and gRPC requests open at once; more get 429. The engine has a limit of its own, `engine.max_live`."""
     request_timeout_s: float = 60.0
-    """A request that is not answered by then is cancelled and gets 504."""
+    """Time after which an unanswered request is cancelled and gets 504, in seconds."""
     body_timeout_s: float = 10.0
-    """Time a client has to send its body."""
+    """Time that a client has to send its body, in seconds."""
     max_body_bytes: int = 64 * 1024
     drain_timeout_s: float = 20.0
-    """On SIGTERM, time for accepted requests to finish."""
+    """Time that accepted requests have to finish after SIGTERM, in seconds."""
     log_level: str = "warning"
-    """Of the server's own messages; `info` adds a line a request, never with its prompt."""
+    """Lowest level of the server's own messages. `info` adds a line for each request, never with its prompt."""
 
     log_format: LogFormat = "text"
-    """`json` is one object a line."""
+    """Format of the log. `json` writes one object a line."""
     log_file: Path | None = None
-    """In place of stderr."""
+    """File of the log. None is stderr."""
     otlp_endpoint: str | None = None
-    """URL of an OpenTelemetry collector that takes traces by HTTP; None sends none."""
+    """URL of an OpenTelemetry collector that receives traces over HTTP. None sends no traces."""
     trace_file: Path | None = None
-    """Traces as JSON lines, with or without a collector."""
+    """File of traces as JSON lines, with or without a collector."""
     file_hashes: FileHashes = field(default_factory=FileHashes, repr=False, compare=False)
     """Hashes of checkpoint files. The command fills them; its replicas hash only files that have changed since."""
 
@@ -115,18 +117,18 @@ class ServerConfig:
         if not 1 <= self.port <= 65535:
             raise ValueError(f"port is {self.port}; it must be from 1 to 65535")
         if not 1 <= self.min_replicas <= self.max_replicas:
-            raise ValueError(f"replicas are {self.min_replicas} to {self.max_replicas}; give 1 or more, fewest first")
+            raise ValueError(f"replicas are {self.min_replicas} to {self.max_replicas}; give 1 or more, smaller first")
         if self.front == "direct" and self.min_replicas < self.max_replicas:
-            message = "Ray starts more by what its proxy sees; give one number, or --front ray"
+            message = "only Ray's proxy can follow the load; give one number, or --front ray"
             raise ValueError(f"replicas are {self.min_replicas} to {self.max_replicas}; {message}")
         if self.grpc_port is not None and (not 1 <= self.grpc_port <= 65535 or self.grpc_port == self.port):
-            raise ValueError(f"grpc_port is {self.grpc_port}; it must be from 1 to 65535, and not HTTP's {self.port}")
+            raise ValueError(f"grpc_port is {self.grpc_port}; it must be from 1 to 65535, but not {self.port}, HTTP's")
         if not 60 <= self.artifact_ttl_s <= 366 * 24 * 3600:
             hours = self.artifact_ttl_s / 3600
-            raise ValueError(f"--artifact-ttl-hours is {hours:g}; files are kept from a minute to a year")
+            raise ValueError(f"--artifact-ttl-hours is {hours:g}; give 0.0167 (a minute) to 8784 (366 days)")
         if self.public_url is not None and not self.public_url.startswith(("http://", "https://")):
             raise ValueError(f"--public-url is {self.public_url[:80]!r}; it must begin with http:// or https://")
         if self.max_open_requests < 1:
             raise ValueError(f"max_open_requests is {self.max_open_requests}; it must be at least 1")
         if self.otlp_endpoint is not None and not self.otlp_endpoint.startswith(("http://", "https://")):
-            raise ValueError(f"otlp_endpoint is {self.otlp_endpoint!r}; it must be a URL as http://127.0.0.1:4318")
+            raise ValueError(f"otlp_endpoint is {self.otlp_endpoint!r}; it must be a URL such as http://127.0.0.1:4318")

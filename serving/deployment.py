@@ -1,4 +1,4 @@
-"""The server as Ray Serve deployments: engine and fronts in one process, or an ingress before engines anywhere."""
+"""Ray Serve deployments of the server: engine and fronts in one process, or an ingress and engines on any machine."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from serving.web.http_front import HTTPFront
 
 
 def ray_logging(log_format: LogFormat) -> LoggingConfig:
-    """Ray's own warnings, in its own fields; the server logs its requests itself."""
+    """Return Ray's logging settings: only warnings, with Ray's own fields. The server logs its requests itself."""
     return LoggingConfig(log_level="WARNING", enable_access_log=False, encoding=log_format.upper())
 
 
 HEAD = {"node:__internal_head__": 0.001}
-"""What only the head node has: the ingress lives where Ray's own bookkeeping does, and dies with nothing else."""
+"""Resource that only the head node has. It keeps the ingress there: losing another node does not end it."""
 
 
 class Front(Protocol):
-    """What listens."""
+    """A server that listens on an address."""
 
     @property
     def is_running(self) -> bool: ...
@@ -51,7 +51,7 @@ async def start_http(config: ServerConfig, services: Services) -> Front:
 
 
 async def start_grpc(config: ServerConfig, services: Services) -> list[Front]:
-    """Listen for gRPC, where that is asked for."""
+    """Listen for gRPC if the configuration has a port for it."""
     if config.grpc_port is None:
         return []
     from serving.rpc.grpc_front import GRPCFront
@@ -60,35 +60,35 @@ async def start_grpc(config: ServerConfig, services: Services) -> list[Front]:
 
 
 OPTIONS: dict[str, Any] = {
-    # Admission is the engine's own, so Ray queues nothing.
+    # The engine does admission itself, so Ray queues nothing.
     "max_ongoing_requests": 4096,
-    # What a constructor refuses once it refuses again: a checkpoint does not mend itself.
+    # A second try would fail too, for example on a damaged checkpoint.
     "max_constructor_retry_count": 1,
-    # A check finds a replica whose process died; no other request finds it, as no other process has its port.
+    # Only this check finds a replica whose process died: requests reach it on its own port and not through Ray.
     "health_check_period_s": 2,
 }
 """Options of every deployment."""
 
 
 class Fronts:
-    """The process that listens: what Ray and `tdm-serve` ask of it."""
+    """A process with fronts. Ray and `tdm-serve` call its methods."""
 
     images: Images
     services: Services
     fronts: list[Front]
 
     def backend(self) -> str:
-        """What runs the default model and, where it was measured, why."""
+        """Return the backend of the default model and, where backends were measured, why it was chosen."""
         return self.images.backend
 
     async def drain(self) -> None:
-        """Answer what was accepted, and stop listening. Called by `tdm-serve` before it stops."""
+        """Answer accepted requests, then stop listening. `tdm-serve` calls it before it stops."""
         await self.services.drain()
         for front in self.fronts:
             await front.close()
 
     async def __del__(self) -> None:
-        """Called by Ray when it stops a replica. Ray does not know the requests of the replica's own fronts."""
+        """Drain and close. Ray calls it when it stops a replica and does not know the requests of its fronts."""
         if hasattr(self, "fronts"):
             if self.services.is_ready:
                 await self.drain()
@@ -106,12 +106,12 @@ class DirectDeployment(Fronts):
         metrics = ServerMetrics()
         self.images = ImageService(config, metrics)
         self.services = Services.start(config, metrics, self.images)
-        # Last: who can connect is served.
         self.services.jobs.start()
+        # Fronts start last, so that every client that connects gets an answer.
         self.fronts = [*await start_grpc(config, self.services), await start_http(config, self.services)]
 
     def check_health(self) -> None:
-        """Asked by Ray; a replica whose engine died, or that nobody can reach, is replaced."""
+        """Raise if the engine or a front does not run. Ray then replaces the replica."""
         if not self.images.is_healthy:
             raise RuntimeError("the engine's thread is not running")
         if self.services.is_ready and not all(front.is_running for front in self.fronts):
@@ -120,7 +120,7 @@ class DirectDeployment(Fronts):
 
 @serve.deployment(name="engines", ray_actor_options={"num_cpus": 1}, **OPTIONS)
 class EngineDeployment:
-    """One engine behind an ingress. What it refuses it returns: Ray would wrap what is raised."""
+    """One engine behind an ingress. It returns errors, because Ray would wrap raised ones."""
 
     def __init__(self, config: ServerConfig) -> None:
         from serving.images.local import ImageService
@@ -129,7 +129,7 @@ class EngineDeployment:
         self.images = ImageService(config, ServerMetrics())
 
     async def generate(self, order: ImageOrder, elapsed_s: float) -> ImageAnswer | APIError:
-        """As `ImageService.generate`, of a request that arrived so long ago."""
+        """Make the pictures of a request that arrived `elapsed_s` seconds ago, see `ImageService.generate`."""
         arrive(elapsed_s)
         try:
             return await self.images.generate(order)
@@ -139,7 +139,7 @@ class EngineDeployment:
     async def stream(
         self, order: ImageOrder, elapsed_s: float
     ) -> AsyncIterator[PartialAnswer | ImageAnswer | APIError]:
-        """As `ImageService.stream`, of a request that arrived so long ago."""
+        """Stream the picture of a request that arrived `elapsed_s` seconds ago, see `ImageService.stream`."""
         arrive(elapsed_s)
         try:
             async for part in await self.images.stream(order):
@@ -148,17 +148,17 @@ class EngineDeployment:
             yield refusal(error)
 
     async def listing(self) -> Listing:
-        """What is served."""
+        """Return the served models, their recipes and the backend."""
         cards = self.images.models()
         return Listing(cards, {card.id: self.images.recipe(card.id) for card in cards}, self.images.backend)
 
     def check_health(self) -> None:
-        """Asked by Ray; a replica whose engine died is replaced."""
+        """Raise if the engine does not run. Ray then replaces the replica."""
         if not self.images.is_healthy:
             raise RuntimeError("the engine's thread is not running")
 
     async def __del__(self) -> None:
-        """Called by Ray when it stops a replica, after its last request."""
+        """Close the engine. Ray calls it when it stops a replica, after its last request."""
         if hasattr(self, "images"):
             await asyncio.to_thread(self.images.close)
 
@@ -168,7 +168,7 @@ class EngineDeployment:
 )
 @serve.ingress()
 class IngressDeployment(Fronts):
-    """HTTP behind Ray's proxy, before engines on any machine."""
+    """The process between the clients and engines on any machine: HTTP through Ray's proxy, gRPC on its own port."""
 
     async def __init__(self, config: ServerConfig, engines: DeploymentHandle[Any]) -> None:  # type: ignore[misc]
         set_up_logging(config)
@@ -208,10 +208,10 @@ def build_application(config: ServerConfig) -> Application:
 
 
 def app(arguments: dict[str, str]) -> Application:
-    """What `serve run serving.deployment:app` and KubeRay's RayService build (deploy/rayservice.yaml).
+    """Return the application for `serve run serving.deployment:app` and KubeRay's RayService (deploy/rayservice.yaml).
 
     Args:
-        arguments: `command`: the arguments of `tdm-serve`; what belongs to one machine, as its port, is Ray's there.
+        arguments: `command` holds the arguments of `tdm-serve`. Ray sets what belongs to a machine, such as the port.
     """
     from serving.command.arguments import parse_arguments
 

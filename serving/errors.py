@@ -1,4 +1,4 @@
-"""Every failure as the OpenAI API shapes it: {"error": {message, type, param, code}}."""
+"""Errors of the server, in the shape of the OpenAI API: {"error": {message, type, param, code}}."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from fastapi.responses import JSONResponse
 from tdm_runtime.errors import DeadlineError, GenerationError, InvalidRequestError, NotFiniteError, OverloadedError
 
 CLIENT_CLOSED_REQUEST = 499
-"""As a status in logs and metrics: the client left before its answer."""
+"""Status in logs and metrics of a request whose client left before its answer."""
 
 
 @dataclass
 class APIError(Exception):
-    """A failure on its way to the client."""
+    """An error that the client receives."""
 
     status: int
     message: str
@@ -39,29 +39,35 @@ class APIError(Exception):
 
 
 def invalid(message: str, param: str | None, code: str, status: int = 400) -> APIError:
-    """The client's mistake: sending it again changes nothing."""
+    """Return the error of a request that is wrong and would fail again."""
     return APIError(status, message, param=param, code=code, headers={"x-should-retry": "false"})
 
 
 def unknown_model(name: str, known: Iterable[str]) -> APIError:
-    """A model that there is not."""
+    """Return the error of a request for a model that this server does not have."""
     message = f"model {name[:64]!r} does not exist; this server has {', '.join(known)}"
     return invalid(message, "model", "model_not_found", 404)
 
 
+def reused_key(key: str) -> APIError:
+    """Return the error of an idempotency key that came with another body before."""
+    message = f"Idempotency-Key {key[:64]!r} was used with another body; a new request needs a new key"
+    return invalid(message, "Idempotency-Key", "idempotency_key_reused", 422)
+
+
 def not_ready(message: str) -> APIError:
-    """No pictures can be made now; another replica may."""
+    """Return the error of a server that cannot make pictures now. Another replica may be able to."""
     return APIError(503, message, "server_error", code="not_ready", headers={"retry-after": "1"})
 
 
 def retry_after_s(error: Exception) -> float | None:
-    """When what failed may be tried again, where only the moment was wrong; None elsewhere."""
-    told = from_exception(error)
-    return float(told.headers.get("retry-after", 1)) if told.status in (429, 503) else None
+    """Return the seconds after which to retry a busy or stopping server; None for other errors."""
+    answer = from_exception(error)
+    return float(answer.headers.get("retry-after", 1)) if answer.status in (429, 503) else None
 
 
 def from_exception(error: Exception) -> APIError:
-    """Map what the runtime raises; anything unforeseen becomes a 500 that tells nothing of the inside."""
+    """Return the client's error for an exception. An unforeseen one becomes a 500 that reveals nothing."""
     if isinstance(error, APIError):
         return error
     if isinstance(error, InvalidRequestError):

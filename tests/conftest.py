@@ -1,4 +1,4 @@
-"""The embedded checkpoint and a tiny one, loaded and exported once a session."""
+"""Fixtures of all tests: the embedded checkpoint and a tiny one, each loaded and exported once per session."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ def pytest_configure() -> None:
     """Give PyTorch one thread in the processes that tests start; servers set their own number.
 
     The models are tiny. With two threads each operation waits for both, which takes several times the processor time
-    and, where other processes want the cores, 30 times as long.
+    and, if other processes use the cores, 30 times as long.
     """
     os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
-    """Give it one thread in this process too, before each test: a command that another test ran may have set more."""
+    """Give PyTorch one thread in this process, before each test. A command in an earlier test may have set more."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """In place of the user's: nothing that runs in a session, its servers included, reads or writes there."""
+    """Cache folder of the session. Tests and their servers use it instead of the user's."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
@@ -45,32 +45,32 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def checkpoint_folder() -> Path:
-    """The checkpoint that the repository ships. Never write there."""
+    """Checkpoint of the repository. Never write there."""
     return DEFAULT_CHECKPOINT
 
 
 @pytest.fixture(scope="session")
 def model(checkpoint_folder: Path) -> LoadedModel:
-    """The embedded model on the CPU. Its text encoder is not thread-safe: use it beside no running engine."""
+    """Embedded model on the CPU. Its text encoder is not thread-safe, so do not use it while an engine runs."""
     return load_model(checkpoint_folder, device="cpu")
 
 
 @pytest.fixture(scope="session")
 def artifacts(checkpoint_folder: Path) -> Path:
-    """The embedded checkpoint's artifacts, where servers look for them. Never write there."""
+    """Artifacts of the embedded checkpoint, in the folder where servers find them. Never write there."""
     export(checkpoint_folder)
     return default_artifacts(open_checkpoint(checkpoint_folder))
 
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint at minimal size that has a tiny autoencoder too. Never write there."""
+    """Checkpoint of minimal size, with a tiny autoencoder. Never write there."""
     return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "checkpoint")
 
 
 @pytest.fixture(scope="session")
 def tiny_artifacts(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its artifacts, in a folder of their own. Never write there."""
+    """Artifacts of the tiny checkpoint, in a folder of their own. Never write there."""
     folder = tmp_path_factory.mktemp("tiny") / "artifacts"
     export(tiny_checkpoint, "--output", str(folder))
     return folder
@@ -78,7 +78,7 @@ def tiny_artifacts(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="session")
 def tdm_server(artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    """One server for all tests, of those artifacts; its clean exit on SIGTERM is checked at the end."""
+    """Server of the embedded checkpoint for all tests. At the end it must exit with 0 on SIGTERM."""
     assert artifacts.is_dir()
     running = start_server(tmp_path_factory.mktemp("server") / "log", "--max-live", "32")
     yield running
@@ -86,7 +86,7 @@ def tdm_server(artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 
 def export(checkpoint: Path, *arguments: str) -> None:
-    """Build and verify all that runs on this CPU."""
+    """Build and verify all artifacts that run on this CPU."""
     precisions = "bf16,fp32,int8" if has_bf16() else "fp32,int8"
     command = [str(checkpoint), "--backend", "openvino,onnxruntime", "--precision", precisions, *arguments]
     assert tdm_export(command) == 0

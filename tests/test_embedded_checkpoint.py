@@ -1,7 +1,7 @@
-"""The embedded checkpoint draws what the words say, at every step count.
+"""The embedded checkpoint draws what its prompts say, at every step count.
 
-Floors lie below what `tdm-train score` measured (checkpoints/tdm-emoji/README.md), so that only a
-worse checkpoint or a broken sampler falls through them, not another machine's rounding.
+The floors are below the values that `tdm-train score` measured (checkpoints/tdm-emoji/README.md). So only a worse
+checkpoint or a broken sampler fails, and not the rounding of another machine.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ PROMPTS = 48
 GLYPHS_FLOOR = 0.93
 BACKGROUND_FLOOR = 0.95
 K_EFFECT_FLOOR = 0.05
-"""Root mean square in the model output, whose spread is about 1."""
+"""Root mean square of a difference of model outputs, whose standard deviation is about 1."""
 TINY_DECODER_FLOOR_DB = 28.5
 TINY_ENCODER_CEILING = 0.07
-"""Root mean square in latents, whose spread is about 1; 0.045 measured."""
+"""Root mean square of an error of latents, whose standard deviation is about 1. The measured error is 0.045."""
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +46,11 @@ def score_of(model: LoadedModel, scorer: Scorer, scenes: list[Scene], steps: int
     return scorer.score(student_pictures(model, [caption(scene) for scene in scenes], steps), scenes)
 
 
-@pytest.mark.parametrize("held_out", [False, True], ids=["as trained", "held out"])
+@pytest.mark.parametrize("held_out", [False, True], ids=["trained scenes", "held-out scenes"])
 @pytest.mark.parametrize("steps", [1, 2, 3, 4])
-def test_captions_are_drawn(model: LoadedModel, scorer: Scorer, steps: int, held_out: bool) -> None:
+def test_pictures_show_the_glyphs_and_background_of_their_captions(
+    model: LoadedModel, scorer: Scorer, steps: int, held_out: bool
+) -> None:
     score = score_of(model, scorer, scoring_scenes(PROMPTS, held_out=held_out), steps)
     assert score.glyphs >= GLYPHS_FLOOR
     assert score.background >= BACKGROUND_FLOOR
@@ -65,7 +67,7 @@ def test_captions_are_drawn(model: LoadedModel, scorer: Scorer, steps: int, held
         ("a purple heart", 285),
     ],
 )
-def test_a_coloured_heart_has_its_colour(model: LoadedModel, steps: int, prompt: str, hue_degrees: int) -> None:
+def test_a_heart_has_the_colour_of_its_prompt(model: LoadedModel, steps: int, prompt: str, hue_degrees: int) -> None:
     picture = generate(model, SamplingParams(prompt, 3, steps, 64, 64))
     centre = picture[24:40, 24:40].reshape(-1, 3) / 255.0
     hue, saturation, _ = colorsys.rgb_to_hsv(*np.median(centre, axis=0))
@@ -74,7 +76,7 @@ def test_a_coloured_heart_has_its_colour(model: LoadedModel, steps: int, prompt:
     assert saturation > 0.4
 
 
-def test_a_prompt_composes_two_glyphs_and_a_background(model: LoadedModel, scorer: Scorer) -> None:
+def test_a_picture_composes_two_glyphs_and_a_background(model: LoadedModel, scorer: Scorer) -> None:
     glyphs = {glyph.name: glyph for glyph in load_glyphs()}
     scene = Scene((glyphs["red heart"], glyphs["butterfly"]), "blue")
     pictures = [
@@ -85,8 +87,8 @@ def test_a_prompt_composes_two_glyphs_and_a_background(model: LoadedModel, score
 
 
 @torch.inference_mode()
-def test_the_student_reads_k(model: LoadedModel) -> None:
-    """From the same noise, each step count takes another first step (TDM, sec. 3.2)."""
+def test_the_model_output_depends_on_k(model: LoadedModel) -> None:
+    """From the same noise, the first step differs between step counts (TDM, sec. 3.2)."""
     counts = list(model.recipe.step_counts)
     prompt_embeds = model.text_encoder.encode("a red heart").prompt_embeds.expand(len(counts), -1, -1)
     noise = initial_noise(0, (4, 16, 16)).expand(len(counts), -1, -1, -1)
@@ -96,10 +98,10 @@ def test_the_student_reads_k(model: LoadedModel) -> None:
 
 
 @pytest.mark.parametrize(("steps", "k", "loss_db"), [(1, 4, 1.5), (1, None, 0.5), (4, 1, 0.4)])
-def test_a_wrong_or_missing_k_hurts(
+def test_a_wrong_or_missing_k_lowers_the_fidelity(
     model: LoadedModel, scorer: Scorer, steps: int, k: int | None, loss_db: float
 ) -> None:
-    """Pictures move away from the drawing that the caption asks for."""
+    """Fidelity is the PSNR against the drawing that the caption describes."""
     scenes = scoring_scenes(PROMPTS)
     prompts = [caption(scene) for scene in scenes]
 
@@ -109,7 +111,7 @@ def test_a_wrong_or_missing_k_hurts(
     assert fidelity(k) < fidelity(steps) - loss_db
 
 
-def test_other_words_make_another_picture_and_other_noise_too(model: LoadedModel) -> None:
+def test_another_prompt_or_seed_makes_another_picture(model: LoadedModel) -> None:
     first, other_words, other_noise = (
         generate(model, SamplingParams(prompt, seed, 4, 64, 64)).astype(int)
         for prompt, seed in (("a cat", 1), ("a pizza", 1), ("a cat", 2))
@@ -126,8 +128,10 @@ def autoencoders(checkpoint_folder: Path) -> Autoencoders:
     return load_autoencoders(checkpoint_folder)
 
 
-def test_the_tiny_decoder_shows_what_the_full_one_shows(autoencoders: Autoencoders, checkpoint_folder: Path) -> None:
-    """Pictures of every K (32.2 to 32.9 dB measured) and estimates after the first step (30.6 to 31.8)."""
+def test_the_tiny_decoder_makes_nearly_the_pictures_of_the_full_one(
+    autoencoders: Autoencoders, checkpoint_folder: Path
+) -> None:
+    """Measured: 32.2 to 32.9 dB for pictures of every K, 30.6 to 31.8 dB for estimates after the first step."""
     scenes = [*scoring_scenes(PROMPTS // 2), *scoring_scenes(PROMPTS // 2, held_out=True)]
     student = StudentSampler(checkpoint_folder, checkpoint_folder)
     for name, latents in student_latents(student, [caption(scene) for scene in scenes]).items():
@@ -135,7 +139,7 @@ def test_the_tiny_decoder_shows_what_the_full_one_shows(autoencoders: Autoencode
         assert psnr_db(tiny.numpy(), full.numpy(), peak=2.0) >= TINY_DECODER_FLOOR_DB, name
 
 
-def test_the_tiny_encoder_finds_the_full_ones_latents(autoencoders: Autoencoders, scorer: Scorer) -> None:
+def test_the_tiny_encoder_makes_nearly_the_latents_of_the_full_one(autoencoders: Autoencoders, scorer: Scorer) -> None:
     pixels = to_pixels(np.stack([scorer.draw(scene) for scene in scoring_scenes(PROMPTS, held_out=True)]))
     error = autoencoders.encode_tiny(pixels) - autoencoders.encode(pixels)
     assert error.square().mean().sqrt().item() < TINY_ENCODER_CEILING

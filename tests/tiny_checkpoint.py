@@ -1,4 +1,4 @@
-"""A checkpoint of the real classes at minimal size, with random weights that are the same on every call."""
+"""Checkpoint of the real classes at minimal size. Its random weights are the same on every call."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from training.emoji.stages.student import build_recipe
 
 
 def write_tiny_checkpoint(folder: Path) -> Path:
-    """Write a checkpoint that makes pictures of 16x16 and of 24x16 with DPM-Solver++ 2M. Returns its folder."""
+    """Write a checkpoint for pictures of 16x16 and 24x16 with DPM-Solver++ 2M. Returns its folder."""
     tokenizer = CLIPTokenizer.from_pretrained(DEFAULT_CHECKPOINT / "tokenizer")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

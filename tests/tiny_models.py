@@ -26,12 +26,12 @@ POOLED_DIM = 12
 
 
 def tiny_unet(**changes: Any) -> UNet2DConditionModel:
-    """Stable Diffusion 1.5."""
+    """Return a UNet as in Stable Diffusion 1.5."""
     return _seeded(UNet2DConditionModel, _UNET | changes)
 
 
 def tiny_sdxl_unet(**changes: Any) -> UNet2DConditionModel:
-    """SDXL: also reads pooled embeddings and the picture's size."""
+    """Return a UNet as in SDXL, which also reads pooled embeddings and the size of the picture."""
     added = {
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": 4,
@@ -42,7 +42,7 @@ def tiny_sdxl_unet(**changes: Any) -> UNet2DConditionModel:
 
 
 def tiny_pixart(**changes: Any) -> PixArtTransformer2DModel:
-    """PixArt-alpha 512; with `use_additional_conditions=True` the one of 1024 pixels."""
+    """Return a transformer as in PixArt-alpha 512, or in 1024 with `use_additional_conditions=True`."""
     config = {
         "num_attention_heads": 2,
         "attention_head_dim": 12,  # the size conditions share the width by three
@@ -58,7 +58,7 @@ def tiny_pixart(**changes: Any) -> PixArtTransformer2DModel:
 
 
 def tiny_sd3(**changes: Any) -> SD3Transformer2DModel:
-    """Stable Diffusion 3."""
+    """Return a transformer as in Stable Diffusion 3."""
     config = {
         "sample_size": 8,
         "in_channels": 4,
@@ -75,7 +75,7 @@ def tiny_sd3(**changes: Any) -> SD3Transformer2DModel:
 
 
 def tiny_cogvideox(**changes: Any) -> CogVideoXTransformer3DModel:
-    """CogVideoX-2b; with `use_rotary_positional_embeddings=True` the one of 5b."""
+    """Return a transformer as in CogVideoX-2b, or in 5b with `use_rotary_positional_embeddings=True`."""
     config = {
         "num_attention_heads": 2,
         "attention_head_dim": 16,
@@ -183,7 +183,7 @@ def _seeded(model_class: Any, config: Mapping[str, Any]) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = model_class(**config).eval()
-        # diffusers starts output layers and gates near zero: every part must be felt in the output.
+        # diffusers starts output layers and gates near zero. Here every part must change the output.
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)

@@ -1,4 +1,4 @@
-"""Whole pipeline folders of the real classes at a tiny size: denoiser, text encoders, tokenizers, VAE, scheduler."""
+"""Pipelines of the real classes at a tiny size: denoiser, text encoders, tokenizers, VAE, scheduler."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SCHEDULERS: Mapping[str, Callable[[], Any]] = {
 
 @cache
 def clip_tokenizer() -> CLIPTokenizer:
-    """A tokenizer with one token per letter."""
+    """Return a tokenizer with one token per letter."""
     specials = ["<|startoftext|>", "<|endoftext|>"]
     letters = [letter + end for letter in string.ascii_lowercase for end in ("", "</w>")]
     vocabulary = {token: number for number, token in enumerate(specials + letters)}

@@ -1,1 +1,1 @@
-"""The commands `tdm-serve` and `tdm-keys`: arguments, checks before the start, start and end."""
+"""The commands `tdm-serve` and `tdm-keys`: arguments, checks, start and stop."""

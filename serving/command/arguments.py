@@ -15,7 +15,7 @@ from tdm_runtime.engine.engine import EngineConfig
 
 
 def parse_arguments(arguments: list[str] | None = None) -> ServerConfig:
-    """Read the command line; exits with status 2 on a mistake."""
+    """Read the command line. Exits with status 2 on a mistake."""
     parser = argparse.ArgumentParser(prog="tdm-serve", description="Serve a few-step diffusion checkpoint over HTTP.")
     add_model_arguments(parser)
     add_front_arguments(parser)
@@ -63,7 +63,7 @@ def parse_arguments(arguments: list[str] | None = None) -> ServerConfig:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """What is served."""
+    """Add the arguments of checkpoints and LoRAs."""
     models = parser.add_mutually_exclusive_group()
     models.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT, help="checkpoint folder (%(default)s)")
     models.add_argument(
@@ -72,7 +72,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         type=model_source,
         metavar="NAME=FOLDER",
-        help="a checkpoint and what requests call it; may be given several times, the first is the default",
+        help="a checkpoint and its name in requests; may be given several times, the first is the default",
     )
     parser.add_argument(
         "--lora",
@@ -80,90 +80,94 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         type=lora_source,
         metavar="NAME=PATH[:SCALE][@MODEL]",
-        help="a LoRA in the manner of diffusers, kohya or PEFT, and what requests call it; may be given several times",
+        help="a LoRA in the format of diffusers, kohya or PEFT, and its name in requests; may be given several times",
     )
     parser.add_argument(
-        "--lora-folder", type=Path, help="folder of LoRAs that are served as they come, change and go, by their names"
+        "--lora-folder", type=Path, help="folder of LoRAs, served by name; files may change while the server runs"
     )
 
 
 def add_front_arguments(parser: argparse.ArgumentParser) -> None:
-    """Where it is served, by how many, and how much of it at once."""
+    """Add the arguments of addresses, replicas and load."""
     defaults, engine = ServerConfig(), EngineConfig()
     parser.add_argument("--host", default=defaults.host, help="address to listen on (%(default)s)")
     parser.add_argument("--port", type=int, default=defaults.port, help="(%(default)s)")
-    parser.add_argument("--grpc-port", type=int, help="answer gRPC there as well; without it, only HTTP")
+    parser.add_argument("--grpc-port", type=int, help="port for gRPC; without it, the server has no gRPC")
     parser.add_argument(
         "--front",
         choices=get_args(FrontName),
         default=defaults.front,
-        help="who answers HTTP: the replica, or Ray's proxy: slower, finds replicas on any machine (%(default)s)",
+        help="what answers HTTP: direct is the replica; ray is Ray's proxy, slower, for several machines (%(default)s)",
     )
     parser.add_argument(
         "--replicas",
         type=replica_range,
         default=(1, 1),
         metavar="N or N-M",
-        help="processes with engines; a range, with --front ray, follows the load (1)",
+        help="processes with an engine; with --front ray, a range follows the load (1)",
     )
     parser.add_argument(
-        "--max-batch-size", type=int, default=engine.max_batch_size, help="pictures in one denoiser call (%(default)s)"
+        "--max-batch-size", type=int, default=engine.max_batch_size, help="pictures per denoiser call (%(default)s)"
     )
     parser.add_argument(
-        "--max-live", type=int, default=engine.max_live, help="pictures accepted and unanswered (%(default)s)"
+        "--max-live", type=int, default=engine.max_live, help="most pictures in work or waiting (%(default)s)"
     )
     parser.add_argument(
         "--result-cache-mb",
         type=int,
         default=engine.result_cache_bytes // 2**20,
-        help="MiB of finished pictures kept for who asks for exactly the same again (%(default)s)",
+        help="MiB of finished pictures kept for requests that are exactly repeated (%(default)s)",
     )
 
 
 def add_service_arguments(parser: argparse.ArgumentParser) -> None:
-    """Who may ask, for what, and where jobs and files are kept."""
+    """Add the arguments of access, safety, and the storage of jobs and files."""
     defaults = ServerConfig()
     parser.add_argument(
-        "--api-keys", type=Path, help="file of API keys, made by `tdm-keys add`; without it, everybody may ask"
+        "--api-keys", type=Path, help="file of API keys, made by `tdm-keys add`; without it, requests need no key"
     )
-    parser.add_argument("--blocked-words", type=Path, help="file of words that prompts may not hold, one a line")
+    parser.add_argument("--blocked-words", type=Path, help="file of words that prompts must not contain, one a line")
     parser.add_argument(
-        "--safety-checker", metavar="MODULE:FACTORY", help="what checks prompts and pictures, see docs/security.md"
+        "--safety-checker", metavar="MODULE:FACTORY", help="checker of prompts and pictures, see docs/security.md"
     )
     parser.add_argument(
-        "--state-folder", type=Path, default=defaults.state_folder, help="of jobs and kept files (%(default)s)"
+        "--state-folder", type=Path, default=defaults.state_folder, help="folder of jobs and kept files (%(default)s)"
     )
-    parser.add_argument("--database-url", help="of jobs, as postgresql+psycopg://...; SQLite in the state folder else")
-    parser.add_argument("--artifacts-url", help="of kept files, as s3://bucket/folder; in the state folder else")
+    parser.add_argument(
+        "--database-url", help="database of jobs, such as postgresql+psycopg://...; by default SQLite in --state-folder"
+    )
+    parser.add_argument(
+        "--artifacts-url", help="place of kept files, such as s3://bucket/folder; by default in --state-folder"
+    )
     parser.add_argument(
         "--artifact-ttl-hours",
         type=float,
         default=defaults.artifact_ttl_s / 3600,
         help="how long files and ended jobs are kept (%(default)s)",
     )
-    parser.add_argument("--public-url", help="what clients call this server, as https://images.example.org")
+    parser.add_argument("--public-url", help="URL of this server for clients, such as https://images.example.org")
     parser.add_argument(
         "--max-open-requests",
         type=int,
         default=defaults.max_open_requests,
-        help="requests open at once; more are refused (%(default)s)",
+        help="most requests open at once; more are refused (%(default)s)",
     )
 
 
 def add_telemetry_arguments(parser: argparse.ArgumentParser) -> None:
-    """Where logs and traces go."""
+    """Add the arguments of logs and traces."""
     parser.add_argument(
-        "--log-format", choices=get_args(LogFormat), default="text", help="json is one object a line (%(default)s)"
+        "--log-format", choices=get_args(LogFormat), default="text", help="json writes one object a line (%(default)s)"
     )
-    parser.add_argument("--log-file", type=Path, help="in place of stderr")
+    parser.add_argument("--log-file", type=Path, help="file of the log; stderr by default")
     parser.add_argument(
         "--otlp-endpoint",
         metavar="URL",
         default=os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT"),
-        help="OpenTelemetry collector that takes traces by HTTP, as http://127.0.0.1:4318; none by default, or "
-        "OTEL_EXPORTER_OTLP_ENDPOINT",
+        help="OpenTelemetry collector that receives traces over HTTP, such as http://127.0.0.1:4318; "
+        "OTEL_EXPORTER_OTLP_ENDPOINT by default",
     )
-    parser.add_argument("--trace-file", type=Path, metavar="FILE", help="write traces as JSON lines, too")
+    parser.add_argument("--trace-file", type=Path, metavar="FILE", help="file of traces as JSON lines")
 
 
 def model_source(text: str) -> ModelSource:
@@ -188,6 +192,6 @@ def lora_source(text: str) -> LoraSource:
 def replica_range(text: str) -> tuple[int, int]:
     """Read N or N-M."""
     if re.fullmatch(r"\d{1,3}(-\d{1,3})?", text, re.ASCII) is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor a range as 1-4")
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor a range such as 1-4")
     fewest, _, most = text.partition("-")
     return int(fewest), int(most or fewest)

@@ -1,4 +1,4 @@
-"""What `tdm-serve` refuses before anything is started, since the first request is too late."""
+"""Checks of `tdm-serve` before it starts anything, so that no mistake waits for the first request."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from tdm_runtime.model.artifacts import Artifacts, BackendConfig
 
 
 def check(config: ServerConfig) -> ExitStack:
-    """Refuse what could not be served; build artifacts where there are none.
+    """Refuse settings that cannot be served. Build artifacts if there are none.
 
     Returns:
-        the addresses, held for this server until it is closed.
+        Addresses of this server, reserved until the stack is closed.
 
     Raises:
-        TDMError, OSError, ValueError: naming what is wrong and what to do.
+        TDMError, OSError, ValueError: the message has the reason and the remedy.
     """
     if config.trace_file is not None:
         config.trace_file.open("a").close()
@@ -44,7 +44,7 @@ def check(config: ServerConfig) -> ExitStack:
 
 
 def check_models(config: ServerConfig) -> list[Checkpoint]:
-    """Open what is to be served, so that a mistake is said before anything is started.
+    """Open the checkpoints and LoRAs that are to be served.
 
     Raises:
         CheckpointError: a checkpoint or a LoRA cannot be served, or two have one name.
@@ -61,17 +61,18 @@ def check_models(config: ServerConfig) -> list[Checkpoint]:
     if doubled := sorted({name for name in names if names.count(name) > 1}):
         raise CheckpointError(f"two models are called {doubled[0]!r}; give each a name of its own")
     if len(bases) > 1 and config.backend.artifacts is not None:
-        raise CheckpointError("--artifacts is of one checkpoint; leave it out, each has a folder of its own by default")
+        message = "leave --artifacts out, and each has a folder of its own"
+        raise CheckpointError(f"--artifacts is one folder for {len(bases)} checkpoints; {message}")
     if config.lora_folder is not None and not config.lora_folder.is_dir():
         raise CheckpointError(f"--lora-folder {config.lora_folder} is not a folder; make it, or leave it out")
     return checkpoints
 
 
 def reserve_addresses(config: ServerConfig) -> ExitStack:
-    """Hold the addresses for this server until the returned stack is closed.
+    """Reserve the addresses for this server until the returned stack is closed.
 
     Raises:
-        OSError: naming the address and what to do.
+        OSError: an address is taken; the message names it and the remedy.
     """
     with ExitStack() as held:
         for port, flag in ((config.port, "--port"), (config.grpc_port, "--grpc-port")):
@@ -88,17 +89,17 @@ def check_state(config: ServerConfig) -> None:
     """Refuse a database or a place for files that cannot be used.
 
     Raises:
-        ValueError, OSError: naming what is wrong.
+        ValueError, OSError: the message has the reason.
     """
     open_artifacts(config)
     open_store(config).close()
 
 
 def check_artifacts(checkpoint: Checkpoint, config: BackendConfig) -> None:
-    """Refuse artifacts that cannot be used; build those of the default folder where there are none.
+    """Refuse artifacts that cannot be used. Build those of the default folder if there are none.
 
     Raises:
-        ArtifactError: the artifacts are of another checkpoint or machine; or they could not be built.
+        ArtifactError: the artifacts belong to another checkpoint or machine, or could not be built.
     """
     try:
         artifacts = Artifacts.find(checkpoint, config)
@@ -108,9 +109,9 @@ def check_artifacts(checkpoint: Checkpoint, config: BackendConfig) -> None:
             return
     except ArtifactError:
         if config.allow_fallback:
-            return  # what the replica runs in their place, and why, is said when it has loaded
+            return  # the replica logs which backend it runs instead, and why
         raise
-    start_logger.info("building %s for this machine, once (--backend torch does without)", checkpoint.recipe.name)
+    start_logger.info("building %s for this machine, once (--backend torch needs no build)", checkpoint.recipe.name)
     command = [sys.executable, "-m", "export.cli", str(checkpoint.folder)]
     if config.backend != "auto":
         command += ["--backend", config.backend]

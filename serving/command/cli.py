@@ -1,4 +1,4 @@
-"""`tdm-serve`: start Ray, the replica and the HTTP front on this machine."""
+"""`tdm-serve`: starts Ray, the replicas and the fronts on this machine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tdm_runtime.errors import TDMError
 
 USAGE_ERROR = 2
 NO_PORT = 65536
-"""One more than there are."""
+"""One above the highest port."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -37,12 +37,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def prepare_environment() -> None:
-    """What Ray reads when it is imported, here and in its own processes.
+    """Set the environment variables that Ray reads when it is imported, here and in its own processes.
 
-    Nothing is reported home. Ray's internal ports listen on every interface, so they want a token
-    that only this server's processes know. Its three pages of statistics listen there without one, so
-    they stay off: the server has its own. Two of them are off only where their port is none. Ray would
-    run the replica at the priority of a batch job (nice 15), behind whatever else the machine does.
+    They turn Ray's usage statistics off. Ray's internal ports listen on every interface, so they need a token that
+    only this server's processes know. Its three pages of statistics would listen there without a token, so they are
+    off; the server has its own. Two of them are off only with a port that does not exist. Without a setting, Ray
+    would run the replica at the priority of a batch job (nice 15), behind all other programs of the machine.
     """
     os.environ |= {
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -59,13 +59,13 @@ def prepare_environment() -> None:
 
 
 def reason_of(error: Exception) -> str:
-    """What went wrong in the replica, without Ray's account of how it came to know."""
+    """Return what went wrong in the replica, without the text that Ray puts around it."""
     causes = re.findall(r"tdm_runtime\.errors\.\w+: (.+)", str(error))
     return causes[-1] if causes else str(error)
 
 
 def drain(config: ServerConfig) -> None:
-    """Let the replica answer what it accepted, for at most `drain_timeout_s`."""
+    """Let the replica answer accepted requests, for at most `drain_timeout_s`."""
     from ray import serve
 
     try:
@@ -77,14 +77,14 @@ def drain(config: ServerConfig) -> None:
 
 
 def proxy_options(config: ServerConfig) -> dict[str, Any]:
-    """Where Ray's own proxy listens: nowhere, unless it is the front."""
+    """Return the settings of Ray's own proxy. It listens only if it is the front."""
     if config.front == "direct":
         return {"proxy_location": "Disabled"}
     return {"http_options": {"host": config.host, "port": config.port}}
 
 
 def serve_until_signalled(config: ServerConfig) -> int:
-    """Start everything, wait for SIGINT or SIGTERM, let accepted requests finish."""
+    """Start the server, wait for SIGINT or SIGTERM, and let accepted requests finish. Returns the exit status."""
     write_whole_lines()
     set_up_logging(config)
     prepare_environment()
@@ -97,7 +97,7 @@ def serve_until_signalled(config: ServerConfig) -> int:
     start_logger.info("starting %s on %s:%d", names, config.host, config.port)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     ray.init(include_dashboard=False, logging_level=logging.WARNING, log_to_driver=True)
-    # After Ray, which takes the signals for itself when it starts.
+    # Ray sets its own handlers when it starts, so these come after.
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())

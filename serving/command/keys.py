@@ -1,4 +1,4 @@
-"""`tdm-keys`: make, list and withdraw API keys."""
+"""`tdm-keys`: makes, lists and removes API keys."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tdm-keys", description="API keys for `tdm-serve --api-keys FILE`.")
     commands = parser.add_subparsers(dest="command", required=True)
-    add = commands.add_parser("add", help="make a key and print it, once: only its hash is kept")
-    remove = commands.add_parser("remove", help="withdraw a key; running servers follow within a second")
-    listing = commands.add_parser("list", help="names and quotas")
+    add = commands.add_parser("add", help="make a key and print it once; only its hash is kept")
+    remove = commands.add_parser("remove", help="remove a key; running servers follow within a second")
+    listing = commands.add_parser("list", help="list names and quotas")
     for command in (add, remove, listing):
         command.add_argument("file", type=Path)
     for command in (add, remove):
-        command.add_argument("name", help="who uses it")
+        command.add_argument("name", help="name of the key's user")
     add.add_argument("--requests-per-minute", type=float, metavar="N", help="unlimited by default")
     add.add_argument(
         "--cost-per-minute",

@@ -1,1 +1,1 @@
-"""What every front shares: services, access, limits, idempotency, addresses."""
+"""Parts that HTTP and gRPC share: services, access, limits, idempotency, addresses."""

@@ -1,7 +1,7 @@
-"""Who may ask, and how much: API keys and their quotas.
+"""API keys and their quotas.
 
-Keys are random, so their SHA-256 is kept and nothing slower is needed. Where a server has a key file, whoever
-brings no key of it is refused; where it has none, everybody is `ANYBODY`.
+Keys are random, so the file keeps their SHA-256; a slower hash is not needed. If a server has a key file, it refuses
+requests without a key of that file. Without a key file, every caller is `ANYBODY`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from serving.errors import APIError
 KEY_PREFIX = "tdm-"
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
 PERIOD_S = 60.0
-"""Quotas are per minute; what a minute leaves unused is not saved for the next."""
+"""Period of a quota, in seconds. A quota that was not used in one period is not added to the next."""
 LOOK_AGAIN_S = 1.0
-"""A changed key file is read after at most so long."""
+"""Longest time until a changed key file is read, in seconds."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class APIKey:
 
     name: str
     sha256: str
-    """Hex, of the whole key."""
+    """SHA-256 of the whole key, in hex."""
     requests_per_minute: float | None = None
     cost_per_minute: float | None = None
-    """In megapixel-steps: pictures x width x height x frames x steps / 10^6."""
+    """Quota in megapixel-steps: pictures x width x height x frames x steps / 10^6."""
 
     def __post_init__(self) -> None:
         if not NAME_PATTERN.fullmatch(self.name):
@@ -59,7 +59,7 @@ def load_keys(file: Path) -> list[APIKey]:
     """Read a key file.
 
     Raises:
-        ValueError: naming the file, what is wrong and the remedy.
+        ValueError: the file cannot be used; the message has the reason and the remedy.
     """
     try:
         keys = _KEYS.validate_json(file.read_bytes())
@@ -75,7 +75,7 @@ def load_keys(file: Path) -> list[APIKey]:
 
 
 def save_keys(file: Path, keys: list[APIKey]) -> None:
-    """Write a key file that only its owner reads, at once or not at all."""
+    """Write a key file that only its owner can read. It replaces the old one as a whole."""
     rows = [{name: value for name, value in asdict(key).items() if value is not None} for key in keys]
     draft = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
     with os.fdopen(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as stream:
@@ -84,17 +84,17 @@ def save_keys(file: Path, keys: list[APIKey]) -> None:
 
 
 def draw_key() -> str:
-    """A key that nobody guesses: 256 bits."""
+    """Return a new key of 256 random bits."""
     return KEY_PREFIX + secrets.token_urlsafe(32)
 
 
 def hash_key(key: str) -> str:
-    """Hex SHA-256, as the key file has it."""
+    """Return the SHA-256 of a key in hex, as the key file has it."""
     return hashlib.sha256(key.encode()).hexdigest()
 
 
 class Bucket:
-    """So much per minute: full at the start, refilled evenly. Not thread-safe: its owner locks."""
+    """Quota per minute: full at the start, refilled evenly. It is not thread-safe; its owner locks."""
 
     def __init__(self, capacity: float) -> None:
         self.capacity = capacity
@@ -102,7 +102,7 @@ class Bucket:
         self._filled_s = time.monotonic()
 
     def wait_s(self, amount: float) -> float:
-        """Seconds until so much is there: 0 now, infinity never."""
+        """Return the seconds until this amount is available: 0 if it is now, infinity if it never will be."""
         now_s = time.monotonic()
         self._level = min(self.capacity, self._level + (now_s - self._filled_s) * self.capacity / PERIOD_S)
         self._filled_s = now_s
@@ -115,7 +115,7 @@ class Bucket:
 
 
 class Caller:
-    """Somebody with a key, or anybody where there are no keys."""
+    """Owner of a key, or any client of a server without keys."""
 
     def __init__(self, key: APIKey | None) -> None:
         self.name = "anybody" if key is None else key.name
@@ -124,13 +124,13 @@ class Caller:
         self._cost = None if key is None or key.cost_per_minute is None else Bucket(key.cost_per_minute)
 
     def spend(self, cost: float) -> None:
-        """Take a request, and what it costs, out of this minute's quotas; both or neither.
+        """Take one request and its cost from the quotas: both or neither.
 
         Args:
-            cost: in megapixel-steps.
+            cost: cost of the request in megapixel-steps.
 
         Raises:
-            APIError: 429 with the quota and the time to come back.
+            APIError: 429, with the quota and the time to wait.
         """
         amounts = [
             (bucket, amount, unit)
@@ -150,7 +150,7 @@ def _over_quota(name: str, capacity: float, amount: float, unit: str, wait_s: fl
     if math.isinf(wait_s):
         message = f"the request costs {amount:g} {unit} and {quota}; ask for fewer or smaller pictures, or fewer steps"
         return APIError(429, message, "rate_limit_error", code="quota_exceeded", headers={"x-should-retry": "false"})
-    message = f"{quota} and they are used up; come back in {wait_s:.1f} s"
+    message = f"{quota} and they are used up; retry in {wait_s:.1f} s"
     headers = {"retry-after": str(math.ceil(wait_s)), "retry-after-ms": str(math.ceil(1e3 * wait_s))}
     return APIError(429, message, "rate_limit_error", code="rate_limit_exceeded", headers=headers)
 
@@ -159,7 +159,7 @@ ANYBODY = Caller(None)
 
 
 class Access:
-    """Knows the keys. Follows changes of the key file, so that a key is withdrawn without a restart."""
+    """The keys of a server. They follow changes of the key file, so that a key can be removed without a restart."""
 
     def __init__(self, file: Path | None) -> None:
         """
@@ -174,23 +174,23 @@ class Access:
             self._read(file, load_keys(file))
 
     def caller(self, authorization: str | None) -> Caller:
-        """Who sends this `Authorization` header.
+        """Return the caller with this `Authorization` header.
 
         Raises:
-            APIError: 401 without a known key.
+            APIError: 401, the header has no known key.
         """
         if self._file is None:
             return ANYBODY
         self._look_again(self._file)
         scheme, _, key = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
-            raise _unauthorized("this server wants an API key; send it as `Authorization: Bearer KEY`")
+            raise _unauthorized("this server needs an API key; send it as `Authorization: Bearer KEY`")
         given, found = hash_key(key.strip()), None
         for sha256, (_, caller) in self._callers.items():
-            if hmac.compare_digest(sha256, given):  # every key is compared: time tells nothing
+            if hmac.compare_digest(sha256, given):  # compare all: the time reveals nothing
                 found = caller
         if found is None:
-            raise _unauthorized("this API key is not known here; check it, or ask who runs the server for another")
+            raise _unauthorized("this API key is unknown; check it, or ask the server's operator for another")
         return found
 
     def _look_again(self, file: Path) -> None:
@@ -201,13 +201,13 @@ class Access:
             if _stamp(file) != self._seen:
                 self._read(file, load_keys(file))
         except (OSError, ValueError):
-            self._callers = {}  # a key file that cannot be read lets nobody in
+            self._callers = {}  # without a readable key file no key is valid
             self._seen = None
 
     def _read(self, file: Path, keys: list[APIKey]) -> None:
         self._seen = _stamp(file)
         known = {key: caller for key, caller in self._callers.values()}
-        # A key that did not change keeps what it has used up.
+        # The used quota of an unchanged key stays used.
         self._callers = {key.sha256: (key, known.get(key) or Caller(key)) for key in keys}
 
 

@@ -1,4 +1,4 @@
-"""The addresses that fronts listen on: reserved once, bound by every replica."""
+"""Addresses that fronts listen on. The command reserves them once, and every replica binds them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import socket
 
 
 def reserve(host: str, port: int) -> socket.socket:
-    """Hold an address for this server's replicas, without listening.
+    """Reserve an address for this server's replicas, without listening.
 
-    While the returned socket is open, `bind` of the same user succeeds and `reserve` of another server does
-    not: not even before the first replica listens, nor while a dead one is being replaced. The options are
-    changed after the address was taken: before, the kernel would let two servers share it.
+    While the returned socket is open, `bind` by the same user succeeds and `reserve` by another server fails, even
+    before the first replica listens and while a dead one is replaced. The socket options change only after the
+    address is taken, because with them the kernel would let two servers share it.
 
     Raises:
         OSError: another process has the address.
@@ -22,7 +22,7 @@ def reserve(host: str, port: int) -> socket.socket:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Take the address beside its other replicas: those that stop, and those that share the load.
+    """Bind a replica to the address. Other replicas of the server may be bound to it too.
 
     Raises:
         OSError: another server has the address.

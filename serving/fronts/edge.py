@@ -1,4 +1,4 @@
-"""What the edges of HTTP and gRPC have in common: admission, request ids, log lines, spans and errors."""
+"""Steps that the edges of HTTP and gRPC share: admission, request ids, log lines, spans and errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The same `Idempotency-Key` gets the same answer: a client that lost the first may ask again."""
+"""Answers by `Idempotency-Key`. A client that lost an answer repeats its request and gets the same answer."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 
 from fastapi import Response
 
-from serving.errors import invalid
+from serving.errors import invalid, reused_key
 from tdm_runtime.params import MAX_SEED
 
 KEEP_S = 24 * 3600.0
 MAX_BYTES = 64 * 2**20
-"""Of answers that are kept; the oldest go first."""
+"""Most bytes of kept answers. The oldest are dropped first."""
 MAX_KEY_CHARACTERS = 255
 
 
@@ -29,9 +29,10 @@ class _Entry:
 
 
 def check_key(key: str) -> None:
-    """
+    """Check an idempotency key.
+
     Raises:
-        APIError: 400, it is empty, too long or unprintable.
+        APIError: 400, the key is empty, too long or not printable.
     """
     if not (0 < len(key) <= MAX_KEY_CHARACTERS and key.isascii() and key.isprintable()):
         message = f"Idempotency-Key has {len(key)} characters; send 1 to {MAX_KEY_CHARACTERS} printable ASCII ones"
@@ -39,13 +40,13 @@ def check_key(key: str) -> None:
 
 
 def seed_of(caller: str, key: str) -> int:
-    """The seed of a request that brings none: another replica, or this one later, makes the same picture again."""
+    """Return the seed of a request without one. Another replica, or this one later, makes the same picture."""
     digest = hashlib.sha256(f"{caller}\0{key}".encode()).digest()
     return int.from_bytes(digest[:8], "big") % (MAX_SEED + 1)
 
 
 class Replays:
-    """Answers by caller and key, those in the making included. Belongs to one event loop."""
+    """Answers by caller and key, including those that are still being made. Belongs to one event loop."""
 
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
         self._max_bytes = max_bytes
@@ -53,23 +54,22 @@ class Replays:
         self._entries: OrderedDict[tuple[str, str], _Entry] = OrderedDict()
 
     async def once(self, caller: str, key: str, body: bytes, make: Callable[[], Awaitable[Response]]) -> Response:
-        """Return the answer to this key; make it where there is none. Failures are not kept.
+        """Return the answer to this key. If there is none, make it. Failures are not kept.
 
         Raises:
-            APIError: 400 or 422, the key cannot be used, or was used with another body.
+            APIError: 400, the key is not valid; 422, the key was used with another body.
         """
         check_key(key)
         self._forget_old()
         sha256 = hashlib.sha256(body).hexdigest()
         while entry := self._entries.get((caller, key)):
             if entry.body_sha256 != sha256:
-                message = f"Idempotency-Key {key[:64]!r} was used with another body; a new request needs a new key"
-                raise invalid(message, "Idempotency-Key", "idempotency_key_reused", 422)
+                raise reused_key(key)
             try:
                 return await asyncio.shield(entry.answer)
             except asyncio.CancelledError:
                 if not entry.answer.cancelled():
-                    raise  # it is this client that left
+                    raise  # this client left
         return await self._make((caller, key), sha256, make)
 
     async def _make(self, name: tuple[str, str], sha256: str, make: Callable[[], Awaitable[Response]]) -> Response:
@@ -78,7 +78,7 @@ class Replays:
             answer = await make()
         except BaseException:
             del self._entries[name]
-            entry.answer.cancel()  # whoever waited for it tries for itself
+            entry.answer.cancel()  # a waiting request makes the answer instead
             raise
         entry.answer.set_result(answer)
         entry.num_bytes = len(answer.body)

@@ -1,4 +1,4 @@
-"""What the fronts of one process share."""
+"""Services that the fronts of one process share."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from serving.telemetry.tracing import Tracing
 
 @dataclass
 class Services:
-    """What the fronts need, made once and given to HTTP and gRPC alike."""
+    """Services that requests need. HTTP and gRPC use the same object."""
 
     config: ServerConfig
     metrics: ServerMetrics
@@ -29,17 +29,17 @@ class Services:
     jobs: JobService
     turnstile: Turnstile = field(default_factory=Turnstile)
     tracing: Tracing | None = None
-    """None where it is off."""
+    """None if tracing is off."""
     num_active: int = 0
-    """Requests of all fronts that are not yet answered."""
+    """Number of requests of all fronts that are not yet answered."""
     is_draining: bool = False
 
     @classmethod
     def start(cls, config: ServerConfig, metrics: ServerMetrics, images: Images) -> Services:
-        """Make what requests need besides pictures.
+        """Make the services that requests need beside `images`.
 
         Raises:
-            ValueError, OSError: something cannot be used; better now than at the first request.
+            ValueError, OSError: the key file, the database or the place for files cannot be used.
         """
         access, artifacts = Access(config.api_keys), open_artifacts(config)
         jobs = JobService(config, images, artifacts, metrics)
@@ -50,18 +50,18 @@ class Services:
 
     @property
     def is_ready(self) -> bool:
-        """Whether new requests are taken."""
+        """Whether new requests are accepted."""
         return self.images.is_healthy and not self.is_draining
 
     async def drain(self) -> None:
-        """Refuse work with 503 from here on; return when every accepted request is answered."""
+        """Refuse new requests with 503. Return when every accepted request is answered."""
         self.is_draining = True
         await self.jobs.stop()
         while self.num_active:
             await asyncio.sleep(0.01)
 
     def close(self) -> None:
-        """Finish what was accepted, then stop."""
+        """Finish accepted pictures, then stop."""
         self.images.close()
         self.jobs.close()
         if self.tracing is not None:

@@ -1,1 +1,1 @@
-"""Work that outlives its request: clips and batches, in a queue that outlives the server."""
+"""Jobs: clips and batches, which outlive their request, in a queue that outlives the server."""

@@ -1,7 +1,7 @@
-"""Files that the server made and keeps for a while: pictures, clips, outputs of batches.
+"""Files that the server made and keeps for a while: pictures, clips and outputs of batches.
 
-A file's id is all that is known of it: 192 bits that nobody guesses, when it expires, and what it is. So there is no
-index that could be lost or contradict the files, and what was left behind by a process that died is found by its name.
+The id of a file is its only record: 192 random bits, the time of expiry and the file type. So there is no index that
+could be lost or contradict the files, and the files of a process that died are found by their names.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ MEDIA_TYPES = {
     "mp4": "video/mp4",
     "jsonl": "application/jsonl",
 }
-"""By the end of an id."""
+"""Media type of each extension of an id."""
 ID_PATTERN = re.compile(rf"[A-Za-z0-9_-]{{32}}-([0-9a-f]{{8}})\.({'|'.join(MEDIA_TYPES)})", re.ASCII)
 FOLDER_S = 3600
-"""Files that expire within the same hour lie in one folder, and go with it."""
+"""Span of a folder, in seconds. Files that expire within the same hour share a folder and are deleted with it."""
 CHUNK_BYTES = 2**20
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A file that can be read."""
+    """A kept file."""
 
     id: str
     media_type: str
@@ -46,17 +46,17 @@ class Artifact:
 
     @property
     def remaining_s(self) -> int:
-        """Until it expires."""
+        """Seconds until it expires."""
         return max(0, self.expires_at - int(time.time()))
 
 
 class ArtifactStore:
-    """A folder, or whatever fsspec opens by URL. Blocks: never called on an event loop's thread."""
+    """Files in a folder, or at a URL that fsspec opens. Its methods block: do not call them in an event loop."""
 
     def __init__(self, url: str) -> None:
         """
         Raises:
-            ValueError: fsspec does not know such a URL, or lacks what reads it.
+            ValueError: fsspec does not know the kind of URL, or the package for it is not installed.
             OSError: the folder cannot be made.
         """
         try:
@@ -72,21 +72,21 @@ class ArtifactStore:
             self._root = os.path.realpath(self._root)
 
     def put(self, content: bytes | Iterable[bytes], extension: str, expires_at: int) -> str:
-        """Keep a file; it is there as a whole or not at all.
+        """Keep a file. It appears as a whole or not at all.
 
         Args:
-            content: all of it, or its parts.
+            content: the whole file, or its parts in order.
             extension: one of `MEDIA_TYPES`.
-            expires_at: Unix seconds.
+            expires_at: time of expiry, in Unix seconds.
 
         Returns:
-            Its id: whoever knows it may read the file.
+            Id of the file. A client that knows the id may read the file.
         """
-        assert extension in MEDIA_TYPES, "what is kept is made here"
+        assert extension in MEDIA_TYPES, "the server makes no other files"
         name = f"{secrets.token_urlsafe(24)}-{expires_at:08x}.{extension}"
         path, draft = self._path(name), self._path(f".{name}")
         self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
-        # An object appears when it is complete; a local file is written beside its place.
+        # An object in a store appears when it is complete. A local file is written under another name first.
         with self._fs.open(draft if self._is_local else path, "wb") as stream:
             for part in [content] if isinstance(content, bytes) else content:
                 stream.write(part)
@@ -98,16 +98,16 @@ class ArtifactStore:
         return name
 
     def publish(self, answer: ImageAnswer, base_url: str, ttl_s: float) -> tuple[list[str], int]:
-        """Keep the pictures of an answer. Returns their URLs and when those expire, Unix seconds."""
+        """Keep the pictures of an answer. Returns their URLs and the time of expiry in Unix seconds."""
         expires_at = int(time.time() + ttl_s)
         names = [self.put(image.content, answer.output_format, expires_at) for image in answer.images]
         return [f"{base_url}/v1/files/{name}" for name in names], expires_at
 
     def find(self, name: str) -> Artifact:
-        """Look a file up.
+        """Return the file with this id.
 
         Raises:
-            APIError: 404, there is none of that id, or none any more.
+            APIError: 404, the file does not exist or has expired.
         """
         match = ID_PATTERN.fullmatch(name)
         if match is None or int(match[1], 16) <= time.time():
@@ -119,10 +119,11 @@ class ArtifactStore:
         return Artifact(name, MEDIA_TYPES[match[2]], num_bytes, int(match[1], 16))
 
     def read(self, name: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
-        """Yield a file that `find` found, in parts.
+        """Yield the content of a file, in parts. Call `find` first.
 
         Args:
-            start, end: bytes from the first to before the last; None to its end.
+            start: first byte.
+            end: byte after the last one. None reads to the end of the file.
         """
         with self._fs.open(self._path(name), "rb") as stream:
             stream.seek(start)
@@ -132,15 +133,15 @@ class ArtifactStore:
                 left = None if left is None else left - len(part)
 
     def get(self, name: str) -> bytes:
-        """Return a whole file.
+        """Return the whole content of a file.
 
         Raises:
-            APIError: as `find`.
+            APIError: 404, the file does not exist or has expired.
         """
         return b"".join(self.read(self.find(name).id))
 
     def delete(self, name: str) -> None:
-        """Forget a file; one that is gone is not missed."""
+        """Delete a file, if it exists."""
         if ID_PATTERN.fullmatch(name):
             try:
                 self._fs.rm_file(self._path(name))
@@ -148,7 +149,7 @@ class ArtifactStore:
                 return
 
     def sweep(self) -> int:
-        """Delete what has expired, an hour's files at a time. Returns the number of folders that went."""
+        """Delete expired files, one hour's folder at a time. Returns the number of deleted folders."""
         try:
             folders = self._fs.ls(self._root, detail=False)
         except FileNotFoundError:
@@ -162,23 +163,23 @@ class ArtifactStore:
         return past
 
     def _path(self, name: str) -> str:
-        """Where a file lies; never outside the root."""
+        """Return the path of a file. It is never outside the root."""
         match = ID_PATTERN.fullmatch(name.removeprefix("."))
         assert match is not None, "an id is checked before it becomes a path"
         path = f"{self._root}/{int(match[1], 16) // FOLDER_S}/{name}"
         if self._is_local and not os.path.realpath(path).startswith(f"{self._root}{os.sep}"):
-            raise _not_found(name)  # a link that somebody put there leads elsewhere
+            raise _not_found(name)  # a symbolic link leads out of the root
         return path
 
 
 def open_artifacts(config: ServerConfig) -> ArtifactStore:
-    """Return the store that a configuration names.
+    """Return the store of a configuration.
 
     Raises:
-        ValueError, OSError: it cannot be used.
+        ValueError, OSError: the store cannot be used.
     """
     return ArtifactStore(config.artifacts_url or str(config.state_folder / "artifacts"))
 
 
 def _not_found(name: str) -> APIError:
-    return invalid(f"file {name[:64]!r} does not exist here, or not any more", "file_id", "not_found", 404)
+    return invalid(f"file {name[:64]!r} does not exist here or has expired", "file_id", "not_found", 404)

@@ -16,7 +16,7 @@ from serving.schema.image_request import order_from_fields, to_fields
 
 
 class BatchRenderer:
-    """A part is a request; its content is a line of output."""
+    """Makes batches. A part is one request, and its content is one line of the output."""
 
     def __init__(self, images: Images, artifacts: ArtifactStore, keep_s: float) -> None:
         self._images = images
@@ -24,22 +24,22 @@ class BatchRenderer:
         self._keep_s = keep_s
 
     def num_pictures(self, part: Part) -> int:
-        """As many as are asked for."""
+        """Return the number of pictures that the request asks for."""
         return int(part.request["body"].get("n", 1))
 
     async def make(self, job: Job, part: Part) -> FinishedPart:
-        """Answer a request; its failure is an answer too.
+        """Answer one request. An error is an answer too.
 
         Raises:
-            Exception: not now; `retry_after_s` knows when.
+            Exception: the server is busy; `retry_after_s` returns how long to wait.
         """
         try:
             status, body = 200, await self._answer(job, part)
         except Exception as error:
             if retry_after_s(error) is not None:
                 raise
-            told = from_exception(error)
-            status, body = told.status, told.to_body()
+            failure = from_exception(error)
+            status, body = failure.status, failure.to_body()
         line = {
             "id": f"{job.id}-{part.position}",
             "custom_id": part.request["custom_id"],
@@ -58,7 +58,7 @@ class BatchRenderer:
         return to_fields(answer, *published)
 
     def finish(self, job: Job, parts: Callable[[], Iterator[FinishedPart]]) -> dict[str, Any]:
-        """Write the lines to one file, those of failures to another. Returns their ids, None where there is no line."""
+        """Write answers to one file and errors to another. Returns the ids of both; None for a file without lines."""
         return {
             "output_file_id": self._file(part.content for part in parts() if not part.is_failed),
             "error_file_id": self._file(part.content for part in parts() if part.is_failed),

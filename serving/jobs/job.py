@@ -1,4 +1,4 @@
-"""Jobs, their parts and their limits, as values."""
+"""Jobs, their parts and their limits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ UNFINISHED = ("queued", "in_progress")
 
 @dataclass(frozen=True)
 class JobRequest:
-    """What is to be done, and for whom."""
+    """A job that a caller asks for."""
 
     kind: JobKind
     owner: str
@@ -25,15 +25,15 @@ class JobRequest:
     model: str
     request: dict[str, Any]
     parts: Sequence[dict[str, Any]]
-    """Of each part, what is its own."""
+    """Fields that differ between the parts, one dict per part."""
     idempotency_key: str | None = None
     body_sha256: str | None = None
-    """Of what came with the key."""
+    """SHA-256 of the body that came with the key."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job as it stood when it was read."""
+    """State of a job when it was read. Times are in Unix seconds."""
 
     id: str
     kind: JobKind
@@ -42,22 +42,22 @@ class Job:
     status: JobStatus
     num_parts: int
     num_done: int
-    """Parts that are made, those that failed included."""
+    """Number of finished parts, including failed ones."""
     num_failed: int
     request: dict[str, Any]
     result: dict[str, Any]
-    """What came of it; empty before."""
+    """Result of a completed job; empty for others."""
     error_code: str | None
     error_message: str | None
     created_at: float
     started_at: float | None
     completed_at: float | None
-    """When it ended, however it did."""
+    """Time at which it completed, failed or was cancelled."""
     expires_at: float
     attempt: int
-    """Leases that were taken on it and not given back."""
+    """Number of leases taken on it, without those given back."""
     worker: str | None
-    """Names the lease."""
+    """Name of the lease under which a worker holds it."""
 
     @property
     def is_finished(self) -> bool:
@@ -74,7 +74,7 @@ class Part:
 
 @dataclass(frozen=True)
 class FinishedPart:
-    """What came of one part."""
+    """Result of one part."""
 
     position: int
     content: bytes
@@ -83,11 +83,11 @@ class FinishedPart:
 
 @dataclass(frozen=True)
 class JobLimits:
-    """How much may wait."""
+    """Most unfinished jobs."""
 
     per_owner: int = 16
     total: int = 256
 
 
 class LeaseLostError(Exception):
-    """The job is not this worker's any more: it was cancelled or deleted, or went to another."""
+    """The worker has lost the job: it was cancelled or deleted, or another worker claimed it."""

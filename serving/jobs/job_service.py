@@ -1,4 +1,4 @@
-"""Jobs as the fronts see them: accepted, looked at, ended. All that blocks happens off the event loop's thread."""
+"""Jobs for the fronts: create, look up, list, cancel, delete. Calls that block run outside the event loop."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from serving.jobs.worker import JobWorker, Renderer
 from serving.telemetry.metrics import ServerMetrics
 
 LEASE_S = 10.0
-"""A server that did not say for so long that it still works on a job has lost it."""
+"""Time after which a server loses a job whose lease it has not renewed, in seconds."""
 
 
 class JobService:
@@ -39,18 +39,18 @@ class JobService:
         )
 
     def start(self) -> None:
-        """Work on jobs from now on, in the running event loop."""
+        """Begin to work on jobs, in the running event loop."""
         self._worker.start()
 
     async def stop(self) -> None:
-        """Work on none any more; what is not done, another server goes on with."""
+        """Stop working on jobs. Another server can continue the unfinished ones."""
         await self._worker.stop()
 
     def close(self) -> None:
         self._store.close()
 
     async def create(self, wanted: JobRequest, approve: Callable[[], None]) -> Job:
-        """Accept a job: when this returns, nothing but its deletion keeps it from being made.
+        """Accept a job. When this returns, the job is on the disk.
 
         Raises:
             APIError: see `JobStore.create`.
@@ -60,7 +60,8 @@ class JobService:
         return job
 
     async def get(self, kind: JobKind, owner: str, job_id: str) -> Job:
-        """
+        """Return a caller's job.
+
         Raises:
             APIError: 404, the caller has no such job.
         """
@@ -70,12 +71,12 @@ class JobService:
         """Return a caller's jobs in the order of their creation.
 
         Raises:
-            APIError: 404, `after` is none of them.
+            APIError: 404, `after` is not one of them.
         """
         return await asyncio.to_thread(self._store.page, kind, owner, after, limit, newest_first)
 
     async def cancel(self, kind: JobKind, owner: str, job_id: str) -> Job:
-        """End a job; one that has ended stays as it is.
+        """Cancel a job. A job that has ended stays as it is.
 
         Raises:
             APIError: 404, the caller has no such job.
@@ -85,7 +86,7 @@ class JobService:
         return job
 
     async def delete(self, kind: JobKind, owner: str, job_id: str) -> None:
-        """Forget a job and what came of it, whatever its state.
+        """Delete a job and its result, in any state.
 
         Raises:
             APIError: 404, the caller has no such job.
@@ -96,10 +97,10 @@ class JobService:
 
 
 def open_store(config: ServerConfig) -> JobStore:
-    """Return the queue that a configuration names; where it is in the state folder, that is made.
+    """Return the queue of a configuration. Makes the state folder if the queue is there.
 
     Raises:
-        ValueError, OSError: it cannot be used.
+        ValueError, OSError: the queue cannot be used.
     """
     url = config.database_url
     if url is None:

@@ -1,10 +1,10 @@
-"""The queue of jobs: rows of a database, SQLite beside one machine's servers or PostgreSQL for several machines.
+"""Queue of jobs in a database: SQLite for the servers of one machine, PostgreSQL for several machines.
 
-A job is a number of parts, as frames or a batch's requests. What a worker finished of it is kept, so that whoever
-goes on with the job makes the rest only. Laws (tests/serving/jobs/test_store.py): a job is held by one worker at a
-time; what is not renewed is handed on once, then it failed; whatever a worker changes, it changes under its lease.
+A job consists of parts: the frames of a clip or the requests of a batch. Finished parts are kept, so that the next
+worker makes only the rest. Laws (tests/serving/jobs/test_store.py): one worker at a time holds a job; a job whose lease
+is not renewed goes to another worker once, and the next time it fails; a worker changes a job only under its lease.
 
-Times are Unix seconds by the clocks of the servers, which must agree to a fraction of a lease.
+Times are in Unix seconds by the clocks of the servers, which must agree to a fraction of a lease.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, get_args
 import sqlalchemy as sql
 from sqlalchemy import ColumnElement, Connection, Row
 
-from serving.errors import APIError, invalid
+from serving.errors import APIError, invalid, reused_key
 from serving.jobs.job import (
     UNFINISHED,
     FinishedPart,
@@ -37,14 +37,14 @@ MAX_ATTEMPTS = 2
 
 
 class JobStore:
-    """Blocks: never called on an event loop's thread. Thread-safe."""
+    """Queue of jobs. It is thread-safe, and its methods block: do not call them in an event loop."""
 
     def __init__(self, url: str, lease_s: float, keep_s: float) -> None:
         """
         Args:
-            url: as SQLAlchemy reads it.
-            lease_s: a job that is not renewed for so long is another's.
-            keep_s: what ended is deleted after it, and what did not even begin is given up.
+            url: SQLAlchemy URL of the database.
+            lease_s: time without renewal after which another worker may claim a job, in seconds.
+            keep_s: time after which ended jobs are deleted and waiting jobs fail, in seconds.
 
         Raises:
             ValueError: the database cannot be used.
@@ -59,17 +59,17 @@ class JobStore:
     # -- for callers --------------------------------------------------------------------------
 
     def create(self, wanted: JobRequest, limits: JobLimits, approve: Callable[[], None]) -> Job:
-        """Accept a job: when this returns it is on the disk. With a key that is known, return its job.
+        """Accept a job. When this returns, the job is on the disk. A known idempotency key returns its job.
 
         Args:
-            approve: called when nothing else speaks against the job; what it raises does.
+            approve: called when the job has passed all other checks. If it raises, the job is not accepted.
 
         Raises:
-            APIError: 422, the key came with another body before; 429, too many jobs wait.
+            APIError: 422, the key came with another body before; 429, too many jobs are unfinished.
         """
         try:
             return self._create(wanted, limits, approve)
-        except sql.exc.IntegrityError:  # another server was first with this key, where writers do not take turns
+        except sql.exc.IntegrityError:  # in PostgreSQL another server can store the same key in between
             return self._create(wanted, limits, approve)
 
     def _create(self, wanted: JobRequest, limits: JobLimits, approve: Callable[[], None]) -> Job:
@@ -104,7 +104,8 @@ class JobStore:
             return _to_job(inserted)
 
     def get(self, kind: JobKind, owner: str, job_id: str) -> Job:
-        """
+        """Return a caller's job.
+
         Raises:
             APIError: 404, the caller has no such job.
         """
@@ -118,7 +119,7 @@ class JobStore:
         """Return a caller's jobs in the order of their creation.
 
         Raises:
-            APIError: 404, `after` is none of them.
+            APIError: 404, `after` is not one of them.
         """
         place = sql.tuple_(jobs.c.created_at, jobs.c.id)
         found = sql.select(jobs).where(jobs.c.kind == kind, jobs.c.owner == owner).limit(limit)
@@ -132,18 +133,18 @@ class JobStore:
             return [_to_job(row) for row in connection.execute(found)]
 
     def cancel(self, kind: JobKind, owner: str, job_id: str) -> Job:
-        """End a job; one that has ended stays as it is.
+        """Cancel a job. A job that has ended stays as it is.
 
         Raises:
             APIError: 404, the caller has no such job.
         """
         with self._writing() as connection:
-            is_his = sql.and_(_owned(kind, owner, job_id), jobs.c.status.in_(UNFINISHED))
-            self._end(connection, is_his, "cancelled")
+            is_open = sql.and_(_owned(kind, owner, job_id), jobs.c.status.in_(UNFINISHED))
+            self._end(connection, is_open, "cancelled")
         return self.get(kind, owner, job_id)
 
     def delete(self, kind: JobKind, owner: str, job_id: str) -> Job:
-        """Forget a job, whatever its state. Returns it as it was.
+        """Delete a job in any state. Returns the job as it was.
 
         Raises:
             APIError: 404, the caller has no such job.
@@ -157,25 +158,25 @@ class JobStore:
     # -- for workers --------------------------------------------------------------------------
 
     def claim(self, worker: str, models: Sequence[str]) -> Job | None:
-        """Take the job that waits longest, or one whose worker was lost; None where there is none.
+        """Claim the oldest job that is queued or whose worker was lost. Returns None if there is none.
 
         Args:
-            worker: who asks, for those who look at the table.
-            models: what it serves.
+            worker: name of the worker, for people who read the table.
+            models: names of the models that the worker serves.
         """
         now_s = time.time()
         is_lost = sql.and_(jobs.c.status == "in_progress", jobs.c.lease_until < now_s)
         is_free = sql.and_(jobs.c.model.in_(models), sql.or_(jobs.c.status == "queued", is_lost))
         next_id = sql.select(jobs.c.id).where(is_free).order_by(jobs.c.created_at).limit(1)
         with self._writing() as connection:
-            message = f"the server that worked on it was lost, {MAX_ATTEMPTS} times; create it again"
+            message = f"the server was lost {MAX_ATTEMPTS} times while it worked on the job; create the job again"
             self._end(connection, sql.and_(is_lost, jobs.c.attempt >= MAX_ATTEMPTS), "failed", "worker_lost", message)
             row = connection.execute(
                 sql.update(jobs)
                 .where(jobs.c.id == next_id.with_for_update(skip_locked=True).scalar_subquery(), is_free)
                 .values(
                     status="in_progress",
-                    worker=f"{worker[:40]}/{secrets.token_hex(8)}",  # of this lease alone
+                    worker=f"{worker[:40]}/{secrets.token_hex(8)}",  # unique to this lease
                     attempt=jobs.c.attempt + 1,
                     lease_until=now_s + self.lease_s,
                     started_at=sql.func.coalesce(jobs.c.started_at, now_s),
@@ -188,19 +189,19 @@ class JobStore:
         """Hold a job for another `lease_s`.
 
         Raises:
-            LeaseLostError: it is not this worker's any more.
+            LeaseLostError: the worker has lost the job.
         """
         with self._writing() as connection:
             self._change(connection, job, {"lease_until": time.time() + self.lease_s})
 
     def release(self, job: Job) -> None:
-        """Give a job back for another to go on with it; this does not count as an attempt."""
+        """Give a job back, so that another worker can continue it. The attempt is not counted."""
         with self._writing() as connection:
             given_back = {"status": "queued", "worker": None, "lease_until": None, "attempt": jobs.c.attempt - 1}
             connection.execute(sql.update(jobs).where(_held(job)).values(given_back))
 
     def unfinished_parts(self, job: Job) -> list[Part]:
-        """Return what is still to be made."""
+        """Return the parts that are not made yet."""
         wanted = sql.select(parts.c.position, parts.c.request).where(
             parts.c.job_id == job.id, parts.c.content.is_(None)
         )
@@ -209,7 +210,7 @@ class JobStore:
         return [Part(position, json.loads(request)) for position, request in rows]
 
     def finished_parts(self, job: Job) -> Iterator[FinishedPart]:
-        """Yield what was made, in order, not all of it in memory."""
+        """Yield the finished parts in order, with one in memory at a time."""
         for position in range(job.num_parts):
             wanted = sql.select(parts.c.content, parts.c.is_failed).where(
                 parts.c.job_id == job.id, parts.c.position == position, parts.c.content.is_not(None)
@@ -217,14 +218,14 @@ class JobStore:
             with self._reading() as connection:
                 row = connection.execute(wanted).one_or_none()
             if row is None:
-                raise LeaseLostError(job.id)  # parts go only with their job
+                raise LeaseLostError(job.id)  # parts are deleted only when their job ends
             yield FinishedPart(position, row.content, row.is_failed)
 
     def save(self, job: Job, part: FinishedPart) -> None:
-        """Keep what was made of one part, and renew the lease.
+        """Keep a finished part and renew the lease.
 
         Raises:
-            LeaseLostError: the job is not this worker's any more.
+            LeaseLostError: the worker has lost the job.
         """
         with self._writing() as connection:
             changes = {
@@ -239,34 +240,34 @@ class JobStore:
                 raise LeaseLostError(job.id)
 
     def complete(self, job: Job, result: dict[str, Any]) -> None:
-        """End a job well.
+        """End a job with its result.
 
         Raises:
-            LeaseLostError: the job is not this worker's any more.
+            LeaseLostError: the worker has lost the job.
         """
         self._finish(job, "completed", result=json.dumps(result))
 
     def fail(self, job: Job, code: str, message: str) -> None:
-        """End a job badly.
+        """End a job with an error.
 
         Raises:
-            LeaseLostError: the job is not this worker's any more.
+            LeaseLostError: the worker has lost the job.
         """
         self._finish(job, "failed", error_code=code, error_message=message)
 
     def expire(self) -> None:
-        """Delete what ended long ago; give up what waited too long for somebody who serves its model."""
+        """Delete jobs that ended `keep_s` ago. Fail jobs that no worker holds `keep_s` after they were accepted."""
         now_s = time.time()
         is_old = jobs.c.expires_at < now_s
         with self._writing() as connection:
             connection.execute(sql.delete(jobs).where(is_old, jobs.c.status.not_in(UNFINISHED)))
             is_left = sql.or_(jobs.c.status == "queued", jobs.c.lease_until < now_s)
-            message = "nobody worked on it in time; create it again"
+            message = f"no server finished the job within {self._keep_s / 3600:g} hours; create the job again"
             self._end(
                 connection, sql.and_(is_old, jobs.c.status.in_(UNFINISHED), is_left), "failed", "expired", message
             )
 
-    # -- inside -------------------------------------------------------------------------------
+    # -- internals ----------------------------------------------------------------------------
 
     def _writing(self) -> AbstractContextManager[Connection]:
         return self._engine.begin()
@@ -282,18 +283,16 @@ class JobStore:
         )
         row = connection.execute(sql.select(jobs).where(*same)).one_or_none()
         if row is not None and row.body_sha256 != wanted.body_sha256:
-            key = str(wanted.idempotency_key)[:64]
-            message = f"Idempotency-Key {key!r} was used with another body; a new request needs a new key"
-            raise invalid(message, "Idempotency-Key", "idempotency_key_reused", 422)
+            raise reused_key(str(wanted.idempotency_key))
         return None if row is None else _to_job(row)
 
     @staticmethod
     def _check_limits(connection: Connection, owner: str, limits: JobLimits) -> None:
-        is_his = jobs.c.owner == owner
-        counted = sql.select(sql.func.count(), sql.func.count(sql.case((is_his, 1)))).select_from(jobs)
-        total, his = connection.execute(counted.where(jobs.c.status.in_(UNFINISHED))).one()
-        if his >= limits.per_owner:
-            what = f"{his} of your jobs are unfinished, which is the most"
+        is_owned = jobs.c.owner == owner
+        counted = sql.select(sql.func.count(), sql.func.count(sql.case((is_owned, 1)))).select_from(jobs)
+        total, owned = connection.execute(counted.where(jobs.c.status.in_(UNFINISHED))).one()
+        if owned >= limits.per_owner:
+            what = f"{owned} of your jobs are unfinished, which is the most"
         elif total >= limits.total:
             what = f"{total} jobs are unfinished on this server, which is the most"
         else:
@@ -320,7 +319,7 @@ class JobStore:
         error_message: str | None = None,
         result: str | None = None,
     ) -> int:
-        """Let jobs end; their parts are of no more use. Returns how many did."""
+        """End jobs and delete their parts. Returns the number of jobs."""
         now_s = time.time()
         ended = connection.execute(
             sql.update(jobs)
@@ -348,7 +347,7 @@ def _owned(kind: JobKind, owner: str, job_id: str) -> ColumnElement[bool]:
 
 
 def _held(job: Job) -> ColumnElement[bool]:
-    """Whether it is still under the lease that it was claimed by."""
+    """Return the condition that the job is still under the lease with which it was claimed."""
     return sql.and_(jobs.c.id == job.id, jobs.c.status == "in_progress", jobs.c.worker == job.worker)
 
 
@@ -360,4 +359,4 @@ def _to_job(row: Row[Any]) -> Job:
 
 
 def _not_found(kind: JobKind, job_id: str) -> APIError:
-    return invalid(f"{kind} {job_id[:64]!r} does not exist, or not any more", f"{kind}_id", "not_found", 404)
+    return invalid(f"{kind} {job_id[:64]!r} does not exist or was deleted", f"{kind}_id", "not_found", 404)

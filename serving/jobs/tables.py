@@ -1,4 +1,4 @@
-"""The database of jobs: its tables, and SQLite set up as a queue needs it."""
+"""Database of jobs: its tables, and the settings of SQLite."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ parts = Table(
 
 
 def open_database(url: str) -> sql.Engine:
-    """Open a database, and make its tables where there are none.
+    """Open a database and make missing tables.
 
     Raises:
-        ValueError: it cannot be used.
+        ValueError: the database cannot be used.
     """
     try:
         engine = sql.create_engine(url, pool_pre_ping=True)
@@ -62,22 +62,22 @@ def open_database(url: str) -> sql.Engine:
             _make_durable(engine)
         metadata.create_all(engine)
     except (sql.exc.SQLAlchemyError, ImportError) as error:
-        reason = str(error).splitlines()[0]  # never the URL, which may hold a password
+        reason = str(error).splitlines()[0]  # not the URL, which may contain a password
         raise ValueError(f"the database of jobs cannot be used ({reason}); see --database-url") from None
     return engine
 
 
 def _make_durable(engine: sql.Engine) -> None:
-    """SQLite as a queue needs it: what is committed is on the disk, and writers wait for each other."""
+    """Set up SQLite for a queue: commits are on the disk when they return, and writers wait for each other."""
 
     @sql.event.listens_for(engine, "connect")
     def set_up(connection: Any, _: object) -> None:
-        connection.isolation_level = None  # transactions begin below, not when the driver thinks so
+        connection.isolation_level = None  # `begin` below begins transactions, not the driver
         for setting in ("journal_mode=WAL", "synchronous=FULL", f"busy_timeout={BUSY_TIMEOUT_MS}", "foreign_keys=ON"):
             connection.execute(f"PRAGMA {setting}")
 
     @sql.event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
-        # Who first reads and then writes could not wait for another who wrote between: it takes its turn at once.
+        # A writer takes the lock at once. If it read first and another wrote in between, it could only fail.
         is_reading = connection.get_execution_options().get("is_reading", False)
         connection.exec_driver_sql("BEGIN" if is_reading else "BEGIN IMMEDIATE")

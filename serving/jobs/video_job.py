@@ -1,4 +1,4 @@
-"""Clips of an image model: a walk around its noise."""
+"""Clips of an image model: each frame starts from other noise on a closed path."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from tdm_runtime.model.decoder import Pixels
 from tdm_runtime.params import SamplingParams
 
 SHEET_SIDE = 4
-"""A spritesheet has so many rows and columns."""
+"""Number of rows, and of columns, of a spritesheet."""
 
 
 def frame_parts(num_frames: int) -> list[dict[str, Any]]:
-    """What is a frame's own: its angle on the seed's circle of noises. Behind the last comes the first again."""
+    """Return the angle of each frame on the seed's circle of noise. The circle leads from the last to the first."""
     return [{"noise_angle": math.tau * frame / num_frames} for frame in range(num_frames)]
 
 
 class VideoRenderer:
-    """A frame is a picture like any other; its neighbours' noise is almost its own."""
+    """Makes clips. A part is one frame, a picture whose noise is close to the noise of its neighbours."""
 
     def __init__(self, images: Images, artifacts: ArtifactStore, keep_s: float) -> None:
         self._images = images
@@ -38,11 +38,11 @@ class VideoRenderer:
         self._keep_s = keep_s
 
     def num_pictures(self, part: Part) -> int:
-        """One."""
+        """Return 1: a part is one frame."""
         return 1
 
     async def make(self, job: Job, part: Part) -> FinishedPart:
-        """Make a frame, as a PNG with its receipt.
+        """Make a frame as a PNG with its receipt.
 
         Raises:
             Exception: see `Images.generate`.
@@ -52,7 +52,7 @@ class VideoRenderer:
         return FinishedPart(part.position, answer.images[0].content, is_failed=False)
 
     def finish(self, job: Job, parts: Callable[[], Iterator[FinishedPart]]) -> dict[str, Any]:
-        """Make the clip, its first frame and its spritesheet. Returns their ids."""
+        """Write the clip, its first frame and its spritesheet to files. Returns their ids."""
         sampling, fps = job.request["sampling"], job.request["fps"]
         clip = encode_clip(
             (_pixels(part) for part in parts()), fps, sampling["width"], sampling["height"], sampling["prompt"]
@@ -75,7 +75,7 @@ def _pixels(part: FinishedPart) -> Pixels:
 
 
 def _spritesheet(parts: Iterator[FinishedPart], num_parts: int) -> bytes:
-    """Evenly spaced frames, row by row."""
+    """Return a picture of evenly spaced frames, row by row."""
     shown = {num_parts * place // SHEET_SIDE**2: place for place in range(SHEET_SIDE**2)}
     sheet: Pixels | None = None
     for part in parts:

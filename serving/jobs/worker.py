@@ -1,4 +1,4 @@
-"""Runs jobs in the replica, in the time that requests leave."""
+"""Worker that runs jobs in the replica, in the time that requests leave free."""
 
 from __future__ import annotations
 
@@ -18,41 +18,41 @@ from serving.telemetry.metrics import ServerMetrics
 logger = logging.getLogger(__name__)
 
 MAX_RUNNING = 2
-"""Jobs at once: a short one need not wait for a long one."""
+"""Most jobs at once. With two, a short job need not wait for a long one."""
 MAX_IN_FLIGHT = 8
-"""Pictures of one job in the engine at once: enough for full batches, few beside what it admits."""
+"""Most pictures of one job in the engine at once: enough for full batches, few beside the engine's limit."""
 POLL_S = 1.0
-"""Between two looks for jobs that other servers accepted, or lost."""
+"""Time between two looks for jobs that other servers accepted or lost, in seconds."""
 SWEEP_S = 60.0
 MAX_RETRY_S = 2.0
 
 
 class Renderer(Protocol):
-    """What makes jobs of one kind."""
+    """Makes jobs of one kind."""
 
     def num_pictures(self, part: Part) -> int:
-        """How many the engine has at once, while a part is made."""
+        """Return the number of pictures that a part has in the engine at once."""
 
     async def make(self, job: Job, part: Part) -> FinishedPart:
         """Make one part.
 
         Raises:
-            Exception: not now, where `retry_after_s` knows when; the job failed, elsewhere.
+            Exception: the part is tried again if `retry_after_s` returns a time; otherwise the job fails.
         """
 
     def finish(self, job: Job, parts: Callable[[], Iterator[FinishedPart]]) -> dict[str, Any]:
-        """Make of all parts what the job is for; blocks. Returns the job's result.
+        """Make the files of the job from its parts. Blocks. Returns the job's result.
 
         Args:
-            parts: yields them from the first, each time it is called.
+            parts: returns an iterator over all parts, at each call.
         """
 
     def discard(self, result: Mapping[str, Any]) -> None:
-        """Delete what a result names; blocks."""
+        """Delete the files of a result. Blocks."""
 
 
 class JobWorker:
-    """Claims jobs and makes them, until it is stopped. Belongs to one event loop."""
+    """Claims jobs and makes them until it is stopped. Belongs to one event loop."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class JobWorker:
     ) -> None:
         """
         Args:
-            models: what is served just now; jobs of others are left to others.
+            models: returns the names of the served models. Jobs of other models are left to other servers.
         """
         self._store = store
         self._artifacts = artifacts
@@ -79,12 +79,12 @@ class JobWorker:
         self._is_stopping = False
 
     def start(self) -> None:
-        """Look for jobs from now on."""
+        """Begin to look for jobs."""
         self._loops = [asyncio.create_task(self._run()) for _ in range(MAX_RUNNING)]
         self._sweeping = asyncio.create_task(self._sweep())
 
     async def stop(self) -> None:
-        """Give back what is running, for another server to go on with; return when that is on the disk."""
+        """Give running jobs back, so that another server can continue them. Return when that is on the disk."""
         self._is_stopping = True
         self._woken.set()
         for task in [*self._running.values(), *([self._sweeping] if self._sweeping else [])]:
@@ -92,11 +92,11 @@ class JobWorker:
         await asyncio.gather(*self._loops)
 
     def wake(self) -> None:
-        """Say that there is a job."""
+        """Look for a job now."""
         self._woken.set()
 
     def drop(self, job_id: str) -> None:
-        """Stop making a job that was cancelled or deleted. Elsewhere, its worker finds out at its next part."""
+        """Stop making a job that was cancelled or deleted. A worker of another server notices at its next part."""
         if task := self._running.get(job_id):
             task.cancel()
 
@@ -109,7 +109,7 @@ class JobWorker:
                 else:
                     await self._hold(job)
             except Exception:
-                logger.exception("the queue of jobs cannot be used now; it is tried again")
+                logger.exception("the queue of jobs cannot be used now; trying again")
                 await asyncio.sleep(POLL_S)
 
     async def _wait(self) -> None:
@@ -120,7 +120,7 @@ class JobWorker:
             return
 
     async def _hold(self, job: Job) -> None:
-        """Make a job under its lease; give it back where the server stops."""
+        """Make a job under its lease. Give it back if the server stops."""
         task = asyncio.create_task(self._work(job))
         self._running[job.id] = task
         if self._is_stopping:
@@ -128,12 +128,12 @@ class JobWorker:
         await asyncio.wait({task})
         del self._running[job.id]
         if self._is_stopping:
-            await asyncio.to_thread(self._store.release, job)  # changes nothing where it has ended
+            await asyncio.to_thread(self._store.release, job)  # no effect on an ended job
         if not task.cancelled():
             task.result()
 
     async def _work(self, job: Job) -> None:
-        """Make a job for as long as the lease is renewed."""
+        """Make a job while its lease is renewed."""
         tasks = [asyncio.create_task(work) for work in (self._make(job), self._renew(job))]
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -142,18 +142,18 @@ class JobWorker:
                 task.cancel()
             making, renewing = await asyncio.gather(*tasks, return_exceptions=True)
         if isinstance(making, LeaseLostError) or isinstance(renewing, LeaseLostError):
-            logger.info("job %s was cancelled, or is another's now", job.id)
+            logger.info("job %s was cancelled or deleted, or another server has claimed it", job.id)
         elif isinstance(making, Exception):
             await self._fail(job, making)
         elif making is None:
             self._metrics.jobs.labels(job.kind, "completed").inc()
 
     async def _fail(self, job: Job, error: Exception) -> None:
-        told = from_exception(error)
-        if told.code == "internal_error":
+        failure = from_exception(error)
+        if failure.code == "internal_error":
             logger.error("job %s failed", job.id, exc_info=error)
         try:
-            await asyncio.to_thread(self._store.fail, job, told.code or "internal_error", told.message)
+            await asyncio.to_thread(self._store.fail, job, failure.code or "internal_error", failure.message)
         except LeaseLostError:
             return
         self._metrics.jobs.labels(job.kind, "failed").inc()
@@ -174,7 +174,7 @@ class JobWorker:
             raise
 
     async def _make_parts(self, job: Job, renderer: Renderer) -> None:
-        """Make what is missing, a few pictures at a time."""
+        """Make the missing parts, a few pictures at a time."""
         making: dict[asyncio.Task[None], int] = {}
         try:
             for part in await asyncio.to_thread(self._store.unfinished_parts, job):
@@ -205,12 +205,12 @@ class JobWorker:
                 await asyncio.to_thread(self._store.expire)
                 await asyncio.to_thread(self._artifacts.sweep)
             except Exception:
-                logger.exception("what has expired could not be deleted; it is tried again")
+                logger.exception("expired jobs and files could not be deleted; trying again")
             await asyncio.sleep(SWEEP_S)
 
 
 async def _collect(making: dict[asyncio.Task[None], int]) -> None:
-    """Wait until one is done; raise what it raised."""
+    """Wait until one task is done. Raise its exception, if it has one."""
     done, _ = await asyncio.wait(making, return_when=asyncio.FIRST_COMPLETED)
     for task in done:
         del making[task]

@@ -1,4 +1,4 @@
-// What is copied: the request as it was asked, without what only this page needs.
+// Code for the copy buttons: the request, without the fields that only this page needs.
 
 export function asCurl(request, origin, hasKey) {
   const { draft, partial_images, ...plain } = request;
@@ -34,7 +34,7 @@ with open("picture.${output_format}", "wb") as file:
 }
 
 export async function copy(text) {
-  // Absent over plain HTTP to another machine, where browsers keep only the old way.
+  // Browsers have `navigator.clipboard` only over HTTPS and on localhost.
   if (navigator.clipboard) await navigator.clipboard.writeText(text);
   else copyTheOldWay(text);
 }

@@ -1,4 +1,4 @@
-// Where a picture's duration went, and what was promised.
+// The latency panel: the time of each stage of a picture, and its latency budget.
 import { byId, element, duration, setText } from "./page.js";
 
 export function showLatency({ request, answer, roundTripMs }) {
@@ -18,7 +18,7 @@ export function showLatency({ request, answer, roundTripMs }) {
   byId("latency-legend").replaceChildren(...stages.map(legendRow));
 }
 
-// [kind, label, ms] from the request's arrival to the picture's.
+// Returns [kind, label, ms] of each stage of the round trip.
 function stagesOf(timings, roundTripMs) {
   const stages = [
     ["queue", "queue", timings.queue_ms],
@@ -27,10 +27,10 @@ function stagesOf(timings, roundTripMs) {
     ["decode", "decode", timings.decode_ms],
     ["encode", "encode", timings.encode_ms],
   ];
-  // Previews, and whatever else the server spent between its stages, so that the bar adds up.
+  // Time that the server spent between the stages, for example on previews.
   const betweenMs = timings.total_ms - stages.reduce((sum, [, , ms]) => sum + ms, 0);
   if (betweenMs >= 0.05) stages.push(["between", "between", betweenMs]);
-  // Measured here: the way there and back, and HTTP and JSON at both ends.
+  // The rest, which only the page can measure: the network, and HTTP and JSON at both ends.
   stages.push(["network", "network", Math.max(0, roundTripMs - timings.total_ms)]);
   return stages;
 }

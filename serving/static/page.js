@@ -1,4 +1,4 @@
-// The page's vocabulary. Server text only ever reaches it as text nodes and properties, never as markup.
+// Functions that change the page. They insert text as text nodes and properties, never as markup.
 
 export const byId = (id) => document.getElementById(id);
 
@@ -16,7 +16,7 @@ export function setText(id, text) {
 const ANNOUNCE_DELAY_MS = 700;
 let announceTimer = 0;
 
-// Only the last of a burst is read out: typing makes many pictures.
+// Announces only the last of many texts to screen readers, because typing makes many pictures.
 export function announce(text) {
   clearTimeout(announceTimer);
   announceTimer = setTimeout(() => setText("status", text), ANNOUNCE_DELAY_MS);

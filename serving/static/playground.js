@@ -1,5 +1,5 @@
-// The playground: words in, a picture out, and where the duration went.
-// The form's fields are the state; a picture carries the request that made it.
+// The playground: makes a picture from a prompt and shows the time of each stage.
+// The fields of the form are the state of the settings. Each picture has the request that made it.
 import { asCurl, asPython, copy } from "./copies.js";
 import { showLatency } from "./latency.js";
 import { announce, byId, countSteps, element, duration, setText } from "./page.js";
@@ -7,12 +7,12 @@ import { forgetKey, getKey, listModels, makePicture, readReadiness, setKey, sour
 
 const DEBOUNCE_MS = 150;
 const HEALTH_PERIOD_MS = 5000;
-const TYPING_PAUSE_MS = 2000; // a picture that is typed over sooner was on the way to another
+const TYPING_PAUSE_MS = 2000; // a picture that typing replaces sooner is not kept in the history
 const FEEDBACK_MS = 1500;
 const HISTORY_LENGTH = 48;
 const MAX_LINK_LENGTH = 2000;
 const PARTIAL_IMAGES = 3;
-const OUTPUT_FORMAT = "png"; // the one that carries a receipt
+const OUTPUT_FORMAT = "png"; // the only format that holds a receipt
 const EXAMPLES = [
   "a red heart left of a butterfly",
   "a small cat at the top on yellow",
@@ -24,7 +24,7 @@ const SHORTCUTS = [
   ["m", "make the picture again", () => generate()],
   ["r", "roll the seed", () => generate({ keepSeed: false })],
   ["l", "lock or unlock the seed", () => byId("seed-lock").click()],
-  ["1 to 9, a", "take so many steps, or auto", null],
+  ["1 to 9, a", "set the number of steps, or auto", null],
   ["c", "compare step counts", () => byId("compare").click()],
   ["d", "download", () => byId("download").click()],
   ["[", "the picture before", () => restoreNeighbour(1)],
@@ -35,7 +35,7 @@ let models = [];
 let model = null; // the chosen entry of `models`; null until the server is ready
 let shown = null; // the picture on display, as `makePicture` returned it
 let pictures = []; // the history, newest first
-let timer = 0; // what waits for a pause in typing, or to try again
+let timer = 0; // timeout after which the next picture is made
 let generation = new AbortController();
 let comparison = new AbortController();
 
@@ -74,7 +74,7 @@ const stepsInput = (steps) => byId("steps").querySelector(`[value="${CSS.escape(
 
 function chooseSteps(steps) {
   const input = stepsInput(steps);
-  if (input) input.checked = true; // a link may name steps that this model does not take
+  if (input) input.checked = true; // a link may have a step count that this model does not have
   byId("budget-field").hidden = !stepsInput("auto").checked;
 }
 
@@ -90,7 +90,7 @@ function currentRequest() {
     model: model.id,
     prompt: byId("prompt").value.trim(),
     ...(model.sizes.length > 1 && { size: byId("size").value }),
-    seed: Number(byId("seed").value), // out of range is the server's to refuse, in its words
+    seed: Number(byId("seed").value), // the server checks the range
     num_inference_steps: steps === "auto" ? steps : Number(steps),
     ...(steps === "auto" && budget !== "" && { latency_budget_ms: Number(budget) }),
     output_format: OUTPUT_FORMAT,
@@ -105,7 +105,7 @@ function applySettings({ model: id, prompt, size, seed, num_inference_steps, lat
   if (model.sizes.includes(size)) byId("size").value = size;
   if (seed !== undefined) {
     byId("seed").value = seed;
-    byId("seed-lock").checked = true; // otherwise the next keystroke would lose it
+    byId("seed-lock").checked = true; // otherwise the next keystroke would replace it
   }
   byId("budget").value = latency_budget_ms ?? "";
   if (num_inference_steps !== undefined) chooseSteps(num_inference_steps);
@@ -156,7 +156,7 @@ async function generate({ keepSeed = byId("seed-lock").checked, isTyped = false,
     if (!byId("comparison").hidden) compareSteps();
   } catch (error) {
     if (mine !== generation) return;
-    if (shown) display(shown); // what previews have begun does not come
+    if (shown) display(shown); // replaces previews of the failed picture
     showProblem(error, isRetry);
   } finally {
     if (mine === generation) byId("frame").ariaBusy = "false";
@@ -170,9 +170,9 @@ async function compareSteps() {
   const { latency_budget_ms, partial_images, draft, ...base } = currentRequest();
   const strip = byId("comparison-strip");
   byId("comparison").hidden = false;
-  strip.ariaBusy = "true"; // what is there stays until it is replaced, so nothing jumps
+  strip.ariaBusy = "true"; // old pictures stay until they are replaced, so that nothing jumps
   try {
-    // One after another, so that no picture's time includes waiting for its neighbours.
+    // One after another, so that no picture waits for another.
     for (const [index, num_inference_steps] of model.step_counts.entries()) {
       const picture = await makePicture({ ...base, num_inference_steps }, mine.signal);
       const caption = element("span", {}, element("b", {}, countSteps(num_inference_steps)),
@@ -192,9 +192,9 @@ async function compareSteps() {
 
 // ---- Refusals ----
 
-// The server's words. What it refuses for now is tried again once, when it said; then by hand.
+// Shows the server's message. A refusal with a retry time is retried once at that time; after that, the user can retry.
 function showProblem(error, isRetry = false) {
-  if (error?.name === "AbortError") return; // a newer request took its place
+  if (error?.name === "AbortError") return; // a newer request replaced it
   byId("refusal").hidden = !error;
   setText("error", error?.message ?? "");
   const waitMs = error?.retryAfterMs ?? null;
@@ -208,7 +208,7 @@ function showProblem(error, isRetry = false) {
 
 function askForKey() {
   byId("key-form").hidden = false;
-  // Whoever is typing a prompt goes on typing it.
+  // Leave the focus in the prompt while the user types.
   if (document.activeElement !== byId("prompt")) byId("key").focus();
 }
 
@@ -256,7 +256,7 @@ function display({ request, answer, previews }) {
 
 const previewName = ({ is_draft, num_steps_taken }) => (is_draft ? "draft" : `step ${num_steps_taken}`);
 
-// Each frame can be looked at again; the last is the picture itself.
+// Shows a button for each preview, and one for the picture itself.
 function showFilmstrip(events) {
   const buttons = events.map((event) => {
     const name = event.is_draft === undefined ? "picture" : previewName(event);
@@ -352,7 +352,7 @@ async function checkHealth() {
   byId("badge").dataset.health = health;
   setText("health", health);
   setText("load", live === undefined ? "" : ` · ${live}${max_live === undefined ? "" : ` of ${max_live}`} in flight`);
-  // A page opened before the server is up starts by itself once it is.
+  // If the page was opened before the server was ready, start now.
   if (health === "ready" && !model && byId("key-form").hidden) await connect();
 }
 
@@ -370,7 +370,7 @@ function pressShortcut(event) {
 }
 
 function writePrompt(event) {
-  if (event.isComposing) return; // this Enter ends a word of another script
+  if (event.isComposing) return; // this Enter belongs to an input method
   if (event.key === "Escape") event.target.blur();
   if (event.key !== "Enter" || event.shiftKey) return;
   event.preventDefault();
@@ -405,8 +405,8 @@ function listen() {
   });
   on("budget", "input", generateSoon);
   on("seed", "input", ({ target }) => {
-    if (target.value === "") return stopGenerating(); // another is about to be typed
-    byId("seed-lock").checked = true; // a typed seed is meant to be used
+    if (target.value === "") return stopGenerating(); // the user is about to type another seed
+    byId("seed-lock").checked = true; // keep a typed seed
     generateSoon();
   });
   on("dice", "click", () => generate({ keepSeed: false }));

@@ -1,4 +1,4 @@
-// The server's API: errors in its own words, pictures as streams, the key.
+// Client of the server's API: errors, streamed pictures and the API key.
 import { readEvents } from "./sse.js";
 
 const KEY_NAME = "tdm-api-key";
@@ -20,7 +20,7 @@ export async function listModels() {
   return data;
 }
 
-// {health, live, max_live}; the counts are undefined where the server does not tell.
+// Resolves to {health, live, max_live}. The counts are undefined if the server does not report them.
 export async function readReadiness(timeoutMs) {
   try {
     const response = await fetch("/ready", { cache: "no-store", signal: AbortSignal.timeout(timeoutMs) });
@@ -32,8 +32,8 @@ export async function readReadiness(timeoutMs) {
   }
 }
 
-// Resolves to {request, answer, previews, roundTripMs}; `answer` and `previews` are the events as they came.
-// On the way, `onPreview` is told of what there is of it.
+// Resolves to {request, answer, previews, roundTripMs}; `answer` and `previews` are events of the stream.
+// After each preview, `onPreview` receives {request, previews}.
 export async function makePicture(request, signal, onPreview = () => {}) {
   const startedMs = performance.now();
   const previews = [];
@@ -70,7 +70,7 @@ async function ask(path, { headers = {}, ...options } = {}) {
 }
 
 async function readError(response) {
-  // A proxy in between may answer in HTML; the status says enough.
+  // A proxy in between may answer in HTML; then the message is the status.
   const body = await response.json().catch(() => null);
   const message = body?.error?.message ?? `The server answered HTTP ${response.status} without a reason.`;
   const retryAfterMs = readRetryAfterMs(response.headers);

@@ -1,6 +1,6 @@
 // Server-sent events from a fetched body. EventSource can neither POST nor send a key.
 
-// Yields {type, data}; an event that the end of the stream cuts off is dropped, as the standard says.
+// Yields {type, data}. An incomplete event at the end of the stream is dropped, as the standard requires.
 export async function* readEvents(body) {
   let type = "";
   let data = [];
@@ -10,7 +10,7 @@ export async function* readEvents(body) {
       [type, data] = ["", []];
       continue;
     }
-    const [, field, value] = /^([^:]*):? ?(.*)$/s.exec(line); // a comment is a line of the field ""
+    const [, field, value] = /^([^:]*):? ?(.*)$/s.exec(line); // a comment has the field name ""
     if (field === "event") type = value;
     if (field === "data") data.push(value);
   }
@@ -23,12 +23,12 @@ async function* readLines(body) {
     for (;;) {
       const { value, done } = await reader.read();
       if (done) return;
-      // A carriage return at the end of a chunk may be half of a line's end: it waits for the next.
+      // A carriage return at the end of a chunk may be half of a line break, so it waits for the next chunk.
       const lines = (rest + value).split(/\r\n|\n|\r(?!$)/);
       rest = lines.pop();
       yield* lines;
     }
   } finally {
-    reader.cancel().catch(() => {}); // whoever stops reading wants no more of it
+    reader.cancel().catch(() => {}); // the reader may have stopped before the end
   }
 }

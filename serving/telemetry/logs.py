@@ -1,4 +1,4 @@
-"""The server's log: text for a terminal or a JSON object a line. Never a prompt, a key or a picture."""
+"""Log of the server: lines of text or of JSON, never with a prompt, a key or a picture."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from serving.config import ServerConfig
 
 OURS = ("serving", "tdm_runtime")
 THEIRS = ("asyncio", "grpc", "opentelemetry", "uvicorn")
-"""Libraries whose warnings are told in the same form."""
+"""Libraries whose warnings are logged in the same format."""
 FIELDS = ("request_id", "method", "route", "status", "duration_ms", "code", "trace_id")
-"""What a JSON line may have beside time, level, logger, message and stack."""
+"""Fields that a JSON line may have beside time, level, logger, message and stack."""
 TEXT_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 
 start_logger = logging.getLogger("serving.start")
-"""What the command tells of its start and its end, at any level; as text, bare and on stdout."""
+"""Logger for the start and the end of the command, whatever the level is. As text, its lines are bare and on stdout."""
 _request: ContextVar[dict[str, Any] | None] = ContextVar("request", default=None)
 
 
 def begin_request(**fields: Any) -> None:
-    """Every line that this task, and those that it starts, logs from here on has these of `FIELDS`."""
+    """Give these fields, of `FIELDS`, to all lines that this task, and tasks that it starts, will log."""
     _request.set(fields)
 
 
 def note(**fields: Any) -> None:
-    """More fields of the request that is being answered, also where another of its tasks noted it."""
+    """Add fields to the current request. They hold in all tasks of the request."""
     if (known := _request.get()) is not None:
         known.update(fields)
 
 
 class JSONLines(logging.Formatter):
-    """One ASCII JSON object a record, whatever is in its message."""
+    """Formats each record as one line of ASCII JSON, whatever its message contains."""
 
     def format(self, record: logging.LogRecord) -> str:
         line: dict[str, Any] = {
@@ -57,8 +57,8 @@ class JSONLines(logging.Formatter):
 class WholeLines(io.TextIOBase):
     """Text stream whose threads do not cut each other's lines.
 
-    Each thread's line waits until the thread ends it, and is then written with its end. `print` passes the two to
-    a stream one after the other, and another thread may write between them.
+    The stream keeps the text of each thread until its line break comes, and then writes the whole line. `print` writes
+    the text and the line break one after the other, and another thread may write between them.
     """
 
     encoding = "utf-8"
@@ -107,7 +107,7 @@ def write_whole_lines() -> None:
 
 
 def set_up_logging(config: ServerConfig) -> None:
-    """Log as the settings say, in this process; once more replaces what was set up.
+    """Set up the log of this process. A second call replaces the first.
 
     Raises:
         OSError: the log file cannot be written.
@@ -127,7 +127,7 @@ def set_up_logging(config: ServerConfig) -> None:
 def _handler(config: ServerConfig) -> logging.Handler:
     handler: logging.Handler = logging.StreamHandler()
     if config.log_file is not None:
-        from logging.handlers import WatchedFileHandler  # opens the file anew where logrotate moved it
+        from logging.handlers import WatchedFileHandler  # reopens the file after logrotate moved it
 
         handler = WatchedFileHandler(config.log_file, encoding="utf-8")
     handler.setFormatter(JSONLines() if config.log_format == "json" else logging.Formatter(TEXT_FORMAT))

@@ -25,29 +25,29 @@ SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "gRPC"})
 OTHER = "other"
-"""The label of what has no name of its own: methods, and routes that are not served."""
+"""Label of unknown methods and of routes that are not served."""
 ABOUT = ("model", "backend", "digest_short")
 SHORT_DIGEST = 12
-"""Characters; enough to tell checkpoints apart on a graph."""
+"""Number of characters of a digest in labels: enough to tell checkpoints apart on a graph."""
 
 
 class ServerMetrics:
-    """What /metrics tells."""
+    """Metrics that /metrics shows."""
 
     def __init__(self) -> None:
-        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series for each counter, of no use
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # they would double the series of each counter
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self.requests = self._counter("tdm_requests", "Answers of every route.", "method", "route", "status")
         self.rejected = self._counter("tdm_rejected", "Requests refused or failed, by error code.", "reason")
         self.steps_used = self._counter("tdm_pictures", "Pictures answered, by step count.", "num_inference_steps")
-        self.jobs = self._counter("tdm_jobs", "Jobs that this process ended, by kind and how.", "kind", "status")
+        self.jobs = self._counter("tdm_jobs", "Jobs that this process ended, by kind and status.", "kind", "status")
         self.cancelled = self._counter("tdm_cancelled", "Requests whose client left.")
-        self.retried = self._counter("tdm_retried", "Requests asked again because the engine that had them died.")
+        self.retried = self._counter("tdm_retried", "Requests sent to another engine because theirs died.")
         self.not_finite = self._counter("tdm_nan", "Requests whose model output was NaN or infinite.")
         self.budgets_promised = self._counter("tdm_budgets_promised", "Requests accepted with a latency budget.")
-        self.budgets_kept = self._counter("tdm_budgets_kept", "Those answered within it.")
-        self.budgets_missed = self._counter("tdm_budgets_missed", "Those answered late, or not for the server's fault.")
+        self.budgets_kept = self._counter("tdm_budgets_kept", "Requests answered within their latency budget.")
+        self.budgets_missed = self._counter("tdm_budgets_missed", "Requests with a budget that came late or failed.")
         self.batch_size = Histogram(
             "tdm_batch_size", "Samples in a denoiser call.", registry=self.registry, buckets=BATCH_SIZES
         )
@@ -64,12 +64,12 @@ class ServerMetrics:
         self.denoise_seconds = self._seconds("tdm_denoise_seconds", "All denoiser steps of a picture.")
 
     def observe_batch(self, size: int, seconds: float) -> None:
-        """One denoiser call."""
+        """Count one denoiser call."""
         self.batch_size.observe(size)
         self.step_seconds.observe(seconds)
 
     def observe_request(self, timings: ImageTimings, budget_kept: bool | None) -> None:
-        """One answered request; None where it had no budget."""
+        """Count one answered request. `budget_kept` is None if it had no latency budget."""
         for name, histogram in self.stages.items():
             histogram.observe(getattr(timings, name) / 1e3)
         self.denoise_seconds.observe(sum(timings.steps_ms) / 1e3)
@@ -77,30 +77,30 @@ class ServerMetrics:
             (self.budgets_kept if budget_kept else self.budgets_missed).inc()
 
     def observe_answer(self, method: str, route: str, status: int | str) -> None:
-        """One request of any front, answered or not.
+        """Count one request of any front, answered or not.
 
         Args:
-            route: its template, never the path that was asked for.
-            status: HTTP's, or the name of gRPC's.
+            route: template of the path, never the requested path.
+            status: HTTP status, or name of the gRPC status.
         """
         self.requests.labels(method if method in METHODS else OTHER, route, status).inc()
 
     def watch_engine(self, engine: DiffusionEngine, models: Callable[[], Sequence[LoadedModel]]) -> None:
-        """Show the engine's own numbers, read when asked for."""
+        """Show the engine's own numbers. They are read at each scrape."""
         self.registry.register(EngineNumbers(engine, models))
 
     def watch_live(self, num_live: Callable[[], int], most: int) -> None:
-        """Show how many pictures are being made, and at most may be."""
+        """Show the number of unanswered pictures and its limit."""
         self._gauge("tdm_live_samples", "Samples accepted and not yet answered.").set_function(num_live)
-        self._gauge("tdm_live_samples_limit", "Beyond, requests are refused.").set(most)
+        self._gauge("tdm_live_samples_limit", "Most samples at once; more requests are refused.").set(most)
 
     def watch_requests(self, num_open: Callable[[], int], most: int) -> None:
-        """Show how many requests are open, and at most may be."""
-        self._gauge("tdm_open_requests", "Requests not yet answered; the one that asks is one.").set_function(num_open)
-        self._gauge("tdm_open_requests_limit", "Beyond, requests are refused.").set(most)
+        """Show the number of open requests and its limit."""
+        self._gauge("tdm_open_requests", "Requests not yet answered, including this scrape.").set_function(num_open)
+        self._gauge("tdm_open_requests_limit", "Most requests at once; more are refused.").set(most)
 
     def exposition(self) -> bytes:
-        """Text in Prometheus' format."""
+        """Return all metrics in the text format of Prometheus."""
         return generate_latest(self.registry)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
@@ -114,26 +114,26 @@ class ServerMetrics:
 
 
 class EngineNumbers(Collector):
-    """What the engine counts anyway: costs nothing until somebody asks."""
+    """Numbers that the engine keeps for itself. They are read only at a scrape."""
 
     def __init__(self, engine: DiffusionEngine, models: Callable[[], Sequence[LoadedModel]]) -> None:
         self._engine = engine
         self._models = models
 
     def collect(self) -> Iterable[Metric]:
-        """As prometheus_client asks for it."""
+        """Yield the metrics. prometheus_client calls it at each scrape."""
         engine, models = self._engine, self._models()
         text_encoders = {model.text_encoder for model in models}
-        about = GaugeMetricFamily("tdm_model_info", "1; its labels say what is served.", labels=ABOUT)
+        about = GaugeMetricFamily("tdm_model_info", "Always 1; the labels name a served model.", labels=ABOUT)
         for model in models:
             about.add_metric([model.name, model.backend, model.digest[:SHORT_DIGEST]], 1)
         yield about
-        yield GaugeMetricFamily("tdm_threads", "Of the process, those of libraries included.", _num_threads())
+        yield GaugeMetricFamily("tdm_threads", "Threads of the process, including those of libraries.", _num_threads())
         for name, text, value in (
             ("tdm_oom", "Calls to the model that did not fit into memory.", engine.stats.out_of_memory),
             ("tdm_text_cache_hits", "Prompts found in the embedding cache.", sum(t.cache_hits for t in text_encoders)),
             ("tdm_text_cache_misses", "Prompts that had to be encoded.", sum(t.cache_misses for t in text_encoders)),
-            ("tdm_result_cache_hits", "Pictures that had been made before.", engine.result_cache_hits),
+            ("tdm_result_cache_hits", "Pictures found in the result cache.", engine.result_cache_hits),
         ):
             yield CounterMetricFamily(name, text, value)
 
@@ -141,5 +141,5 @@ class EngineNumbers(Collector):
 def _num_threads() -> int:
     try:
         return len(os.listdir("/proc/self/task"))
-    except OSError:  # not Linux, as where ProcessCollector tells nothing either
+    except OSError:  # not Linux, and there ProcessCollector has no values either
         return 0

@@ -1,7 +1,7 @@
-"""OpenTelemetry traces: a span a request, its stages below it. No SDK is imported where tracing is off.
+"""OpenTelemetry traces: one span per request, with its stages as children. No SDK is imported if tracing is off.
 
-A front opens `request_span` around a request; the services below find it by `current_span`. Attributes are
-sizes and names of what is served: never a prompt, a key or an error's message, which may quote the prompt.
+A front opens `request_span` around a request, and the services behind it find the span with `current_span`. Attributes
+are sizes and names, never a prompt, a key or the message of an error, which may quote the prompt.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ if TYPE_CHECKING:
 
 SERVICE_NAME = "tdm-serve"
 TRACES_PATH = "/v1/traces"
-"""Beneath the endpoint, as the standard has it."""
+"""Path below the endpoint, from the OTLP standard."""
 FIRST_SERVER_ERROR = 500
 
 _current: ContextVar[RequestSpan | None] = ContextVar("request_span", default=None)
 
 
 def current_span() -> RequestSpan | None:
-    """Of the request that is being answered; None where nobody traces it."""
+    """Return the span of the current request; None if it is not traced."""
     return _current.get()
 
 
 def request_span(
     tracing: Tracing | None, headers: Mapping[str, str], name: str
 ) -> AbstractContextManager[RequestSpan | None]:
-    """A server span around one request, a child of the caller's where `headers` have a `traceparent`.
+    """Return the span of one request. With a `traceparent` in `headers`, it is a child of the caller's span.
 
     Args:
-        headers: by lower-case name; of gRPC, its metadata.
-        name: of few values, as "POST /v1/images/generations".
+        headers: headers, or metadata of gRPC, by lower-case name.
+        name: one of few names, such as "POST /v1/images/generations".
     """
     return nullcontext() if tracing is None else tracing.request_span(headers, name)
 
 
 class RequestSpan:
-    """One request's span."""
+    """Span of one request."""
 
     def __init__(self, tracer: Tracer, span: Span) -> None:
         self._tracer = tracer
@@ -55,19 +55,19 @@ class RequestSpan:
         self.traceparent = f"00-{self.trace_id}-{known.span_id:016x}-{known.trace_flags:02x}"
 
     def rename(self, name: str) -> None:
-        """Where the route is known only later."""
+        """Change the name, once the route is known."""
         self._span.update_name(name)
 
     def set(self, attributes: Mapping[str, Any]) -> None:
-        """Say more of the request."""
+        """Add attributes of the request."""
         self._span.set_attributes(attributes)
 
     def fail(self, code: str | None, status: int) -> None:
-        """The request was refused, failed or was given up.
+        """Record that the request was refused or failed, or that its client left.
 
         Args:
-            code: as the client is told it.
-            status: HTTP's; from 500 on it is the server's error, and the span's.
+            code: error code that the client receives.
+            status: HTTP status. From 500 on, the span is marked as an error.
         """
         from opentelemetry.trace import Status, StatusCode
 
@@ -76,12 +76,10 @@ class RequestSpan:
             self._span.set_status(Status(StatusCode.ERROR))
 
     def record_stages(self, timings: Timings, encode_ms: float, total_ms: float) -> None:
-        """Add the stages of a request that ends now.
-
-        What lies between two of them was spent waiting for others' calls.
+        """Add the stages of a request that ends now. Gaps between them are time spent waiting for other calls.
 
         Args:
-            timings: of its slowest picture; a picture that was not made for it has none.
+            timings: timings of the slowest picture. They are empty for a picture from the cache.
         """
         if not self._span.is_recording():
             return
@@ -96,7 +94,7 @@ class RequestSpan:
 
 
 def _stages(timings: Timings, encode_ms: float, total_ms: float) -> Iterator[tuple[str, float, float, dict[str, int]]]:
-    """Name, start after the request's own and duration, both in milliseconds, and attributes."""
+    """Yield name, start, duration and attributes of each stage, in milliseconds from the start of the request."""
     if timings.waits_ms:
         first_wait_ms, *step_waits_ms, decode_wait_ms = timings.waits_ms
         yield "queue", 0.0, first_wait_ms, {}
@@ -110,7 +108,7 @@ def _stages(timings: Timings, encode_ms: float, total_ms: float) -> Iterator[tup
 
 
 class Tracing:
-    """Makes spans and sends them off, beside the requests."""
+    """Makes spans and exports them in the background."""
 
     def __init__(self, exporters: Sequence[SpanExporter]) -> None:
         from opentelemetry.sdk.resources import OTELResourceDetector, Resource
@@ -125,7 +123,7 @@ class Tracing:
 
     @classmethod
     def start(cls, config: ServerConfig) -> Tracing | None:
-        """What the settings ask for; None where that is nothing.
+        """Start the tracing of a configuration. Returns None if it asks for none.
 
         Raises:
             OSError: the trace file cannot be written.
@@ -144,7 +142,7 @@ class Tracing:
 
     @contextmanager
     def request_span(self, headers: Mapping[str, str], name: str) -> Iterator[RequestSpan]:
-        """As the function of this name."""
+        """Open the span of one request, see the function `request_span`."""
         from opentelemetry.context import Context
         from opentelemetry.trace import SpanKind
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
@@ -160,5 +158,5 @@ class Tracing:
             span.end()
 
     def close(self) -> None:
-        """Send off what is left."""
+        """Export the remaining spans and stop."""
         self._provider.shutdown()

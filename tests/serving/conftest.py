@@ -20,7 +20,7 @@ START_TIMEOUT_S = 240
 
 @dataclass(frozen=True)
 class RunningServer:
-    """A `tdm-serve` process that answers."""
+    """A `tdm-serve` process that is ready."""
 
     process: subprocess.Popen[bytes]
     port: int
@@ -32,13 +32,13 @@ class RunningServer:
         return f"http://127.0.0.1:{self.port}"
 
     def stop(self) -> int:
-        """SIGTERM; returns the exit status."""
+        """Send SIGTERM and wait. Returns the exit status."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(timeout=90)
 
 
 def start_server(log: Path, *arguments: str) -> RunningServer:
-    """Start a server and wait until it is ready. Its state lies beside the log, unless the arguments say otherwise."""
+    """Start a server and wait until it is ready. Its state folder is beside the log, unless the arguments change it."""
     port, grpc_port = free_port(), free_port()
     ports = ["--port", str(port), "--grpc-port", str(grpc_port)]
     state = ["--state-folder", str(log.parent / "state")]
@@ -62,5 +62,5 @@ def start_server(log: Path, *arguments: str) -> RunningServer:
 
 @pytest.fixture(scope="session")
 def server(tdm_server: RunningServer) -> RunningServer:
-    """The one of the whole session."""
+    """The server that all tests of the session share."""
     return tdm_server

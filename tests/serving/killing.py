@@ -1,4 +1,4 @@
-"""SIGKILL for processes of a running server, and what its clients then see."""
+"""Kills processes of a running server with SIGKILL, and checks that it recovers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def processes(server: RunningServer) -> list[psutil.Process]:
 
 
 def kill(server: RunningServer, name: str) -> int:
-    """SIGKILL this server's processes of a name, all of them where it is empty. Returns how many."""
+    """Kill the server's processes whose name begins with `name`; "" kills all. Returns the number of processes."""
     found = [process for process in processes(server) if process.name().startswith(name)]
     for process in found:
         process.send_signal(signal.SIGKILL)
@@ -34,7 +34,7 @@ def kill(server: RunningServer, name: str) -> int:
 
 
 def check_recovery(server: RunningServer, name: str, headers: dict[str, str]) -> None:
-    """Kill a process under load: what was in flight fails, at once; nothing hangs; and the server answers again."""
+    """Kill a process under load. Requests in flight may fail, none hangs, and the server answers again."""
     stop, outcomes = threading.Event(), list[int | str]()
 
     def ask() -> None:

@@ -1,4 +1,4 @@
-"""Who arrives with many gets its turn; what is ready is answered between them; and waiting counts."""
+"""Requests that arrive together pass one at a time, ready answers come between them, and a request knows its age."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import time
 from serving.arrival import Turnstile, arrive, since_arrival_s
 
 
-def test_one_passes_a_turn_of_the_loop_in_the_order_of_arrival() -> None:
-    """A callback that is ready meanwhile, as an answer is, comes after the first and not after the last."""
+def test_one_request_passes_per_turn_of_the_loop_in_order_of_arrival() -> None:
+    """A callback that becomes ready meanwhile, such as an answer, runs after the first request, not after the last."""
     happened: list[object] = []
 
     async def request(turnstile: Turnstile, number: int) -> None:
@@ -27,7 +27,7 @@ def test_one_passes_a_turn_of_the_loop_in_the_order_of_arrival() -> None:
     assert happened.index("answer") == 1
 
 
-def test_who_leaves_the_queue_holds_up_nobody() -> None:
+def test_a_cancelled_request_does_not_block_the_others() -> None:
     passed: list[int] = []
 
     async def request(turnstile: Turnstile, number: int) -> None:
@@ -45,9 +45,9 @@ def test_who_leaves_the_queue_holds_up_nobody() -> None:
     assert passed == [0, 2, 3]
 
 
-def test_a_request_is_as_old_as_its_task_and_those_that_it_starts() -> None:
+def test_tasks_that_a_request_starts_have_its_age() -> None:
     async def run() -> None:
-        assert since_arrival_s() == 0.0, "nobody's request"
+        assert since_arrival_s() == 0.0, "outside of a request"
 
         async def request(ago_s: float) -> float:
             arrive(ago_s)

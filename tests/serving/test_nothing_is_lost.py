@@ -1,4 +1,4 @@
-"""What was accepted is answered: by a server that stops, and by whoever comes after one that was killed."""
+"""Accepted requests are answered when a server stops, and accepted jobs finish after a process is killed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.serving.web.test_videos import CLIP, frames_of, wait_for_clip
 LONG_CLIP = CLIP | {"seconds": 6, "fps": 12, "num_inference_steps": 4}
 NUM_FRAMES = 72
 SEEN_LIVE = 20
-"""Of 60 pictures asked for at once: enough to know that work is in flight."""
+"""Number of pictures in the engine, of 60 requested, from which the test takes the server to be busy."""
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def keys(folder: Path) -> dict[str, str]:
-    """The keys of ann and bob."""
+    """Keys of ann and bob."""
     found = dict[str, str]()
     with pytest.MonkeyPatch.context() as patch:
         for name in ("ann", "bob"):
@@ -46,8 +46,8 @@ def keys(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def own_server(artifacts: Path, folder: Path, keys: dict[str, str]) -> Iterator[RunningServer]:
-    """One with keys, that the last test stops."""
-    assert artifacts.is_dir(), "the server would build them, in the time that it has to start"
+    """Server with keys, which the last test stops."""
+    assert artifacts.is_dir(), "without artifacts, the server would build them and start too late"
     server = start_with_keys(folder, "log")
     yield server
     if server.process.poll() is None:
@@ -67,7 +67,7 @@ def as_caller(server: RunningServer, key: str) -> httpx.Client:
 
 
 def row(folder: Path, video_id: str) -> tuple[str, int, int]:
-    """Status, attempt and frames made, as the database has them."""
+    """Return status, attempt and number of finished frames from the database."""
     with closing(sqlite3.connect(folder / "state" / "jobs.db")) as database:
         found: tuple[str, int, int] = database.execute(
             "SELECT status, attempt, num_done FROM jobs WHERE id = ?", (video_id,)
@@ -76,10 +76,10 @@ def row(folder: Path, video_id: str) -> tuple[str, int, int]:
 
 
 def begin_clip(server: RunningServer, keys: dict[str, str]) -> dict[str, Any]:
-    """Ask for a clip and see that it is being made, and that nobody but its owner sees it."""
+    """Create a clip and wait until its making has begun. Checks that only the owner sees it."""
     ann, bob = (as_caller(server, keys[name]) for name in ("ann", "bob"))
     video = wait_for_clip(ann, ann.post("/v1/videos", json=LONG_CLIP).json()["id"], progress=10)
-    assert video["status"] == "in_progress", "it was made before anything could be killed"
+    assert video["status"] == "in_progress", "the clip was finished too early"
     for path in (f"/v1/videos/{video['id']}", f"/v1/videos/{video['id']}/content"):
         assert bob.get(path).status_code == 404 and httpx.get(server.url + path).status_code == 401
     assert bob.delete(f"/v1/videos/{video['id']}").status_code == 404
@@ -88,9 +88,9 @@ def begin_clip(server: RunningServer, keys: dict[str, str]) -> dict[str, Any]:
 
 
 def check_clip(server: RunningServer, keys: dict[str, str], folder: Path, before: dict[str, Any]) -> None:
-    """The same clip is made, from where it stood, by a second attempt."""
+    """Check that a second attempt finishes the clip and keeps the frames of the first."""
     ann = as_caller(server, keys["ann"])
-    assert wait_for_clip(ann, before["id"], progress=1)["progress"] >= before["progress"], "what was made is kept"
+    assert wait_for_clip(ann, before["id"], progress=1)["progress"] >= before["progress"], "finished frames are kept"
     assert wait_for_clip(ann, before["id"])["status"] == "completed"
     assert row(folder, before["id"])[1] == 2, "attempts"
     assert len(frames_of(ann.get(f"/v1/videos/{before['id']}/content").content)) == NUM_FRAMES
@@ -98,7 +98,7 @@ def check_clip(server: RunningServer, keys: dict[str, str], folder: Path, before
 
 @contextmanager
 def pictures_in_flight(server: RunningServer, headers: dict[str, str]) -> Iterator[list[Future[int]]]:
-    """Yields the statuses to come of six large requests that are being worked on."""
+    """Yield the future statuses of six large requests that are in the engine."""
     body = {"prompt": "a cat", "n": 10, "num_inference_steps": 4}
 
     def ask(_: int) -> int:
@@ -108,32 +108,30 @@ def pictures_in_flight(server: RunningServer, headers: dict[str, str]) -> Iterat
     with ThreadPoolExecutor(6) as pool, httpx.Client(base_url=server.url, headers=headers) as http:
         asked = [pool.submit(ask, n) for n in range(6)]
         while metric(http, "tdm_live_samples") < SEEN_LIVE:
-            assert not all(future.done() for future in asked), "the load was gone before it was seen"
+            assert not all(future.done() for future in asked), "the requests ended too early"
             time.sleep(0.01)
         yield asked
 
 
-def test_servers_stand_side_by_side(server: RunningServer, own_server: RunningServer, keys: dict[str, str]) -> None:
+def test_two_servers_run_side_by_side(server: RunningServer, own_server: RunningServer, keys: dict[str, str]) -> None:
     assert make_picture(server, {}) == make_picture(own_server, bearer(keys["bob"])) == 200
     for one, other in ((server, own_server), (own_server, server)):
         assert one.port not in {c.laddr.port for p in processes(other) for c in p.net_connections("tcp")}
 
 
 @pytest.mark.parametrize("time_", ["first", pytest.param("second", marks=pytest.mark.slow)])
-def test_a_killed_replica_comes_back(own_server: RunningServer, keys: dict[str, str], time_: str) -> None:
-    """Twice, as the first time could use up what recovery needs."""
+def test_a_killed_replica_is_replaced(own_server: RunningServer, keys: dict[str, str], time_: str) -> None:
+    """The second time shows that the first recovery used nothing up."""
     check_recovery(own_server, "ray::ServeReplica", bearer(keys["bob"]))
 
 
-def test_a_clip_outlives_the_replica_that_makes_it(
-    own_server: RunningServer, folder: Path, keys: dict[str, str]
-) -> None:
+def test_a_clip_survives_a_killed_replica(own_server: RunningServer, folder: Path, keys: dict[str, str]) -> None:
     video = begin_clip(own_server, keys)
     kill(own_server, "ray::ServeReplica")
     check_clip(own_server, keys, folder, video)
 
 
-def test_a_server_that_stops_answers_what_it_accepted_and_gives_its_jobs_back(
+def test_a_stopping_server_answers_accepted_requests_and_gives_its_jobs_back(
     own_server: RunningServer, folder: Path, keys: dict[str, str]
 ) -> None:
     video = begin_clip(own_server, keys)
@@ -141,12 +139,12 @@ def test_a_server_that_stops_answers_what_it_accepted_and_gives_its_jobs_back(
         assert own_server.stop() == 0, own_server.log.read_text()[-2000:]
         assert [future.result() for future in asked] == [200] * 6
     status, attempt, num_done = row(folder, video["id"])
-    assert (status, attempt) == ("queued", 0) and num_done > 0, "no attempt is lost by who stops in order"
+    assert (status, attempt) == ("queued", 0) and num_done > 0, "a regular stop counts as no attempt"
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_rays_proxy_comes_back_and_answers_what_it_accepted_too(tmp_path: Path) -> None:
+def test_a_killed_proxy_of_ray_is_replaced_and_a_stop_answers_accepted_requests(tmp_path: Path) -> None:
     server = start_server(tmp_path / "log", "--front", "ray")
     answer = httpx.get(f"{server.url}/health", headers={"x-request-id": "abc-123"})
     assert answer.headers.get_list("x-request-id") == ["abc-123"]
@@ -158,7 +156,7 @@ def test_rays_proxy_comes_back_and_answers_what_it_accepted_too(tmp_path: Path) 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_clip_outlives_the_server_that_makes_it(folder: Path, keys: dict[str, str]) -> None:
+def test_a_clip_survives_a_killed_server(folder: Path, keys: dict[str, str]) -> None:
     server = start_with_keys(folder, "first")
     video = begin_clip(server, keys)
     kill(server, "")

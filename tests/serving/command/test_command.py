@@ -1,4 +1,4 @@
-"""`tdm-serve` refuses at start what could not be served, in one sentence."""
+"""`tdm-serve` refuses bad settings at start, with one sentence."""
 
 from __future__ import annotations
 
@@ -34,11 +34,13 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return message
 
 
-def test_a_missing_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_checkpoint_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "is not a folder" in refusal(capsys, "--checkpoint", str(tmp_path / "none"))
 
 
-def test_a_damaged_checkpoint(checkpoint_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_checkpoint_is_refused(
+    checkpoint_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "damaged"
     shutil.copytree(checkpoint_folder, folder)
     with (folder / WEIGHTS).open("r+b") as stream:
@@ -49,7 +51,7 @@ def test_a_damaged_checkpoint(checkpoint_folder: Path, tmp_path: Path, capsys: p
     assert "restore" in message
 
 
-def test_a_port_in_use(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_port_in_use_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -57,8 +59,8 @@ def test_a_port_in_use(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"127.0.0.1:{port}" in refusal(capsys, "--port", str(port))
 
 
-def test_what_only_loading_shows(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """A recipe that contradicts the weights cannot be built, nor loaded: the command says so and ends."""
+def test_an_error_that_only_loading_finds_ends_the_command(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """A recipe that contradicts the weights can be neither built nor loaded. The command says so and ends."""
     folder = shutil.copytree(tiny_checkpoint, tmp_path / "contradiction")
     recipe = json.loads((folder / RECIPE_FILE).read_text())
     (folder / RECIPE_FILE).write_text(json.dumps(recipe | {"step_condition": "none"}))
@@ -86,15 +88,16 @@ def test_what_only_loading_shows(tiny_checkpoint: Path, tmp_path: Path) -> None:
         ["--precision", "int8", "--backend", "torch"],
         ["--artifacts", "/built", "--backend", "torch"],
     ],
+    ids=" ".join,
 )
-def test_values_out_of_range(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bad_value_is_refused_by_name(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
     assert arguments[1] in capsys.readouterr().err
 
 
-def test_state_that_cannot_be_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unusable_place_for_jobs_or_files_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     folder = ["--state-folder", str(tmp_path / "state")]
     assert "file" in refusal(capsys, "--state-folder", str(tmp_path / "file"))
@@ -106,29 +109,29 @@ def test_state_that_cannot_be_kept(tmp_path: Path, capsys: pytest.CaptureFixture
 # -- artifacts -------------------------------------------------------------------------------------
 
 
-def test_a_named_folder_without_artifacts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_artifacts_folder_without_a_manifest_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = refusal(capsys, "--port", str(free_port()), "--artifacts", str(tmp_path))
     assert f"{tmp_path / 'manifest.json'} cannot be read" in message
     assert f"--output {tmp_path}`" in message
 
 
-def test_artifacts_of_another_checkpoint(tiny_artifacts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_artifacts_of_another_checkpoint_are_refused(tiny_artifacts: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = refusal(capsys, "--port", str(free_port()), "--artifacts", str(tiny_artifacts), "--backend", "openvino")
     assert f"{tiny_artifacts} was built from" in message
     assert f"--output {tiny_artifacts}`" in message
 
 
-def test_artifacts_without_what_was_asked_for(
+def test_artifacts_without_the_requested_backend_are_refused(
     tiny_checkpoint: Path, tiny_artifacts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A folder that the user named is not added to."""
+    """The command adds nothing to a folder that the user named."""
     arguments = ["--port", str(free_port()), "--checkpoint", str(tiny_checkpoint), "--artifacts", str(tiny_artifacts)]
     message = refusal(capsys, *arguments, "--backend", "tensorrt", "--precision", "bf16")
     assert "was not built for tensorrt bf16" in message
     assert f"--output {tiny_artifacts} --backend tensorrt --precision bf16`" in message
 
 
-def test_a_precision_that_the_backend_is_not_built_at(
+def test_a_precision_that_the_backend_does_not_have_is_refused(
     tiny_checkpoint: Path, cache_folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--port", str(free_port()), "--checkpoint", str(tiny_checkpoint)]
@@ -138,8 +141,10 @@ def test_a_precision_that_the_backend_is_not_built_at(
     assert message.splitlines()[-1].startswith("tdm-serve: the artifacts could not be built, see above")
 
 
-def test_what_falls_back_is_left_to_the_replica(tiny_checkpoint: Path, tiny_artifacts: Path, tmp_path: Path) -> None:
-    """It loads torch and says why; without the flag the same is refused."""
+def test_unusable_artifacts_are_accepted_only_with_allow_fallback(
+    tiny_checkpoint: Path, tiny_artifacts: Path, tmp_path: Path
+) -> None:
+    """The replica then loads torch and logs why."""
     checkpoint = open_checkpoint(tiny_checkpoint)
     lacking = BackendConfig("tensorrt", artifacts=tiny_artifacts)
     for config in (lacking, BackendConfig("auto", artifacts=tmp_path)):
@@ -148,7 +153,7 @@ def test_what_falls_back_is_left_to_the_replica(tiny_checkpoint: Path, tiny_arti
         check_artifacts(checkpoint, replace(config, allow_fallback=True))
 
 
-def test_what_is_missing_is_built_once(
+def test_missing_artifacts_are_built_once(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -37,14 +37,14 @@ Outcome = tuple[int, int | None]
 
 @dataclass(frozen=True)
 class Conversation:
-    """What a client sends on one connection, and which answers must come back until the server closes it."""
+    """Packets that a client sends on one connection, and the answers that it must get until the server closes it."""
 
     name: str
     packets: list[bytes]
     expected: list[Outcome]
 
     def hold(self, port: int) -> list[Outcome | str]:
-        """Hold it with a server on this machine. Returns the answers, and the error where the connection broke."""
+        """Run it with a server on this machine. Returns the answers, and the error if the connection broke."""
         answers = list[Outcome | str]()
         try:
             with socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT_S) as connection:
@@ -93,7 +93,7 @@ def packets(head: bytes, rest: bytes, delivery: str) -> list[bytes]:
 
 
 def conversations() -> list[Conversation]:
-    """Every offer in every framing and delivery, each with a request after it; then the particular ones."""
+    """Return every offer in every framing and delivery, each with a request after it, and then special cases."""
     found = list[Conversation]()
     for (offer, headers), framing, delivery in itertools.product(OFFERS.items(), FRAMINGS, DELIVERIES):
         head, body = post(headers, len(found), framing)

@@ -1,4 +1,4 @@
-"""The HTTP front: over a small application what a picture is too quick for, then on real servers."""
+"""The HTTP front: with a small application, for cases that need a slow answer, and on real servers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.serving.killing import processes
 HEAD = b"POST / HTTP/1.1\r\nHost: a\r\n"
 
 
-# -- over a small application ----------------------------------------------------------------------
+# -- with a small application ----------------------------------------------------------------------
 
 Client = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
@@ -82,8 +82,8 @@ def test_a_client_that_leaves_cancels_the_application() -> None:
     converse(app, client)
 
 
-def test_what_follows_an_answer_is_not_cancelled() -> None:
-    """The end of an answer looks to the application like a client that left."""
+def test_work_after_an_answer_is_not_cancelled() -> None:
+    """After its answer, the application sees a disconnect, as from a client that left."""
     finished = asyncio.Event()
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -102,7 +102,7 @@ def test_what_follows_an_answer_is_not_cancelled() -> None:
     converse(app, client)
 
 
-def test_a_stream_is_not_held_back() -> None:
+def test_each_part_of_a_stream_is_sent_at_once() -> None:
     seen = asyncio.Event()
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -121,7 +121,7 @@ def test_a_stream_is_not_held_back() -> None:
     converse(app, client)
 
 
-def test_closing_waits_for_open_answers_and_takes_nothing_new() -> None:
+def test_closing_waits_for_open_answers_and_refuses_new_connections() -> None:
     async def run() -> None:
         waiting, go_on = asyncio.Event(), asyncio.Event()
 
@@ -150,7 +150,7 @@ def test_closing_waits_for_open_answers_and_takes_nothing_new() -> None:
     asyncio.run(run())
 
 
-def test_a_head_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_connection_whose_head_never_ends_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(front, "HEAD_TIMEOUT_S", 0.2)
 
     async def client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -170,7 +170,7 @@ def test_a_head_that_never_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -> 
     ],
     ids=["one header", "many headers", "trailer", "chunk extensions"],
 )
-def test_a_request_around_its_body_is_bounded(head: bytes, filler: bytes) -> None:
+def test_the_size_of_a_request_without_its_body_is_limited(head: bytes, filler: bytes) -> None:
     async def client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(head)
         with pytest.raises(ConnectionError):  # the front stops reading and closes
@@ -182,7 +182,7 @@ def test_a_request_around_its_body_is_bounded(head: bytes, filler: bytes) -> Non
     converse(echo, client)
 
 
-def test_a_large_body_is_not_taken_for_a_large_head() -> None:
+def test_the_body_does_not_count_as_part_of_the_head() -> None:
     async def client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         for _ in range(2):
             writer.write(HEAD + b"Content-Length: 1000000\r\n\r\n" + b"x" * 1_000_000)
@@ -194,6 +194,7 @@ def test_a_large_body_is_not_taken_for_a_large_head() -> None:
 @pytest.mark.parametrize(
     ("sent", "returned"),
     [(b"abc-123", b"abc-123"), (b"", None), (None, None), (b"\xe4", None), (b"x" * 300, None)],
+    ids=["usable", "empty", "absent", "not ASCII", "too long"],
 )
 def test_an_answer_has_one_request_id(sent: bytes | None, returned: bytes | None) -> None:
     async def client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -207,12 +208,12 @@ def test_an_answer_has_one_request_id(sent: bytes | None, returned: bytes | None
     converse(echo, client)
 
 
-def test_an_address_is_held_for_one_server_and_all_its_replicas() -> None:
+def test_an_address_is_reserved_for_one_server_and_all_its_replicas() -> None:
     port = free_port()
     with reserve("127.0.0.1", port):
         with pytest.raises(OSError):
             reserve("127.0.0.1", port)
-        for _ in range(2):  # the second after the first, whose connections the kernel still remembers
+        for _ in range(2):  # the second time, the kernel still has connections of the first
             with bind("127.0.0.1", port) as replica, bind("127.0.0.1", port) as other:
                 replica.listen()
                 with pytest.raises(OSError):
@@ -227,8 +228,8 @@ def test_an_address_is_held_for_one_server_and_all_its_replicas() -> None:
 # -- on real servers -------------------------------------------------------------------------------
 
 
-def tells_anybody(host: str, port: int) -> bool:
-    """Whether a plain GET is answered with a page."""
+def answers_without_token(host: str, port: int) -> bool:
+    """Return whether a plain GET gets a page."""
     connection = http.client.HTTPConnection(host, port, timeout=5)
     try:
         connection.request("GET", "/metrics")
@@ -239,15 +240,15 @@ def tells_anybody(host: str, port: int) -> bool:
         connection.close()
 
 
-def test_a_second_server_on_one_port_is_refused(server: RunningServer, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_server_on_the_same_port_is_refused(server: RunningServer, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--port", str(server.port)]) == 2
     assert f"127.0.0.1:{server.port}" in capsys.readouterr().err
 
 
-def test_nothing_but_the_front_tells_anybody_anything(server: RunningServer) -> None:
-    """Ray's internal ports want the server's token, or speak gRPC, which wants it too."""
+def test_only_the_front_answers_without_a_token(server: RunningServer) -> None:
+    """Ray's internal ports need the server's token, over HTTP and over gRPC."""
     listening = {c.laddr for p in processes(server) for c in p.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
     assert {address.ip for address in listening if address.port == server.port} == {"127.0.0.1"}
     loopback = {"0.0.0.0": "127.0.0.1", "::": "::1"}
-    telling = {a.port for a in listening if tells_anybody(loopback.get(a.ip, a.ip), a.port)}
-    assert telling == {server.port}
+    answering = {a.port for a in listening if answers_without_token(loopback.get(a.ip, a.ip), a.port)}
+    assert answering == {server.port}

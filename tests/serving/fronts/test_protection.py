@@ -1,4 +1,4 @@
-"""Who may ask, for how much, of what, and how often: the application itself, without a network."""
+"""Keys, quotas, limits, safety, pictures as files and idempotency, on the application without a network."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def images(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> I
 
 @contextlib.asynccontextmanager
 async def connected(images: ImageService, **config: Any) -> AsyncIterator[tuple[httpx.AsyncClient, Services]]:
-    """A client of an application with these settings."""
+    """Yield a client of an application with these settings, and its services."""
     services = Services.start(replace(images.config, **config), ServerMetrics(), images)
     transport = httpx.ASGITransport(build_app(services), raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60) as client:
@@ -65,7 +65,7 @@ def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
 
 @pytest.fixture
 def keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[Path, dict[str, str]]:
-    """A key file with two keys; who -> key."""
+    """Write a key file with two keys. Returns the file and the key of each name."""
     file = tmp_path / "keys.json"
     made = {}
     for name, quota in (("ada", ["--requests-per-minute", "3"]), ("ben", ["--cost-per-minute", str(2.5 * COST)])):
@@ -81,14 +81,14 @@ def bearer(key: str) -> dict[str, str]:
 # -- keys ------------------------------------------------------------------------------------------
 
 
-def test_the_file_has_no_key_and_is_its_owners(keys: tuple[Path, dict[str, str]]) -> None:
+def test_the_key_file_has_only_hashes_and_only_its_owner_can_read_it(keys: tuple[Path, dict[str, str]]) -> None:
     file, made = keys
     assert not any(key in file.read_text() for key in made.values())
     assert {key.name: key.sha256 for key in load_keys(file)} == {name: hash_key(key) for name, key in made.items()}
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
 
-def test_keys_are_listed_and_withdrawn(keys: tuple[Path, dict[str, str]], capsys: pytest.CaptureFixture[str]) -> None:
+def test_keys_are_listed_and_removed(keys: tuple[Path, dict[str, str]], capsys: pytest.CaptureFixture[str]) -> None:
     file, _ = keys
     assert tdm_keys(["list", str(file)]) == 0
     assert "ada\t3 requests a minute" in capsys.readouterr().out
@@ -119,7 +119,7 @@ def test_a_key_file_that_cannot_be_used_is_refused_at_start(tmp_path: Path, cont
 
 
 @pytest.mark.parametrize("header", [None, "", "Bearer", "Bearer ", "Bearer wrong", "Basic abc", "bearer\tx"])
-def test_without_a_key_nothing_but_health_is_told(
+def test_without_a_key_only_open_paths_and_files_answer(
     images: ImageService, keys: tuple[Path, dict[str, str]], header: str | None
 ) -> None:
     async def test() -> None:
@@ -139,7 +139,7 @@ def test_without_a_key_nothing_but_health_is_told(
     run(test)
 
 
-def test_a_key_lets_in_until_it_is_withdrawn(
+def test_a_key_is_valid_until_it_is_removed(
     images: ImageService, keys: tuple[Path, dict[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file, made = keys
@@ -174,7 +174,7 @@ def test_a_bucket_refills_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bucket.wait_s(6.1) == float("inf")
 
 
-def test_quotas_are_the_keys_own(images: ImageService, keys: tuple[Path, dict[str, str]]) -> None:
+def test_each_key_has_its_own_quotas(images: ImageService, keys: tuple[Path, dict[str, str]]) -> None:
     file, made = keys
 
     async def test() -> None:
@@ -194,7 +194,7 @@ def test_quotas_are_the_keys_own(images: ImageService, keys: tuple[Path, dict[st
     run(test)
 
 
-def test_what_one_bucket_refuses_costs_nothing_of_the_other() -> None:
+def test_a_request_that_exceeds_one_quota_takes_nothing_from_the_other() -> None:
     caller = Caller(APIKey("a", "0" * 64, requests_per_minute=2, cost_per_minute=1.0))
     for cost in (5.0, 5.0, 5.0):
         with pytest.raises(APIError, match="megapixel-steps"):
@@ -205,7 +205,7 @@ def test_what_one_bucket_refuses_costs_nothing_of_the_other() -> None:
         caller.spend(0.0)
 
 
-def test_more_open_requests_than_are_allowed_are_refused(images: ImageService) -> None:
+def test_more_open_requests_than_the_limit_are_refused(images: ImageService) -> None:
     async def test() -> None:
         async with connected(images, max_open_requests=4) as (client, _):
             answers = await asyncio.gather(*(client.post(PATH, json=BODY) for _ in range(20)))
@@ -217,7 +217,7 @@ def test_more_open_requests_than_are_allowed_are_refused(images: ImageService) -
     run(test)
 
 
-def test_the_time_before_its_turn_counts_against_the_budget(images: ImageService) -> None:
+def test_the_time_since_arrival_counts_against_the_budget(images: ImageService) -> None:
     async def test() -> None:
         order = order_from_fields(BODY | {"latency_budget_ms": 8000}, images.recipe)
         arrive(ago_s=3.0)
@@ -231,7 +231,7 @@ def test_the_time_before_its_turn_counts_against_the_budget(images: ImageService
     run(test)
 
 
-def test_a_server_that_stops_says_so(images: ImageService) -> None:
+def test_a_stopping_server_refuses_pictures_and_answers_health_and_metrics(images: ImageService) -> None:
     async def test() -> None:
         async with connected(images) as (client, services):
             services.is_draining = True
@@ -247,17 +247,17 @@ def test_a_server_that_stops_says_so(images: ImageService) -> None:
 
 
 @pytest.mark.parametrize("prompt", ["a gun", "A GUN!", "\uff47\uff55\uff4e", "a  gún", "two g\u200bun s gun"])
-def test_blocked_words_are_found_however_they_are_written(prompt: str) -> None:
+def test_a_blocked_word_is_found_in_any_spelling(prompt: str) -> None:
     assert BlockedWords(["Gun", "", "big bomb"]).check_prompt(prompt) is not None
 
 
 @pytest.mark.parametrize("prompt", ["a gunner", "begun", "a bomb", "a big red bomb"])
-def test_other_words_are_not(prompt: str) -> None:
+def test_words_that_contain_a_blocked_word_are_allowed(prompt: str) -> None:
     assert BlockedWords(["gun", "big bomb"]).check_prompt(prompt) is None
 
 
 class NoDark:
-    """A checker of pictures."""
+    """Safety checker that refuses every picture."""
 
     def check_prompt(self, prompt: str) -> str | None:
         return None
@@ -267,7 +267,9 @@ class NoDark:
         return "darkness"
 
 
-def test_what_is_refused_never_leaves(images: ImageService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refused_prompts_and_pictures_are_not_sent(
+    images: ImageService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = tmp_path / "words"
     words.write_text("gun\n")
     config = replace(images.config, blocked_words=words, safety_checker="tests.serving.fronts.test_protection:NoDark")
@@ -310,11 +312,11 @@ def test_a_checker_that_cannot_be_made_is_refused_at_start(name: str) -> None:
         ("", None),
     ],
 )
-def test_the_accept_header_chooses(accept: str, expected: str | None) -> None:
+def test_the_accept_header_chooses_the_format(accept: str, expected: str | None) -> None:
     assert accepted_format(accept) == expected
 
 
-def test_a_picture_comes_as_a_file_to_who_accepts_one(images: ImageService) -> None:
+def test_a_client_that_accepts_an_image_type_gets_the_picture_as_a_file(images: ImageService) -> None:
     async def test() -> None:
         async with connected(images) as (client, _):
             for image_format in ("png", "webp", "jpeg"):
@@ -330,7 +332,7 @@ def test_a_picture_comes_as_a_file_to_who_accepts_one(images: ImageService) -> N
     run(test)
 
 
-# -- the same key, the same answer -----------------------------------------------------------------
+# -- idempotency -----------------------------------------------------------------------------------
 
 
 def test_a_repeated_request_gets_the_answer_of_the_first(images: ImageService) -> None:
@@ -353,8 +355,8 @@ def test_a_repeated_request_gets_the_answer_of_the_first(images: ImageService) -
     run(test)
 
 
-@pytest.mark.parametrize("key", ["", "x" * 256, "a\tb"])
-def test_a_key_that_cannot_be_one_is_refused(images: ImageService, key: str) -> None:
+@pytest.mark.parametrize("key", ["", "x" * 256, "a\tb"], ids=["empty", "too long", "not printable"])
+def test_an_invalid_idempotency_key_is_refused(images: ImageService, key: str) -> None:
     async def test() -> None:
         async with connected(images) as (client, _):
             answer = await client.post(PATH, json=BODY, headers={"idempotency-key": key})
@@ -363,7 +365,7 @@ def test_a_key_that_cannot_be_one_is_refused(images: ImageService, key: str) -> 
     run(test)
 
 
-def test_a_failure_is_not_kept_and_callers_have_keys_of_their_own() -> None:
+def test_failures_are_not_kept_and_callers_do_not_share_keys() -> None:
     from fastapi import Response
 
     async def test() -> None:
@@ -385,7 +387,7 @@ def test_a_failure_is_not_kept_and_callers_have_keys_of_their_own() -> None:
     run(test)
 
 
-def test_who_waits_for_one_that_left_makes_it_instead() -> None:
+def test_if_the_first_client_leaves_a_waiting_request_makes_the_answer() -> None:
     from fastapi import Response
 
     async def test() -> None:
@@ -408,7 +410,7 @@ def test_who_waits_for_one_that_left_makes_it_instead() -> None:
     run(test)
 
 
-def test_old_answers_make_room() -> None:
+def test_the_oldest_answers_are_dropped_when_the_memory_is_full() -> None:
     from fastapi import Response
 
     async def test() -> None:
@@ -420,18 +422,18 @@ def test_old_answers_make_room() -> None:
 
         for key in ("a", "b", "c", "d", "d", "a"):
             await replays.once("ada", key, b"", make)
-        assert len(made) == 5  # d is there, a is not any more
+        assert len(made) == 5  # d is still kept, a is not
 
     run(test)
 
 
-def test_seeds_of_keys_are_spread_and_repeatable() -> None:
+def test_seeds_from_keys_are_distinct_and_repeatable() -> None:
     seeds = {seed_of("ada", str(n)) for n in range(1000)}
     assert len(seeds) == 1000 and max(seeds) < 2**32
     assert seed_of("ada", "1") == seed_of("ada", "1") != seed_of("ben", "1")
 
 
-def test_a_saved_file_replaces_the_old_one_at_once(tmp_path: Path) -> None:
+def test_saving_keys_replaces_the_old_file(tmp_path: Path) -> None:
     file = tmp_path / "keys.json"
     save_keys(file, [APIKey("a", "0" * 64)])
     save_keys(file, [])

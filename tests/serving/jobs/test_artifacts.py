@@ -1,4 +1,4 @@
-"""Kept files: whole or not at all, by nobody's guess, until they expire; in a folder and elsewhere."""
+"""Kept files are complete, are found only by their id, and expire, in a folder and in another store."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> ArtifactStore:
     return ArtifactStore(str(tmp_path / "kept") if request.param == "folder" else f"memory://{tmp_path.name}")
 
 
-def test_what_is_put_is_found_whole(store: ArtifactStore) -> None:
+def test_a_kept_file_can_be_read_in_full_and_in_part(store: ArtifactStore) -> None:
     name = store.put(b"0123456789", "png", soon())
     assert ID_PATTERN.fullmatch(name)
     found = store.find(name)
@@ -47,12 +47,12 @@ def test_what_is_put_is_found_whole(store: ArtifactStore) -> None:
     assert store.get(store.put(iter([b"ab", b"", b"cd"]), "jsonl", soon())) == b"abcd"
 
 
-def test_ids_are_never_the_same(store: ArtifactStore) -> None:
+def test_ids_of_equal_files_differ(store: ArtifactStore) -> None:
     assert len({store.put(b"", "png", soon()) for _ in range(20)}) == 20
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_what_is_no_id_is_no_path(store: ArtifactStore, name: str) -> None:
+def test_a_name_that_is_not_an_id_is_not_found(store: ArtifactStore, name: str) -> None:
     with pytest.raises(APIError) as caught:
         store.find(name)
     assert caught.value.status == 404
@@ -60,7 +60,7 @@ def test_what_is_no_id_is_no_path(store: ArtifactStore, name: str) -> None:
     store.delete(name)
 
 
-def test_what_expired_is_not_found_and_then_not_there(store: ArtifactStore) -> None:
+def test_an_expired_file_is_not_found_and_a_sweep_deletes_it(store: ArtifactStore) -> None:
     expired = store.put(b"a", "png", int(time.time()) - 1)
     old = store.put(b"a", "png", int(time.time()) - 2 * FOLDER_S)
     kept = store.put(b"a", "png", soon() + 2 * FOLDER_S)
@@ -72,7 +72,7 @@ def test_what_expired_is_not_found_and_then_not_there(store: ArtifactStore) -> N
     assert store.get(kept) == b"a"
 
 
-def test_deleting_is_for_good_and_twice_the_same(store: ArtifactStore) -> None:
+def test_a_deleted_file_is_not_found_and_can_be_deleted_again(store: ArtifactStore) -> None:
     name = store.put(b"a", "png", soon())
     store.delete(name)
     store.delete(name)
@@ -80,7 +80,7 @@ def test_deleting_is_for_good_and_twice_the_same(store: ArtifactStore) -> None:
         store.get(name)
 
 
-def test_what_fails_on_the_way_is_not_there(tmp_path: Path) -> None:
+def test_a_file_whose_writing_fails_has_no_id(tmp_path: Path) -> None:
     store = ArtifactStore(str(tmp_path))
 
     def broken() -> object:
@@ -89,10 +89,10 @@ def test_what_fails_on_the_way_is_not_there(tmp_path: Path) -> None:
 
     with pytest.raises(RuntimeError):
         store.put(broken(), "png", soon())  # type: ignore[arg-type]
-    assert all(file.name.startswith(".") for file in tmp_path.rglob("*.png")), "no id finds it, and it goes when swept"
+    assert all(file.name.startswith(".") for file in tmp_path.rglob("*.png")), "only a draft may be left"
 
 
-def test_a_link_leads_nowhere(tmp_path: Path) -> None:
+def test_a_symbolic_link_out_of_the_folder_is_not_followed(tmp_path: Path) -> None:
     store = ArtifactStore(str(tmp_path / "kept"))
     name = store.put(b"a", "png", soon())
     (file,) = (tmp_path / "kept").rglob("*.png")
@@ -103,7 +103,7 @@ def test_a_link_leads_nowhere(tmp_path: Path) -> None:
         store.find(name)
 
 
-def test_a_sweep_touches_nothing_else(tmp_path: Path) -> None:
+def test_a_sweep_leaves_other_folders_alone(tmp_path: Path) -> None:
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "1").write_text("mine")
     ArtifactStore(str(tmp_path)).sweep()
@@ -118,7 +118,7 @@ def http(server: RunningServer) -> httpx.Client:
     return httpx.Client(base_url=server.url, timeout=60)
 
 
-def test_a_picture_by_url(http: httpx.Client, server: RunningServer) -> None:
+def test_a_picture_can_be_requested_as_a_url(http: httpx.Client, server: RunningServer) -> None:
     body = {"prompt": "a red heart", "seed": 7, "n": 2, "num_inference_steps": 1}
     answer = http.post("/v1/images/generations", json=body | {"response_format": "url"}).json()
     inline = http.post("/v1/images/generations", json=body).json()
@@ -140,12 +140,12 @@ def test_a_picture_by_url(http: httpx.Client, server: RunningServer) -> None:
 
 
 @pytest.mark.parametrize("name", ["a" * 32 + "-ffffffff.png", "..%2fjobs.db", "%2e%2e%2f%2e%2e%2fetc%2fpasswd", "x"])
-def test_an_unknown_file_is_a_404_in_the_one_shape(http: httpx.Client, name: str) -> None:
+def test_an_unknown_file_is_a_404_in_the_shape_of_the_api(http: httpx.Client, name: str) -> None:
     answer = http.get(f"/v1/files/{name}")
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
 
 
-def test_a_url_contradicts_a_stream_and_bare_bytes(http: httpx.Client) -> None:
+def test_a_url_is_refused_together_with_a_stream_or_an_image_type(http: httpx.Client) -> None:
     body = {"prompt": "a", "response_format": "url"}
     for answer in (
         http.post("/v1/images/generations", json=body | {"stream": True}),

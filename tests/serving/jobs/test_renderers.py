@@ -1,4 +1,4 @@
-"""Jobs that are already in a database run as they were accepted, whatever has changed in the server since."""
+"""Jobs that an earlier version stored still run as they were accepted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Laws of the queue: held by one, handed on once, never lost, never for ever."""
+"""Laws of the queue: one worker holds a job, a lost worker is replaced once, and no job is lost or kept for ever."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PARTS = [{"n": n} for n in range(3)]
 
 
 class Clock:
-    """Time as the store sees it; tests move it."""
+    """Clock of the store, which tests move."""
 
     def __init__(self) -> None:
         self.now_s = 1e6
@@ -73,10 +73,10 @@ def claimed(store: JobStore, worker: str = "w") -> Job:
     return job
 
 
-# -- a worker's way --------------------------------------------------------------------------------
+# -- workers ---------------------------------------------------------------------------------------
 
 
-def test_a_job_from_beginning_to_end(store: JobStore, clock: Clock) -> None:
+def test_a_job_goes_from_queued_to_completed(store: JobStore, clock: Clock) -> None:
     created = create(store)
     assert (created.status, created.attempt, created.num_parts) == ("queued", 0, 3)
     job = claimed(store)
@@ -88,10 +88,10 @@ def test_a_job_from_beginning_to_end(store: JobStore, clock: Clock) -> None:
     ended = store.get("video", "ann", job.id)
     assert (ended.status, ended.num_done, ended.num_failed, ended.result) == ("completed", 3, 1, {"file": "x"})
     assert store.claim("w", ["m"]) is None
-    assert not store.unfinished_parts(job), "parts go with the end of their job"
+    assert not store.unfinished_parts(job), "parts are deleted when their job ends"
 
 
-def test_whoever_goes_on_makes_the_rest_only(store: JobStore, clock: Clock) -> None:
+def test_the_next_worker_makes_only_the_missing_parts(store: JobStore, clock: Clock) -> None:
     create(store)
     first = claimed(store)
     store.save(first, FinishedPart(1, b"made", is_failed=False))
@@ -122,7 +122,7 @@ def test_a_lost_worker_is_replaced_once(store: JobStore, clock: Clock) -> None:
     assert (ended.status, ended.error_code) == ("failed", "worker_lost")
 
 
-def test_what_is_renewed_or_given_back_costs_no_attempt(store: JobStore, clock: Clock) -> None:
+def test_renewing_and_giving_back_count_as_no_attempt(store: JobStore, clock: Clock) -> None:
     create(store)
     job = claimed(store)
     for _ in range(5):
@@ -136,7 +136,7 @@ def test_what_is_renewed_or_given_back_costs_no_attempt(store: JobStore, clock: 
         assert job.attempt == 1
 
 
-def test_a_lease_that_was_given_back_is_over_even_for_the_same_worker(store: JobStore) -> None:
+def test_a_lease_that_was_given_back_has_ended_even_for_the_same_worker(store: JobStore) -> None:
     create(store)
     before = claimed(store)
     store.release(before)
@@ -146,7 +146,7 @@ def test_a_lease_that_was_given_back_is_over_even_for_the_same_worker(store: Job
 
 
 @pytest.mark.parametrize("end", ["cancel", "delete"])
-def test_what_its_owner_ends_is_not_the_workers_any_more(store: JobStore, end: str) -> None:
+def test_a_worker_loses_a_job_that_its_owner_cancels_or_deletes(store: JobStore, end: str) -> None:
     create(store)
     job = claimed(store)
     getattr(store, end)("video", "ann", job.id)
@@ -155,22 +155,22 @@ def test_what_its_owner_ends_is_not_the_workers_any_more(store: JobStore, end: s
     assert store.claim("w", ["m"]) is None
 
 
-def test_a_job_of_another_model_is_left_alone(store: JobStore) -> None:
+def test_a_worker_claims_only_jobs_of_its_models(store: JobStore) -> None:
     create(store)
     assert store.claim("w", ["another"]) is None
 
 
-def test_of_many_who_claim_at_once_one_gets_each_job(store: JobStore) -> None:
+def test_workers_that_claim_at_once_get_different_jobs(store: JobStore) -> None:
     ids = {create(store).id for _ in range(6)}
     with ThreadPoolExecutor(8) as pool:
         found = [job for job in pool.map(lambda n: store.claim(f"w{n}", ["m"]), range(12)) if job is not None]
     assert sorted(job.id for job in found) == sorted(ids)
 
 
-# -- a caller's way --------------------------------------------------------------------------------
+# -- callers ---------------------------------------------------------------------------------------
 
 
-def test_jobs_belong_to_their_owner(store: JobStore) -> None:
+def test_only_the_owner_sees_a_job(store: JobStore) -> None:
     job = create(store, "ann")
     for look in (store.get, store.cancel, store.delete):
         with pytest.raises(APIError) as caught:
@@ -179,7 +179,7 @@ def test_jobs_belong_to_their_owner(store: JobStore) -> None:
     assert store.page("video", "bob", None, 10, True) == []
 
 
-def test_a_key_gives_the_same_job_and_spends_once(store: JobStore) -> None:
+def test_a_repeated_idempotency_key_gives_the_same_job_and_costs_nothing(store: JobStore) -> None:
     spent: list[int] = []
 
     def ask(key: str, body: str, owner: str = "ann") -> Job:
@@ -193,7 +193,7 @@ def test_a_key_gives_the_same_job_and_spends_once(store: JobStore) -> None:
     assert (caught.value.status, caught.value.code) == (422, "idempotency_key_reused")
 
 
-def test_what_is_refused_leaves_nothing(store: JobStore) -> None:
+def test_a_refused_job_is_not_stored(store: JobStore) -> None:
     def refuse() -> None:
         raise APIError(429, "no")
 
@@ -202,7 +202,7 @@ def test_what_is_refused_leaves_nothing(store: JobStore) -> None:
     assert store.page("video", "ann", None, 10, True) == []
 
 
-def test_how_much_may_wait_is_bounded(store: JobStore) -> None:
+def test_the_number_of_unfinished_jobs_is_limited(store: JobStore) -> None:
     for _ in range(LIMITS.per_owner):
         create(store, "ann")
     for _ in range(LIMITS.total - LIMITS.per_owner):
@@ -215,9 +215,9 @@ def test_how_much_may_wait_is_bounded(store: JobStore) -> None:
     create(store, "ann")
 
 
-@pytest.mark.parametrize("newest_first", [True, False])
-def test_pages_hold_every_job_once(store: JobStore, clock: Clock, newest_first: bool) -> None:
-    """Also those of one moment."""
+@pytest.mark.parametrize("newest_first", [True, False], ids=["newest first", "oldest first"])
+def test_pages_list_every_job_once(store: JobStore, clock: Clock, newest_first: bool) -> None:
+    """All jobs have the same time of creation."""
     ids = [create(store).id for _ in range(7)]
     seen: list[str] = []
     while page := store.page("video", "ann", seen[-1] if seen else None, 3, newest_first):
@@ -226,7 +226,7 @@ def test_pages_hold_every_job_once(store: JobStore, clock: Clock, newest_first: 
     assert len(seen) == len(set(seen))
 
 
-def test_what_ended_is_deleted_and_what_never_began_is_given_up(store: JobStore, clock: Clock) -> None:
+def test_old_ended_jobs_are_deleted_and_old_waiting_jobs_fail(store: JobStore, clock: Clock) -> None:
     done, waiting, running = (create(store) for _ in range(3))
     make_all(store, job := claimed(store))
     store.complete(job, {})
@@ -237,7 +237,7 @@ def test_what_ended_is_deleted_and_what_never_began_is_given_up(store: JobStore,
     store.expire()
     kept = {found.id: found for found in store.page("video", "ann", None, 10, True)}
     assert job.id not in kept and job.id in {done.id, waiting.id, running.id}
-    assert kept[held.id].status == "in_progress", "somebody works on it"
+    assert kept[held.id].status == "in_progress", "a worker holds it"
     (left,) = (found for found in kept.values() if found.id != held.id)
     assert (left.status, left.error_code) == ("failed", "expired")
     clock.now_s += KEEP_S + 1
@@ -248,8 +248,8 @@ def test_what_ended_is_deleted_and_what_never_began_is_given_up(store: JobStore,
 # -- crashes ---------------------------------------------------------------------------------------
 
 
-def test_what_was_accepted_outlives_kill_9(tmp_path: Path) -> None:
-    """A process that dies right after `create` returned, without closing anything."""
+def test_an_accepted_job_survives_a_killed_process(tmp_path: Path) -> None:
+    """The process dies right after `create` has returned, and closes nothing."""
     url = f"sqlite:///{tmp_path / 'jobs.db'}"
     script = f"""
 import os, signal
@@ -265,7 +265,7 @@ os.kill(os.getpid(), signal.SIGKILL)
     store.close()
 
 
-def test_commits_are_on_the_disk(store: JobStore, tmp_path: Path) -> None:
+def test_sqlite_writes_commits_to_the_disk(store: JobStore, tmp_path: Path) -> None:
     create(store)
     with sqlite3.connect(tmp_path / "jobs.db") as other:
         assert other.execute("PRAGMA journal_mode").fetchone() == ("wal",)
@@ -277,7 +277,7 @@ def test_commits_are_on_the_disk(store: JobStore, tmp_path: Path) -> None:
 
 
 class Queue(RuleBasedStateMachine):
-    """Workers that work, hang, come back late or give up, and an owner who cancels, in any order."""
+    """Workers that work, hang, continue too late or give up, and an owner that cancels, in any order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -287,9 +287,9 @@ class Queue(RuleBasedStateMachine):
         self.real = jobs_store.time
         jobs_store.time = self.clock  # type: ignore[assignment]
         self.leases: list[Job] = []
-        """Every one that was ever taken, the oldest first."""
+        """All leases that were ever taken, the oldest first."""
         self.takings: dict[str, int] = {}
-        """Job -> leases not given back."""
+        """Number of leases of each job, without those given back."""
         self.held_until_s: dict[str, float] = {}
         self.ids: list[str] = []
         self.ended: dict[str, str] = {}
@@ -323,7 +323,7 @@ class Queue(RuleBasedStateMachine):
     def act(self, data: st.DataObject, what: str) -> None:
         job = data.draw(st.sampled_from(self.leases))
         now = self.store.get("video", "ann", job.id)
-        is_his = now.worker == job.worker and now.status == "in_progress"
+        is_held = now.worker == job.worker and now.status == "in_progress"
         acts: dict[str, Callable[[], None]] = {
             "renew": lambda: self.store.renew(job),
             "save": lambda: make_all(self.store, job),
@@ -334,9 +334,9 @@ class Queue(RuleBasedStateMachine):
         try:
             acts[what]()
         except LeaseLostError:
-            assert not is_his
+            assert not is_held
         after = self.store.get("video", "ann", job.id)
-        if not is_his:
+        if not is_held:
             assert after == now, "a lost lease changes nothing"
         elif what == "renew" or (what == "save" and after != now):
             self.held_until_s[job.id] = self.clock.now_s + LEASE_S
@@ -353,7 +353,7 @@ class Queue(RuleBasedStateMachine):
         self.store.cancel("video", "ann", data.draw(st.sampled_from(self.ids)))
 
     @invariant()
-    def nothing_is_lost_and_what_ended_stays(self) -> None:
+    def no_job_is_lost_and_ended_jobs_do_not_change(self) -> None:
         found = {job.id: job for job in self.store.page("video", "ann", None, 100, True)}
         assert found.keys() == set(self.ids)
         for job in found.values():

@@ -1,4 +1,4 @@
-"""JSON lines that every reader parses, and what is never in them."""
+"""Log lines in JSON and in text."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 
 @pytest.fixture
 def log(tmp_path: Path) -> Iterator[Path]:
-    """A log file of JSON; what was set up before is set up again at the end."""
+    """Path of a log file in JSON. The loggers get their former settings back at the end."""
     known = {name: logging.getLogger(name) for name in (*logs.OURS, *logs.THEIRS, "serving.start")}
     before = {name: (x.handlers, x.level, x.propagate) for name, x in known.items()}
     hook = threading.excepthook
@@ -46,7 +46,7 @@ def test_a_line_has_time_level_logger_and_message(log: Path) -> None:
     assert line["message"] == 'two\nlines, \ud800 and "quotes"'
 
 
-def test_a_requests_lines_have_its_fields(log: Path) -> None:
+def test_the_lines_of_a_request_have_its_fields(log: Path) -> None:
     logs.begin_request(request_id="r", method="POST")
     logs.note(trace_id="t", code=None)
     logging.getLogger("tdm_runtime.x").info("x", extra={"status": 200, "duration_ms": 1.5, "route": "/a"})
@@ -74,7 +74,7 @@ def test_an_exception_is_a_field(log: Path) -> None:
     assert line["stack"].startswith("Traceback") and line["stack"].endswith("RuntimeError: no memory")
 
 
-def test_a_thread_that_dies_is_told_in_the_same_form(log: Path) -> None:
+def test_a_dying_thread_is_logged_in_the_same_format(log: Path) -> None:
     def die() -> None:
         raise RuntimeError("at once")
 
@@ -84,15 +84,15 @@ def test_a_thread_that_dies_is_told_in_the_same_form(log: Path) -> None:
     assert line["message"] == "thread short died" and "RuntimeError: at once" in line["stack"]
 
 
-def test_libraries_tell_their_warnings_in_the_same_form(log: Path) -> None:
+def test_warnings_of_libraries_are_logged_in_the_same_format(log: Path) -> None:
     logging.getLogger("uvicorn.asgi").warning("odd")
     logging.getLogger("opentelemetry.sdk").info("not worth a line")
     assert [line["logger"] for line in lines(log)] == ["uvicorn.asgi"]
 
 
 @pytest.mark.usefixtures("log")
-def test_as_text_the_start_is_bare_lines_on_stdout(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stdout", told := io.StringIO())
+def test_in_text_format_the_start_is_logged_as_bare_lines_on_stdout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout", printed := io.StringIO())
     logs.set_up_logging(ServerConfig())
     logs.start_logger.info("ready: %s", "http://a")
-    assert told.getvalue() == "ready: http://a\n"
+    assert printed.getvalue() == "ready: http://a\n"

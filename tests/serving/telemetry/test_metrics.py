@@ -1,4 +1,4 @@
-"""What a live server counts, and as what."""
+"""Metrics of a running server."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def http(server: RunningServer) -> httpx.Client:
     return httpx.Client(base_url=server.url, timeout=60)
 
 
-def told(http: httpx.Client) -> dict[Sample, float]:
-    """(name, labels) -> value."""
+def scrape(http: httpx.Client) -> dict[Sample, float]:
+    """Return the value of each sample."""
     text = http.get("/metrics").text
     samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
     return {(sample.name, frozenset(sample.labels.items())): sample.value for sample in samples}
 
 
-def more(before: dict[Sample, float], after: dict[Sample, float], name: str, **labels: str) -> float:
+def increase(before: dict[Sample, float], after: dict[Sample, float], name: str, **labels: str) -> float:
     sample = (name, frozenset(labels.items()))
     return after.get(sample, 0.0) - before.get(sample, 0.0)
 
@@ -35,14 +35,14 @@ def ask(http: httpx.Client, **extra: Any) -> int:
     return http.post("/v1/images/generations", json={"prompt": "a cat", **extra}).status_code
 
 
-def test_budgets_are_counted_as_promised_and_as_kept_or_missed(http: httpx.Client) -> None:
-    before = told(http)
+def test_latency_budgets_are_counted_as_promised_and_as_kept_or_missed(http: httpx.Client) -> None:
+    before = scrape(http)
     assert [ask(http, latency_budget_ms=60_000), ask(http), ask(http, latency_budget_ms=0.01)] == [200, 200, 400]
-    after = told(http)
-    assert more(before, after, "tdm_budgets_promised_total") == 1
-    assert more(before, after, "tdm_budgets_kept_total") + more(before, after, "tdm_budgets_missed_total") == 1
-    assert more(before, after, "tdm_rejected_total", reason="latency_budget_too_small") == 1
-    assert more(before, after, "tdm_e2e_seconds_count") == 2
+    after = scrape(http)
+    kept, missed = (increase(before, after, f"tdm_budgets_{what}_total") for what in ("kept", "missed"))
+    assert increase(before, after, "tdm_budgets_promised_total") == kept + missed == 1
+    assert increase(before, after, "tdm_rejected_total", reason="latency_budget_too_small") == 1
+    assert increase(before, after, "tdm_e2e_seconds_count") == 2
 
 
 @pytest.mark.parametrize(
@@ -56,20 +56,21 @@ def test_budgets_are_counted_as_promised_and_as_kept_or_missed(http: httpx.Clien
         ("GET", "/", "/", 200),
     ],
 )
-def test_a_request_is_counted_under_its_template(
+def test_a_request_is_counted_under_the_template_of_its_route(
     http: httpx.Client, method: str, path: str, route: str, status: int
 ) -> None:
-    before = told(http)
+    before = scrape(http)
     assert http.request(method, path).status_code == status
     deadline_s = time.monotonic() + 10
     labels = {"method": method, "route": route, "status": str(status)}
-    while (found := more(before, told(http), "tdm_requests_total", **labels)) == 0 and time.monotonic() < deadline_s:
-        time.sleep(0.01)  # it is counted when all was sent, which a client sees a little earlier
+    while not (found := increase(before, scrape(http), "tdm_requests_total", **labels)):
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)  # the server counts a request shortly after the client has the answer
     assert found == 1
 
 
-def test_the_process_is_the_replicas_and_limits_are_told(http: httpx.Client) -> None:
-    now = {name: value for (name, labels), value in told(http).items() if not labels}
+def test_metrics_have_the_process_of_the_replica_and_the_limits(http: httpx.Client) -> None:
+    now = {name: value for (name, labels), value in scrape(http).items() if not labels}
     assert now["process_resident_memory_bytes"] > 2**27
     assert now["process_open_fds"] > 10 and now["tdm_threads"] > 3
     assert now["tdm_live_samples_limit"] == 32

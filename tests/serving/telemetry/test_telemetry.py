@@ -1,4 +1,4 @@
-"""One server with JSON logs, a trace file and API keys: what it writes of requests, and what it never writes."""
+"""Logs and traces that a server with API keys writes about its requests."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def key() -> str:
 
 @pytest.fixture(scope="module")
 def written(artifacts: Path, tmp_path_factory: pytest.TempPathFactory, key: str) -> Iterator[Path]:
-    """The folder of what a server wrote, from its start to its end."""
-    assert artifacts.is_dir(), "the server would build them, in the time that it has to start"
+    """Folder with the log and the traces of a server, from its start to its end."""
+    assert artifacts.is_dir(), "without artifacts, the server would build them and start too late"
     folder = tmp_path_factory.mktemp("telemetry")
     save_keys(folder / "keys", [APIKey("tester", hash_key(key))])
     files = ("--api-keys", str(folder / "keys"), "--trace-file", str(folder / "traces"))
@@ -50,7 +50,7 @@ def written(artifacts: Path, tmp_path_factory: pytest.TempPathFactory, key: str)
 
 
 def leave(port: int, key: str) -> None:
-    """Ask for much and go."""
+    """Send a long request and close the connection."""
     body = json.dumps({"prompt": PROMPT, "n": 10}).encode()
     head = f"POST {ROUTE} HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {key}\r\nContent-Length: {len(body)}\r\n\r\n"
     with socket.create_connection(("127.0.0.1", port)) as connection:
@@ -60,7 +60,7 @@ def leave(port: int, key: str) -> None:
 
 @pytest.fixture(scope="module")
 def lines(written: Path) -> list[Line]:
-    """Every line of the server in what the terminal got, which tools that it starts and Ray's end write to as well."""
+    """Lines of the server in the log. Ray and tools that the server starts write there too."""
     text = (written / "log").read_text().splitlines()
     return [line for line in map(json.loads, (each for each in text if each.startswith("{"))) if "logger" in line]
 
@@ -79,7 +79,7 @@ def test_every_line_is_an_object_with_time_level_and_message(lines: list[Line]) 
     ]
 
 
-def test_a_requests_line_says_what_became_of_it(lines: list[Line]) -> None:
+def test_the_line_of_a_request_has_its_status_and_error_code(lines: list[Line]) -> None:
     (made,) = [line for line in lines if line.get("request_id") == "request-1"]
     assert (made["method"], made["route"], made["status"]) == ("POST", ROUTE, 200)
     assert made["trace_id"] == TRACE_ID and made["duration_ms"] > 0
@@ -88,7 +88,7 @@ def test_a_requests_line_says_what_became_of_it(lines: list[Line]) -> None:
     assert codes[499] == "client_closed"
 
 
-def test_a_request_is_a_span_with_its_stages_below(spans: list[Line]) -> None:
+def test_the_span_of_a_request_has_its_stages_as_children(spans: list[Line]) -> None:
     mine = [span for span in spans if span["context"]["trace_id"] == f"0x{TRACE_ID}"]
     (root,) = [span for span in mine if span["kind"] == "SpanKind.SERVER"]
     assert root["name"] == f"POST {ROUTE}" and root["parent_id"] == "0xb7ad6b7169203331"
@@ -108,7 +108,7 @@ def test_a_request_is_a_span_with_its_stages_below(spans: list[Line]) -> None:
     assert root["start_time"] <= stages[0]["start_time"] and stages[-1]["end_time"] <= root["end_time"]
 
 
-def test_what_was_refused_or_given_up_says_why(spans: list[Line]) -> None:
+def test_the_span_of_a_failed_request_has_its_error_code(spans: list[Line]) -> None:
     roots = [span["attributes"] for span in spans if span["kind"] == "SpanKind.SERVER"]
     found = {(one["http.response.status_code"], one.get("error.type")) for one in roots}
     expected = {(200, None), (400, "invalid_value"), (401, "invalid_api_key"), (404, "not_found")}
@@ -116,8 +116,8 @@ def test_what_was_refused_or_given_up_says_why(spans: list[Line]) -> None:
     assert not [one for one in roots if one["http.route"] == "/health"]
 
 
-def test_neither_prompts_nor_keys_are_written(written: Path, key: str) -> None:
+def test_logs_and_traces_contain_no_prompts_keys_or_pictures(written: Path, key: str) -> None:
     log, traces = (written / "log").read_text(), (written / "traces").read_text()
-    log = "\n".join(line for line in log.splitlines() if f"GET '/{PROMPT}'" not in line)  # the path was the client's
+    log = "\n".join(line for line in log.splitlines() if f"GET '/{PROMPT}'" not in line)  # a path with the prompt
     for secret in (PROMPT, key, hash_key(key), "tdm-wrong-secret", "iVBOR"):
         assert secret not in log and secret not in traces

@@ -1,4 +1,4 @@
-"""Spans of requests and of their stages: in memory, and as a collector receives them."""
+"""Spans of requests and of their stages, in memory and at a collector."""
 
 from __future__ import annotations
 
@@ -49,13 +49,11 @@ def spans(tracing: Tracing, exporter: InMemorySpanExporter) -> list[ReadableSpan
     return sorted(exporter.get_finished_spans(), key=lambda span: span.start_time or 0)
 
 
-def test_nothing_is_imported_while_it_is_off() -> None:
+def test_the_sdk_is_not_imported_while_tracing_is_off() -> None:
     subprocess.run([sys.executable, "-c", OFF], check=True)
 
 
-def test_the_stages_fill_the_request_and_what_is_between_them_is_waiting(
-    tracing: Tracing, exporter: InMemorySpanExporter
-) -> None:
+def test_stages_have_their_times_and_gaps_are_waits(tracing: Tracing, exporter: InMemorySpanExporter) -> None:
     total_ms = TIMINGS.total_ms + 2.0 + 1.0  # two of encoding, one of handing over
     with request_span(tracing, {}, "POST") as span:
         assert span is not None
@@ -69,14 +67,14 @@ def test_the_stages_fill_the_request_and_what_is_between_them_is_waiting(
     assert [s.attributes for s in stages if s.name == "denoise"] == [{"tdm.step": 1}, {"tdm.step": 2}]
 
 
-def test_a_picture_from_the_cache_was_only_encoded(tracing: Tracing, exporter: InMemorySpanExporter) -> None:
+def test_a_picture_from_the_cache_has_only_the_encode_stage(tracing: Tracing, exporter: InMemorySpanExporter) -> None:
     with request_span(tracing, {}, "POST") as span:
         assert span is not None
         span.record_stages(Timings(), encode_ms=2.0, total_ms=3.0)
     assert {span.name for span in spans(tracing, exporter)} == {"POST", "encode"}
 
 
-def test_the_callers_trace_goes_on(tracing: Tracing, exporter: InMemorySpanExporter) -> None:
+def test_a_request_continues_the_trace_of_its_caller(tracing: Tracing, exporter: InMemorySpanExporter) -> None:
     with request_span(tracing, HEADERS, "POST") as span:
         assert span is not None
         assert span.trace_id == TRACE_ID
@@ -87,7 +85,7 @@ def test_the_callers_trace_goes_on(tracing: Tracing, exporter: InMemorySpanExpor
 
 
 @pytest.mark.parametrize("traceparent", ["", "nonsense", "00-" + "0" * 32 + "-" + "0" * 16 + "-01", "ff-" + "x" * 9999])
-def test_a_broken_traceparent_begins_a_trace(
+def test_a_broken_traceparent_begins_a_trace_of_its_own(
     tracing: Tracing, exporter: InMemorySpanExporter, traceparent: str
 ) -> None:
     with request_span(tracing, {"traceparent": traceparent}, "POST"):
@@ -95,7 +93,7 @@ def test_a_broken_traceparent_begins_a_trace(
     assert [span.parent for span in spans(tracing, exporter)] == [None]
 
 
-def test_who_asks_for_no_sampling_is_not_sampled(tracing: Tracing, exporter: InMemorySpanExporter) -> None:
+def test_a_caller_can_turn_sampling_off(tracing: Tracing, exporter: InMemorySpanExporter) -> None:
     with request_span(tracing, {"traceparent": f"00-{TRACE_ID}-b7ad6b7169203331-00"}, "POST") as span:
         assert span is not None
         span.record_stages(TIMINGS, 1.0, 20.0)
@@ -103,7 +101,7 @@ def test_who_asks_for_no_sampling_is_not_sampled(tracing: Tracing, exporter: InM
 
 
 @pytest.mark.parametrize(("status", "is_ours"), [(400, False), (429, False), (499, False), (500, True), (504, True)])
-def test_a_failure_has_its_code_and_is_an_error_where_it_is_the_servers(
+def test_a_failed_span_has_its_code_and_is_an_error_only_from_status_500_on(
     tracing: Tracing, exporter: InMemorySpanExporter, status: int, is_ours: bool
 ) -> None:
     with request_span(tracing, {}, "POST") as span:
@@ -114,7 +112,7 @@ def test_a_failure_has_its_code_and_is_an_error_where_it_is_the_servers(
     assert (made.status.status_code is StatusCode.ERROR) is is_ours
 
 
-def test_requests_beside_each_other_have_each_their_own_span(tracing: Tracing) -> None:
+def test_concurrent_requests_have_their_own_spans(tracing: Tracing) -> None:
     async def one() -> bool:
         with request_span(tracing, {}, "POST") as span:
             await asyncio.sleep(0.001)
@@ -128,7 +126,7 @@ def test_requests_beside_each_other_have_each_their_own_span(tracing: Tracing) -
 
 
 class Collector(ThreadingHTTPServer):
-    """Takes traces by OTLP over HTTP."""
+    """Receives traces with OTLP over HTTP."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Receiver)
@@ -145,7 +143,7 @@ class Receiver(BaseHTTPRequestHandler):
         self.end_headers()
 
     def log_message(self, *_: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Logs and traces that several threads and processes write at once: every line is whole."""
+"""Lines of logs and traces stay whole when several threads and processes write at once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 WRITERS = ("first", "second")
 NUM_LINES = 300
-"""Of each writer. Every tenth is longer than Python's buffer and than what a pipe takes in one piece."""
+"""Lines of each writer. Every tenth is longer than Python's buffer and than a pipe takes in one piece."""
 
 START = f"""
 import json, logging, sys, threading
@@ -54,12 +54,12 @@ for thread in (own, *theirs):
 
 
 def parse(written: bytes) -> list[dict[str, object]]:
-    """Return the lines that have ended; each must be an object."""
+    """Return the complete lines. Each must be a JSON object."""
     return [json.loads(line) for line in written.split(b"\n")[:-1]]
 
 
 def count(lines: list[dict[str, object]]) -> Counter[str]:
-    """Return how many lines each writer wrote; it numbers them 0, 1, ... in order."""
+    """Return the number of lines of each writer. A writer numbers its lines 0, 1, ... in order."""
     found = Counter[str]()
     for line in lines:
         attributes = line.get("attributes")
@@ -71,7 +71,7 @@ def count(lines: list[dict[str, object]]) -> Counter[str]:
 
 
 def test_processes_append_whole_lines_to_one_file(tmp_path: Path) -> None:
-    """A reader that waits for the end of the last line finds whole lines only, also while they are written."""
+    """A reader finds whole lines up to the last line break, even while the processes write."""
     files = (tmp_path / "log", tmp_path / "traces")
     for file in files:
         file.touch()
@@ -90,7 +90,7 @@ def test_processes_append_whole_lines_to_one_file(tmp_path: Path) -> None:
         assert count(parse(file.read_bytes())) == dict.fromkeys(WRITERS, NUM_LINES)
 
 
-def test_a_replicas_lines_and_the_commands_own_stay_whole_in_one_pipe() -> None:
+def test_lines_of_the_replica_and_of_the_command_stay_whole_in_one_pipe() -> None:
     command = [sys.executable, "-c", PRINT_AND_LOG]
     ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=True)
     assert count(parse(ended.stdout)) == dict.fromkeys(("own", "stdout", "stderr"), NUM_LINES)
