@@ -1,4 +1,4 @@
-"""What a refused latency budget says, read back from its message."""
+"""Numbers of a refused latency budget, read from the error message."""
 
 from __future__ import annotations
 
@@ -10,36 +10,41 @@ NUMBER = r"(\d+\.\d)"
 
 @dataclass(frozen=True)
 class Refusal:
-    """The numbers of a refusal, in milliseconds as they are printed."""
+    """A refusal, with its printed numbers in milliseconds."""
 
     message: str
 
     def number(self, pattern: str) -> float:
-        """The number where `#` stands in a part of the message."""
+        """Return the number at `#` in the part of the message that matches `pattern`."""
         found = re.search(pattern.replace("#", NUMBER), self.message)
         assert found is not None, f"no {pattern!r} in {self.message!r}"
         return float(found[1])
 
     @property
     def left_ms(self) -> float:
+        """Part of the budget that is left to the engine."""
         return self.number("latency_budget_ms leaves # ms")
 
     @property
     def taken_ms(self) -> float:
-        """Taken from the budget before the engine's share."""
-        return self.number(": # ms had passed") + self.number("over takes # ms") + self.number("and encoding # ms")
+        """Part of the budget that is not left to the engine."""
+        return (
+            self.number(": # ms have passed") + self.number("hand-over takes # ms") + self.number("and encoding # ms")
+        )
 
     @property
     def unloaded_ms(self) -> float:
-        return self.number("would take # ms with nothing else to do")
+        """Time that the pictures take on an idle engine."""
+        return self.number("an idle engine needs # ms for")
 
     @property
     def workable_ms(self) -> float:
-        return self.number("allow for at least # ms or")
+        """Smallest budget that works."""
+        return self.number("raise the budget to at least # ms or")
 
     def adds_up(self) -> bool:
-        """Whether the numbers of a 429 prove that the promise could not be given."""
-        spare_ms = self.number("# ms are kept for slow calls")
-        if "a picture promised before would be late" in self.message:
+        """Whether the numbers of a 429 show that the promise would be broken."""
+        spare_ms = self.number("# ms are reserved for slow calls")
+        if "a picture accepted earlier would be late" in self.message:
             return self.number("would be done in # ms") + spare_ms > self.number("it is due in # ms")
-        return self.unloaded_ms + self.number("# ms of work come before") + spare_ms > self.left_ms
+        return self.unloaded_ms + self.number("# ms of work come first") + spare_ms > self.left_ms

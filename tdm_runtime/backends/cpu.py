@@ -1,4 +1,4 @@
-"""The CPU's features that decide which kernels run on it."""
+"""CPU features that decide which kernels run."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from collections.abc import Mapping
 import torch
 
 KERNEL_FEATURES = ("avx", "amx", "fma", "f16c", "neon", "fp16", "bf16", "i8mm", "dot", "fhm", "sve", "sme")
-"""How the names of such features begin, on x86-64 and on ARM64; others, as cache control, change no number."""
+"""Prefixes of the names of such features, on x86-64 and ARM64. Others, such as cache control, change no result."""
 ISA_LIMIT = "ONEDNN_MAX_CPU_ISA"
-"""Environment variable that keeps OpenVINO and torch from kernels that the CPU has."""
+"""Environment variable that limits the kernels which OpenVINO and torch use."""
 
 
 def cpu_features() -> tuple[str, ...]:
-    """Architecture and kernel features of this CPU, with oneDNN's limit on them where the environment sets one."""
+    """Return the architecture and kernel features of this CPU, and oneDNN's limit if the environment sets one."""
     features = kernel_features(torch.cpu.get_capabilities())
     limit = os.environ.get(ISA_LIMIT)
     return (*features, f"{ISA_LIMIT}={limit}") if limit else features
 
 
 def kernel_features(capabilities: Mapping[str, object]) -> tuple[str, ...]:
-    """The part of `torch.cpu.get_capabilities()` that decides on kernels: the architecture, then names in order."""
+    """Return the part of `torch.cpu.get_capabilities()` that decides on kernels: architecture, then sorted features."""
     features = []
     for name, value in sorted(capabilities.items()):
         if name.startswith(KERNEL_FEATURES) and value:

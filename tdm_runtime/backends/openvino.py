@@ -1,4 +1,4 @@
-"""OpenVINO on CPUs: the default there. One static program a shape, batches in buckets."""
+"""OpenVINO backend, the default on CPUs. It compiles one static program for each shape and runs batches in buckets."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
     import openvino
 
 MAX_PADDING = 0.125
-"""A CPU's time grows with the batch: 7 samples run as 8, 5 as 4 and 1."""
+"""Largest share of padding in a call. A CPU's time grows with the batch, so 7 samples run as 8, but 5 as 4 and 1."""
 LARGE_BYTES = 512 * 2**20
-"""A program holds its own copy of the weights, and a batch of a large model takes a CPU as long as its samples one by
-one (SD1.5 at 512x512: 4.0 s for four, 1.0 s for one). So beyond these bytes samples run alone."""
+"""Bytes of weights above which samples run alone. A program holds its own copy of the weights, and a CPU takes as long
+for a batch of a large model as for its samples one by one (SD1.5 at 512x512: 4.0 s for four, 1.0 s for one)."""
 LARGE_PROGRAMS = 2
-"""Picture sizes of a large model that are kept compiled."""
+"""Most picture sizes of a large model that stay compiled."""
 
 
 class OpenVINOBackend:
     """Runs an IR or ONNX file on the CPU.
 
-    A sample's numbers do not depend on its company: programs of different batch sizes sum in the same order.
+    A sample has the same bits in any batch: programs of different batch sizes sum in the same order.
     """
 
     device = torch.device("cpu")
@@ -41,11 +41,12 @@ class OpenVINOBackend:
     def __init__(self, file: Path, precision: Precision, threads: int | None = None) -> None:
         """
         Args:
-            precision: of the arithmetic; int8 files compute what is not quantised as `precision_hint` says.
-            threads: of a call; None takes all cores.
+            file: IR or ONNX file; weights of an IR lie beside it.
+            precision: Precision of the arithmetic. In int8 files layers that are not quantised use `precision_hint`.
+            threads: CPU threads of a call; None uses all cores.
 
         Raises:
-            BackendError: the file cannot be opened, or the CPU lacks the precision.
+            BackendError: The file cannot be opened, or the CPU lacks the precision.
         """
         self._model = _opened(file)
         weights = file.with_suffix(".bin")
@@ -79,11 +80,11 @@ class OpenVINOBackend:
 
 
 class _Program:
-    """A compiled program with its own memory: handing arrays over at every call costs more than copying small ones."""
+    """A compiled program with its own memory. Copying small arrays costs less than passing new ones at every call."""
 
     def __init__(self, request: openvino.InferRequest) -> None:
         self._request = request
-        # Arrays and not tensors: torch lets nobody write into a tensor that was made in inference mode out of it.
+        # NumPy arrays, because torch forbids writing to an inference-mode tensor outside inference mode.
         self._inputs = [tensor.data for tensor in request.input_tensors]
         self._output = request.output_tensors[0].data
 
@@ -123,16 +124,17 @@ def _opened(file: Path) -> Any:
 
 
 def precision_hint(precision: Precision, has_bf16: bool, has_amx_int8: bool) -> str:
-    """The precision of the arithmetic that is not quantised.
+    """Return the precision of the layers that are not quantised.
 
-    On CPUs with AMX, int8 kernels are inaccurate beside bf16 (pictures keep 28 dB) and accurate beside float32 (37 dB).
+    On CPUs with AMX, int8 kernels are inaccurate beside bf16 (28 dB PSNR) and accurate beside float32 (37 dB).
 
     Args:
-        has_bf16: whether the CPU computes in bfloat16.
-        has_amx_int8: whether it has AMX's int8 instructions.
+        precision: Requested precision.
+        has_bf16: Whether the CPU computes in bfloat16.
+        has_amx_int8: Whether the CPU has AMX's int8 instructions.
 
     Raises:
-        BackendError: the CPU lacks the precision.
+        BackendError: The CPU lacks the precision.
     """
     if precision == "fp32":
         return "f32"

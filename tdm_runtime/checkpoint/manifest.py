@@ -1,6 +1,6 @@
-"""What `tdm-export` built and measured: `manifest.json` beside the artifacts.
+"""Manifest of an artifacts folder, `manifest.json`: what `tdm-export` built, for what, and the measured parity.
 
-Exporting writes it; serving reads it and refuses, by name, what was built for something else.
+Export writes it. Serving reads it and refuses builds for another checkpoint, version or machine.
 """
 
 from __future__ import annotations
@@ -22,35 +22,38 @@ from tdm_runtime.errors import ArtifactError
 
 MANIFEST_FILE = "manifest.json"
 MANIFEST_FORMAT = 1
+"""Format that this version reads and writes."""
 
 
 @dataclass(frozen=True)
 class ComponentParity:
-    """A component's output against torch float32 on the same inputs."""
+    """Error of a component's output against torch float32 on the same inputs."""
 
     relative_l2: float
     max_abs: float
+    """Largest absolute error; in levels for pixels."""
 
 
 @dataclass(frozen=True)
 class PictureParity:
-    """Pictures against those of torch float32, same prompts and seeds."""
+    """Similarity of pictures to those of torch float32 with the same prompts and seeds."""
 
     psnr_db: float
-    """Mean over the pictures of each one's PSNR; 99 where they are equal."""
+    """Mean PSNR; 99 for equal pictures."""
     min_psnr_db: float
+    """Lowest PSNR of a picture."""
     ssim: float
-    """Mean over the pictures; structural similarity, 1 where they are equal."""
+    """Mean structural similarity; 1 for equal pictures."""
 
 
 @dataclass(frozen=True)
 class BuiltComponent:
-    """One component, compiled."""
+    """A compiled component."""
 
     files: Mapping[str, str]
-    """File, relative to the manifest -> sha256. The first is what the backend opens."""
+    """File, relative to the manifest -> sha256. The backend opens the first."""
     parity: ComponentParity | None = None
-    """None until verified."""
+    """Parity; None until verified."""
 
     @property
     def file(self) -> str:
@@ -59,21 +62,21 @@ class BuiltComponent:
 
 @dataclass(frozen=True)
 class Build:
-    """What one backend runs at one precision."""
+    """Programs of one backend at one precision."""
 
     backend: BackendName
     precision: Precision
     components: Mapping[str, BuiltComponent]
     requires: Mapping[str, str]
-    """Package -> the version that must be installed."""
+    """Package -> version that must be installed."""
     gpu: str | None = None
-    """Compute capability it was built for, as "sm_90"; None runs on any."""
+    """Compute capability that it was built for, such as "sm_90"; None: any machine."""
     profiles: Mapping[str, Mapping[str, tuple[int, int, int]]] = field(default_factory=dict)
-    """Component -> size -> least, best and greatest that it takes; empty where every size is taken."""
+    """Component -> dimension -> smallest, best and largest value; empty if any size runs."""
     pictures: Mapping[int, PictureParity] = field(default_factory=dict)
     """Step count K -> parity of the pictures; empty until verified."""
     measured_on: tuple[str, ...] = ()
-    """What decided on the kernels when the parities were measured (`kernel_choice`); empty where that is not known."""
+    """`kernel_choice` of the machine that measured the parities; empty if unknown."""
 
     @property
     def name(self) -> str:
@@ -82,33 +85,34 @@ class Build:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything in one artifacts folder."""
+    """Content of one artifacts folder."""
 
     checkpoint: str
-    """Name of the checkpoint it was built from."""
+    """Name of the checkpoint that it was built from."""
     fingerprint: str
-    """`Checkpoint.fingerprint`."""
+    """`Checkpoint.fingerprint` of that checkpoint."""
     weights: Mapping[str, str]
     """Weight file of the checkpoint -> sha256."""
     tools: Mapping[str, str]
-    """Package -> version it was built with."""
+    """Package -> version that built it."""
     opset: int
+    """ONNX opset."""
     interfaces: Mapping[str, Interface]
-    """Component -> what it is called with."""
+    """Component -> inputs and output."""
     onnx: Mapping[str, Mapping[str, str]]
-    """Component -> its ONNX file and that of its weights -> sha256."""
+    """Component -> ONNX file and weights file -> sha256."""
     builds: tuple[Build, ...]
     format: int = MANIFEST_FORMAT
 
     def find(self, backend: BackendName, precision: Precision | None) -> Build | None:
-        """The build for a backend; without a precision the first, which is the backend's best."""
+        """Return the build for a backend, or None. Without a precision it is the first, which is the backend's best."""
         for build in self.builds:
             if build.backend == backend and precision in (None, build.precision):
                 return build
         return None
 
     def save(self, folder: Path) -> None:
-        """Write `folder/manifest.json`, whole or not at all."""
+        """Write `folder/manifest.json` atomically."""
         text = _ADAPTER.dump_json(self, indent=2).decode() + "\n"
         partial = folder / f"{MANIFEST_FILE}.{os.getpid()}"
         partial.write_text(text, encoding="utf-8")
@@ -119,10 +123,10 @@ _ADAPTER = pydantic.TypeAdapter(Manifest)
 
 
 def load_manifest(folder: Path, checkpoint: Checkpoint) -> Manifest:
-    """Read a manifest and check that it is of this checkpoint.
+    """Read a manifest and check that it belongs to this checkpoint.
 
     Raises:
-        ArtifactError: it is missing, unreadable or of another checkpoint; says what to run.
+        ArtifactError: It is missing, unreadable or of another checkpoint; the message says what to run.
     """
     file, remedy = folder / MANIFEST_FILE, export_command(checkpoint, folder)
     try:
@@ -135,21 +139,21 @@ def load_manifest(folder: Path, checkpoint: Checkpoint) -> Manifest:
         raise ArtifactError(f"{file}: {where}: {first['msg']}; run `{remedy}`") from None
     if manifest.format != MANIFEST_FORMAT:
         raise ArtifactError(
-            f"{file} has format {manifest.format}, this version reads {MANIFEST_FORMAT}; run `{remedy}`"
+            f"{file} has format {manifest.format}, but this version reads {MANIFEST_FORMAT}; run `{remedy}`"
         )
     if manifest.fingerprint != checkpoint.fingerprint:
         raise ArtifactError(
-            f"{folder} was built from {manifest.checkpoint} {manifest.fingerprint[:12]}, this checkpoint is "
+            f"{folder} was built from {manifest.checkpoint} {manifest.fingerprint[:12]}, but this checkpoint is "
             f"{checkpoint.recipe.name} {checkpoint.fingerprint[:12]}; run `{remedy}`"
         )
     return manifest
 
 
 def check_build(manifest: Manifest, build: Build, folder: Path, checkpoint: Checkpoint) -> None:
-    """Check that a build runs on this machine and that its files are those that were built.
+    """Check that a build runs on this machine and that its files are intact.
 
     Raises:
-        ArtifactError: naming what it was built for, what is here and what to run.
+        ArtifactError: It names the versions or the GPU that the build needs, those found here, and what to run.
     """
     remedy = export_command(checkpoint, folder)
     here = installed(build.requires)
@@ -170,16 +174,15 @@ def check_build(manifest: Manifest, build: Build, folder: Path, checkpoint: Chec
 
 
 def kernel_choice(build: Build) -> tuple[str, ...]:
-    """What decides which kernels run a build on this machine: the GPU's architecture, or the CPU's features."""
+    """Return what decides which kernels run a build here: the GPU's architecture or the CPU's features."""
     gpu = gpu_architecture()
     return (gpu,) if gpu and build.backend in ("onnxruntime", "tensorrt") else cpu_features()
 
 
 def default_artifacts(checkpoint: Checkpoint) -> Path:
-    """Where artifacts are kept when no folder is named.
+    """Return the default folder of a checkpoint's artifacts.
 
-    The folder's name holds a hash of all that may change what is built (weights, configs, tools, GPU), so that
-    what is found there is never stale.
+    Its name has a hash of all that may change them (weights, configs, tools, GPU), so they are never stale.
     """
     key = {"fingerprint": checkpoint.fingerprint, "format": str(MANIFEST_FORMAT), "gpu": gpu_architecture() or ""}
     digest = hashlib.sha256(_listed(key | installed(TOOLS)).encode()).hexdigest()
@@ -187,14 +190,14 @@ def default_artifacts(checkpoint: Checkpoint) -> Path:
 
 
 def user_cache() -> Path:
-    """Where this project keeps what can be made again."""
+    """Return the folder for files that can be made again."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tdm-serve"
 
 
 def export_command(
     checkpoint: Checkpoint, folder: Path, backend: BackendName | None = None, precision: Precision | None = None
 ) -> str:
-    """What a user runs to build the artifacts anew, or to add a backend to them."""
+    """Return the command that builds the artifacts again, or adds a backend to them."""
     output = "" if folder == default_artifacts(checkpoint) else f" --output {folder}"
     target = (f" --backend {backend}" if backend else "") + (f" --precision {precision}" if precision else "")
     return f"tdm-export {checkpoint.folder}{output}{target}"

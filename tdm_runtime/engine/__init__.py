@@ -1,1 +1,1 @@
-"""`DiffusionEngine`: many requests, one thread; what surrounds it."""
+"""The engine, which serves many requests on one thread, and the parts that it is made of."""

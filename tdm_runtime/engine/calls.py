@@ -1,4 +1,4 @@
-"""Calls of the model: a batch of samples in, one outcome for each sample out. Knows no queue."""
+"""Calls of the model: a batch of samples in, one outcome for each sample out. Nothing here knows the queue."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Result = TypeVar("Result")
 
 
 class ModelCalls:
-    """Runs calls. A call that fails is split in halves and tried again, until only the sample at fault fails."""
+    """Runs calls. A batch that fails is split in halves and tried again, until only the sample at fault fails."""
 
     def __init__(self, on_out_of_memory: Callable[[int], None]) -> None:
         """
@@ -37,7 +37,7 @@ class ModelCalls:
         self._on_out_of_memory = on_out_of_memory
 
     def prepare(self, samples: Sequence[Sample]) -> list[TDMError | None]:
-        """Encode prompts and draw noise, for samples of one lane."""
+        """Encode the prompts and draw the noise of samples of one lane."""
         return self._isolated(self._prepared, samples)
 
     def denoise(self, samples: Sequence[Sample]) -> list[Stepped | TDMError]:
@@ -45,12 +45,12 @@ class ModelCalls:
         return self._isolated(self._stepped, samples)
 
     def decode(self, samples: Sequence[Sample]) -> list[Pixels | TDMError]:
-        """Decode latents of one shape by one decoder."""
+        """Decode samples of one latent shape with one decoder."""
         name = samples[0].params.decoder
         return self._isolated(lambda part: _decoded(part[0], name, [s.latents for s in part]), samples)
 
     def preview(self, sample: Sample) -> Pixels | TDMError:
-        """Decode the denoised estimate of the latest step."""
+        """Decode the denoised estimate of a sample's latest step."""
         name = sample.model.preview_decoder
         return self._isolated(lambda part: _decoded(sample, name, [s.denoised for s in part]), [sample])[0]
 
@@ -83,7 +83,7 @@ class ModelCalls:
 
     @torch.inference_mode()
     def _stepped(self, samples: Sequence[Sample]) -> list[Stepped | TDMError]:
-        """One denoiser call and one fused solver update."""
+        """Make one denoiser call and one fused solver update."""
         device = samples[0].model.denoiser.device  # samples of one lane share their denoiser
         rows = gather_rows([(s.table, s.step_index) for s in samples], device)
         step_counts = torch.from_numpy(np.array([s.params.num_inference_steps for s in samples])).to(device)
@@ -107,7 +107,7 @@ def _decoded(sample: Sample, decoder: DecoderName, latents: Sequence[Tensor | No
 
 
 def _stacked(tensors: Sequence[Tensor | None]) -> Tensor:
-    """[B, ...]; a view where there is one tensor only."""
+    """Stack tensors to [B, ...]. A single tensor is not copied."""
     there = [tensor for tensor in tensors if tensor is not None]
     return there[0][None] if len(there) == 1 else torch.stack(there)
 

@@ -1,4 +1,4 @@
-"""How a picture is to be served, beside what it shows."""
+"""Delivery options of a picture: its latency budget, previews and other things that do not change what it shows."""
 
 from __future__ import annotations
 
@@ -12,45 +12,48 @@ from tdm_runtime.params import SamplingParams
 
 @dataclass(frozen=True)
 class Preview:
-    """What is to be seen of a picture before it is done."""
+    """A look at a picture before it is finished."""
 
     params: SamplingParams
-    """Of the picture to come; of a draft, its own: the same with one step."""
+    """Parameters of the picture to come. A draft has the same parameters with one step."""
     pixels: Pixels
     """uint8 [H, W, 3]."""
     num_steps_taken: int
+    """Number of steps taken so far."""
     is_draft: bool
-    """A picture of one step from the same noise; otherwise, what a step of the picture itself expects (x_0)."""
+    """True for a one-step picture from the same noise; False for the denoised estimate (x_0) of a step."""
 
 
 @dataclass(frozen=True)
 class Delivery:
-    """How soon a picture is wanted and what may be given up for it; what a step count makes is not changed by it.
+    """Delivery options of a picture. They never change the pixels that a step count makes.
 
     Raises:
-        InvalidRequestError: naming the value, the limit and the remedy.
+        InvalidRequestError: The latency budget is not a positive number.
+        ValueError: Drafts or previews are requested without `on_preview`.
     """
 
     latency_budget_ms: float | None = None
-    """From arrival to file, a promise: a request that cannot keep it is refused at once. None promises nothing. What
-    `elapsed_ms`, `hand_over_ms` and `encoding_ms` leave of it is the engine's, from submission to pixels."""
+    """Longest time from arrival to encoded file. The engine accepts it as a promise or refuses the request at once. The
+    engine's own share, from submission to pixels, is the budget less `elapsed_ms`, `hand_over_ms` and `encoding_ms`.
+    None: no promise."""
     min_inference_steps: int | None = None
-    """The engine takes as many steps as the budget allows, from these to `SamplingParams.num_inference_steps`, and
-    says how many. None takes exactly `num_inference_steps`."""
+    """Fewest steps under "auto": the engine takes as many as the budget allows, from this number up to
+    `SamplingParams.num_inference_steps`. None: exactly `num_inference_steps`."""
     strict: bool = False
-    """The same bits alone and in any company, on one backend; on some, at the price of sharing no calls."""
+    """Whether the bits must be the same alone and in any batch. On some backends such a picture shares no call."""
     on_preview: Callable[[Preview], None] | None = None
-    """Told of drafts and previews, on the engine's thread: it must return at once."""
+    """Called with each draft and preview on the engine's thread; it must return at once."""
     num_previews: int = 0
-    """So many of the first steps are shown; not the last, which is the picture, nor the first beside a draft."""
+    """Number of first steps to preview. The last step has no preview, nor has the first step beside a draft."""
     is_background: bool = False
-    """Nobody waits for it at this moment: whatever others ask for comes first, for a long while."""
+    """Whether no client waits for it right now. For a long time all other requests go first."""
     draft: bool = False
-    """Also make the picture of one step from the same noise and tell `on_preview` of it first."""
+    """Whether to make a one-step picture from the same noise too, and pass it to `on_preview` first."""
     elapsed_ms: float = 0.0
-    """Time of the budget that had passed before the submission, because of other requests."""
+    """Part of the budget that other requests had used up before the submission."""
     hand_over_ms: float = 0.0
-    """Expected time from the pixels until the caller has them, which takes longer under load."""
+    """Expected time to hand the pixels to the caller. It is longer under load."""
     encoding_ms: float = 0.0
     """Expected time of encoding the file."""
 
@@ -63,16 +66,16 @@ class Delivery:
                 param="latency_budget_ms",
             )
         if (self.draft or self.num_previews) and self.on_preview is None:
-            raise ValueError("drafts and previews are told to on_preview, which is None; give a function")
+            raise ValueError("drafts and previews are passed to on_preview, which is None; give a function")
 
     def open_step_counts(self, params: SamplingParams, step_counts: tuple[int, ...]) -> tuple[int, ...]:
-        """The step counts that the engine may choose from, ascending; empty where there is no choice.
+        """Return the step counts that the engine may choose from, ascending; empty if there is no choice.
 
         Args:
-            step_counts: the checkpoint's, ascending.
+            step_counts: Step counts of the checkpoint, ascending.
 
         Raises:
-            InvalidRequestError: `min_inference_steps` is none of them, or more than `num_inference_steps`.
+            InvalidRequestError: `min_inference_steps` is not one of them, or is more than `num_inference_steps`.
         """
         fewest, most = self.min_inference_steps, params.num_inference_steps
         if fewest is None:

@@ -1,7 +1,7 @@
-"""`DiffusionEngine`: many requests, one model, one thread.
+"""`DiffusionEngine`: serves many requests on one thread.
 
-A step is schedule, run, advance. Samples with different step counts, at different steps, share the
-call; finished ones leave and waiting ones join between any two calls.
+A step is schedule, run, advance. Samples with different step counts, at different steps, share a call. Between any two
+calls finished samples leave and waiting ones join.
 """
 
 from __future__ import annotations
@@ -33,20 +33,21 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Bounds and temper of the engine."""
+    """Limits and policies of the engine."""
 
     max_batch_size: int = 32
-    """Samples in one call at most; how many there are below that is up to what they cost."""
+    """Most samples in one call. Below it, the measured costs decide."""
     max_live: int = 128
-    """Samples accepted and not yet answered; beyond, submissions are refused."""
+    """Most samples that may be accepted and not yet answered. Further submissions are refused."""
     patience: float = 20.0
-    """Deadline of a sample without a budget: so many times its own unloaded time after its arrival. Only an order."""
+    """Deadline of a sample without a budget, in its unloaded times after its arrival. It only orders calls."""
     auto_stretch: float = 3.0
-    """Without a budget, steps are chosen to end within so many times the unloaded time of the most steps."""
+    """Target of an "auto" step count without a budget, in unloaded times of the most steps."""
     result_cache_bytes: int = 0
-    """Pixels of finished pictures that are kept for who asks for the same again."""
+    """Bytes of pixels kept for exact repeats; 0 keeps none."""
     joining: bool = True
-    """False lets no sample join before those that started together are done; to compare with."""
+    """Whether samples may join between steps. False makes them wait until all that started together are done, for
+    benchmarks."""
 
     def __post_init__(self) -> None:
         for name in ("max_batch_size", "max_live", "patience", "auto_stretch"):
@@ -57,9 +58,9 @@ class EngineConfig:
 
 
 class DiffusionEngine:
-    """Accepts requests from any thread, runs them on its own.
+    """Accepts requests from any thread and runs them on a thread of its own.
 
-    A caller cancels through the future; it takes effect at the next call.
+    Cancelling a future takes effect at the next call.
     """
 
     def __init__(
@@ -71,9 +72,9 @@ class DiffusionEngine:
     ) -> None:
         """
         Args:
-            model: what makes pictures where a submission names none.
-            observe_batch: told size and seconds of every denoiser call.
-            costs: what is known already of what calls cost.
+            model: Model of submissions that name none.
+            observe_batch: Called with the size and the seconds of every denoiser call.
+            costs: Costs of calls that are known already; None starts without any.
         """
         self.model = model
         self.config = config
@@ -85,12 +86,12 @@ class DiffusionEngine:
         self._intake = Intake(self.costs, config.patience, config.auto_stretch)
         self._tasks: list[Callable[[], None]] = []
         self._wake = threading.Condition()
-        """Lock of everything above that changes, and of the samples' places in the queue."""
+        """Lock of all state above that changes, and of the samples' places in the queue."""
         self._replies = Replies(self.stats, config.result_cache_bytes, self._wake)
         self._is_closing = False
         self._failure: BaseException | None = None
         self._free_s = time.monotonic()
-        """Since when the next call could have been made: the last was over, or work came; monotonic."""
+        """Earliest time the next call could begin: the end of the last call, or the arrival of work; monotonic."""
         self._thread = threading.Thread(target=self._run_forever, name="diffusion-engine", daemon=True)
 
     # -- called from any thread ---------------------------------------------------------------
@@ -100,7 +101,7 @@ class DiffusionEngine:
         self._thread.start()
 
     def close(self) -> None:
-        """Finish what was accepted, then stop. Submissions are refused from here on."""
+        """Finish the accepted samples, then stop. Submissions are refused from now on."""
         with self._wake:
             self._is_closing = True
             self._wake.notify()
@@ -126,41 +127,41 @@ class DiffusionEngine:
 
     @property
     def num_live(self) -> int:
-        """Samples accepted and not yet answered."""
+        """Number of samples accepted and not yet answered."""
         return self._replies.num_open
 
     @property
     def result_cache_hits(self) -> int:
-        """Pictures that were not made because they had been."""
+        """Number of pictures that came from the result cache."""
         return self._replies.cache_hits
 
     @property
     def num_late(self) -> int:
-        """Promises that were not kept."""
+        """Number of promises that were missed."""
         return self._scheduler.num_late
 
     def call_seconds(self, kind: Kind) -> float:
-        """What one call of one sample takes, as a promise counts on it; 0 for what was never seen."""
+        """Return the seconds that a promise allows for a call of one sample; 0 for a kind that was never measured."""
         with self._wake:
             self.costs.pass_time(time.monotonic())
             return self.costs.seconds(kind)
 
     def observe(self, kind: Kind, size: int, seconds: float) -> None:
-        """Learn what a call took that is not the engine's own, as encoding a file."""
+        """Learn the seconds of a call that the engine does not make itself, such as encoding a file."""
         now_s = time.monotonic()
         with self._wake:
             self.costs.observe(kind, size, seconds, now_s, self._scheduler.is_calm(now_s - seconds))
 
     def limit(self, kind: Kind, size: int) -> None:
-        """Learn that more samples than `size` in a call do not help."""
+        """Learn that more than `size` samples in a call do not help."""
         with self._wake:
             self.costs.limit(kind, size)
 
     def run_on_thread(self, task: Callable[[], None]) -> None:
-        """Run something between two calls, on the thread that the model runs on, and wait for it.
+        """Run a task between two calls, on the thread that runs the model, and wait for it.
 
         Raises:
-            RuntimeError: the engine was not started, or is stopping.
+            RuntimeError: The engine was not started, or is stopping.
         """
         done: Future[None] = Future()
 
@@ -184,22 +185,22 @@ class DiffusionEngine:
         """Accept one picture.
 
         Args:
-            model: what makes it; any number of models share the engine.
+            model: Model that makes the picture; None is the engine's own. Any number of models share the engine.
 
         Returns:
-            A future: `cancel()` stops the work at the next call.
+            Future of the picture. `cancel()` stops the work at the next call.
 
         Raises:
-            InvalidRequestError: the checkpoint does not serve these parameters, or nobody could in that time.
-            DeadlineError: the budget cannot be kept now.
-            OverloadedError: `max_live` samples wait already.
+            InvalidRequestError: The model does not serve these parameters, or the budget is too small without load.
+            DeadlineError: The budget cannot be kept now.
+            OverloadedError: `max_live` samples wait already, or the engine is stopping.
         """
         return self.submit_all([params], delivery, model)[0]
 
     def submit_all(
         self, requests: Sequence[SamplingParams], delivery: Delivery = Delivery(), model: LoadedModel | None = None
     ) -> list[Future[Picture]]:
-        """Accept several pictures or, where one of them does not fit, none. As `submit`."""
+        """Accept several pictures, or none if one of them does not fit. Arguments and errors are those of `submit`."""
         now_s = time.monotonic()
         with self._wake:
             self.costs.pass_time(now_s)
@@ -225,8 +226,8 @@ class DiffusionEngine:
         try:
             if self.num_live + len(samples) > self.config.max_live:
                 raise OverloadedError(
-                    f"{self.num_live} pictures are queued and at most {self.config.max_live} may be; "
-                    f"{len(samples)} more do not fit, retry later or ask for fewer",
+                    f"{self.num_live} pictures are queued and at most {self.config.max_live} may be queued; "
+                    f"{len(samples)} more do not fit, retry later or request fewer",
                     retry_after_s=max(0.1, 0.5 * self._scheduler.backlog_s()),
                 )
             self._scheduler.admit(samples, now_s)
@@ -246,7 +247,7 @@ class DiffusionEngine:
             self._advance(batch, outcomes, began_s, text_s)
 
     def _run_forever(self) -> None:
-        torch.set_num_threads(1)  # this thread's own setting: a backend that wants more says so in its calls
+        torch.set_num_threads(1)  # applies to this thread; a backend that needs more threads sets them in its calls
         try:
             while self._wait_for_work():
                 self.step()
@@ -257,7 +258,7 @@ class DiffusionEngine:
             self._replies.fail_all("the engine stopped unexpectedly; retry on another replica")
 
     def _wait_for_work(self) -> bool:
-        """Block until there is a sample to run. False when closing and none is left."""
+        """Block until there is a sample to run. Return False when the engine is closing and none is left."""
         while True:
             with self._wake:
                 tasks, self._tasks = self._tasks, []
@@ -282,10 +283,10 @@ class DiffusionEngine:
         return batch
 
     def _prepare(self, batch: list[Sample]) -> tuple[list[Sample], float]:
-        """Encode the prompts and draw the noise of newcomers.
+        """Encode the prompts and draw the noise of samples that take their first step.
 
         Returns:
-            Who is ready for its call, and the seconds that took.
+            Samples that are ready for the call, and the seconds spent here.
         """
         newcomers = [sample for sample in batch if sample.latents is None]
         if not newcomers:
@@ -310,7 +311,7 @@ class DiffusionEngine:
         return [sample for sample in batch if sample not in failed], ended_s - started_s
 
     def _run(self, batch: list[Sample]) -> Sequence[Stepped | Pixels | TDMError]:
-        """Compute what is next for each sample of one lane."""
+        """Run the next call of samples of one lane: a denoiser step or a decode."""
         return self._calls.denoise(batch) if batch[0].steps_left else self._calls.decode(batch)
 
     def _advance(
@@ -320,12 +321,13 @@ class DiffusionEngine:
         began_s: float,
         text_s: float,
     ) -> None:
-        """Move each sample on; the finished and the failed leave.
+        """Advance each sample. Finished and failed samples leave.
+
+        The cost of the call counts from the end of the previous one, which on a busy machine is more than its own time.
 
         Args:
-            began_s: when the call's scheduling began, monotonic.
-            text_s: what prompts took of the time since, which is no cost of the call. What is counts from the end of
-                the call before it: on a busy machine that is more than its own time.
+            began_s: When scheduling of the call began, monotonic.
+            text_s: Seconds since then spent on prompts, which are not part of the cost.
         """
         started_s, free_s = began_s + text_s, self._free_s + text_s
         self._free_s = ended_s = time.monotonic()
@@ -353,7 +355,7 @@ class DiffusionEngine:
                 self._show(sample)
 
     def _note(self, sample: Sample, outcome: Stepped | Pixels | TDMError, started_s: float, ended_s: float) -> None:
-        """Keep what a call made of a sample, and when."""
+        """Store a sample's new latents and the timings of its call."""
         began_s = max(started_s, sample.ready_s)
         sample.timings.wait(1e3 * (began_s - sample.ready_s))
         if sample.steps_left:
@@ -365,7 +367,7 @@ class DiffusionEngine:
             sample.latents, sample.denoised = outcome
 
     def _show(self, sample: Sample) -> None:
-        """Tell what the step that was just taken expects the picture to be."""
+        """Decode and show the denoised estimate of the step that was just taken."""
         started_s = time.monotonic()
         pixels = self._calls.preview(sample)
         ended_s = time.monotonic()
@@ -382,7 +384,7 @@ class DiffusionEngine:
         return Picture(sample.params, pixels, sample.timings, sample.prompt, predicted_ms, is_strict)
 
     def _ask_for_fewer_than(self, size: int) -> None:
-        """A call of so many samples did not fit into memory."""
+        """Halve the batch limit after a call of `size` samples did not fit into memory."""
         self.stats.out_of_memory += 1
         if kind := self._scheduler.running_kind:
             self.limit(kind, size // 2)

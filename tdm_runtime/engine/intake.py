@@ -1,4 +1,4 @@
-"""From a request to the sample that the engine carries."""
+"""Turns requests into samples: place in the order of arrival, deadline, kinds of calls."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from tdm_runtime.scheduling.cost_model import CostModel, Kind
 from tdm_runtime.scheduling.work import Lane
 
 BACKGROUND_PATIENCE = 50.0
-"""Times the patience of others; then background work is as urgent as what arrives just now, so that it is done."""
+"""Patience of background work, in patiences of other requests. Afterwards it is as urgent as new arrivals, so it is
+done in the end."""
 
 
 def call_kind(model: LoadedModel, stage: str, shape: tuple[int, ...] = ()) -> Kind:
-    """Return the kind of a model's call; samples of one kind can share a call. LoRAs of one base share their kinds.
+    """Return the kind of a model's call. LoRAs of one base share their kinds.
 
     Args:
-        stage: see `Kind.stage`.
-        shape: of one sample's latents, where it matters.
+        stage: See `Kind.stage`.
+        shape: Shape of one sample's latents; empty for stages that do not depend on it.
     """
     if not model.is_lora:
         return Kind(stage, shape, model.name)
@@ -29,12 +30,13 @@ def call_kind(model: LoadedModel, stage: str, shape: tuple[int, ...] = ()) -> Ki
 
 
 class Intake:
-    """Gives requests their place in the order of arrival, and their deadlines."""
+    """Makes samples, in order of arrival."""
 
     def __init__(self, costs: CostModel, patience: float, auto_stretch: float) -> None:
         """
         Args:
-            patience, auto_stretch: see `EngineConfig`.
+            costs: Costs that deadlines are computed from.
+            patience, auto_stretch: See `EngineConfig`.
         """
         self._costs = costs
         self._patience = patience
@@ -45,7 +47,7 @@ class Intake:
         """Return the sample of a request.
 
         Raises:
-            InvalidRequestError: the model does not serve these parameters.
+            InvalidRequestError: The model does not serve these parameters.
         """
         model.check(params)
         shape, order = model.latent_shape(params), next(self._order)
@@ -90,14 +92,14 @@ class Intake:
         sample.urgency = (deadline_s, sample.urgency[1])
 
     def drafts(self, sample: Sample) -> list[Sample]:
-        """Return the quick look that a request asks for besides: due when it is, and served before it."""
+        """Return the draft that a request asks for, if any. It has the deadline of its picture and goes before it."""
         if not sample.delivery.draft or sample.params.num_inference_steps == 1:
             return []
         params = replace(sample.params, num_inference_steps=1)
         delivery = replace(sample.delivery, min_inference_steps=None, num_previews=0)
         draft = self.sample(sample.model, params, delivery, sample.submitted_s)
         draft.draft_of = sample
-        sample.unseen_steps = 1  # the draft shows as much, and better
+        sample.unseen_steps = 1  # the draft shows the first step better than a preview
         deadline_s, (_, earlier), (_, later) = sample.urgency[0], sample.urgency, draft.urgency
         draft.urgency, sample.urgency = (deadline_s, earlier), (deadline_s, later)
         return [draft]

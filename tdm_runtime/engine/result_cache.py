@@ -10,13 +10,14 @@ from tdm_runtime.params import SamplingParams
 
 
 class ResultCache:
-    """The most recently used pictures, up to a number of bytes. Not thread-safe: the owner locks."""
+    """The most recently used pictures, up to a number of bytes. Not thread-safe; the owner holds the lock."""
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._num_bytes = 0
         self._pictures: OrderedDict[tuple[str, SamplingParams], Picture] = OrderedDict()
         self.hits = 0
+        """Number of pictures that were found."""
 
     def get(self, digest: str, params: SamplingParams, strict: bool) -> Picture | None:
         """Return the picture of a model and parameters, or None. With `strict`, only a strict picture."""

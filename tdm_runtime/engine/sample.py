@@ -38,7 +38,7 @@ class Timings:
 
     @property
     def total_ms(self) -> float:
-        """From submission to pixels."""
+        """Time from submission to pixels."""
         return self.queue_ms + self.text_ms + sum(self.steps_ms) + self.decode_ms
 
 
@@ -49,7 +49,7 @@ class Picture:
     params: SamplingParams
     """Parameters of the picture; `num_inference_steps` is the number of steps actually taken."""
     pixels: Pixels
-    """uint8 [H, W, 3], of a clip [F, H, W, 3]."""
+    """uint8 [H, W, 3]; for a clip [F, H, W, 3]."""
     timings: Timings
     prompt: PromptEmbedding
     predicted_ms: float
@@ -69,9 +69,9 @@ class Sample(Work):
     """Parameters of the picture; under "auto" the step count is final once the first step is due."""
     delivery: Delivery
     submitted_s: float
-    """Monotonic."""
+    """Time of submission, monotonic."""
     ready_s: float
-    """When it was submitted, or when its latest call ended; monotonic."""
+    """Time of submission, or end of its latest call; monotonic."""
     future: Future[Picture] = field(default_factory=Future)
     draft_of: Sample | None = None
     """The sample whose one-step draft this is; None for a picture."""
@@ -84,6 +84,7 @@ class Sample(Work):
 
     @property
     def table(self) -> StepTable:
+        """Step table of its step count."""
         return self.model.recipe.step_tables[self.params.num_inference_steps]
 
     @property

@@ -1,4 +1,4 @@
-"""Warm-up: run every kind of call before the first request, and measure what calls cost."""
+"""Warm-up: runs every kind of call before the first request and measures its cost."""
 
 from __future__ import annotations
 
@@ -20,24 +20,26 @@ from tdm_runtime.params import SamplingParams
 from tdm_runtime.scheduling.cost_model import MIN_GAIN, Kind
 
 PASSES = 3
+"""Number of times that all sizes are measured, one after the other."""
 ROUNDS = 5
+"""Most calls of one size in a pass."""
 PASS_S = 0.1
-"""A pass over one size ends after `ROUNDS` rounds or this many seconds, whichever is first."""
+"""Seconds after which a pass over one size ends, even before `ROUNDS` calls."""
 BOOKKEEPING_S = 3e-4
-"""Time the engine adds to each call of the model, about; a batch shares it."""
+"""Approximate time that the engine adds to each call of the model, whatever its size."""
 PROMPT = "warm-up"
 
 
 def warm_up(engine: DiffusionEngine, model: LoadedModel | None = None) -> None:
-    """Run every size, step count and decoder of a model, in batches that grow until they stop helping.
+    """Measure every kind of call of a model, then make a picture of every size, step count and decoder.
 
-    The engine may be serving: each call is made between two of its own.
+    The engine may be serving meanwhile: each call runs between two of its own.
 
     Args:
-        model: None is the engine's own.
+        model: Model to warm up; None is the engine's own.
 
     Raises:
-        TDMError: the model cannot make a picture.
+        TDMError: The model cannot make a picture.
     """
     model = model or engine.model
     _learn_costs(engine, model)
@@ -53,9 +55,8 @@ def _learn_costs(engine: DiffusionEngine, model: LoadedModel) -> None:
     numbers = itertools.count()
     _learn(engine, call_kind(model, "text"), partial(_encode, model.text_encoder, numbers), capacity=1)
     size = 2
-    while (
-        size <= engine.config.max_batch_size
-    ):  # new samples are encoded together; forecasts do not count on what that saves
+    # Larger sizes run once and are not learned: forecasts do not count on the time that encoding together saves.
+    while size <= engine.config.max_batch_size:
         _seconds(engine, partial(_encode, model.text_encoder, numbers), size)
         size *= 2
     for width, height in model.recipe.native_sizes:
@@ -65,7 +66,7 @@ def _learn_costs(engine: DiffusionEngine, model: LoadedModel) -> None:
         for name, decoder in model.decoders.items():
             kind = call_kind(model, f"decode:{name}", shape)
             if engine.call_seconds(kind):
-                continue  # a LoRA decodes as its base does
+                continue  # a LoRA and its base share the decoder
             latents = torch.zeros(engine.config.max_batch_size, *shape, device=model.denoiser.device)
             _learn(engine, kind, partial(_decode, decoder, latents))
 
@@ -91,13 +92,13 @@ def _denoise(engine: DiffusionEngine, model: LoadedModel, params: SamplingParams
     def call(size: int) -> object:
         prompt = conditioning_of(prompts * size)
         output = denoise([model] * size, latents[:size], timesteps[:size], step_counts[:size], prompt)
-        return output.sum().item()  # waits for a GPU
+        return output.sum().item()  # waits until a GPU is done
 
     return call
 
 
 def _learn(engine: DiffusionEngine, kind: Kind, call: Callable[[int], object], capacity: int | None = None) -> None:
-    """Measure a kind of call at 1, 2, 4, ... samples, until two larger sizes in a row gave no more samples a second."""
+    """Measure a kind of call at 1, 2, 4, ... samples, until two sizes in a row give no more samples a second."""
     times_s: dict[int, list[float]] = {}
     size, without_gain = 1, 0
     while size <= (capacity or engine.config.max_batch_size) and without_gain < 2:
@@ -110,11 +111,11 @@ def _learn(engine: DiffusionEngine, kind: Kind, call: Callable[[int], object], c
             break
         without_gain = 0 if _fastest(times_s) == size else without_gain + 1
         size *= 2
-    for _ in range(PASSES - 1):  # pass by pass, so that a slow moment of the machine does not hit one size alone
+    for _ in range(PASSES - 1):  # several passes, so that a slow moment of the machine does not hit one size alone
         for size in times_s:
             times_s[size] += _times(engine, call, size)
     for size, seen_s in times_s.items():
-        engine.observe(kind, size, min(seen_s) + BOOKKEEPING_S)  # the usual slowness is learned from real calls
+        engine.observe(kind, size, min(seen_s) + BOOKKEEPING_S)  # real calls teach the usual slowness
     engine.limit(kind, max(times_s))
 
 

@@ -1,4 +1,4 @@
-"""`BackendConfig`: the backend that is asked for. `Artifacts`: what `tdm-export` built of a checkpoint."""
+"""`BackendConfig`: the requested backend. `Artifacts`: the programs that `tdm-export` built from a checkpoint."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from tdm_runtime.model.local_parity import LocalParity
 
 @dataclass(frozen=True)
 class BackendConfig:
-    """What is to run a checkpoint."""
+    """Backend that runs a checkpoint."""
 
     backend: BackendName | Literal["auto"] = "torch"
-    """auto measures what there is, once on a machine, and takes the fastest that keeps `MIN_PSNR_DB`."""
+    """Name of the backend. auto measures the available ones once and takes the fastest of at least `MIN_PSNR_DB`."""
     precision: Precision | None = None
-    """None is the backend's own: fp32 for torch, what was built first for others."""
+    """Precision of the arithmetic. None: fp32 for torch, the first build for other backends."""
     threads: int | None = None
-    """CPU threads of a call; 0 takes the number that makes one picture soonest, None leaves torch's setting alone."""
+    """CPU threads of a call. 0: the fastest number for one picture, measured. None: the backend's own setting."""
     artifacts: Path | None = None
-    """Folder that `tdm-export` wrote; None looks where it writes by default."""
+    """Folder that `tdm-export` wrote. None: its default folder."""
     allow_fallback: bool = False
-    """Run torch where the artifacts cannot be used, and say so, in place of refusing."""
+    """Whether torch runs the checkpoint if the artifacts cannot be used. Otherwise loading fails."""
     device: str | None = None
-    """A torch device for torch backends; by default CUDA where there is one, else the CPU."""
+    """torch device of the torch backends. None: CUDA if available, or else the CPU."""
 
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 0:
@@ -52,11 +52,12 @@ class BackendConfig:
 
 @dataclass(frozen=True)
 class Artifacts:
-    """A checkpoint and what was built of it."""
+    """A checkpoint and its artifacts folder."""
 
     checkpoint: Checkpoint
     folder: Path
     manifest: Manifest | None
+    """Manifest of the folder; None if there is none, or if the backend needs none."""
 
     @cached_property
     def parity(self) -> LocalParity:
@@ -65,10 +66,10 @@ class Artifacts:
 
     @classmethod
     def find(cls, checkpoint: Checkpoint, config: BackendConfig) -> Artifacts:
-        """Read the manifest, where there is one.
+        """Find the artifacts of a checkpoint and read their manifest, if there is one.
 
         Raises:
-            ArtifactError: a folder was named and holds nothing for this checkpoint.
+            ArtifactError: The folder has artifacts of another checkpoint, or the named folder has none.
         """
         folder = config.artifacts or default_artifacts(checkpoint)
         is_there = config.artifacts is not None or (folder / MANIFEST_FILE).is_file()
@@ -76,7 +77,7 @@ class Artifacts:
         return cls(checkpoint, folder, load_manifest(folder, checkpoint) if is_read else None)
 
     def is_missing(self, config: BackendConfig) -> bool:
-        """Whether this backend wants artifacts and the default folder has none for it."""
+        """Whether this backend needs artifacts and the default folder has none for it."""
         if config.backend in TORCH_BACKENDS or config.artifacts is not None:
             return False
         if config.backend == "auto":
@@ -89,8 +90,8 @@ class Artifacts:
         """Load one candidate.
 
         Raises:
-            ArtifactError: it was not built, or was built for something else, or makes poor pictures on this CPU.
-            BackendError: it cannot run here.
+            ArtifactError: It was not built, or was built for another machine, or makes poor pictures on this CPU.
+            BackendError: It cannot run here.
         """
         if backend in TORCH_BACKENDS:
             on = torch.device(device) if device else None
@@ -102,8 +103,8 @@ class Artifacts:
         """Return the manifest and the build for a backend, with its parity on this machine.
 
         Raises:
-            ArtifactError: it was not built, or makes poor pictures on this CPU; says what to run.
-            BackendError: it cannot run here.
+            ArtifactError: It was not built, or makes poor pictures on this CPU; the message says what to run.
+            BackendError: It cannot run here.
         """
         build = self.manifest.find(backend, precision) if self.manifest else None
         if self.manifest is None or build is None:

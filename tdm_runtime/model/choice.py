@@ -1,4 +1,4 @@
-"""Which backend runs a checkpoint: the one that is asked for, or the fastest that was measured."""
+"""Choice of the backend that runs a checkpoint: the requested one, or the fastest one measured."""
 
 from __future__ import annotations
 
@@ -20,11 +20,7 @@ from tdm_runtime.backends import BackendName, Precision
 from tdm_runtime.backends.cpu import cpu_features
 from tdm_runtime.backends.machine import TOOLS, gpu_architecture, installed
 from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT, Checkpoint, file_sha256, open_checkpoint
-from tdm_runtime.checkpoint.manifest import (
-    MANIFEST_FILE,
-    PictureParity,
-    export_command,
-)
+from tdm_runtime.checkpoint.manifest import MANIFEST_FILE, PictureParity, export_command
 from tdm_runtime.errors import ArtifactError, BackendError
 from tdm_runtime.model.artifacts import Artifacts, BackendConfig
 from tdm_runtime.model.loaded_model import LoadedModel, denoise
@@ -33,11 +29,13 @@ from tdm_runtime.model.text_encoder import conditioning_of
 from tdm_runtime.params import SamplingParams
 
 CHOICE_FILE = "choice.json"
+"""File beside the artifacts that keeps the choice."""
 ROUNDS = 20
+"""Most calls in a measurement."""
 ROUNDS_S = 1.0
-"""A measurement ends after so many rounds or seconds, whichever is first."""
+"""Seconds after which a measurement ends, even before `ROUNDS` calls."""
 FEW_THREADS_BELOW_S = 0.5
-"""Only a picture that is made sooner may gain by fewer threads than there are cores."""
+"""Seconds a picture. Only models faster than this are measured with fewer threads than cores too."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +58,9 @@ class Choice:
     machine: str
     chosen: Candidate
     picture_ms: Mapping[str, float]
-    """Candidate -> one picture at the default step count, text to pixels, with its best number of threads."""
+    """Candidate -> milliseconds of a picture (`picture_seconds`), with its best thread count."""
     excluded: Mapping[str, str]
-    """Candidate -> why it was not measured."""
+    """Candidate -> reason why it was not measured."""
 
     def __str__(self) -> str:
         others = [f"{name} {ms:.3g} ms" for name, ms in self.picture_ms.items() if name != self.chosen.name]
@@ -83,20 +81,21 @@ def load_model(
 
     Args:
         folder: Checkpoint folder; the embedded checkpoint by default.
-        device: in place of `config.device`.
+        config: Backend, precision and artifacts.
+        device: Replaces `config.device`.
 
     Raises:
-        CheckpointError: the folder cannot be served; the message says why and what to do.
-        BackendError: the backend cannot run here, or its artifacts are not of this checkpoint and machine.
+        CheckpointError: The folder cannot be served; the message says why and what to do.
+        BackendError: The backend cannot run here, or its artifacts belong to another checkpoint or machine.
     """
     return load_checkpoint(open_checkpoint(Path(folder)), replace(config, device=device or config.device))
 
 
 def load_checkpoint(checkpoint: Checkpoint, config: BackendConfig = BackendConfig()) -> LoadedModel:
-    """Load a checkpoint that was opened.
+    """Load an opened checkpoint.
 
     Raises:
-        CheckpointError, BackendError: see `load_model`.
+        CheckpointError, BackendError: See `load_model`.
     """
     try:
         return _loaded(checkpoint, config)
@@ -118,16 +117,16 @@ def _loaded(checkpoint: Checkpoint, config: BackendConfig) -> LoadedModel:
 
 
 def _choose(artifacts: Artifacts, config: BackendConfig) -> Choice:
-    """Measure every candidate, or read what was measured on this machine before."""
+    """Measure every candidate, or read the choice that was measured on this machine before."""
     kept = artifacts.folder / CHOICE_FILE
     machine = _machine(artifacts, config)
     if (known := _read_choice(kept)) is not None and known.machine == machine:
         return known
-    with ThreadPoolExecutor(1) as passing:  # torch's OpenMP workers end with it
+    with ThreadPoolExecutor(1) as passing:  # torch's OpenMP workers end with this thread
         choice = passing.submit(_measured, artifacts, config, machine).result()
     if artifacts.manifest is not None:
         partial_file = kept.with_suffix(f".{os.getpid()}")
-        with contextlib.suppress(OSError):  # a folder that cannot be written to: it is measured at every start
+        with contextlib.suppress(OSError):  # a read-only folder: every start measures again
             partial_file.write_bytes(_ADAPTER.dump_json(choice, indent=2))
             partial_file.replace(kept)
     return choice
@@ -136,12 +135,12 @@ def _choose(artifacts: Artifacts, config: BackendConfig) -> Choice:
 def _read_choice(file: Path) -> Choice | None:
     try:
         return _ADAPTER.validate_json(file.read_bytes())
-    except (OSError, pydantic.ValidationError):  # it can be measured again
+    except (OSError, pydantic.ValidationError):  # the choice can be measured again
         return None
 
 
 def _machine(artifacts: Artifacts, config: BackendConfig) -> str:
-    """What a measurement depends on, parities included: `tdm-export --verify` may change them."""
+    """Describe all that a measurement depends on, the manifest too: `tdm-export --verify` changes parities."""
     cpu = platform.processor() or platform.machine()
     if (cpuinfo := Path("/proc/cpuinfo")).is_file():
         lines = cpuinfo.read_text(encoding="utf-8").splitlines()
@@ -180,7 +179,7 @@ def _measured(artifacts: Artifacts, config: BackendConfig, machine: str) -> Choi
         reasons = "; ".join(f"{name}: {why}" for name, why in excluded.items())
         raise BackendError(f"no backend runs {artifacts.checkpoint.recipe.name} here: {reasons}")
     best_first = sorted(times, key=lambda candidate: times[candidate])
-    picture_ms = {c.name: 1e3 * times[c] for c in reversed(best_first)}  # the fewest milliseconds of a name are last
+    picture_ms = {c.name: 1e3 * times[c] for c in reversed(best_first)}  # the best of a name comes last and stays
     return Choice(machine, best_first[0], picture_ms, excluded)
 
 
@@ -202,13 +201,13 @@ def _candidates(artifacts: Artifacts, config: BackendConfig) -> Iterator[tuple[B
 
 
 def _falls_short(pictures: Mapping[int, PictureParity]) -> str | None:
-    """Why a build's pictures are not close enough to be chosen unasked."""
+    """Return why "auto" must not choose a build, or None if its pictures are close enough."""
     lowest = lowest_psnr_db(pictures)
-    return f"its pictures keep {lowest:.1f} dB here, {MIN_PSNR_DB:g} are asked" if lowest < MIN_PSNR_DB else None
+    return f"its pictures reach {lowest:.1f} dB here, below {MIN_PSNR_DB:g} dB" if lowest < MIN_PSNR_DB else None
 
 
 def _thread_counts(wanted: int | None) -> list[int]:
-    """All cores first, then the powers of two below."""
+    """Return the thread counts to measure: all cores first, then smaller powers of two."""
     if wanted:
         return [wanted]
     cores = _cores()
@@ -221,7 +220,7 @@ def _cores() -> int:
 
 @torch.inference_mode()
 def picture_seconds(model: LoadedModel) -> float:
-    """Time of one picture at the default step count, text to pixels, from measuring each component."""
+    """Return the seconds of a picture at the default step count: its steps and its decode, without the text encoder."""
     recipe = model.recipe
     width, height = recipe.native_sizes[0]
     params = SamplingParams("warm-up", 0, recipe.default_steps, width, height)
@@ -236,7 +235,7 @@ def picture_seconds(model: LoadedModel) -> float:
 
 
 def _seconds(call: Callable[[], object]) -> float:
-    """The least of a few rounds after a first; of a call that takes long, of the second."""
+    """Return the least seconds of a few calls after a first one. A slow call is measured once."""
     call()
     fewest, ends_s = float("inf"), time.monotonic() + ROUNDS_S
     for _ in range(ROUNDS):

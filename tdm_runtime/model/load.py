@@ -1,4 +1,4 @@
-"""Loads a checkpoint's components, from its own modules or from a build."""
+"""Loading of a checkpoint's components, from its own modules or from a build."""
 
 from __future__ import annotations
 
@@ -28,14 +28,15 @@ def load_with_torch(
     device: torch.device | None = None,
     threads: int | None = None,
 ) -> LoadedModel:
-    """Load the checkpoint's own modules.
+    """Load the checkpoint's own modules with a torch backend.
 
     Args:
         backend: torch, torch-compiled or cuda-graphs.
+        device: None is CUDA if available, or else the CPU.
         threads: CPU threads of a denoiser call; None leaves the calling thread's setting alone.
 
     Raises:
-        BackendError: this backend does not compute in that precision, or not on that device.
+        BackendError: The backend does not support the precision or the device.
     """
     if precision not in TORCH_DTYPES:
         raise BackendError(f"{backend} does not run {precision}; choose {', '.join(TORCH_DTYPES)}")
@@ -44,8 +45,8 @@ def load_with_torch(
 
     def run(name: ComponentName) -> tuple[Backend, Interface]:
         module, interface = load_component(checkpoint, name)
-        # The decoder works beside the denoiser. OpenMP workers stop spinning, and a step takes twice as
-        # long, once there are more of them than cores, so only the denoiser's thread may have a team.
+        # Only the denoiser may have an OpenMP team. With a second team there are more workers than cores, they stop
+        # spinning, and a step takes twice as long.
         team = 1 if name.endswith("decoder") else threads
         return open_module(backend, module, interface, on, dtype, team), interface
 
@@ -55,11 +56,11 @@ def load_with_torch(
 def load_build(
     checkpoint: Checkpoint, manifest: Manifest, build: Build, folder: Path, threads: int | None = None
 ) -> LoadedModel:
-    """Load compiled artifacts; the checkpoint's weights are not read.
+    """Load compiled artifacts. The checkpoint's weights are not read.
 
     Raises:
-        ArtifactError: they are damaged, or built for another machine.
-        BackendError: the backend cannot run here.
+        ArtifactError: The artifacts are damaged, or built for another machine.
+        BackendError: The backend cannot run here.
     """
     check_build(manifest, build, folder, checkpoint)
 
@@ -72,10 +73,10 @@ def load_build(
 def component_backend(
     manifest: Manifest, build: Build, folder: Path, name: ComponentName, threads: int | None = None
 ) -> Backend:
-    """One component of a build, whose files were checked before.
+    """Load one component of a build whose files were checked before.
 
     Raises:
-        BackendError: it was not built, or cannot run here.
+        BackendError: The component was not built, or cannot run here.
     """
     if name not in build.components:
         raise ArtifactError(f"{build.name} in {folder} has no {name}; run `tdm-export` again")
@@ -113,7 +114,7 @@ def _check_sizes(checkpoint: Checkpoint) -> None:
     for width, height in checkpoint.recipe.native_sizes:
         if width % checkpoint.downscale or height % checkpoint.downscale:
             raise RecipeError(
-                f"{checkpoint.folder / RECIPE_FILE}: native_sizes has {width}x{height}, and the decoder makes "
-                f"multiples of {checkpoint.downscale} pixels only; publish the checkpoint anew with sizes that it "
+                f"{checkpoint.folder / RECIPE_FILE}: native_sizes has {width}x{height}, but the decoder makes only "
+                f"multiples of {checkpoint.downscale} pixels; publish the checkpoint again with sizes that it "
                 "was trained at"
             )

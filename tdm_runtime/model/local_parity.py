@@ -1,4 +1,4 @@
-"""How close builds' pictures come on this machine: as exported, or measured again on a CPU of other features."""
+"""Parity of builds on this machine: as exported, or measured again if the CPU has other features."""
 
 from __future__ import annotations
 
@@ -29,18 +29,21 @@ from tdm_runtime.model.parity import (
 )
 
 BUDGET_S = 20.0
-"""No further prompt is begun after so long: a server is starting."""
+"""Seconds after which no further prompt is begun, because a server is starting."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class KeptParity:
-    """What was measured of one build on CPUs of one set of features."""
+    """Parity of one build, measured on CPUs with one set of features."""
 
     build: str
+    """`Build.name`."""
     measured_on: tuple[str, ...]
+    """`kernel_choice` of the machine."""
     pictures: Mapping[int, PictureParity]
+    """Step count K -> parity."""
 
 
 _ADAPTER = pydantic.TypeAdapter(KeptParity)
@@ -55,12 +58,13 @@ class LocalParity:
         self._found: dict[str, Mapping[int, PictureParity]] = {}
 
     def of(self, manifest: Manifest, build: Build) -> Mapping[int, PictureParity]:
-        """Parity of a build's pictures here: the manifest's, where it was measured on a CPU like this one.
+        """Return the parity of a build's pictures on this machine.
 
-        Otherwise it is measured, once, and kept beside the artifacts; in the user's cache where they are read-only.
+        The manifest's figures count if they were measured on a CPU like this one. Otherwise parity is measured once and
+        kept beside the artifacts, or in the user's cache if the folder is read-only.
 
         Raises:
-            ArtifactError, BackendError: the build cannot be run here.
+            ArtifactError, BackendError: The build cannot run here.
         """
         here = kernel_choice(build)
         if _is_measured_on(build, here):
@@ -71,19 +75,19 @@ class LocalParity:
         return self._found[name]
 
     def checked(self, manifest: Manifest, build: Build) -> Mapping[int, PictureParity]:
-        """Parity of a build's pictures here, for a build that is asked for by name.
+        """Return the parity of a build that is requested by name.
 
         Raises:
-            ArtifactError: pictures that were good where it was exported are poor here, or it is of another make.
-            BackendError: the build cannot be run here.
+            ArtifactError: Its pictures are poor on this CPU, or it was built for another machine.
+            BackendError: The build cannot run here.
         """
         pictures = self.of(manifest, build)
         if _is_measured_on(build, kernel_choice(build)):
-            return pictures  # `tdm-export` showed its parity on such a CPU, and it is asked for by name
+            return pictures  # `tdm-export` showed its user this parity
         lowest, floor = lowest_psnr_db(pictures), min_psnr_db(build.precision)
         if lowest < floor:
             raise ArtifactError(
-                f"pictures of {build.name} in {self._folder} keep {lowest:.1f} dB on this CPU, {floor:g} are asked "
+                f"pictures of {build.name} in {self._folder} reach {lowest:.1f} dB on this CPU, below {floor:g} dB "
                 f"({_exported(build)}); choose another --precision or --backend auto"
             )
         return pictures
@@ -97,7 +101,7 @@ class LocalParity:
         return (self._folder, user_cache() / "parity")
 
     def _key(self, build: Build, here: tuple[str, ...]) -> str:
-        """Hash of all that may change the pictures."""
+        """Return a hash of all that may change the pictures."""
         files = {name: dict(component.files) for name, component in build.components.items()}
         what = [self._checkpoint.fingerprint, build.name, files, dict(build.requires), here]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
@@ -114,12 +118,12 @@ class LocalParity:
         self, manifest: Manifest, build: Build, here: tuple[str, ...], name: str
     ) -> Mapping[int, PictureParity]:
         logger.warning(
-            "%s in %s was not measured on such a CPU; its pictures are compared with torch fp32 here, once",
+            "%s in %s was not measured on a CPU like this one; comparing its pictures with torch fp32 once",
             build.name,
             self._folder,
         )
         model = load_build(self._checkpoint, manifest, build, self._folder)
-        with ThreadPoolExecutor(1) as passing:  # torch's OpenMP workers end with it
+        with ThreadPoolExecutor(1) as passing:  # torch's OpenMP workers end with this thread
             pictures = passing.submit(lambda: picture_parity(self._reference, model)).result()
         self._keep(KeptParity(build.name, here, pictures), name)
         return pictures
@@ -146,4 +150,4 @@ def _is_measured_on(build: Build, here: tuple[str, ...]) -> bool:
 def _exported(build: Build) -> str:
     if not build.pictures:
         return "not measured where it was exported"
-    return f"{lowest_psnr_db(build.pictures):.1f} where it was exported"
+    return f"{lowest_psnr_db(build.pictures):.1f} dB where it was exported"

@@ -1,4 +1,4 @@
-"""How close a build's pictures come to those of torch float32."""
+"""Parity: how close a build's pictures are to those of torch float32."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from tdm_runtime.params import SamplingParams
 from tdm_runtime.pipeline import generate
 
 MIN_PSNR_DB = 35.0
-"""Pictures of a backend that is chosen without being asked for keep at least this against torch float32."""
+"""Lowest PSNR against torch float32 at which "auto" may choose a build."""
 QUANTISED_MIN_PSNR_DB = 30.0
-"""What int8 and fp8 keep at least where they are asked for by name."""
+"""Lowest PSNR of int8 and fp8 builds that are requested by name."""
 PROMPTS = (
     "a red apple",
     "a rocket on a blue background",
@@ -33,24 +33,22 @@ PROMPTS = (
     "a big yellow bus",
     "a purple flower in the bottom right",
 )
-"""What is compared, unless other prompts are given. None of them calibrates int8 (`export/prompts.py`)."""
-
-
+"""Prompts compared by default. None of them calibrates int8 (`export/prompts.py`)."""
 Pictures = Mapping[SamplingParams, Pixels]
 
 
 @dataclass(frozen=True)
 class ParityConfig:
-    """How much is compared."""
+    """Pictures to compare."""
 
     prompts: tuple[str, ...] = PROMPTS
-    """One picture each, at every step count."""
+    """Prompts; each gives one picture at every step count."""
     budget_s: float = 120.0
-    """No further prompt is begun after so long; one is always compared."""
+    """Seconds after which no further prompt is begun. At least one is compared."""
 
 
 def reference_pictures(checkpoint: Checkpoint, config: ParityConfig = ParityConfig()) -> Pictures:
-    """Make the pictures with torch float32 on the CPU, prompt by prompt: a budget cuts prompts and not step counts."""
+    """Make the pictures with torch float32 on the CPU, prompt by prompt, so that the budget never cuts step counts."""
     recipe = checkpoint.recipe
     width, height = recipe.native_sizes[0]
     model = load_with_torch(checkpoint, device=torch.device("cpu"))
@@ -65,7 +63,7 @@ def reference_pictures(checkpoint: Checkpoint, config: ParityConfig = ParityConf
 
 
 def picture_parity(reference: Pictures, model: LoadedModel) -> dict[int, PictureParity]:
-    """Make the same pictures with a model. Returns step count K -> their parity."""
+    """Make the same pictures with a model and return step count K -> parity."""
     pairs: dict[int, list[tuple[Pixels, Pixels]]] = {}
     for request, expected in reference.items():
         pairs.setdefault(request.num_inference_steps, []).append((expected, generate(model, request)))
@@ -73,12 +71,12 @@ def picture_parity(reference: Pictures, model: LoadedModel) -> dict[int, Picture
 
 
 def lowest_psnr_db(pictures: Mapping[int, PictureParity]) -> float:
-    """The PSNR at the step count where it is lowest."""
+    """Return the lowest PSNR of all step counts."""
     return min(parity.psnr_db for parity in pictures.values())
 
 
 def min_psnr_db(precision: Precision) -> float:
-    """Pictures of a build that is asked for by name keep at least this."""
+    """Return the lowest PSNR of a build that is requested by name."""
     return QUANTISED_MIN_PSNR_DB if precision in ("int8", "fp8") else MIN_PSNR_DB
 
 

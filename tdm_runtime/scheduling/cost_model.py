@@ -1,6 +1,6 @@
-"""How long calls take: learned at warm-up, kept current by every call, fading while none is made.
+"""Cost model: how long calls take. Warm-up and every call teach it; what load taught fades while no call is made.
 
-Knows no tensors and has no clock of its own: every time is an argument, monotonic.
+It uses no tensors and has no clock: every time is an argument, monotonic.
 """
 
 from __future__ import annotations
@@ -12,65 +12,66 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 WEIGHT = 0.1
-"""Of the latest call in what is thought of the machine's speed."""
+"""EMA weight of the latest call in the machine's speed."""
 SLOW_WEIGHT = 0.02
-"""Of the latest call in what is thought of its batch size beside others."""
+"""EMA weight of the latest call in the relative cost of its batch size."""
 MAX_SURPRISE = 4.0
-"""A call counts as at most so many times what was expected: a stall of the machine is not the model's cost."""
+"""Cap on the duration of a call, as a multiple of the expected one. A stall of the machine is no cost of the model."""
 MIN_GAIN = 0.05
-"""A batch grows only where more pictures a second come of it, by at least this share."""
+"""Share by which throughput must rise for a batch to grow."""
 HALF_LIFE_S = 0.25
-"""Time without a call of a kind after which half of what load taught about it is gone. The part that is left is
-0.5^(t / half-life)^2: after a tenth of a half-life 99 %, so a busy engine forgets nothing between two calls; after a
-second 0.002 %, so a client that comes a second after a burst finds no trace of it."""
+"""Time without a call of a kind after which half of what load taught about it is forgotten.
+
+The remaining part is 0.5^(t / half-life)^2. After a tenth of a half-life it is 99 %, so a busy engine forgets nothing
+between two calls. After a second it is 0.002 %, so a client that comes a second after a burst finds no trace of it."""
 HALF_LIFE_CALLS = 20
-"""Calls that take one half-life, where that is more than `HALF_LIFE_S`: slow calls are far apart under load too."""
+"""The half-life in calls, used if it is longer than `HALF_LIFE_S`. Slow calls are far apart under load too."""
 
 
 class Kind(NamedTuple):
-    """Calls that cost the same at the same batch size."""
+    """Kind of call: calls of one kind cost the same at the same batch size."""
 
     stage: str
-    """text, denoise, decode:full, decode:tiny, encode:png, ..."""
+    """Stage of the call: text, denoise, decode:full, decode:tiny, encode:png, ..."""
     shape: tuple[int, ...] = ()
-    """Shape of one sample's latents, [C, H, W] or [C, F, H, W]; empty where it does not matter."""
+    """Shape of one sample's latents, [C, H, W] or [C, F, H, W]; empty if the cost does not depend on it."""
     model: str = ""
-    """Whose programs run it, where there are several models."""
+    """Name of the model whose programs run the call; empty for calls outside a model."""
 
 
 class Mood(NamedTuple):
-    """What is expected of a kind of call at some time, whatever its size."""
+    """Speed of the machine for one kind of call at one time, whatever the batch size."""
 
     slowness: float
-    """Times what its sizes take in `Estimate.seconds`."""
+    """Factor on `Estimate.seconds`."""
     deviation: float
-    """Usual distance of a call from what was expected, as a share of it."""
+    """Mean absolute deviation of calls from their expected duration, as a share of it."""
 
 
 @dataclass
 class Estimate:
-    """One kind of call: how its sizes compare, and how fast the machine is just now.
+    """Estimate for one kind of call: the relative cost of its batch sizes, and the present speed of the machine.
 
-    The two are told apart because a machine has moods. A size that happened to run in a slow minute would
-    otherwise look bad, not be used, and so never be seen to be good.
+    The two are kept apart because the speed of a machine changes. A size that happened to run in a slow minute would
+    otherwise look bad, would not be used, and would never be seen to be good.
 
-    Load is such a mood too. What calls under load teach fades while none is made, to what calm calls taught.
+    Load changes the speed too. What calls under load teach fades, while no call is made, to what calm calls taught.
     """
 
     seconds: dict[int, float] = field(default_factory=dict)
     """Batch size -> seconds at a `slowness` of 1."""
     mood: Mood = Mood(1.0, 0.0)
-    """As of the last call."""
+    """Speed after the last call."""
     calm: Mood = Mood(1.0, 0.0)
-    """What calm calls taught; never above `mood`."""
+    """Speed that calm calls taught; never above `mood`."""
     least: float = 1.0
-    """The smallest slowness that calm calls ever had."""
+    """Smallest slowness that `calm` ever had."""
     seen_s: float = 0.0
-    """When the last call ended, monotonic."""
+    """End of the last call, monotonic."""
     limit: int | None = None
-    """Samples in a call at most."""
+    """Most samples in a call; None: not known yet."""
     best: dict[int, int] = field(default_factory=dict)
-    """Samples that could share a call -> how many should, until the next observation."""
+    """Cache: samples that could share a call -> samples that should. Cleared by the next observation."""
 
     def observe(self, size: int, seconds: float, now_s: float, is_calm: bool) -> None:
         """Learn from a call that ended at `now_s`."""
@@ -85,14 +86,14 @@ class Estimate:
         if is_calm:
             self.calm = _learned(self.calm, pace)
         self.seconds[size] *= change
-        if size == min(self.seconds):  # only how sizes compare may change by load, not what a calm call takes
+        if size == min(self.seconds):  # load may change how sizes compare, but not the duration of a calm call
             self.calm = self.calm._replace(slowness=self.calm.slowness / change)
             self.least /= change
         self.calm = Mood(*map(min, self.calm, self.mood))
         self.least = min(self.least, self.calm.slowness)
 
     def mood_at(self, now_s: float) -> Mood:
-        """The mood if no call is made until `now_s`. A clock that goes back takes nothing away."""
+        """Return the mood at `now_s` if no call is made until then. A clock that goes back changes nothing."""
         smallest_s = self.seconds[min(self.seconds)] if self.seconds else 0.0
         half_life_s = max(HALF_LIFE_S, HALF_LIFE_CALLS * self.least * smallest_s)
         left = math.pow(0.5, (max(0.0, now_s - self.seen_s) / half_life_s) ** 2)
@@ -100,7 +101,10 @@ class Estimate:
         return Mood(slowness, self.calm.deviation + left * (self.mood.deviation - self.calm.deviation))
 
     def usual(self, size: int) -> float:
-        """Seconds at a `slowness` of 1; between sizes that were seen on the line, beyond them in proportion."""
+        """Return the seconds at a `slowness` of 1.
+
+        Between measured sizes it interpolates; above them it grows in proportion to `size`.
+        """
         if size in self.seconds:
             return self.seconds[size]
         below = max((n for n in self.seconds if n < size), default=None)
@@ -114,11 +118,11 @@ class Estimate:
         return (1 - share) * self.seconds[below] + share * self.seconds[above]
 
     def batch_size(self, available: int) -> int:
-        """The fewest samples that are about the most a second.
+        """Return the fewest samples that reach about the highest throughput.
 
-        Where a limit says that all sizes that may help were tried, only those are taken: a backend may run others in
-        several calls. Before, a size that was never tried is expected to cost no more than the largest that was, so
-        that it is.
+        With a limit, all sizes that may help were measured, and only measured sizes are taken: a backend may run other
+        sizes in several calls. Without a limit, a size above the largest measured one is assumed to cost as much as
+        that, so that it is tried.
         """
         at_most = min(available, self.limit or available)
         sizes = [size for size in sorted(self.seconds) if size <= at_most] if self.limit else range(1, at_most + 1)
@@ -128,65 +132,65 @@ class Estimate:
 
 
 def _learned(mood: Mood, pace: float) -> Mood:
-    """The mood after a call that took `pace` times what its size takes."""
+    """Return the mood after a call that took `pace` times the `seconds` of its size."""
     surprise = min(MAX_SURPRISE, pace / mood.slowness) - 1
     slowness = mood.slowness * (1 + WEIGHT * surprise)
     return Mood(slowness, mood.deviation + WEIGHT * (abs(surprise) - mood.deviation))
 
 
 class CostModel:
-    """Seconds per kind of call and batch size, as of `now_s`. Not thread-safe: its owner locks.
+    """Seconds of a call by kind and batch size. Not thread-safe; the owner holds the lock.
 
-    Kinds that were not seen cost nothing, which claims nothing: warm-up sees all of them.
+    A kind that was never measured costs nothing. Warm-up measures all kinds.
     """
 
     def __init__(self) -> None:
         self._estimates: defaultdict[Kind, Estimate] = defaultdict(Estimate)
         self._now_s = 0.0
         self._moods: dict[Kind, Mood] = {}
-        """As of `_now_s`: a forecast asks for them again and again."""
+        """Cache of the moods at `_now_s`; a forecast reads them often."""
 
     def observe(self, kind: Kind, size: int, seconds: float, now_s: float, is_calm: bool = False) -> None:
         """Learn from one call, which ended at `now_s`.
 
         Args:
-            is_calm: no other request was there or came meanwhile, so that it took what it takes without load.
+            is_calm: Whether no other request was present or arrived during the call.
         """
         self._estimates[kind].observe(size, seconds, now_s, is_calm)
         self.pass_time(now_s)
 
     def pass_time(self, now_s: float) -> None:
-        """From here on, answer as of `now_s`: what was learned under load fades while no calls are made."""
+        """Set the time to `now_s`. What load taught fades while no calls are made."""
         self._now_s = now_s
         self._moods = {}
 
     def at(self, now_s: float) -> CostModel:
-        """The same costs as of another time, if no call is made until then."""
+        """Return these costs at another time, if no call is made until then."""
         other = copy.copy(self)
         other.pass_time(now_s)
         return other
 
     def least(self) -> CostModel:
-        """The costs at their lowest: what calm calls took at best."""
+        """Return the lowest costs: the best that calm calls reached."""
         other = self.at(self._now_s)
         other._moods = {kind: Mood(estimate.least, 0.0) for kind, estimate in self._estimates.items()}
         return other
 
     def limit(self, kind: Kind, size: int) -> None:
-        """Never again suggest more than `size` samples: they do not help, or do not fit into memory."""
+        """Never suggest more than `size` samples again: more do not help, or do not fit into memory."""
         estimate = self._estimates[kind]
         estimate.limit = max(1, size)
         estimate.best.clear()
 
     def seconds(self, kind: Kind, size: int = 1) -> float:
-        """What one call usually takes just now."""
+        """Return the expected seconds of one call."""
         estimate = self._estimates.get(kind)
         if estimate is None or not estimate.seconds:
             return 0.0
         return estimate.usual(size) * self._mood(kind).slowness
 
     def deviation(self, kind: Kind) -> float:
-        """Usual distance of a call from that, as a share of it."""
+        """Return the mean absolute deviation of calls from `seconds`, as a share of it."""
         return self._mood(kind).deviation if kind in self._estimates else 0.0
 
     def _mood(self, kind: Kind) -> Mood:
@@ -195,7 +199,7 @@ class CostModel:
         return mood
 
     def batch_size(self, kind: Kind, available: int) -> int:
-        """How many of `available` samples should share a call: the fewest that are about the most a second."""
+        """Return how many of `available` samples should share a call, the fewest at about the highest throughput."""
         estimate = self._estimates.get(kind)
         if estimate is None or not estimate.seconds:
             return available

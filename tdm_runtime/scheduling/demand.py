@@ -1,4 +1,4 @@
-"""How much is asked for just now. Knows no tensors."""
+"""Recent demand. No tensors."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import math
 
 
 class MovingRate:
-    """Something a second, lately."""
+    """Recent rate of arrivals, weighted by an exponential window."""
 
     def __init__(self) -> None:
         self._weight = 0.0
         self._seen_s = 0.0
 
     def add(self, amount: float, now_s: float, window_s: float) -> None:
-        """Count an arrival, whose weight falls to 1/e in `window_s`."""
+        """Count `amount`. Its weight falls to 1/e in `window_s`."""
         self._weight = self._faded(now_s, window_s) + amount
         self._seen_s = now_s
 
     def per_second(self, now_s: float, window_s: float, less: float = 0.0) -> float:
-        """The rate, without `less` of what was counted just now."""
+        """Return the amount a second, without `less` of the amount counted at `now_s`."""
         return max(0.0, self._faded(now_s, window_s) - less) / window_s
 
     def _faded(self, now_s: float, window_s: float) -> float:

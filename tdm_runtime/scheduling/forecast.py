@@ -1,4 +1,4 @@
-"""What shares a call, and when everything will be done. Knows no tensors."""
+"""The choice of samples for a call, and the forecast of when samples finish. No tensors."""
 
 from __future__ import annotations
 
@@ -11,21 +11,19 @@ from tdm_runtime.scheduling.cost_model import CostModel
 from tdm_runtime.scheduling.work import NEVER_S, TOLERANCE_S, Urgency, Work
 
 MAX_BACKGROUND_COST = 1.1
-"""Times what a call takes, that it may take with background work besides."""
+"""Factor by which background work may lengthen a call of other work."""
 MARGIN = 3.0
-"""Usual deviations that a promise has to spare: 99 of 100 normal ones are late by less than 2.9 of them."""
-
-
+"""Reserve of a promise, in mean absolute deviations: 99 of 100 normally distributed times are late by less than 2.9."""
 Item = TypeVar("Item", bound=Work)
 
 
 def choose(ordered: Sequence[Item], costs: CostModel, capacity: int) -> list[Item]:
-    """Return the samples of the next call: the most urgent and, in order, as many of its lane as help.
+    """Return the samples of the next call: the most urgent one and, in order, as many of its lane as help.
 
-    Where somebody waits for the most urgent, background work fills what room is about free.
+    If the most urgent sample is no background work, background work joins only while it hardly lengthens the call.
 
     Args:
-        ordered: at least one sample, most urgent first.
+        ordered: At least one sample, most urgent first.
     """
     lane = ordered[0].lane
     mates = [item for item in ordered if item.lane == lane]
@@ -43,26 +41,26 @@ def choose(ordered: Sequence[Item], costs: CostModel, capacity: int) -> list[Ite
 
 
 def call_seconds(batch: Sequence[Work], costs: CostModel) -> float:
-    """Of one call, with the prompts encoded before and the previews decoded after it."""
+    """Return the seconds of one call, with the prompts encoded before it and the previews decoded after it."""
     return costs.seconds(batch[0].lane.kind, len(batch)) + sum(_beside_s(work, costs) for work in batch)
 
 
 def _beside_s(work: Work, costs: CostModel) -> float:
-    """What a sample adds to its next call that is not shared."""
+    """Return the seconds that a sample adds to its next call and does not share: prompt and preview."""
     text_s = costs.seconds(work.text) if work.needs_text else 0.0
     return text_s + (costs.seconds(work.preview) if work.is_shown else 0.0)
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What becomes of a set of samples if none joins or leaves."""
+    """Forecast for a set of samples, if none joins or leaves."""
 
     finish_s: Mapping[Urgency, float]
-    """When samples are done, monotonic; of those that were followed to their end."""
+    """Time at which each sample finishes, monotonic; only samples that the forecast followed to their end."""
     broken: Urgency | None
-    """The first promise that is not kept; what comes after it was not looked at."""
+    """Urgency of the first promise that is missed. The forecast stops there."""
     margin_s: float = 0.0
-    """Time that the first broken promise had to spare for the deviation of the calls before it."""
+    """Reserve of the first missed promise, for the deviations of the calls before it."""
 
 
 def forecast(
@@ -73,15 +71,17 @@ def forecast(
     watched: Collection[Urgency] = (),
     margin: float = MARGIN,
 ) -> Forecast:
-    """Run the scheduler ahead of time, on copies, until every promise and the watched samples are decided.
+    """Run the scheduler ahead of time, on copies, until every promise and every watched sample is decided.
 
-    This is the schedulability test, exact for the costs as they are known: these are the very choices
-    that the engine will make. A promise is kept with room for the deviation of all calls before it; they
-    deviate on their own, so their squares add up.
+    This is the schedulability test. It makes the choices that the engine will make, so it is exact for the known costs.
+    A promise holds if its reserve covers the deviations of all calls before it. Calls deviate independently, so the
+    squares add up.
 
     Args:
-        watched: samples to be followed besides those that have a promise.
-        margin: usual deviations to spare.
+        capacity: Most samples in one call.
+        now_s: When the first call begins, monotonic.
+        watched: Samples to follow beside those with a promise.
+        margin: Reserve in mean absolute deviations.
     """
     finish_s: dict[Urgency, float] = {}
     variance = 0.0

@@ -1,13 +1,16 @@
-"""Which samples share the next call, who is let in, and with how many steps. Knows no tensors.
+"""Admission of samples, the choice of samples for the next call, and automatic step counts. No tensors.
 
-Earliest deadline first, between any two calls. A sample without a budget has a deadline too, some
-multiple of its own unloaded time after its arrival: so what is short overtakes what is long, a large
-picture never blocks small ones for more than a call, and nothing starves, since what arrives after a
-sample's deadline comes behind it.
+A *promise* is a latency budget that was accepted: the deadline it sets must be met. Admission refuses a request that
+would break a promise, its own or an earlier one. A promise that the machine breaks, because calls ran slower than
+predicted, is given up: the picture still comes, and delays no other.
 
-Laws (tests/tdm_runtime/scheduling/test_scheduler.py): every sample takes each of its calls exactly once, a
-batch never exceeds its capacity or mixes lanes, the most urgent sample is always in it, and while
-calls take what they are known to take, every promise is kept.
+Order is earliest deadline first, between any two calls. A sample without a budget has a deadline too: its arrival plus
+a multiple of its own unloaded time. So short samples overtake long ones, and a large picture blocks small ones for one
+call at most. Nothing starves, because later arrivals come behind an expired deadline.
+
+Laws (tests/tdm_runtime/scheduling/test_scheduler.py): every sample takes each of its calls exactly once; a batch never
+exceeds its capacity or mixes lanes; the most urgent sample is always in it; while calls take their known time, every
+deadline is met.
 """
 
 from __future__ import annotations
@@ -24,19 +27,20 @@ from tdm_runtime.scheduling.work import NEVER_S, TOLERANCE_S, Urgency, Work
 
 Item = TypeVar("Item", bound=Work)
 DEMAND_WINDOW = 20
-"""Unloaded times of a sample in which demand is counted."""
+"""Window in which demand is counted, in unloaded times of a sample."""
 MIN_WINDOW_S = 0.25
+"""Shortest such window."""
 TRIAL_S = 0.5
-"""Time without a call after which an idle engine lets in what it expects to be late and at best is in time."""
+"""Time without a call after which an idle engine accepts a trial: a request expected late, but in time at best."""
 TRIAL_TIMES = 10
-"""The same in unloaded times of what is let in, where that is longer."""
+"""The same in unloaded times of the request, used if that is longer than `TRIAL_S`."""
 MIN_RETURN_S = 1e-3
-"""Shortest time after which a refused request may come back."""
+"""Shortest time to retry that a refusal names."""
 MAX_RETURN_S = 5.0
-"""Who is refused is not sent away for longer because others were, who may not come back."""
+"""Upper bound on how far times to retry are spread. Earlier refused clients may never return."""
 MAX_LOAD = 0.7
-"""Share of the machine's time, in its best batches, at which open step counts stay at their smallest: chance, batches
-that are not the best, and what is not the model's, need the rest."""
+"""Load at which "auto" step counts stay at their smallest, as a share of the machine's time in its best batches. The
+rest is for chance, smaller batches, and work outside the model."""
 
 
 def _counted(count: int, noun: str) -> str:
@@ -44,78 +48,83 @@ def _counted(count: int, noun: str) -> str:
 
 
 def _at_most(seconds: float) -> str:
-    """Milliseconds that there are, rounded down: so the numbers of a refusal add up to it as they are printed."""
+    """Format an available time in ms, rounded down. So the printed numbers of a refusal add up."""
     return f"{math.floor(1e4 * max(0.0, seconds)) / 10:.1f}"
 
 
 def _at_least(seconds: float) -> str:
-    """Milliseconds that are needed, rounded up."""
+    """Format a needed time in ms, rounded up."""
     return f"{math.ceil(1e4 * seconds) / 10:.1f}"
 
 
 class StepScheduler(Generic[Item]):
-    """The live samples and the choice among them. Not thread-safe: its owner locks."""
+    """Live samples and the choice among them. Not thread-safe; the owner holds the lock."""
 
     def __init__(self, costs: CostModel, capacity: int, joining: bool = True) -> None:
         """
         Args:
-            capacity: samples in one call at most.
-            joining: False lets no sample join before all that started together are done: batches of whole
-                requests, as other servers make them, to compare with.
+            costs: Costs of calls; the scheduler sets their time.
+            capacity: Most samples in one call.
+            joining: Whether samples may join between steps. False makes batches of whole requests, as other servers
+                do; this is for benchmarks.
         """
         if capacity < 1:
             raise ValueError(f"capacity is {capacity}; a batch holds at least 1 sample")
         self.costs = costs
         self.capacity = capacity
         self.num_late = 0
-        """Promises that were not kept."""
+        """Number of promises that were missed."""
         self._joining = joining
         self._together: set[Item] = set()
-        """Those that started together, where none may join."""
+        """Samples that started together and are not done, if `joining` is False."""
         self._running: list[Item] = []
+        """Samples of the running call."""
         self._running_until_s = 0.0
-        """When the running call is expected to end, monotonic."""
+        """Expected end of the running call, monotonic."""
         self._live: dict[Urgency, Item] = {}
         self._latest: set[int] = set()
-        """Those that came last, refused or not, by their order of arrival."""
+        """Order numbers of the latest request's samples, accepted or refused."""
         self._arrived_s = 0.0
-        """When they came, monotonic."""
+        """Arrival of that request, monotonic."""
         self._called_s = -NEVER_S
-        """When the last call began, monotonic."""
+        """Start of the last call, monotonic."""
         self._settled_demand = MovingRate()
-        """Seconds of work a second, of step counts that were asked for."""
+        """Seconds of work a second, from requests with a fixed step count."""
         self._returns_s = 0.0
-        """When all who were refused will have been served, if they come back when they were told to, monotonic."""
+        """Time at which all refused requests are served if each retries at the time it was given, monotonic."""
         self._open_demand = MovingRate()
-        """Samples a second whose step count was left open."""
+        """Samples a second, from requests with an "auto" step count."""
 
     def __len__(self) -> int:
         return len(self._live)
 
     def live(self) -> list[Item]:
-        """All samples, most urgent first."""
+        """Return all live samples, most urgent first."""
         return [self._live[urgency] for urgency in sorted(self._live)]
 
     @property
     def running_kind(self) -> Kind | None:
-        """Of the call that runs."""
+        """Kind of the running call, or None."""
         return self._running[0].lane.kind if self._running else None
 
     def is_calm(self, since_s: float) -> bool:
-        """Whether there was no load since then: one request's samples at most, and no arrival, refused ones too."""
+        """Whether there was no load since then: no arrival, and live samples of the latest request only.
+
+        Refused requests count as arrivals.
+        """
         return self._arrived_s <= since_s and self._latest.issuperset(order for _, order in self._live)
 
-    # -- who is let in ------------------------------------------------------------------------
+    # -- admission ----------------------------------------------------------------------------
 
     def admit(self, items: Sequence[Item], now_s: float) -> None:
-        """Let samples join, which may share the very next call, if that breaks no promise; all of them or none.
+        """Accept all samples of a request, or none. They may share the very next call.
 
-        Those without a promise are let in in any case, if need be behind all promises. An idle engine keeps no time to
-        spare: its calls make no other promise late, and only calls teach it that their kind deviates less by now.
+        Samples without a promise are always accepted, if necessary behind all promises. An idle engine keeps no
+        reserve: its calls make no other promise late, and only calls can teach it that they deviate less by now.
 
         Raises:
-            DeadlineError: a promise of theirs, or another's because of them, could not be kept now.
-            InvalidRequestError: theirs could not be kept with nothing else to do.
+            DeadlineError: A promise of these samples, or an earlier one, would be broken now.
+            InvalidRequestError: The budget is too small even without load.
         """
         self.costs.pass_time(now_s)
         self._latest, self._arrived_s = {item.urgency[1] for item in items}, now_s
@@ -133,9 +142,9 @@ class StepScheduler(Generic[Item]):
             self._live[item.urgency] = item
 
     def _is_trial(self, items: Sequence[Item], now_s: float) -> bool:
-        """Whether samples are let in to learn from: the engine has been idle for a while, and at best they are in time.
+        """Whether samples are accepted as a trial: the engine was idle for a while, and at best they are in time.
 
-        Calm calls teach too much as well, where something else kept the machine busy; what they taught does not fade.
+        Calm calls too can teach costs that are too high, if another program keeps the machine busy. Those do not fade.
         """
         is_due = not self._live and now_s >= self._called_s + self._trial_pause_s(items)
         return is_due and self._unloaded_s(items, self.costs.least()) <= min(
@@ -143,21 +152,21 @@ class StepScheduler(Generic[Item]):
         )
 
     def _trial_pause_s(self, items: Sequence[Item]) -> float:
-        """Seconds from the last call to a trial: so a small share of the time goes to promises that may be broken."""
+        """Return the seconds from the last call to a trial. They keep the share of time spent on trials small."""
         return max(TRIAL_S, TRIAL_TIMES * self._unloaded_s(items, self.costs.least()))
 
     def _step_aside(self, items: Sequence[Item]) -> None:
-        """Have samples without a promise wait behind all promises, and share no call, which would make it longer."""
+        """Put samples without a promise behind all promises. They share no call, so that they lengthen none."""
         behind_s = max(item.promised_s for item in self._live.values() if item.promised_s < NEVER_S)
         for item in items:
             item.urgency = (behind_s, item.urgency[1])
             item.share_no_call()
 
     def _note_demand(self, items: Sequence[Item], now_s: float) -> None:
-        """Count what is asked for, also what will be refused; not what finds the engine idle.
+        """Count requests as demand, refused ones too, unless they find the engine idle.
 
-        A lone client that asks again as soon as it is answered would otherwise be taken for load: fewer steps let it
-        ask more often, which would keep its steps few.
+        Otherwise a lone client that asks again as soon as it is answered would count as load: fewer steps let it ask
+        more often, and that would keep its steps few.
         """
         if not self._live:
             return
@@ -172,16 +181,16 @@ class StepScheduler(Generic[Item]):
                 self._settled_demand.add(work_s, now_s, window_s)
 
     def _window_s(self, item: Item) -> float:
-        """Time in which it shows how much is asked for: of many samples like this one."""
+        """Return the window in which demand is counted, as seen from this sample."""
         return max(MIN_WINDOW_S, DEMAND_WINDOW * item.seconds_left(self.costs))
 
     def remove(self, item: Item) -> None:
-        """Let a finished, failed or cancelled sample leave."""
+        """Remove a finished, failed or cancelled sample."""
         del self._live[item.urgency]
         self._together.discard(item)
 
     def backlog_s(self, deadline_s: float = NEVER_S) -> float:
-        """Seconds of work that is due until a deadline, in batches of the size that the costs suggest."""
+        """Return the seconds of work that is due by a deadline, in batches of the best size."""
         due = [item for item in self._live.values() if item.urgency[0] <= deadline_s]
         return sum(
             item.seconds_left(self.costs, size) / size
@@ -190,59 +199,60 @@ class StepScheduler(Generic[Item]):
         )
 
     def _refusal(self, items: Sequence[Item], now_s: float, ahead: Forecast) -> TDMError:
-        """Why a budget is not promised, and when it would be, or with which one.
+        """Return the error for a refused budget. It names the time to retry, or the smallest budget that works.
 
         Args:
-            ahead: the forecast with these items, in which a promise is broken.
+            ahead: Forecast with these items, in which a promise is broken.
         """
         hardest = min(items, key=lambda item: item.promised_s)
         left_s, unloaded_s = hardest.promised_s - now_s, self._unloaded_s(items, self.costs)
         taken = (
-            f"latency_budget_ms leaves {_at_most(left_s)} ms: {_at_least(hardest.elapsed_s)} ms had passed, "
-            f"handing over takes {_at_least(hardest.hand_over_s)} ms and encoding {_at_least(hardest.encoding_s)} ms; "
-            f"{_counted(len(items), 'picture')} of {_counted(items[0].steps_left, 'step')} would take "
-            f"{_at_least(unloaded_s)} ms with nothing else to do"
+            f"latency_budget_ms leaves {_at_most(left_s)} ms: {_at_least(hardest.elapsed_s)} ms have passed, "
+            f"the hand-over takes {_at_least(hardest.hand_over_s)} ms and encoding {_at_least(hardest.encoding_s)} ms; "
+            f"an idle engine needs {_at_least(unloaded_s)} ms for {_counted(len(items), 'picture')} of "
+            f"{_counted(items[0].steps_left, 'step')}"
         )
         room_s = left_s + hardest.elapsed_s + hardest.hand_over_s + TOLERANCE_S
         if self._unloaded_s(items, self.costs.least()) > room_s:
             workable_s = unloaded_s + hardest.elapsed_s + hardest.hand_over_s + hardest.encoding_s
             return InvalidRequestError(
-                f"{taken}, allow for at least {_at_least(workable_s)} ms or ask for fewer steps",
+                f"{taken}; raise the budget to at least {_at_least(workable_s)} ms or request fewer steps",
                 param="latency_budget_ms",
                 code="latency_budget_too_small",
             )
         assert ahead.broken is not None
-        done_s, spare = ahead.finish_s[ahead.broken] - now_s, f"{_at_least(ahead.margin_s)} ms are kept for slow calls"
+        done_s = ahead.finish_s[ahead.broken] - now_s
+        spare = f"{_at_least(ahead.margin_s)} ms are reserved for slow calls"
         if ahead.broken in (item.urgency for item in items):
-            reason = f"{_at_least(max(0.0, done_s - unloaded_s))} ms of work come before and {spare}"
+            reason = f"{_at_least(max(0.0, done_s - unloaded_s))} ms of work come first and {spare}"
         else:
             due_s = self._live[ahead.broken].promised_s - now_s
             reason = (
-                f"a picture promised before would be late: it is due in {_at_most(due_s)} ms, would be done in "
+                f"a picture accepted earlier would be late: it is due in {_at_most(due_s)} ms, would be done in "
                 f"{_at_least(done_s)} ms and {spare}"
             )
         wait_s = self._wait_s(items, now_s, unloaded_s, ahead.margin_s)
         return DeadlineError(
-            f"{taken}, {reason}, retry later or allow for more",
+            f"{taken}; {reason}; retry later or raise the budget",
             retry_after_s=self._turn_s(items, now_s + wait_s) - now_s,
         )
 
     def _wait_s(self, items: Sequence[Item], now_s: float, unloaded_s: float, margin_s: float) -> float:
-        """Time after which a budget that is refused now is expected to be kept, if no other request comes."""
+        """Return the seconds after which the refused budget is expected to fit, if no other request comes."""
         hardest = min(items, key=lambda item: item.promised_s)
         left_s = hardest.promised_s - now_s
-        # Also what is due later: it is what would become late.
+        # Work that is due later counts too: it could become late.
         last_s = max(item.promised_s for item in [*items, *self._live.values()] if item.promised_s < NEVER_S)
         running_s = max(0.0, self._running_until_s - now_s) if self._running else 0.0
         idle_s = running_s + self.backlog_s(last_s)
         wait_s = max(MIN_RETURN_S, min(idle_s, idle_s + unloaded_s + margin_s - left_s))
-        if unloaded_s > left_s:  # calls are too slow just now even for an idle engine
+        if unloaded_s > left_s:  # calls are too slow now, even for an idle engine
             last_call_s = now_s + running_s + self.backlog_s() if self._live else self._called_s
             wait_s = max(wait_s, last_call_s + self._trial_pause_s(items) - now_s)
         return wait_s
 
     def _turn_s(self, items: Sequence[Item], earliest_s: float) -> float:
-        """When those who are refused may come back, each at a time of its own: all at once would be refused again."""
+        """Return when a refused request may retry: each at its own time, as all at once would be refused again."""
         turn_s = min(max(earliest_s, self._returns_s), earliest_s + MAX_RETURN_S)
         self._returns_s = turn_s + sum(
             item.seconds_shared(self.costs, item.steps_left, self.capacity) for item in items
@@ -250,19 +260,19 @@ class StepScheduler(Generic[Item]):
         return turn_s
 
     def _unloaded_s(self, items: Sequence[Item], costs: CostModel) -> float:
-        """How long samples take with nothing else to do."""
+        """Return the seconds that samples take on an idle engine."""
         works = [item.copy() for item in items]
         for work in works:
             work.promised_s = NEVER_S
         urgencies = {work.urgency for work in works}
         return max(forecast(works, costs, self.capacity, 0.0, urgencies).finish_s.values())
 
-    # -- what runs next -----------------------------------------------------------------------
+    # -- the next call ------------------------------------------------------------------------
 
     def schedule(self, now_s: float) -> list[Item]:
-        """Return the samples of the next call, most urgent first; empty where none is live.
+        """Return the samples of the next call, most urgent first; empty if none is live.
 
-        Those that take their first step have their step count settled and their end predicted.
+        For samples that take their first step it also fixes the step count and predicts the end.
         """
         self.costs.pass_time(now_s)
         self.end_call()
@@ -283,7 +293,7 @@ class StepScheduler(Generic[Item]):
         return batch
 
     def end_call(self) -> None:
-        """No call runs any more; its samples have moved on or left."""
+        """Note that the call ended and that its samples advanced or left."""
         self._running = []
 
     def _choice(self) -> list[Item]:
@@ -291,10 +301,10 @@ class StepScheduler(Generic[Item]):
         return choose(ordered, self.costs, self.capacity) if ordered else []
 
     def _most_steps(self, item: Item, now_s: float) -> int:
-        """The largest step count that has a sample done by its target and breaks no promise; else the smallest.
+        """Return the most steps with which a sample meets its target and breaks no promise, or else the fewest.
 
-        Nor does it use up what those need who are to be expected: if all whose step count is left open, as many as came
-        lately, took so many steps, that would be some load; so much of the time to the target stays free.
+        A share of the time to the target stays free for requests to come, in proportion to the current load. The load
+        is the share of the machine that recent requests take, if those of an "auto" step count take that many steps.
         """
         others = [other for other in self._live.values() if other is not item]
         window_s = self._window_s(item)
@@ -313,6 +323,7 @@ class StepScheduler(Generic[Item]):
         return best
 
     def _predict(self, items: Sequence[Item], now_s: float) -> None:
+        """Predict when samples finish."""
         if not items:
             return
         finish_s = self._ahead(now_s, watched={item.urgency for item in items}).finish_s
@@ -325,7 +336,7 @@ class StepScheduler(Generic[Item]):
     def _ahead(
         self, now_s: float, added: Sequence[Work] = (), watched: Collection[Urgency] = (), margin: float = MARGIN
     ) -> Forecast:
-        """What becomes of the live samples and those added, from the end of the running call on."""
+        """Forecast the live samples and those added, from the end of the running call."""
         works: list[Work] = [*added]
         for item in self._live.values():
             work = item.copy()
@@ -335,12 +346,12 @@ class StepScheduler(Generic[Item]):
         return forecast(works, self.costs, self.capacity, starts_s, watched, margin)
 
     def _give_up_lost(self, now_s: float) -> bool:
-        """Take back what is not expected to be kept, whoever else comes: the machine was slower than it was.
+        """Give up promises that are expected to be missed even without new samples: calls were slower than predicted.
 
-        What was promised with something to spare may have used that up since; that is what it was for.
+        No reserve is asked for: promises may use up theirs.
 
         Returns:
-            Whether anything was.
+            Whether a promise was given up.
         """
         before = self.num_late
         while (broken := self._ahead(now_s, margin=0.0).broken) is not None:
@@ -348,7 +359,7 @@ class StepScheduler(Generic[Item]):
         return self.num_late > before
 
     def _give_up(self, items: Sequence[Item]) -> None:
-        """Take promises back: the pictures still come, but do not make others late as well."""
+        """Give promises up. The pictures still come, but do not make others late."""
         for item in items:
             self.num_late += 1
             del self._live[item.urgency]

@@ -1,4 +1,4 @@
-"""`Work`: one picture as the scheduler sees it."""
+"""`Work`: a sample as the scheduler sees it."""
 
 from __future__ import annotations
 
@@ -8,63 +8,69 @@ from typing import NamedTuple
 from tdm_runtime.scheduling.cost_model import CostModel, Kind
 
 TEXT = Kind("text")
+"""Default kind of a text call. The engine gives each model its own."""
 NO_PREVIEW = Kind("")
+"""Preview kind of samples without previews; it costs nothing."""
 NEVER_S = float("inf")
 TOLERANCE_S = 1e-7
-"""A sample that is late by less than this is in time, because sums of seconds are not exact."""
+"""Lateness that counts as in time, because sums of seconds are not exact."""
 Urgency = tuple[float, int]
-"""(deadline in monotonic seconds, order of arrival): unique among the live, the smallest goes first."""
+"""(deadline in monotonic seconds, order of arrival). Unique among live samples; the smallest goes first."""
 
 
 class Lane(NamedTuple):
-    """Samples of one lane fit into one call."""
+    """Lane: samples of one lane can share a call."""
 
     kind: Kind
     alone: int | None = None
-    """A number of its own for a sample that shares no call."""
+    """Unique number of a sample that shares no call; None for the others."""
 
 
 @dataclass(eq=False, kw_only=True)
 class Work:
-    """A sample as the scheduler sees it: some denoiser steps, then its decoding."""
+    """A sample as the scheduler sees it: denoiser steps, then a decode."""
 
     denoise: Lane
+    """Lane of its denoiser steps."""
     decode: Lane
+    """Lane of its decode."""
     steps_left: int
+    """Denoiser steps still to take."""
     urgency: Urgency
     open_steps: tuple[int, ...] = ()
-    """Step counts to choose from, ascending; empty once one is settled. Until then `steps_left` is the first."""
+    """Step counts to choose from, ascending; empty once one is chosen. Until then `steps_left` is the first."""
     promised_s: float = NEVER_S
-    """When it must be done, monotonic; never late where nothing was promised."""
+    """Promised end, monotonic; `NEVER_S` without a promise."""
     elapsed_s: float = 0.0
-    """Time of its budget that had passed before its submission."""
+    """Part of its budget used up before its submission."""
     hand_over_s: float = 0.0
-    """Time kept of its budget for handing its picture over, which takes longer under load."""
+    """Part of its budget reserved for the hand-over of its picture, which takes longer under load."""
     encoding_s: float = 0.0
-    """Time kept of its budget for encoding its file."""
+    """Part of its budget reserved for encoding its file."""
     target_s: float = NEVER_S
-    """When it should be done at the latest, monotonic: what a step count is chosen by."""
+    """Latest end that an "auto" step count is chosen for, monotonic."""
     unpromised_s: float = 0.0
-    """Its deadline where its promise cannot be kept, monotonic."""
+    """Deadline that replaces a missed promise, monotonic."""
     needs_text: bool = False
-    """Whether its prompt is encoded before its first step."""
+    """Whether its prompt must be encoded before its first step."""
     text: Kind = TEXT
-    """What that is called."""
+    """Kind of that call."""
     preview: Kind = NO_PREVIEW
-    """What steps are followed by while there are `previews_left`, but not the last."""
+    """Kind of the preview call."""
     previews_left: int = 0
+    """Previews still to show, one after each step but the last."""
     unseen_steps: int = 0
-    """So many of its next steps are followed by none yet."""
+    """Number of its next steps that have no preview."""
     is_background: bool = False
-    """Whether it is no sign of how much is asked for: it takes what time others leave."""
+    """Whether it only takes the time that other samples leave. Such work does not count as demand."""
     has_started: bool = False
-    """Whether a call was made for it."""
+    """Whether its first call was made."""
     predicted_s: float = 0.0
-    """When it is done, as expected when its first call was due, monotonic."""
+    """Predicted end when its first call was due, monotonic."""
 
     @property
     def lane(self) -> Lane:
-        """Of its next call."""
+        """Lane of its next call."""
         return self.denoise if self.steps_left else self.decode
 
     @property
@@ -73,18 +79,18 @@ class Work:
         return self.previews_left > 0 and self.steps_left > 1 and not self.unseen_steps
 
     def share_no_call(self) -> None:
-        """Be alone in every call."""
+        """Make this sample share no call."""
         order = self.urgency[1]
         self.denoise, self.decode = self.denoise._replace(alone=order), self.decode._replace(alone=order)
 
     def settle(self, steps: int) -> None:
-        """Take this many steps, none of which was taken yet."""
+        """Fix the step count, before the first step."""
         assert not self.has_started
         self.steps_left = steps
         self.open_steps = ()
 
     def copy(self) -> Work:
-        """Where it stands, without what it is."""
+        """Return a copy of its progress, without the fields of subclasses."""
         return Work(
             denoise=self.denoise,
             decode=self.decode,
@@ -100,7 +106,7 @@ class Work:
         )
 
     def advance(self) -> bool:
-        """Move past its next call. True where that was its last."""
+        """Move past its next call. Return True if that was its last."""
         self.has_started = True
         self.needs_text = False
         if not self.steps_left:
@@ -111,7 +117,7 @@ class Work:
         return False
 
     def seconds_shared(self, costs: CostModel, steps: int, capacity: int) -> float:
-        """Its share of the machine's time, with so many steps, in batches of the size that gives most a second."""
+        """Return its share of the machine's time with this many steps, in batches of the best size."""
         text_s = costs.seconds(self.text) if self.needs_text else 0.0
         shares_s = [
             costs.seconds(kind, size) / size
@@ -121,7 +127,7 @@ class Work:
         return text_s + steps * shares_s[0] + shares_s[1]
 
     def seconds_left(self, costs: CostModel, size: int = 1) -> float:
-        """Until it is done, if every step has `size` samples and nothing comes between."""
+        """Return the seconds until it is done, if each step is a call of `size` samples and nothing comes between."""
         seconds = self.steps_left * costs.seconds(self.denoise.kind, size) + costs.seconds(self.decode.kind)
         if self.needs_text:
             seconds += costs.seconds(self.text)

@@ -1,4 +1,4 @@
-"""`tdm-generate` writes the picture that was asked for, or says in one sentence why not."""
+"""`tdm-generate` writes the requested picture, or says in one sentence why it cannot."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from tdm_runtime.pipeline import generate
 
 
 def command(checkpoint_folder: Path, output: Path, *more: str, prompt: str = "a red apple") -> list[str]:
-    """On torch, unless `more` says otherwise."""
+    """Return arguments that run torch, unless `more` overrides it."""
     on_torch = ["--backend", "torch", "--threads", "1"]
     return [prompt, "--output", str(output), "--checkpoint", str(checkpoint_folder), *on_torch, *more]
 
 
 def complaint(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """Run a command that must fail. Returns its one sentence, less the usage lines before it."""
+    """Run a command that must fail. Return its one sentence without the usage lines before it."""
     try:
         status = main(arguments)
     except SystemExit as stop:
@@ -61,7 +61,7 @@ def test_the_file_holds_the_pipelines_picture_and_its_parameters(
 
 
 @pytest.mark.parametrize(("suffix", "name"), [(".webp", "WEBP"), (".jpg", "JPEG"), (".JPEG", "JPEG")])
-def test_the_suffix_names_the_format(checkpoint_folder: Path, tmp_path: Path, suffix: str, name: str) -> None:
+def test_the_suffix_decides_the_format(checkpoint_folder: Path, tmp_path: Path, suffix: str, name: str) -> None:
     output = tmp_path / f"apple{suffix}"
     assert main(command(checkpoint_folder, output, "--seed", "7", "--steps", "1")) == 0
     with Image.open(output) as picture:
@@ -69,14 +69,14 @@ def test_the_suffix_names_the_format(checkpoint_folder: Path, tmp_path: Path, su
         assert b"S\0e\0e\0d\0:\0 \0007" in picture.getexif().get_ifd(EXIF_IFD)[EXIF_USER_COMMENT]
 
 
-def test_the_same_seed_makes_the_same_bytes_and_another_seed_others(checkpoint_folder: Path, tmp_path: Path) -> None:
+def test_the_same_seed_makes_the_same_bytes_and_another_seed_does_not(checkpoint_folder: Path, tmp_path: Path) -> None:
     for name, seed in (("one", "7"), ("same", "7"), ("other", "8")):
         assert main(command(checkpoint_folder, tmp_path / f"{name}.png", "--seed", seed, "--steps", "1")) == 0
     one, same, other = ((tmp_path / f"{name}.png").read_bytes() for name in ("one", "same", "other"))
     assert one == same != other
 
 
-def test_a_drawn_seed_is_printed_and_the_default_step_count_is_the_recipes(
+def test_the_default_seed_is_drawn_and_printed_and_the_recipe_gives_the_steps(
     model: LoadedModel, checkpoint_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "apple.png"
@@ -114,7 +114,7 @@ def test_a_bad_value_is_refused_in_one_sentence(
 
 
 @pytest.mark.parametrize("name", ["apple.gif", "apple", "apple.png.txt"])
-def test_a_suffix_that_is_no_format_is_refused(
+def test_an_unknown_suffix_is_refused(
     checkpoint_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     says = complaint(command(checkpoint_folder, tmp_path / name), capsys)
@@ -157,7 +157,7 @@ def read(file: Path) -> Pixels:
 @pytest.mark.parametrize(
     ("backend", "precision"), [("openvino", "fp32"), ("openvino", "int8"), ("onnxruntime", "fp32")]
 )
-def test_the_backend_that_was_asked_for_makes_the_picture(
+def test_the_requested_backend_makes_the_picture(
     tiny_checkpoint: Path,
     tiny_artifacts: Path,
     tmp_path: Path,
@@ -174,10 +174,9 @@ def test_the_backend_that_was_asked_for_makes_the_picture(
     assert re.search(rf" ms on {backend} {precision}$", capsys.readouterr().out.strip())
 
 
-def test_auto_says_what_it_took(
+def test_auto_prints_its_choice(
     tiny_checkpoint: Path, tiny_artifacts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And takes nothing whose pictures fall short."""
     artifacts = shutil.copytree(tiny_artifacts, tmp_path / "artifacts")
     options = ["--backend", "auto", "--artifacts", str(artifacts), "--seed", "7"]
     assert main(command(tiny_checkpoint, tmp_path / "apple.png", *options)) == 0
@@ -191,7 +190,7 @@ def test_auto_says_what_it_took(
 
 
 @pytest.mark.parametrize("decoder", ["full", "tiny"])
-def test_the_decoder_is_the_one_that_was_asked_for(tiny_checkpoint: Path, tmp_path: Path, decoder: DecoderName) -> None:
+def test_the_requested_decoder_makes_the_picture(tiny_checkpoint: Path, tmp_path: Path, decoder: DecoderName) -> None:
     output = tmp_path / "apple.png"
     assert main(command(tiny_checkpoint, output, "--seed", "7", "--decoder", decoder)) == 0
     model = load_model(tiny_checkpoint, device="cpu")
@@ -201,7 +200,7 @@ def test_the_decoder_is_the_one_that_was_asked_for(tiny_checkpoint: Path, tmp_pa
     np.testing.assert_array_equal(read(output), pictures[decoder])
 
 
-def test_a_checkpoint_without_a_tiny_decoder_says_so(
+def test_a_tiny_decoder_that_the_checkpoint_lacks_is_refused(
     tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = without_tiny_vae(tiny_checkpoint, tmp_path / "copy")
@@ -211,10 +210,10 @@ def test_a_checkpoint_without_a_tiny_decoder_says_so(
 
 
 @pytest.mark.parametrize("has_tiny_vae", [True, False])
-def test_previews_are_what_each_step_but_the_last_would_give(
+def test_previews_of_every_step_but_the_last_are_written(
     tiny_checkpoint: Path, tmp_path: Path, has_tiny_vae: bool
 ) -> None:
-    """By the cheapest decoder that there is."""
+    """The cheapest available decoder makes them."""
     folder = tiny_checkpoint if has_tiny_vae else without_tiny_vae(tiny_checkpoint, tmp_path / "copy")
     output = tmp_path / "apple.webp"
     assert main(command(folder, output, "--seed", "7", "--steps", "3", "--previews")) == 0
@@ -235,7 +234,7 @@ def test_one_step_has_no_previews(tiny_checkpoint: Path, tmp_path: Path) -> None
     assert [file.name for file in tmp_path.iterdir()] == ["apple.png"]
 
 
-def test_what_the_backend_cannot_do_is_refused_in_one_sentence(
+def test_bad_backend_options_are_refused_in_one_sentence(
     tiny_checkpoint: Path, tiny_artifacts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     artifacts = ["--artifacts", str(tiny_artifacts)]

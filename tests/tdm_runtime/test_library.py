@@ -1,4 +1,4 @@
-"""`import tdm_runtime` offers the library."""
+"""The public library, `import tdm_runtime`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A bad value is refused by name, with its limit, in few words; a good one at the edge passes."""
+"""Bad parameters are refused with name, value and limit in a short message; values at the limits pass."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_bad_prompt_is_refused(prompt: object, says: str) -> None:
 @pytest.mark.parametrize(
     "decoder", ["jpeg", "Full", "", None, 1, ["full"], "x" * 10_000_000], ids=lambda value: repr(value)[:30]
 )
-def test_a_decoder_that_there_is_not_is_refused(decoder: object) -> None:
+def test_an_unknown_decoder_is_refused(decoder: object) -> None:
     error = refusal(decoder=decoder)
     assert error.param == "decoder"
     assert "it must be full or tiny" in str(error)
@@ -158,7 +158,7 @@ def test_every_seed_of_32_bits_passes(seed: int) -> None:
 
 @pytest.mark.parametrize("steps", RECIPE.step_counts)
 @pytest.mark.parametrize(("width", "height"), RECIPE.native_sizes)
-def test_what_the_recipe_lists_passes(steps: int, width: int, height: int) -> None:
+def test_every_step_count_and_size_of_the_recipe_passes(steps: int, width: int, height: int) -> None:
     replace(GOOD, num_inference_steps=steps, width=width, height=height).check_against(RECIPE)
 
 

@@ -99,7 +99,7 @@ def test_under_load_budgets_are_met_or_refused_with_a_retry_time(http: httpx.Cli
         if answer.status_code == 429:
             assert answer.json()["error"]["code"] == "latency_budget_unavailable"
             assert int(answer.headers["retry-after-ms"]) >= 1
-            assert "retry later or allow for more" in answer.json()["error"]["message"]
+            assert "retry later or raise the budget" in answer.json()["error"]["message"]
         else:
             assert answer.json()["latency_budget_kept"] in (True, False)
 

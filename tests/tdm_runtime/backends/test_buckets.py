@@ -1,4 +1,4 @@
-"""Batches cut into power-of-two calls: every sample is answered once, as it would be without."""
+"""Batches cut into calls of powers of two give the result of one call."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PADDINGS = st.floats(0, 0.5)
 
 
 @given(COUNTS, PADDINGS)
-def test_every_sample_is_in_one_call(count: int, max_padding: float) -> None:
+def test_every_sample_is_in_exactly_one_call(count: int, max_padding: float) -> None:
     assert sum(samples for samples, _ in split_batch(count, max_padding)) == count
 
 
@@ -29,18 +29,18 @@ def test_sizes_are_powers_of_two_up_to_the_largest(count: int, max_padding: floa
 
 
 @given(COUNTS, PADDINGS)
-def test_padding_keeps_its_share(count: int, max_padding: float) -> None:
+def test_padding_stays_within_its_share(count: int, max_padding: float) -> None:
     for samples, size in split_batch(count, max_padding):
         assert size - samples <= max_padding * size
 
 
 @given(st.integers(1, MAX_BATCH_BUCKET))
-def test_half_padding_is_one_call(count: int) -> None:
+def test_padding_of_one_half_needs_one_call(count: int) -> None:
     assert len(split_batch(count, 0.5)) == 1
 
 
 @given(COUNTS)
-def test_no_padding_is_the_count_in_binary(count: int) -> None:
+def test_without_padding_call_sizes_are_the_binary_digits_of_the_count(count: int) -> None:
     sizes = [size for _, size in split_batch(count, 0.0)]
     rest = sum(size for size in sizes if size < MAX_BATCH_BUCKET)
     assert all(samples == size for samples, size in split_batch(count, 0.0))
@@ -49,7 +49,7 @@ def test_no_padding_is_the_count_in_binary(count: int) -> None:
 
 
 @given(COUNTS, PADDINGS)
-def test_the_result_is_that_of_one_call(count: int, max_padding: float) -> None:
+def test_the_result_equals_one_call(count: int, max_padding: float) -> None:
     latents = torch.arange(count * 6, dtype=torch.float32).view(count, 2, 3)
     timesteps = torch.arange(count, dtype=torch.float32)
     sizes = []
@@ -79,8 +79,7 @@ def test_padding_repeats_a_real_sample(count: int) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 8, 64])
-def test_a_full_bucket_is_passed_as_it_is(count: int) -> None:
-    """Nothing is copied."""
+def test_a_full_bucket_is_not_copied(count: int) -> None:
     latents = torch.randn(count, 2)
     in_buckets(lambda inputs: inputs[0], [latents], 0.5).add_(1)
     result = in_buckets(lambda inputs: inputs[0], [latents], 0.5)

@@ -1,4 +1,4 @@
-"""The features that decide on a CPU's kernels, and nothing else of it."""
+"""CPU features: exactly those that decide which kernels run."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from tdm_runtime.backends.cpu import ISA_LIMIT, cpu_features, kernel_features
 CPUINFO = Path("/proc/cpuinfo")
 
 
-def test_features_are_those_of_kernels_in_order() -> None:
+def test_only_kernel_features_are_listed_in_order() -> None:
     xeon = {"sse4_1": True, "avx512_f": True, "avx2": True, "amx_int8": True, "clflush": True, "fma3": True}
     others = {"architecture": "x86_64", "avx512_fp16": False, "num_logical_cores": 2, "cpu_name": "A CPU"}
     assert kernel_features(xeon | others) == ("x86_64", "amx_int8", "avx2", "avx512_f", "fma3")
 
 
-def test_the_width_of_vectors_is_a_feature() -> None:
-    """ARM64's kernels depend on it."""
+def test_the_vector_width_of_arm64_is_a_feature() -> None:
+    """ARM64 kernels depend on the width."""
     arm = {"architecture": "aarch64", "sve": True, "sve_max_length": 32, "sme": False, "neon": True, "aes": True}
     assert kernel_features(arm) == ("aarch64", "neon", "sve", "sve_max_length=32")
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64" or not CPUINFO.is_file(), reason="no /proc/cpuinfo of x86-64")
-def test_this_cpus_features_are_those_that_the_kernel_reports() -> None:
-    """/proc/cpuinfo has other spellings of some names: avx512f is avx512_f."""
+def test_the_features_of_this_cpu_match_proc_cpuinfo() -> None:
+    """/proc/cpuinfo spells some names differently, such as avx512f for avx512_f."""
     lines = CPUINFO.read_text(encoding="utf-8").splitlines()
     flags = next(line for line in lines if line.startswith("flags")).partition(":")[2].replace("_", "").split()
     features = {name.replace("_", "") for name in cpu_features()}

@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU: what torch computes, at any shape, and no silent change of provider."""
+"""ONNX Runtime on the CPU: torch's results at any shape, and no silent change of provider."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.tiny_pipelines import build_vae
 onnxruntime = pytest.importorskip("onnxruntime")
 CPU = torch.device("cpu")
 TOLERANCE = 1e-4
-"""Relative L2: other kernels, the same float32."""
+"""Largest relative L2 error between two float32 implementations."""
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +47,8 @@ def backend(folder: Path, interface: Interface) -> OnnxRuntimeBackend:
     return OnnxRuntimeBackend(folder / "denoiser.onnx", interface, CPU, threads=1)
 
 
-def test_any_batch_and_size_is_as_torch_has_it(backend: OnnxRuntimeBackend) -> None:
-    """Every shape twice, in between others: the first call learns the output's shape, later ones bind it."""
+def test_any_batch_and_size_equals_torch(backend: OnnxRuntimeBackend) -> None:
+    """Shapes repeat: the first call of a shape learns the output's shape, later ones bind it."""
     torch_backend = TorchBackend(tiny_denoiser("stable_diffusion")[0], CPU)
     for batch, scale in [(1, 1), (3, 1), (2, 2), (1, 1), (7, 1), (3, 1), (2, 2)]:
         inputs = tiny_inputs("stable_diffusion", batch, seed=batch, scale=scale)
@@ -57,7 +57,7 @@ def test_any_batch_and_size_is_as_torch_has_it(backend: OnnxRuntimeBackend) -> N
         assert relative_l2(output, torch_backend(*inputs)) < TOLERANCE
 
 
-def test_a_batch_with_different_steps_is_its_samples_alone(backend: OnnxRuntimeBackend) -> None:
+def test_a_batch_with_mixed_steps_equals_its_samples_alone(backend: OnnxRuntimeBackend) -> None:
     inputs = tiny_inputs("stable_diffusion", 4)
     together = backend(*inputs)
     for n in range(4):
@@ -65,9 +65,9 @@ def test_a_batch_with_different_steps_is_its_samples_alone(backend: OnnxRuntimeB
         assert relative_l2(together[n : n + 1], alone) < TOLERANCE
 
 
-def test_the_caller_owns_what_it_gets(backend: OnnxRuntimeBackend) -> None:
+def test_later_calls_do_not_overwrite_outputs(backend: OnnxRuntimeBackend) -> None:
     inputs = tiny_inputs("stable_diffusion", 2)
-    for _ in range(2):  # with memory of ONNX Runtime's, then of torch's
+    for _ in range(2):  # first in memory of ONNX Runtime, then in memory of torch
         first = backend(*inputs)
         kept = first.clone()
         first_again = backend(*inputs)
@@ -76,14 +76,14 @@ def test_the_caller_owns_what_it_gets(backend: OnnxRuntimeBackend) -> None:
         assert first.data_ptr() != first_again.data_ptr()
 
 
-def test_inputs_may_lie_in_memory_in_any_order(backend: OnnxRuntimeBackend) -> None:
+def test_inputs_may_have_any_memory_format(backend: OnnxRuntimeBackend) -> None:
     latents, *rest = tiny_inputs("stable_diffusion", 3)
     strided = latents.to(memory_format=torch.channels_last)
     assert not strided.is_contiguous()
     assert torch.equal(backend(strided, *rest), backend(latents, *rest))
 
 
-def test_pixels_come_as_bytes(folder: Path, decoder: DecoderModule) -> None:
+def test_pixels_are_uint8(folder: Path, decoder: DecoderModule) -> None:
     backend = OnnxRuntimeBackend(folder / "decoder.onnx", decoder.interface(), CPU, threads=1)
     for height, width in [(4, 6), (8, 4), (4, 6)]:
         latents = torch.randn(2, 4, height, width, generator=torch.Generator().manual_seed(height))
@@ -92,13 +92,15 @@ def test_pixels_come_as_bytes(folder: Path, decoder: DecoderModule) -> None:
         assert (pixels.int() - TorchBackend(decoder, CPU)(latents).int()).abs().max() <= 1
 
 
-def test_idle_workers_sleep(backend: OnnxRuntimeBackend) -> None:
+def test_idle_workers_do_not_spin(backend: OnnxRuntimeBackend) -> None:
     options = backend._session.get_session_options()
     assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
     assert options.intra_op_num_threads == 1
 
 
-def test_weights_can_be_kept_once(folder: Path, interface: Interface, backend: OnnxRuntimeBackend) -> None:
+def test_prepacking_can_be_turned_off_to_save_memory(
+    folder: Path, interface: Interface, backend: OnnxRuntimeBackend
+) -> None:
     lean = OnnxRuntimeBackend(folder / "denoiser.onnx", interface, CPU, threads=1, prepack=False)
     assert lean._session.get_session_options().get_session_config_entry("session.disable_prepacking") == "1"
     inputs = tiny_inputs("stable_diffusion", 2)
@@ -108,7 +110,7 @@ def test_weights_can_be_kept_once(folder: Path, interface: Interface, backend: O
 @pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
 def test_a_provider_that_is_not_built_in_is_refused(folder: Path, interface: Interface, provider: Provider) -> None:
     if PROVIDERS[provider] in onnxruntime.get_available_providers():
-        pytest.skip("it is built in")
+        pytest.skip("this provider is built in")
     with pytest.raises(BackendError, match=r"was asked for \w+ and is built with .*; `pip uninstall onnxruntime`"):
         OnnxRuntimeBackend(folder / "denoiser.onnx", interface, CPU, provider=provider)
 
@@ -119,7 +121,7 @@ def test_a_provider_of_another_device_is_refused() -> None:
 
 
 def test_a_session_that_fell_back_is_refused() -> None:
-    """As onnxruntime-gpu does where CUDA's libraries are missing: it lists the provider and runs without it."""
+    """Without CUDA's libraries onnxruntime-gpu lists the provider and runs without it."""
     require_used("cuda", ["CUDAExecutionProvider", "CPUExecutionProvider"])
     with pytest.raises(BackendError, match=r"asked for CUDAExecutionProvider and runs with CPUExecutionProvider: CUDA"):
         require_used("cuda", ["CPUExecutionProvider"])
@@ -139,7 +141,7 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, interface: Interf
             OnnxRuntimeBackend(tmp_path / name, interface, CPU)
 
 
-def test_a_tensor_of_another_type_is_noticed(backend: OnnxRuntimeBackend) -> None:
+def test_an_input_of_the_wrong_type_is_refused(backend: OnnxRuntimeBackend) -> None:
     latents, timesteps, *rest = tiny_inputs("stable_diffusion", 2)
     with pytest.raises(AssertionError, match=r"timesteps is torch.float64, not float32"):
         backend(latents, timesteps.double(), *rest)

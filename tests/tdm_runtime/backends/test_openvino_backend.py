@@ -1,4 +1,4 @@
-"""On the embedded checkpoint OpenVINO's numbers do not depend on company: a batch is bit-equal to the same alone."""
+"""OpenVINO on the embedded checkpoint: samples are bit-equal in a batch and alone."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ PRECISIONS: tuple[Precision, ...] = ("bf16", "fp32", "int8")
 
 @pytest.fixture(scope="module", params=PRECISIONS)
 def built(request: pytest.FixtureRequest, artifacts: Path, checkpoint_folder: Path) -> LoadedModel:
-    """The embedded model."""
+    """The embedded model on OpenVINO, at each precision."""
     if request.param == "bf16" and not has_bf16():
         pytest.skip("this CPU has no bfloat16 arithmetic")
     return load_model(checkpoint_folder, BackendConfig("openvino", request.param, THREADS, artifacts))
 
 
 def denoiser_calls(model: LoadedModel) -> list[tuple[Tensor, ...]]:
-    """One sample at every step of every step count, with its own noise and prompt."""
+    """Return a call of one sample for every step of every step count, each with its own noise and prompt."""
     recipe = model.recipe
     steps = [(count, timestep) for count in recipe.step_counts for timestep in recipe.step_tables[count].timesteps]
     draw = torch.Generator().manual_seed(0)
@@ -61,18 +61,18 @@ def joined(calls: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
     return [torch.cat(tensors) for tensors in zip(*calls, strict=True)]
 
 
-def test_a_sample_in_a_batch_is_bit_equal_to_the_same_alone(built: LoadedModel) -> None:
-    """Every batch size up to 9, so that padding and splitting take part; K and step are mixed."""
+def test_a_sample_is_bit_equal_in_a_batch_and_alone(built: LoadedModel) -> None:
+    """Batch sizes go up to 9, so that batches are padded and split. K and step are mixed."""
     calls = denoiser_calls(built)
     alone = [built.denoiser(*call)[0] for call in calls]
     assert not torch.equal(alone[0], alone[1])
     for size in BATCH_SIZES:
-        first = size % 2  # not always the same company
+        first = size % 2  # not always the same neighbours
         together = built.denoiser(*joined(calls[first : first + size]))
         assert torch.equal(together, torch.stack(alone[first : first + size]))
 
 
-def test_a_decoded_picture_is_equal_to_the_same_alone(built: LoadedModel) -> None:
+def test_a_decoded_picture_is_bit_equal_in_a_batch_and_alone(built: LoadedModel) -> None:
     latents = joined(denoiser_calls(built))[0]
     for name, decoder in built.decoders.items():
         alone = [decoder.decode(sample[None])[0] for sample in latents]
@@ -81,7 +81,7 @@ def test_a_decoded_picture_is_equal_to_the_same_alone(built: LoadedModel) -> Non
 
 
 def test_the_engine_equals_the_pipeline_bit_for_bit(built: LoadedModel) -> None:
-    """More than one bucket in flight: K mixed, prompts and seeds mixed, samples that leave and join between steps."""
+    """Several buckets are in flight, with mixed K, prompts and seeds; samples leave and join between steps."""
     requests = [
         SamplingParams(PROMPTS[n % len(PROMPTS)], n, 1 + n % 4, 64, 64, decoder)
         for n, decoder in enumerate([*built.decoders, "full", "full"] * 3)
@@ -92,8 +92,8 @@ def test_the_engine_equals_the_pipeline_bit_for_bit(built: LoadedModel) -> None:
         np.testing.assert_array_equal(picture, generate(built, params))
 
 
-def test_every_native_size_is_made(tiny_checkpoint: Path, tiny_artifacts: Path) -> None:
-    """A program a shape: neither takes the other's place."""
+def test_every_native_size_equals_torch(tiny_checkpoint: Path, tiny_artifacts: Path) -> None:
+    """Each shape has a program, and the first is used again at the end."""
     reference = load_model(tiny_checkpoint, device="cpu")
     built = load_model(tiny_checkpoint, BackendConfig("openvino", "fp32", artifacts=tiny_artifacts))
     for width, height in (*reference.recipe.native_sizes, reference.recipe.native_sizes[0]):
@@ -103,8 +103,8 @@ def test_every_native_size_is_made(tiny_checkpoint: Path, tiny_artifacts: Path) 
         assert np.abs(generate(built, params).astype(int) - expected).max() <= 1
 
 
-def test_what_a_call_returns_is_the_callers(tiny_checkpoint: Path, tiny_artifacts: Path) -> None:
-    """The next call does not write over it, nor into what it was given."""
+def test_later_calls_do_not_overwrite_outputs_or_inputs(tiny_checkpoint: Path, tiny_artifacts: Path) -> None:
+    """A caller may keep what a call returned, and its own tensors stay unchanged."""
     backend = OpenVINOBackend(tiny_artifacts / "denoiser.xml", "fp32")
     _, interface = load_component(open_checkpoint(tiny_checkpoint), "denoiser")
     one, other = (
@@ -120,7 +120,7 @@ def test_what_a_call_returns_is_the_callers(tiny_checkpoint: Path, tiny_artifact
     assert torch.equal(backend(*one), kept)
 
 
-# -- the arithmetic of what is not quantised ---------------------------------------------------------
+# -- precision of layers that are not quantised -----------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -134,27 +134,27 @@ def test_what_a_call_returns_is_the_callers(tiny_checkpoint: Path, tiny_artifact
         ("int8", True, True, "f32"),
     ],
 )
-def test_int8_runs_beside_float32_on_amx_and_beside_bf16_elsewhere(
+def test_int8_builds_use_float32_on_amx_and_bf16_elsewhere(
     precision: Precision, has_bf16: bool, has_amx_int8: bool, hint: str
 ) -> None:
     assert precision_hint(precision, has_bf16, has_amx_int8) == hint
 
 
-def test_bf16_is_refused_where_the_cpu_has_none() -> None:
+def test_bf16_is_refused_on_a_cpu_without_it() -> None:
     with pytest.raises(BackendError, match="this CPU has no bfloat16 arithmetic; choose fp32 or int8"):
         precision_hint("bf16", has_bf16=False, has_amx_int8=False)
 
 
-# -- what is refused -------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("precision", ["fp16", "fp8"])
-def test_a_precision_that_no_cpu_has_is_refused(tiny_artifacts: Path, precision: Precision) -> None:
+def test_a_precision_that_openvino_does_not_run_on_cpus_is_refused(tiny_artifacts: Path, precision: Precision) -> None:
     with pytest.raises(BackendError, match=f"openvino does not run {precision} on a CPU; choose fp32, bf16 or int8"):
         OpenVINOBackend(tiny_artifacts / "denoiser.xml", precision)
 
 
-def test_a_file_that_is_no_program_is_refused(tiny_artifacts: Path, tmp_path: Path) -> None:
+def test_an_unreadable_model_file_is_refused(tiny_artifacts: Path, tmp_path: Path) -> None:
     (tmp_path / "garbage.xml").write_text("<net")
     shutil.copy(tiny_artifacts / "denoiser.xml", tmp_path / "weightless.xml")
     for name in ("garbage.xml", "weightless.xml", "absent.xml"):
@@ -164,8 +164,8 @@ def test_a_file_that_is_no_program_is_refused(tiny_artifacts: Path, tmp_path: Pa
         assert str(caught.value).endswith("run `tdm-export` again") and "\n" not in str(caught.value)
 
 
-def test_nothing_is_reported_home(tiny_artifacts: Path, tmp_path: Path) -> None:
-    """Where openvino and nncf report to Google that they were imported, they first write a client's number."""
+def test_openvino_and_nncf_send_no_telemetry(tiny_artifacts: Path, tmp_path: Path) -> None:
+    """Before openvino and nncf send telemetry, they write a client id to the home directory."""
     code = "import sys, pathlib, tdm_runtime.backends.openvino as b; b.has_bf16(); import nncf"
     environment = {name: value for name, value in os.environ.items() if name not in ("CI", "TF_BUILD", "JENKINS_URL")}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment | {"HOME": str(tmp_path)}, timeout=120)

@@ -1,4 +1,4 @@
-"""The torch backends: eager in float32 and 16 bits, compiled, and what a CUDA graph asks of a module."""
+"""The torch backends: eager in float32 and 16 bits, compiled, and the needs of CUDA graphs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tdm_runtime.backends.interface import ComponentName
 from tdm_runtime.backends.pytorch import CompiledTorchBackend, TorchBackend
 from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT, open_checkpoint
 from tdm_runtime.errors import BackendError
-from tdm_runtime.families import FAMILIES, DecoderModule
+from tdm_runtime.families import DecoderModule
 from tdm_runtime.model.components import load_component
 from tests.gpu.tiny_denoiser import relative_l2, tiny_denoiser, tiny_inputs
 from tests.tiny_pipelines import build_vae
@@ -24,8 +24,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_eager_is_the_module_itself(family: str) -> None:
-    """Called with the interface's tensors alone, also where the module's forward has others in between."""
+def test_eager_equals_the_module(family: str) -> None:
+    """The backend passes the interface's tensors by name, as some modules' forward has other arguments in between."""
     denoiser, interface = tiny_denoiser(family)
     inputs = tiny_inputs(family, 3)
     named = dict(zip((spec.name for spec in interface.inputs), inputs, strict=True))
@@ -35,7 +35,7 @@ def test_eager_is_the_module_itself(family: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bits_are_close_and_float32_comes_out(dtype: torch.dtype) -> None:
+def test_16_bit_outputs_are_close_and_converted_to_float32(dtype: torch.dtype) -> None:
     denoiser, interface = tiny_denoiser("stable_diffusion")
     inputs = tiny_inputs("stable_diffusion", 3)
     expected = TorchBackend(copy.deepcopy(denoiser), CPU, interface=interface)(*inputs)
@@ -45,7 +45,7 @@ def test_16_bits_are_close_and_float32_comes_out(dtype: torch.dtype) -> None:
 
 
 class Inputs(nn.Module):
-    """Returns what it is called with, by the sum of each."""
+    """Returns the sum of each sample's latents plus its timestep."""
 
     def forward(self, latents: Tensor, timesteps: Tensor) -> Tensor:
         return latents.flatten(1).sum(1).float() + timesteps
@@ -56,7 +56,7 @@ def test_timesteps_are_not_rounded() -> None:
     assert backend(torch.zeros(2, 1, 2, 2), torch.tensor([999.0, 21.3])).tolist() == [999.0, pytest.approx(21.3)]
 
 
-def test_pixels_stay_bytes() -> None:
+def test_pixels_stay_uint8() -> None:
     backend = TorchBackend(DecoderModule(build_vae("stable_diffusion")), CPU, torch.bfloat16)
     pixels = backend(torch.randn(2, 4, 4, 6))
     assert pixels.dtype == torch.uint8 and pixels.shape == (2, 32, 48, 3)
@@ -73,8 +73,8 @@ def test_threads_are_set_for_the_call() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_compiled_is_eager() -> None:
-    """A batch of 3 runs as 2 and 1, then the programs are there."""
+def test_compiled_equals_eager() -> None:
+    """A batch of 3 runs as 2 and 1. Later calls use the same programs."""
     denoiser, interface = tiny_denoiser("stable_diffusion")
     compiled = CompiledTorchBackend(copy.deepcopy(denoiser), CPU, threads=1, interface=interface)
     eager = TorchBackend(denoiser, CPU, interface=interface)
@@ -84,7 +84,7 @@ def test_compiled_is_eager() -> None:
 
 
 def test_many_shapes_are_all_compiled() -> None:
-    """More than the 8 at which torch stops by itself; each backend has its own count."""
+    """There are more shapes than torch's own limit of 8. Each backend has its own count."""
     import torch._dynamo
 
     torch._dynamo.reset()
@@ -97,7 +97,7 @@ def test_many_shapes_are_all_compiled() -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_cuda_graphs_without_cuda_say_what_to_choose(device: str) -> None:
+def test_cuda_graphs_without_cuda_are_refused_with_an_alternative(device: str) -> None:
     if device == "cuda" and torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
     with pytest.raises(BackendError, match="choose torch or torch-compiled"):
@@ -105,7 +105,7 @@ def test_cuda_graphs_without_cuda_say_what_to_choose(device: str) -> None:
 
 
 class HostCopies(TorchDispatchMode):
-    """Notes every tensor that is copied from the CPU to the device."""
+    """Records the shape of every tensor that is copied from the CPU to the device."""
 
     def __init__(self, device: str) -> None:
         super().__init__()

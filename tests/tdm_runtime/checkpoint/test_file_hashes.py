@@ -1,4 +1,4 @@
-"""A file is hashed once, and again only where it may have changed."""
+"""A file is hashed once, and again only if it may have changed."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def flip_bit(file: Path) -> None:
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
-def test_handed_over_hashes_spare_a_second_process_all_hashing(copy: Path, hashed: Counter[Path]) -> None:
+def test_a_second_process_with_known_hashes_hashes_nothing(copy: Path, hashed: Counter[Path]) -> None:
     hashes = FileHashes()
     first = open_checkpoint(copy, hashes)
     names = {*first.recipe.files, *WEIGHT_FILES, *other_files(FAMILY), *TINY_VAE_FILES, RECIPE_FILE}
@@ -83,7 +83,9 @@ def test_a_file_that_may_have_changed_is_hashed_again(
     assert (hashed[weights], hashed[copy / WEIGHT_FILES[1]]) == (2, 1)
 
 
-def test_another_machine_hashes_for_itself(copy: Path, hashed: Counter[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_machine_hashes_every_file_again(
+    copy: Path, hashed: Counter[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     hashes = FileHashes()
     open_checkpoint(copy, hashes)
     monkeypatch.setattr(folder, "_machine", lambda: "another")

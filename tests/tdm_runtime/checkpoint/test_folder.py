@@ -1,4 +1,4 @@
-"""A damaged checkpoint is refused before the first request, naming the file and what to do."""
+"""A damaged checkpoint is refused before the first request, with the file and the remedy."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def edit_recipe(folder: Path, **values: Any) -> None:
 
 
 def list_hash_of(folder: Path, name: str) -> None:
-    """Make the recipe vouch for a weight file as it is now."""
+    """Put the present hash of a weight file into the recipe."""
     files = json.loads((folder / RECIPE_FILE).read_text(encoding="utf-8"))["files"]
     edit_recipe(folder, files={**files, name: file_sha256(folder / name)})
 
@@ -56,7 +56,7 @@ def recipe_refusal(folder: Path, refuse: Callable[[Path], object] = open_checkpo
     return str(caught.value)
 
 
-# -- what opens ------------------------------------------------------------------------------------
+# -- intact folders --------------------------------------------------------------------------------
 
 
 def test_an_intact_folder_loads(folder: Path) -> None:
@@ -66,14 +66,14 @@ def test_an_intact_folder_loads(folder: Path) -> None:
     assert model.digest == checkpoint.digest == file_sha256(folder / RECIPE_FILE)
 
 
-def test_weights_load_as_float32_without_gradients_to_train(folder: Path) -> None:
+def test_weights_load_as_float32_in_evaluation_mode(folder: Path) -> None:
     checkpoint = open_checkpoint(folder)
     for module in (checkpoint.load_denoiser(), checkpoint.load_vae(), checkpoint.load_text_model()):
         assert not module.training
         assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
 
 
-def test_the_digest_does_not_depend_on_where_the_folder_lies(folder: Path, checkpoint_folder: Path) -> None:
+def test_the_digest_does_not_depend_on_the_path_of_the_folder(folder: Path, checkpoint_folder: Path) -> None:
     assert open_checkpoint(folder).digest == open_checkpoint(checkpoint_folder).digest
 
 
@@ -92,7 +92,7 @@ def test_the_digest_changes_with_the_weights(folder: Path) -> None:
     assert open_checkpoint(folder).digest != before
 
 
-def test_files_that_nobody_asked_for_do_no_harm(folder: Path) -> None:
+def test_extra_files_do_no_harm(folder: Path) -> None:
     (folder / "README.md").write_text("a checkpoint", encoding="utf-8")
     shutil.rmtree(folder / "scheduler")
     open_checkpoint(folder)
@@ -101,7 +101,7 @@ def test_files_that_nobody_asked_for_do_no_harm(folder: Path) -> None:
 # -- files missing, pickled, damaged ---------------------------------------------------------------
 
 
-def test_what_is_no_folder_is_refused(tmp_path: Path) -> None:
+def test_a_path_that_is_no_folder_is_refused(tmp_path: Path) -> None:
     assert "is not a folder; give the folder" in refusal(tmp_path / "absent")
     (tmp_path / "file").touch()
     assert f"{tmp_path / 'file'} is not a folder" in refusal(tmp_path / "file")
@@ -121,7 +121,7 @@ def test_all_missing_files_are_named_at_once(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["unet/diffusion_pytorch_model.bin", "extra/model.pt", "model.ckpt", "vae/MODEL.PTH"])
-def test_pickled_weights_are_refused_unread(folder: Path, name: str) -> None:
+def test_pickled_weights_are_refused_without_reading_them(folder: Path, name: str) -> None:
     (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).write_bytes(b"not even a pickle")
     message = refusal(folder)
@@ -150,7 +150,7 @@ def test_truncated_weights_are_found(folder: Path, name: str, size: int) -> None
 
 
 @pytest.mark.parametrize("name", WEIGHT_FILES)
-def test_weights_that_were_broken_when_they_were_hashed_do_not_load(folder: Path, name: str) -> None:
+def test_truncated_weights_with_a_matching_hash_do_not_load(folder: Path, name: str) -> None:
     os.truncate(folder / name, 1000)
     list_hash_of(folder, name)
     message = refusal(folder, lambda broken: load_model(broken, device="cpu"))
@@ -168,7 +168,9 @@ def test_a_missing_recipe_is_refused(folder: Path) -> None:
     assert "`tdm-train` writes it" in message
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000], ids=["empty", "cut", "bytes", "deep"])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"\xff\xfe", b"[" * 100_000], ids=["empty", "cut short", "not UTF-8", "too deep"]
+)
 def test_an_unreadable_recipe_is_refused(folder: Path, content: bytes) -> None:
     (folder / RECIPE_FILE).write_bytes(content)
     message = recipe_refusal(folder)
@@ -203,7 +205,7 @@ def test_a_recipe_that_lists_a_file_outside_is_refused(folder: Path, name: str) 
     assert f"{name!r}; a path inside the checkpoint folder is allowed" in message
 
 
-def test_a_link_to_the_outside_is_refused(folder: Path) -> None:
+def test_a_link_to_a_file_outside_the_folder_is_refused(folder: Path) -> None:
     name = WEIGHT_FILES[0]
     (folder / name).rename(folder.parent / "outside.safetensors")
     (folder / name).symlink_to(folder.parent / "outside.safetensors")
@@ -227,12 +229,12 @@ def test_weights_without_a_hash_are_refused(folder: Path) -> None:
         "text_encoder/model.fp16.safetensors",
     ],
 )
-def test_weights_that_no_hash_vouches_for_are_refused(folder: Path, name: str) -> None:
+def test_extra_weight_files_without_a_hash_are_refused(folder: Path, name: str) -> None:
     (folder / name).write_bytes(b"{}")
     assert name in recipe_refusal(folder)
 
 
-def test_a_listed_file_that_is_not_there_is_refused(folder: Path) -> None:
+def test_a_missing_file_that_the_recipe_lists_is_refused(folder: Path) -> None:
     files = json.loads((folder / RECIPE_FILE).read_text(encoding="utf-8"))["files"]
     edit_recipe(folder, files={**files, "unet/more.safetensors": "0" * 64})
     assert f"{folder / 'unet/more.safetensors'} is missing; restore" in refusal(folder)
@@ -242,13 +244,13 @@ def test_sizes_that_the_decoder_cannot_make_are_refused(folder: Path) -> None:
     edit_recipe(folder, native_sizes=[[64, 64], [66, 64]])
     message = recipe_refusal(folder, lambda edited: load_model(edited, device="cpu"))
     assert RECIPE_FILE in message
-    assert "66x64, and the decoder makes multiples of 4 pixels only; publish" in message
+    assert "66x64, but the decoder makes only multiples of 4 pixels; publish" in message
 
 
 # -- parts that contradict each other --------------------------------------------------------------
 
 
-def test_another_step_condition_than_the_unets_is_refused(folder: Path) -> None:
+def test_a_step_condition_that_the_unet_contradicts_is_refused(folder: Path) -> None:
     edit_recipe(folder, step_condition="none")
     message = recipe_refusal(folder, lambda edited: open_checkpoint(edited).load_denoiser())
     assert str(folder) in message
@@ -274,7 +276,7 @@ def test_a_unet_without_the_recipes_step_condition_is_refused(folder: Path) -> N
 def test_a_config_that_does_not_describe_its_weights_is_refused(
     folder: Path, name: str, values: dict[str, int]
 ) -> None:
-    """The libraries alone would warn, and fill what is missing with random numbers."""
+    """The libraries would only warn and fill missing weights with random numbers."""
     edit_json(folder / name, **values)
     message = refusal(folder, lambda edited: load_model(edited, device="cpu"))
     assert str((folder / name).parent) in message
@@ -315,7 +317,7 @@ def test_an_unreadable_model_index_is_refused(folder: Path, content: str) -> Non
     assert "restore the folder" in message
 
 
-def test_a_tokenizer_that_cuts_elsewhere_than_the_text_encoder_is_refused(folder: Path) -> None:
+def test_a_tokenizer_with_another_length_than_the_text_encoder_is_refused(folder: Path) -> None:
     edit_json(folder / "tokenizer/tokenizer_config.json", model_max_length=16)
     message = refusal(folder, lambda edited: open_checkpoint(edited).load_tokenizer())
     assert "cuts at 16 tokens and the text encoder has 32 positions" in message

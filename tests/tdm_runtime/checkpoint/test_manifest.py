@@ -1,4 +1,4 @@
-"""Artifacts of another make are refused by name: what they were built for, what is here, what to run."""
+"""Artifacts for another checkpoint or machine are refused, with what they need, what is here and what to run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from tdm_runtime.backends.interface import Interface, TensorSpec
 from tdm_runtime.backends.machine import gpu_architecture, installed
-from tdm_runtime.checkpoint.folder import TINY_VAE_FILES, Checkpoint, file_sha256, open_checkpoint, other_files
+from tdm_runtime.checkpoint.folder import TINY_VAE_FILES, Checkpoint, file_sha256, open_checkpoint
 from tdm_runtime.checkpoint.manifest import (
     MANIFEST_FILE,
     MANIFEST_FORMAT,
@@ -31,7 +31,6 @@ from tdm_runtime.checkpoint.manifest import (
 )
 from tdm_runtime.checkpoint.recipe import RECIPE_FILE
 from tdm_runtime.errors import ArtifactError
-from tdm_runtime.families import FAMILIES
 
 INTERFACE = Interface(
     (TensorSpec("latents", "float32", ("batch", 4, "height", "width")), TensorSpec("timesteps", "float32", ("batch",))),
@@ -47,7 +46,7 @@ def checkpoint(tiny_checkpoint: Path) -> Checkpoint:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two files that a build may be made of."""
+    """A folder with two files of a build."""
     (tmp_path / "denoiser.xml").write_text("<net/>")
     (tmp_path / "denoiser.bin").write_bytes(bytes(range(256)))
     return tmp_path
@@ -80,7 +79,7 @@ def refusal(refused: Callable[[], object]) -> str:
     return str(caught.value)
 
 
-# -- what is written is what is read ---------------------------------------------------------------
+# -- reading and writing ---------------------------------------------------------------------------
 
 
 def test_a_manifest_is_read_as_it_was_written(checkpoint: Checkpoint, folder: Path, build: Build) -> None:
@@ -98,9 +97,7 @@ def test_a_manifest_is_read_as_it_was_written(checkpoint: Checkpoint, folder: Pa
     assert {file.name for file in folder.iterdir()} == {"denoiser.xml", "denoiser.bin", MANIFEST_FILE}
 
 
-def test_a_manifest_from_before_features_were_written_is_read(
-    checkpoint: Checkpoint, folder: Path, build: Build
-) -> None:
+def test_an_older_manifest_without_cpu_features_is_read(checkpoint: Checkpoint, folder: Path, build: Build) -> None:
     manifest_of(checkpoint, build).save(folder)
     content = json.loads((folder / MANIFEST_FILE).read_text())
     del content["builds"][0]["measured_on"]
@@ -108,7 +105,7 @@ def test_a_manifest_from_before_features_were_written_is_read(
     assert load_manifest(folder, checkpoint).builds[0].measured_on == ()
 
 
-def test_the_first_file_is_what_a_backend_opens(checkpoint: Checkpoint, folder: Path, build: Build) -> None:
+def test_a_backend_opens_the_first_file(checkpoint: Checkpoint, folder: Path, build: Build) -> None:
     manifest_of(checkpoint, build).save(folder)
     (loaded,) = load_manifest(folder, checkpoint).builds
     assert loaded.components["denoiser"].file == "denoiser.xml"
@@ -125,7 +122,7 @@ def test_the_first_build_of_a_backend_is_its_best(checkpoint: Checkpoint, build:
     assert manifest.find("tensorrt", None) is None
 
 
-def test_an_intact_build_of_this_machine_passes(checkpoint: Checkpoint, folder: Path, build: Build) -> None:
+def test_an_intact_build_for_this_machine_passes(checkpoint: Checkpoint, folder: Path, build: Build) -> None:
     check_build(manifest_of(checkpoint, build), build, folder, checkpoint)
 
 
@@ -149,7 +146,7 @@ def test_a_missing_manifest_is_refused(checkpoint: Checkpoint, tmp_path: Path) -
         (b"null", "the file: "),
         (b"{}", "checkpoint: Field required"),
     ],
-    ids=["empty", "cut", "bytes", "deep", "list", "null", "nothing in it"],
+    ids=["empty", "cut short", "not UTF-8", "too deep", "list", "null", "empty object"],
 )
 def test_an_unreadable_manifest_is_refused(checkpoint: Checkpoint, folder: Path, content: bytes, says: str) -> None:
     (folder / MANIFEST_FILE).write_bytes(content)
@@ -167,7 +164,7 @@ def test_an_unreadable_manifest_is_refused(checkpoint: Checkpoint, folder: Path,
         (("builds", 0, "pictures"), {"first": {"psnr_db": 1, "min_psnr_db": 1, "ssim": 1}}, "builds.0.pictures.first"),
     ],
 )
-def test_a_field_that_is_no_such_thing_is_named(
+def test_a_field_of_the_wrong_type_is_named(
     checkpoint: Checkpoint, folder: Path, build: Build, path: tuple[str | int, ...], value: object, says: str
 ) -> None:
     manifest_of(checkpoint, build).save(folder)
@@ -182,7 +179,7 @@ def test_a_field_that_is_no_such_thing_is_named(
 def test_another_format_is_refused(checkpoint: Checkpoint, folder: Path, build: Build) -> None:
     replace(manifest_of(checkpoint, build), format=MANIFEST_FORMAT + 1).save(folder)
     message = refusal(lambda: load_manifest(folder, checkpoint))
-    assert f"has format {MANIFEST_FORMAT + 1}, this version reads {MANIFEST_FORMAT}" in message
+    assert f"has format {MANIFEST_FORMAT + 1}, but this version reads {MANIFEST_FORMAT}" in message
     assert export_command(checkpoint, folder) in message
 
 
@@ -190,7 +187,7 @@ def test_another_checkpoint_is_refused(checkpoint: Checkpoint, folder: Path, bui
     other = replace(manifest_of(checkpoint, build), checkpoint="other-model", fingerprint="f" * 64)
     other.save(folder)
     message = refusal(lambda: load_manifest(folder, checkpoint))
-    assert f"built from other-model {'f' * 12}, this checkpoint is {checkpoint.recipe.name}" in message
+    assert f"built from other-model {'f' * 12}, but this checkpoint is {checkpoint.recipe.name}" in message
     assert checkpoint.fingerprint[:12] in message
     assert export_command(checkpoint, folder) in message
 
@@ -223,14 +220,14 @@ def test_another_gpu_is_refused(checkpoint: Checkpoint, folder: Path, build: Bui
 
 
 @pytest.mark.parametrize("name", ["denoiser.xml", "denoiser.bin"])
-@pytest.mark.parametrize("damage", ["a flipped bit", "cut", "missing", "a folder"])
+@pytest.mark.parametrize("damage", ["a flipped bit", "cut short", "missing", "a folder"])
 def test_a_damaged_file_is_named(checkpoint: Checkpoint, folder: Path, build: Build, name: str, damage: str) -> None:
     content = bytearray((folder / name).read_bytes())
     (folder / name).unlink()
     if damage == "a flipped bit":
         content[-1] ^= 1
         (folder / name).write_bytes(content)
-    elif damage == "cut":
+    elif damage == "cut short":
         (folder / name).write_bytes(content[:-1])
     elif damage == "a folder":
         (folder / name).mkdir()
@@ -238,7 +235,7 @@ def test_a_damaged_file_is_named(checkpoint: Checkpoint, folder: Path, build: Bu
     assert message == f"{folder / name} is damaged or missing; run `{export_command(checkpoint, folder)}`"
 
 
-# -- what artifacts are of -------------------------------------------------------------------------
+# -- fingerprints and folders ----------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -252,7 +249,7 @@ def edit_json(file: Path, **values: Any) -> None:
 
 
 def change_weights(folder: Path, name: str) -> None:
-    """And have the recipe vouch for them, as a newly published checkpoint's does."""
+    """Change weights and their hash in the recipe, as a newly published checkpoint does."""
     tensors = load_file(folder / name)
     save_file({key: tensor + 1 for key, tensor in tensors.items()}, folder / name, metadata={"format": "pt"})
     files = json.loads((folder / RECIPE_FILE).read_text(encoding="utf-8"))["files"]
@@ -265,7 +262,7 @@ def test_a_moved_checkpoint_keeps_its_artifacts(checkpoint: Checkpoint, copy: Pa
     assert default_artifacts(moved) == default_artifacts(checkpoint)
 
 
-def test_what_no_program_depends_on_may_change(checkpoint: Checkpoint, copy: Path) -> None:
+def test_files_that_no_program_depends_on_may_change(checkpoint: Checkpoint, copy: Path) -> None:
     (copy / "README.md").write_text("a checkpoint", encoding="utf-8")
     shutil.rmtree(copy / "scheduler")
     assert open_checkpoint(copy).fingerprint == checkpoint.fingerprint
@@ -277,23 +274,23 @@ def assert_other_artifacts(copy: Path, checkpoint: Checkpoint) -> None:
 
 
 @pytest.mark.parametrize("name", [*other_files(FAMILIES["stable_diffusion"]), TINY_VAE_FILES[1]])
-def test_another_config_or_tokenizer_wants_other_artifacts(checkpoint: Checkpoint, copy: Path, name: str) -> None:
+def test_another_config_or_tokenizer_needs_other_artifacts(checkpoint: Checkpoint, copy: Path, name: str) -> None:
     edit_json(copy / name, note="changed")
     assert_other_artifacts(copy, checkpoint)
 
 
-def test_another_recipe_wants_other_artifacts(checkpoint: Checkpoint, copy: Path) -> None:
+def test_another_recipe_needs_other_artifacts(checkpoint: Checkpoint, copy: Path) -> None:
     edit_json(copy / RECIPE_FILE, default_steps=1)
     assert_other_artifacts(copy, checkpoint)
 
 
 @pytest.mark.parametrize("name", ["unet/diffusion_pytorch_model.safetensors", TINY_VAE_FILES[0]])
-def test_other_weights_want_other_artifacts(checkpoint: Checkpoint, copy: Path, name: str) -> None:
+def test_other_weights_need_other_artifacts(checkpoint: Checkpoint, copy: Path, name: str) -> None:
     change_weights(copy, name)
     assert_other_artifacts(copy, checkpoint)
 
 
-def test_a_checkpoint_without_its_tiny_autoencoder_wants_other_artifacts(checkpoint: Checkpoint, copy: Path) -> None:
+def test_a_checkpoint_without_its_tiny_autoencoder_needs_other_artifacts(checkpoint: Checkpoint, copy: Path) -> None:
     shutil.rmtree(copy / "tiny_vae")
     files = json.loads((copy / RECIPE_FILE).read_text(encoding="utf-8"))["files"]
     del files[TINY_VAE_FILES[0]]
@@ -301,7 +298,7 @@ def test_a_checkpoint_without_its_tiny_autoencoder_wants_other_artifacts(checkpo
     assert_other_artifacts(copy, checkpoint)
 
 
-def test_artifacts_lie_in_the_users_cache(
+def test_the_default_folder_is_in_the_user_cache(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
@@ -312,6 +309,6 @@ def test_artifacts_lie_in_the_users_cache(
     assert default_artifacts(checkpoint).name.startswith(f"{checkpoint.recipe.name}-")
 
 
-def test_the_remedy_names_the_folder_only_where_it_is_not_the_default(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_the_remedy_names_a_folder_only_if_it_is_not_the_default(checkpoint: Checkpoint, tmp_path: Path) -> None:
     assert export_command(checkpoint, default_artifacts(checkpoint)) == f"tdm-export {checkpoint.folder}"
     assert export_command(checkpoint, tmp_path) == f"tdm-export {checkpoint.folder} --output {tmp_path}"

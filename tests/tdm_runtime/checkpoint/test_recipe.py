@@ -1,4 +1,4 @@
-"""What training writes is what serving reads; what serving cannot honour is refused by name."""
+"""Serving reads the recipe that training writes, and refuses by name what it cannot honour."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ both_recipes = pytest.mark.parametrize("recipe", [DIFFUSION, FLOW], ids=lambda r
 
 
 @both_recipes
-def test_a_recipe_survives_its_file(recipe: Recipe, tmp_path: Path) -> None:
+def test_a_recipe_is_read_as_it_was_written(recipe: Recipe, tmp_path: Path) -> None:
     (tmp_path / RECIPE_FILE).write_text(recipe.to_json(), encoding="utf-8")
     assert load_recipe(tmp_path) == recipe
     assert load_recipe(tmp_path).to_json() == recipe.to_json()
@@ -56,13 +56,13 @@ def test_a_recipe_holds_one_table_for_every_step_count(recipe: Recipe) -> None:
             np.testing.assert_array_equal(getattr(table, column), getattr(expected, column))
 
 
-def test_what_a_recipe_may_leave_out() -> None:
+def test_a_recipe_may_omit_step_condition_and_files() -> None:
     raw = raw_recipe()
     del raw["step_condition"], raw["files"]
     assert (parse_recipe(raw).step_condition, parse_recipe(raw).files) == ("none", {})
 
 
-def test_a_schedule_may_leave_out_what_has_a_default() -> None:
+def test_a_schedule_may_omit_values_with_a_default() -> None:
     assert parse_recipe({**raw_recipe(), "noise_schedule": {"kind": "diffusion"}}).noise_schedule == DiffusionSchedule()
 
 
@@ -79,7 +79,7 @@ def refusal(raw: Any) -> str:
 
 T4 = [999, 749, 499, 249]
 BAD_FIELDS: list[tuple[str, Any, str]] = [
-    # field, bad value, what the message shows of it
+    # field, bad value, part of the message that shows it
     ("format", 2, "2"),
     ("format", "1", "'1'"),
     ("format", True, "True"),
@@ -195,14 +195,14 @@ def test_an_unknown_field_is_named() -> None:
 
 
 @pytest.mark.parametrize("raw", [[], "recipe", 1, None])
-def test_what_is_no_object_is_refused(raw: object) -> None:
+def test_a_recipe_that_is_no_json_object_is_refused(raw: object) -> None:
     assert type(raw).__name__ in refusal(raw)
 
 
 @pytest.mark.parametrize(
     "content",
     [b"", b"{", b"\xff\xfe", b"{'format': 1}", b"[" * 100_000, b'{"format": ' + b"1" * 5000 + b"}"],
-    ids=["empty", "cut short", "no text", "single quotes", "too deep", "endless number"],
+    ids=["empty", "cut short", "not UTF-8", "single quotes", "too deep", "endless number"],
 )
 def test_a_file_that_is_not_json_is_refused_with_its_path(content: bytes, tmp_path: Path) -> None:
     (tmp_path / RECIPE_FILE).write_bytes(content)

@@ -1,4 +1,4 @@
-"""Clips pass through the engine as pictures do: latents [C, F, H, W], pixels [F, H, W, 3]."""
+"""The engine makes clips as it makes pictures: latents [C, F, H, W], pixels [F, H, W, 3]."""
 
 from __future__ import annotations
 

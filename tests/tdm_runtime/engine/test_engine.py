@@ -1,4 +1,4 @@
-"""The engine makes the pipeline's pictures, in any company, and answers every request exactly once."""
+"""The engine makes the pipeline's pictures in any batch and answers every request exactly once."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from tdm_runtime.sampling.noise import initial_noise
 from tdm_runtime.scheduling.cost_model import CostModel, Kind
 
 MAX_LEVELS_APART = 2
-"""Of 255: batched sums round otherwise than those of one sample."""
+"""Tolerance in levels of 255: sums over a batch round differently from those of one sample."""
 TIMEOUT_S = 60.0
-"""For work that takes well under a second: only a hang reaches it."""
+"""Limit for work that takes well under a second, so only a hang reaches it."""
 PROMPTS = ("a red apple", "two green trees on blue", "a fox")
 MARKED_STEPS = 3
-"""Requests of this step count are the ones that the tests below let fail."""
+"""Step count of the requests that the tests below make fail."""
 
 Futures = list[Future[Picture]]
 
@@ -48,7 +48,7 @@ Futures = list[Future[Picture]]
 
 @pytest.fixture(scope="module")
 def tiny_model(tiny_checkpoint: Path) -> LoadedModel:
-    """Random weights at minimal size, DPM-Solver++ 2M, pictures of 16x16 and of 24x16, two decoders."""
+    """A model with random weights at minimal size: DPM-Solver++ 2M, pictures of 16x16 and 24x16, two decoders."""
     return load_model(tiny_checkpoint, device="cpu")
 
 
@@ -60,7 +60,7 @@ def any_model(request: pytest.FixtureRequest) -> LoadedModel:
 
 
 class Observed:
-    """A real backend that remembers what it was called with and may change or refuse the outcome."""
+    """A real backend that records its calls and may change the output or fail."""
 
     name = "observed"
 
@@ -86,14 +86,14 @@ def observed(
 
 
 def spoil_marked(output: Tensor, step_counts: Tensor) -> Tensor:
-    """NaN in one place of the marked rows."""
+    """Put a NaN into the marked rows."""
     spoiled = output.clone()
     spoiled[step_counts == MARKED_STEPS, 0, 0, 0] = float("nan")
     return spoiled
 
 
 def refuse_marked(output: Tensor, step_counts: Tensor) -> Tensor:
-    """As an operator that fails on a whole batch for one sample's sake."""
+    """Fail on a whole batch because of one sample, as some operators do."""
     if (step_counts == MARKED_STEPS).any():
         raise RuntimeError("out of memory")
     return output
@@ -103,14 +103,14 @@ def refuse_marked(output: Tensor, step_counts: Tensor) -> Tensor:
 
 
 def request_for(model: LoadedModel, seed: int, steps: int, shape: int = 0) -> SamplingParams:
-    """One of the model's native sizes; the prompt goes with the seed."""
+    """Return a request of a native size, with a prompt that depends on the seed."""
     sizes = model.recipe.native_sizes
     width, height = sizes[shape % len(sizes)]
     return SamplingParams(PROMPTS[seed % len(PROMPTS)], seed, steps, width, height)
 
 
 def mixed_requests(model: LoadedModel) -> list[SamplingParams]:
-    """Every step count, in every size, each with its own seed."""
+    """Return a request for every step count and size, each with a seed of its own."""
     shapes, counts = len(model.recipe.native_sizes), model.recipe.step_counts
     return [request_for(model, seed, counts[seed % len(counts)], seed // len(counts)) for seed in range(4 * shapes)]
 
@@ -121,6 +121,7 @@ def assert_same_picture(actual: Pixels, expected: Pixels) -> None:
 
 
 def assert_pipelines_pictures(model: LoadedModel, requests: list[SamplingParams], futures: Futures) -> None:
+    """Assert that each future holds the picture that the pipeline makes."""
     for params, future in zip(requests, futures, strict=True):
         picture = future.result(TIMEOUT_S)
         assert picture.params == params
@@ -128,7 +129,7 @@ def assert_pipelines_pictures(model: LoadedModel, requests: list[SamplingParams]
 
 
 class EqualCosts(CostModel):
-    """Every call takes as long as any, whatever was measured: so all that can share a call do."""
+    """Every call costs the same, so all samples that can share a call do."""
 
     seconds_a_call = 1e-3
 
@@ -144,7 +145,7 @@ class EqualCosts(CostModel):
 
 @pytest.fixture
 def make_engine() -> Iterator[Callable[..., DiffusionEngine]]:
-    """Builds engines without a thread: the test takes each step itself. Closes them in the end."""
+    """Builds engines that were not started; the test calls `step` itself. They are closed at the end."""
     engines: list[DiffusionEngine] = []
 
     def make(model: LoadedModel, sizes: list[int] | None = None, **config: float) -> DiffusionEngine:
@@ -161,24 +162,24 @@ MakeEngine = Callable[..., DiffusionEngine]
 
 
 def run_dry(engine: DiffusionEngine) -> None:
-    """Make calls until everyone is answered."""
+    """Make calls until every sample is answered."""
     for _ in range(1000):
         if not engine.num_live:
             return
         engine.step()
-    pytest.fail(f"{engine.num_live} are still unanswered after 1000 calls")
+    pytest.fail(f"{engine.num_live} samples are still unanswered after 1000 calls")
 
 
 # -- the engine equals the pipeline ----------------------------------------------------------------
 
 
-def test_pictures_are_not_flat_so_that_comparing_them_means_something(any_model: LoadedModel) -> None:
+def test_pictures_are_not_flat_and_differ_by_seed(any_model: LoadedModel) -> None:
     one, other = (generate(any_model, request_for(any_model, seed, 4)) for seed in (0, 1))
     assert one.std() > MAX_LEVELS_APART
     assert np.abs(one.astype(int) - other).max() > MAX_LEVELS_APART
 
 
-def test_what_is_submitted_together_equals_the_pipeline(any_model: LoadedModel) -> None:
+def test_requests_submitted_together_equal_the_pipeline(any_model: LoadedModel) -> None:
     requests = mixed_requests(any_model)
     with DiffusionEngine(any_model) as engine:
         futures = engine.submit_all(requests)
@@ -186,7 +187,7 @@ def test_what_is_submitted_together_equals_the_pipeline(any_model: LoadedModel) 
     assert_pipelines_pictures(any_model, requests, futures)
 
 
-def test_each_of_a_batch_is_decoded_as_it_asks(tiny_model: LoadedModel, make_engine: MakeEngine) -> None:
+def test_requests_of_one_batch_may_use_different_decoders(tiny_model: LoadedModel, make_engine: MakeEngine) -> None:
     engine = make_engine(tiny_model)
     alternating = zip(mixed_requests(tiny_model), tuple(tiny_model.decoders) * 4, strict=True)
     requests = [replace(params, decoder=decoder) for params, decoder in alternating]
@@ -197,7 +198,7 @@ def test_each_of_a_batch_is_decoded_as_it_asks(tiny_model: LoadedModel, make_eng
     assert np.abs(full - tiny).max() > MAX_LEVELS_APART
 
 
-def test_what_is_submitted_between_steps_equals_the_pipeline(any_model: LoadedModel, make_engine: MakeEngine) -> None:
+def test_requests_submitted_between_steps_equal_the_pipeline(any_model: LoadedModel, make_engine: MakeEngine) -> None:
     requests, engine = mixed_requests(any_model), make_engine(any_model, max_batch_size=3)
     futures: Futures = []
     for params in requests:
@@ -217,7 +218,7 @@ def test_what_is_submitted_between_steps_equals_the_pipeline(any_model: LoadedMo
 def test_any_traffic_equals_the_pipeline(
     tiny_model: LoadedModel, arrivals: list[tuple[int, int, int, int, bool]], capacity: int
 ) -> None:
-    """Arrivals are seed, step count, shape, steps to wait after it, and whether it is cancelled then."""
+    """An arrival is (seed, step count, shape, engine steps after it, whether it is cancelled then)."""
     model, backend = observed(tiny_model)
     engine = DiffusionEngine(model, EngineConfig(max_batch_size=capacity))
     kept: list[SamplingParams] = []
@@ -260,7 +261,7 @@ def test_the_same_request_twice_makes_the_same_picture(any_model: LoadedModel, m
     np.testing.assert_array_equal(pictures[0], pictures[1])
 
 
-def test_initial_noise_is_bit_equal_in_any_company(any_model: LoadedModel, make_engine: MakeEngine) -> None:
+def test_initial_noise_is_bit_equal_in_any_batch(any_model: LoadedModel, make_engine: MakeEngine) -> None:
     requests = [request_for(any_model, seed, 1 + seed) for seed in range(4)]
     model, backend = observed(any_model)
     engine = make_engine(model)
@@ -280,15 +281,15 @@ def test_a_sample_takes_each_of_its_own_timesteps_in_order(tiny_model: LoadedMod
     engine = make_engine(model)
     engine.submit_all([request_for(tiny_model, seed, steps) for seed, steps in enumerate((4, 2))])
     run_dry(engine)
-    told = [timesteps.tolist() for _, timesteps in backend.calls]
+    called = [timesteps.tolist() for _, timesteps in backend.calls]
     four, two = (tiny_model.recipe.timesteps[steps] for steps in (4, 2))
-    assert told == [[two[0], four[0]], [two[1], four[1]], [four[2]], [four[3]]], "the shorter is due sooner"
+    assert called == [[two[0], four[0]], [two[1], four[1]], [four[2]], [four[3]]], "the shorter one is due sooner"
 
 
 # -- batches ---------------------------------------------------------------------------------------
 
 
-def test_a_newcomer_joins_and_the_finished_leave_between_steps(model: LoadedModel, make_engine: MakeEngine) -> None:
+def test_newcomers_join_and_finished_samples_leave_between_steps(model: LoadedModel, make_engine: MakeEngine) -> None:
     sizes: list[int] = []
     engine = make_engine(model, sizes)
     requests = [request_for(model, 0, 4), request_for(model, 1, 2), request_for(model, 2, 1)]
@@ -353,7 +354,7 @@ def test_an_earlier_deadline_goes_first(tiny_model: LoadedModel, make_engine: Ma
 # -- cancelling ------------------------------------------------------------------------------------
 
 
-def test_cancelled_before_its_first_step_it_takes_none(model: LoadedModel, make_engine: MakeEngine) -> None:
+def test_a_sample_cancelled_before_its_first_step_takes_none(model: LoadedModel, make_engine: MakeEngine) -> None:
     sizes: list[int] = []
     engine = make_engine(model, sizes)
     requests = [request_for(model, seed, 2) for seed in range(3)]
@@ -365,7 +366,7 @@ def test_cancelled_before_its_first_step_it_takes_none(model: LoadedModel, make_
     assert (engine.stats.cancelled, engine.num_live) == (1, 0)
 
 
-def test_cancelled_in_flight_it_leaves_at_the_next_step(any_model: LoadedModel, make_engine: MakeEngine) -> None:
+def test_a_sample_cancelled_in_flight_leaves_at_the_next_step(any_model: LoadedModel, make_engine: MakeEngine) -> None:
     sizes: list[int] = []
     engine = make_engine(any_model, sizes)
     requests = [request_for(any_model, seed, 4) for seed in range(3)]
@@ -378,7 +379,7 @@ def test_cancelled_in_flight_it_leaves_at_the_next_step(any_model: LoadedModel, 
     assert (engine.stats.cancelled, engine.num_live) == (1, 0)
 
 
-def test_whoever_waits_for_a_cancelled_picture_is_told(tiny_model: LoadedModel) -> None:
+def test_a_wait_for_a_cancelled_picture_ends(tiny_model: LoadedModel) -> None:
     with DiffusionEngine(tiny_model) as engine:
         future = engine.submit(request_for(tiny_model, 0, 4))
         was_cancelled = future.cancel()
@@ -389,7 +390,7 @@ def test_whoever_waits_for_a_cancelled_picture_is_told(tiny_model: LoadedModel) 
             future.result()
 
 
-def test_when_all_are_cancelled_no_step_is_taken(tiny_model: LoadedModel, make_engine: MakeEngine) -> None:
+def test_no_step_is_taken_when_all_requests_are_cancelled(tiny_model: LoadedModel, make_engine: MakeEngine) -> None:
     engine = make_engine(tiny_model)
     for future in engine.submit_all(mixed_requests(tiny_model)):
         future.cancel()
@@ -430,7 +431,7 @@ def test_a_failing_batch_is_split_and_only_the_culprit_fails(any_model: LoadedMo
     assert [len(latents) for latents, _ in backend.calls] == [3, 1, 2, 1, 1, 2, 1, 1]
 
 
-def test_the_pipeline_also_refuses_nan(tiny_model: LoadedModel) -> None:
+def test_the_pipeline_fails_on_nan_too(tiny_model: LoadedModel) -> None:
     with pytest.raises(NotFiniteError):
         generate(observed(tiny_model, spoil_marked)[0], request_for(tiny_model, 1, MARKED_STEPS))
 
@@ -476,7 +477,7 @@ def test_a_batch_that_cannot_be_decoded_is_split(model: LoadedModel, make_engine
     assert_pipelines_pictures(model, requests, futures)
 
 
-def test_what_cannot_be_decoded_fails_and_the_engine_goes_on(model: LoadedModel) -> None:
+def test_a_failing_decoder_fails_its_requests_and_the_engine_goes_on(model: LoadedModel) -> None:
     with DiffusionEngine(
         replace(model, decoders={"full": FailingDecoder(model.decoders["full"], max_batch_size=0)})
     ) as engine:
@@ -489,7 +490,7 @@ def test_what_cannot_be_decoded_fails_and_the_engine_goes_on(model: LoadedModel)
 # -- bounds ----------------------------------------------------------------------------------------
 
 
-def test_beyond_max_live_all_are_refused_and_none_accepted(tiny_model: LoadedModel, make_engine: MakeEngine) -> None:
+def test_a_submission_beyond_max_live_is_refused_as_a_whole(tiny_model: LoadedModel, make_engine: MakeEngine) -> None:
     engine = make_engine(tiny_model, max_live=3)
     requests = [request_for(tiny_model, seed, 2) for seed in range(3)]
     futures = engine.submit_all(requests[:2])
@@ -509,7 +510,7 @@ def test_beyond_max_live_all_are_refused_and_none_accepted(tiny_model: LoadedMod
     assert_pipelines_pictures(tiny_model, requests, futures)
 
 
-def test_a_longer_queue_asks_for_a_later_retry(tiny_model: LoadedModel, make_engine: MakeEngine) -> None:
+def test_a_longer_queue_means_a_later_retry(tiny_model: LoadedModel, make_engine: MakeEngine) -> None:
     retries_s = []
     for max_live in (50, 100):
         engine = make_engine(tiny_model, max_live=max_live, max_batch_size=1)
@@ -546,12 +547,12 @@ def test_a_bad_request_leaves_the_engine_untouched(
 
 
 @pytest.mark.parametrize("name", ["max_batch_size", "max_live"])
-def test_an_engine_that_could_serve_nothing_is_refused(name: str) -> None:
+def test_a_limit_below_one_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} is 0"):
         EngineConfig(**{name: 0})
 
 
-def test_nothing_submitted_is_nothing_to_wait_for(tiny_model: LoadedModel, make_engine: MakeEngine) -> None:
+def test_an_empty_submission_returns_no_futures(tiny_model: LoadedModel, make_engine: MakeEngine) -> None:
     engine = make_engine(tiny_model)
     assert engine.submit_all([]) == []
     engine.step()
@@ -561,7 +562,7 @@ def test_nothing_submitted_is_nothing_to_wait_for(tiny_model: LoadedModel, make_
 # -- the engine's life -----------------------------------------------------------------------------
 
 
-def test_close_finishes_what_was_accepted_and_refuses_the_rest(tiny_model: LoadedModel) -> None:
+def test_close_finishes_accepted_requests_and_refuses_later_ones(tiny_model: LoadedModel) -> None:
     requests = mixed_requests(tiny_model)
     engine = DiffusionEngine(tiny_model)
     futures = engine.submit_all(requests)
@@ -578,19 +579,19 @@ def test_close_finishes_what_was_accepted_and_refuses_the_rest(tiny_model: Loade
     assert_pipelines_pictures(tiny_model, requests, futures)
 
 
-def test_closed_before_it_started_it_fails_what_was_accepted(tiny_model: LoadedModel) -> None:
+def test_closing_an_engine_that_never_started_fails_accepted_requests(tiny_model: LoadedModel) -> None:
     engine = DiffusionEngine(tiny_model)
     future = engine.submit(request_for(tiny_model, 0, 1))
     engine.close()
     assert type(future.exception(TIMEOUT_S)) is GenerationError
 
 
-def test_when_the_thread_dies_whoever_waits_is_told(tiny_model: LoadedModel) -> None:
+def test_when_the_thread_dies_every_waiting_request_fails(tiny_model: LoadedModel) -> None:
     def die(size: int, seconds: float) -> None:
         raise RuntimeError("the observer failed")
 
     engine = DiffusionEngine(tiny_model, EngineConfig(max_batch_size=2), die)
-    # Of the first batch one sample has just taken its last step and one has not; the others wait.
+    # In the first batch one sample takes its last step and one does not; the others wait.
     futures = engine.submit_all([request_for(tiny_model, seed, steps) for seed, steps in enumerate((1, 4, 1, 2))])
     futures.append(engine.submit(request_for(tiny_model, 9, 1, shape=1)))
     futures[3].cancel()
@@ -656,10 +657,10 @@ def test_every_request_is_answered_exactly_once_in_a_storm(tiny_model: LoadedMod
         assert_same_picture(future.result().pixels, pictures[params])
 
 
-# -- what is told of a picture ---------------------------------------------------------------------
+# -- timings and counters --------------------------------------------------------------------------
 
 
-def test_timings_are_filled_and_together_no_more_than_the_wait(any_model: LoadedModel) -> None:
+def test_timings_are_complete_and_add_up_to_at_most_the_wait(any_model: LoadedModel) -> None:
     requests = mixed_requests(any_model)
     with DiffusionEngine(any_model, EngineConfig(max_batch_size=2)) as engine:
         started_s = time.monotonic()
@@ -674,7 +675,7 @@ def test_timings_are_filled_and_together_no_more_than_the_wait(any_model: Loaded
     assert pictures[-1].timings.queue_ms > pictures[0].timings.queue_ms
 
 
-def test_a_picture_tells_how_much_of_the_prompt_was_read(model: LoadedModel, make_engine: MakeEngine) -> None:
+def test_a_picture_says_how_many_tokens_of_its_prompt_were_used(model: LoadedModel, make_engine: MakeEngine) -> None:
     engine = make_engine(model)
     short = request_for(model, 0, 1)
     futures = engine.submit_all([short, replace(short, prompt="a red apple " * 50)])

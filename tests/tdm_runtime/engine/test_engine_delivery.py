@@ -1,4 +1,4 @@
-"""How a request may want to be served: budgets, open step counts, strict bits, previews, drafts, repeats."""
+"""Delivery options of the engine: budgets, "auto" step counts, strict bits, previews, drafts, repeats."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def tiny_model(tiny_checkpoint: Path) -> LoadedModel:
 
 @pytest.fixture
 def engine(tiny_model: LoadedModel) -> Iterator[DiffusionEngine]:
-    """Without a thread: the test makes each call itself."""
+    """An engine that was not started; the test calls `step` itself."""
     engine = DiffusionEngine(tiny_model, costs=KnownCosts())
     yield engine
     engine.close()
@@ -63,7 +63,7 @@ def run_dry(engine: DiffusionEngine) -> None:
         if not engine.num_live:
             return
         engine.step()
-    pytest.fail(f"{engine.num_live} are still unanswered after 1000 calls")
+    pytest.fail(f"{engine.num_live} samples are still unanswered after 1000 calls")
 
 
 # -- budgets and step counts -----------------------------------------------------------------------
@@ -81,24 +81,24 @@ def test_auto_takes_the_most_steps_that_the_budget_allows(
     assert picture.predicted_ms == pytest.approx(1e3 * steps + 500, abs=200)
 
 
-def test_auto_takes_fewer_steps_the_more_is_promised(engine: DiffusionEngine) -> None:
+def test_auto_takes_fewer_steps_beside_other_promises(engine: DiffusionEngine) -> None:
     delivery = Delivery(latency_budget_ms=6000, min_inference_steps=1)
     alone = {replace(PARAMS, seed=n, width=24 if n % 2 else 16) for n in range(4)}
     futures = engine.submit_all(sorted(alone, key=lambda params: params.seed), delivery)
     run_dry(engine)
     taken = [future.result(TIMEOUT_S).params.num_inference_steps for future in futures]
-    assert min(taken) < 4, "two shapes of two do not all get four steps in six seconds"
-    assert max(taken) > 1, "nor do they have to make do with one"
+    assert min(taken) < 4, "four pictures of two shapes do not all fit with four steps into six seconds"
+    assert max(taken) > 1, "one step each would waste the budget"
 
 
-def test_auto_without_a_budget_takes_all_steps_when_nothing_else_is_to_do(engine: DiffusionEngine) -> None:
+def test_auto_without_a_budget_takes_all_steps_on_an_idle_engine(engine: DiffusionEngine) -> None:
     future = engine.submit(PARAMS, Delivery(min_inference_steps=2))
     run_dry(engine)
     assert future.result(TIMEOUT_S).params.num_inference_steps == 4
 
 
-def test_a_budget_that_cannot_be_kept_is_refused_and_costs_nothing(engine: DiffusionEngine) -> None:
-    with pytest.raises(InvalidRequestError, match=r"1 picture of 4 steps would take 4500"):
+def test_a_budget_that_cannot_be_kept_is_refused_before_any_work(engine: DiffusionEngine) -> None:
+    with pytest.raises(InvalidRequestError, match=r"an idle engine needs 4500\.0 ms for 1 picture of 4 steps"):
         engine.submit(PARAMS, Delivery(latency_budget_ms=4000))
     wide = replace(PARAMS, width=24)
     engine.submit(PARAMS, Delivery(latency_budget_ms=5000))
@@ -111,18 +111,18 @@ def test_a_budget_that_cannot_be_kept_is_refused_and_costs_nothing(engine: Diffu
 
 
 @pytest.mark.parametrize("fewest", [0, 5, True, "1", 4.0])
-def test_a_fewest_step_count_that_there_is_not_is_refused(engine: DiffusionEngine, fewest: object) -> None:
+def test_a_min_inference_steps_that_the_checkpoint_lacks_is_refused(engine: DiffusionEngine, fewest: object) -> None:
     with pytest.raises(InvalidRequestError, match="min_inference_steps is"):
         engine.submit(replace(PARAMS, num_inference_steps=3), Delivery(min_inference_steps=fewest))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("budget_ms", [0, -1.0, float("nan"), float("inf"), True, "10"])
-def test_a_budget_is_a_positive_number(budget_ms: object) -> None:
+def test_a_budget_that_is_not_a_positive_number_is_refused(budget_ms: object) -> None:
     with pytest.raises(InvalidRequestError, match="latency_budget_ms is"):
         Delivery(latency_budget_ms=budget_ms)  # type: ignore[arg-type]
 
 
-def test_background_work_comes_after_all_others(tiny_model: LoadedModel) -> None:
+def test_background_work_comes_after_all_other_requests(tiny_model: LoadedModel) -> None:
     engine, ended = DiffusionEngine(tiny_model, EngineConfig(max_batch_size=1), costs=KnownCosts()), list[str]()
 
     def ask(name: str, delivery: Delivery) -> None:
@@ -137,7 +137,7 @@ def test_background_work_comes_after_all_others(tiny_model: LoadedModel) -> None
 
 
 @pytest.mark.parametrize(("second_s", "sizes"), [(0.0, [2] * 5), (0.5, [1] * 10)])
-def test_background_work_shares_a_call_where_that_is_about_free(
+def test_background_work_joins_a_call_only_if_it_hardly_lengthens_it(
     tiny_model: LoadedModel, second_s: float, sizes: list[int]
 ) -> None:
     class Costs(KnownCosts):
@@ -158,19 +158,19 @@ def test_background_work_shares_a_call_where_that_is_about_free(
     engine.close()
 
 
-def test_a_late_picture_comes_all_the_same(tiny_model: LoadedModel) -> None:
+def test_a_picture_that_misses_its_deadline_still_comes(tiny_model: LoadedModel) -> None:
     engine = DiffusionEngine(tiny_model, costs=KnownCosts())
     future = engine.submit(PARAMS, Delivery(latency_budget_ms=4600))
     engine.step()
     (sample,) = engine._scheduler.live()
-    sample.promised_s = time.monotonic() - 1  # as if the machine had stood still
+    sample.promised_s = time.monotonic() - 1  # as if the machine had stopped for a while
     run_dry(engine)
     assert future.result(TIMEOUT_S).params == PARAMS
     assert engine.num_late == 1
     engine.close()
 
 
-def test_warm_up_knows_every_kind_of_call(tiny_model: LoadedModel) -> None:
+def test_warm_up_measures_every_kind_of_call(tiny_model: LoadedModel) -> None:
     with DiffusionEngine(tiny_model, EngineConfig(max_batch_size=4)) as engine:
         warm_up(engine)
         shapes = [tiny_model.latent_shape(replace(PARAMS, width=width)) for width in (16, 24)]
@@ -188,7 +188,7 @@ def test_warm_up_knows_every_kind_of_call(tiny_model: LoadedModel) -> None:
 
 
 def in_company(model: LoadedModel, delivery: Delivery) -> tuple[Picture, int]:
-    """A picture that was asked for among five others, and the number of denoiser calls it all took."""
+    """Return a picture requested together with five others, and the number of denoiser calls for all six."""
     engine = DiffusionEngine(model, costs=KnownCosts())
     width, height = model.recipe.native_sizes[0]
     params = replace(PARAMS, width=width, height=height)
@@ -200,20 +200,22 @@ def in_company(model: LoadedModel, delivery: Delivery) -> tuple[Picture, int]:
 
 
 @pytest.mark.parametrize("name", ["torch", "openvino"])
-def test_strict_pictures_have_the_same_bits_in_any_company(tiny_model: LoadedModel, artifacts: Path, name: str) -> None:
+def test_strict_pictures_have_the_same_bits_in_any_batch(tiny_model: LoadedModel, artifacts: Path, name: str) -> None:
     model = tiny_model
     if name == "openvino":
         model = load_model(DEFAULT_CHECKPOINT, BackendConfig("openvino", artifacts=artifacts))
     picture, num_calls = in_company(model, Delivery(strict=True))
     assert picture.is_strict
     np.testing.assert_array_equal(picture.pixels, generate(model, picture.params))
-    assert num_calls == (4 if model.is_batch_invariant else 8), "only where it must does it share no call"
+    assert num_calls == (4 if model.is_batch_invariant else 8), (
+        "a strict picture shares calls only on a batch-invariant backend"
+    )
 
 
 # -- previews and drafts ---------------------------------------------------------------------------
 
 
-def test_previews_are_what_the_pipeline_shows(engine: DiffusionEngine, tiny_model: LoadedModel) -> None:
+def test_previews_equal_those_of_the_pipeline(engine: DiffusionEngine, tiny_model: LoadedModel) -> None:
     shown: list[Preview] = []
     future = engine.submit(PARAMS, Delivery(on_preview=shown.append, num_previews=2))
     run_dry(engine)
@@ -231,31 +233,31 @@ def test_a_draft_is_the_picture_of_one_step_and_comes_first(engine: DiffusionEng
     future = engine.submit(PARAMS, Delivery(on_preview=shown.append, draft=True))
     while not shown:
         engine.step()
-    assert not future.done() and engine.stats.steps == 1, "it shares the first step of its picture"
+    assert not future.done() and engine.stats.steps == 1, "the draft shares the first step of its picture"
     run_dry(engine)
     (draft,) = shown
     assert draft.is_draft
     expected = generate(tiny_model, replace(PARAMS, num_inference_steps=1))
     assert np.abs(draft.pixels.astype(int) - expected).max() <= MAX_LEVELS_APART
     assert future.result(TIMEOUT_S).params == PARAMS
-    assert engine.stats.finished == 1, "a draft is no picture of its own"
+    assert engine.stats.finished == 1, "a draft does not count as a picture"
 
 
-def test_beside_a_draft_previews_begin_with_the_second_step(engine: DiffusionEngine) -> None:
+def test_previews_begin_with_the_second_step_beside_a_draft(engine: DiffusionEngine) -> None:
     shown: list[Preview] = []
     engine.submit(PARAMS, Delivery(on_preview=shown.append, draft=True, num_previews=3))
     run_dry(engine)
     assert [(preview.is_draft, preview.num_steps_taken) for preview in shown] == [(True, 1), (False, 2), (False, 3)]
 
 
-def test_whoever_cancels_gets_no_draft_either(engine: DiffusionEngine) -> None:
+def test_cancelling_a_picture_cancels_its_draft(engine: DiffusionEngine) -> None:
     shown: list[Preview] = []
     engine.submit(PARAMS, Delivery(on_preview=shown.append, draft=True, num_previews=3)).cancel()
     run_dry(engine)
     assert not shown and engine.stats.steps == 0
 
 
-def test_a_listener_that_fails_harms_nobody(engine: DiffusionEngine) -> None:
+def test_a_failing_preview_listener_harms_no_picture(engine: DiffusionEngine) -> None:
     def fail(preview: Preview) -> None:
         raise RuntimeError("the listener is gone")
 
@@ -264,15 +266,15 @@ def test_a_listener_that_fails_harms_nobody(engine: DiffusionEngine) -> None:
     assert future.result(TIMEOUT_S).params == PARAMS
 
 
-def test_previews_want_a_listener() -> None:
+def test_previews_without_a_listener_are_refused() -> None:
     with pytest.raises(ValueError, match="on_preview"):
         Delivery(num_previews=1)
 
 
-# -- the same again --------------------------------------------------------------------------------
+# -- exact repeats ---------------------------------------------------------------------------------
 
 
-def test_a_picture_that_was_made_is_not_made_again(tiny_model: LoadedModel) -> None:
+def test_a_repeated_request_comes_from_the_result_cache(tiny_model: LoadedModel) -> None:
     with DiffusionEngine(tiny_model, EngineConfig(result_cache_bytes=2 * 16 * 16 * 3)) as engine:
         first = engine.submit(PARAMS).result(TIMEOUT_S)
         steps = engine.stats.steps
@@ -282,10 +284,10 @@ def test_a_picture_that_was_made_is_not_made_again(tiny_model: LoadedModel) -> N
         assert again.is_cached and auto.is_cached and not first.is_cached
         np.testing.assert_array_equal(again.pixels, first.pixels)
         strict = engine.submit(PARAMS, Delivery(strict=True)).result(TIMEOUT_S)
-        assert not strict.is_cached, "what was made in company is no strict picture"
+        assert not strict.is_cached, "a picture made in a batch is not strict"
         for seed in (2, 3):
             engine.submit(replace(PARAMS, seed=seed)).result(TIMEOUT_S)
-        assert not engine.submit(PARAMS).result(TIMEOUT_S).is_cached, "only two fit"
+        assert not engine.submit(PARAMS).result(TIMEOUT_S).is_cached, "the cache holds two pictures"
 
 
 def test_without_a_cache_every_picture_is_made(tiny_model: LoadedModel) -> None:
@@ -297,7 +299,7 @@ def test_without_a_cache_every_picture_is_made(tiny_model: LoadedModel) -> None:
 
 
 class Changed:
-    """A real backend whose calls may be held up, or refused."""
+    """A real backend whose calls may be delayed or fail."""
 
     def __init__(self, model: LoadedModel, before: Callable[[Tensor], None]) -> None:
         self.device, self.is_batch_invariant = model.denoiser.device, False
@@ -324,7 +326,7 @@ def test_out_of_memory_splits_the_batch_and_later_ones_are_smaller(tiny_model: L
     engine.close()
 
 
-def test_a_call_that_never_fits_fails_its_own_request_only(tiny_model: LoadedModel) -> None:
+def test_a_call_that_never_fits_into_memory_fails_only_its_request(tiny_model: LoadedModel) -> None:
     def refuse_wide(latents: Tensor) -> None:
         if latents.shape[-1] == 12:
             raise torch.OutOfMemoryError("no room")
@@ -335,8 +337,8 @@ def test_a_call_that_never_fits_fails_its_own_request_only(tiny_model: LoadedMod
         assert small.result(TIMEOUT_S).params == PARAMS
 
 
-def test_what_is_large_does_not_block_what_is_small(tiny_model: LoadedModel) -> None:
-    """Four large pictures came first; a small one waits for one of their calls, not for sixteen."""
+def test_large_pictures_do_not_block_a_small_one(tiny_model: LoadedModel) -> None:
+    """A small picture behind four large ones waits for one of their calls, not for sixteen."""
     entered, go_on, order = threading.Event(), threading.Event(), []
     go_on.set()
 
@@ -357,6 +359,6 @@ def test_what_is_large_does_not_block_what_is_small(tiny_model: LoadedModel) -> 
         small = engine.submit(PARAMS)
         go_on.set()
         small.result(TIMEOUT_S)
-        assert order.count(12) <= 3, "the call that ran, and where the machine is slow one or two more"
+        assert order.count(12) <= 3, "the running call, and one or two more on a slow machine"
         for future in large:
             future.result(TIMEOUT_S)

@@ -1,4 +1,4 @@
-"""Ten thousand mixed requests: every one is answered exactly once, and nothing is left behind."""
+"""Ten thousand mixed requests: each is answered exactly once, and no memory, thread or file leaks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MAX_LEVELS_APART = 2
 
 
 class Spoiled:
-    """The real denoiser; now and then one row of a call is NaN."""
+    """The real denoiser, with NaN in one row of about every hundredth call."""
 
     is_batch_invariant = False
 
@@ -51,7 +51,7 @@ class Spoiled:
 
 
 class Client(threading.Thread):
-    """Asks for all sorts of pictures, cancels some, and keeps account."""
+    """A client that requests all kinds of pictures, cancels some, and counts the answers."""
 
     def __init__(self, engine: DiffusionEngine, seed: int, num_requests: int) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class Client(threading.Thread):
 
 
 def resources() -> tuple[int, int, int]:
-    """Threads, open files and resident KiB of this process."""
+    """Return the threads, open files and resident KiB of this process."""
     gc.collect()
     resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
     return (
@@ -140,17 +140,17 @@ def test_every_request_is_answered_exactly_once_and_nothing_leaks(tiny_checkpoin
         del clients
         threads, files, resident_kib = resources()
     assert (threads, files) == before[:2]
-    assert resident_kib - before[2] < 60 * 1024, "pictures of all requests would be kept if it grew with them"
+    assert resident_kib - before[2] < 60 * 1024, "memory grew with the number of requests"
 
 
 def warm_up_until_clean(engine: DiffusionEngine) -> None:
-    """Warm-up refuses a model that makes NaN, as this one does now and then."""
+    """Repeat the warm-up until it meets no NaN, which fails it."""
     for _ in range(100):
         try:
             return warm_up(engine)
         except NotFiniteError:
             continue
-    pytest.fail("the model makes nothing but NaN")
+    pytest.fail("every warm-up met a NaN")
 
 
 def check_answers(model: LoadedModel, clients: list[Client], counts: dict[str, int], num_nan: int) -> None:

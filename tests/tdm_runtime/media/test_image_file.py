@@ -1,4 +1,4 @@
-"""Files hold the pixels they were made from and, where asked, the parameters that made them."""
+"""Picture files hold their pixels and, on request, the parameters that made them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tdm_runtime.params import MAX_PROMPT_CHARACTERS, SamplingParams
 from tdm_runtime.sampling.schedule import DiffusionSchedule
 
 JPEG_MEAN_ERROR = 2.0
-"""Levels of 255, on smooth pictures at quality 95."""
+"""Largest mean error in levels of 255, for smooth pictures at quality 95."""
 TEXTS = [
     "a red apple\nSteps: 4, Seed: 7",
     "красное яблоко, 赤いリンゴ, تفاحة حمراء \U0001f34e",
@@ -71,7 +71,7 @@ def test_png_is_lossless_at_any_compression(compression: int) -> None:
     np.testing.assert_array_equal(np.asarray(opened(encode_image(pixels, "png", compression=compression))), pixels)
 
 
-def test_jpeg_is_close() -> None:
+def test_jpeg_is_close_at_high_quality() -> None:
     pixels = smooth_picture()
     picture = opened(encode_image(pixels, "jpeg", compression=95))
     assert (picture.format, picture.size, picture.mode) == ("JPEG", (64, 48), "RGB")
@@ -80,14 +80,14 @@ def test_jpeg_is_close() -> None:
 
 
 @pytest.mark.parametrize("image_format", ["webp", "jpeg"])
-def test_less_quality_is_fewer_bytes(image_format: ImageFormat) -> None:
+def test_lower_quality_makes_smaller_files(image_format: ImageFormat) -> None:
     sizes = [len(encode_image(noise_picture(), image_format, compression=quality)) for quality in (0, 50, 95, 100)]
     assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
 
 
 @formats
 @pytest.mark.parametrize("text", TEXTS, ids=["newline", "non-Latin", "Latin-1", "long", "empty"])
-def test_metadata_reads_back(image_format: ImageFormat, text: str) -> None:
+def test_metadata_is_read_as_it_was_written(image_format: ImageFormat, text: str) -> None:
     assert read_parameters(encode_image(noise_picture(), image_format, parameters=text)) == text
 
 
@@ -99,7 +99,7 @@ def test_metadata_changes_no_pixel(image_format: ImageFormat) -> None:
 
 
 @formats
-def test_none_writes_no_metadata(image_format: ImageFormat) -> None:
+def test_without_parameters_no_metadata_is_written(image_format: ImageFormat) -> None:
     encoded = encode_image(noise_picture(), image_format)
     assert read_parameters(encoded) is None
     assert "exif" not in opened(encoded).info
@@ -112,7 +112,7 @@ def test_the_same_pixels_make_the_same_file(image_format: ImageFormat) -> None:
     assert first == second
 
 
-def test_parameters_are_told_as_picture_tools_read_them() -> None:
+def test_parameters_have_the_format_that_picture_tools_read() -> None:
     recipe = Recipe(
         name="tdm-emoji",
         prediction_type="v_prediction",

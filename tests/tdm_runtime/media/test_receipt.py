@@ -1,4 +1,4 @@
-"""A receipt makes its picture again, says when another came out, and is read wherever it lies."""
+"""A receipt reproduces its picture, detects any other, and is read from every kind of file that holds it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def receipt(tiny_model: LoadedModel) -> Receipt:
     return receipt_of(tiny_model, PARAMS, generate(tiny_model, PARAMS), is_strict=True)
 
 
-def test_a_receipt_says_all_that_made_the_picture(tiny_model: LoadedModel, receipt: Receipt) -> None:
+def test_a_receipt_holds_all_parameters_of_the_picture(tiny_model: LoadedModel, receipt: Receipt) -> None:
     assert receipt.to_params() == PARAMS
     assert receipt.digest == tiny_model.digest and receipt.backend == "torch fp32"
     assert receipt.bucket == (4, 8, 12)
@@ -51,7 +51,7 @@ def test_every_value_that_changes_a_picture_changes_its_hash(tiny_model: LoadedM
     assert len(hashes | {receipt.pixels_sha256}) == 5
 
 
-def test_a_frame_of_a_clip_is_made_again_at_its_angle(tiny_model: LoadedModel) -> None:
+def test_a_frame_of_a_clip_is_reproduced_at_its_noise_angle(tiny_model: LoadedModel) -> None:
     params = replace(PARAMS, noise_angle=2.5)
     frame = generate(tiny_model, params)
     receipt = receipt_of(tiny_model, params, frame, is_strict=True)
@@ -60,7 +60,9 @@ def test_a_frame_of_a_clip_is_made_again_at_its_angle(tiny_model: LoadedModel) -
 
 
 @pytest.mark.parametrize("shape", ["a receipt", "an answer", "a picture"])
-def test_it_is_read_wherever_it_lies(tiny_model: LoadedModel, receipt: Receipt, tmp_path: Path, shape: str) -> None:
+def test_a_receipt_is_read_from_json_answers_and_pictures(
+    tiny_model: LoadedModel, receipt: Receipt, tmp_path: Path, shape: str
+) -> None:
     pixels, file = generate(tiny_model, PARAMS), tmp_path / "file"
     if shape == "a picture":
         file.write_bytes(encode_image(pixels, "png", receipt=receipt.to_json()))
@@ -73,7 +75,9 @@ def test_it_is_read_wherever_it_lies(tiny_model: LoadedModel, receipt: Receipt, 
     assert claim.check(generate(tiny_model, replace(PARAMS, seed=6))) is not None
 
 
-def test_a_picture_of_a_batch_may_be_within_the_tolerance(tiny_model: LoadedModel, receipt: Receipt) -> None:
+def test_a_picture_that_is_not_strict_may_differ_within_the_tolerance(
+    tiny_model: LoadedModel, receipt: Receipt
+) -> None:
     pixels = np.clip(generate(tiny_model, PARAMS), 10, 240)
     loose = replace(receipt, is_strict=False)
     near, far = (pixels + np.uint8(levels) for levels in (TOLERANCE_LEVELS, TOLERANCE_LEVELS + 1))
@@ -92,7 +96,7 @@ def test_a_picture_of_a_batch_may_be_within_the_tolerance(tiny_model: LoadedMode
         (b'{"pixels_sha256": "00", "seed": "many"}', "the receipt's"),
     ],
 )
-def test_what_holds_none_is_refused(tmp_path: Path, content: bytes, says: str) -> None:
+def test_a_file_without_a_receipt_is_refused(tmp_path: Path, content: bytes, says: str) -> None:
     file = tmp_path / "file"
     file.write_bytes(content)
     with pytest.raises(InvalidRequestError, match=says):
@@ -108,7 +112,7 @@ def test_the_command_reproduces_its_own_picture(
     assert "seed 3, 4 steps on torch fp32, reproduced" in capsys.readouterr().out
 
 
-def test_the_command_says_that_another_picture_came_out(
+def test_the_command_reports_a_picture_that_differs(
     tiny_model: LoadedModel, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "a.json"
@@ -121,7 +125,7 @@ def test_the_command_says_that_another_picture_came_out(
     ("change", "says"),
     [({"digest": "0" * 64}, "name its folder with --checkpoint"), ({"backend": "abacus fp3"}, "'abacus fp3'")],
 )
-def test_the_command_refuses_what_it_cannot_make_again(
+def test_the_command_refuses_a_receipt_that_it_cannot_reproduce(
     receipt: Receipt,
     tiny_checkpoint: Path,
     tmp_path: Path,
@@ -135,7 +139,7 @@ def test_the_command_refuses_what_it_cannot_make_again(
     assert says in capsys.readouterr().err
 
 
-def test_the_command_wants_a_prompt_or_a_receipt(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_needs_either_a_prompt_or_a_receipt(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in ([], ["a cat", "--verify", "a.png"]):
         with pytest.raises(SystemExit) as caught:
             main(arguments)
@@ -143,7 +147,7 @@ def test_the_command_wants_a_prompt_or_a_receipt(capsys: pytest.CaptureFixture[s
         assert "give a prompt, or --verify" in capsys.readouterr().err
 
 
-def test_the_engine_says_whether_the_bits_can_depend_on_company(tiny_model: LoadedModel, artifacts: Path) -> None:
+def test_the_engine_says_whether_bits_can_depend_on_the_batch(tiny_model: LoadedModel, artifacts: Path) -> None:
     from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT
     from tdm_runtime.model.artifacts import BackendConfig
 
@@ -156,7 +160,7 @@ def test_the_engine_says_whether_the_bits_can_depend_on_company(tiny_model: Load
             assert engine.submit(params).result(60).is_strict == is_strict
 
 
-def test_only_a_lossless_file_carries_it(tiny_model: LoadedModel, receipt: Receipt) -> None:
+def test_only_png_files_hold_a_receipt(tiny_model: LoadedModel, receipt: Receipt) -> None:
     webp = encode_image(generate(tiny_model, PARAMS), "webp", receipt=receipt.to_json())
     assert receipt.pixels_sha256.encode() not in webp
     png = Image.open(io.BytesIO(encode_image(generate(tiny_model, PARAMS), "png", receipt=receipt.to_json())))

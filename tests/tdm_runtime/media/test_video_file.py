@@ -1,4 +1,4 @@
-"""A clip: what players read, the frames that were given, and the same bytes for them."""
+"""Clip files: players can read them, they hold the given frames, and equal frames give equal bytes."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ MIN_PSNR_DB = 38.0
 
 
 def drawn(count: int, width: int = 96, height: int = 64) -> list[Pixels]:
-    """A soft wave that moves."""
+    """Draw frames of a soft wave that moves."""
     x, y = np.meshgrid(np.arange(width) / width, np.arange(height) / height)
     phases = (math.tau * n / count for n in range(count))
     waves = [127 + 100 * np.stack([np.sin(3 * x + p), np.cos(2 * y - p), np.sin(x + y + p)], -1) for p in phases]
     return [wave.astype(np.uint8) for wave in waves]
 
 
-def test_frames_come_back_within_the_codecs_loss() -> None:
+def test_frames_are_read_back_within_the_loss_of_the_codec() -> None:
     frames = drawn(10)
     with av.open(io.BytesIO(encode_clip(iter(frames), 5, 96, 64, "a prompt"))) as clip:
         (track,) = clip.streams
@@ -37,7 +37,7 @@ def test_frames_come_back_within_the_codecs_loss() -> None:
         assert psnr_db(found, frame) > MIN_PSNR_DB
 
 
-def test_the_same_frames_are_the_same_bytes_and_the_index_comes_first() -> None:
+def test_equal_frames_give_equal_bytes_with_the_index_first() -> None:
     clip = encode_clip(drawn(6), 6, 96, 64)
     assert clip == encode_clip(drawn(6), 6, 96, 64)
     assert clip.index(b"moov") < clip.index(b"mdat")

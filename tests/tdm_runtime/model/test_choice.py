@@ -1,4 +1,4 @@
-"""What runs a checkpoint is what was asked for, or the fastest that keeps the pictures; it is said, and why."""
+"""The requested backend runs a checkpoint, or the fastest one with good pictures; the model says which and why."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from tdm_runtime.pipeline import generate
 
 PARAMS = SamplingParams("a red apple", 3, 2, 24, 16)
 ON_CPU = ("torch fp32", "openvino fp32", "onnxruntime fp32")
-"""What the copies below have to choose from. A GPU's own candidates are left out of account."""
+"""Candidates of the copies below. Those of a GPU are left out."""
 
 
 def parity(psnr_db: float) -> Mapping[int, PictureParity]:
-    """At K = 4 that; better at the others."""
+    """Return this PSNR at K = 4 and better ones at fewer steps."""
     return {steps: PictureParity(psnr_db + 4 - steps, 20.0, 0.99) for steps in (1, 2, 3, 4)}
 
 
 def write_builds(folder: Path, checkpoint: Path, **pictures: Mapping[int, PictureParity]) -> None:
-    """Keep those builds of a folder, with those parities; `openvino_fp32` names one."""
+    """Keep only these builds of a folder and set their parities; `openvino_fp32` names a build."""
     manifest = load_manifest(folder, open_checkpoint(checkpoint))
     kept = {name.replace("_", " "): found for name, found in pictures.items()}
     builds = tuple(replace(b, pictures=kept[b.name]) for b in manifest.builds if b.name in kept)
@@ -44,7 +44,7 @@ def write_builds(folder: Path, checkpoint: Path, **pictures: Mapping[int, Pictur
 
 @pytest.fixture
 def folder(tiny_artifacts: Path, tiny_checkpoint: Path, tmp_path: Path) -> Path:
-    """A copy of the tiny checkpoint's artifacts to change: two builds, quick to measure."""
+    """A copy of the tiny checkpoint's artifacts to change, with two builds that are quick to measure."""
     copy = Path(shutil.copytree(tiny_artifacts, tmp_path / "artifacts"))
     write_builds(copy, tiny_checkpoint, openvino_fp32=parity(60), onnxruntime_fp32=parity(60))
     return copy
@@ -52,7 +52,7 @@ def folder(tiny_artifacts: Path, tiny_checkpoint: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def one_build(folder: Path, tiny_checkpoint: Path) -> Path:
-    """The copy with what is quickest to load."""
+    """The copy with the one build that loads fastest."""
     write_builds(folder, tiny_checkpoint, onnxruntime_fp32=parity(60))
     return folder
 
@@ -75,7 +75,7 @@ def refusal(checkpoint: Path, config: BackendConfig) -> str:
 
 
 def milliseconds(choice: str, name: str) -> float:
-    """What a choice says of a candidate."""
+    """Return the milliseconds that a choice gives for a candidate."""
     found = re.search(rf"{name}(?: with \d+ threads?,)? (\S+) ms", choice)
     assert found is not None, choice
     return float(found[1])
@@ -84,7 +84,7 @@ def milliseconds(choice: str, name: str) -> float:
 # -- auto ------------------------------------------------------------------------------------------
 
 
-def test_auto_takes_the_fastest_and_names_all_that_it_measured(tiny_checkpoint: Path, folder: Path) -> None:
+def test_auto_takes_the_fastest_and_names_every_measured_candidate(tiny_checkpoint: Path, folder: Path) -> None:
     model = load_model(tiny_checkpoint, auto(folder))
     assert model.choice.startswith(f"{model.backend} with 1 thread, ")
     times_ms = {name: milliseconds(model.choice, name) for name in ON_CPU}
@@ -93,7 +93,7 @@ def test_auto_takes_the_fastest_and_names_all_that_it_measured(tiny_checkpoint: 
 
 
 def test_a_choice_is_remembered(tiny_checkpoint: Path, one_build: Path) -> None:
-    """Whoever edits what is remembered gets what he wrote: nothing is measured."""
+    """After an edit of the kept file the model follows the edit, so nothing was measured."""
     load_model(tiny_checkpoint, auto(one_build))
     kept = json.loads((one_build / CHOICE_FILE).read_text())
     for backend in ("onnxruntime", "torch"):
@@ -107,7 +107,7 @@ def test_a_choice_is_remembered(tiny_checkpoint: Path, one_build: Path) -> None:
 
 
 @pytest.mark.parametrize("change", ["machine", "features", "garbage", "request", "parity"])
-def test_another_machine_request_or_parity_is_measured_anew(
+def test_a_change_of_machine_request_or_parity_measures_again(
     tiny_checkpoint: Path, one_build: Path, change: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load_model(tiny_checkpoint, auto(one_build))
@@ -116,7 +116,7 @@ def test_another_machine_request_or_parity_is_measured_anew(
     kept["machine"] += " of yesterday" if change == "machine" else ""
     (one_build / CHOICE_FILE).write_text("{" if change == "garbage" else json.dumps(kept))
     if change == "features":
-        monkeypatch.setenv(ISA_LIMIT, "AVX2")  # as of a CPU with other kernels
+        monkeypatch.setenv(ISA_LIMIT, "AVX2")  # like a CPU with other kernels
     if change == "parity":
         write_builds(one_build, tiny_checkpoint, onnxruntime_fp32=parity(30))
     model = load_model(tiny_checkpoint, auto(one_build, "fp32" if change == "request" else None))
@@ -126,18 +126,18 @@ def test_another_machine_request_or_parity_is_measured_anew(
     assert ("onnxruntime fp32" in measured["excluded"]) == (change == "parity")
 
 
-def test_a_folder_that_cannot_be_written_to_is_measured_at_every_start(tiny_checkpoint: Path, one_build: Path) -> None:
+def test_a_choice_that_cannot_be_kept_still_loads(tiny_checkpoint: Path, one_build: Path) -> None:
     (one_build / CHOICE_FILE).mkdir()
     assert load_model(tiny_checkpoint, auto(one_build)).choice
 
 
-def test_what_loses_too_much_is_never_chosen_unasked(tiny_checkpoint: Path, folder: Path) -> None:
-    """It is said why, and it runs where it is asked for by name."""
+def test_auto_never_chooses_a_build_with_poor_pictures(tiny_checkpoint: Path, folder: Path) -> None:
+    """The choice says why. The build still runs if it is requested by name."""
     write_builds(folder, tiny_checkpoint, openvino_fp32=parity(MIN_PSNR_DB - 0.1), onnxruntime_fp32=parity(20))
     model = load_model(tiny_checkpoint, auto(folder))
     assert model.backend == "torch fp32"
-    assert "openvino fp32 not considered: its pictures keep 34.9 dB here, 35 are asked" in model.choice
-    assert "onnxruntime fp32 not considered: its pictures keep 20.0 dB here, 35 are asked" in model.choice
+    assert "openvino fp32 not considered: its pictures reach 34.9 dB here, below 35 dB" in model.choice
+    assert "onnxruntime fp32 not considered: its pictures reach 20.0 dB here, below 35 dB" in model.choice
     backends: tuple[BackendName, ...] = ("openvino", "onnxruntime")
     for backend in backends:
         for threads in (1, 0):
@@ -146,12 +146,14 @@ def test_what_loses_too_much_is_never_chosen_unasked(tiny_checkpoint: Path, fold
             assert bool(named.choice) == (threads == 0)
 
 
-def test_just_enough_is_enough(tiny_checkpoint: Path, folder: Path) -> None:
+def test_auto_may_choose_a_build_at_exactly_the_lowest_psnr(tiny_checkpoint: Path, folder: Path) -> None:
     write_builds(folder, tiny_checkpoint, openvino_fp32=parity(MIN_PSNR_DB))
     assert milliseconds(load_model(tiny_checkpoint, auto(folder)).choice, "openvino fp32") > 0
 
 
-def test_auto_keeps_to_a_precision(tiny_checkpoint: Path, tiny_artifacts: Path, tmp_path: Path) -> None:
+def test_auto_chooses_only_builds_of_the_requested_precision(
+    tiny_checkpoint: Path, tiny_artifacts: Path, tmp_path: Path
+) -> None:
     copy = Path(shutil.copytree(tiny_artifacts, tmp_path / "artifacts"))
     write_builds(copy, tiny_checkpoint, openvino_fp32=parity(60), openvino_int8=parity(60))
     assert load_model(tiny_checkpoint, auto(copy, "int8")).backend == "openvino int8"
@@ -159,19 +161,19 @@ def test_auto_keeps_to_a_precision(tiny_checkpoint: Path, tiny_artifacts: Path, 
     assert f"was not built at fp8; run `tdm-export {tiny_checkpoint} --output {copy} --precision fp8`" in message
 
 
-def test_auto_without_artifacts_is_torch(tiny_checkpoint: Path, no_artifacts: None) -> None:
+def test_auto_without_artifacts_chooses_torch(tiny_checkpoint: Path, no_artifacts: None) -> None:
     model = load_model(tiny_checkpoint, auto(None))
     assert model.backend == "torch fp32"
     assert model.choice.startswith("torch fp32 with 1 thread, ")
 
 
-def test_auto_does_not_pass_over_damage(tiny_checkpoint: Path, folder: Path) -> None:
+def test_auto_refuses_a_damaged_build(tiny_checkpoint: Path, folder: Path) -> None:
     (folder / "denoiser.bin").write_bytes(b"")
     assert f"{folder / 'denoiser.bin'} is damaged or missing; run `tdm-export" in refusal(tiny_checkpoint, auto(folder))
 
 
-def test_threads_0_measures_the_one_that_was_asked_for(tiny_checkpoint: Path, folder: Path) -> None:
-    """With all cores and with fewer; what else there is stays out of it."""
+def test_threads_0_measures_only_the_requested_backend(tiny_checkpoint: Path, folder: Path) -> None:
+    """It is measured with all cores and with fewer. Other backends are not."""
     model = load_model(tiny_checkpoint, BackendConfig("openvino", threads=0, artifacts=folder))
     assert re.fullmatch(r"openvino fp32 with \d+ threads?, \S+ ms a picture", model.choice)
 
@@ -180,10 +182,10 @@ def test_threads_0_measures_the_one_that_was_asked_for(tiny_checkpoint: Path, fo
 
 
 @pytest.mark.parametrize(("backend", "precision"), [("openvino", "fp32"), ("onnxruntime", "fp32"), ("openvino", None)])
-def test_what_is_asked_for_runs_and_brings_its_parity(
+def test_the_requested_build_runs_and_has_its_parity(
     tiny_checkpoint: Path, tiny_artifacts: Path, backend: BackendName, precision: Precision | None
 ) -> None:
-    """Without a precision it is the first that was built."""
+    """Without a precision it is the first build."""
     model = load_model(tiny_checkpoint, BackendConfig(backend, precision, artifacts=tiny_artifacts))
     build = load_manifest(tiny_artifacts, open_checkpoint(tiny_checkpoint)).find(backend, precision)
     assert build is not None
@@ -205,7 +207,7 @@ def test_every_backend_makes_the_same_picture(tiny_checkpoint: Path, tiny_artifa
     ("backend", "precision", "named"),
     [("openvino", "int8", "openvino int8"), ("openvino", None, "openvino"), ("tensorrt", "fp8", "tensorrt fp8")],
 )
-def test_what_was_not_built_is_refused_with_what_to_run(
+def test_a_missing_build_is_refused_with_the_command_to_run(
     tiny_checkpoint: Path, no_artifacts: None, backend: BackendName, precision: Precision | None, named: str
 ) -> None:
     message = refusal(tiny_checkpoint, BackendConfig(backend, precision))
@@ -213,7 +215,7 @@ def test_what_was_not_built_is_refused_with_what_to_run(
     assert f"was not built for {named}; run `tdm-export {tiny_checkpoint} {options}`" in message
 
 
-def test_what_the_named_folder_lacks_is_refused(tiny_checkpoint: Path, folder: Path) -> None:
+def test_a_build_that_the_named_folder_lacks_is_refused(tiny_checkpoint: Path, folder: Path) -> None:
     message = refusal(tiny_checkpoint, BackendConfig("openvino", "int8", artifacts=folder))
     command = f"tdm-export {tiny_checkpoint} --output {folder} --backend openvino --precision int8"
     assert f"was not built for openvino int8; run `{command}`" in message
@@ -252,12 +254,10 @@ def test_a_component_that_was_not_built_is_refused(tiny_checkpoint: Path, folder
     assert f"openvino fp32 in {folder} has no tiny_decoder" in message
 
 
-# -- what runs in its place ------------------------------------------------------------------------
+# -- fallback --------------------------------------------------------------------------------------
 
 
-def test_the_fallback_is_torch_and_says_in_place_of_what(
-    tiny_checkpoint: Path, folder: Path, no_artifacts: None
-) -> None:
+def test_the_fallback_runs_torch_and_says_why(tiny_checkpoint: Path, folder: Path, no_artifacts: None) -> None:
     (folder / "denoiser.bin").unlink()
     cases: dict[str, BackendConfig] = {
         "was not built for openvino int8": BackendConfig("openvino", "int8", allow_fallback=True, device="cpu"),
@@ -273,7 +273,7 @@ def test_the_fallback_is_torch_and_says_in_place_of_what(
         assert np.abs(generate(model, PARAMS).astype(int) - expected).max() <= 2
 
 
-def test_nothing_falls_back_from_what_can_be_used(tiny_checkpoint: Path, folder: Path) -> None:
+def test_a_usable_build_runs_even_if_fallback_is_allowed(tiny_checkpoint: Path, folder: Path) -> None:
     model = load_model(tiny_checkpoint, BackendConfig("openvino", artifacts=folder, allow_fallback=True))
     assert (model.backend, model.choice) == ("openvino fp32", "")
 
@@ -293,7 +293,7 @@ def test_a_precision_that_torch_does_not_run_is_refused(backend: BackendName, pr
         BackendConfig(backend, precision)
 
 
-def test_torch_runs_16_bits_when_asked(tiny_checkpoint: Path) -> None:
+def test_torch_runs_bf16_on_request(tiny_checkpoint: Path) -> None:
     model = load_model(tiny_checkpoint, BackendConfig("torch", "bf16", device="cpu"))
     assert model.backend == "torch bf16"
     expected = generate(load_model(tiny_checkpoint, device="cpu"), PARAMS).astype(int)
@@ -302,13 +302,13 @@ def test_torch_runs_16_bits_when_asked(tiny_checkpoint: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_cuda_graphs_want_a_gpu(tiny_checkpoint: Path) -> None:
+def test_cuda_graphs_without_a_gpu_are_refused(tiny_checkpoint: Path) -> None:
     with pytest.raises(BackendError, match="CUDA"):
         load_model(tiny_checkpoint, BackendConfig("cuda-graphs"))
 
 
-def test_only_the_default_folder_is_ever_built_unasked(tiny_checkpoint: Path, folder: Path, no_artifacts: None) -> None:
-    """`tdm-serve` builds what is missing: not for torch, and not where the user named a folder."""
+def test_only_the_default_folder_can_miss_artifacts(tiny_checkpoint: Path, folder: Path, no_artifacts: None) -> None:
+    """`tdm-serve` builds missing artifacts, but not for torch and not in a folder that the user named."""
     checkpoint = open_checkpoint(tiny_checkpoint)
 
     def is_missing(config: BackendConfig) -> bool:

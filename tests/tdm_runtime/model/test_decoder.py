@@ -1,4 +1,4 @@
-"""Slices and tiles are seams in memory, not in pictures."""
+"""Decoding in slices and tiles gives the pictures of one call."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tdm_runtime.sampling.sampler import apply_step, gather_rows
 CPU = torch.device("cpu")
 DOWNSCALE = 4
 SIDE = 16
-"""Latents of a tile's side: the size that the embedded autoencoder was trained at."""
+"""Side of a tile in latents, the size that the embedded autoencoder was trained at."""
 TILE_PIXELS = (SIDE * DOWNSCALE) ** 2
 PROMPTS = (
     "a red apple",
@@ -39,18 +39,18 @@ PROMPTS = (
     "a big yellow bus",
 )
 WHOLE_FLOOR_DB = 29.0
-"""Group norms see a tile in place of the picture, whose statistics are others: 30.2 to 47.4 dB are measured here, and
-27.4 where tiles are laid side by side."""
+"""Lowest PSNR of a tiled picture. Group norms see the statistics of a tile, not of the picture: 30.2 to 47.4 dB are
+measured here, and 27.4 for tiles without overlap."""
 ALIKE_FLOOR_DB = 38.0
-"""Where all tiles have the whole picture's statistics nothing but the padding at their borders differs: 41.8 to 45.8 dB
-are measured here, and 27.3 to 31.3 where such tiles are laid side by side."""
+"""Lowest PSNR if all tiles have the picture's statistics. Then only the padding at their borders differs: 41.8 to
+45.8 dB are measured here, and 27.3 to 31.3 for tiles without overlap."""
 SEAM_LIMIT = 5.0
 """Levels by which neighbours at a tile's border may differ more than in the whole picture, where they differ by 8 on
-average: 3.6 are measured, and 43 to 49 where tiles are laid side by side."""
+average. 3.6 are measured, and 43 to 49 for tiles without overlap."""
 
 
 class Watched:
-    """A real backend that remembers the shapes it was called with."""
+    """A real backend that records the shapes of its inputs."""
 
     def __init__(self, backend: Backend) -> None:
         self.device = backend.device
@@ -63,7 +63,7 @@ class Watched:
 
 
 class EnlargingBackend:
-    """A decoder whose pixels depend on their own latent alone: three of four channels, each latent a square."""
+    """A decoder that enlarges three of four channels, so each pixel depends on one latent only."""
 
     device = CPU
 
@@ -81,7 +81,7 @@ def backend() -> Backend:
 
 @pytest.fixture(scope="module")
 def scenes(model: LoadedModel) -> list[Tensor]:
-    """Latents [4, 16, 16] that the denoiser made."""
+    """Latents [4, 16, 16] made by the denoiser."""
     return list(_sampled(model))
 
 
@@ -101,7 +101,7 @@ def _sampled(model: LoadedModel) -> Iterator[Tensor]:
 
 
 def mosaic(scenes: list[Tensor], rows: int, columns: int) -> Tensor:
-    """Scenes side by side, as one picture's latents [1, 4, 16 rows, 16 columns]."""
+    """Join scenes to the latents of one picture, [1, 4, 16 rows, 16 columns]."""
     lines = [torch.cat(scenes[row * columns : (row + 1) * columns], dim=-1) for row in range(rows)]
     return torch.cat(lines, dim=-2)[None]
 
@@ -110,8 +110,8 @@ def mosaic(scenes: list[Tensor], rows: int, columns: int) -> Tensor:
 
 
 @pytest.mark.parametrize("samples_a_call", [1, 2, 4, 5])
-def test_slices_have_the_pixels_of_one_call(backend: Backend, scenes: list[Tensor], samples_a_call: int) -> None:
-    """Up to the rounding of batched sums, one level."""
+def test_slices_equal_one_call_within_one_level(backend: Backend, scenes: list[Tensor], samples_a_call: int) -> None:
+    """Sums over other batch sizes round differently."""
     latents = torch.stack(scenes)
     watched = Watched(backend)
     sliced = Decoder(watched, DOWNSCALE, max_call_pixels=samples_a_call * TILE_PIXELS).decode(latents)
@@ -123,7 +123,7 @@ def test_slices_have_the_pixels_of_one_call(backend: Backend, scenes: list[Tenso
     assert np.abs(sliced.astype(int) - whole).max() <= 1
 
 
-def test_pictures_keep_their_order(scenes: list[Tensor]) -> None:
+def test_slices_keep_the_order_of_pictures(scenes: list[Tensor]) -> None:
     latents = torch.arange(10.0)[:, None, None, None].expand(-1, 4, 8, 8)
     decoded = Decoder(EnlargingBackend(), DOWNSCALE, max_call_pixels=3 * 32 * 32).decode(latents)
     np.testing.assert_array_equal(decoded[:, 0, 0, 0], np.arange(10))
@@ -147,10 +147,10 @@ def test_slices_of_clips_keep_every_frame() -> None:
     batch=st.integers(1, 2),
     frames=st.sampled_from([(), (1,), (3,)]),
 )
-def test_tiles_of_a_local_decoder_are_the_whole(
+def test_tiles_of_a_local_decoder_equal_one_call(
     height: int, width: int, side: int, batch: int, frames: tuple[int, ...]
 ) -> None:
-    """No pixel is left out or put elsewhere, at any size: where context does not matter, tiling changes nothing."""
+    """At any size no pixel is missing or moved: without context, tiling changes nothing."""
     shape = (batch, 4, *frames, height, width)
     latents = 255 * torch.rand(shape, generator=torch.Generator().manual_seed(height * width))
     watched = Watched(EnlargingBackend())
@@ -161,7 +161,7 @@ def test_tiles_of_a_local_decoder_are_the_whole(
 
 
 @given(size=st.integers(1, 500), side=st.integers(4, 64))
-def test_tiles_cover_a_side_and_have_an_overlap_in_common(size: int, side: int) -> None:
+def test_tiles_cover_a_side_and_overlap(size: int, side: int) -> None:
     starts = list(_tile_starts(size, side))
     assert starts[0] == 0 and starts[-1] + side >= size
     assert size <= side or starts[-1] + side == size
@@ -170,9 +170,7 @@ def test_tiles_cover_a_side_and_have_an_overlap_in_common(size: int, side: int) 
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 48), (32, 32), (23, 29), (17, 17), (16, 40)])
-def test_a_tiled_picture_comes_close_to_the_whole(
-    backend: Backend, scenes: list[Tensor], height: int, width: int
-) -> None:
+def test_a_tiled_picture_is_close_to_one_call(backend: Backend, scenes: list[Tensor], height: int, width: int) -> None:
     latents = mosaic(scenes, 2, 3)[..., :height, :width]
     tiled = Decoder(backend, DOWNSCALE, max_call_pixels=TILE_PIXELS).decode(latents)
     whole = Decoder(backend, DOWNSCALE).decode(latents)
@@ -180,8 +178,8 @@ def test_a_tiled_picture_comes_close_to_the_whole(
     assert psnr_db(tiled, whole) >= WHOLE_FLOOR_DB
 
 
-def test_tiles_with_the_pictures_own_statistics_come_closer(backend: Backend, scenes: list[Tensor]) -> None:
-    """One scene again and again: every tile holds all of it, only rolled."""
+def test_tiles_with_the_statistics_of_the_picture_are_closer(backend: Backend, scenes: list[Tensor]) -> None:
+    """The picture repeats one scene, so every tile holds all of it, rolled."""
     for scene in scenes:
         latents = mosaic([scene] * 6, 2, 3)
         tiled = Decoder(backend, DOWNSCALE, max_call_pixels=TILE_PIXELS).decode(latents)
@@ -189,13 +187,13 @@ def test_tiles_with_the_pictures_own_statistics_come_closer(backend: Backend, sc
 
 
 def steps_between_columns(pixels: Pixels) -> NDArray[np.float64]:
-    """Mean absolute difference [W - 1] of each column from the next."""
+    """Return the mean absolute difference [W - 1] of each column from the next."""
     return np.abs(np.diff(pixels[0].astype(np.float64), axis=1)).mean(axis=(0, 2))
 
 
 @pytest.mark.parametrize("width", [48, 29, 17])
 def test_tiles_leave_no_seam(backend: Backend, scenes: list[Tensor], width: int) -> None:
-    """Where a tile begins or ends, neighbours differ about as much as in the whole picture."""
+    """At the borders of tiles, neighbours differ about as much as in the whole picture."""
     latents = mosaic(scenes, 2, 3)[..., :width]
     tiled = Decoder(backend, DOWNSCALE, max_call_pixels=TILE_PIXELS).decode(latents)
     whole = Decoder(backend, DOWNSCALE).decode(latents)
@@ -214,7 +212,7 @@ def test_a_picture_that_fits_is_not_tiled(backend: Backend, scenes: list[Tensor]
     np.testing.assert_array_equal(decoded, Decoder(backend, DOWNSCALE).decode(latents))
 
 
-def test_a_decoder_of_an_autoencoder_in_memory_knows_its_scale(scenes: list[Tensor], backend: Backend) -> None:
+def test_torch_decoder_finds_the_scale_of_an_autoencoder(scenes: list[Tensor], backend: Backend) -> None:
     decoder = torch_decoder(open_checkpoint(DEFAULT_CHECKPOINT).load_vae(), CPU)
     assert decoder.downscale == DOWNSCALE
     latents = torch.stack(scenes[:2])

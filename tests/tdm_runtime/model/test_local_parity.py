@@ -1,6 +1,6 @@
-"""Artifacts from another CPU serve only pictures that were compared on this one.
+"""Artifacts from another CPU serve only after their pictures were compared on this CPU.
 
-"Another CPU" is a manifest whose features were edited, or this CPU with kernels that oneDNN is kept from.
+"Another CPU" is a manifest with edited features, or this CPU with a limit on oneDNN's kernels.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tdm_runtime.model.loaded_model import LoadedModel
 
 OTHER_CPU = ("x86_64", "avx", "avx2", "fma3")
 WRONG = {steps: PictureParity(77.0, 77.0, 1.0) for steps in (1, 2, 3, 4)}
-"""What the other CPU is said to have measured; no build has it here."""
+"""Parity that the other CPU is said to have measured. No build has it here."""
 FP32: tuple[BackendName, Precision] = ("openvino", "fp32")
 
 
@@ -41,20 +41,20 @@ def checkpoint(tiny_checkpoint: Path) -> Checkpoint:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A user's cache of its own."""
+    """An empty user cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "tdm-serve" / "parity"
 
 
 @pytest.fixture
 def exported(tiny_artifacts: Path, checkpoint: Checkpoint) -> Mapping[str, Build]:
-    """The builds as they were measured on this CPU."""
+    """The builds, measured on this CPU."""
     return {build.name: build for build in load_manifest(tiny_artifacts, checkpoint).builds}
 
 
 @pytest.fixture
 def folder(tiny_artifacts: Path, checkpoint: Checkpoint, tmp_path: Path, cache: Path) -> Path:
-    """A copy of the artifacts that another CPU measured."""
+    """A copy of the artifacts, as if measured on another CPU."""
     copy = Path(shutil.copytree(tiny_artifacts, tmp_path / "artifacts"))
     manifest = load_manifest(copy, checkpoint)
     builds = tuple(replace(build, pictures=WRONG, measured_on=OTHER_CPU) for build in manifest.builds)
@@ -71,7 +71,7 @@ def kept_in(folder: Path) -> list[Path]:
 
 
 def write_poor_weights(folder: Path, checkpoint: Checkpoint) -> None:
-    """Turn the signs of the OpenVINO denoiser's convolutions, and have the manifest vouch for the file."""
+    """Flip the signs in the OpenVINO denoiser's convolutions, and put the new hash into the manifest."""
     file = folder / "denoiser.bin"
     content = np.fromfile(file, dtype=np.uint8)
     constants = [layer.attrib for layer in ElementTree.parse(folder / "denoiser.xml").iterfind(".//data[@offset]")]
@@ -88,7 +88,7 @@ def write_poor_weights(folder: Path, checkpoint: Checkpoint) -> None:
 # -- measured again, once ----------------------------------------------------------------------------
 
 
-def test_artifacts_of_another_cpu_are_measured_and_served_with_this_cpus_figures(
+def test_artifacts_of_another_cpu_are_measured_and_get_the_parity_of_this_cpu(
     checkpoint: Checkpoint, folder: Path, exported: Mapping[str, Build], cache: Path
 ) -> None:
     model = load(checkpoint, folder)
@@ -99,11 +99,11 @@ def test_artifacts_of_another_cpu_are_measured_and_served_with_this_cpus_figures
     assert not cache.exists()
 
 
-def test_what_was_measured_is_remembered(
+def test_a_measured_parity_is_read_at_the_next_start(
     checkpoint: Checkpoint, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A reader of an edited file serves what it says: nothing is measured."""
-    says = "openvino fp32 in %s was not measured on such a CPU; its pictures are compared with torch fp32 here, once"
+    """After an edit of the kept file the model has the edited value, so nothing was measured."""
+    says = "openvino fp32 in %s was not measured on a CPU like this one; comparing its pictures with torch fp32 once"
     load(checkpoint, folder)
     assert [record.getMessage() for record in caplog.records] == [says % folder]
     (kept,) = kept_in(folder)
@@ -116,7 +116,7 @@ def test_what_was_measured_is_remembered(
 
 
 @pytest.mark.parametrize("content", ["{", "{}", '{"build": "a", "measured_on": [], "pictures": {}}'])
-def test_a_damaged_memory_is_measured_again(
+def test_a_damaged_parity_file_is_measured_again(
     checkpoint: Checkpoint, folder: Path, exported: Mapping[str, Build], content: str
 ) -> None:
     load(checkpoint, folder)
@@ -133,7 +133,7 @@ def test_artifacts_of_a_cpu_like_this_one_are_not_measured(
     assert not kept_in(tiny_artifacts) and not caplog.records
 
 
-def test_a_manifest_without_features_is_measured(
+def test_builds_without_cpu_features_are_measured(
     checkpoint: Checkpoint, folder: Path, exported: Mapping[str, Build]
 ) -> None:
     content = json.loads((folder / MANIFEST_FILE).read_text())
@@ -153,9 +153,9 @@ def test_a_build_that_was_never_verified_is_measured(
     assert load(checkpoint, folder).parity == exported["openvino fp32"].pictures
 
 
-@pytest.mark.skipif("avx2" not in cpu_features(), reason="the CPU's kernels are not limited by these names")
-def test_other_kernels_of_this_cpu_are_another_cpu(checkpoint: Checkpoint, folder: Path) -> None:
-    """In processes of their own, as oneDNN reads its limit once."""
+@pytest.mark.skipif("avx2" not in cpu_features(), reason="these limits have no effect on this CPU")
+def test_a_limit_on_kernels_counts_as_another_cpu(checkpoint: Checkpoint, folder: Path) -> None:
+    """Each limit needs a process, because oneDNN reads it once."""
     code = (
         "import sys, json; from pathlib import Path; from tdm_runtime import BackendConfig, load_model\n"
         "config = BackendConfig('openvino', 'fp32', 1, Path(sys.argv[2]))\n"
@@ -175,23 +175,23 @@ def test_other_kernels_of_this_cpu_are_another_cpu(checkpoint: Checkpoint, folde
 # -- folders that cannot be written to ---------------------------------------------------------------
 
 
-def test_the_users_cache_remembers_for_a_read_only_folder(
+def test_parity_of_a_read_only_folder_is_kept_in_the_user_cache(
     checkpoint: Checkpoint, folder: Path, cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     parity = load(checkpoint, folder).parity
     (kept,) = kept_in(folder)
     kept.unlink()
-    kept.mkdir()  # no file can take its place, not even root's
+    kept.mkdir()  # nothing can write a file here, not even root
     caplog.clear()
     assert load(checkpoint, folder).parity == parity
     assert [file.name for file in cache.iterdir()] == [kept.name]
     assert len(caplog.records) == 1
     assert load(checkpoint, folder).parity == parity
-    assert len(caplog.records) == 1, "measured once"
-    assert kept_in(folder) == [kept], "nothing is left beside it"
+    assert len(caplog.records) == 1, "it was measured again"
+    assert kept_in(folder) == [kept], "a partial file was left"
 
 
-def test_where_nothing_can_be_written_it_is_measured_and_said(
+def test_parity_that_cannot_be_kept_is_measured_with_a_warning(
     checkpoint: Checkpoint, folder: Path, cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     parity = load(checkpoint, folder).parity
@@ -208,25 +208,25 @@ def test_where_nothing_can_be_written_it_is_measured_and_said(
 # -- poor pictures on this CPU -----------------------------------------------------------------------
 
 
-def test_poor_pictures_are_refused_with_value_floor_and_remedy(
+def test_poor_pictures_are_refused_with_value_limit_and_remedy(
     checkpoint: Checkpoint, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_poor_weights(folder, checkpoint)
-    for threads in (1, 0, 1):  # by number, by measuring, and from memory
+    for threads in (1, 0, 1):  # a fixed number, measured, and with the kept parity
         with pytest.raises(ArtifactError) as caught:
             load_model(checkpoint.folder, BackendConfig(*FP32, threads=threads, artifacts=folder))
         says = str(caught.value)
-        assert says.startswith(f"pictures of openvino fp32 in {folder} keep ")
-        assert "dB on this CPU, 35 are asked (77.0 where it was exported); choose another --precision or --back" in says
+        assert says.startswith(f"pictures of openvino fp32 in {folder} reach ")
+        assert "dB on this CPU, below 35 dB (77.0 dB where it was exported); choose another --precision or --ba" in says
         assert "\n" not in says
     assert len([record for record in caplog.records if "once" in record.getMessage()]) == 1
 
 
-def test_int8_may_lose_more_where_it_is_asked_for_by_name(checkpoint: Checkpoint, folder: Path) -> None:
+def test_int8_by_name_has_a_lower_limit(checkpoint: Checkpoint, folder: Path) -> None:
     load(checkpoint, folder, ("openvino", "int8"))
     (kept,) = kept_in(folder)
     content = json.loads(kept.read_text())
-    for lowest, floor in ((30.0, None), (29.96, "keep 30.0 dB on this CPU, 30 are asked"), (12.3, "keep 12.3 dB")):
+    for lowest, floor in ((30.0, None), (29.96, "reach 30.0 dB on this CPU, below 30 dB"), (12.3, "reach 12.3 dB")):
         content["pictures"]["2"]["psnr_db"] = lowest
         kept.write_text(json.dumps(content))
         if floor is None:
@@ -236,25 +236,25 @@ def test_int8_may_lose_more_where_it_is_asked_for_by_name(checkpoint: Checkpoint
                 load(checkpoint, folder, ("openvino", "int8"))
 
 
-def test_the_fallback_runs_in_place_of_poor_pictures(checkpoint: Checkpoint, folder: Path) -> None:
+def test_the_fallback_replaces_a_build_with_poor_pictures(checkpoint: Checkpoint, folder: Path) -> None:
     write_poor_weights(folder, checkpoint)
     config = BackendConfig(*FP32, threads=1, artifacts=folder, allow_fallback=True, device="cpu")
     model = load_model(checkpoint.folder, config)
     assert model.backend == "torch fp32"
-    assert model.choice.startswith(f"torch fp32 in place of openvino: pictures of openvino fp32 in {folder} keep ")
+    assert model.choice.startswith(f"torch fp32 in place of openvino: pictures of openvino fp32 in {folder} reach ")
 
 
-def test_auto_takes_another_in_place_of_poor_pictures_and_says_why(checkpoint: Checkpoint, folder: Path) -> None:
+def test_auto_avoids_a_build_with_poor_pictures_and_says_why(checkpoint: Checkpoint, folder: Path) -> None:
     write_poor_weights(folder, checkpoint)
     model = load_model(checkpoint.folder, BackendConfig("auto", "fp32", 1, folder, device="cpu"))
     assert model.backend in ("onnxruntime fp32", "torch fp32")
     assert "onnxruntime fp32" in model.choice
     poor = json.loads(next(file for file in kept_in(folder) if "openvino" in file.read_text()).read_text())
     lowest = min(found["psnr_db"] for found in poor["pictures"].values())
-    assert f"openvino fp32 not considered: its pictures keep {lowest:.1f} dB here, 35 are asked" in model.choice
+    assert f"openvino fp32 not considered: its pictures reach {lowest:.1f} dB here, below 35 dB" in model.choice
 
 
-def test_auto_measures_every_candidate_of_another_cpu(
+def test_auto_measures_the_parity_of_every_build_of_another_cpu_once(
     checkpoint: Checkpoint, folder: Path, exported: Mapping[str, Build], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)

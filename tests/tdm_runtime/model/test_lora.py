@@ -1,4 +1,4 @@
-"""A LoRA changes the weights by scale * alpha / rank * B A, however its file is written, and nobody else's pictures."""
+"""A LoRA in any file format changes the weights by scale * alpha / rank * B A, and no pictures of other models."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def base(tiny_checkpoint: Path) -> LoadedModel:
 
 
 def drawn(module: nn.Module, names: tuple[str, ...], seed: int = 0) -> Halves:
-    """Random halves for some layers of a module."""
+    """Draw random halves for some layers of a module."""
     generator = torch.Generator().manual_seed(seed)
     halves = {}
     for name in names:
@@ -66,7 +66,7 @@ def drawn(module: nn.Module, names: tuple[str, ...], seed: int = 0) -> Halves:
 
 
 def one_lora(checkpoint: Checkpoint, base: LoadedModel, name: str, path: Path, scale: float = 1.0) -> LoadedModel:
-    """The base with one LoRA on it."""
+    """Attach one LoRA to the base."""
     on = LoraBase(checkpoint, base)
     return on.attach(on.prepare(name, read_lora(path), scale))
 
@@ -100,7 +100,7 @@ def diffusers_state(unet: Halves, text: Halves) -> dict[str, Tensor]:
 
 
 def older_diffusers_state(unet: Halves, text: Halves) -> dict[str, Tensor]:
-    """As files of 2023 have it; what alpha would have done is in B."""
+    """Return the state of a file from 2023. It has no alpha, so B holds the factor."""
     state = {}
     for name, (down, up) in unet.items():
         layer, is_attention = name.removesuffix(".0") if ".attn" in name else name, ".attn" in name
@@ -130,7 +130,7 @@ def write_older_diffusers(file: Path, unet: Halves, text: Halves) -> Path:
 
 
 def merged(checkpoint: Checkpoint, scale: float, unet: Halves, text: Halves) -> LoadedModel:
-    """The reference: the LoRA added to the weights of torch modules."""
+    """Return the reference: torch modules with the LoRA added to their weights."""
     from tdm_runtime.backends.pytorch import TorchBackend
     from tdm_runtime.model.components import load_component
     from tdm_runtime.model.text_encoder import TextEncoder
@@ -158,7 +158,7 @@ def levels_apart(a: Pixels, b: Pixels) -> int:
 
 
 @pytest.mark.parametrize("write", [write_kohya, write_diffusers, write_older_diffusers])
-def test_it_is_the_base_with_changed_weights(
+def test_a_lora_equals_the_base_with_changed_weights(
     checkpoint: Checkpoint,
     base: LoadedModel,
     unet_halves: Halves,
@@ -170,13 +170,13 @@ def test_it_is_the_base_with_changed_weights(
     lora = one_lora(checkpoint, base, "changed", file, SCALE)
     expected = generate(merged(checkpoint, SCALE, unet_halves, text_halves), PARAMS)
     assert levels_apart(generate(lora, PARAMS), expected) <= 1
-    assert levels_apart(generate(base, PARAMS), expected) > 20  # the LoRA is one that shows
+    assert levels_apart(generate(base, PARAMS), expected) > 20  # the LoRA has a visible effect
     assert lora.name == "changed"
     assert lora.digest != base.digest
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
-def test_what_peft_saves_is_what_peft_makes(
+def test_a_lora_saved_by_peft_equals_peft(
     checkpoint: Checkpoint, base: LoadedModel, use_rslora: bool, tmp_path: Path
 ) -> None:
     unet = checkpoint.load_denoiser().model
@@ -230,10 +230,10 @@ def test_loras_of_one_base_share_calls_and_keep_their_pictures(
         made = [future.result(60).pixels for future in futures]  # type: ignore[attr-defined]
     for picture, expected in zip(made, alone * 2, strict=True):
         assert levels_apart(picture, expected) <= 2
-    assert sorted(sizes) == [2] * 3 + [4] * 3  # the base's own programs, and one call for both LoRAs
+    assert sorted(sizes) == [2] * 3 + [4] * 3  # the base runs alone, and both LoRAs share calls
 
 
-def test_one_is_swapped_between_calls_and_the_other_stays(
+def test_swapping_one_lora_leaves_the_other_unchanged(
     base: LoadedModel, two_loras: tuple[LoraBase, list[LoadedModel]], tmp_path: Path
 ) -> None:
     lora_base, (first, second) = two_loras
@@ -272,7 +272,7 @@ def spoiled(unet_halves: Halves, how: str) -> dict[str, Tensor]:
         ("loha", "hada_w1_a.*without DoRA, LoHa"),
     ],
 )
-def test_what_does_not_fit_is_refused_by_name(
+def test_a_lora_that_does_not_fit_the_base_is_refused_by_name(
     checkpoint: Checkpoint, base: LoadedModel, unet_halves: Halves, how: str, message: str, tmp_path: Path
 ) -> None:
     file = tmp_path / "lora.safetensors"
@@ -282,7 +282,7 @@ def test_what_does_not_fit_is_refused_by_name(
 
 
 @pytest.mark.parametrize("name", ["missing.safetensors", "lora.bin", "damaged.safetensors"])
-def test_what_is_no_lora_is_refused(name: str, tmp_path: Path) -> None:
+def test_a_file_that_is_no_lora_is_refused(name: str, tmp_path: Path) -> None:
     if not name.startswith("missing"):
         (tmp_path / name).write_bytes(b"\x80\x04no weights")
     with pytest.raises(CheckpointError, match=r"is no LoRA|cannot be read"):

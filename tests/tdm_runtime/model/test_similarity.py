@@ -1,4 +1,4 @@
-"""Peak signal-to-noise ratio: known errors have known ratios."""
+"""Peak signal-to-noise ratio of known errors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_known_error_has_the_known_psnr(levels: int) -> None:
 
 
 def test_black_against_white_is_0_db_in_either_order() -> None:
-    """A difference in uint8 would wrap around."""
+    """A difference computed in uint8 would wrap around."""
     black, white = np.zeros((16, 16, 3), np.uint8), np.full((16, 16, 3), 255, np.uint8)
     assert psnr_db(black, white) == psnr_db(white, black) == 0
 
@@ -48,5 +48,5 @@ def test_pixels_in_minus_1_to_1_have_the_psnr_of_their_levels() -> None:
     assert psnr_db(*scaled, peak=2.0) == pytest.approx(psnr_db(a, b), abs=1e-9)
 
 
-def test_nan_is_reported_and_not_taken_for_equal() -> None:
+def test_the_psnr_of_nan_is_nan() -> None:
     assert math.isnan(psnr_db(np.full((2, 2), np.nan), np.zeros((2, 2)), peak=2.0))

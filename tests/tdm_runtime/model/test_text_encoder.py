@@ -1,4 +1,4 @@
-"""Embeddings are those of the stock libraries, kept for a while."""
+"""Prompt embeddings equal those of the stock libraries and are cached."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def parts(checkpoint_folder: Path) -> Parts:
 
 @pytest.fixture
 def make_encoder(parts: Parts, checkpoint_folder: Path) -> MakeEncoder:
-    """Builds encoders with a cache of their own."""
+    """Builds encoders, each with its own cache."""
     tokenizer = open_checkpoint(checkpoint_folder).load_tokenizer()
     backend = TorchBackend(TextEncoderModule(parts[1]), torch.device("cpu"))
     return lambda **options: TextEncoder(tokenizer, backend, **options)
@@ -93,7 +93,7 @@ def test_a_prompt_seen_before_is_not_encoded_again(make_encoder: MakeEncoder) ->
     assert (encoder.cache_hits, encoder.cache_misses) == (1, 2)
 
 
-def test_the_prompt_used_longest_ago_is_forgotten_first(make_encoder: MakeEncoder) -> None:
+def test_the_least_recently_used_prompt_is_dropped_first(make_encoder: MakeEncoder) -> None:
     encoder = make_encoder(cache_size=2)
     one, two = encoder.encode("one"), encoder.encode("two")
     assert encoder.encode("one") is one

@@ -1,4 +1,4 @@
-"""Our noise schedules are those that diffusers computes, and timesteps are spaced as diffusers spaces them."""
+"""Noise schedules and timestep spacings equal those of diffusers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tdm_runtime.sampling.schedule import (
     spaced_timesteps,
 )
 
-# torch tensors under np.array(), inside diffusers
+# diffusers calls np.array() on torch tensors
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 BETA_SCHEDULES: tuple[BetaSchedule, ...] = get_args(BetaSchedule)
@@ -40,7 +40,7 @@ STEP_COUNTS = range(1, 9)
 
 
 def diffusers_betas(beta_schedule: BetaSchedule, start: float, end: float) -> torch.Tensor:
-    """diffusers' formulas at double precision where the schedulers themselves are float32."""
+    """Compute the betas of diffusers in float64; its schedulers use float32."""
     if beta_schedule == "linear":
         return torch.linspace(start, end, 1000, dtype=torch.float64)
     if beta_schedule == "scaled_linear":
@@ -51,7 +51,7 @@ def diffusers_betas(beta_schedule: BetaSchedule, start: float, end: float) -> to
 @pytest.mark.parametrize("is_rescaled", [False, True])
 @pytest.mark.parametrize("beta_range", BETA_RANGES)
 @pytest.mark.parametrize("beta_schedule", BETA_SCHEDULES)
-def test_alphas_cumprod_is_the_one_of_diffusers(
+def test_alphas_cumprod_equals_diffusers(
     beta_schedule: BetaSchedule, beta_range: tuple[float, float], is_rescaled: bool
 ) -> None:
     start, end = beta_range
@@ -64,17 +64,17 @@ def test_alphas_cumprod_is_the_one_of_diffusers(
 
 
 @pytest.mark.parametrize("beta_schedule", BETA_SCHEDULES)
-def test_zero_terminal_snr_is_the_rescale_of_diffusers(beta_schedule: BetaSchedule) -> None:
+def test_zero_terminal_snr_equals_the_rescale_of_diffusers(beta_schedule: BetaSchedule) -> None:
     betas = diffusers_betas(beta_schedule, 0.00085, 0.012)
     theirs = torch.cumprod(1.0 - rescale_zero_terminal_snr(betas), dim=0).numpy()
     ours = DiffusionSchedule(beta_schedule, rescale_zero_terminal_snr=True).alphas_cumprod
-    # betas_for_alpha_bar rounds to float32, which is felt where the cosine schedule caps beta at 0.999.
+    # betas_for_alpha_bar rounds to float32, which matters where the cosine schedule caps beta at 0.999.
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6 if beta_schedule == "squaredcos_cap_v2" else 1e-12)
     assert ours[-1] == 0.0
 
 
 @pytest.mark.parametrize("scheduler_class", [EulerDiscreteScheduler, DPMSolverMultistepScheduler])
-def test_min_alpha_cumprod_is_what_diffusers_keeps_of_the_signal(scheduler_class: type) -> None:
+def test_min_alpha_cumprod_equals_the_floor_of_diffusers(scheduler_class: type) -> None:
     theirs = scheduler_class(rescale_betas_zero_snr=True, beta_schedule="scaled_linear")
     ours = DiffusionSchedule("scaled_linear", 0.0001, 0.02, rescale_zero_terminal_snr=True, min_alpha_cumprod=2.0**-24)
     assert ours.alphas_cumprod[-1] == theirs.alphas_cumprod[-1].item() == 2.0**-24
@@ -85,7 +85,7 @@ def test_min_alpha_cumprod_is_what_diffusers_keeps_of_the_signal(scheduler_class
 @pytest.mark.parametrize("is_rescaled", [False, True])
 @pytest.mark.parametrize("scale", [0.5, 1.0, 3.0])
 @pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear"])
-def test_the_snr_shift_is_the_one_of_cogvideox(
+def test_the_snr_shift_equals_cogvideox(
     beta_schedule: BetaSchedule, scale: float, is_rescaled: bool, scheduler_class: type
 ) -> None:
     theirs = scheduler_class(
@@ -117,7 +117,7 @@ def test_flow_levels_share_one_unit_between_signal_and_noise(shift: float) -> No
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 6.0])
-def test_every_training_sigma_of_a_flow_is_the_one_of_diffusers(shift: float) -> None:
+def test_the_training_sigmas_of_a_flow_equal_diffusers(shift: float) -> None:
     ours = FlowSchedule(shift).shifted(np.arange(1000, 0, -1) / 1000)
     theirs = FlowMatchEulerDiscreteScheduler(shift=shift).sigmas
     np.testing.assert_allclose(ours, theirs.double().numpy(), atol=2e-7)
@@ -125,8 +125,8 @@ def test_every_training_sigma_of_a_flow_is_the_one_of_diffusers(shift: float) ->
 
 @pytest.mark.parametrize("steps", STEP_COUNTS)
 @pytest.mark.parametrize("shift", [1.0, 3.0, 6.0])
-def test_flow_timesteps_are_those_of_evenly_spaced_sigmas(shift: float, steps: int) -> None:
-    """As pipelines call it: set_timesteps(sigmas=linspace(1, 1 / K, K))."""
+def test_flow_timesteps_equal_diffusers_at_evenly_spaced_sigmas(shift: float, steps: int) -> None:
+    """Pipelines call set_timesteps(sigmas=linspace(1, 1 / K, K))."""
     theirs = FlowMatchEulerDiscreteScheduler(shift=shift)
     theirs.set_timesteps(sigmas=np.linspace(1.0, 1.0 / steps, steps).tolist())
     np.testing.assert_allclose(flow_timesteps(FlowSchedule(shift), steps), theirs.timesteps.double().numpy(), rtol=3e-7)
@@ -140,21 +140,21 @@ def timesteps_of(scheduler: Any, steps: int) -> Array:
 @pytest.mark.parametrize("steps_offset", [0, 1])
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("steps", [*STEP_COUNTS, 15, 25, 50, 1000])
-def test_ddim_rounds_the_spaced_timesteps(spacing: Spacing, steps: int, steps_offset: int) -> None:
+def test_rounded_timesteps_equal_ddim(spacing: Spacing, steps: int, steps_offset: int) -> None:
     theirs = timesteps_of(DDIMScheduler(timestep_spacing=spacing, steps_offset=steps_offset), steps)
     np.testing.assert_array_equal(np.round(spaced_timesteps(spacing, steps, 1000, steps_offset)), theirs)
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("steps", STEP_COUNTS)
-def test_euler_takes_the_spaced_timesteps_unrounded(spacing: Spacing, steps: int) -> None:
+def test_unrounded_timesteps_equal_euler(spacing: Spacing, steps: int) -> None:
     theirs = timesteps_of(EulerDiscreteScheduler(timestep_spacing=spacing), steps)
     np.testing.assert_allclose(spaced_timesteps(spacing, steps), theirs, rtol=1e-7)
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("steps", STEP_COUNTS)
-def test_dpm_solver_keeps_the_clean_end_out_of_its_timesteps(spacing: Spacing, steps: int) -> None:
+def test_timesteps_without_the_clean_end_equal_dpm_solver(spacing: Spacing, steps: int) -> None:
     """linspace and leading space K + 1 timesteps and leave the lowest to the final sigma."""
     theirs = timesteps_of(DPMSolverMultistepScheduler(timestep_spacing=spacing), steps)
     ours = spaced_timesteps(spacing, steps) if spacing == "trailing" else spaced_timesteps(spacing, steps + 1)[:-1]
@@ -163,7 +163,7 @@ def test_dpm_solver_keeps_the_clean_end_out_of_its_timesteps(spacing: Spacing, s
 
 @pytest.mark.parametrize("total", [2, 10, 500, 1000])
 @pytest.mark.parametrize("spacing", SPACINGS)
-def test_spaced_timesteps_fall_and_stay_within_the_schedule(spacing: Spacing, total: int) -> None:
+def test_spaced_timesteps_decrease_within_the_schedule(spacing: Spacing, total: int) -> None:
     for steps in range(1, total + 1):
         timesteps = spaced_timesteps(spacing, steps, total)
         assert len(timesteps) == steps
@@ -196,7 +196,7 @@ def test_spaced_timesteps_fall_and_stay_within_the_schedule(spacing: Spacing, to
         ("snr_shift_scale", True),
     ],
 )
-def test_a_diffusion_schedule_refuses(field: str, value: object) -> None:
+def test_a_diffusion_schedule_refuses_bad_values(field: str, value: object) -> None:
     with pytest.raises(RecipeError) as caught:
         DiffusionSchedule(**{field: value})  # type: ignore[arg-type]
     assert str(caught.value).startswith(f"{field} is {value!r}")
@@ -206,7 +206,7 @@ def test_a_diffusion_schedule_refuses(field: str, value: object) -> None:
     ("field", "value"),
     [("shift", 0), ("shift", math.inf), ("shift", math.nan), ("shift", "3"), ("num_train_timesteps", True)],
 )
-def test_a_flow_schedule_refuses(field: str, value: object) -> None:
+def test_a_flow_schedule_refuses_bad_values(field: str, value: object) -> None:
     with pytest.raises(RecipeError) as caught:
         FlowSchedule(**{field: value})  # type: ignore[arg-type]
     assert str(caught.value).startswith(f"{field} is {value!r}")

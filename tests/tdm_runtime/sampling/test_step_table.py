@@ -1,7 +1,7 @@
-"""A step table samples as diffusers' schedulers do, and obeys the laws of the solvers it states.
+"""Step tables sample as diffusers' schedulers do and obey the laws of their solvers.
 
-Every oracle test runs a diffusers scheduler's own `step` and a loop over table columns with the same pseudo
-model, and compares the two trajectories step by step.
+Tests against diffusers run a scheduler's own `step` and a loop over table columns with the same pseudo model, and
+compare the two trajectories step by step.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from tdm_runtime.sampling.schedule import (
 )
 from tdm_runtime.sampling.step_table import PredictionType, Solver, StepTable, build_step_table
 
-# torch tensors under np.array(), inside diffusers
+# diffusers calls np.array() on torch tensors
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 Model = Callable[[Array, float], Array]
@@ -50,7 +50,7 @@ SHIFTS = [1.0, 3.0, 6.0]
 STEP_COUNTS = range(1, 9)
 TOLERANCE = 1e-5
 SIGNAL_KEPT = 2.0**-24
-"""What diffusers' Euler and DPM-Solver++ put in place of a zero terminal SNR."""
+"""Floor of alphas_cumprod that diffusers' Euler and DPM-Solver++ use for zero terminal SNR."""
 
 NOISE: Array = np.random.default_rng(0).standard_normal((2, 3, 4))
 
@@ -62,13 +62,13 @@ every_diffusion_prediction = pytest.mark.parametrize("prediction_type", DIFFUSIO
 
 
 def pseudo_model(latents: Array, timestep: float) -> Array:
-    """A smooth function that mixes positions, so that an error anywhere spreads."""
+    """Return a smooth function of the latents that mixes positions, so that any error spreads."""
     mixed: Array = np.tanh(0.6 * latents - 0.3 * np.roll(latents, 1, axis=-1) + np.cos(timestep / 300.0))
     return mixed
 
 
 def run(table: StepTable, model: Model, noise: Array) -> list[Array]:
-    """The loop: start, then the latents after every step."""
+    """Run the loop over a table. Return the start and the latents after every step."""
     x, previous = table.initial_scale * noise, np.zeros_like(noise)
     trajectory = [x]
     for t, p, q, a, b, c in zip(table.timesteps, table.p, table.q, table.a, table.b, table.c, strict=True):
@@ -79,20 +79,20 @@ def run(table: StepTable, model: Model, noise: Array) -> list[Array]:
 
 
 def run_diffusers(scheduler: Any, noise: Array) -> list[Array]:
-    """The loop of a diffusers pipeline, in the scheduler's own coordinates."""
+    """Run the loop of a diffusers pipeline, in the scheduler's own coordinates."""
     x = torch.from_numpy(noise) * getattr(scheduler, "init_noise_sigma", 1.0)
     trajectory = [x.numpy()]
     for t in scheduler.timesteps:
         latents = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
         output = torch.from_numpy(pseudo_model(latents.numpy(), float(t)))
-        # DDIM looks up alphas_cumprod by whole number, the others find their place by the tensor.
+        # DDIM indexes alphas_cumprod with an integer; the others look up the tensor.
         x = scheduler.step(output, int(t) if isinstance(scheduler, DDIMScheduler) else t, x).prev_sample
         trajectory.append(x.numpy())
     return trajectory
 
 
 def with_schedule(scheduler: Any, schedule: DiffusionSchedule) -> Any:
-    """Hand a scheduler our alphas_cumprod: float64 where its own are float32 (test_noise_schedule compares them)."""
+    """Give a scheduler our alphas_cumprod in float64. Its own are float32 (test_schedule compares them)."""
     ours = torch.from_numpy(schedule.alphas_cumprod)
     torch.testing.assert_close(scheduler.alphas_cumprod.double(), ours, rtol=1e-4, atol=1e-8)
     scheduler.alphas_cumprod = ours
@@ -100,20 +100,20 @@ def with_schedule(scheduler: Any, schedule: DiffusionSchedule) -> Any:
 
 
 def set_timesteps(scheduler: Any, steps: int, sigmas: Array) -> None:
-    """Let a scheduler set its timesteps, and give its float32 sigmas, if right, their digits back."""
+    """Let a scheduler set its timesteps, check its float32 sigmas, and replace them with float64 ones."""
     scheduler.set_timesteps(steps)
     torch.testing.assert_close(scheduler.sigmas.double(), torch.from_numpy(sigmas), rtol=1e-6, atol=1e-7)
     scheduler.sigmas = torch.from_numpy(sigmas)
 
 
 def noise_to_signal(schedule: DiffusionSchedule, timesteps: Array) -> Array:
-    """What diffusers calls the sigmas of a diffusion schedule."""
+    """Return what diffusers calls the sigmas of a diffusion schedule."""
     levels = schedule.levels(timesteps)
     return levels.sigmas / levels.alphas
 
 
 def assert_same_trajectory(ours: list[Array], theirs: list[Array]) -> None:
-    """Every step agrees to TOLERANCE, relative to the latents' size there (diffusers rounds them to float32)."""
+    """Assert that every step agrees to TOLERANCE, relative to the largest latent (diffusers rounds to float32)."""
     assert len(ours) == len(theirs)
     for step, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
         error = np.abs(mine - other).max() / max(1.0, np.abs(other).max())
@@ -124,7 +124,7 @@ def assert_same_trajectory(ours: list[Array], theirs: list[Array]) -> None:
 
 
 def ddim_next_timesteps(timesteps: Array, final_timestep: float) -> Array:
-    """diffusers' DDIM lands at t - T // K whatever the next timestep is, and below 0 at its final alpha."""
+    """Return where diffusers' DDIM steps land: at t - T // K, and at the final alpha if that is below 0."""
     landing = timesteps - 1000 // len(timesteps)
     return np.where(landing < 0, final_timestep, landing)
 
@@ -133,7 +133,7 @@ def ddim_next_timesteps(timesteps: Array, final_timestep: float) -> Array:
 @every_spacing
 @every_diffusion_prediction
 @every_beta_schedule
-def test_ddim_is_diffusers_ddim(
+def test_ddim_equals_diffusers(
     beta_schedule: BetaSchedule, prediction_type: PredictionType, spacing: Spacing, steps: int
 ) -> None:
     assert_ddim(DiffusionSchedule(beta_schedule), prediction_type, spacing, steps)
@@ -143,7 +143,7 @@ def test_ddim_is_diffusers_ddim(
 @every_spacing
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
 @every_beta_schedule
-def test_ddim_is_diffusers_ddim_at_zero_terminal_snr(
+def test_ddim_equals_diffusers_at_zero_terminal_snr(
     beta_schedule: BetaSchedule, prediction_type: PredictionType, spacing: Spacing, steps: int
 ) -> None:
     schedule = DiffusionSchedule(beta_schedule, rescale_zero_terminal_snr=True)
@@ -153,10 +153,10 @@ def test_ddim_is_diffusers_ddim_at_zero_terminal_snr(
 @every_step_count
 @pytest.mark.parametrize("steps_offset", [0, 1])
 @pytest.mark.parametrize("set_alpha_to_one", [False, True])
-def test_ddim_is_diffusers_ddim_as_stable_diffusion_configures_it(
+def test_ddim_equals_diffusers_with_the_settings_of_stable_diffusion(
     set_alpha_to_one: bool, steps_offset: int, steps: int
 ) -> None:
-    """steps_offset 1 and a final alpha that is timestep 0's, so the last step ends slightly noisy."""
+    """With set_alpha_to_one False the final alpha is that of timestep 0, so the last step ends slightly noisy."""
     assert_ddim(DiffusionSchedule(), "epsilon", "leading", steps, steps_offset, set_alpha_to_one)
 
 
@@ -204,7 +204,7 @@ def test_trailing_ddim_lands_on_the_next_timestep_where_steps_divide_the_schedul
 @every_diffusion_prediction
 @every_beta_schedule
 @pytest.mark.parametrize("is_rescaled", [False, True])
-def test_euler_is_diffusers_euler(
+def test_euler_equals_diffusers(
     is_rescaled: bool, beta_schedule: BetaSchedule, prediction_type: PredictionType, spacing: Spacing, steps: int
 ) -> None:
     floor = SIGNAL_KEPT if is_rescaled else 0.0
@@ -215,7 +215,7 @@ def test_euler_is_diffusers_euler(
 @every_step_count
 @every_spacing
 @pytest.mark.parametrize("final_sigmas_type", ["zero", "sigma_min"])
-def test_euler_is_diffusers_euler_as_stable_diffusion_configures_it(
+def test_euler_equals_diffusers_with_the_settings_of_stable_diffusion(
     final_sigmas_type: str, spacing: Spacing, steps: int
 ) -> None:
     assert_euler(DiffusionSchedule(), "epsilon", spacing, steps, steps_offset=1, final_sigmas_type=final_sigmas_type)
@@ -246,7 +246,7 @@ def assert_euler(
     landing = np.append(timesteps[1:], -1.0 if final_sigmas_type == "zero" else 0.0)
     places = np.append(timesteps[:1], landing)
     set_timesteps(theirs, steps, noise_to_signal(schedule, places))
-    # "leading" starts below T, where diffusers adds the missing variance; elsewhere it takes noise alone for x_T.
+    # "leading" starts below T, where diffusers adds the missing variance. Otherwise it starts from noise alone.
     initial_scale = 1.0 if spacing == "leading" else float(schedule.levels(timesteps[:1]).sigmas[0])
     table = build_step_table(
         schedule, prediction_type, "euler", timesteps, next_timesteps=landing, initial_scale=initial_scale
@@ -259,14 +259,17 @@ def assert_euler(
 
 
 def diffusers_flow_timesteps(schedule: FlowSchedule, steps: int) -> Array:
-    """FlowMatchEulerDiscreteScheduler.set_timesteps(K): evenly spaced down to the shifted 1 / T, then shifted again."""
+    """Return the timesteps of FlowMatchEulerDiscreteScheduler.set_timesteps(K).
+
+    Its sigmas are evenly spaced down to the shifted 1 / T, then shifted again.
+    """
     lowest = float(schedule.shifted(as_array([1 / 1000]))[0])
     return 1000.0 * schedule.shifted(np.linspace(1.0, lowest, steps))
 
 
 @every_step_count
 @pytest.mark.parametrize("shift", SHIFTS)
-def test_euler_is_diffusers_flow_match_euler(shift: float, steps: int) -> None:
+def test_euler_on_flows_equals_diffusers(shift: float, steps: int) -> None:
     theirs = FlowMatchEulerDiscreteScheduler(shift=shift)
     timesteps = diffusers_flow_timesteps(FlowSchedule(shift), steps)
     set_timesteps(theirs, steps, np.append(timesteps, 0.0) / 1000.0)
@@ -276,7 +279,7 @@ def test_euler_is_diffusers_flow_match_euler(shift: float, steps: int) -> None:
 
 @every_step_count
 @pytest.mark.parametrize("shift", SHIFTS)
-def test_euler_is_diffusers_flow_match_euler_at_the_sigmas_that_pipelines_pass(shift: float, steps: int) -> None:
+def test_euler_on_flows_equals_diffusers_at_the_sigmas_of_pipelines(shift: float, steps: int) -> None:
     theirs = FlowMatchEulerDiscreteScheduler(shift=shift)
     theirs.set_timesteps(sigmas=np.linspace(1.0, 1.0 / steps, steps).tolist())
     timesteps = flow_timesteps(FlowSchedule(shift), steps)
@@ -288,7 +291,10 @@ def test_euler_is_diffusers_flow_match_euler_at_the_sigmas_that_pipelines_pass(s
 
 
 def dpm_solver_timesteps(spacing: Spacing, steps: int, steps_offset: int = 0) -> Array:
-    """linspace and leading space K + 1 timesteps, of which the lowest gives way to the final sigma."""
+    """Return the timesteps of DPM-Solver++.
+
+    linspace and leading space K + 1 timesteps and replace the lowest by the final sigma.
+    """
     if spacing == "trailing":
         return spaced_timesteps(spacing, steps)
     return np.round(spaced_timesteps(spacing, steps + 1, 1000, steps_offset)[:-1])
@@ -299,7 +305,7 @@ def dpm_solver_timesteps(spacing: Spacing, steps: int, steps_offset: int = 0) ->
 @every_diffusion_prediction
 @every_beta_schedule
 @pytest.mark.parametrize("is_rescaled", [False, True])
-def test_dpm_solver_is_diffusers_dpm_solver(
+def test_dpm_solver_equals_diffusers(
     is_rescaled: bool, beta_schedule: BetaSchedule, prediction_type: PredictionType, spacing: Spacing, steps: int
 ) -> None:
     floor = SIGNAL_KEPT if is_rescaled else 0.0
@@ -310,7 +316,7 @@ def test_dpm_solver_is_diffusers_dpm_solver(
 @every_step_count
 @every_spacing
 @pytest.mark.parametrize("final_sigmas_type", ["zero", "sigma_min"])
-def test_dpm_solver_is_diffusers_dpm_solver_as_stable_diffusion_configures_it(
+def test_dpm_solver_equals_diffusers_with_the_settings_of_stable_diffusion(
     final_sigmas_type: str, spacing: Spacing, steps: int
 ) -> None:
     assert_dpm_solver(DiffusionSchedule(), "epsilon", spacing, steps, 1, final_sigmas_type)
@@ -349,8 +355,8 @@ def assert_dpm_solver(
 
 @every_step_count
 @pytest.mark.parametrize("shift", SHIFTS)
-def test_dpm_solver_is_diffusers_dpm_solver_on_flows(shift: float, steps: int) -> None:
-    """diffusers starts at sigma 0.999 before the shift and tells the model whole timesteps."""
+def test_dpm_solver_on_flows_equals_diffusers(shift: float, steps: int) -> None:
+    """diffusers starts at sigma 0.999 before the shift and calls the model with integer timesteps."""
     theirs = DPMSolverMultistepScheduler(
         algorithm_type="dpmsolver++",
         solver_order=2,
@@ -406,8 +412,7 @@ def test_the_last_step_returns_the_last_denoised(prediction_type: PredictionType
 @every_step_count
 @every_solver
 @every_prediction
-def test_rows_compose_linearly(prediction_type: PredictionType, solver: Solver, steps: int) -> None:
-    """Under a linear model the whole sampler is one linear map of its noise."""
+def test_with_a_linear_model_the_sampler_is_linear(prediction_type: PredictionType, solver: Solver, steps: int) -> None:
     table = table_of(prediction_type, solver, steps)
 
     def sample(noise: Array) -> Array:
@@ -420,7 +425,7 @@ def test_rows_compose_linearly(prediction_type: PredictionType, solver: Solver, 
 
 
 def perfect_model(schedule: NoiseSchedule, prediction_type: PredictionType, x_0: Array) -> Model:
-    """A model that knows x_0 and says so in its own prediction type."""
+    """Return a model that knows x_0 and predicts it in the given prediction type."""
 
     def model(x: Array, timestep: float) -> Array:
         level = schedule.levels(as_array([timestep]))
@@ -447,7 +452,7 @@ falling_timesteps = st.sets(st.integers(1, 999), min_size=1, max_size=8).map(lam
 def test_a_perfect_denoiser_lands_on_x_0(
     prediction_type: PredictionType, solver: Solver, timesteps: list[float]
 ) -> None:
-    """From anywhere, along the straight line alpha_t x_0 + sigma_t noise, by any falling timesteps."""
+    """It holds for any start and any decreasing timesteps, along alpha_t x_0 + sigma_t noise."""
     schedule = schedule_of(prediction_type)
     x_0, noise = np.sin(NOISE), NOISE
     start = schedule.levels(as_array(timesteps[:1]))
@@ -462,7 +467,7 @@ def test_a_perfect_denoiser_lands_on_x_0(
 
 @every_step_count
 def test_dpm_solver_at_full_noise_starts_with_two_first_order_steps(steps: int) -> None:
-    """With no signal at the start the first log-SNR step is infinite, and the second order term vanishes."""
+    """Without signal at the start the first log-SNR step is infinite, so the second-order term vanishes."""
     schedule = DiffusionSchedule(rescale_zero_terminal_snr=True)
     table = build_step_table(schedule, "v_prediction", "dpmsolver++", spaced_timesteps("trailing", steps))
     ddim = build_step_table(schedule, "v_prediction", "ddim", spaced_timesteps("trailing", steps))
@@ -476,7 +481,7 @@ def test_dpm_solver_at_full_noise_starts_with_two_first_order_steps(steps: int) 
 def test_errors_fall_with_the_order_of_the_solver(
     solver: Solver, order: float, prediction_type: PredictionType, spread: float
 ) -> None:
-    """Data of normal law N(0, spread^2) has an exact flow: x over its own deviation at t stays what it is."""
+    """For data distributed as N(0, spread^2) the exact solution keeps x / deviation(t) constant."""
     schedule = schedule_of(prediction_type)
 
     def deviation(timestep: float) -> float:
@@ -484,7 +489,7 @@ def test_errors_fall_with_the_order_of_the_solver(
         return float(np.hypot(level.alphas[0] * spread, level.sigmas[0]))
 
     def model(x: Array, timestep: float) -> Array:
-        """Says E[x_0 | x_t]."""
+        """Predict E[x_0 | x_t]."""
         alpha = schedule.levels(as_array([timestep])).alphas[0]
         x_0 = alpha * spread**2 / deviation(timestep) ** 2 * x
         return perfect_model(schedule, prediction_type, x_0)(x, timestep)
@@ -505,7 +510,7 @@ def test_columns_are_read_only(column: str) -> None:
         getattr(table, column)[0] = 0.0
 
 
-def test_a_table_leaves_its_callers_timesteps_writable() -> None:
+def test_the_timesteps_of_the_caller_stay_writable() -> None:
     timesteps = spaced_timesteps("trailing", 4)
     build_step_table(DiffusionSchedule(), "epsilon", "ddim", timesteps)
     timesteps[0] = 0.0
@@ -527,7 +532,7 @@ def test_a_table_leaves_its_callers_timesteps_writable() -> None:
         ([float("inf"), 499.0], "[inf, 499.0]"),
     ],
 )
-def test_timesteps_that_are_no_falling_list_in_range_are_refused(timesteps: list[float], named: str) -> None:
+def test_timesteps_that_do_not_decrease_within_the_schedule_are_refused(timesteps: list[float], named: str) -> None:
     with pytest.raises(RecipeError) as caught:
         build_step_table(DiffusionSchedule(), "epsilon", "ddim", as_array(timesteps))
     assert "timesteps" in str(caught.value) and named in str(caught.value)
@@ -547,7 +552,7 @@ def test_a_step_that_lands_above_its_start_is_refused(landing: list[float]) -> N
     ("schedule", "prediction_type"),
     [(DiffusionSchedule(), "flow_prediction"), *((FlowSchedule(), p) for p in DIFFUSION_PREDICTIONS)],
 )
-def test_a_prediction_type_of_another_schedule_is_refused(
+def test_a_prediction_type_that_does_not_fit_the_schedule_is_refused(
     schedule: NoiseSchedule, prediction_type: PredictionType, solver: Solver
 ) -> None:
     with pytest.raises(RecipeError, match=f"'{prediction_type}' does not fit a {type(schedule).__name__}"):
@@ -569,7 +574,7 @@ def test_a_step_from_the_clean_end_is_refused(solver: Solver) -> None:
         build_step_table(FlowSchedule(), "flow_prediction", solver, as_array([1000.0, 0.0]))
 
 
-def test_unknown_words_are_refused_by_name() -> None:
+def test_an_unknown_solver_or_prediction_type_is_refused_by_name() -> None:
     timesteps = as_array([500.0])
     with pytest.raises(RecipeError, match="solver 'heun' is unknown"):
         build_step_table(DiffusionSchedule(), "epsilon", "heun", timesteps)  # type: ignore[arg-type]

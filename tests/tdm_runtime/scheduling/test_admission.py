@@ -1,4 +1,4 @@
-"""Laws of admission after any history of calls: an idle engine is open, and a refusal is true."""
+"""Laws of admission after any history of calls: an idle engine accepts what fits, and a refusal is true."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from tests.tdm_runtime.scheduling.test_scheduler import SHAPES, STEP_S, Request,
 
 KINDS = (TEXT, Kind("denoise", SHAPES[0]), Kind("decode:full", SHAPES[0]))
 CALMED_S = 4 * HALF_LIFE_CALLS * STEP_S[0]
-"""After so long without a call no load is left in the costs of the smallest shape."""
+"""Seconds without a call after which no load is left in the costs of the smallest shape."""
 HISTORY = st.lists(
     st.tuples(
         st.sampled_from(KINDS),
         st.sampled_from([1, 2, 4]),  # samples
-        st.floats(0.2, 30.0),  # times what such a call takes without load
-        st.floats(0.0, 60.0),  # seconds before it
+        st.floats(0.2, 30.0),  # duration, in times of such a call without load
+        st.floats(0.0, 60.0),  # seconds since the call before
         st.booleans(),  # calm
     ),
     max_size=60,
@@ -32,7 +32,7 @@ History = list[tuple[Kind, int, float, float, bool]]
 
 
 def costs_after(history: History) -> tuple[CostModel, float]:
-    """Costs that were learned at warm-up and by some calls, and the time at the end."""
+    """Return costs learned at warm-up and from some calls, and the time at the end."""
     costs, calm, now_s = known_costs(), known_costs(), 0.0
     for kind, size, factor, pause_s, is_calm in history:
         now_s += pause_s
@@ -41,7 +41,7 @@ def costs_after(history: History) -> tuple[CostModel, float]:
 
 
 def idle_since(costs: CostModel, now_s: float) -> StepScheduler[Request]:
-    """Nothing is live, and a call was made so recently that no trial is due."""
+    """Return a scheduler without live samples whose last call is so recent that no trial is due."""
     scheduler: StepScheduler[Request] = StepScheduler(costs, 4)
     item = request(10**6)
     scheduler.admit([item], now_s)
@@ -57,8 +57,8 @@ def unloaded_s(costs: CostModel, now_s: float, steps: int) -> float:
 
 @settings(max_examples=200, deadline=None)
 @given(history=HISTORY, steps=st.integers(1, 4), pause_s=st.one_of(st.just(0.0), st.floats(0.0, 1e4)))
-def test_an_idle_engine_accepts_what_fits_without_load(history: History, steps: int, pause_s: float) -> None:
-    """Also at once after the storm: no deviation refuses on its own."""
+def test_an_idle_engine_accepts_a_budget_that_fits_without_load(history: History, steps: int, pause_s: float) -> None:
+    """It does so right after a storm too: deviations alone refuse nothing."""
     costs, now_s = costs_after(history)
     now_s += pause_s
     budget_s = unloaded_s(costs, now_s, steps) * (1 + 1e-9)
@@ -69,7 +69,9 @@ def test_an_idle_engine_accepts_what_fits_without_load(history: History, steps: 
 
 @settings(max_examples=100, deadline=None)
 @given(history=HISTORY, steps=st.integers(1, 4), spare=st.floats(0.02, 2.0))
-def test_after_a_storm_a_budget_is_accepted_again_as_before_it(history: History, steps: int, spare: float) -> None:
+def test_a_second_after_a_storm_the_same_budgets_are_accepted_as_before(
+    history: History, steps: int, spare: float
+) -> None:
     storm = [(kind, size, factor, 0.0, False) for kind, size, factor, _, _ in history]
     costs, now_s = costs_after(storm)
     scheduler = idle_since(costs, now_s + CALMED_S)
@@ -90,8 +92,8 @@ REQUESTS = st.lists(
         st.integers(1, 4),  # steps
         st.integers(1, 2),  # pictures
         st.floats(0.2, 6.0),  # budget, in unloaded times
-        st.sampled_from([0.0, 0.5, 3.0]),  # seconds of it that are gone
-        st.integers(0, 2),  # calls until it arrives
+        st.sampled_from([0.0, 0.5, 3.0]),  # seconds of the budget that have passed
+        st.integers(0, 2),  # calls before it arrives
     ),
     min_size=1,
     max_size=8,
@@ -133,13 +135,13 @@ def test_the_numbers_of_a_refusal_add_up_and_its_remedy_helps(
             then_s = max(then_s, now_s + error.retry_after_s)
             try:
                 then.admit(pictures(2 * order, count, steps, then_s, budget_s, 0.0), then_s)
-            except DeadlineError as again:  # the queue took longer than expected; from an idle engine the time is exact
+            except DeadlineError as again:  # the queue took longer than expected; on an idle engine the time is exact
                 then_s += again.retry_after_s
                 then.admit(pictures(2 * order, count, steps, then_s, budget_s, 0.0), then_s)
 
 
-def test_calm_calls_that_were_slow_keep_no_client_out() -> None:
-    """Something else kept the machine busy while a lone client asked; refusals do not put off its next try."""
+def test_slow_calm_calls_keep_no_client_out() -> None:
+    """Another program keeps the machine busy while a lone client asks. Refusals do not delay its next trial."""
     scheduler: StepScheduler[Request] = StepScheduler(known_costs(), 1)
     _, now_s = admitted(scheduler, request(0, budget_s=3.0))
     for _ in range(30):
@@ -155,25 +157,25 @@ def test_calm_calls_that_were_slow_keep_no_client_out() -> None:
 
 
 def admitted(scheduler: StepScheduler[Request], item: Request, now_s: float = 0.0) -> tuple[Request, float]:
-    """Let a sample in and make its calls."""
+    """Admit a sample and make its calls. Return it and the time at the end."""
     scheduler.admit([item], now_s)
     while item.done_s is None:
         _, now_s = run_call(scheduler, now_s)
     return item, now_s
 
 
-def test_a_refusal_for_the_sake_of_another_promise_gives_that_ones_numbers() -> None:
+def test_a_refusal_that_protects_another_promise_names_its_numbers() -> None:
     scheduler: StepScheduler[Request] = StepScheduler(known_costs(0.0), 1)
     scheduler.admit([request(0, steps=4, budget_s=6.0)], 0.0)
-    with pytest.raises(DeadlineError, match="a picture promised before would be late: it is due in 6000") as caught:
+    with pytest.raises(DeadlineError, match="a picture accepted earlier would be late: it is due in 6000") as caught:
         scheduler.admit([request(1, steps=1, budget_s=2.0)], 0.0)
     assert Refusal(str(caught.value)).adds_up()
 
 
 @settings(max_examples=20, deadline=None)
 @given(history=HISTORY, steps=st.integers(1, 4))
-def test_a_machine_that_stays_slower_is_learned_by_the_calls_that_are_let_in(history: History, steps: int) -> None:
-    """An idle engine lets in what it should not have, but not for ever: every call of it is learned from."""
+def test_accepted_calls_teach_that_the_machine_became_slower(history: History, steps: int) -> None:
+    """An idle engine accepts budgets that it then misses, but not for ever: it learns from every call."""
     factor, pause_s = 3.0, 15.0
     costs, now_s = costs_after(history)
     for _ in range(200):

@@ -1,4 +1,4 @@
-"""What calls cost: learned from what was seen, and no more claimed than that."""
+"""Laws of the cost model: estimates stay close to the measured calls."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ def learned(seconds: dict[int, float]) -> CostModel:
     return costs
 
 
-def test_what_was_never_seen_costs_nothing_and_may_be_any_size() -> None:
+def test_a_kind_that_was_never_measured_costs_nothing_and_may_have_any_size() -> None:
     assert CostModel().seconds(STEP, 3) == 0.0
     assert CostModel().batch_size(STEP, 7) == 7
 
 
-def test_sizes_between_lie_on_the_line_and_beyond_in_proportion() -> None:
+def test_unmeasured_sizes_are_interpolated_and_larger_ones_extrapolated_in_proportion() -> None:
     costs = learned({2: 4.0, 4: 6.0})
     assert [costs.seconds(STEP, size) for size in (1, 2, 3, 4, 8)] == [4.0, 4.0, 5.0, 6.0, 12.0]
 
 
 @given(st.lists(st.floats(0.5, 2.0), min_size=1, max_size=40))
-def test_an_estimate_stays_within_what_was_seen_and_its_caution_above_it(seen: list[float]) -> None:
+def test_an_estimate_stays_in_the_range_of_measurements_and_a_margin_above_it(seen: list[float]) -> None:
     costs = CostModel()
     for seconds in seen:
         costs.observe(STEP, 1, seconds, 0.0)
@@ -37,14 +37,14 @@ def test_an_estimate_stays_within_what_was_seen_and_its_caution_above_it(seen: l
     assert min(seen) - 1e-9 <= costs.seconds(STEP) <= max(seen) + spread + 1e-9
 
 
-def test_it_follows_a_machine_that_changed() -> None:
+def test_an_estimate_follows_a_machine_that_became_slower() -> None:
     costs = learned({1: 1.0})
     for _ in range(60):
         costs.observe(STEP, 1, 2.0, 0.0)
     assert costs.seconds(STEP) == pytest.approx(2.0, rel=0.05)
 
 
-def test_one_stall_is_not_the_models_cost() -> None:
+def test_one_stall_of_the_machine_hardly_changes_the_estimate() -> None:
     costs = learned({1: 1.0})
     costs.observe(STEP, 1, 1000.0, 0.0)
     assert costs.seconds(STEP) < MAX_SURPRISE
@@ -57,27 +57,25 @@ def test_one_stall_is_not_the_models_cost() -> None:
         ({1: 1.0, 2: 1.96, 4: 3.9}, 4, 1),  # too little is gained
         ({1: 1.0, 2: 1.2, 4: 1.6}, 4, 4),
         ({1: 1.0, 2: 1.2, 4: 1.6}, 3, 3),
-        ({1: 1.0, 2: 1.2, 4: 1.6, 8: 3.3}, 8, 4),  # beyond four it only takes longer
-        ({1: 1.0, 2: 1.2, 3: 2.2, 4: 1.6}, 3, 2),  # as where three run as two and one
+        ({1: 1.0, 2: 1.2, 4: 1.6, 8: 3.3}, 8, 4),  # beyond four samples it only takes longer
+        ({1: 1.0, 2: 1.2, 3: 2.2, 4: 1.6}, 3, 2),  # three run as two and one
     ],
 )
-def test_a_batch_grows_only_while_more_a_second_come_of_it(
-    seconds: dict[int, float], available: int, size: int
-) -> None:
+def test_a_batch_grows_only_while_throughput_rises(seconds: dict[int, float], available: int, size: int) -> None:
     assert learned(seconds).batch_size(STEP, available) == size
 
 
-def test_a_size_that_was_never_tried_is_tried() -> None:
+def test_without_a_limit_a_size_that_was_never_measured_is_tried() -> None:
     assert learned({1: 1.0}).batch_size(STEP, 6) == 6
 
 
-def test_where_all_that_helps_was_tried_nothing_else_is() -> None:
+def test_with_a_limit_only_measured_sizes_are_used() -> None:
     costs = learned({1: 1.0, 2: 1.5, 4: 2.0, 8: 3.0})
     costs.limit(STEP, 8)
     assert [costs.batch_size(STEP, available) for available in (1, 3, 5, 7, 8, 20)] == [1, 2, 4, 4, 8, 8]
 
 
-def test_a_limit_holds_whatever_is_learned() -> None:
+def test_a_limit_holds_after_later_measurements() -> None:
     costs = learned({1: 1.0, 2: 1.1, 4: 1.2})
     costs.limit(STEP, 2)
     assert costs.batch_size(STEP, 4) == 2
@@ -90,14 +88,17 @@ def test_a_limit_holds_whatever_is_learned() -> None:
 # -- time ------------------------------------------------------------------------------------------
 
 QUICK_S = 0.005
-"""A call that is quick enough for the shortest half-life."""
+"""Seconds of a call that is short enough for the shortest half-life."""
 CALLS = st.lists(
     st.tuples(st.sampled_from([1, 2, 8]), st.floats(0.1, 50.0), st.floats(0.0, 100.0), st.booleans()), max_size=40
 )
 
 
 def after(calls: list[tuple[int, float, float, bool]]) -> tuple[CostModel, float]:
-    """Costs after a warm-up and calls of (size, times its usual time, seconds before it, calm), and the time then."""
+    """Return costs after a warm-up and some calls, and the time at the end.
+
+    A call is (size, duration in times of the usual, seconds since the call before, calm).
+    """
     costs, now_s = CostModel(), 0.0
     for size in (1, 2, 8):
         costs.observe(STEP, size, size * QUICK_S, now_s)
@@ -108,13 +109,13 @@ def after(calls: list[tuple[int, float, float, bool]]) -> tuple[CostModel, float
 
 
 @given(calls=CALLS, pauses=st.lists(st.floats(0.0, 1000.0), min_size=1, max_size=5))
-def test_without_calls_costs_only_fall_whatever_the_clock_does(
+def test_without_calls_costs_only_fall_even_if_the_clock_goes_back(
     calls: list[tuple[int, float, float, bool]], pauses: list[float]
 ) -> None:
     costs, now_s = after(calls)
     last = costs.seconds(STEP), costs.deviation(STEP)
     back = costs.at(now_s - 1000.0)
-    assert (back.seconds(STEP), back.deviation(STEP)) == last, "a clock that goes back takes nothing away"
+    assert (back.seconds(STEP), back.deviation(STEP)) == last, "a clock that goes back changes nothing"
     for pause_s in pauses:
         now_s += pause_s
         costs.pass_time(now_s)
@@ -124,7 +125,7 @@ def test_without_calls_costs_only_fall_whatever_the_clock_does(
 
 
 @given(calls=CALLS)
-def test_what_load_taught_is_gone_after_a_second(calls: list[tuple[int, float, float, bool]]) -> None:
+def test_what_load_taught_is_forgotten_after_a_second(calls: list[tuple[int, float, float, bool]]) -> None:
     storm = [(size, factor, min(pause_s, 0.1), False) for size, factor, pause_s, _ in calls]
     costs, now_s = after(storm)
     costs.pass_time(now_s + 1.0)
@@ -132,14 +133,14 @@ def test_what_load_taught_is_gone_after_a_second(calls: list[tuple[int, float, f
     assert costs.deviation(STEP) < 0.001
 
 
-def test_between_the_calls_of_a_busy_engine_nothing_is_forgotten() -> None:
+def test_a_busy_engine_forgets_nothing_between_calls() -> None:
     costs, now_s = after([(1, 3.0, QUICK_S, False)] * 60)
     assert costs.seconds(STEP) == pytest.approx(3 * QUICK_S, rel=0.02)
     assert costs.at(now_s + HALF_LIFE_S / 10).seconds(STEP) == pytest.approx(3 * QUICK_S, rel=0.03)
 
 
 def test_slow_calls_are_remembered_for_longer() -> None:
-    """A call of five seconds is no less known because its kind was not called for five seconds."""
+    """A pause as long as a call makes the engine forget nothing."""
     costs, now_s = CostModel(), 0.0
     costs.observe(STEP, 1, 5.0, now_s)
     for _ in range(40):
@@ -148,12 +149,12 @@ def test_slow_calls_are_remembered_for_longer() -> None:
     assert costs.at(now_s + 10.0).seconds(STEP) == pytest.approx(10.0, rel=0.05)
 
 
-def test_one_client_that_comes_every_few_minutes_teaches_that_the_machine_is_slower() -> None:
+def test_a_lone_client_every_few_minutes_teaches_that_the_machine_is_slower() -> None:
     costs, now_s = after([(1, 2.0, 300.0, True)] * 60)
     assert costs.at(now_s + 300.0).seconds(STEP) == pytest.approx(2 * QUICK_S, rel=0.1)
 
 
-def test_storms_do_not_add_up() -> None:
+def test_repeated_storms_do_not_accumulate() -> None:
     costs, now_s = after(([(1, 4.0, QUICK_S, False)] * 30 + [(1, 4.0, 1.0, False)]) * 20)
     costs.pass_time(now_s + 1.0)
     assert costs.seconds(STEP) == pytest.approx(QUICK_S, rel=0.01)

@@ -1,4 +1,4 @@
-"""Laws of the choice among live samples, under any order of arrivals, calls and departures."""
+"""Laws of the scheduler under any order of arrivals, calls and departures."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from tdm_runtime.scheduling.work import NEVER_S, TEXT, Lane, Work
 
 SHAPES = ((4, 8, 8), (4, 16, 16), (4, 64, 64))
 STEP_S = (1.0, 2.0, 20.0)
-"""Of one sample of each shape."""
+"""Seconds of a step of one sample, by shape."""
 EPSILON_S = 1e-6
 
 
 def known_costs(gain: float = 0.5) -> CostModel:
-    """Calls of n samples take (1 - gain) n + gain times what one takes; as they are, not as they are measured."""
+    """Return costs in which a call of n samples takes (1 - gain) n + gain times as long as a call of one."""
     costs = CostModel()
     for shape, step_s in zip(SHAPES, STEP_S, strict=True):
         for size in range(1, 9):
@@ -37,10 +37,10 @@ def known_costs(gain: float = 0.5) -> CostModel:
 
 @dataclass(eq=False, kw_only=True)
 class Request(Work):
-    """A sample that remembers what became of it."""
+    """A sample that records its calls and its end."""
 
     asked_s: float = NEVER_S
-    """What it was promised, whether or not that was given up since."""
+    """Deadline that it was promised, kept even if the promise was given up."""
     calls: list[str] = field(default_factory=list)
     settled: int = 0
     done_s: float | None = None
@@ -80,7 +80,7 @@ def request(
 
 
 def run_call(scheduler: StepScheduler[Request], now_s: float, is_exact: bool = True) -> tuple[list[Request], float]:
-    """Make one call that takes exactly as long as is known. Returns its samples and when it ended."""
+    """Make one call that takes exactly the predicted time. Return its samples and the time of its end."""
     batch = scheduler.schedule(now_s)
     if not batch:
         return [], now_s
@@ -95,7 +95,7 @@ def run_call(scheduler: StepScheduler[Request], now_s: float, is_exact: bool = T
 
 
 class AnyTraffic(RuleBasedStateMachine):
-    """Samples arrive, share calls and leave, finished or not. Time passes only in calls, and when nothing is left."""
+    """Samples arrive, share calls and leave, finished or cancelled. Time passes only in calls."""
 
     @initialize(capacity=st.integers(1, 5), gain=st.sampled_from([0.0, 0.5, 0.9]))
     def open(self, capacity: int, gain: float) -> None:
@@ -138,8 +138,8 @@ class AnyTraffic(RuleBasedStateMachine):
         try:
             self.scheduler.admit(items, self.now_s)
         except (DeadlineError, InvalidRequestError) as error:
-            assert budget is not None, "only a budget is refused"
-            assert self.scheduler.live() == before, "what is refused changes nothing"
+            assert budget is not None, "only requests with a budget are refused"
+            assert self.scheduler.live() == before, "a refusal changes nothing"
             if isinstance(error, DeadlineError):
                 assert error.retry_after_s > 0
             return
@@ -162,13 +162,13 @@ class AnyTraffic(RuleBasedStateMachine):
         if not live:
             assert not batch
             return
-        assert batch[0].urgency == min(item.urgency for item in live.values()), "the most urgent is in it"
+        assert batch[0].urgency == min(item.urgency for item in live.values()), "the most urgent sample is in the batch"
         assert len({stages[item] for item in batch}) == 1
         peers = sorted(
             (item for item in live.values() if stages[item] == stages[batch[0]]), key=lambda item: item.urgency
         )
         assert batch == peers[: len(batch)], "a less urgent sample of the lane went first"
-        assert all(not item.open_steps for item in batch), "a step count is settled when the first step is due"
+        assert all(not item.open_steps for item in batch), "a step count is fixed when the first step is due"
 
     @invariant()
     def live_samples_are_known_in_order_of_urgency(self) -> None:
@@ -194,9 +194,9 @@ ARRIVALS = st.lists(
     st.tuples(
         st.integers(0, 2),  # shape
         st.integers(1, 4),  # steps
-        st.one_of(st.none(), st.floats(1.5, 15.0)),  # budget, in steps of its shape
+        st.one_of(st.none(), st.floats(1.5, 15.0)),  # budget, in step times of its shape
         st.booleans(),  # auto
-        st.integers(0, 3),  # calls until it arrives
+        st.integers(0, 3),  # calls before it arrives
     ),
     max_size=14,
 )
@@ -204,7 +204,7 @@ ARRIVALS = st.lists(
 
 @settings(max_examples=150, deadline=None)
 @given(arrivals=ARRIVALS, capacity=st.integers(1, 5), gain=st.sampled_from([0.0, 0.5, 0.9]))
-def test_while_calls_take_what_they_are_known_to_take_every_promise_is_kept(
+def test_while_calls_take_their_known_time_every_deadline_is_met(
     arrivals: list[tuple[int, int, float | None, bool, int]], capacity: int, gain: float
 ) -> None:
     scheduler: StepScheduler[Request] = StepScheduler(known_costs(gain), capacity)
@@ -233,7 +233,7 @@ def test_while_calls_take_what_they_are_known_to_take_every_promise_is_kept(
         assert item.done_s is not None and item.done_s <= item.asked_s + EPSILON_S
 
 
-# -- who is let in ---------------------------------------------------------------------------------
+# -- admission -------------------------------------------------------------------------------------
 
 
 def scheduler_of(*items: Request, capacity: int = 1, gain: float = 0.0) -> StepScheduler[Request]:
@@ -243,15 +243,16 @@ def scheduler_of(*items: Request, capacity: int = 1, gain: float = 0.0) -> StepS
     return scheduler
 
 
-def test_a_budget_that_nobody_could_keep_is_the_requests_mistake() -> None:
+def test_a_budget_too_small_for_an_idle_engine_is_invalid() -> None:
     with pytest.raises(
-        InvalidRequestError, match=r"latency_budget_ms leaves 2000\.0 ms: .*; 1 picture of 4 steps"
+        InvalidRequestError,
+        match=r"latency_budget_ms leaves 2000\.0 ms: .*; an idle engine needs .* for 1 picture of 4 steps",
     ) as caught:
         scheduler_of(request(0, steps=4, budget_s=2.0))
     assert (caught.value.param, caught.value.code) == ("latency_budget_ms", "latency_budget_too_small")
 
 
-def test_a_budget_that_is_refused_now_is_kept_after_the_time_that_is_named() -> None:
+def test_a_refused_budget_is_accepted_after_the_named_retry_time() -> None:
     scheduler = scheduler_of(request(0, steps=4, budget_s=5.0))
     with pytest.raises(DeadlineError) as caught:
         scheduler.admit([request(1, steps=2, budget_s=3.0)], 0.0)
@@ -262,27 +263,27 @@ def test_a_budget_that_is_refused_now_is_kept_after_the_time_that_is_named() -> 
     scheduler.admit([request(2, steps=2, now_s=later_s, budget_s=3.0)], later_s)
 
 
-def test_who_is_refused_because_of_others_may_come_again() -> None:
-    """Of a budget of 5 s that anybody could keep 3.5 s have passed: it is late, and not the request's mistake."""
+def test_a_budget_used_up_by_other_requests_may_be_retried() -> None:
+    """A budget of 5 s is enough, but 3.5 s have passed in the queue, so the request is valid and late."""
     late = request(0, steps=2, budget_s=1.5)
     late.elapsed_s = 3.5
     with pytest.raises(DeadlineError):
         scheduler_of(late)
 
 
-def test_each_who_is_refused_comes_back_at_a_time_of_its_own() -> None:
-    """Eight at once would be seven who are refused again; nor is anybody sent away for ever."""
+def test_refused_requests_get_different_retry_times_within_a_bound() -> None:
+    """If all eight came back at once, seven would be refused again."""
     scheduler = scheduler_of(request(0, steps=4, budget_s=5.0))
-    told_s = []
+    retries_s = []
     for order in range(1, 9):
         with pytest.raises(DeadlineError) as caught:
             scheduler.admit([request(order, steps=2, budget_s=3.0)], 0.0)
-        told_s.append(caught.value.retry_after_s)
-    assert all(later > earlier for earlier, later in pairwise(told_s[:3]))
-    assert max(told_s) <= told_s[0] + MAX_RETURN_S
+        retries_s.append(caught.value.retry_after_s)
+    assert all(later > earlier for earlier, later in pairwise(retries_s[:3]))
+    assert max(retries_s) <= retries_s[0] + MAX_RETURN_S
 
 
-def test_a_promise_is_given_with_something_to_spare_and_may_use_it_up() -> None:
+def test_a_promise_needs_a_reserve_when_given_and_may_use_it_up_later() -> None:
     costs = known_costs()
     denoise = Kind("denoise", SHAPES[0])
     for seconds in (0.5, 1.5) * 20:
@@ -291,22 +292,24 @@ def test_a_promise_is_given_with_something_to_spare_and_may_use_it_up() -> None:
     scheduler: StepScheduler[Request] = StepScheduler(costs, 1)
     first = request(0, budget_s=4 * fits_s)
     scheduler.admit([first], 0.0)
-    with pytest.raises(DeadlineError):  # it could go first, and is expected to keep its budget
+    with pytest.raises(DeadlineError):  # it could go first and is expected in time, but without a reserve
         scheduler.admit([request(1, budget_s=1.3 * fits_s)], 0.0)
-    with pytest.raises(DeadlineError):  # the first is short of what it had to spare, and still expected in time
+    with pytest.raises(DeadlineError):  # the first has used up its reserve and is still expected in time
         scheduler.admit([request(2, budget_s=2 * fits_s, now_s=2.5 * fits_s)], 2.5 * fits_s)
     assert (scheduler.num_late, scheduler.live()) == (0, [first])
 
 
-def test_a_promise_is_not_given_at_the_cost_of_an_earlier_one() -> None:
+def test_a_request_that_would_break_an_earlier_promise_is_refused() -> None:
     first = request(0, steps=4, budget_s=6.0)
     scheduler = scheduler_of(first)
     with pytest.raises(DeadlineError):
-        scheduler.admit([request(1, steps=1, budget_s=2.0)], 0.0)  # it could go first, and make the first late
+        scheduler.admit(
+            [request(1, steps=1, budget_s=2.0)], 0.0
+        )  # it could go first, but would make the earlier one late
     assert scheduler.live() == [first]
 
 
-def test_all_pictures_of_a_request_are_let_in_or_none() -> None:
+def test_all_pictures_of_a_request_are_accepted_or_none() -> None:
     scheduler = scheduler_of()
     with pytest.raises(InvalidRequestError, match="3 pictures"):
         scheduler.admit([request(n, steps=1, budget_s=4.0) for n in range(3)], 0.0)
@@ -315,7 +318,7 @@ def test_all_pictures_of_a_request_are_let_in_or_none() -> None:
     assert len(scheduler) == 2
 
 
-def test_who_has_no_budget_is_let_in_behind_the_promises() -> None:
+def test_a_request_without_a_budget_is_accepted_behind_all_promises() -> None:
     promised = request(0, steps=2, budget_s=3.0)
     scheduler = scheduler_of(promised)
     hasty = request(1, shape=1, due_s=1.0)
@@ -323,22 +326,24 @@ def test_who_has_no_budget_is_let_in_behind_the_promises() -> None:
     assert scheduler.live() == [promised, hasty]
 
 
-def test_a_promise_that_was_broken_makes_no_other_late() -> None:
+def test_a_missed_promise_makes_no_other_late() -> None:
     slow, other = request(0, steps=3, budget_s=4.0), request(1, budget_s=7.0)
     scheduler = scheduler_of(slow, other)
-    assert scheduler.schedule(5.0) == [other], "the machine stood still and the first promise is lost"
+    assert scheduler.schedule(5.0) == [other], "the machine stood still and the first promise is missed"
     assert scheduler.num_late == 1
     assert slow.promised_s == NEVER_S
 
 
-def test_a_lost_promise_keeps_nobody_out() -> None:
+def test_a_promise_that_can_no_longer_be_kept_blocks_no_request() -> None:
     scheduler = scheduler_of(request(0, steps=4, budget_s=5.0))
-    scheduler.admit([request(1, now_s=2.0, budget_s=2.5)], 2.0)  # nothing has run: the first cannot be in time any more
+    scheduler.admit(
+        [request(1, now_s=2.0, budget_s=2.5)], 2.0
+    )  # nothing has run, so the first cannot be in time any more
     assert scheduler.num_late == 1
     assert scheduler.live()[0].urgency[1] == 1
 
 
-# -- how many steps --------------------------------------------------------------------------------
+# -- automatic step counts -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("budget_s", "steps"), [(1.9, 1), (2.9, 2), (3.9, 3), (4.9, 4), (50.0, 4)])
@@ -352,10 +357,10 @@ def test_auto_takes_fewer_steps_where_more_would_break_a_promise() -> None:
     item, behind = (request(n, steps=4, budget_s=6.0 + n, open_steps=(1, 2, 3, 4)) for n in range(2))
     scheduler = scheduler_of(item, behind, request(2, steps=2, budget_s=9.0))
     scheduler.schedule(0.0)
-    assert item.settled == 3, "1 + 2 steps of the others, three decodes: of nine units five are spoken for"
+    assert item.settled == 3, "1 + 2 steps of the others and three decodes take about five of nine seconds"
 
 
-def test_auto_without_a_budget_aims_at_its_target_and_is_never_refused() -> None:
+def test_auto_without_a_budget_meets_its_target_and_is_never_refused() -> None:
     item = request(0, steps=4, open_steps=(1, 2, 3, 4), due_s=3.0)
     scheduler = scheduler_of(item)
     scheduler.schedule(0.0)
@@ -366,7 +371,7 @@ def test_auto_without_a_budget_aims_at_its_target_and_is_never_refused() -> None
 
 
 def test_a_lone_client_gets_the_most_steps_however_often_it_asks() -> None:
-    """Quick answers let it ask more often; that is no load, as nothing waits."""
+    """Quick answers let it ask more often. That is no load, as nothing waits."""
     scheduler, now_s = scheduler_of(), 0.0
     for order in range(40):
         item = request(order, now_s=now_s, budget_s=1.2 * 4.8, open_steps=(1, 2, 3, 4))
@@ -376,7 +381,7 @@ def test_a_lone_client_gets_the_most_steps_however_often_it_asks() -> None:
         assert item.settled == 4
 
 
-def test_clients_that_meet_each_other_take_fewer_steps() -> None:
+def test_clients_that_overlap_get_fewer_steps() -> None:
     scheduler, now_s, order = scheduler_of(), 0.0, 0
     settled: list[int] = []
     for _ in range(20):
@@ -387,10 +392,12 @@ def test_clients_that_meet_each_other_take_fewer_steps() -> None:
         while any(item.done_s is None for item in clients):
             _, now_s = run_call(scheduler, now_s)
         settled += [item.settled for item in clients]
-    assert max(settled[-4:]) < 4, "12 s hold two pictures of four steps, and leave no time for those to come"
+    assert max(settled[-4:]) < 4, (
+        "12 s are enough for two pictures of four steps, but leave no time for requests to come"
+    )
 
 
-def test_not_fewer_than_it_may() -> None:
+def test_auto_never_takes_fewer_steps_than_the_minimum() -> None:
     with pytest.raises(InvalidRequestError):
         scheduler_of(request(0, steps=4, budget_s=2.0, open_steps=(2, 3, 4)))
 
@@ -398,7 +405,7 @@ def test_not_fewer_than_it_may() -> None:
 # -- order and batches -----------------------------------------------------------------------------
 
 
-def test_what_is_short_overtakes_what_is_long_by_a_call() -> None:
+def test_a_short_sample_overtakes_a_long_one_after_one_call() -> None:
     large = request(0, shape=2, steps=4)
     scheduler = scheduler_of(large)
     batch, now_s = run_call(scheduler, 0.0)
@@ -409,7 +416,7 @@ def test_what_is_short_overtakes_what_is_long_by_a_call() -> None:
     assert batch == [large] and len(large.calls) == 1
 
 
-def test_what_waits_is_not_overtaken_for_ever() -> None:
+def test_a_long_sample_is_not_overtaken_for_ever() -> None:
     scheduler = scheduler_of(request(0, shape=2, steps=1))
     (large,) = scheduler.live()
     now_s, order = 0.0, 1
@@ -418,28 +425,28 @@ def test_what_waits_is_not_overtaken_for_ever() -> None:
         _, now_s = run_call(scheduler, now_s)
         order += 1
         assert now_s < 2 * large.unpromised_s
-    assert large.done_s > large.unpromised_s - 3 * STEP_S[2], "what is short did overtake it"
+    assert large.done_s > large.unpromised_s - 3 * STEP_S[2], "short samples did overtake it"
 
 
-def test_a_batch_is_no_larger_than_helps() -> None:
+def test_a_batch_grows_only_if_sharing_saves_time() -> None:
     items = [request(n) for n in range(6)]
-    assert len(scheduler_of(*items, capacity=8, gain=0.0).schedule(0.0)) == 1, "nothing is gained by sharing"
+    assert len(scheduler_of(*items, capacity=8, gain=0.0).schedule(0.0)) == 1, "sharing saves nothing"
     items = [request(n) for n in range(6)]
     assert len(scheduler_of(*items, capacity=8, gain=0.9).schedule(0.0)) == 6
 
 
-def test_a_batch_does_not_grow_over_a_promise() -> None:
+def test_a_batch_grows_only_as_far_as_a_promise_allows() -> None:
     urgent = request(0, steps=1, budget_s=2.0)
     scheduler = scheduler_of(urgent, *(request(n) for n in range(1, 6)), capacity=8, gain=0.9)
     assert scheduler.schedule(0.0)[0] is urgent
     batch, now_s = run_call(scheduler, 0.0)
-    assert 1 < len(batch) < 6, "0.1 s for each that joins, 0.1 s for its prompt: not all fit before 2.0 - 0.7"
+    assert 1 < len(batch) < 6, "each that joins adds 0.1 s, and 0.1 s for its prompt: not all fit before 2.0 - 0.7"
     while urgent.done_s is None:
         _, now_s = run_call(scheduler, now_s)
     assert urgent.done_s <= 2.0
 
 
-def test_who_wants_to_be_alone_is() -> None:
+def test_a_sample_that_must_be_alone_shares_no_call() -> None:
     items = [request(n, alone=n < 2) for n in range(4)]
     scheduler = scheduler_of(*items, capacity=8, gain=0.9)
     sizes = []
@@ -450,7 +457,7 @@ def test_who_wants_to_be_alone_is() -> None:
     assert [0] in sizes and [1] in sizes and [2, 3] in sizes
 
 
-def test_without_joining_who_comes_waits_for_all_that_started_together() -> None:
+def test_without_joining_a_newcomer_waits_for_all_that_started_together() -> None:
     together = [request(n, steps=2 + n) for n in range(2)]
     scheduler: StepScheduler[Request] = StepScheduler(known_costs(0.9), 8, joining=False)
     scheduler.admit(together, 0.0)
@@ -464,7 +471,7 @@ def test_without_joining_who_comes_waits_for_all_that_started_together() -> None
     assert batch == [newcomer]
 
 
-def test_a_forecast_is_what_happens() -> None:
+def test_a_forecast_equals_what_happens() -> None:
     items = [request(n, shape=n % 3, steps=1 + n % 4) for n in range(7)]
     scheduler = scheduler_of(*items, capacity=3, gain=0.5)
     seen = forecast(items, scheduler.costs, 3, 0.0, {item.urgency for item in items})
@@ -475,11 +482,11 @@ def test_a_forecast_is_what_happens() -> None:
         assert item.done_s == pytest.approx(seen.finish_s[item.urgency])
 
 
-def test_nothing_live_is_an_empty_batch() -> None:
+def test_without_live_samples_the_batch_is_empty() -> None:
     assert scheduler_of(capacity=3).schedule(0.0) == []
 
 
-def test_a_sample_that_is_not_live_cannot_leave() -> None:
+def test_removing_a_sample_that_is_not_live_fails() -> None:
     with pytest.raises(KeyError):
         scheduler_of().remove(request(0))
 
@@ -490,7 +497,7 @@ def test_a_batch_holds_at_least_one_sample(capacity: int) -> None:
         StepScheduler(CostModel(), capacity)
 
 
-def test_the_scheduler_knows_no_tensors() -> None:
+def test_the_scheduler_imports_neither_torch_nor_numpy() -> None:
     code = "import sys, tdm_runtime.scheduling.scheduler; print(sorted({'torch', 'numpy'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
