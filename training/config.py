@@ -238,11 +238,6 @@ def load_config(preset: DistillConfig, file: Path | None) -> DistillConfig:
 def with_changes(preset: DistillConfig, raw: Mapping[str, Any]) -> DistillConfig:
     """Return a preset with fields replaced by decoded TOML values."""
     hints = get_type_hints(DistillConfig)
-    if "told" in raw:
-        raise ConfigError(
-            f"the field told ({raw['told']!r}) is now step_condition_for, and its value 'nobody' is now 'none'; "
-            "rename both"
-        )
     if unknown := sorted(set(raw) - set(hints)):
         raise ConfigError(f"unknown fields {unknown}; known are {sorted(hints)}")
     return replace(preset, **{name: _typed(name, value, hints[name]) for name, value in raw.items()})

@@ -53,10 +53,6 @@ def test_a_file_changes_only_the_fields_in_it(tmp_path: Path) -> None:
         ("accumulation = 3", "accumulation is 3; it must be a divisor of batch_size, 32"),
         ('method = "tmd"', "method is 'tmd'; it must be one of tdm, lcm"),
         ('step_condition_for = "teacher"', "step_condition_for is 'teacher'; it must be one of both, student, none"),
-        (
-            'told = "nobody"',
-            r"told \('nobody'\) is now step_condition_for, and its value 'nobody' is now 'none'; rename",
-        ),
         ('solver = "heun"', "solver is 'heun'; it must be one of ddim, euler, dpmsolver"),
         ('precision = "fp16"', "precision is 'fp16'; it must be one of bf16, fp32"),
         ("interval = []", r"interval is \[\]; it must be one of disjoint, reverse, full"),

@@ -15,7 +15,7 @@ from tdm_runtime.backends.interface import ComponentName
 from tdm_runtime.backends.pytorch import CompiledTorchBackend, TorchBackend
 from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT, open_checkpoint
 from tdm_runtime.errors import BackendError
-from tdm_runtime.families import DecoderModule
+from tdm_runtime.families import FAMILIES, DecoderModule
 from tdm_runtime.model.components import load_component
 from tests.gpu.tiny_denoiser import relative_l2, tiny_denoiser, tiny_inputs
 from tests.tiny_pipelines import build_vae

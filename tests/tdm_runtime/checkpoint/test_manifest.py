@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from tdm_runtime.backends.interface import Interface, TensorSpec
 from tdm_runtime.backends.machine import gpu_architecture, installed
-from tdm_runtime.checkpoint.folder import TINY_VAE_FILES, Checkpoint, file_sha256, open_checkpoint
+from tdm_runtime.checkpoint.folder import TINY_VAE_FILES, Checkpoint, file_sha256, open_checkpoint, other_files
 from tdm_runtime.checkpoint.manifest import (
     MANIFEST_FILE,
     MANIFEST_FORMAT,
@@ -31,6 +31,7 @@ from tdm_runtime.checkpoint.manifest import (
 )
 from tdm_runtime.checkpoint.recipe import RECIPE_FILE
 from tdm_runtime.errors import ArtifactError
+from tdm_runtime.families import FAMILIES
 
 INTERFACE = Interface(
     (TensorSpec("latents", "float32", ("batch", 4, "height", "width")), TensorSpec("timesteps", "float32", ("batch",))),
