@@ -563,7 +563,7 @@ def test_a_prediction_type_that_does_not_fit_the_schedule_is_refused(
 @every_beta_schedule
 def test_epsilon_at_zero_terminal_snr_is_refused(beta_schedule: BetaSchedule, solver: Solver) -> None:
     schedule = DiffusionSchedule(beta_schedule, rescale_zero_terminal_snr=True)
-    with pytest.raises(RecipeError, match="'epsilon' says nothing at timestep 999"):
+    with pytest.raises(RecipeError, match="'epsilon' is undefined at timestep 999"):
         build_step_table(schedule, "epsilon", solver, spaced_timesteps("trailing", 4))
     build_step_table(schedule, "epsilon", solver, spaced_timesteps("leading", 4))
 
