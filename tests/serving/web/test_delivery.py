@@ -75,7 +75,7 @@ def test_an_impossible_budget_is_the_clients_error(http: httpx.Client) -> None:
     error = answer.json()["error"]
     assert answer.status_code == 400 and answer.headers["x-should-retry"] == "false"
     assert (error["param"], error["code"]) == ("latency_budget_ms", "latency_budget_too_small")
-    assert "1 picture of 4 steps would take" in error["message"]
+    assert "ms for 1 picture of 4 steps; raise the budget to at least" in error["message"]
 
 
 def test_under_load_budgets_are_met_or_refused_with_a_retry_time(http: httpx.Client) -> None:
