@@ -16,7 +16,7 @@ from serving.telemetry.metrics import ServerMetrics
 from tdm_runtime.checkpoint import folder as checkpoint_folder_module
 from tdm_runtime.errors import CheckpointError
 from tdm_runtime.model.artifacts import BackendConfig
-from tests.serving.conftest import free_port
+from tests.ports import free_port
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 

@@ -7,7 +7,6 @@ import json
 import logging
 import re
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +19,10 @@ TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 
 
 @pytest.fixture
-def log(tmp_path: Path) -> Iterator[Path]:
-    """Path of a log file in JSON. The loggers get their former settings back at the end."""
-    known = {name: logging.getLogger(name) for name in (*logs.OURS, *logs.THEIRS, "serving.start")}
-    before = {name: (x.handlers, x.level, x.propagate) for name, x in known.items()}
-    hook = threading.excepthook
+def log(tmp_path: Path) -> Path:
+    """Path of a log file in JSON."""
     logs.set_up_logging(ServerConfig(log_format="json", log_file=tmp_path / "log", log_level="info"))
-    yield tmp_path / "log"
-    threading.excepthook = hook
-    for name, (handlers, level, propagate) in before.items():
-        known[name].handlers, known[name].propagate = handlers, propagate
-        known[name].setLevel(level)
+    return tmp_path / "log"
 
 
 def lines(log: Path) -> list[dict[str, Any]]:
