@@ -200,7 +200,7 @@ function showProblem(error, isRetry = false) {
   const waitMs = error?.retryAfterMs ?? null;
   const isWaiting = error?.status === 429 && waitMs !== null && !isRetry;
   const plan = isWaiting ? "; trying once more then" : "";
-  setText("retry-note", waitMs === null ? "" : `Asked to come back in ${duration(waitMs)}${plan}.`);
+  setText("retry-note", waitMs === null ? "" : `The server has room in about ${duration(waitMs)}${plan}.`);
   byId("retry").hidden = !error || isWaiting || error.status === 400 || error.status === 401;
   if (isWaiting) timer = setTimeout(generate, waitMs, { keepSeed: true, isRetry: true });
   if (error?.status === 401) askForKey();

@@ -33,7 +33,7 @@ def over_the_wire(server: SmallServer, use: Callable[[Target], Awaitable[None]])
 
 
 async def start_when_refused(engine: DiffusionEngine, recording: Recording, num_refused: int) -> None:
-    """Start the engine once so many requests were refused: all have arrived then, and the others wait."""
+    """Start the engine after `num_refused` refusals: all requests have arrived then, and the others wait."""
     async with asyncio.timeout(30):
         while len(recording.records) < num_refused:
             await asyncio.sleep(0.01)

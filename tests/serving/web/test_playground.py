@@ -219,7 +219,7 @@ def test_a_refusal_with_a_retry_time_is_retried_once_at_that_time(page: Page) ->
         page.route(GENERATIONS, refusal(429, code, f"{code}: wait", headers), times=1)
         page.get_by_role("button", name="Make").click()
         expect(page.get_by_role("alert")).to_have_text(f"{code}: wait")
-        expect(page.locator("#retry-note")).to_have_text("Asked to come back in 59.9 s; trying once more then.")
+        expect(page.locator("#retry-note")).to_have_text("The server has room in about 59.9 s; trying once more then.")
         page.clock.fast_forward(59_900)
         expect(page.get_by_role("alert")).to_be_hidden()
 
