@@ -1,14 +1,21 @@
-"""Measure the engine's own cost: the time of a picture minus the time of its model calls."""
+"""Measure the engine's own cost: the time of a picture minus the time of its model calls.
+
+python -m benchmarks.overhead --backend openvino --threads 2
+"""
 
 from __future__ import annotations
 
+import argparse
 import copy
 import itertools
+import json
 import secrets
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +23,12 @@ from torch import Tensor
 
 from benchmarks.workload import Workload
 from tdm_runtime.backends import Backend
+from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT
+from tdm_runtime.cli import add_backend_arguments, backend_config
 from tdm_runtime.engine.engine import DiffusionEngine
+from tdm_runtime.errors import TDMError
 from tdm_runtime.media.image_file import encode_image
+from tdm_runtime.model.choice import load_model
 from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.params import SamplingParams
 
@@ -115,3 +126,24 @@ def _median_ms(call: Callable[[], object], repeats: int) -> float:
         call()
         times.append(1e3 * (time.perf_counter() - started_s))
     return statistics.median(times)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command. Returns the exit status."""
+    parser = argparse.ArgumentParser(prog="benchmarks.overhead", description=str(__doc__).partition("\n")[0])
+    parser.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT, help="checkpoint folder (%(default)s)")
+    parser.add_argument("--pictures", type=int, default=200, help="pictures, one at a time (%(default)s)")
+    parser.add_argument("--steps", type=int, default=4, help="num_inference_steps of each (%(default)s)")
+    add_backend_arguments(parser)
+    given = parser.parse_args(arguments)
+    try:
+        model = load_model(given.checkpoint, backend_config(given))
+        print(json.dumps({"backend": model.backend} | overhead(model, given.pictures, given.steps), indent=2))
+    except (TDMError, ValueError, OSError) as error:
+        print(f"benchmarks.overhead: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
