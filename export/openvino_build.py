@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,7 +45,7 @@ def write_int8_ir(onnx: Path, file: Path, calibration: Sequence[Inputs], outputs
     except ImportError:
         raise ExportError("int8 needs nncf; `pip install 'tdm-serve[export]'`") from None
 
-    nncf.set_log_level("ERROR")
+    logging.getLogger("nncf").setLevel(logging.ERROR)  # nncf.set_log_level would change the handlers too
     model = _read(onnx)
     quantised = nncf.quantize(
         model,

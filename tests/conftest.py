@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from export.cli import main as tdm_export
+from serving.telemetry.logs import OURS, THEIRS, start_logger
 from tdm_runtime.backends.openvino import has_bf16
 from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT, open_checkpoint
 from tdm_runtime.checkpoint.manifest import default_artifacts
@@ -32,6 +35,21 @@ def pytest_configure() -> None:
 def pytest_runtest_setup() -> None:
     """Give PyTorch one thread in this process, before each test. A command in an earlier test may have set more."""
     torch.set_num_threads(1)
+
+
+LOGGERS = [logging.getLogger(name) for name in (*OURS, *THEIRS, start_logger.name)]
+LOGGING = [(logger.handlers, logger.level, logger.propagate) for logger in LOGGERS]
+THREAD_HOOK = threading.excepthook
+
+
+@pytest.fixture(autouse=True)
+def restored_logging() -> Iterator[None]:
+    """Give the loggers back the settings of the start: commands that run in this process set them for a server."""
+    yield
+    threading.excepthook = THREAD_HOOK
+    for logger, (handlers, level, propagate) in zip(LOGGERS, LOGGING, strict=True):
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="session", autouse=True)

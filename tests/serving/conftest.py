@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from serving.telemetry.logs import OURS, THEIRS, start_logger
 from tests.ports import free_port
 
 START_TIMEOUT_S = 240
@@ -68,16 +64,3 @@ def start_server(log: Path, *arguments: str) -> RunningServer:
 def server(tdm_server: RunningServer) -> RunningServer:
     """The server that all tests of the session share."""
     return tdm_server
-
-
-@pytest.fixture(autouse=True)
-def restored_logging() -> Iterator[None]:
-    """Give the loggers back their settings: commands that run in this process set them for a server."""
-    loggers = [logging.getLogger(name) for name in (*OURS, *THEIRS, start_logger.name)]
-    before = [(logger.handlers, logger.level, logger.propagate) for logger in loggers]
-    hook = threading.excepthook
-    yield
-    threading.excepthook = hook
-    for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
-        logger.handlers, logger.propagate = handlers, propagate
-        logger.setLevel(level)
