@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import cast
 
 from torch import Tensor
@@ -36,8 +35,7 @@ def denoiser_arguments(
         ValueError: the denoiser reads a tensor that is None or unknown.
     """
     known = {"latents": latents, "timesteps": timesteps, "step_counts": step_counts, ADAPTERS: adapters}
-    known |= {field.name: getattr(prompt, field.name) for field in fields(prompt)}
-    arguments = tuple(known.get(name) for name in names)
+    arguments = tuple(known[name] if name in known else getattr(prompt, name, None) for name in names)
     for name, argument in zip(names, arguments, strict=True):
         if argument is None and name != "step_counts":
             raise ValueError(f"{name} is None and the denoiser reads it; encode prompts with all its text encoders")
