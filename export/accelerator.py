@@ -115,7 +115,8 @@ def load(name: str, tiny: bool) -> Model:
     if name == "embedded":
         checkpoint = open_checkpoint(DEFAULT_CHECKPOINT)
         width, height = checkpoint.recipe.native_sizes[0]
-        latents = {"height": height // checkpoint.downscale, "width": width // checkpoint.downscale}
+        _, latent_height, latent_width = checkpoint.geometry.latent_shape(width, height)
+        latents = {"height": latent_height, "width": latent_width}
         return {part: Part(*load_component(checkpoint, part), latents) for part in PARTS}
     real = REAL_SIZES[name]
     chosen = {part: _tiny(name, part, real[part]) if tiny else real[part] for part in PARTS if part in real}

@@ -101,7 +101,7 @@ def _build(
             half = Build("openvino", "fp32", components, installed(["openvino"]))
             announce("pictures for int8 calibration")
             calls = component_calls(checkpoint, manifest, half, folder, plan.calibration)
-            for name, channels in (("denoiser", checkpoint.latent_channels), ("decoder", 3)):
+            for name, channels in (("denoiser", checkpoint.geometry.channels), ("decoder", 3)):
                 announce(f"{name}: int8")
                 write_int8_ir(folder / f"{name}.onnx", folder / f"{name}.int8.xml", calls[name], channels)
                 components[name] = BuiltComponent(_hashed(folder, f"{name}.int8.xml", f"{name}.int8.bin"))
@@ -132,7 +132,9 @@ def component_calls(
     model = load_build(checkpoint, manifest, build, folder)
     denoiser = _Recorder(model.denoiser, manifest.interfaces["denoiser"])
     decoder = _Recorder(component_backend(manifest, build, folder, "decoder"), manifest.interfaces["decoder"])
-    recorded = replace(model, denoiser=denoiser, decoders={"full": Decoder(decoder, checkpoint.downscale)})
+    recorded = replace(
+        model, denoiser=denoiser, decoders={"full": Decoder(decoder, checkpoint.geometry.spatial_compression)}
+    )
     recipe = model.recipe
     width, height = recipe.native_sizes[0]
     for seed, prompt in enumerate(prompts):

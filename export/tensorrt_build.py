@@ -84,13 +84,12 @@ def _onnx_in(precision: Precision, checkpoint: Checkpoint, name: ComponentName, 
 
 def _latent_sizes(checkpoint: Checkpoint, name: ComponentName) -> list[tuple[int, int]]:
     """Return (height, width) of every call, in latents; decoders of tiled pictures get the size of a tile."""
-    sizes = [
-        (height // checkpoint.downscale, width // checkpoint.downscale)
-        for width, height in checkpoint.recipe.native_sizes
-    ]
-    side = math.isqrt(MAX_CALL_PIXELS // checkpoint.downscale**2)
+    geometry = checkpoint.geometry
+    shapes = (geometry.latent_shape(width, height) for width, height in checkpoint.recipe.native_sizes)
+    sizes = [(height, width) for _, height, width in shapes]
     if not name.endswith("decoder"):
         return sizes
+    side = math.isqrt(MAX_CALL_PIXELS // geometry.spatial_compression**2)
     return [(h, w) if h * w <= side**2 else (min(h, side), min(w, side)) for h, w in sizes]
 
 

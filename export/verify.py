@@ -52,7 +52,8 @@ def _with_component_parity(checkpoint: Checkpoint, manifest: Manifest, folder: P
     """Measure one component of every build on the same inputs. Returns the manifest with its parities."""
     module, interface = load_component(checkpoint, name)
     width, height = checkpoint.recipe.native_sizes[0]
-    sizes = {"batch": BATCH, "height": height // checkpoint.downscale, "width": width // checkpoint.downscale}
+    _, latent_height, latent_width = checkpoint.geometry.latent_shape(width, height)
+    sizes = {"batch": BATCH, "height": latent_height, "width": latent_width}
     inputs = interface.random_inputs(sizes, torch.Generator().manual_seed(1))
     expected = module(*inputs)
     builds = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 
@@ -51,8 +52,7 @@ def to_usage(model: LoadedModel, pictures: Sequence[Picture]) -> Usage:
     """Return the number of tokens that were read and of latent positions that were made."""
     first = pictures[0]
     text_tokens = min(first.prompt.num_tokens, first.prompt.max_tokens)
-    _, height, width = model.latent_shape(first.params)
-    output_tokens = height * width * len(pictures)
+    output_tokens = math.prod(model.latent_shape(first.params)[1:]) * len(pictures)
     return Usage(
         input_tokens=text_tokens,
         input_tokens_details=InputTokenDetails(text_tokens=text_tokens),

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from tdm_runtime.checkpoint.recipe import RECIPE_FILE, Recipe, load_recipe
 from tdm_runtime.errors import CheckpointError, RecipeError
 from tdm_runtime.families import FAMILIES, Denoiser, Family, family_of_pipeline
+from tdm_runtime.families.latent_space import LatentGeometry
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderTiny
@@ -142,15 +143,17 @@ class Checkpoint:
             )
         return tokenizer
 
-    @property
-    def latent_channels(self) -> int:
-        """Channels of the denoiser's latents."""
-        return int(self._config(self.family.denoiser_folder, "in_channels"))
+    @cached_property
+    def geometry(self) -> LatentGeometry:
+        """Rule for the shape of the latents."""
 
-    @property
-    def downscale(self) -> int:
-        """Pixels per latent, along each side."""
-        return self._load("vae", lambda folder: self.family.spatial_compression(_read_config(folder)))
+        def read_vae(folder: Path) -> Any:
+            config = _read_config(folder)
+            self.family.spatial_compression(config)  # here, so that an error names the VAE
+            return config
+
+        vae = self._load("vae", read_vae)
+        return self._load(self.family.denoiser_folder, lambda folder: self.family.geometry(_read_config(folder), vae))
 
     def _config(self, part: str, key: str) -> Any:
         return self._load(part, lambda folder: _read_config(folder)[key])

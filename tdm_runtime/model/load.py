@@ -91,9 +91,10 @@ def _assembled(
     parity: Mapping[int, PictureParity],
 ) -> LoadedModel:
     names = component_names(checkpoint)
-    decoders: dict[DecoderName, Decoder] = {"full": Decoder(run("decoder")[0], checkpoint.downscale)}
+    compression = checkpoint.geometry.spatial_compression
+    decoders: dict[DecoderName, Decoder] = {"full": Decoder(run("decoder")[0], compression)}
     if "tiny_decoder" in names:
-        decoders["tiny"] = Decoder(run("tiny_decoder")[0], checkpoint.downscale)
+        decoders["tiny"] = Decoder(run("tiny_decoder")[0], compression)
     _check_sizes(checkpoint)
     denoiser, interface = run("denoiser")
     return LoadedModel(
@@ -104,17 +105,17 @@ def _assembled(
         denoiser=denoiser,
         denoiser_inputs=tuple(spec.name for spec in interface.inputs),
         decoders=decoders,
-        latent_channels=checkpoint.latent_channels,
-        latent_frames=None,
+        geometry=checkpoint.geometry,
         parity=parity,
     )
 
 
 def _check_sizes(checkpoint: Checkpoint) -> None:
+    multiple = checkpoint.geometry.size_multiple
     for width, height in checkpoint.recipe.native_sizes:
-        if width % checkpoint.downscale or height % checkpoint.downscale:
+        if width % multiple or height % multiple:
             raise RecipeError(
-                f"{checkpoint.folder / RECIPE_FILE}: native_sizes has {width}x{height}, but the decoder makes only "
-                f"multiples of {checkpoint.downscale} pixels; publish the checkpoint again with sizes that it "
+                f"{checkpoint.folder / RECIPE_FILE}: native_sizes has {width}x{height}, but the model makes only "
+                f"multiples of {multiple} pixels; publish the checkpoint again with sizes that it "
                 "was trained at"
             )

@@ -14,6 +14,7 @@ from tdm_runtime.checkpoint.recipe import Recipe
 from tdm_runtime.errors import InvalidRequestError
 from tdm_runtime.families.call import denoiser_arguments
 from tdm_runtime.families.conditioning import Conditioning
+from tdm_runtime.families.latent_space import LatentGeometry
 from tdm_runtime.model.decoder import Decoder
 from tdm_runtime.model.text_encoder import TextEncoder
 from tdm_runtime.params import DecoderName, SamplingParams
@@ -34,11 +35,12 @@ class LoadedModel:
     """Names of the denoiser's inputs, in order."""
     decoders: Mapping[DecoderName, Decoder]
     """"full" and, where the checkpoint has one, "tiny"."""
-    latent_channels: int
-    latent_frames: int | None
-    """Latent frames F of a clip; None where the model makes pictures."""
+    geometry: LatentGeometry
+    """Rule for the shape of the latents."""
     parity: Mapping[int, PictureParity]
     """Parity of the pictures with torch float32, by step count K; empty where it was not measured."""
+    num_frames: int = 1
+    """Frames of a clip; 1 where the model makes pictures."""
     choice: str = ""
     """Why this backend was chosen; empty where the configuration named it."""
     base: str | None = None
@@ -58,9 +60,7 @@ class LoadedModel:
 
     def latent_shape(self, params: SamplingParams) -> tuple[int, ...]:
         """Shape of a request's latents: [C, H, W], of a clip [C, F, H, W]."""
-        downscale = self.decoders["full"].downscale
-        frames = () if self.latent_frames is None else (self.latent_frames,)
-        return (self.latent_channels, *frames, params.height // downscale, params.width // downscale)
+        return self.geometry.latent_shape(params.width, params.height, self.num_frames)
 
     @property
     def preview_decoder(self) -> DecoderName:

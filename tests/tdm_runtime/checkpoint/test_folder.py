@@ -244,7 +244,7 @@ def test_sizes_that_the_decoder_cannot_make_are_refused(folder: Path) -> None:
     edit_recipe(folder, native_sizes=[[64, 64], [66, 64]])
     message = recipe_refusal(folder, lambda edited: load_model(edited, device="cpu"))
     assert RECIPE_FILE in message
-    assert "66x64, but the decoder makes only multiples of 4 pixels; publish" in message
+    assert "66x64, but the model makes only multiples of 4 pixels; publish" in message
 
 
 # -- parts that contradict each other --------------------------------------------------------------

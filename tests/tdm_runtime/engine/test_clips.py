@@ -13,7 +13,7 @@ from diffusers import AutoencoderKLCogVideoX
 from tdm_runtime.backends.pytorch import TorchBackend
 from tdm_runtime.engine.delivery import Delivery, Preview
 from tdm_runtime.engine.engine import DiffusionEngine
-from tdm_runtime.families import decoder_for
+from tdm_runtime.families import FAMILIES, decoder_for
 from tdm_runtime.families.cogvideox import CogVideoXDenoiser
 from tdm_runtime.model.choice import load_model
 from tdm_runtime.model.decoder import Decoder
@@ -23,9 +23,8 @@ from tdm_runtime.pipeline import generate
 from tests.tiny_models import tiny_cogvideox
 
 CPU = torch.device("cpu")
-LATENT_FRAMES = 3
 NUM_FRAMES = 9
-"""4 (LATENT_FRAMES - 1) + 1: the autoencoder compresses time by 4."""
+"""Of 3 latent frames: the autoencoder compresses time by 4."""
 MAX_LEVELS_APART = 2
 """torch's CPU kernels sum in another order at another batch size."""
 TIMEOUT_S = 60
@@ -52,8 +51,8 @@ def clip_model(tiny_checkpoint: Path) -> LoadedModel:
         recipe=replace(base.recipe, native_sizes=((64, 64), (96, 64))),
         denoiser=TorchBackend(CogVideoXDenoiser(transformer), CPU),
         decoders={"full": decoder},
-        latent_channels=4,
-        latent_frames=LATENT_FRAMES,
+        geometry=FAMILIES["cogvideox"].geometry(transformer.config, vae.config),
+        num_frames=NUM_FRAMES,
     )
 
 
