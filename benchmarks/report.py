@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.load import Record, Recording
+from tdm_runtime.whole_file import write_whole
 
 DEFAULT_PERCENTILES = (50.0, 90.0, 95.0, 99.0)
 STAGE_PERCENTILES = (50.0, 90.0, 99.0)
@@ -148,6 +149,4 @@ def cell(value: object, digits: int = 1) -> str:
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
     """Write a result atomically: the whole file or nothing."""
-    partial_file = file.with_name(file.name + ".partial")
-    partial_file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    partial_file.replace(file)
+    write_whole(file, (json.dumps(content, indent=1) + "\n").encode())

@@ -27,6 +27,7 @@ from tdm_runtime.checkpoint.manifest import Build, BuiltComponent, Manifest, def
 from tdm_runtime.errors import BackendError
 from tdm_runtime.model.components import component_names, load_component
 from tdm_runtime.model.decoder import MAX_CALL_PIXELS
+from tdm_runtime.whole_file import write_whole
 
 MAX_BATCH = 8
 """Most samples of one call, the engine's default batch size. Larger batches are split."""
@@ -148,9 +149,9 @@ def build_plan(
     serialized = builder.build_serialized_network(network, config)
     if serialized is None:
         raise ExportError(f"TensorRT finds no plan for {onnx_file}: {log.last}")
-    _replace(plan, serialized)
+    write_whole(plan, serialized)
     if timing_cache is not None:
-        _replace(timing_cache, config.get_timing_cache().serialize())
+        write_whole(timing_cache, config.get_timing_cache().serialize())
     built_for = BuiltFor(trt.__version__, gpu, precision, sizes)
     built_for.save(plan)
     return built_for
@@ -250,10 +251,3 @@ def _read_timing_cache(config: Any, file: Path | None) -> None:
         config.set_timing_cache(
             config.create_timing_cache(b""), ignore_mismatch=False
         )  # the cache is of another GPU or version
-
-
-def _replace(file: Path, content: Any) -> None:
-    """Write a file atomically: the whole file or nothing."""
-    partial = file.with_name(f"{file.name}.{os.getpid()}")
-    partial.write_bytes(content)
-    partial.replace(file)

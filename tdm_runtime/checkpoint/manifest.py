@@ -19,6 +19,7 @@ from tdm_runtime.backends.interface import Interface
 from tdm_runtime.backends.machine import TOOLS, gpu_architecture, installed
 from tdm_runtime.checkpoint.folder import Checkpoint, file_sha256
 from tdm_runtime.errors import ArtifactError
+from tdm_runtime.whole_file import write_whole
 
 MANIFEST_FILE = "manifest.json"
 MANIFEST_FORMAT = 1
@@ -113,10 +114,7 @@ class Manifest:
 
     def save(self, folder: Path) -> None:
         """Write `folder/manifest.json` atomically."""
-        text = _ADAPTER.dump_json(self, indent=2).decode() + "\n"
-        partial = folder / f"{MANIFEST_FILE}.{os.getpid()}"
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(folder / MANIFEST_FILE)
+        write_whole(folder / MANIFEST_FILE, _ADAPTER.dump_json(self, indent=2) + b"\n")
 
 
 _ADAPTER = pydantic.TypeAdapter(Manifest)

@@ -27,6 +27,7 @@ from tdm_runtime.model.loaded_model import LoadedModel, denoise
 from tdm_runtime.model.parity import MIN_PSNR_DB, lowest_psnr_db
 from tdm_runtime.model.text_encoder import conditioning_of
 from tdm_runtime.params import SamplingParams
+from tdm_runtime.whole_file import write_whole
 
 CHOICE_FILE = "choice.json"
 """File beside the artifacts that keeps the choice."""
@@ -125,10 +126,8 @@ def _choose(artifacts: Artifacts, config: BackendConfig) -> Choice:
     with ThreadPoolExecutor(1) as passing:  # torch's OpenMP workers end with this thread
         choice = passing.submit(_measured, artifacts, config, machine).result()
     if artifacts.manifest is not None:
-        partial_file = kept.with_suffix(f".{os.getpid()}")
         with contextlib.suppress(OSError):  # a read-only folder: every start measures again
-            partial_file.write_bytes(_ADAPTER.dump_json(choice, indent=2))
-            partial_file.replace(kept)
+            write_whole(kept, _ADAPTER.dump_json(choice, indent=2))
     return choice
 
 

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from tdm_runtime.model.parity import (
     picture_parity,
     reference_pictures,
 )
+from tdm_runtime.whole_file import write_whole
 
 BUDGET_S = 20.0
 """Seconds after which no further prompt is begun, because a server is starting."""
@@ -131,15 +131,10 @@ class LocalParity:
     def _keep(self, parity: KeptParity, name: str) -> None:
         content = _ADAPTER.dump_json(parity, indent=2)
         for folder in self._folders:
-            partial = folder / f"{name}.{os.getpid()}"
-            try:
+            with contextlib.suppress(OSError):
                 folder.mkdir(parents=True, exist_ok=True)
-                partial.write_bytes(content)
-                partial.replace(folder / name)
+                write_whole(folder / name, content)
                 return
-            except OSError:
-                with contextlib.suppress(OSError):
-                    partial.unlink(missing_ok=True)
         logger.warning("neither %s nor %s can be written: parity is measured at every start", *self._folders)
 
 

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from tdm_runtime.checkpoint.folder import file_sha256
 from tdm_runtime.errors import TDMError
 from tdm_runtime.families import Conditioning, current_name
+from tdm_runtime.whole_file import write_whole
 from training.pretrained.base_model import BaseModel, encode_prompts, family_of
 from training.run.loop import step_generator
 
@@ -147,10 +148,8 @@ def read_index(folder: Path) -> EmbeddingIndex:
 
 
 def write_json(file: Path, raw: Mapping[str, object]) -> None:
-    """Write JSON through a temporary file, so that a reader never sees half of it."""
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, file)
+    """Write JSON; a reader never sees half of it."""
+    write_whole(file, (json.dumps(raw, indent=2) + "\n").encode())
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
