@@ -57,6 +57,11 @@ def _at_least(seconds: float) -> str:
     return f"{math.ceil(1e4 * seconds) / 10:.1f}"
 
 
+def _trial_pause_s(least_s: float) -> float:
+    """Return the seconds from the last call to a trial. They keep the share of time spent on trials small."""
+    return max(TRIAL_S, TRIAL_TIMES * least_s)
+
+
 class StepScheduler(Generic[Item]):
     """Live samples and the choice among them. Not thread-safe; the owner holds the lock."""
 
@@ -133,27 +138,27 @@ class StepScheduler(Generic[Item]):
         ahead = self._ahead(now_s, items, margin=margin)
         if ahead.broken is not None and self._give_up_lost(now_s):
             ahead = self._ahead(now_s, items, margin=margin)
-        if ahead.broken is not None and not self._is_trial(items, now_s):
-            if any(item.promised_s < NEVER_S for item in items):
-                raise self._refusal(items, now_s, ahead)
-            self._step_aside(items)
+        if ahead.broken is not None:
+            if all(item.promised_s == NEVER_S for item in items):
+                self._step_aside(items)
+            else:
+                least_s = self._unloaded_s(items, self.costs.least())
+                if not self._is_trial(items, now_s, least_s):
+                    raise self._refusal(items, now_s, ahead, least_s)
         for item in items:
             assert item.urgency not in self._live, "urgency must be unique"
             self._live[item.urgency] = item
 
-    def _is_trial(self, items: Sequence[Item], now_s: float) -> bool:
+    def _is_trial(self, items: Sequence[Item], now_s: float, least_s: float) -> bool:
         """Whether samples are accepted as a trial: the engine was idle for a while, and at best they are in time.
 
         Calm calls too can teach costs that are too high, if another program keeps the machine busy. Those do not fade.
-        """
-        is_due = not self._live and now_s >= self._called_s + self._trial_pause_s(items)
-        return is_due and self._unloaded_s(items, self.costs.least()) <= min(
-            item.promised_s - now_s + item.hand_over_s + item.encoding_s for item in items
-        )
 
-    def _trial_pause_s(self, items: Sequence[Item]) -> float:
-        """Return the seconds from the last call to a trial. They keep the share of time spent on trials small."""
-        return max(TRIAL_S, TRIAL_TIMES * self._unloaded_s(items, self.costs.least()))
+        Args:
+            least_s: Seconds that the samples take at best, on an idle engine.
+        """
+        is_due = not self._live and now_s >= self._called_s + _trial_pause_s(least_s)
+        return is_due and least_s <= min(item.promised_s - now_s + item.hand_over_s + item.encoding_s for item in items)
 
     def _step_aside(self, items: Sequence[Item]) -> None:
         """Put samples without a promise behind all promises. They share no call, so that they lengthen none."""
@@ -198,11 +203,12 @@ class StepScheduler(Generic[Item]):
             if (size := self.costs.batch_size(item.denoise.kind, min(len(due), self.capacity)))
         )
 
-    def _refusal(self, items: Sequence[Item], now_s: float, ahead: Forecast) -> TDMError:
+    def _refusal(self, items: Sequence[Item], now_s: float, ahead: Forecast, least_s: float) -> TDMError:
         """Return the error for a refused budget. It names the time to retry, or the smallest budget that works.
 
         Args:
             ahead: Forecast with these items, in which a promise is broken.
+            least_s: Seconds that these items take at best, on an idle engine.
         """
         hardest = min(items, key=lambda item: item.promised_s)
         left_s, unloaded_s = hardest.promised_s - now_s, self._unloaded_s(items, self.costs)
@@ -213,7 +219,7 @@ class StepScheduler(Generic[Item]):
             f"{_counted(items[0].steps_left, 'step')}"
         )
         room_s = left_s + hardest.elapsed_s + hardest.hand_over_s + TOLERANCE_S
-        if self._unloaded_s(items, self.costs.least()) > room_s:
+        if least_s > room_s:
             workable_s = unloaded_s + hardest.elapsed_s + hardest.hand_over_s + hardest.encoding_s
             return InvalidRequestError(
                 f"{taken}; raise the budget to at least {_at_least(workable_s)} ms or request fewer steps",
@@ -231,13 +237,13 @@ class StepScheduler(Generic[Item]):
                 f"a picture accepted earlier would be late: it is due in {_at_most(due_s)} ms, would be done in "
                 f"{_at_least(done_s)} ms and {spare}"
             )
-        wait_s = self._wait_s(items, now_s, unloaded_s, ahead.margin_s)
+        wait_s = self._wait_s(items, now_s, unloaded_s, least_s, ahead.margin_s)
         return DeadlineError(
             f"{taken}; {reason}; retry later or raise the budget",
             retry_after_s=self._turn_s(items, now_s + wait_s) - now_s,
         )
 
-    def _wait_s(self, items: Sequence[Item], now_s: float, unloaded_s: float, margin_s: float) -> float:
+    def _wait_s(self, items: Sequence[Item], now_s: float, unloaded_s: float, least_s: float, margin_s: float) -> float:
         """Return the seconds after which the refused budget is expected to fit, if no other request comes."""
         hardest = min(items, key=lambda item: item.promised_s)
         left_s = hardest.promised_s - now_s
@@ -248,7 +254,7 @@ class StepScheduler(Generic[Item]):
         wait_s = max(MIN_RETURN_S, min(idle_s, idle_s + unloaded_s + margin_s - left_s))
         if unloaded_s > left_s:  # calls are too slow now, even for an idle engine
             last_call_s = now_s + running_s + self.backlog_s() if self._live else self._called_s
-            wait_s = max(wait_s, last_call_s + self._trial_pause_s(items) - now_s)
+            wait_s = max(wait_s, last_call_s + _trial_pause_s(least_s) - now_s)
         return wait_s
 
     def _turn_s(self, items: Sequence[Item], earliest_s: float) -> float:
