@@ -31,6 +31,7 @@ from tdm_runtime.engine.engine import DiffusionEngine
 from tdm_runtime.engine.sample import Picture
 from tdm_runtime.engine.warm_up import PROMPT
 from tdm_runtime.media.image_file import ImageFormat
+from tdm_runtime.model.choice import least_seconds
 from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.scheduling.cost_model import Kind
@@ -96,8 +97,9 @@ class ImageService:
             for output_format in get_args(ImageFormat):
                 order = ImageOrder(model.name, (params,), encoding=ImageEncoding(output_format))
                 encode = partial(to_images, model, [picture], order.encoding)
-                self.engine.observe(encoding_kind(order), 1, _least_seconds(encode))
-        self.engine.observe(HAND_OVER, 1, _least_seconds(partial(self.engine.run_on_thread, lambda: None)))
+                self.engine.observe(encoding_kind(order), 1, least_seconds(encode, CALM_CALLS))
+        hand_over = partial(self.engine.run_on_thread, lambda: None)
+        self.engine.observe(HAND_OVER, 1, least_seconds(hand_over, CALM_CALLS))
 
     @property
     def is_healthy(self) -> bool:
@@ -267,16 +269,6 @@ class ImageService:
             latency_budget_kept=budget_kept,
             warnings=to_warnings(pictures[0].prompt),
         )
-
-
-def _least_seconds(call: Callable[[], object]) -> float:
-    """Return the seconds of the quickest of `CALM_CALLS` calls after a first one."""
-    times_s = []
-    for _ in range(CALM_CALLS + 1):
-        began_s = time.monotonic()
-        call()
-        times_s.append(time.monotonic() - began_s)
-    return min(times_s[1:])
 
 
 def _card(served: Served) -> ModelCard:

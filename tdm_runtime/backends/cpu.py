@@ -1,4 +1,4 @@
-"""CPU features that decide which kernels run."""
+"""CPU cores, and the CPU features that decide which kernels run."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ KERNEL_FEATURES = ("avx", "amx", "fma", "f16c", "neon", "fp16", "bf16", "i8mm", 
 """Prefixes of the names of such features, on x86-64 and ARM64. Others, such as cache control, change no result."""
 ISA_LIMIT = "ONEDNN_MAX_CPU_ISA"
 """Environment variable that limits the kernels which OpenVINO and torch use."""
+
+
+def cores() -> int:
+    """Return the number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_features() -> tuple[str, ...]:

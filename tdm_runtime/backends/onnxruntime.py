@@ -5,7 +5,6 @@ Tensors are bound in place: nothing is copied between torch and the session, nor
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from tdm_runtime.backends.buckets import in_buckets
+from tdm_runtime.backends.cpu import cores
 from tdm_runtime.backends.cuda_graphs import cuda_stream, side_stream
 from tdm_runtime.backends.interface import Interface
 from tdm_runtime.errors import ArtifactError, BackendError
@@ -154,7 +154,7 @@ def _session_options(threads: int | None, prepack: bool) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or _cores()
+    options.intra_op_num_threads = threads or cores()
     options.inter_op_num_threads = 1
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.log_severity_level = 3  # errors only: conditions that matter are raised
@@ -163,10 +163,6 @@ def _session_options(threads: int | None, prepack: bool) -> Any:
     if not prepack:
         options.add_session_config_entry("session.disable_prepacking", "1")
     return options
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _run_options() -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +16,7 @@ import pydantic
 import torch
 
 from tdm_runtime.backends import BackendName, Precision
-from tdm_runtime.backends.cpu import cpu_features
+from tdm_runtime.backends.cpu import cores, cpu_features
 from tdm_runtime.backends.machine import TOOLS, gpu_architecture, installed
 from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT, Checkpoint, file_sha256, open_checkpoint
 from tdm_runtime.checkpoint.manifest import MANIFEST_FILE, PictureParity, export_command
@@ -147,7 +146,7 @@ def _machine(artifacts: Artifacts, config: BackendConfig) -> str:
     versions = " ".join(f"{name} {version}" for name, version in installed(TOOLS).items())
     wanted = f"{config.backend} {config.precision} {config.threads} {config.device}"
     manifest = file_sha256(artifacts.folder / MANIFEST_FILE)[:12] if artifacts.manifest else None
-    processors = f"{cpu} ({' '.join(cpu_features())}), {_cores()} cores, {gpu_architecture()}"
+    processors = f"{cpu} ({' '.join(cpu_features())}), {cores()} cores, {gpu_architecture()}"
     return f"{processors}, {versions}, {wanted}, manifest {manifest}"
 
 
@@ -209,12 +208,8 @@ def _thread_counts(wanted: int | None) -> list[int]:
     """Return the thread counts to measure: all cores first, then smaller powers of two."""
     if wanted:
         return [wanted]
-    cores = _cores()
-    return sorted({cores, *(1 << n for n in range(cores.bit_length()) if 1 << n <= cores)}, reverse=True)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    most = cores()
+    return sorted({most, *(1 << n for n in range(most.bit_length()) if 1 << n <= most)}, reverse=True)
 
 
 @torch.inference_mode()
@@ -230,14 +225,18 @@ def picture_seconds(model: LoadedModel) -> float:
     step_counts = torch.tensor([recipe.default_steps], device=device)
     step = partial(denoise, [model], latents, timesteps, step_counts, prompt)
     decode = partial(model.decoders["full"].decode, latents)
-    return recipe.default_steps * _seconds(step) + _seconds(decode)
+    return recipe.default_steps * least_seconds(step) + least_seconds(decode)
 
 
-def _seconds(call: Callable[[], object]) -> float:
-    """Return the least seconds of a few calls after a first one. A slow call is measured once."""
+def least_seconds(call: Callable[[], object], rounds: int = ROUNDS) -> float:
+    """Return the least seconds of a few calls after a first one. A slow call is measured once.
+
+    Args:
+        rounds: most calls that are measured.
+    """
     call()
     fewest, ends_s = float("inf"), time.monotonic() + ROUNDS_S
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         started_s = time.monotonic()
         call()
         if torch.cuda.is_available():
