@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -159,13 +159,8 @@ class Checkpoint:
         return self._load(part, lambda folder: _read_config(folder)[key])
 
     def _load_model(self, part: str, model_class: Any) -> Any:
-        """Load weights and check that none is missing or unused: the libraries would fill gaps with random numbers."""
         model, report = self._load(part, partial(model_class.from_pretrained, output_loading_info=True))
-        if strangers := sorted({*report["missing_keys"], *report["unexpected_keys"]}):
-            raise CheckpointError(
-                f"{self.folder / part / 'config.json'} does not describe the weights beside it: {len(strangers)} "
-                f"tensors are missing or left over ({strangers[0]}, ...); restore the folder from its source"
-            )
+        check_loaded(self.folder / part, report)
         return model
 
     def _load(self, part: str, load: Callable[[Path], Part]) -> Part:
@@ -184,6 +179,23 @@ class Checkpoint:
                 f"{self.family.denoiser_folder}'s time_cond_proj_dim is {dim}; recipe and weights are not of one "
                 "training run: restore the folder from its source"
             )
+
+
+def check_loaded(folder: Path, report: Mapping[str, Collection[str]]) -> None:
+    """Check that no weight is missing or unused: the libraries would fill gaps with random numbers.
+
+    Args:
+        folder: of the component.
+        report: of `from_pretrained(..., output_loading_info=True)`.
+
+    Raises:
+        CheckpointError: the config describes other weights.
+    """
+    if strangers := sorted({*report["missing_keys"], *report["unexpected_keys"]}):
+        raise CheckpointError(
+            f"{folder / 'config.json'} does not describe the weights beside it: {len(strangers)} tensors are missing "
+            f"or left over ({strangers[0]}, ...); restore the folder from its source"
+        )
 
 
 def weight_files(family: Family) -> tuple[str, ...]:

@@ -24,9 +24,9 @@ def call_kind(model: LoadedModel, stage: str, shape: tuple[int, ...] = ()) -> Ki
         stage: See `Kind.stage`.
         shape: Shape of one sample's latents; empty for stages that do not depend on it.
     """
-    if not model.is_lora:
+    if model.base is None:
         return Kind(stage, shape, model.name)
-    return Kind(stage, shape, f"{model.base}" if stage.startswith("decode") else f"{model.base} with LoRAs")
+    return Kind(stage, shape, model.base if stage.startswith("decode") else f"{model.base} with LoRAs")
 
 
 class Intake:

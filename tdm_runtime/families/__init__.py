@@ -27,6 +27,7 @@ __all__ = [
     "denoiser_for",
     "family_of_model",
     "family_of_pipeline",
+    "family_of_vae",
 ]
 
 FAMILIES: Mapping[str, Family] = {
@@ -75,9 +76,18 @@ def decoder_for(vae: Any) -> DecoderModule:
     Raises:
         CheckpointError: it is the VAE of no family.
     """
+    return family_of_vae(vae).decoder(vae)
+
+
+def family_of_vae(vae: Any) -> Family:
+    """Return the first family that decodes with a diffusers VAE. Families that share a VAE decode alike.
+
+    Raises:
+        CheckpointError: it is the VAE of no family.
+    """
     name = type(vae).__name__
     for family in FAMILIES.values():
         if name in family.vae_classes:
-            return family.decoder(vae)
+            return family
     known = dict.fromkeys(name for family in FAMILIES.values() for name in family.vae_classes)
     raise CheckpointError(f"the VAE is a {name}; this version knows {', '.join(known)}: use a checkpoint of those")

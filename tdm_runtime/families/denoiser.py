@@ -6,6 +6,7 @@ pretrained model gets a zero `cond_proj`, so its outputs are unchanged at first 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -19,7 +20,7 @@ from tdm_runtime.families.conditioning import Conditioning
 from tdm_runtime.families.step_condition import embed_step_count
 
 
-class Denoiser(nn.Module):
+class Denoiser(nn.Module, ABC):
     """A diffusers denoiser as every backend, trainer and exporter calls it: tensors in, one tensor out.
 
     It takes one call at a time, because K may reach the model beside its arguments (`PassedCondition`).
@@ -41,9 +42,9 @@ class Denoiser(nn.Module):
         """Latents per token side; latent height and width are multiples of it."""
 
     @property
+    @abstractmethod
     def text_dim(self) -> int:
         """Width D of the prompt embeddings that the model reads."""
-        raise NotImplementedError
 
     @property
     def timestep_embedding(self) -> Any:
@@ -84,9 +85,9 @@ class Denoiser(nn.Module):
         prompt = Conditioning(prompt_embeds, pooled_prompt_embeds, attention_mask, time_ids)
         return self.predict(latents, timesteps, self._embedded(step_counts), prompt)
 
+    @abstractmethod
     def predict(self, latents: Tensor, timesteps: Tensor, condition: Tensor | None, prompt: Conditioning) -> Tensor:
         """Call the model with its family's own arguments; `condition` is the embedded K, [B, condition_dim]."""
-        raise NotImplementedError
 
     def interface(self, tokens: int | str) -> Interface:
         """Return what `forward` is called with: batch, height, width and frames may differ from call to call.

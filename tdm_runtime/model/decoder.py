@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,10 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tdm_runtime.backends import Backend
-from tdm_runtime.families import DecoderModule
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
+from tdm_runtime.families import family_of_vae
 
 Pixels = NDArray[np.uint8]
 
@@ -70,12 +67,17 @@ class Decoder:
         return blended
 
 
-def torch_decoder(vae: AutoencoderKL, device: torch.device, threads: int | None = None) -> Decoder:
-    """An autoencoder that is in memory already, run by PyTorch in float32."""
+def torch_decoder(vae: Any, device: torch.device, threads: int | None = None) -> Decoder:
+    """Return the decoder of a diffusers VAE that is in memory already, run by PyTorch in float32.
+
+    Raises:
+        CheckpointError: it is the VAE of no family.
+    """
     from tdm_runtime.backends.pytorch import TorchBackend
 
-    backend = TorchBackend(DecoderModule(vae), device, threads=threads)
-    return Decoder(backend, downscale=2 ** (len(vae.config.block_out_channels) - 1))
+    family = family_of_vae(vae)
+    backend = TorchBackend(family.decoder(vae), device, threads=threads)
+    return Decoder(backend, family.spatial_compression(vae.config))
 
 
 def _tile_starts(size: int, side: int) -> Iterator[int]:

@@ -53,11 +53,6 @@ class LoadedModel:
         """Name that requests use."""
         return self.recipe.name
 
-    @property
-    def is_lora(self) -> bool:
-        """Whether this is a LoRA on a base, whose denoiser it shares with the base's other LoRAs."""
-        return self.base is not None
-
     def latent_shape(self, params: SamplingParams) -> tuple[int, ...]:
         """Shape of a request's latents: [C, H, W], of a clip [C, F, H, W]."""
         return self.geometry.latent_shape(params.width, params.height, self.num_frames)

@@ -16,6 +16,7 @@ from typing import Any
 import diffusers
 import torch
 
+from tdm_runtime.checkpoint.folder import check_loaded
 from tdm_runtime.errors import CheckpointError, RecipeError
 from tdm_runtime.families import FAMILIES, Conditioning, Denoiser, Family, denoiser_for, family_of_pipeline
 from tdm_runtime.families.family import TextEncoders
@@ -95,7 +96,11 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 
 def load_denoiser_model(folder: Path, class_name: str) -> Any:
-    """Load weights and check that none is missing or unused: diffusers would fill gaps with random numbers."""
+    """Load a diffusers denoiser with all its weights, float32, eval mode.
+
+    Raises:
+        CheckpointError: it cannot be loaded, or weights are missing or unused.
+    """
     load = partial(getattr(diffusers, class_name).from_pretrained, use_safetensors=True, local_files_only=True)
     try:
         model, report = load(folder, output_loading_info=True)
@@ -103,11 +108,7 @@ def load_denoiser_model(folder: Path, class_name: str) -> Any:
         raise CheckpointError(
             f"{folder} cannot be loaded: {error}; it needs config.json and diffusion_pytorch_model.safetensors"
         ) from error
-    if strangers := sorted({*report["missing_keys"], *report["unexpected_keys"]}):
-        raise CheckpointError(
-            f"{folder / 'config.json'} does not describe the weights beside it: {len(strangers)} tensors are missing "
-            f"or left over ({strangers[0]}, ...); restore the folder from its source"
-        )
+    check_loaded(folder, report)
     return model.float().eval()
 
 

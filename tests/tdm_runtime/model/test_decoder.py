@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -19,11 +20,12 @@ from tdm_runtime.backends.pytorch import TorchBackend
 from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT, open_checkpoint
 from tdm_runtime.families import DecoderModule
 from tdm_runtime.model.decoder import TILE_OVERLAP, Decoder, Pixels, _tile_starts, torch_decoder
-from tdm_runtime.model.loaded_model import LoadedModel
+from tdm_runtime.model.loaded_model import LoadedModel, denoise
 from tdm_runtime.model.similarity import psnr_db
+from tdm_runtime.model.text_encoder import conditioning_of
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.sampling.noise import initial_noise
-from tdm_runtime.sampling.sampler import apply_step, gather_rows
+from tdm_runtime.sampling.sampler import solve
 
 CPU = torch.device("cpu")
 DOWNSCALE = 4
@@ -90,13 +92,9 @@ def _sampled(model: LoadedModel) -> Iterator[Tensor]:
     table = model.recipe.step_tables[4]
     for seed, prompt in enumerate(PROMPTS):
         shape = model.latent_shape(SamplingParams(prompt, seed, 4, 64, 64))
-        latents = table.initial_scale * initial_noise(seed, (1, *shape))
-        denoised = torch.zeros_like(latents)
-        embeds = model.text_encoder.encode(prompt).prompt_embeds[None]
-        for step_index in range(4):
-            rows = gather_rows([(table, step_index)], CPU)
-            output = model.denoiser(latents, rows[:, 0], torch.tensor([4]), embeds)
-            latents, denoised = apply_step(rows, latents, output, denoised)
+        conditioning = conditioning_of([model.text_encoder.encode(prompt)])
+        predict = partial(denoise, [model], step_counts=torch.tensor([4]), prompt=conditioning)
+        *_, (latents, _) = solve(table, initial_noise(seed, (1, *shape)), predict)
         yield latents[0]
 
 

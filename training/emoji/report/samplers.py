@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from tdm_runtime.engine.engine import DiffusionEngine, EngineConfig
@@ -16,7 +17,7 @@ from tdm_runtime.model.loaded_model import LoadedModel, denoise
 from tdm_runtime.model.text_encoder import conditioning_of
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.sampling.noise import initial_noise
-from tdm_runtime.sampling.sampler import apply_step, gather_rows, solve
+from tdm_runtime.sampling.sampler import solve
 from tdm_runtime.sampling.schedule import spaced_timesteps
 from tdm_runtime.sampling.step_table import build_step_table
 from training.emoji.data.text import tokenize
@@ -90,15 +91,17 @@ class Teacher:
         embeds = self.text_encoder(tokenize(self.tokenizer, prompts + [""] * len(prompts))).last_hidden_state
         timesteps = spaced_timesteps("trailing", steps, SCHEDULE.num_train_timesteps)
         table = build_step_table(SCHEDULE, "v_prediction", "ddim", timesteps)
-        x = torch.stack([initial_noise(first_seed + n, (4, 16, 16)) for n in range(len(prompts))])
-        for step_index in range(steps):
-            rows = gather_rows([(table, step_index)] * len(prompts), x.device)
+        noise = torch.stack([initial_noise(first_seed + n, (4, 16, 16)) for n in range(len(prompts))])
+
+        def predict(x: Tensor, timesteps: Tensor) -> Tensor:
             with autocast():
-                output = self.unet(torch.cat([x, x]), rows[:, 0].repeat(2), embeds).sample
+                output = self.unet(torch.cat([x, x]), timesteps.repeat(2), embeds).sample
             conditional, unconditional = output.float().chunk(2)
             # Guidance on the model output equals guidance on the denoised estimate: one is linear in the other.
-            x, _ = apply_step(rows, x, guided(conditional, unconditional, guidance_scale), x)
-        return list(self.decoder.decode(x))
+            return guided(conditional, unconditional, guidance_scale)
+
+        *_, (latents, _) = solve(table, noise, predict)
+        return list(self.decoder.decode(latents))
 
 
 def teacher_of(run: Path) -> Teacher | None:
