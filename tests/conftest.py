@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 from export.cli import main as tdm_export
 from serving.telemetry.logs import OURS, THEIRS, start_logger
 from tdm_runtime.backends.openvino import has_bf16
+from tdm_runtime.checkpoint import folder as folder_module
 from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT, open_checkpoint
 from tdm_runtime.checkpoint.manifest import default_artifacts
 from tdm_runtime.model.choice import load_model
@@ -101,6 +103,19 @@ def tdm_server(artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     running = start_server(tmp_path_factory.mktemp("server") / "log", "--max-live", "32")
     yield running
     assert running.stop() == 0, running.log.read_text()[-2000:]
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> Counter[Path]:
+    """Number of times that each file's content was hashed."""
+    counts, file_sha256 = Counter[Path](), folder_module.file_sha256
+
+    def counting(file: Path) -> str:
+        counts[file] += 1
+        return file_sha256(file)
+
+    monkeypatch.setattr(folder_module, "file_sha256", counting)
+    return counts
 
 
 def export(checkpoint: Path, *arguments: str) -> None:

@@ -8,9 +8,12 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
+import openai
 import pytest
 
 from tests.ports import free_port
@@ -64,3 +67,18 @@ def start_server(log: Path, *arguments: str) -> RunningServer:
 def server(tdm_server: RunningServer) -> RunningServer:
     """The server that all tests of the session share."""
     return tdm_server
+
+
+@pytest.fixture
+def http(server: RunningServer) -> Iterator[httpx.Client]:
+    """HTTP client of the shared server."""
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture
+def client(server: RunningServer) -> Iterator[openai.OpenAI]:
+    """OpenAI's client of the shared server. It checks every answer against OpenAI's schema."""
+    url = f"{server.url}/v1"
+    with openai.OpenAI(base_url=url, api_key="unused", max_retries=0, _strict_response_validation=True) as client:
+        yield client

@@ -13,7 +13,6 @@ from serving.command.checks import check
 from serving.config import ModelSource, ServerConfig
 from serving.images.local import ImageService
 from serving.telemetry.metrics import ServerMetrics
-from tdm_runtime.checkpoint import folder as checkpoint_folder_module
 from tdm_runtime.errors import CheckpointError
 from tdm_runtime.model.artifacts import BackendConfig
 from tests.ports import free_port
@@ -33,19 +32,6 @@ def config_of(folder: Path, state: Path) -> ServerConfig:
 def start_replica(config: ServerConfig) -> None:
     """Load and warm up all models as a replica does, from the configuration as Ray hands it over."""
     ImageService(pickle.loads(pickle.dumps(config)), ServerMetrics()).close()
-
-
-@pytest.fixture
-def hashed(monkeypatch: pytest.MonkeyPatch) -> Counter[Path]:
-    """Number of times that each file's content was hashed."""
-    counts, file_sha256 = Counter[Path](), checkpoint_folder_module.file_sha256
-
-    def counting(file: Path) -> str:
-        counts[file] += 1
-        return file_sha256(file)
-
-    monkeypatch.setattr(checkpoint_folder_module, "file_sha256", counting)
-    return counts
 
 
 def test_a_start_of_two_replicas_hashes_each_file_once(

@@ -113,11 +113,6 @@ def test_a_sweep_leaves_other_folders_alone(tmp_path: Path) -> None:
 # -- over HTTP -------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def http(server: RunningServer) -> httpx.Client:
-    return httpx.Client(base_url=server.url, timeout=60)
-
-
 def test_a_picture_can_be_requested_as_a_url(http: httpx.Client, server: RunningServer) -> None:
     body = {"prompt": "a red heart", "seed": 7, "n": 2, "num_inference_steps": 1}
     answer = http.post("/v1/images/generations", json=body | {"response_format": "url"}).json()

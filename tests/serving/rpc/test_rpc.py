@@ -66,11 +66,6 @@ def inference(channel: grpc.Channel) -> open_inference_pb2_grpc.GRPCInferenceSer
     return open_inference_pb2_grpc.GRPCInferenceServiceStub(channel)
 
 
-@pytest.fixture
-def http(server: RunningServer) -> httpx.Client:
-    return httpx.Client(base_url=server.url, timeout=60)
-
-
 def refusal(call: Callable[[], Any]) -> tuple[grpc.StatusCode, str, dict[str, str]]:
     """Return code, details and trailing metadata of a call that must fail without revealing internals."""
     with pytest.raises(grpc.RpcError) as caught:

@@ -9,14 +9,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.serving.conftest import RunningServer
-
 Sample = tuple[str, frozenset[tuple[str, str]]]
-
-
-@pytest.fixture
-def http(server: RunningServer) -> httpx.Client:
-    return httpx.Client(base_url=server.url, timeout=60)
 
 
 def scrape(http: httpx.Client) -> dict[Sample, float]:

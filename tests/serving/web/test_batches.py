@@ -12,20 +12,9 @@ import openai
 import pytest
 
 from serving.web.batch_schema import MAX_BATCH_BYTES, MAX_REQUESTS
-from tests.serving.conftest import RunningServer
 
 URL = "/v1/images/generations"
 TIMEOUT_S = 60.0
-
-
-@pytest.fixture
-def client(server: RunningServer) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0)
-
-
-@pytest.fixture
-def http(server: RunningServer) -> httpx.Client:
-    return httpx.Client(base_url=server.url, timeout=60)
 
 
 def line(custom_id: str, **body: Any) -> dict[str, Any]:

@@ -23,16 +23,6 @@ LONG_MS = 60_000.0
 """A latency budget that any machine can meet."""
 
 
-@pytest.fixture
-def client(server: RunningServer) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0, _strict_response_validation=True)
-
-
-@pytest.fixture
-def http(server: RunningServer) -> httpx.Client:
-    return httpx.Client(base_url=server.url, timeout=60)
-
-
 def ask(http: httpx.Client, **fields: Any) -> httpx.Response:
     return http.post("/v1/images/generations", json={"prompt": PROMPT, "seed": 7} | fields)
 

@@ -36,16 +36,6 @@ BACKEND_LINE = re.compile(r"^backend: (\S+) (\S+) with (\d+) threads?, (\S+) ms 
 """Line that `tdm-serve` prints after it measured: backend, precision, threads, milliseconds, other candidates."""
 
 
-@pytest.fixture
-def client(server: RunningServer) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="unused", max_retries=0, _strict_response_validation=True)
-
-
-@pytest.fixture
-def http(server: RunningServer) -> httpx.Client:
-    return httpx.Client(base_url=server.url, timeout=60)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def silent_client(server: RunningServer) -> Iterator[socket.socket]:
     """Sends a part of a body and no more; the server's time for it runs while the other tests do."""

@@ -22,19 +22,6 @@ WEIGHT_FILES = weight_files(FAMILY)
 
 
 @pytest.fixture
-def hashed(monkeypatch: pytest.MonkeyPatch) -> Counter[Path]:
-    """Number of times that each file's content was hashed."""
-    counts, file_sha256 = Counter[Path](), folder.file_sha256
-
-    def counting(file: Path) -> str:
-        counts[file] += 1
-        return file_sha256(file)
-
-    monkeypatch.setattr(folder, "file_sha256", counting)
-    return counts
-
-
-@pytest.fixture
 def copy(tiny_checkpoint: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
 

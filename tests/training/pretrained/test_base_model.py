@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import fields
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +18,10 @@ from tdm_runtime.errors import CheckpointError, RecipeError
 from tdm_runtime.families import FAMILIES, Conditioning
 from tdm_runtime.sampling.schedule import DiffusionSchedule, FlowSchedule
 from tests.tiny_models import TEXT_TOKENS, TINY_MODELS, tiny_cogvideox
-from tests.tiny_pipelines import SCHEDULERS, build_pipeline, stock_embeds
+from tests.tiny_pipelines import SCHEDULERS, stock_embeds
 from training.pretrained.base_model import encode_prompts, load_base_model
 
 PROMPTS = ["a red fox", "", "two cats on a green hill at night"]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    root = tmp_path_factory.mktemp("pipelines")
-
-    @cache
-    def folder(family: str) -> Path:
-        build_pipeline(family).save_pretrained(root / family)
-        return root / family
-
-    return folder
 
 
 @pytest.fixture

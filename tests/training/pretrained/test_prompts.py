@@ -6,7 +6,6 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from PIL import Image
 from torch import Tensor
 
 from tdm_runtime.families import FAMILIES
-from tests.tiny_pipelines import build_pipeline
 from training.pretrained import prompts as prompts_module
 from training.pretrained.base_model import encode_prompts, load_base_model
 from training.pretrained.latents import encode_latents, read_pixels
@@ -31,18 +29,6 @@ from training.pretrained.prompts import (
 )
 
 TEXTS = ["a red fox", "two cats", "rain", "a green hill at night", "a b c"]
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    root = tmp_path_factory.mktemp("pipelines")
-
-    @cache
-    def folder(family: str) -> Path:
-        build_pipeline(family).save_pretrained(root / family)
-        return root / family
-
-    return folder
 
 
 @pytest.fixture
@@ -98,17 +84,17 @@ def test_a_bad_line_is_named(tmp_path: Path, text: str, message: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_embeddings_on_disk_equal_the_pipelines(
-    bases: Callable[[str], Path], prompt_file: Path, tmp_path: Path, family: str
+    folders: Callable[[str], Path], prompt_file: Path, tmp_path: Path, family: str
 ) -> None:
-    index = embed(bases(family), prompt_file, tmp_path / "e")
+    index = embed(folders(family), prompt_file, tmp_path / "e")
     assert (index.family, index.width, index.height, index.count) == (family, 64, 48, 5)
     source = EmbeddedPrompts(tmp_path / "e", seed=3)
-    source.require(load_base_model(bases(family)), 64, 48)
+    source.require(load_base_model(folders(family)), 64, 48)
     numbers = range(4, 8)
     texts = [TEXTS[row] for row in source.rows(numbers)]
     assert source.latents(numbers) is None
     for found, asked in ((source.conditioning(numbers), texts), (source.empty(), [""])):
-        (expected,) = encode_prompts(bases(family), asked, batch_size=8, width=64, height=48)
+        (expected,) = encode_prompts(folders(family), asked, batch_size=8, width=64, height=48)
         for ours, theirs in zip(found.tensors(), expected.tensors(), strict=True):
             assert (ours is None) == (theirs is None)
             if ours is not None and theirs is not None:
@@ -117,10 +103,10 @@ def test_embeddings_on_disk_equal_the_pipelines(
 
 
 def test_half_precision_is_half_as_large_and_keeps_sizes_exact(
-    bases: Callable[[str], Path], prompt_file: Path, tmp_path: Path
+    folders: Callable[[str], Path], prompt_file: Path, tmp_path: Path
 ) -> None:
     whole, half = (
-        embed(bases("sdxl"), prompt_file, tmp_path / kind, stored_type=kind) and EmbeddedPrompts(tmp_path / kind, 0)
+        embed(folders("sdxl"), prompt_file, tmp_path / kind, stored_type=kind) and EmbeddedPrompts(tmp_path / kind, 0)
         for kind in ("fp32", "bf16")
     )
     found, expected = half.conditioning(range(5)), whole.conditioning(range(5))
@@ -135,9 +121,9 @@ def test_a_value_out_of_the_range_of_half_precision_is_named() -> None:
 
 
 def test_a_killed_embedding_continues_with_the_missing_shards(
-    bases: Callable[[str], Path], prompt_file: Path, tmp_path: Path
+    folders: Callable[[str], Path], prompt_file: Path, tmp_path: Path
 ) -> None:
-    base, folder = bases("stable_diffusion"), tmp_path / "e"
+    base, folder = folders("stable_diffusion"), tmp_path / "e"
     embed(base, prompt_file, folder)
     expected = EmbeddedPrompts(folder, 0).conditioning(range(5)).prompt_embeds
     kept = folder / "prompts-00000.safetensors"
@@ -154,29 +140,29 @@ def test_a_killed_embedding_continues_with_the_missing_shards(
 
 
 def test_a_folder_is_not_resumed_with_other_settings(
-    bases: Callable[[str], Path], prompt_file: Path, tmp_path: Path
+    folders: Callable[[str], Path], prompt_file: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "e"
-    embed(bases("stable_diffusion"), prompt_file, folder)
+    embed(folders("stable_diffusion"), prompt_file, folder)
     for changes, message in (
         ({"shard_size": 3}, r"shard_size 2 \(now 3\)"),
         ({"stored_type": "fp16"}, "stored_type fp"),
     ):
         with pytest.raises(PromptError, match=f"was begun with {message}"):
-            embed(bases("stable_diffusion"), prompt_file, folder, **changes)
+            embed(folders("stable_diffusion"), prompt_file, folder, **changes)
     with pytest.raises(PromptError, match=r"family stable_diffusion \(now pixart\), text_encoders"):
-        embed(bases("pixart"), prompt_file, folder)
+        embed(folders("pixart"), prompt_file, folder)
     prompt_file.write_text('{"prompt": "another"}\n')
     with pytest.raises(
         PromptError, match=r"count 5 \(now 1\), prompts_sha256 .*; resume with the same, or use another"
     ):
-        embed(bases("stable_diffusion"), prompt_file, folder)
+        embed(folders("stable_diffusion"), prompt_file, folder)
 
 
 def test_embeddings_with_a_familys_former_name_are_read_and_resumed(
-    bases: Callable[[str], Path], prompt_file: Path, tmp_path: Path
+    folders: Callable[[str], Path], prompt_file: Path, tmp_path: Path
 ) -> None:
-    base, folder = bases("stable_diffusion"), tmp_path / "e"
+    base, folder = folders("stable_diffusion"), tmp_path / "e"
     embed(base, prompt_file, folder)
     index = folder / "index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"family": "sd"}))
@@ -187,23 +173,23 @@ def test_embeddings_with_a_familys_former_name_are_read_and_resumed(
 
 
 def test_embeddings_of_another_family_or_size_are_refused_by_name(
-    bases: Callable[[str], Path], prompt_file: Path, tmp_path: Path
+    folders: Callable[[str], Path], prompt_file: Path, tmp_path: Path
 ) -> None:
-    embed(bases("stable_diffusion"), prompt_file, tmp_path / "e")
+    embed(folders("stable_diffusion"), prompt_file, tmp_path / "e")
     source = EmbeddedPrompts(tmp_path / "e", 0)
     with pytest.raises(
         PromptError, match="holds embeddings for stable_diffusion, the base model is sd3; embed the prompts with this"
     ):
-        source.require(load_base_model(bases("sd3")), 64, 48)
+        source.require(load_base_model(folders("sd3")), 64, 48)
     with pytest.raises(PromptError, match="for 64x48 pixels, the config trains 64x64; embed the prompts for that size"):
-        source.require(load_base_model(bases("stable_diffusion")), 64, 64)
+        source.require(load_base_model(folders("stable_diffusion")), 64, 64)
 
 
-def test_damaged_folders_are_named(bases: Callable[[str], Path], prompt_file: Path, tmp_path: Path) -> None:
+def test_damaged_folders_are_named(folders: Callable[[str], Path], prompt_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "e"
     with pytest.raises(PromptError, match=r"index.json cannot be read .* make embeddings with `tdm-train embed`"):
         EmbeddedPrompts(folder, 0)
-    embed(bases("stable_diffusion"), prompt_file, folder)
+    embed(folders("stable_diffusion"), prompt_file, folder)
     (folder / "prompts-00000.safetensors").write_bytes(b"torn")
     with pytest.raises(PromptError, match=r"prompts-00000.safetensors is damaged .*; remove it and embed again"):
         EmbeddedPrompts(folder, 0).conditioning(range(5))
@@ -219,18 +205,18 @@ def test_damaged_folders_are_named(bases: Callable[[str], Path], prompt_file: Pa
         with pytest.raises(PromptError, match=message):
             read_index(folder)
     with pytest.raises(PromptError, match="stored_type is 'fp8'; it must be one of fp16, bf16, fp32"):
-        embed(bases("stable_diffusion"), prompt_file, tmp_path / "f", stored_type="fp8")
+        embed(folders("stable_diffusion"), prompt_file, tmp_path / "f", stored_type="fp8")
     with pytest.raises(PromptError, match="shard_size is 0; it must be at least 1"):
-        embed(bases("stable_diffusion"), prompt_file, tmp_path / "f", shard_size=0)
+        embed(folders("stable_diffusion"), prompt_file, tmp_path / "f", shard_size=0)
 
 
 # ---- the order of prompts ------------------------------------------------------------------------
 
 
 def test_each_epoch_visits_each_prompt_once_in_its_own_order(
-    bases: Callable[[str], Path], prompt_file: Path, tmp_path: Path
+    folders: Callable[[str], Path], prompt_file: Path, tmp_path: Path
 ) -> None:
-    embed(bases("stable_diffusion"), prompt_file, tmp_path / "e")
+    embed(folders("stable_diffusion"), prompt_file, tmp_path / "e")
     source = EmbeddedPrompts(tmp_path / "e", seed=1)
     epochs = [tuple(source.rows(range(5 * epoch, 5 * epoch + 5))) for epoch in range(20)]
     assert all(sorted(epoch) == [0, 1, 2, 3, 4] for epoch in epochs)
@@ -268,9 +254,9 @@ def reference_latents(base: Path, files: list[Path]) -> Tensor:
 
 @pytest.mark.parametrize("family", ["stable_diffusion", "sd3"])
 def test_latents_pair_with_their_prompts_and_have_the_denoisers_scaling(
-    bases: Callable[[str], Path], prompt_file: Path, pictures: list[Path], tmp_path: Path, family: str
+    folders: Callable[[str], Path], prompt_file: Path, pictures: list[Path], tmp_path: Path, family: str
 ) -> None:
-    base, folder = bases(family), tmp_path / "e"
+    base, folder = folders(family), tmp_path / "e"
     embed(base, prompt_file, folder)
     assert encode_latents(base, prompt_file, folder, 64, 48, stored_type="fp32", batch_size=3, device="cpu") == 5
     source = EmbeddedPrompts(folder, 0)
@@ -288,25 +274,25 @@ def test_latents_pair_with_their_prompts_and_have_the_denoisers_scaling(
 
 
 def test_pictures_of_a_folder_are_paired_sorted_by_name(
-    bases: Callable[[str], Path], prompt_file: Path, pictures: list[Path], tmp_path: Path
+    folders: Callable[[str], Path], prompt_file: Path, pictures: list[Path], tmp_path: Path
 ) -> None:
     folder = tmp_path / "e"
-    embed(bases("stable_diffusion"), prompt_file, folder)
-    encode_latents(bases("stable_diffusion"), tmp_path, folder, 64, 48, stored_type="fp32", device="cpu")
+    embed(folders("stable_diffusion"), prompt_file, folder)
+    encode_latents(folders("stable_diffusion"), tmp_path, folder, 64, 48, stored_type="fp32", device="cpu")
     source = EmbeddedPrompts(folder, 0)
     found = source.latents(range(5))
     assert found is not None
     by_name = sorted(pictures)
-    expected = reference_latents(bases("stable_diffusion"), [by_name[row] for row in source.rows(range(5))])
+    expected = reference_latents(folders("stable_diffusion"), [by_name[row] for row in source.rows(range(5))])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(PromptError, match=r"latents.json is of other pictures .* or remove latents.json"):
-        encode_latents(bases("stable_diffusion"), prompt_file, folder, 64, 48, stored_type="fp32", device="cpu")
+        encode_latents(folders("stable_diffusion"), prompt_file, folder, 64, 48, stored_type="fp32", device="cpu")
 
 
 def test_pictures_that_do_not_pair_are_refused(
-    bases: Callable[[str], Path], prompt_file: Path, pictures: list[Path], tmp_path: Path
+    folders: Callable[[str], Path], prompt_file: Path, pictures: list[Path], tmp_path: Path
 ) -> None:
-    base, folder = bases("stable_diffusion"), tmp_path / "e"
+    base, folder = folders("stable_diffusion"), tmp_path / "e"
     with pytest.raises(PromptError, match=r"index.json cannot be read"):
         encode_latents(base, prompt_file, folder, 64, 48)
     embed(base, prompt_file, folder)
@@ -327,10 +313,10 @@ def test_pictures_that_do_not_pair_are_refused(
     with pytest.raises(PromptError, match=r'bare.jsonl, line 1 has no picture; add "image": "path"'):
         encode_latents(base, bare, folder, 64, 48)
     video = tmp_path / "v"
-    embed(bases("cogvideox"), prompt_file, video)
+    embed(folders("cogvideox"), prompt_file, video)
     (tmp_path / "hidden").rename(pictures[0])
     with pytest.raises(PromptError, match="is of cogvideox, whose VAE takes clips"):
-        encode_latents(bases("cogvideox"), prompt_file, video, 64, 48)
+        encode_latents(folders("cogvideox"), prompt_file, video, 64, 48)
 
 
 def test_a_picture_is_scaled_to_cover_the_size_and_cropped_at_the_centre(tmp_path: Path) -> None:
