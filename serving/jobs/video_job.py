@@ -14,7 +14,7 @@ from PIL import Image
 from serving.images.interface import Images
 from serving.jobs.artifacts import ArtifactStore
 from serving.jobs.job import FinishedPart, Job, Part
-from serving.schema.order import ImageOrder
+from serving.schema.order import DeliveryOptions, ImageOrder
 from tdm_runtime.media.image_file import encode_image
 from tdm_runtime.media.video_file import encode_clip
 from tdm_runtime.model.decoder import Pixels
@@ -48,7 +48,8 @@ class VideoRenderer:
             Exception: see `Images.generate`.
         """
         frame = SamplingParams(**job.request["sampling"], **part.request)
-        answer = await self._images.generate(ImageOrder(job.model, (frame,)).in_background())
+        delivery = DeliveryOptions(strict=job.request["strict"], is_background=True)
+        answer = await self._images.generate(ImageOrder(job.model, (frame,), delivery))
         return FinishedPart(part.position, answer.images[0].content, is_failed=False)
 
     def finish(self, job: Job, parts: Callable[[], Iterator[FinishedPart]]) -> dict[str, Any]:

@@ -18,6 +18,8 @@ MAX_SECONDS = 12
 MAX_FPS = 30
 WHOLE_NUMBERS = ("fps", "seed", "num_inference_steps")
 """Fields with a whole number, which a form sends as text."""
+TRUTH_VALUES = {"true": True, "false": False}
+"""What a form sends for a field that is true or false."""
 VideoVariant = Literal["video", "thumbnail", "spritesheet"]
 POLL_AFTER_MS = 500
 
@@ -43,6 +45,7 @@ class VideoRequest(BaseModel):
     )
     num_inference_steps: int | None = Field(None, description="One of the model's step counts, for every frame.")
     decoder: DecoderName = Field("full", description="tiny decodes several times faster and a little softer.")
+    strict: bool = Field(False, description="The same file for the same request, on one backend; slower.")
 
     @property
     def num_seconds(self) -> int:
@@ -68,18 +71,21 @@ class VideoRequest(BaseModel):
 
 
 def from_form(fields: dict[str, str]) -> dict[str, Any]:
-    """Convert the numbers of a form. Other text stays as it is and fails validation later."""
-    return {
+    """Convert the numbers and truth values of a form. Other text stays as it is and fails validation later."""
+    converted: dict[str, Any] = {
         name: int(text) if name in WHOLE_NUMBERS and re.fullmatch(r"-?[0-9]{1,20}", text, re.ASCII) else text
         for name, text in fields.items()
     }
+    if (strict := fields.get("strict")) in TRUTH_VALUES:
+        converted["strict"] = TRUTH_VALUES[strict]
+    return converted
 
 
 def to_job_request(params: SamplingParams, request: VideoRequest) -> dict[str, Any]:
     """Return what the database keeps of a clip's request."""
     sampling = asdict(params)
     del sampling["noise_angle"]  # each frame has its own
-    return {"sampling": sampling, "seconds": request.num_seconds, "fps": request.fps}
+    return {"sampling": sampling, "seconds": request.num_seconds, "fps": request.fps, "strict": request.strict}
 
 
 class VideoError(BaseModel):

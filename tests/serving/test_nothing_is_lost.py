@@ -22,8 +22,7 @@ from tests.serving.web.test_videos import CLIP, frames_of, wait_for_clip
 
 LONG_CLIP = CLIP | {"seconds": 6, "fps": 12, "num_inference_steps": 4}
 NUM_FRAMES = 72
-SEEN_LIVE = 20
-"""Number of pictures in the engine, of 60 requested, from which the test takes the server to be busy."""
+NUM_REQUESTS, PICTURES_EACH = 6, 10
 
 
 @pytest.fixture(scope="module")
@@ -98,16 +97,19 @@ def check_clip(server: RunningServer, keys: dict[str, str], folder: Path, before
 
 @contextmanager
 def pictures_in_flight(server: RunningServer, headers: dict[str, str]) -> Iterator[list[Future[int]]]:
-    """Yield the future statuses of six large requests that are in the engine."""
-    body = {"prompt": "a cat", "n": 10, "num_inference_steps": 4}
+    """Yield the future statuses of large requests. All are accepted by then, and not all are answered."""
+    body = {"prompt": "a cat", "n": PICTURES_EACH, "num_inference_steps": 4}
+    with (
+        ThreadPoolExecutor(NUM_REQUESTS) as pool,
+        httpx.Client(base_url=server.url, headers=headers, timeout=60) as http,
+    ):
 
-    def ask(_: int) -> int:
-        address = f"{server.url}/v1/images/generations"
-        return httpx.post(address, json=body, headers=headers, timeout=60).status_code
+        def ask(_: int) -> int:
+            return http.post("/v1/images/generations", json=body).status_code
 
-    with ThreadPoolExecutor(6) as pool, httpx.Client(base_url=server.url, headers=headers) as http:
-        asked = [pool.submit(ask, n) for n in range(6)]
-        while metric(http, "tdm_live_samples") < SEEN_LIVE:
+        wanted = metric(http, "tdm_pictures_total") + NUM_REQUESTS * PICTURES_EACH
+        asked = [pool.submit(ask, n) for n in range(NUM_REQUESTS)]
+        while metric(http, "tdm_pictures_total") + metric(http, "tdm_live_samples") < wanted:
             assert not all(future.done() for future in asked), "the requests ended too early"
             time.sleep(0.01)
         yield asked
@@ -137,7 +139,7 @@ def test_a_stopping_server_answers_accepted_requests_and_gives_its_jobs_back(
     video = begin_clip(own_server, keys)
     with pictures_in_flight(own_server, bearer(keys["bob"])) as asked:
         assert own_server.stop() == 0, own_server.log.read_text()[-2000:]
-        assert [future.result() for future in asked] == [200] * 6
+        assert [future.result() for future in asked] == [200] * NUM_REQUESTS
     status, attempt, num_done = row(folder, video["id"])
     assert (status, attempt) == ("queued", 0) and num_done > 0, "a regular stop counts as no attempt"
 
@@ -151,7 +153,7 @@ def test_a_killed_proxy_of_ray_is_replaced_and_a_stop_answers_accepted_requests(
     check_recovery(server, "ray::ProxyActor", {})
     with pictures_in_flight(server, {}) as asked:
         assert server.stop() == 0, server.log.read_text()[-2000:]
-        assert [future.result() for future in asked] == [200] * 6
+        assert [future.result() for future in asked] == [200] * NUM_REQUESTS
 
 
 @pytest.mark.slow

@@ -90,7 +90,7 @@ def test_a_stored_clip_makes_frames_with_their_receipts(images: ImageService, tm
         "video",
         "anybody",
         "tdm-emoji",
-        {"sampling": SAMPLING, "seconds": 1, "fps": 1},
+        {"sampling": SAMPLING, "seconds": 1, "fps": 1, "strict": False},
         [{"noise_angle": 0.5}],
     )
     part = finished(renderer, request, tmp_path)
