@@ -45,7 +45,7 @@ class Interface:
         """Inputs that stay float32 at any precision: those that become angles, and those that SDXL joins to them."""
         names = {spec.name for spec in self.inputs}
         joined = {"pooled_prompt_embeds"} if "time_ids" in names else set()
-        return frozenset(names & ({"timesteps", "time_ids"} | joined))
+        return frozenset(names & ({"timesteps", "time_ids", "guidance"} | joined))
 
     def random_inputs(self, sizes: Mapping[str, int], generator: torch.Generator) -> tuple[Tensor, ...]:
         """Draw inputs like those of a request: normal latents and embeddings, timesteps in [1, 999], K in [1, 4]."""
@@ -63,6 +63,8 @@ def _random(spec: TensorSpec, shape: Sequence[int], generator: torch.Generator) 
         case "attention_mask":
             lengths = torch.randint(1, shape[1] + 1, (shape[0], 1), generator=generator)
             return (torch.arange(shape[1]) < lengths).long()
+        case "guidance":
+            return 1 + 4 * torch.rand(tuple(shape), generator=generator)
         case "time_ids":
             return torch.tensor([[512.0, 512.0, 0.0, 0.0, 512.0, 512.0]]).repeat(shape[0], 1)
     return torch.randn(tuple(shape), generator=generator)

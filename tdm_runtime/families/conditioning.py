@@ -1,4 +1,4 @@
-"""`Conditioning`: what a denoiser reads about the prompts of a batch."""
+"""`Conditioning`: what a denoiser reads about a batch beside its latents and timesteps."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ class Conditioning:
     """[B, L], 1 where a token is read and 0 where it is padding; PixArt."""
     time_ids: Tensor | None = None
     """[B, 6]: original height, width, crop top, left, target height, width, in pixels; SDXL."""
+    guidance: Tensor | None = None
+    """[B], guidance scale that the model was distilled to read, such as 3.5; FLUX.1-dev, SANA-Sprint, LCM."""
 
     def __len__(self) -> int:
         return len(self.prompt_embeds)
@@ -29,9 +31,9 @@ class Conditioning:
         prompt_embeds, *rest = self.tensors()
         return Conditioning(prompt_embeds[index], *(None if t is None else t[index] for t in rest))
 
-    def tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    def tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """Return the fields in the order of a denoiser's `forward`."""
-        return self.prompt_embeds, self.pooled_prompt_embeds, self.attention_mask, self.time_ids
+        return self.prompt_embeds, self.pooled_prompt_embeds, self.attention_mask, self.time_ids, self.guidance
 
     @classmethod
     def cat(cls, first: Conditioning, second: Conditioning) -> Conditioning:

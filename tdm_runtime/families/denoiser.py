@@ -66,6 +66,7 @@ class Denoiser(nn.Module, ABC):
         pooled_prompt_embeds: Tensor | None = None,
         attention_mask: Tensor | None = None,
         time_ids: Tensor | None = None,
+        guidance: Tensor | None = None,
     ) -> Tensor:
         """Predict the model output.
 
@@ -74,7 +75,7 @@ class Denoiser(nn.Module, ABC):
             timesteps: whole or fractional, [B].
             step_counts: [B], the K of each sample; unread if the model has no input for it. With None the model
                 runs without K, exactly as it was pretrained; teachers are called so.
-            prompt_embeds, pooled_prompt_embeds, attention_mask, time_ids: see `Conditioning`.
+            prompt_embeds, pooled_prompt_embeds, attention_mask, time_ids, guidance: see `Conditioning`.
 
         Returns:
             Model output of the latents' shape, of the recipe's prediction type.
@@ -82,7 +83,7 @@ class Denoiser(nn.Module, ABC):
         Raises:
             ValueError: the model reads a part of the conditioning that is None.
         """
-        prompt = Conditioning(prompt_embeds, pooled_prompt_embeds, attention_mask, time_ids)
+        prompt = Conditioning(prompt_embeds, pooled_prompt_embeds, attention_mask, time_ids, guidance)
         return self.predict(latents, timesteps, self._embedded(step_counts), prompt)
 
     @abstractmethod

@@ -261,6 +261,7 @@ _FIELDS = tuple(field.name for field in fields(Conditioning))
 _STORED: Mapping[str, Callable[[Tensor], Tensor]] = {
     "attention_mask": lambda mask: mask.to(torch.uint8).cpu(),
     "time_ids": lambda ids: ids.float().cpu(),
+    "guidance": lambda scales: scales.float().cpu(),
 }
 
 
