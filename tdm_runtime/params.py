@@ -66,12 +66,22 @@ class SamplingParams:
             raise InvalidRequestError(
                 f"num_inference_steps is {shown(steps)}; {recipe.name} serves {counts}", param="num_inference_steps"
             )
-        size = (self.width, self.height)
-        if any(type(side) is not int for side in size) or size not in recipe.native_sizes:
-            sizes = ", ".join(f"{width}x{height}" for width, height in recipe.native_sizes)
-            raise InvalidRequestError(
-                f"size is {shown(self.width)}x{shown(self.height)}; {recipe.name} makes {sizes}", param="size"
-            )
+        self._check_size(recipe)
+
+    def _check_size(self, recipe: Recipe) -> None:
+        size, rule = (self.width, self.height), recipe.size_rule
+        are_whole = all(type(side) is int and side > 0 for side in size)
+        if are_whole and (size in recipe.native_sizes or (rule is not None and rule.allows(*size))):
+            return
+        makes = ", ".join(f"{width}x{height}" for width, height in recipe.native_sizes)
+        if rule is not None:
+            makes += f" and {rule}"
+        if rule is not None and are_whole:
+            width, height = rule.nearest(*size)
+            makes += f": take {width}x{height}"
+        raise InvalidRequestError(
+            f"size is {shown(self.width)}x{shown(self.height)}; {recipe.name} makes {makes}", param="size"
+        )
 
 
 def _check_prompt(prompt: object) -> None:

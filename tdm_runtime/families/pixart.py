@@ -71,6 +71,7 @@ class PixArt(Family):
     denoiser_class = "PixArtTransformer2DModel"
     former_denoiser_class = "Transformer2DModel"
     adapter = PixArtDenoiser
+    max_tokens = 120
 
     def encode_prompts(self, prompts: list[str], encoders: TextEncoders) -> Conditioning:
         embeds, mask, _, _ = encoders.pipeline.encode_prompt(

@@ -24,7 +24,6 @@ from tdm_runtime.errors import ArtifactError, BackendError
 from tdm_runtime.model.artifacts import Artifacts, BackendConfig
 from tdm_runtime.model.loaded_model import LoadedModel, denoise
 from tdm_runtime.model.parity import MIN_PSNR_DB, lowest_psnr_db
-from tdm_runtime.model.text_encoder import conditioning_of
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.whole_file import write_whole
 
@@ -219,7 +218,7 @@ def picture_seconds(model: LoadedModel) -> float:
     width, height = recipe.native_sizes[0]
     params = SamplingParams("warm-up", 0, recipe.default_steps, width, height)
     device = model.denoiser.device
-    prompt = conditioning_of([model.text_encoder.encode(params.prompt)])
+    prompt = model.conditioning(model.text_encoder.encode(params.prompt), params)
     latents = torch.zeros(1, *model.latent_shape(params), device=device)
     timesteps = torch.full((1,), recipe.step_tables[recipe.default_steps].timesteps[0], dtype=torch.float32).to(device)
     step_counts = torch.tensor([recipe.default_steps], device=device)

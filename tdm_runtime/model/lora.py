@@ -23,7 +23,7 @@ from tdm_runtime.errors import CheckpointError
 from tdm_runtime.families.call import ADAPTERS
 from tdm_runtime.model.components import load_component
 from tdm_runtime.model.loaded_model import LoadedModel
-from tdm_runtime.model.text_encoder import TextEncoder
+from tdm_runtime.model.text_encoder import ClipEncoder, TextEncoder
 
 
 class AdapterBank:
@@ -169,7 +169,7 @@ class LoraBase:
         text_encoder = self.model.text_encoder
         if TEXT_ENCODER in lora.layers:
             tokenizer = self._checkpoint.load_tokenizer()
-            text_encoder = TextEncoder(tokenizer, OneAdapter(self._bank(TEXT_ENCODER), lora.number))
+            text_encoder = TextEncoder(ClipEncoder(tokenizer, OneAdapter(self._bank(TEXT_ENCODER), lora.number)))
         return replace(
             self.model,
             recipe=replace(self.model.recipe, name=lora.name),

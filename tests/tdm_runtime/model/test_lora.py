@@ -133,7 +133,7 @@ def merged(checkpoint: Checkpoint, scale: float, unet: Halves, text: Halves) -> 
     """Return the reference: torch modules with the LoRA added to their weights."""
     from tdm_runtime.backends.pytorch import TorchBackend
     from tdm_runtime.model.components import load_component
-    from tdm_runtime.model.text_encoder import TextEncoder
+    from tdm_runtime.model.text_encoder import ClipEncoder, TextEncoder
 
     model = load_model(checkpoint.folder, device="cpu")
     parts = {}
@@ -149,7 +149,7 @@ def merged(checkpoint: Checkpoint, scale: float, unet: Halves, text: Halves) -> 
     return replace(
         model,
         denoiser=parts["denoiser"],
-        text_encoder=TextEncoder(checkpoint.load_tokenizer(), parts["text_encoder"]),
+        text_encoder=TextEncoder(ClipEncoder(checkpoint.load_tokenizer(), parts["text_encoder"])),
     )
 
 
