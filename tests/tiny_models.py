@@ -1,6 +1,6 @@
 """Tiny denoiser of each family: the real class with random weights, the same on every call.
 
-Each takes latents of `TINY_SHAPES` and prompt embeddings [B, `TEXT_TOKENS`, `TEXT_DIM`].
+Each takes latents of `TINY_SHAPES` and the prompts of `tiny_conditioning`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,10 @@ from typing import Any
 import torch
 from diffusers import (
     CogVideoXTransformer3DModel,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
+    FluxPipeline,
+    FluxTransformer2DModel,
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
@@ -23,6 +27,8 @@ from tdm_runtime.families import FAMILIES, Conditioning, denoiser_for
 TEXT_DIM = 16
 TEXT_TOKENS = 6
 POOLED_DIM = 12
+FLUX2_HIDDEN_DIM = 8
+"""Width of the text encoder of FLUX.2, which gives three hidden states joined along the width."""
 
 
 def tiny_unet(**changes: Any) -> UNet2DConditionModel:
@@ -92,17 +98,49 @@ def tiny_cogvideox(**changes: Any) -> CogVideoXTransformer3DModel:
     return _seeded(CogVideoXTransformer3DModel, config | changes)
 
 
+def tiny_flux(**changes: Any) -> FluxTransformer2DModel:
+    """Return a transformer as in FLUX.1 [schnell], or in [dev] with `guidance_embeds=True`."""
+    config = {
+        "in_channels": 4 * 4,
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "attention_head_dim": 12,
+        "num_attention_heads": 2,
+        "joint_attention_dim": TEXT_DIM,
+        "pooled_projection_dim": POOLED_DIM,
+        "axes_dims_rope": (4, 4, 4),
+    }
+    return _seeded(FluxTransformer2DModel, config | changes)
+
+
+def tiny_flux2(**changes: Any) -> Flux2Transformer2DModel:
+    """Return a transformer as in FLUX.2 [klein]."""
+    config = {
+        "in_channels": 4 * 4,
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 3 * FLUX2_HIDDEN_DIM,
+        "axes_dims_rope": (4, 4, 4, 4),
+        "guidance_embeds": False,
+    }
+    return _seeded(Flux2Transformer2DModel, config | changes)
+
+
 TINY_MODELS: Mapping[str, Callable[..., Any]] = {
     "stable_diffusion": tiny_unet,
     "sdxl": tiny_sdxl_unet,
     "pixart": tiny_pixart,
     "sd3": tiny_sd3,
+    "flux": tiny_flux,
+    "flux2": tiny_flux2,
     "cogvideox": tiny_cogvideox,
 }
 """Family -> tiny denoiser. A test fails if a registered family is missing here."""
 TINY_SHAPES: Mapping[str, tuple[int, ...]] = {
     name: (4, 3, 8, 8) if FAMILIES[name].makes_clips else (4, 8, 8) for name in TINY_MODELS
-}
+} | {"flux2": (16, 4, 4)}
 """Family -> latents of one sample."""
 
 
@@ -129,6 +167,31 @@ def call_sd3(transformer: Any, x: Tensor, timesteps: Tensor, prompt: Conditionin
     return output
 
 
+def call_flux(transformer: Any, x: Tensor, timesteps: Tensor, prompt: Conditioning) -> Tensor:
+    batch, channels, height, width = x.shape
+    output = transformer(
+        FluxPipeline._pack_latents(x, batch, channels, height, width),
+        prompt.prompt_embeds,
+        prompt.pooled_prompt_embeds,
+        timesteps / 1000,
+        FluxPipeline._prepare_latent_image_ids(batch, height // 2, width // 2, x.device, x.dtype),
+        torch.zeros(prompt.prompt_embeds.shape[1], 3),
+        prompt.guidance,
+    ).sample
+    return FluxPipeline._unpack_latents(output, 8 * height, 8 * width, 8)
+
+
+def call_flux2(transformer: Any, x: Tensor, timesteps: Tensor, prompt: Conditioning) -> Tensor:
+    output = transformer(
+        Flux2KleinPipeline._pack_latents(x),
+        prompt.prompt_embeds,
+        timesteps / 1000,
+        Flux2KleinPipeline._prepare_latent_ids(x),
+        Flux2KleinPipeline._prepare_text_ids(prompt.prompt_embeds),
+    ).sample
+    return output.transpose(1, 2).reshape(x.shape)
+
+
 def call_cogvideox(transformer: Any, x: Tensor, timesteps: Tensor, prompt: Conditioning) -> Tensor:
     output: Tensor = transformer(x.transpose(1, 2).contiguous(), prompt.prompt_embeds, timesteps).sample
     return output.transpose(1, 2)
@@ -139,6 +202,8 @@ STOCK_CALLS: Mapping[str, Callable[[Any, Tensor, Tensor, Conditioning], Tensor]]
     "sdxl": call_sdxl,
     "pixart": call_pixart,
     "sd3": call_sd3,
+    "flux": call_flux,
+    "flux2": call_flux2,
     "cogvideox": call_cogvideox,
 }
 """Family -> call of the bare model as its diffusers pipeline makes it, with an output shaped as the latents."""
@@ -148,7 +213,7 @@ def tiny_conditioning(family: str, batch_size: int, seed: int = 0) -> Conditioni
     """Random prompts with every field that the family reads."""
     draw = torch.Generator().manual_seed(seed)
     fields = _conditioning_inputs(family)
-    embeds = torch.randn(batch_size, TEXT_TOKENS, TEXT_DIM, generator=draw)
+    embeds = torch.randn(batch_size, TEXT_TOKENS, fields["prompt_embeds"][-1], generator=draw)
     pooled = mask = time_ids = None
     if "pooled_prompt_embeds" in fields:
         pooled = torch.randn(batch_size, POOLED_DIM, generator=draw)
@@ -161,8 +226,10 @@ def tiny_conditioning(family: str, batch_size: int, seed: int = 0) -> Conditioni
 
 
 @cache
-def _conditioning_inputs(family: str) -> frozenset[str]:
-    return frozenset(spec.name for spec in denoiser_for(TINY_MODELS[family]()).interface(TEXT_TOKENS).inputs)
+def _conditioning_inputs(family: str) -> Mapping[str, tuple[Any, ...]]:
+    """Return the shapes of the denoiser's inputs by name."""
+    interface = denoiser_for(TINY_MODELS[family]()).interface(TEXT_TOKENS)
+    return {spec.name: spec.shape for spec in interface.inputs}
 
 
 _UNET = {

@@ -9,19 +9,23 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLCogVideoX
+from diffusers import AutoencoderKL, AutoencoderKLCogVideoX, AutoencoderKLFlux2
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
 )
 
 from tdm_runtime.families import FAMILIES
-from tests.tiny_models import POOLED_DIM, TEXT_DIM, TEXT_TOKENS, TINY_MODELS
+from tests.tiny_models import FLUX2_HIDDEN_DIM, POOLED_DIM, TEXT_DIM, TEXT_TOKENS, TINY_MODELS
 
 SCHEDULERS: Mapping[str, Callable[[], Any]] = {
     "stable_diffusion": lambda: diffusers.PNDMScheduler(
@@ -32,6 +36,10 @@ SCHEDULERS: Mapping[str, Callable[[], Any]] = {
     ),
     "pixart": lambda: diffusers.DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02),
     "sd3": lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+    "flux": lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0),
+    "flux2": lambda: diffusers.FlowMatchEulerDiscreteScheduler(
+        shift=3.0, use_dynamic_shifting=True, time_shift_type="exponential"
+    ),
     "cogvideox": lambda: diffusers.CogVideoXDDIMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction"),
 }
 
@@ -71,6 +79,39 @@ def t5_parts() -> tuple[T5Tokenizer, T5EncoderModel]:
     return tokenizer, T5EncoderModel(config).eval()
 
 
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
+)
+"""What Qwen3's template does with one message of a user."""
+
+
+def qwen3_parts(hidden_size: int, layers: int) -> tuple[Qwen2Tokenizer, Qwen3ForCausalLM]:
+    """Return a tokenizer with one token per byte, and a language model."""
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    letters = sorted(ByteLevel.alphabet())
+    tokenizer = Qwen2Tokenizer(
+        vocab={token: number for number, token in enumerate(letters + specials)},
+        merges=[],
+        additional_special_tokens=specials[1:],
+        chat_template=CHAT_TEMPLATE,
+    )
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=8,
+        num_hidden_layers=layers,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    return tokenizer, Qwen3ForCausalLM(config).eval()
+
+
 def one_clip() -> dict[str, Any]:
     parts = {"tokenizer": clip_tokenizer(), "text_encoder": clip_model(CLIPTextModel, TEXT_DIM)}
     return {**parts, "safety_checker": None, "feature_extractor": None}
@@ -94,11 +135,24 @@ def two_clips_and_a_t5() -> dict[str, Any]:
     return {**clips, **tokenizers, "text_encoder_3": encoder, "tokenizer_3": tokenizer}
 
 
+def a_clip_and_a_t5() -> dict[str, Any]:
+    tokenizer, encoder = t5_parts()
+    clip = {"tokenizer": clip_tokenizer(), "text_encoder": clip_model(CLIPTextModel, POOLED_DIM)}
+    return {**clip, "tokenizer_2": tokenizer, "text_encoder_2": encoder}
+
+
+def one_qwen3() -> dict[str, Any]:
+    tokenizer, encoder = qwen3_parts(FLUX2_HIDDEN_DIM, layers=28)  # hidden state 27 is read, before the last norm
+    return {"tokenizer": tokenizer, "text_encoder": encoder}
+
+
 TEXT_PARTS: Mapping[str, Callable[[], dict[str, Any]]] = {
     "stable_diffusion": one_clip,
     "sdxl": two_clips,
     "pixart": one_t5,
     "sd3": two_clips_and_a_t5,
+    "flux": a_clip_and_a_t5,
+    "flux2": one_qwen3,
     "cogvideox": one_t5,
 }
 """Family -> what its pipeline takes beside denoiser, VAE and scheduler, by folder."""
@@ -125,7 +179,19 @@ def cogvideox_vae() -> AutoencoderKLCogVideoX:
     )
 
 
-VAES: Mapping[str, Callable[[], Any]] = {"AutoencoderKL": kl_vae, "AutoencoderKLCogVideoX": cogvideox_vae}
+def flux2_vae() -> AutoencoderKLFlux2:
+    vae = AutoencoderKLFlux2(block_out_channels=(4, 4, 4, 4), norm_num_groups=2, latent_channels=4)
+    draw = torch.Generator().manual_seed(0)
+    vae.bn.running_mean.normal_(generator=draw)
+    vae.bn.running_var.uniform_(0.5, 2.0, generator=draw)
+    return vae
+
+
+VAES: Mapping[str, Callable[[], Any]] = {
+    "AutoencoderKL": kl_vae,
+    "AutoencoderKLCogVideoX": cogvideox_vae,
+    "AutoencoderKLFlux2": flux2_vae,
+}
 """Class in diffusers -> a tiny VAE."""
 
 
@@ -157,5 +223,6 @@ def stock_embeds(family: str, prompts: list[str]) -> torch.Tensor:
         return torch.stack(rows)
     if family == "sd3":
         return pipeline.encode_prompt(prompts, prompts, prompts, device=cpu)[0]
-    length = {"max_sequence_length": TEXT_TOKENS} if family == "cogvideox" else {}
+    lengths = {"cogvideox": TEXT_TOKENS, "flux": 256}
+    length = {"max_sequence_length": lengths[family]} if family in lengths else {}
     return pipeline.encode_prompt(prompts, device=cpu, **length)[0]

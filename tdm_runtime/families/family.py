@@ -88,6 +88,11 @@ class Family(ABC):
         """Return whether a diffusers model is this family's denoiser."""
         return any(ancestor.__name__ == self.denoiser_class for ancestor in type(model).__mro__)
 
+    def latent_channels(self, vae: Mapping[str, Any]) -> int | None:
+        """Return the channels of the latents as the denoiser reads them, by the VAE's config; None if it lacks them."""
+        channels = vae.get("latent_channels")
+        return None if channels is None else int(channels)
+
     def spatial_compression(self, vae: Mapping[str, Any]) -> int:
         """Return pixels per latent along each side, by the VAE's config.
 

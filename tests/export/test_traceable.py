@@ -24,12 +24,14 @@ from tdm_runtime.backends.interface import Interface, TensorSpec
 from tdm_runtime.errors import CheckpointError
 from tdm_runtime.families import FAMILIES, DecoderModule, Denoiser, decoder_for, denoiser_for
 from tdm_runtime.model.components import TextEncoderModule
-from tests.tiny_models import TEXT_TOKENS, TINY_MODELS, tiny_cogvideox, tiny_pixart
+from tests.tiny_models import TEXT_TOKENS, TINY_MODELS, tiny_cogvideox, tiny_flux, tiny_pixart
+from tests.tiny_pipelines import flux2_vae
 
 TOLERANCE = 1e-4
 """Largest distance to torch, as a share of the largest number: float32 summed in another order, through all layers."""
 VARIANTS: Mapping[str, Callable[[], Any]] = {
     **{name: TINY_MODELS[name] for name in FAMILIES},
+    "flux-dev": lambda: tiny_flux(guidance_embeds=True),
     "pixart": lambda: tiny_pixart(num_layers=1),
     "pixart-1024": lambda: tiny_pixart(num_layers=1, use_additional_conditions=True),
     "cogvideox": lambda: tiny_cogvideox(num_layers=1),
@@ -210,6 +212,10 @@ def _tiny_decoder() -> DecoderModule:
     )
 
 
+def _flux2_decoder() -> DecoderModule:
+    return decoder_for(flux2_vae())
+
+
 def _video_decoder() -> DecoderModule:
     return decoder_for(
         AutoencoderKLCogVideoX(
@@ -225,7 +231,7 @@ def _video_decoder() -> DecoderModule:
 
 
 class TestDecoders:
-    @pytest.mark.parametrize("decoder", [_kl_decoder, _tiny_decoder])
+    @pytest.mark.parametrize("decoder", [_kl_decoder, _tiny_decoder, _flux2_decoder])
     def test_pixels_equal_torch(self, decoder: Callable[[], DecoderModule], tmp_path: Path) -> None:
         torch.manual_seed(0)
         module = decoder()
@@ -317,6 +323,9 @@ class TestInterfaces:
             ("sdxl", ("pooled_prompt_embeds", "time_ids")),
             ("pixart", ("attention_mask",)),
             ("sd3", ("pooled_prompt_embeds",)),
+            ("flux", ("pooled_prompt_embeds",)),
+            ("flux-dev", ("pooled_prompt_embeds", "guidance")),
+            ("flux2", ()),
             ("cogvideox", ()),
         ],
     )

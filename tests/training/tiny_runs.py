@@ -25,6 +25,8 @@ NOISE: Mapping[str, tuple[NoiseSchedule, PredictionType]] = {
     "sdxl": (DiffusionSchedule(), "v_prediction"),
     "pixart": (DiffusionSchedule("linear", 0.0001, 0.02), "epsilon"),
     "sd3": (FlowSchedule(shift=3.0), "flow_prediction"),
+    "flux": (FlowSchedule(), "flow_prediction"),
+    "flux2": (FlowSchedule(shift=3.0), "flow_prediction"),
     "cogvideox": (DiffusionSchedule(rescale_zero_terminal_snr=True, snr_shift_scale=3.0), "v_prediction"),
 }
 UNIFY = DistillConfig(

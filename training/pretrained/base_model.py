@@ -53,9 +53,10 @@ def load_base_model(folder: Path) -> BaseModel:
         raise CheckpointError(f"{folder}: {error}") from None
     denoiser = denoiser_for(load_denoiser_model(folder / family.denoiser_folder, family.denoiser_class))
     geometry = family.geometry(denoiser.model.config, vae)
-    if vae.get("latent_channels", geometry.channels) != geometry.channels:
+    channels = family.latent_channels(vae)
+    if channels not in (None, geometry.channels):
         raise CheckpointError(
-            f"{folder}: the vae has {vae['latent_channels']} latent channels and the {family.denoiser_folder} "
+            f"{folder}: the vae has {channels} latent channels and the {family.denoiser_folder} "
             f"{geometry.channels}; they are not of one model, restore the folder from its source"
         )
     return BaseModel(family, denoiser, noise_schedule, prediction_type, geometry)

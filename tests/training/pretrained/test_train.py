@@ -211,7 +211,7 @@ def test_a_lora_loads_as_it_was_saved_and_its_weights_include_alpha(family: str,
     assert not torch.allclose(trained, outputs(tiny_base(family).denoiser, family, None), atol=1e-3)
 
 
-@pytest.mark.parametrize("family", ["stable_diffusion", "sdxl", "sd3", "cogvideox"])
+@pytest.mark.parametrize("family", ["stable_diffusion", "sdxl", "sd3", "flux", "flux2", "cogvideox"])
 def test_stock_pipelines_load_the_lora(family: str, tmp_path: Path) -> None:
     config = replace(LORA, step_condition_for="none", step_counts=(4,))
     distiller = tiny_distiller(family, config)
