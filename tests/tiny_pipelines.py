@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import inspect
 import string
 from collections.abc import Callable, Mapping
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, wraps
 from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLCogVideoX
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLCogVideoX
+from tokenizers.pre_tokenizers import ByteLevel
+from torch import Tensor
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -33,6 +43,8 @@ SCHEDULERS: Mapping[str, Callable[[], Any]] = {
     "pixart": lambda: diffusers.DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02),
     "sd3": lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
     "cogvideox": lambda: diffusers.CogVideoXDDIMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction"),
+    "z_image": lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+    "sana": diffusers.SCMScheduler,
 }
 
 
@@ -94,12 +106,50 @@ def two_clips_and_a_t5() -> dict[str, Any]:
     return {**clips, **tokenizers, "text_encoder_3": encoder, "tokenizer_3": tokenizer}
 
 
+def one_qwen3() -> dict[str, Any]:
+    """Return an encoder and a tokenizer with one token per byte and a chat template like Qwen3's."""
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    vocabulary = {token: number for number, token in enumerate(specials + sorted(ByteLevel.alphabet()))}
+    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[], extra_special_tokens=specials[1:])
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
+    )
+    config = Qwen3Config(**_CAUSAL, vocab_size=len(tokenizer), max_position_embeddings=1024)
+    torch.manual_seed(0)
+    return {"tokenizer": tokenizer, "text_encoder": Qwen3Model(config).eval()}
+
+
+def one_gemma2() -> dict[str, Any]:
+    specials = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    characters = ["\u2581", *string.ascii_letters, *string.punctuation]
+    tokenizer = GemmaTokenizer(
+        vocab={token: number for number, token in enumerate(specials + characters)}, add_bos_token=True
+    )
+    config = Gemma2Config(**_CAUSAL, vocab_size=len(tokenizer), query_pre_attn_scalar=8)
+    torch.manual_seed(0)
+    return {"tokenizer": tokenizer, "text_encoder": Gemma2Model(config).eval()}
+
+
+_CAUSAL: Mapping[str, Any] = {
+    "hidden_size": TEXT_DIM,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+}
+
+
 TEXT_PARTS: Mapping[str, Callable[[], dict[str, Any]]] = {
     "stable_diffusion": one_clip,
     "sdxl": two_clips,
     "pixart": one_t5,
     "sd3": two_clips_and_a_t5,
     "cogvideox": one_t5,
+    "z_image": one_qwen3,
+    "sana": one_gemma2,
 }
 """Family -> what its pipeline takes beside denoiser, VAE and scheduler, by folder."""
 
@@ -125,7 +175,18 @@ def cogvideox_vae() -> AutoencoderKLCogVideoX:
     )
 
 
-VAES: Mapping[str, Callable[[], Any]] = {"AutoencoderKL": kl_vae, "AutoencoderKLCogVideoX": cogvideox_vae}
+def dc_vae() -> AutoencoderDC:
+    blocks = {"block_types": ("ResBlock", "ResBlock", "ResBlock", "EfficientViTBlock"), "block_out_channels": (8,) * 4}
+    blocks |= {"layers_per_block": (1,) * 4, "qkv_multiscales": ((), (), (), (5,))}
+    sides = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in blocks.items()}
+    return AutoencoderDC(**sides, latent_channels=4, attention_head_dim=4, scaling_factor=0.41407)
+
+
+VAES: Mapping[str, Callable[[], Any]] = {
+    "AutoencoderKL": kl_vae,
+    "AutoencoderKLCogVideoX": cogvideox_vae,
+    "AutoencoderDC": dc_vae,
+}
 """Class in diffusers -> a tiny VAE."""
 
 
@@ -133,10 +194,10 @@ def build_vae(family: str) -> Any:
     return VAES[FAMILIES[family].vae_classes[0]]()
 
 
-def build_pipeline(name: str) -> Any:
-    """Return the stock pipeline of a family, whole."""
+def build_pipeline(name: str, pipeline: str | None = None) -> Any:
+    """Return a stock pipeline of a family, whole; by default the first that it opens."""
     family = FAMILIES[name]
-    return getattr(diffusers, family.pipelines[0])(
+    return getattr(diffusers, pipeline or family.pipelines[0])(
         **{family.denoiser_folder: TINY_MODELS[name]()},
         **TEXT_PARTS[name](),
         **family.pipeline_options,
@@ -145,8 +206,52 @@ def build_pipeline(name: str) -> Any:
     )
 
 
+STOCK_RUNS: Mapping[str, Mapping[str, Any]] = {
+    "pixart": {"guidance_scale": 1.0, "use_resolution_binning": False},
+    "z_image": {"guidance_scale": 0.0},
+    "sana": {"intermediate_timesteps": None, "use_resolution_binning": False},
+}
+"""Family -> arguments with which its pipeline runs without guidance, at small sizes and any number of steps."""
+
+
+@dataclass(frozen=True)
+class StockStep:
+    """One step of a stock pipeline."""
+
+    arguments: Mapping[str, Any]
+    """Arguments of the transformer, by name."""
+    sample: Tensor
+    """Latents before the step, as the scheduler receives them."""
+    timestep: Tensor
+    model_output: Tensor
+    """Output of the transformer, as the scheduler receives it."""
+
+
+def run_stock(pipeline: Any, family: str, prompts: list[str], **arguments: Any) -> tuple[Any, list[StockStep]]:
+    """Run a stock pipeline at 96x64 pixels. Return its pictures and its steps."""
+    calls: list[Mapping[str, Any]] = []
+    steps: list[StockStep] = []
+    transformer, scheduler = pipeline.transformer, pipeline.scheduler
+    signature, step = inspect.signature(type(transformer).forward), scheduler.step
+
+    def record_call(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append(signature.bind(module, *args, **kwargs).arguments)
+
+    @wraps(step)  # pipelines read its signature
+    def record_step(model_output: Tensor, timestep: Tensor, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        steps.append(StockStep(calls[-1], sample, timestep, model_output))
+        return step(model_output, timestep, sample, *args, **kwargs)
+
+    hook = transformer.register_forward_pre_hook(record_call, with_kwargs=True)
+    scheduler.step = record_step
+    pipeline.set_progress_bar_config(disable=True)
+    pictures = pipeline(prompts, width=96, height=64, **STOCK_RUNS[family], **arguments).images
+    hook.remove()
+    return pictures, steps
+
+
 @torch.no_grad()
-def stock_embeds(family: str, prompts: list[str]) -> torch.Tensor:
+def stock_embeds(family: str, prompts: list[str]) -> Tensor:
     """Embeddings by the whole stock pipeline. It encodes the empty prompt of SDXL as the negative prompt."""
     pipeline, cpu = build_pipeline(family), torch.device("cpu")
     if family == "stable_diffusion":
@@ -157,5 +262,11 @@ def stock_embeds(family: str, prompts: list[str]) -> torch.Tensor:
         return torch.stack(rows)
     if family == "sd3":
         return pipeline.encode_prompt(prompts, prompts, prompts, device=cpu)[0]
+    if family == "z_image":
+        embeds, _ = pipeline.encode_prompt(list(prompts), do_classifier_free_guidance=False)
+        return torch.stack([torch.nn.functional.pad(tokens, (0, 0, 0, 512 - len(tokens))) for tokens in embeds])
+    if family == "sana":
+        _, (step,) = run_stock(pipeline, family, prompts, num_inference_steps=1, output_type="latent")
+        return step.arguments["encoder_hidden_states"]
     length = {"max_sequence_length": TEXT_TOKENS} if family == "cogvideox" else {}
     return pipeline.encode_prompt(prompts, device=cpu, **length)[0]

@@ -12,9 +12,11 @@ from tdm_runtime.families.denoiser import Denoiser
 from tdm_runtime.families.family import Family
 from tdm_runtime.families.latent_space import DecoderModule
 from tdm_runtime.families.pixart import PixArt
+from tdm_runtime.families.sana import Sana
 from tdm_runtime.families.sd3 import StableDiffusion3
 from tdm_runtime.families.sdxl import SDXL
 from tdm_runtime.families.stable_diffusion import StableDiffusion
+from tdm_runtime.families.z_image import ZImage
 
 __all__ = [
     "FAMILIES",
@@ -31,7 +33,8 @@ __all__ = [
 ]
 
 FAMILIES: Mapping[str, Family] = {
-    family.name: family for family in (StableDiffusion(), SDXL(), PixArt(), StableDiffusion3(), CogVideoX())
+    family.name: family
+    for family in (StableDiffusion(), SDXL(), PixArt(), StableDiffusion3(), CogVideoX(), ZImage(), Sana())
 }
 """Name -> family."""
 
