@@ -17,8 +17,10 @@ from diffusers import (
     FluxPipeline,
     FluxTransformer2DModel,
     PixArtTransformer2DModel,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
+    ZImageTransformer2DModel,
 )
 from torch import Tensor
 
@@ -128,6 +130,42 @@ def tiny_flux2(**changes: Any) -> Flux2Transformer2DModel:
     return _seeded(Flux2Transformer2DModel, config | changes)
 
 
+def tiny_z_image(**changes: Any) -> ZImageTransformer2DModel:
+    """Return a transformer as in Z-Image."""
+    config = {
+        "in_channels": 4,
+        "dim": 16,
+        "n_layers": 1,
+        "n_refiner_layers": 1,
+        "n_heads": 2,
+        "n_kv_heads": 2,
+        "cap_feat_dim": TEXT_DIM,
+        "axes_dims": [4, 2, 2],
+        "axes_lens": [1024, 32, 32],
+    }
+    return _seeded(ZImageTransformer2DModel, config | changes)
+
+
+def tiny_sana(**changes: Any) -> SanaTransformer2DModel:
+    """Return a transformer as in SANA-Sprint."""
+    config = {
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "num_layers": 2,
+        "num_cross_attention_heads": 2,
+        "cross_attention_head_dim": 8,
+        "cross_attention_dim": 16,
+        "caption_channels": TEXT_DIM,
+        "sample_size": 8,
+        "guidance_embeds": True,
+        "qk_norm": "rms_norm_across_heads",
+        "timestep_scale": 1000.0,
+    }
+    return _seeded(SanaTransformer2DModel, config | changes)
+
+
 TINY_MODELS: Mapping[str, Callable[..., Any]] = {
     "stable_diffusion": tiny_unet,
     "sdxl": tiny_sdxl_unet,
@@ -136,6 +174,8 @@ TINY_MODELS: Mapping[str, Callable[..., Any]] = {
     "flux": tiny_flux,
     "flux2": tiny_flux2,
     "cogvideox": tiny_cogvideox,
+    "z_image": tiny_z_image,
+    "sana": tiny_sana,
 }
 """Family -> tiny denoiser. A test fails if a registered family is missing here."""
 TINY_SHAPES: Mapping[str, tuple[int, ...]] = {
@@ -197,6 +237,29 @@ def call_cogvideox(transformer: Any, x: Tensor, timesteps: Tensor, prompt: Condi
     return output.transpose(1, 2)
 
 
+def call_z_image(transformer: Any, x: Tensor, timesteps: Tensor, prompt: Conditioning) -> Tensor:
+    assert prompt.attention_mask is not None
+    captions = [embeds[mask == 1] for embeds, mask in zip(prompt.prompt_embeds, prompt.attention_mask, strict=True)]
+    output = transformer(list(x.unsqueeze(2)), (1000 - timesteps) / 1000, captions).sample
+    return -torch.stack(output).squeeze(2)
+
+
+def call_sana(transformer: Any, x: Tensor, timesteps: Tensor, prompt: Conditioning) -> Tensor:
+    assert prompt.guidance is not None
+    scm = torch.sin(timesteps) / (torch.cos(timesteps) + torch.sin(timesteps))
+    s = scm.view(-1, 1, 1, 1)
+    model_input = x * torch.sqrt(s**2 + (1 - s) ** 2)
+    output = transformer(
+        model_input,
+        encoder_hidden_states=prompt.prompt_embeds,
+        encoder_attention_mask=prompt.attention_mask,
+        guidance=prompt.guidance * transformer.config.guidance_embeds_scale,
+        timestep=scm,
+    ).sample
+    mixed: Tensor = (1 - 2 * s) * model_input + (1 - 2 * s + 2 * s**2) * output
+    return mixed / torch.sqrt(s**2 + (1 - s) ** 2)
+
+
 STOCK_CALLS: Mapping[str, Callable[[Any, Tensor, Tensor, Conditioning], Tensor]] = {
     "stable_diffusion": call_sd,
     "sdxl": call_sdxl,
@@ -205,6 +268,8 @@ STOCK_CALLS: Mapping[str, Callable[[Any, Tensor, Tensor, Conditioning], Tensor]]
     "flux": call_flux,
     "flux2": call_flux2,
     "cogvideox": call_cogvideox,
+    "z_image": call_z_image,
+    "sana": call_sana,
 }
 """Family -> call of the bare model as its diffusers pipeline makes it, with an output shaped as the latents."""
 
@@ -214,7 +279,7 @@ def tiny_conditioning(family: str, batch_size: int, seed: int = 0) -> Conditioni
     draw = torch.Generator().manual_seed(seed)
     fields = _conditioning_inputs(family)
     embeds = torch.randn(batch_size, TEXT_TOKENS, fields["prompt_embeds"][-1], generator=draw)
-    pooled = mask = time_ids = None
+    pooled = mask = time_ids = guidance = None
     if "pooled_prompt_embeds" in fields:
         pooled = torch.randn(batch_size, POOLED_DIM, generator=draw)
     if "attention_mask" in fields:
@@ -222,7 +287,9 @@ def tiny_conditioning(family: str, batch_size: int, seed: int = 0) -> Conditioni
         mask = (torch.arange(TEXT_TOKENS) < lengths).long()
     if "time_ids" in fields:
         time_ids = torch.tensor([[64.0, 64.0, 0.0, 0.0, 64.0, 64.0]]).repeat(batch_size, 1)
-    return Conditioning(embeds, pooled, mask, time_ids)
+    if "guidance" in fields:
+        guidance = 1 + 4 * torch.rand(batch_size, generator=draw)
+    return Conditioning(embeds, pooled, mask, time_ids, guidance)
 
 
 @cache

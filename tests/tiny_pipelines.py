@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import inspect
 import string
 from collections.abc import Callable, Mapping
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, wraps
 from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLCogVideoX, AutoencoderKLFlux2
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLCogVideoX, AutoencoderKLFlux2
 from tokenizers.pre_tokenizers import ByteLevel
+from torch import Tensor
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -41,6 +48,8 @@ SCHEDULERS: Mapping[str, Callable[[], Any]] = {
         shift=3.0, use_dynamic_shifting=True, time_shift_type="exponential"
     ),
     "cogvideox": lambda: diffusers.CogVideoXDDIMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction"),
+    "z_image": lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+    "sana": diffusers.SCMScheduler,
 }
 
 
@@ -87,7 +96,7 @@ CHAT_TEMPLATE = (
 """What Qwen3's template does with one message of a user."""
 
 
-def qwen3_parts(hidden_size: int, layers: int) -> tuple[Qwen2Tokenizer, Qwen3ForCausalLM]:
+def qwen3_parts(hidden_size: int, layers: int, model_class: Any = Qwen3ForCausalLM) -> tuple[Qwen2Tokenizer, Any]:
     """Return a tokenizer with one token per byte, and a language model."""
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     letters = sorted(ByteLevel.alphabet())
@@ -105,11 +114,11 @@ def qwen3_parts(hidden_size: int, layers: int) -> tuple[Qwen2Tokenizer, Qwen3For
         num_attention_heads=1,
         num_key_value_heads=1,
         head_dim=8,
-        max_position_embeddings=512,
+        max_position_embeddings=1024,
         tie_word_embeddings=True,
     )
     torch.manual_seed(0)
-    return tokenizer, Qwen3ForCausalLM(config).eval()
+    return tokenizer, model_class(config).eval()
 
 
 def one_clip() -> dict[str, Any]:
@@ -146,6 +155,32 @@ def one_qwen3() -> dict[str, Any]:
     return {"tokenizer": tokenizer, "text_encoder": encoder}
 
 
+def z_image_text() -> dict[str, Any]:
+    tokenizer, encoder = qwen3_parts(TEXT_DIM, layers=2, model_class=Qwen3Model)
+    return {"tokenizer": tokenizer, "text_encoder": encoder}
+
+
+def one_gemma2() -> dict[str, Any]:
+    specials = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    characters = ["\u2581", *string.ascii_letters, *string.punctuation]
+    tokenizer = GemmaTokenizer(
+        vocab={token: number for number, token in enumerate(specials + characters)}, add_bos_token=True
+    )
+    config = Gemma2Config(**_CAUSAL, vocab_size=len(tokenizer), query_pre_attn_scalar=8)
+    torch.manual_seed(0)
+    return {"tokenizer": tokenizer, "text_encoder": Gemma2Model(config).eval()}
+
+
+_CAUSAL: Mapping[str, Any] = {
+    "hidden_size": TEXT_DIM,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+}
+
+
 TEXT_PARTS: Mapping[str, Callable[[], dict[str, Any]]] = {
     "stable_diffusion": one_clip,
     "sdxl": two_clips,
@@ -154,6 +189,8 @@ TEXT_PARTS: Mapping[str, Callable[[], dict[str, Any]]] = {
     "flux": a_clip_and_a_t5,
     "flux2": one_qwen3,
     "cogvideox": one_t5,
+    "z_image": z_image_text,
+    "sana": one_gemma2,
 }
 """Family -> what its pipeline takes beside denoiser, VAE and scheduler, by folder."""
 
@@ -187,10 +224,18 @@ def flux2_vae() -> AutoencoderKLFlux2:
     return vae
 
 
+def dc_vae() -> AutoencoderDC:
+    blocks = {"block_types": ("ResBlock", "ResBlock", "ResBlock", "EfficientViTBlock"), "block_out_channels": (8,) * 4}
+    blocks |= {"layers_per_block": (1,) * 4, "qkv_multiscales": ((), (), (), (5,))}
+    sides = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in blocks.items()}
+    return AutoencoderDC(**sides, latent_channels=4, attention_head_dim=4, scaling_factor=0.41407)
+
+
 VAES: Mapping[str, Callable[[], Any]] = {
     "AutoencoderKL": kl_vae,
     "AutoencoderKLCogVideoX": cogvideox_vae,
     "AutoencoderKLFlux2": flux2_vae,
+    "AutoencoderDC": dc_vae,
 }
 """Class in diffusers -> a tiny VAE."""
 
@@ -199,10 +244,10 @@ def build_vae(family: str) -> Any:
     return VAES[FAMILIES[family].vae_classes[0]]()
 
 
-def build_pipeline(name: str) -> Any:
-    """Return the stock pipeline of a family, whole."""
+def build_pipeline(name: str, pipeline: str | None = None) -> Any:
+    """Return a stock pipeline of a family, whole; by default the first that it opens."""
     family = FAMILIES[name]
-    return getattr(diffusers, family.pipelines[0])(
+    return getattr(diffusers, pipeline or family.pipelines[0])(
         **{family.denoiser_folder: TINY_MODELS[name]()},
         **TEXT_PARTS[name](),
         **family.pipeline_options,
@@ -211,8 +256,52 @@ def build_pipeline(name: str) -> Any:
     )
 
 
+STOCK_RUNS: Mapping[str, Mapping[str, Any]] = {
+    "pixart": {"guidance_scale": 1.0, "use_resolution_binning": False},
+    "z_image": {"guidance_scale": 0.0},
+    "sana": {"intermediate_timesteps": None, "use_resolution_binning": False},
+}
+"""Family -> arguments with which its pipeline runs without guidance, at small sizes and any number of steps."""
+
+
+@dataclass(frozen=True)
+class StockStep:
+    """One step of a stock pipeline."""
+
+    arguments: Mapping[str, Any]
+    """Arguments of the transformer, by name."""
+    sample: Tensor
+    """Latents before the step, as the scheduler receives them."""
+    timestep: Tensor
+    model_output: Tensor
+    """Output of the transformer, as the scheduler receives it."""
+
+
+def run_stock(pipeline: Any, family: str, prompts: list[str], **arguments: Any) -> tuple[Any, list[StockStep]]:
+    """Run a stock pipeline at 96x64 pixels. Return its pictures and its steps."""
+    calls: list[Mapping[str, Any]] = []
+    steps: list[StockStep] = []
+    transformer, scheduler = pipeline.transformer, pipeline.scheduler
+    signature, step = inspect.signature(type(transformer).forward), scheduler.step
+
+    def record_call(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append(signature.bind(module, *args, **kwargs).arguments)
+
+    @wraps(step)  # pipelines read its signature
+    def record_step(model_output: Tensor, timestep: Tensor, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        steps.append(StockStep(calls[-1], sample, timestep, model_output))
+        return step(model_output, timestep, sample, *args, **kwargs)
+
+    hook = transformer.register_forward_pre_hook(record_call, with_kwargs=True)
+    scheduler.step = record_step
+    pipeline.set_progress_bar_config(disable=True)
+    pictures = pipeline(prompts, width=96, height=64, **STOCK_RUNS[family], **arguments).images
+    hook.remove()
+    return pictures, steps
+
+
 @torch.no_grad()
-def stock_embeds(family: str, prompts: list[str]) -> torch.Tensor:
+def stock_embeds(family: str, prompts: list[str]) -> Tensor:
     """Embeddings by the whole stock pipeline. It encodes the empty prompt of SDXL as the negative prompt."""
     pipeline, cpu = build_pipeline(family), torch.device("cpu")
     if family == "stable_diffusion":
@@ -223,6 +312,12 @@ def stock_embeds(family: str, prompts: list[str]) -> torch.Tensor:
         return torch.stack(rows)
     if family == "sd3":
         return pipeline.encode_prompt(prompts, prompts, prompts, device=cpu)[0]
+    if family == "z_image":
+        embeds, _ = pipeline.encode_prompt(list(prompts), do_classifier_free_guidance=False)
+        return torch.stack([torch.nn.functional.pad(tokens, (0, 0, 0, 512 - len(tokens))) for tokens in embeds])
+    if family == "sana":
+        _, (step,) = run_stock(pipeline, family, prompts, num_inference_steps=1, output_type="latent")
+        return step.arguments["encoder_hidden_states"]
     lengths = {"cogvideox": TEXT_TOKENS, "flux": 256}
     length = {"max_sequence_length": lengths[family]} if family in lengths else {}
     return pipeline.encode_prompt(prompts, device=cpu, **length)[0]
