@@ -12,6 +12,7 @@ from tdm_runtime.model.decoder import Pixels
 from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.model.text_encoder import PromptEmbedding
 from tdm_runtime.params import SamplingParams
+from tdm_runtime.sampling.noise import SeedNoise
 from tdm_runtime.sampling.step_table import StepTable
 from tdm_runtime.scheduling.work import Work
 
@@ -79,13 +80,16 @@ class Sample(Work):
     """[C, H, W] or [C, F, H, W]; None until the first step is due."""
     denoised: Tensor | None = None
     """Denoised estimate of the previous step, same shape as latents."""
+    noise: SeedNoise | None = None
+    """Noise of its seed; it draws when a step takes some. None until the first step is due."""
     prompt: PromptEmbedding | None = None
     timings: Timings = field(default_factory=Timings)
 
     @property
     def table(self) -> StepTable:
-        """Step table of its step count."""
-        return self.model.recipe.step_tables[self.params.num_inference_steps]
+        """Step table of its step count and size."""
+        params = self.params
+        return self.model.recipe.step_table(params.num_inference_steps, params.width, params.height)
 
     @property
     def step_index(self) -> int:

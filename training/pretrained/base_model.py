@@ -21,7 +21,7 @@ from tdm_runtime.errors import CheckpointError, RecipeError
 from tdm_runtime.families import FAMILIES, Conditioning, Denoiser, Family, denoiser_for, family_of_pipeline
 from tdm_runtime.families.family import TextEncoders
 from tdm_runtime.families.latent_space import LatentGeometry
-from tdm_runtime.sampling.schedule import DiffusionSchedule, FlowSchedule, NoiseSchedule
+from tdm_runtime.sampling.schedule import DiffusionSchedule, FlowSchedule, TeacherSchedule
 from tdm_runtime.sampling.step_table import PREDICTION_TYPES, PredictionType
 
 
@@ -32,7 +32,7 @@ class BaseModel:
     family: Family
     denoiser: Denoiser
     """Denoiser in float32, in eval mode, on the CPU."""
-    noise_schedule: NoiseSchedule
+    noise_schedule: TeacherSchedule
     prediction_type: PredictionType
     geometry: LatentGeometry
     """Rule for the shape of the latents."""
@@ -112,7 +112,7 @@ def load_denoiser_model(folder: Path, class_name: str) -> Any:
     return model.float().eval()
 
 
-def _read_noise_schedule(folder: Path) -> tuple[NoiseSchedule, PredictionType]:
+def _read_noise_schedule(folder: Path) -> tuple[TeacherSchedule, PredictionType]:
     """Build our schedule from a diffusers scheduler. Its class fills in defaults that its config leaves out."""
     file = folder / "scheduler_config.json"
     name = str(_read_json(file).get("_class_name"))
