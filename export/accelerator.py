@@ -202,7 +202,8 @@ def _onnx(part: Part, dtype: torch.dtype, title: str, folder: Path) -> Path:
 @torch.inference_mode()
 def picture(backends: Backends, parts: Model, device: torch.device) -> Tensor:
     """Make one picture, uint8 [1, H, W, 3], as `tdm_runtime.pipeline.generate` does, from random conditioning."""
-    table = load_recipe(DEFAULT_CHECKPOINT).step_tables[STEPS]
+    recipe = load_recipe(DEFAULT_CHECKPOINT)
+    table = recipe.step_table(STEPS, *recipe.native_sizes[0])
     names = [spec.name for spec in parts["denoiser"].interface.inputs]
     drawn = dict(zip(names, parts["denoiser"].inputs(1, device), strict=True))
     noise = drawn.pop("latents")

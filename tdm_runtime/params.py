@@ -35,7 +35,7 @@ class SamplingParams:
     decoder: DecoderName = "full"
     """Decoder of the latents; "tiny" is cheaper and a little softer."""
     noise_angle: float = 0.0
-    """Angle on the seed's circle of noises (`sampling.noise.initial_noise`), in radians, 0 <= angle < 2 pi. Pictures at
+    """Angle on the seed's circle of noises (`sampling.noise.SeedNoise`), in radians, 0 <= angle < 2 pi. Pictures at
     evenly spaced angles make a clip that ends where it began."""
 
     def __post_init__(self) -> None:

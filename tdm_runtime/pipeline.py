@@ -11,7 +11,7 @@ from tdm_runtime.errors import NotFiniteError
 from tdm_runtime.model.decoder import Pixels
 from tdm_runtime.model.loaded_model import LoadedModel, denoise
 from tdm_runtime.params import SamplingParams
-from tdm_runtime.sampling.noise import initial_noise
+from tdm_runtime.sampling.noise import SeedNoise
 from tdm_runtime.sampling.sampler import solve
 
 OnPreview = Callable[[int, Pixels], None]
@@ -30,16 +30,16 @@ def generate(model: LoadedModel, params: SamplingParams, on_preview: OnPreview |
         NotFiniteError: the model produced NaN or infinity.
     """
     model.check(params)
-    table = model.recipe.step_tables[params.num_inference_steps]
+    table = model.recipe.step_table(params.num_inference_steps, params.width, params.height)
     device = model.denoiser.device
     prompt = model.conditioning(model.text_encoder.encode(params.prompt), params)
     step_counts = torch.tensor([params.num_inference_steps], device=device)
-    noise = initial_noise(params.seed, (1, *model.latent_shape(params)), params.noise_angle)
+    noise = SeedNoise(params.seed, (1, *model.latent_shape(params)), params.noise_angle)
 
     def predict(latents: Tensor, timesteps: Tensor) -> Tensor:
         return denoise([model], latents, timesteps, step_counts, prompt)
 
-    for steps_taken, step in enumerate(solve(table, noise.to(device), predict), start=1):
+    for steps_taken, step in enumerate(solve(table, noise.initial().to(device), predict, noise.of_step), start=1):
         latents, denoised = step
         if on_preview is not None and steps_taken < table.num_inference_steps:
             on_preview(steps_taken, model.decoders[model.preview_decoder].decode(denoised)[0])

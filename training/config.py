@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from tdm_runtime.checkpoint.recipe import MAX_STEPS
 from tdm_runtime.errors import TDMError
-from tdm_runtime.sampling.step_table import Solver
+from tdm_runtime.sampling.solvers import DeterministicSolver
 from training.methods.precision import Precision
 
 Method = Literal["tdm", "lcm"]
@@ -74,7 +74,7 @@ class DistillConfig:
     """Interval of tau. disjoint: (t_m, t_{m+1}] (Eq. 5). reverse: (t_m, T]. full: the middle 96% of (0, T] (DMD)."""
     min_tau_gap: int = 0
     """Timesteps between t_m and the least tau. Near t_m, real minus fake is mostly error."""
-    solver: Solver = "ddim"
+    solver: DeterministicSolver = "ddim"
     """Solver of the rollout (Table 6)."""
     rollout: Rollout = "ode"
     """ode: deterministic. stochastic: each step goes to x_0 and adds fresh noise (DMD2's backward simulation)."""

@@ -17,7 +17,7 @@ from tdm_runtime.model.decoder import Pixels
 from tdm_runtime.model.loaded_model import LoadedModel, denoise
 from tdm_runtime.model.text_encoder import stacked
 from tdm_runtime.params import SamplingParams
-from tdm_runtime.sampling.noise import initial_noise
+from tdm_runtime.sampling.noise import SeedNoise
 from tdm_runtime.sampling.sampler import solve
 
 PeerBackend = Literal["stock-fp32", "stock-bf16", "ours"]
@@ -88,17 +88,21 @@ def generate_batch(model: LoadedModel, batch: Sequence[SamplingParams]) -> list[
     for params in batch:
         model.check(params)
     first = batch[0]
-    table = model.recipe.step_tables[first.num_inference_steps]
+    table = model.recipe.step_table(first.num_inference_steps, first.width, first.height)
     device = model.denoiser.device
     shape = (1, *model.latent_shape(first))
     prompt = stacked([model.conditioning(model.text_encoder.encode(params.prompt), params) for params in batch])
     step_counts = torch.full((len(batch),), first.num_inference_steps, device=device)
-    noise = torch.cat([initial_noise(params.seed, shape) for params in batch])
+    noises = [SeedNoise(params.seed, shape) for params in batch]
 
     def predict(latents: Tensor, timesteps: Tensor) -> Tensor:
         return denoise([model] * len(batch), latents, timesteps, step_counts, prompt)
 
-    *_, (latents, _) = solve(table, noise.to(device), predict)
+    def step_noise(step_index: int) -> Tensor:
+        return torch.cat([noise.of_step(step_index) for noise in noises])
+
+    initial = torch.cat([noise.initial() for noise in noises])
+    *_, (latents, _) = solve(table, initial.to(device), predict, step_noise)
     return list(model.decoders[first.decoder].decode(latents))
 
 

@@ -109,7 +109,10 @@ class Checkpoint:
 
         model = self._load_model(self.family.denoiser_folder, getattr(diffusers, self.family.denoiser_class))
         denoiser = self.family.adapter(model.eval())
-        self._check_step_condition(denoiser.condition_dim)
+        if self.recipe.guidance_scale is not None:
+            denoiser.read_guidance()
+        else:
+            self._check_step_condition(denoiser.condition_dim)
         return denoiser
 
     def load_vae(self) -> Any:

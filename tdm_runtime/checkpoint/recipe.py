@@ -9,19 +9,26 @@ import json
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args
 
 from tdm_runtime.checkpoint.size_rule import SizeRule, parse_size_rule
 from tdm_runtime.errors import RecipeError
-from tdm_runtime.sampling.schedule import DiffusionSchedule, FlowSchedule, NoiseSchedule, as_array
+from tdm_runtime.sampling.schedule import (
+    DiffusionSchedule,
+    FlowSchedule,
+    NoiseSchedule,
+    TrigFlowSchedule,
+    as_array,
+)
+from tdm_runtime.sampling.size_shift import SizeShift
+from tdm_runtime.sampling.solvers import SOLVERS, Solver
 from tdm_runtime.sampling.step_table import (
+    LCM_TIMESTEP_SCALING,
     PREDICTION_TYPES,
-    SOLVERS,
     PredictionType,
-    Solver,
     StepTable,
     build_step_table,
 )
@@ -29,7 +36,16 @@ from tdm_runtime.sampling.step_table import (
 RECIPE_FILE = "tdm_recipe.json"
 RECIPE_FORMAT = 1
 StepConditionKind = Literal["none", "timestep_cond"]
-MAX_STEPS = 8
+MAX_STEPS = 16
+SCHEDULES: Mapping[str, type[NoiseSchedule]] = {
+    "diffusion": DiffusionSchedule,
+    "flow": FlowSchedule,
+    "trigflow": TrigFlowSchedule,
+}
+"""Kind in the file -> class."""
+FIRST_FIELDS = ("step_condition", "files")
+"""Optional fields that the file always has. The others are left out of it at their default."""
+MAX_KEPT_TABLES = 1024
 
 
 @dataclass(frozen=True)
@@ -54,25 +70,86 @@ class Recipe:
     files: Mapping[str, str] = field(default_factory=dict)
     """Weight file, relative to the checkpoint folder -> its sha256."""
 
+    sigmas: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
+    """Step count K -> K + 1 noise levels, falling: where the steps start, and where the last one lands. Ratios of noise
+    to signal for a diffusion schedule, sigmas in [0, 1] for a flow. Step counts that are absent start at the levels of
+    their timesteps; with sigmas, timesteps are only what the denoiser receives."""
+    next_timesteps: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
+    """Step count K -> the timestep where each of its steps lands; below 0 is the clean end. Absent step counts land at
+    the next timestep, and the last step at the clean end."""
+    size_shift: SizeShift | None = None
+    """Rule that shifts a flow's timesteps by the size of the picture; `timesteps` are those before the shift."""
+    initial_scale: float | Literal["sigma"] = 1.0
+    """The sampler starts from unit noise times this factor; "sigma" is the noise level of the first step."""
+    eta: float = 0.0
+    """tcd only: how stochastic each step is, from 0 to 1; see `build_step_table`."""
+    timestep_scaling: float = LCM_TIMESTEP_SCALING
+    """lcm only: scales the timesteps in the boundary scalings."""
+    guidance_scale: float | None = None
+    """Guidance scale that the denoiser reads as an input; None where it reads none."""
+
     @property
     def step_counts(self) -> tuple[int, ...]:
         """Step counts the checkpoint serves, rising."""
         return tuple(sorted(self.timesteps))
 
+    def step_table(self, num_inference_steps: int, width: int, height: int) -> StepTable:
+        """Return the step table of a step count at a size in pixels. Tables are kept.
+
+        Raises:
+            KeyError: the recipe does not have the step count.
+            RecipeError: a table cannot be built for this size.
+        """
+        shift = self.size_shift
+        mu = None if shift is None else shift.mu_of(num_inference_steps, width, height)
+        key = num_inference_steps, mu
+        table = self._tables.get(key)
+        if table is None:
+            if len(self._tables) >= MAX_KEPT_TABLES:
+                self._tables.clear()
+            table = self._tables[key] = self._build_table(num_inference_steps, mu)
+        return table
+
     @cached_property
-    def step_tables(self) -> Mapping[int, StepTable]:
-        """Step count K -> its step table."""
-        return {
-            steps: build_step_table(self.noise_schedule, self.prediction_type, self.solver, as_array(timesteps))
-            for steps, timesteps in self.timesteps.items()
-        }
+    def _tables(self) -> dict[tuple[int, float | None], StepTable]:
+        return {}
+
+    def _build_table(self, steps: int, mu: float | None) -> StepTable:
+        timesteps = as_array(self.timesteps[steps])
+        if self.size_shift is not None and mu is not None and isinstance(self.noise_schedule, FlowSchedule):
+            total = self.noise_schedule.num_train_timesteps
+            timesteps = total * self.size_shift.shifted(timesteps / total, mu)
+        landings, sigmas = self.next_timesteps.get(steps), self.sigmas.get(steps)
+        return build_step_table(
+            self.noise_schedule,
+            self.prediction_type,
+            self.solver,
+            timesteps,
+            next_timesteps=None if landings is None else as_array(landings),
+            sigmas=None if sigmas is None else as_array(sigmas),
+            initial_scale=self.initial_scale,
+            eta=self.eta,
+            timestep_scaling=self.timestep_scaling,
+        )
 
     def to_json(self) -> str:
-        """The text of `tdm_recipe.json`."""
+        """The text of `tdm_recipe.json`. Optional fields beyond the first ones are left out at their default."""
         raw = asdict(self)
-        kind = "flow" if isinstance(self.noise_schedule, FlowSchedule) else "diffusion"
+        for f in fields(self):
+            if f.name in OPTIONAL_FIELDS - set(FIRST_FIELDS) and getattr(self, f.name) == _default(f.name):
+                del raw[f.name]
+        kind = next(kind for kind, schedule in SCHEDULES.items() if isinstance(self.noise_schedule, schedule))
         raw["noise_schedule"] = {"kind": kind, **raw["noise_schedule"]}
         return json.dumps({"format": RECIPE_FORMAT, **raw}, indent=2) + "\n"
+
+
+def _default(name: str) -> Any:
+    """Return the default of an optional field of `Recipe`."""
+    found = next(f for f in fields(Recipe) if f.name == name)
+    return found.default if found.default_factory is MISSING else found.default_factory()
+
+
+OPTIONAL_FIELDS = {f.name for f in fields(Recipe) if (f.default, f.default_factory) != (MISSING, MISSING)}
 
 
 def load_recipe(folder: Path) -> Recipe:
@@ -115,24 +192,53 @@ def parse_recipe(raw: Any) -> Recipe:
     known = {f.name for f in fields(Recipe)} | {"format"}
     if unknown := sorted(set(raw) - known):
         raise RecipeError(f"unknown fields {unknown}; this version knows {sorted(known)}")
-    if missing := sorted(known - {"size_rule", "step_condition", "files"} - set(raw)):
+    if missing := sorted(known - OPTIONAL_FIELDS - set(raw)):
         raise RecipeError(f"missing fields {missing}")
+    timesteps = _parse_lists(raw, "timesteps")
     recipe = Recipe(
         name=_text(raw, "name"),
         prediction_type=_choice(raw, "prediction_type", PREDICTION_TYPES),
         noise_schedule=_parse_schedule(raw["noise_schedule"]),
         solver=_choice(raw, "solver", SOLVERS),
-        timesteps=_parse_timesteps(raw["timesteps"]),
+        timesteps=timesteps,
         default_steps=raw["default_steps"],
         native_sizes=_parse_sizes(raw["native_sizes"]),
         size_rule=None if raw.get("size_rule") is None else parse_size_rule(raw["size_rule"]),
         step_condition=_choice(raw, "step_condition", get_args(StepConditionKind), default="none"),
         files=_parse_files(raw.get("files", {})),
+        sigmas=_parse_lists(raw, "sigmas", of=timesteps, more=1),
+        next_timesteps=_parse_lists(raw, "next_timesteps", of=timesteps),
+        size_shift=_parse_size_shift(raw.get("size_shift")),
+        initial_scale="sigma" if raw.get("initial_scale") == "sigma" else _number(raw, "initial_scale", 0.0, 1000.0),
+        eta=_number(raw, "eta", 0.0, 1.0),
+        timestep_scaling=_number(raw, "timestep_scaling", 1.0, 1000.0),
+        guidance_scale=None if raw.get("guidance_scale") is None else _number(raw, "guidance_scale", 0.0, 100.0),
     )
+    _check_fit(recipe)
     if not _is_whole(recipe.default_steps) or recipe.default_steps not in recipe.timesteps:
         raise RecipeError(f"default_steps is {recipe.default_steps!r}, not one of {list(recipe.step_counts)}")
-    _ = recipe.step_tables  # fail here, not at the first request, if a table cannot be built
+    for steps in recipe.step_counts:  # fail here, not at the first request, if a table cannot be built
+        for width, height in recipe.native_sizes:
+            recipe.step_table(steps, width, height)
     return recipe
+
+
+def _check_fit(recipe: Recipe) -> None:
+    """Check that no field is set that the others leave unread."""
+    if recipe.size_shift is not None:
+        if not isinstance(recipe.noise_schedule, FlowSchedule):
+            raise RecipeError("size_shift is set, but noise_schedule is no flow; a size shifts flows only")
+        if recipe.sigmas or recipe.next_timesteps:
+            raise RecipeError(
+                "size_shift is set beside sigmas or next_timesteps; it reads timesteps only, leave them out"
+            )
+    if recipe.eta != 0.0 and recipe.solver != "tcd":
+        raise RecipeError(f"eta is {recipe.eta}, but solver {recipe.solver!r} reads none; leave it out, or use tcd")
+    if recipe.timestep_scaling != LCM_TIMESTEP_SCALING and recipe.solver != "lcm":
+        raise RecipeError(
+            f"timestep_scaling is {recipe.timestep_scaling}, but solver {recipe.solver!r} reads none; "
+            "leave it out, or use lcm"
+        )
 
 
 def _is_whole(value: object) -> bool:
@@ -153,30 +259,66 @@ def _choice(raw: Mapping[str, Any], name: str, allowed: tuple[str, ...], default
     return value
 
 
+def _number(raw: Mapping[str, Any], name: str, low: float, high: float) -> float:
+    """Return an optional number; its default where the file has none."""
+    value = raw.get(name, _default(name))
+    if type(value) not in (int, float) or not low <= value <= high:
+        raise RecipeError(f"{name} is {value!r}; it must be a number from {low:g} to {high:g}")
+    return float(value)
+
+
 def _parse_schedule(raw: Any) -> NoiseSchedule:
-    if not isinstance(raw, dict) or raw.get("kind") not in ("diffusion", "flow"):
-        raise RecipeError(f"noise_schedule must be an object whose kind is diffusion or flow, got {raw!r}")
+    if not isinstance(raw, dict) or raw.get("kind") not in tuple(SCHEDULES):
+        raise RecipeError(f"noise_schedule must be an object whose kind is {_either(SCHEDULES)}, got {raw!r}")
     parameters = {key: value for key, value in raw.items() if key != "kind"}
     try:
-        return DiffusionSchedule(**parameters) if raw["kind"] == "diffusion" else FlowSchedule(**parameters)
+        return SCHEDULES[raw["kind"]](**parameters)
     except (TypeError, RecipeError) as error:  # a TypeError is a parameter that the schedule does not have
         raise RecipeError(f"noise_schedule {raw!r} cannot be honoured: {error}") from None
 
 
-def _parse_timesteps(raw: Any) -> Mapping[int, tuple[float, ...]]:
-    if not isinstance(raw, dict) or not raw:
-        raise RecipeError(f"timesteps must map each step count to its list of timesteps, got {raw!r}")
-    timesteps = {}
-    for key, values in raw.items():
+def _parse_size_shift(raw: Any) -> SizeShift | None:
+    if raw is None:
+        return None
+    if not isinstance(raw, dict):
+        raise RecipeError(f"size_shift must be an object, got {raw!r}")
+    try:
+        return SizeShift(**raw)
+    except (TypeError, RecipeError) as error:  # a TypeError is a parameter that the rule does not have
+        raise RecipeError(f"size_shift {raw!r} cannot be honoured: {error}") from None
+
+
+def _either(names: Mapping[str, object]) -> str:
+    *rest, last = names
+    return f"{', '.join(rest)} or {last}"
+
+
+def _parse_lists(
+    raw: Mapping[str, Any], name: str, of: Mapping[int, object] | None = None, more: int = 0
+) -> Mapping[int, tuple[float, ...]]:
+    """Return a map from step counts K to lists of K + `more` numbers.
+
+    Args:
+        of: step counts that may be listed, and none of which must be; None if any may be, and one must be.
+    """
+    lists = raw.get(name, {})
+    if not isinstance(lists, dict) or (of is None and not lists):
+        raise RecipeError(f"{name} must map each step count to its list of {name}, got {lists!r}")
+    parsed = {}
+    for key, values in lists.items():
         if key not in map(str, range(1, MAX_STEPS + 1)):
-            raise RecipeError(f"timesteps has the step count {key!r}; whole numbers from 1 to {MAX_STEPS} are served")
+            raise RecipeError(f"{name} has the step count {key!r}; whole numbers from 1 to {MAX_STEPS} are served")
+        if of is not None and int(key) not in of:
+            raise RecipeError(f"{name} has the step count {key!r}, which timesteps lacks; list it there too")
         is_numbers = isinstance(values, list) and all(
             type(v) in (int, float) and abs(v) <= sys.float_info.max for v in values
         )
-        if not is_numbers or len(values) != int(key):
-            raise RecipeError(f"timesteps of {key} steps must be a list of {key} finite numbers, got {values!r}")
-        timesteps[int(key)] = tuple(float(v) for v in values)
-    return timesteps
+        if not is_numbers or len(values) != int(key) + more:
+            raise RecipeError(
+                f"{name} of {key} steps must be a list of {int(key) + more} finite numbers, got {values!r}"
+            )
+        parsed[int(key)] = tuple(float(v) for v in values)
+    return parsed
 
 
 def _parse_sizes(raw: Any) -> tuple[tuple[int, int], ...]:

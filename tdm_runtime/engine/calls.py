@@ -16,7 +16,7 @@ from tdm_runtime.model.decoder import Pixels
 from tdm_runtime.model.loaded_model import denoise
 from tdm_runtime.model.text_encoder import stacked
 from tdm_runtime.params import DecoderName
-from tdm_runtime.sampling.noise import initial_noise
+from tdm_runtime.sampling.noise import SeedNoise
 from tdm_runtime.sampling.sampler import apply_step, gather_rows
 
 logger = logging.getLogger(__name__)
@@ -77,8 +77,9 @@ class ModelCalls:
                 sample.prompt = prompt
                 sample.conditioning = sample.model.conditioning(prompt, sample.params)
         for sample in samples:
-            noise = initial_noise(sample.params.seed, sample.denoise.kind.shape, sample.params.noise_angle)
-            sample.latents = (sample.table.initial_scale * noise).to(sample.model.denoiser.device)
+            sample.noise = SeedNoise(sample.params.seed, sample.denoise.kind.shape, sample.params.noise_angle)
+            start = sample.table.initial_scale * sample.noise.initial()
+            sample.latents = start.to(sample.model.denoiser.device)
             sample.denoised = torch.zeros_like(sample.latents)
         return [None] * len(samples)
 
@@ -93,7 +94,7 @@ class ModelCalls:
         needs_previous = any(s.table.c[s.step_index] for s in samples)
         previous = _stacked([s.denoised for s in samples]) if needs_previous else None
         model_output = denoise([s.model for s in samples], latents, rows[:, 0], step_counts, prompt)
-        latents, denoised = apply_step(rows, latents, model_output, previous)
+        latents, denoised = apply_step(rows, latents, model_output, previous, _fresh_noise(samples, device))
         is_finite = torch.isfinite(latents.flatten(1).sum(1)).tolist()
         return [
             (latents[n], denoised[n])
@@ -105,6 +106,21 @@ class ModelCalls:
 
 def _decoded(sample: Sample, decoder: DecoderName, latents: Sequence[Tensor | None]) -> list[Pixels | TDMError]:
     return list(sample.model.decoders[decoder].decode(_stacked(latents)))
+
+
+def _fresh_noise(samples: Sequence[Sample], device: torch.device) -> Tensor | None:
+    """Return the noise of each sample's step, [B, ...]; None if no step takes any.
+
+    Samples whose step takes none have their latents there: anything finite will do, and nothing is drawn or copied.
+    """
+    if not any(s.table.d[s.step_index] for s in samples):
+        return None
+    return _stacked(
+        [
+            s.noise.of_step(s.step_index).to(device) if s.noise is not None and s.table.d[s.step_index] else s.latents
+            for s in samples
+        ]
+    )
 
 
 def _stacked(tensors: Sequence[Tensor | None]) -> Tensor:

@@ -13,6 +13,7 @@ from tdm_runtime.model.decoder import Pixels
 from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.model.text_encoder import PromptEmbedding
 from tdm_runtime.params import SamplingParams
+from tdm_runtime.sampling.noise import SeedNoise
 from tdm_runtime.sampling.step_table import StepTable
 from tdm_runtime.scheduling.work import Work
 
@@ -80,6 +81,8 @@ class Sample(Work):
     """[C, H, W] or [C, F, H, W]; None until the first step is due."""
     denoised: Tensor | None = None
     """Denoised estimate of the previous step, same shape as latents."""
+    noise: SeedNoise | None = None
+    """Noise of its seed; it draws when a step takes some. None until the first step is due."""
     prompt: PromptEmbedding | None = None
     conditioning: Conditioning | None = None
     """What the denoiser reads of prompt and size; None until the first step is due."""
@@ -87,8 +90,9 @@ class Sample(Work):
 
     @property
     def table(self) -> StepTable:
-        """Step table of its step count."""
-        return self.model.recipe.step_tables[self.params.num_inference_steps]
+        """Step table of its step count and size."""
+        params = self.params
+        return self.model.recipe.step_table(params.num_inference_steps, params.width, params.height)
 
     @property
     def step_index(self) -> int:

@@ -85,7 +85,8 @@ def _denoise(engine: DiffusionEngine, model: LoadedModel, params: SamplingParams
     """Return a function that calls the denoiser with a number of samples."""
     device, steps, count = model.denoiser.device, params.num_inference_steps, engine.config.max_batch_size
     latents = torch.randn(count, *model.latent_shape(params)).to(device)
-    timesteps = torch.full((count,), float(model.recipe.step_tables[steps].timesteps[0]), device=device)
+    table = model.recipe.step_table(steps, params.width, params.height)
+    timesteps = torch.full((count,), float(table.timesteps[0]), device=device)
     step_counts = torch.full((count,), steps, device=device)
     prompts: list[Conditioning] = []
     engine.run_on_thread(lambda: prompts.append(model.conditioning(model.text_encoder.encode(params.prompt), params)))

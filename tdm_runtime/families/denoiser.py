@@ -131,6 +131,9 @@ class Denoiser(nn.Module, ABC):
         """
         return {}
 
+    def read_guidance(self) -> None:
+        """Make the guidance scale an input, because the recipe names one. Most models that read it always do."""
+
     def add_step_condition(self, dim: int = 256) -> None:
         """Give the model an input for K that changes no output yet. A model that has such an input keeps it.
 

@@ -24,7 +24,8 @@ class SDXLDenoiser(UNetDenoiser):
     def conditioning_inputs(self, tokens: int | str) -> Mapping[str, tuple[DType, Sequence[int | str]]]:
         config = self.model.config
         pooled_dim = config.projection_class_embeddings_input_dim - TIME_IDS * config.addition_time_embed_dim
-        return {"pooled_prompt_embeds": ("float32", (pooled_dim,)), "time_ids": ("float32", (TIME_IDS,))}
+        inputs: dict[str, tuple[DType, Sequence[int | str]]] = {"pooled_prompt_embeds": ("float32", (pooled_dim,))}
+        return inputs | {"time_ids": ("float32", (TIME_IDS,))} | dict(super().conditioning_inputs(tokens))
 
     def _added_conditions(self, prompt: Conditioning) -> dict[str, Tensor]:
         return {

@@ -220,7 +220,8 @@ def picture_seconds(model: LoadedModel) -> float:
     device = model.denoiser.device
     prompt = model.conditioning(model.text_encoder.encode(params.prompt), params)
     latents = torch.zeros(1, *model.latent_shape(params), device=device)
-    timesteps = torch.full((1,), recipe.step_tables[recipe.default_steps].timesteps[0], dtype=torch.float32).to(device)
+    first_timestep = recipe.step_table(recipe.default_steps, width, height).timesteps[0]
+    timesteps = torch.full((1,), first_timestep, dtype=torch.float32).to(device)
     step_counts = torch.tensor([recipe.default_steps], device=device)
     step = partial(denoise, [model], latents, timesteps, step_counts, prompt)
     decode = partial(model.decoders["full"].decode, latents)

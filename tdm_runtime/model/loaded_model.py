@@ -72,10 +72,12 @@ class LoadedModel:
 
     def conditioning(self, prompt: PromptEmbedding, params: SamplingParams) -> Conditioning:
         """Return what the denoiser reads about a request beside latents, timesteps and K: a batch of one."""
-        time_ids = self.family.time_ids(params.width, params.height)
-        if time_ids is None:
-            return prompt.conditioning
-        return replace(prompt.conditioning, time_ids=torch.tensor([time_ids], device=self.denoiser.device))
+        found, device = prompt.conditioning, self.denoiser.device
+        if (time_ids := self.family.time_ids(params.width, params.height)) is not None:
+            found = replace(found, time_ids=torch.tensor([time_ids], device=device))
+        if self.recipe.guidance_scale is not None:
+            found = replace(found, guidance=torch.tensor([self.recipe.guidance_scale], device=device))
+        return found
 
     def check(self, params: SamplingParams) -> None:
         """Check that this model serves a request.

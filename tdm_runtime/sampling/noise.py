@@ -1,4 +1,8 @@
-"""Initial noise of a request: a function of its seed, the same alone and in a batch."""
+"""Noise of a request: a function of its seed alone, so the same alone and in a batch.
+
+A request's generator draws as stock pipelines draw: first the initial latents, then one noise of the same shape for
+each step, in order.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +12,53 @@ import torch
 from torch import Tensor
 
 
-def initial_noise(seed: int, shape: tuple[int, ...], angle: float = 0.0) -> Tensor:
-    """Return unit normal noise, float32 on the CPU, the same bits for the same seed, shape and angle.
+class SeedNoise:
+    """Unit normal noise of one seed, float32 on the CPU: d_0, d_1, d_2, ... are the draws of its generator.
 
-    A seed has a circle of noises, cos(angle) first + sin(angle) second; its generator draws first, then second. Both
-    are independent and unit normal, and cos^2 + sin^2 = 1, so the noise at every angle is unit normal too.
+    At angle 0 the initial latents are d_0 and the noise of step j is d_{j+1}. A seed has a circle of noises: the angle
+    turns the first two draws, so that the initial latents are cos(angle) d_0 + sin(angle) d_1 and the noise of step 0
+    is cos(angle) d_1 - sin(angle) d_0. The noise of later steps does not depend on the angle. At every angle all of
+    them are unit normal and independent, and pictures at near angles are alike.
 
-    Args:
-        angle: In radians; 0 gives the first noise.
+    It holds a generator and no tensor. The same noise may be asked for again, as after a call that failed.
     """
-    generator = torch.Generator().manual_seed(seed)
-    first = torch.randn(shape, generator=generator, dtype=torch.float32)
-    if angle == 0.0:
-        return first
-    second = torch.randn(shape, generator=generator, dtype=torch.float32)
-    return math.cos(angle) * first + math.sin(angle) * second
+
+    def __init__(self, seed: int, shape: tuple[int, ...], angle: float = 0.0) -> None:
+        """
+        Args:
+            shape: Of each noise.
+            angle: In radians.
+        """
+        self._seed, self._shape, self._angle = seed, shape, angle
+        self._generator = torch.Generator()
+        self._next_draw: int | None = None
+        """Number of the draw that the generator makes next; None before it is seeded."""
+
+    def initial(self) -> Tensor:
+        """Return the noise that the latents start from."""
+        first = self._draw(0)
+        if self._angle == 0.0:
+            return first
+        return math.cos(self._angle) * first + math.sin(self._angle) * self._draw(1)
+
+    def of_step(self, step_index: int) -> Tensor:
+        """Return the fresh noise of a step."""
+        if step_index > 0 or self._angle == 0.0:
+            return self._draw(step_index + 1)
+        first, second = self._draw(0), self._draw(1)
+        return math.cos(self._angle) * second - math.sin(self._angle) * first
+
+    def _draw(self, number: int) -> Tensor:
+        if self._next_draw is None or number < self._next_draw:
+            self._generator.manual_seed(self._seed)
+            self._next_draw = 0
+        while True:
+            drawn = torch.randn(self._shape, generator=self._generator, dtype=torch.float32)
+            self._next_draw += 1
+            if self._next_draw > number:
+                return drawn
+
+
+def initial_noise(seed: int, shape: tuple[int, ...], angle: float = 0.0) -> Tensor:
+    """Return the noise that the latents of a request start from; see `SeedNoise`."""
+    return SeedNoise(seed, shape, angle).initial()

@@ -1,6 +1,6 @@
 """Noise schedules: how much signal and noise a timestep holds. Pure float64 numpy.
 
-Everywhere x_t = alpha_t * x_0 + sigma_t * noise. Diffusion schedules have alpha^2 + sigma^2 = 1
+Everywhere x_t = alpha_t * x_0 + sigma_t * noise. Diffusion and TrigFlow schedules have alpha^2 + sigma^2 = 1
 (variance preserving), flow schedules alpha + sigma = 1.
 """
 
@@ -95,6 +95,11 @@ class DiffusionSchedule:
         squared = np.where(timesteps < 0, 1.0, squared)
         return NoiseLevels(np.sqrt(squared), np.sqrt(1.0 - squared))
 
+    def levels_at(self, sigmas: Array) -> NoiseLevels:
+        """Noise levels at ratios of noise to signal, which diffusers' Euler and DPM-Solver++ call sigmas."""
+        alphas = 1.0 / np.sqrt(sigmas**2 + 1.0)
+        return NoiseLevels(alphas, sigmas * alphas)
+
     def _betas(self) -> Array:
         steps = self.num_train_timesteps
         if self.beta_schedule == "linear":
@@ -134,11 +139,43 @@ class FlowSchedule:
 
     def levels(self, timesteps: Array) -> NoiseLevels:
         """Noise levels at timesteps in [0, T]; they are sigma * T, so already shifted."""
-        sigmas = np.clip(timesteps / self.num_train_timesteps, 0.0, 1.0)
+        return self.levels_at(np.clip(timesteps / self.num_train_timesteps, 0.0, 1.0))
+
+    def levels_at(self, sigmas: Array) -> NoiseLevels:
+        """Noise levels at sigmas in [0, 1].
+
+        Raises:
+            RecipeError: a sigma is above 1.
+        """
+        if np.any(sigmas > 1.0):
+            raise RecipeError(f"sigmas of a flow schedule are at most 1, got {sigmas.tolist()}")
         return NoiseLevels(1.0 - sigmas, sigmas)
 
 
-NoiseSchedule = DiffusionSchedule | FlowSchedule
+@dataclass(frozen=True)
+class TrigFlowSchedule:
+    """TrigFlow (Lu and Song 2024, "Simplifying, Stabilizing and Scaling...", eq. 5): x_t = cos(t) x_0 + sin(t) noise.
+
+    Timesteps are angles. Latents are in units of the data's standard deviation, so that unit noise starts a sampler.
+    """
+
+    @property
+    def max_timestep(self) -> float:
+        """The noisiest timestep: pi / 2 as SANA-Sprint rounds it."""
+        return 1.5708
+
+    def levels(self, timesteps: Array) -> NoiseLevels:
+        """Noise levels at angles in [0, pi / 2]."""
+        return NoiseLevels(np.cos(timesteps), np.sin(timesteps))
+
+    def levels_at(self, sigmas: Array) -> NoiseLevels:
+        """Noise levels at angles, as `levels`: TrigFlow counts both by the angle."""
+        return self.levels(sigmas)
+
+
+NoiseSchedule = DiffusionSchedule | FlowSchedule | TrigFlowSchedule
+TeacherSchedule = DiffusionSchedule | FlowSchedule
+"""Schedules of the teachers that training starts from."""
 Spacing = Literal["linspace", "leading", "trailing"]
 
 

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tdm_runtime.errors import RecipeError
 from tdm_runtime.families.conditioning import Conditioning
-from tdm_runtime.sampling.schedule import DiffusionSchedule, FlowSchedule, NoiseSchedule
-from tdm_runtime.sampling.step_table import PredictionType, Solver, StepTable, build_step_table, denoise_columns
+from tdm_runtime.sampling.schedule import DiffusionSchedule, FlowSchedule, TeacherSchedule
+from tdm_runtime.sampling.solvers import DeterministicSolver, Solver
+from tdm_runtime.sampling.step_table import PredictionType, StepTable, build_step_table, denoise_columns
 from training.methods.losses import ForwardKernel
 
 CleanEstimate = Callable[[Tensor, Tensor, Conditioning, Tensor | None], Tensor]
@@ -33,7 +36,7 @@ def level_columns(values: np.ndarray, like: Tensor) -> Tensor:
 class Coordinates:
     """The noise schedule of a denoiser, x_t = alpha_t x_0 + sigma_t noise, and its prediction type."""
 
-    schedule: NoiseSchedule
+    schedule: TeacherSchedule
     prediction_type: PredictionType
 
     @property
@@ -99,7 +102,12 @@ def build_trajectories(
 
     Args:
         timesteps: K -> its K timesteps, falling.
+
+    Raises:
+        RecipeError: the solver draws fresh noise, which a rollout gets by `renoise` only.
     """
+    if solver not in get_args(DeterministicSolver):
+        raise RecipeError(f"solver is {solver!r}; training rolls out by {', '.join(get_args(DeterministicSolver))}")
     tables = {
         k: build_step_table(
             coordinates.schedule, coordinates.prediction_type, solver, np.asarray(values, dtype=np.float64)

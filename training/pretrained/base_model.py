@@ -20,7 +20,7 @@ from tdm_runtime.checkpoint.pipeline_folder import family_of, load_text_encoders
 from tdm_runtime.errors import CheckpointError, RecipeError
 from tdm_runtime.families import Conditioning, Denoiser, Family, denoiser_for
 from tdm_runtime.families.latent_space import LatentGeometry
-from tdm_runtime.sampling.schedule import DiffusionSchedule, FlowSchedule, NoiseSchedule
+from tdm_runtime.sampling.schedule import DiffusionSchedule, FlowSchedule, TeacherSchedule
 from tdm_runtime.sampling.step_table import PREDICTION_TYPES, PredictionType
 
 
@@ -31,7 +31,7 @@ class BaseModel:
     family: Family
     denoiser: Denoiser
     """Denoiser in float32, in eval mode, on the CPU."""
-    noise_schedule: NoiseSchedule
+    noise_schedule: TeacherSchedule
     prediction_type: PredictionType
     geometry: LatentGeometry
     """Rule for the shape of the latents."""
@@ -79,7 +79,7 @@ def load_denoiser_model(folder: Path, class_name: str) -> Any:
     return model.float().eval()
 
 
-def _read_noise_schedule(folder: Path) -> tuple[NoiseSchedule, PredictionType]:
+def _read_noise_schedule(folder: Path) -> tuple[TeacherSchedule, PredictionType]:
     """Build our schedule from a diffusers scheduler. Its class fills in defaults that its config leaves out."""
     file = folder / "scheduler_config.json"
     name = str(read_json(file).get("_class_name"))

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT
 from tdm_runtime.checkpoint.recipe import RECIPE_FILE, Recipe, load_recipe, parse_recipe
 from tdm_runtime.errors import CheckpointError, RecipeError
 from tdm_runtime.sampling.schedule import DiffusionSchedule, FlowSchedule, flow_timesteps, spaced_timesteps
-from tdm_runtime.sampling.step_table import build_step_table
+from tdm_runtime.sampling.size_shift import SizeShift
+from tdm_runtime.sampling.step_table import COLUMNS, build_step_table
 
 DIFFUSION = Recipe(
     name="tdm-emoji",
@@ -31,7 +34,7 @@ FLOW = Recipe(
     prediction_type="flow_prediction",
     noise_schedule=FlowSchedule(shift=3.0),
     solver="dpmsolver++",
-    timesteps={k: tuple(flow_timesteps(FlowSchedule(shift=3.0), k)) for k in range(1, 9)},
+    timesteps={k: tuple(flow_timesteps(FlowSchedule(shift=3.0), k)) for k in (*range(1, 9), 16)},
     default_steps=1,
     native_sizes=((1024, 1024),),
 )
@@ -47,12 +50,13 @@ def test_a_recipe_is_read_as_it_was_written(recipe: Recipe, tmp_path: Path) -> N
 
 @both_recipes
 def test_a_recipe_holds_one_table_for_every_step_count(recipe: Recipe) -> None:
-    assert recipe.step_counts == tuple(sorted(recipe.step_tables))
-    for steps, table in recipe.step_tables.items():
+    for steps in recipe.step_counts:
+        table = recipe.step_table(steps, *recipe.native_sizes[0])
+        assert table is recipe.step_table(steps, *recipe.native_sizes[-1])
         timesteps = np.array(recipe.timesteps[steps])
         expected = build_step_table(recipe.noise_schedule, recipe.prediction_type, recipe.solver, timesteps)
         assert table.num_inference_steps == steps
-        for column in ("timesteps", "p", "q", "a", "b", "c"):
+        for column in COLUMNS:
             np.testing.assert_array_equal(getattr(table, column), getattr(expected, column))
 
 
@@ -64,6 +68,41 @@ def test_a_recipe_may_omit_step_condition_and_files() -> None:
 
 def test_a_schedule_may_omit_values_with_a_default() -> None:
     assert parse_recipe({**raw_recipe(), "noise_schedule": {"kind": "diffusion"}}).noise_schedule == DiffusionSchedule()
+
+
+FULL = Recipe(
+    name="full",
+    prediction_type="flow_prediction",
+    noise_schedule=FlowSchedule(),
+    solver="renoise",
+    timesteps={2: (1000.0, 500.0)},
+    default_steps=2,
+    native_sizes=((1024, 1024), (512, 768)),
+    size_shift=SizeShift("flux2", terminal=0.1),
+    initial_scale="sigma",
+    guidance_scale=3.5,
+)
+
+
+def test_new_fields_are_read_as_they_were_written() -> None:
+    lists = replace(FULL, size_shift=None, sigmas={2: (0.99, 0.4, 0.0)})
+    landings = replace(DIFFUSION, solver="tcd", eta=0.3, next_timesteps={1: (0.0,)}, initial_scale=0.5)
+    for recipe in (FULL, lists, landings, replace(DIFFUSION, solver="lcm", timestep_scaling=5.0)):
+        assert parse_recipe(json.loads(recipe.to_json())) == recipe
+
+
+def test_the_embedded_recipe_keeps_its_bytes() -> None:
+    """Receipts hold a digest of the file."""
+    file = DEFAULT_CHECKPOINT / RECIPE_FILE
+    assert load_recipe(DEFAULT_CHECKPOINT).to_json() == file.read_text(encoding="utf-8")
+
+
+def test_tables_of_a_size_shift_depend_on_the_size() -> None:
+    """The numbers are those of FLUX.2-klein, computed by diffusers' compute_empirical_mu."""
+    recipe = replace(FULL, solver="euler", size_shift=SizeShift("flux2"))
+    np.testing.assert_allclose(recipe.step_table(2, 1024, 1024).timesteps, [1000.0, 909.111], atol=1e-3)
+    assert recipe.step_table(2, 512, 512).timesteps[1] < 909.0
+    assert recipe.step_table(2, 1024, 512) is recipe.step_table(2, 512, 1024)
 
 
 def raw_recipe(recipe: Recipe = DIFFUSION) -> dict[str, Any]:
@@ -115,7 +154,7 @@ BAD_FIELDS: list[tuple[str, Any, str]] = [
     ("timesteps", {}, "{}"),
     ("timesteps", [T4], "[[999, 749, 499, 249]]"),
     ("timesteps", {"4": T4, "0": []}, "'0'"),
-    ("timesteps", {"4": T4, "9": list(range(9, 0, -1))}, "'9'"),
+    ("timesteps", {"4": T4, "17": list(range(17, 0, -1))}, "'17'"),
     ("timesteps", {"4": T4, "x": [999]}, "'x'"),
     ("timesteps", {"4": T4, "-1": [999]}, "'-1'"),
     ("timesteps", {"4": T4, "1.0": [999]}, "'1.0'"),
@@ -141,6 +180,35 @@ BAD_FIELDS: list[tuple[str, Any, str]] = [
     ("default_steps", 4.0, "4.0"),
     ("default_steps", None, "None"),
     ("default_steps", [4], "[4]"),
+    ("sigmas", {"3": [4, 3, 2, 1]}, "'3'"),
+    ("sigmas", {"1": [1.0]}, "[1.0]"),
+    ("sigmas", {"1": [1.0, 2.0]}, "[1.0, 2.0]"),
+    ("sigmas", {"1": [1.0, -1.0]}, "[1.0, -1.0]"),
+    ("sigmas", {"1": [math.nan, 0.0]}, "[nan, 0.0]"),
+    ("sigmas", [1.0], "[1.0]"),
+    ("next_timesteps", {"3": [1, 2, 3]}, "'3'"),
+    ("next_timesteps", {"1": [499, 249]}, "[499, 249]"),
+    ("next_timesteps", {"1": [1000]}, "[1000.0]"),
+    ("size_shift", 3.0, "3.0"),
+    ("size_shift", {"mu": "flux3"}, "'flux3'"),
+    ("size_shift", {"mu": "flux2"}, "no flow"),
+    ("size_shift", {"shift": 3.0}, "'shift'"),
+    ("size_shift", {"base_tokens": 0}, "base_tokens is 0"),
+    ("size_shift", {"max_tokens": 128}, "max_tokens is 128"),
+    ("size_shift", {"base_shift": "1"}, "base_shift is '1'"),
+    ("size_shift", {"terminal": 1.0}, "terminal is 1.0"),
+    ("size_shift", {"curve": "cubic"}, "'cubic'"),
+    ("initial_scale", "unit", "'unit'"),
+    ("initial_scale", -1, "-1"),
+    ("initial_scale", math.inf, "inf"),
+    ("initial_scale", None, "None"),
+    ("eta", 1.5, "1.5"),
+    ("eta", "0.3", "'0.3'"),
+    ("eta", 0.3, "0.3"),  # the solver is ddim
+    ("timestep_scaling", 0, "0"),
+    ("timestep_scaling", 5.0, "5.0"),  # the solver is ddim
+    ("guidance_scale", -1, "-1"),
+    ("guidance_scale", "4.5", "'4.5'"),
     ("native_sizes", [], "[]"),
     ("native_sizes", [64, 64], "[64, 64]"),
     ("native_sizes", [[64]], "[[64]]"),

@@ -30,6 +30,7 @@ from tdm_runtime.model.text_encoder import PromptEmbedding, TextEncoder
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.pipeline import generate
 from tdm_runtime.sampling.noise import initial_noise
+from tdm_runtime.sampling.solvers import Solver
 from tdm_runtime.scheduling.cost_model import CostModel, Kind
 
 MAX_LEVELS_APART = 2
@@ -251,6 +252,36 @@ def test_batched_equals_alone(any_model: LoadedModel, make_engine: MakeEngine) -
         assert_same_picture(batched, alone)
 
 
+@pytest.mark.parametrize("solver", ["renoise", "lcm"])
+def test_fresh_noise_is_the_same_alone_and_in_company(
+    solver: Solver, any_model: LoadedModel, make_engine: MakeEngine
+) -> None:
+    """Samples that draw noise share calls with samples that draw none, and at other steps."""
+    drawing = replace(any_model, recipe=replace(any_model.recipe, solver=solver))
+    engine, futures = make_engine(any_model), []
+    asked = [(model, request_for(any_model, seed, 4 - seed % 2)) for seed in range(4) for model in (drawing, any_model)]
+    for model, params in asked:
+        futures.append(engine.submit(params, model=model))
+        engine.step()
+    run_dry(engine)
+    for (model, params), future in zip(asked, futures, strict=True):
+        assert_same_picture(future.result(TIMEOUT_S).pixels, generate(model, params))
+
+
+def test_a_batch_that_fails_and_is_tried_again_draws_the_same_noise(
+    tiny_model: LoadedModel, make_engine: MakeEngine
+) -> None:
+    noisy = replace(tiny_model, recipe=replace(tiny_model.recipe, solver="renoise"))
+    model, _ = observed(noisy, refuse_marked)
+    engine = make_engine(model)
+    requests = [request_for(noisy, seed, steps) for seed, steps in enumerate((4, MARKED_STEPS, 2, 4))]
+    futures = engine.submit_all(requests)
+    run_dry(engine)
+    for params, future in zip(requests, futures, strict=True):
+        if params.num_inference_steps != MARKED_STEPS:
+            assert_same_picture(future.result(TIMEOUT_S).pixels, generate(noisy, params))
+
+
 def test_the_same_request_twice_makes_the_same_picture(any_model: LoadedModel, make_engine: MakeEngine) -> None:
     engine, params = make_engine(any_model), request_for(any_model, 5, 4)
     pictures = []
@@ -269,7 +300,7 @@ def test_initial_noise_is_bit_equal_in_any_batch(any_model: LoadedModel, make_en
     engine.step()
     [(batched, _)] = backend.calls
     for params, latents in zip(requests, batched, strict=True):
-        scale = any_model.recipe.step_tables[params.num_inference_steps].initial_scale
+        scale = any_model.recipe.step_table(params.num_inference_steps, params.width, params.height).initial_scale
         assert torch.equal(latents, scale * initial_noise(params.seed, any_model.latent_shape(params)))
         alone, reference = observed(any_model)
         generate(alone, params)

@@ -88,7 +88,7 @@ def scenes(model: LoadedModel) -> list[Tensor]:
 
 @torch.inference_mode()
 def _sampled(model: LoadedModel) -> Iterator[Tensor]:
-    table = model.recipe.step_tables[4]
+    table = model.recipe.step_table(4, 64, 64)
     for seed, prompt in enumerate(PROMPTS):
         shape = model.latent_shape(SamplingParams(prompt, seed, 4, 64, 64))
         conditioning = model.text_encoder.encode(prompt).conditioning

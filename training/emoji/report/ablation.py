@@ -21,7 +21,7 @@ from tdm_runtime.families.conditioning import Conditioning
 from tdm_runtime.model.decoder import Pixels, torch_decoder
 from tdm_runtime.sampling.noise import initial_noise
 from tdm_runtime.sampling.schedule import spaced_timesteps
-from tdm_runtime.sampling.step_table import Solver
+from tdm_runtime.sampling.solvers import DeterministicSolver
 from training.config import DistillConfig
 from training.emoji.data.scenes import caption
 from training.emoji.report.features import FeatureNetwork, features_of, load_features
@@ -197,7 +197,7 @@ def samplers_of(distiller: Distiller, student: CleanEstimate) -> dict[str, Sampl
     config = distiller.config
     is_stochastic = config.samples_with_noise
 
-    def sampler(steps: int, solver: Solver, *, stochastic: bool) -> Sampler:
+    def sampler(steps: int, solver: DeterministicSolver, *, stochastic: bool) -> Sampler:
         trajectories = trajectories_of(replace(config, step_counts=(steps,), solver=solver), COORDINATES)
         return Sampler(student, trajectories, steps, config.student_receives_k, stochastic)
 

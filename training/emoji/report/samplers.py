@@ -50,7 +50,7 @@ def pictures_with_k(
     With `k` = `steps` these are the served pictures, up to rounding.
     """
     width, height = model.recipe.native_sizes[0]
-    table, device = model.recipe.step_tables[steps], model.denoiser.device
+    table, device = model.recipe.step_table(steps, width, height), model.denoiser.device
     shape = model.latent_shape(SamplingParams(prompts[0], first_seed, steps, width, height))
     pictures: list[Pixels] = []
     for start in range(0, len(prompts), BATCH_SIZE):
