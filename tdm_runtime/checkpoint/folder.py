@@ -201,7 +201,7 @@ class Checkpoint:
         load = partial(
             model_class.from_pretrained,
             output_loading_info=True,
-            torch_dtype=torch.float32,
+            dtype=torch.float32,
             use_safetensors=True,
             local_files_only=True,
         )
@@ -294,18 +294,16 @@ def open_checkpoint(folder: Path, hashes: FileHashes | None = None) -> Checkpoin
     _refuse_pickles(folder)
     recipe = load_recipe(folder)
     hashes = FileHashes() if hashes is None else hashes
-    tiny_vae_files = TINY_VAE_FILES if (folder / TINY_VAE).is_dir() else ()
-    weights = weight_files(folder, family)
-    required = (*weights, *other_files(folder, family), *tiny_vae_files)
-    if missing := [name for name in required if not (folder / name).is_file()]:
-        raise CheckpointError(f"{folder} lacks {', '.join(missing)}; restore the folder from its source")
     # Shards and their index count too: the libraries would read them in place of the files listed.
-    found = {*weights, *_safetensors(folder)}
-    if recipe.files and (unlisted := sorted(found - set(recipe.files))):
+    if recipe.files and (unlisted := sorted(set(_safetensors(folder)) - set(recipe.files))):
         raise RecipeError(
             f"{folder / RECIPE_FILE} has no sha256 for {', '.join(unlisted[:3])}; publish the checkpoint anew, "
             "or remove what does not belong to it"
         )
+    tiny_vae_files = TINY_VAE_FILES if (folder / TINY_VAE).is_dir() else ()
+    required = (*weight_files(folder, family), *other_files(folder, family), *tiny_vae_files)
+    if missing := [name for name in required if not (folder / name).is_file()]:
+        raise CheckpointError(f"{folder} lacks {', '.join(missing)}; restore the folder from its source")
     for name, expected in recipe.files.items():
         _check_hash(folder, name, expected, hashes)
     return Checkpoint(folder, recipe, family, hashes)

@@ -101,7 +101,7 @@ def load_text_encoders(
     others = {name: None for name, value in index.items() if isinstance(value, list) and name not in there}
     load = partial(getattr(diffusers, index["_class_name"]).from_pretrained, **family.pipeline_options, **others)
     try:
-        pipeline = load(folder, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True)
+        pipeline = load(folder, dtype=torch.float32, use_safetensors=True, local_files_only=True)
     except Exception as error:  # the libraries raise many kinds; a user can do the same about all of them
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(

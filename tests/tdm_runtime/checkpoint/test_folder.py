@@ -294,8 +294,8 @@ def test_a_garbled_config_is_refused(folder: Path, name: str) -> None:
 def test_another_denoiser_class_is_refused(folder: Path) -> None:
     edit_json(folder / "model_index.json", unet=["diffusers", "FluxTransformer2DModel"])
     message = refusal(folder)
-    assert f"{folder / 'model_index.json'} names the denoiser 'FluxTransformer2DModel'" in message
-    assert "this version serves UNet2DConditionModel" in message
+    assert f"{folder / 'model_index.json'} says that unet is ['diffusers', 'FluxTransformer2DModel']" in message
+    assert "a StableDiffusionPipeline has a UNet2DConditionModel" in message
 
 
 def test_a_pipeline_of_no_known_family_is_refused(folder: Path) -> None:
