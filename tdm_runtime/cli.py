@@ -53,6 +53,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, help="drawn when absent, and printed")
     parser.add_argument("--steps", type=int, help="num_inference_steps; the checkpoint's default when absent")
     parser.add_argument("--size", metavar="WxH", help="in pixels; the checkpoint's first native size when absent")
+    parser.add_argument(
+        "--guidance", type=float, help="guidance scale, for checkpoints that read one; the recipe's when absent"
+    )
     parser.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT, help="checkpoint folder (%(default)s)")
     parser.add_argument(
         "--decoder", choices=get_args(DecoderName), default="full", help="tiny is cheaper (%(default)s)"
@@ -85,6 +88,7 @@ def make_picture(given: argparse.Namespace, image_format: ImageFormat) -> int:
         width=width,
         height=height,
         decoder=given.decoder,
+        guidance_scale=given.guidance,
     )
     previews: dict[Path, Pixels] = {}
 

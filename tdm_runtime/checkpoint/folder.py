@@ -122,6 +122,11 @@ class Checkpoint:
         return self._load_model("vae", getattr(diffusers, self.family.vae_classes[0])).eval()
 
     @property
+    def recipe_source(self) -> str:
+        """Where the recipe comes from."""
+        return RECIPE_FILE if (self.folder / RECIPE_FILE).is_file() else "implied by scheduler_config.json"
+
+    @property
     def has_tiny_vae(self) -> bool:
         """Whether the folder has a tiny autoencoder."""
         return (self.folder / TINY_VAE).is_dir()

@@ -114,6 +114,7 @@ def _assembled(
         decoders=decoders,
         geometry=checkpoint.geometry,
         parity=parity,
+        recipe_source=checkpoint.recipe_source,
     )
 
 

@@ -41,6 +41,8 @@ class LoadedModel:
     """Rule for the shape of the latents."""
     parity: Mapping[int, PictureParity]
     """Parity of the pictures with torch float32, by step count K; empty where it was not measured."""
+    recipe_source: str = ""
+    """Where the recipe comes from: a file of the folder, or the scheduler that implies it."""
     num_frames: int = 1
     """Frames of a clip; 1 where the model makes pictures."""
     choice: str = ""
@@ -75,8 +77,9 @@ class LoadedModel:
         found, device = prompt.conditioning, self.denoiser.device
         if (time_ids := self.family.time_ids(params.width, params.height)) is not None:
             found = replace(found, time_ids=torch.tensor([time_ids], device=device))
-        if self.recipe.guidance_scale is not None:
-            found = replace(found, guidance=torch.tensor([self.recipe.guidance_scale], device=device))
+        scale = self.recipe.guidance_scale if params.guidance_scale is None else params.guidance_scale
+        if scale is not None:
+            found = replace(found, guidance=torch.tensor([float(scale)], device=device))
         return found
 
     def check(self, params: SamplingParams) -> None:
