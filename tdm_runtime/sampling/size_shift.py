@@ -68,10 +68,13 @@ class SizeShift:
         shift = math.exp(mu) if self.curve == "exponential" else mu
         if shift <= 0:
             raise RecipeError(f"the shift of this size is {shift:g}; it must be above 0: raise base_shift")
-        shifted: Array = shift * sigmas / (1.0 + (shift - 1.0) * sigmas)
+        return self.stretched(shift * sigmas / (1.0 + (shift - 1.0) * sigmas))
+
+    def stretched(self, sigmas: Array) -> Array:
+        """Stretch falling sigmas so that the last one is `terminal`, if that is set."""
         if self.terminal is None:
-            return shifted
-        stretched: Array = 1.0 - (1.0 - shifted) * (1.0 - self.terminal) / (1.0 - shifted[-1])
+            return sigmas
+        stretched: Array = 1.0 - (1.0 - sigmas) * (1.0 - self.terminal) / (1.0 - sigmas[-1])
         return stretched
 
 

@@ -1,0 +1,47 @@
+"""`Sampling`: the fields of a recipe that say how it is sampled, and nothing about which checkpoint it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
+from tdm_runtime.checkpoint.recipe import Recipe
+from tdm_runtime.sampling.schedule import NoiseSchedule
+from tdm_runtime.sampling.size_shift import SizeShift
+from tdm_runtime.sampling.solvers import Solver
+from tdm_runtime.sampling.step_table import LCM_TIMESTEP_SCALING, PredictionType
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Solver, schedule and lists of some step counts. The fields have the meaning of those of `Recipe`."""
+
+    prediction_type: PredictionType
+    noise_schedule: NoiseSchedule
+    solver: Solver
+    timesteps: Mapping[int, tuple[float, ...]]
+    sigmas: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
+    next_timesteps: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
+    size_shift: SizeShift | None = None
+    initial_scale: float | Literal["sigma"] = 1.0
+    eta: float = 0.0
+    timestep_scaling: float = LCM_TIMESTEP_SCALING
+
+    def recipe(
+        self,
+        name: str,
+        default_steps: int,
+        native_sizes: tuple[tuple[int, int], ...],
+        guidance_scale: float | None = None,
+        files: Mapping[str, str] = {},
+    ) -> Recipe:
+        """Return the recipe of a checkpoint that is sampled so."""
+        return Recipe(
+            name=name,
+            default_steps=default_steps,
+            native_sizes=native_sizes,
+            guidance_scale=guidance_scale,
+            files=files,
+            **{f.name: getattr(self, f.name) for f in fields(self)},
+        )

@@ -1,0 +1,119 @@
+"""`tdm-recipe`: print or write the recipe of a stock diffusers folder, or list the built-in ones."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from tdm_runtime.checkpoint.folder import file_sha256
+from tdm_runtime.checkpoint.implied_recipe import family_of_folder, implied_recipe, native_size
+from tdm_runtime.checkpoint.published_recipes import PUBLISHED, published_recipe
+from tdm_runtime.checkpoint.recipe import Recipe
+from tdm_runtime.errors import RecipeError, TDMError
+from tdm_runtime.whole_file import write_whole
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command. Returns the exit status: 0, or 2 on an error."""
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    if given.list == (given.folder is not None):
+        parser.error("give a folder, or --list, and not both")
+    try:
+        if given.list:
+            print_published()
+            return 0
+        recipe = recipe_for(given)
+        if given.output is None:
+            print(recipe.to_json(), end="")
+            return 0
+        recipe = replace(recipe, files=weight_hashes(given.folder))
+        write_whole(given.output, recipe.to_json().encode())
+        print(f"{given.output}: {recipe.name}, {recipe.solver}, steps {', '.join(map(str, recipe.step_counts))}")
+        return 0
+    except (TDMError, OSError) as error:
+        print(f"tdm-recipe: {error}", file=sys.stderr)
+        return 2
+
+
+def recipe_for(given: argparse.Namespace) -> Recipe:
+    """Return the recipe that the arguments ask for.
+
+    Raises:
+        TDMError: an argument or a file is wrong; the message names it and the remedy.
+    """
+    family = family_of_folder(given.folder)
+    if given.recipe is None:
+        return implied_recipe(
+            family,
+            given.folder,
+            given.steps,
+            given.timesteps,
+            given.sigmas,
+            given.guidance,
+            eta=given.eta or 0.0,
+            name=given.name,
+        )
+    for option in ("steps", "timesteps", "sigmas", "eta"):
+        if getattr(given, option) is not None:
+            raise RecipeError(f"--{option} and --recipe {given.recipe} both say the schedule; leave one of them out")
+    entry = published_recipe(given.recipe)
+    if entry.family != family.name:
+        raise RecipeError(f"recipe {entry.name} is for {entry.family}, and {given.folder} is of {family.name}")
+    recipe = entry.recipe(given.name or given.folder.resolve().name, native_size(family, given.folder))
+    return recipe if given.guidance is None else replace(recipe, guidance_scale=given.guidance)
+
+
+def weight_hashes(folder: Path) -> dict[str, str]:
+    """Return the sha256 of every weight file and shard index of a folder, by its path in the folder."""
+    files = sorted(file for file in folder.rglob("*.safetensors*") if file.is_file())
+    return {file.relative_to(folder).as_posix(): file_sha256(file) for file in files}
+
+
+def print_published() -> None:
+    """Print the built-in recipes: names, step counts, what their source states and what was inferred."""
+    for entry in PUBLISHED.values():
+        scale = "" if entry.lora_scale is None else f", LoRA at scale {entry.lora_scale:g}"
+        steps = ", ".join(map(str, entry.steps))
+        print(f"{entry.name}: {entry.family}, steps {steps} ({entry.checkpoint}{scale})")
+        if entry.stated:
+            print(f"    stated: {entry.stated}")
+        if entry.inferred:
+            print(f"    inferred: {entry.inferred}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tdm-recipe", description="Print or write the recipe by which a stock diffusers folder is sampled."
+    )
+    parser.add_argument("folder", nargs="?", type=Path, help="folder in diffusers layout")
+    parser.add_argument("--list", action="store_true", help="list the built-in recipes of published checkpoints")
+    parser.add_argument("--steps", type=_whole_numbers, help="step counts to serve, such as 1,2,4")
+    parser.add_argument("--timesteps", type=_numbers, help="timesteps as the stock pipeline takes them")
+    parser.add_argument("--sigmas", type=_numbers, help="sigmas as the stock pipeline takes them, before any shift")
+    parser.add_argument("--eta", type=float, help="eta as the stock pipeline takes it; read by TCD")
+    parser.add_argument("--guidance", type=float, help="guidance scale that the model reads as an input")
+    parser.add_argument("--recipe", metavar="NAME", help="a built-in recipe of --list")
+    parser.add_argument("--name", help="name of the model in requests; the folder's name by default")
+    parser.add_argument("-o", "--output", type=Path, help="file to write, with the sha256 of all weight files")
+    return parser
+
+
+def _whole_numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers, such as 1,2,4") from None
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers, such as 999,749,499,249") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
