@@ -244,11 +244,15 @@ def build_vae(family: str) -> Any:
     return VAES[FAMILIES[family].vae_classes[0]]()
 
 
-def build_pipeline(name: str, pipeline: str | None = None) -> Any:
-    """Return a stock pipeline of a family, whole; by default the first that it opens."""
+def build_pipeline(name: str, pipeline: str | None = None, **changes: Any) -> Any:
+    """Return a stock pipeline of a family, whole; by default the first that it opens.
+
+    Args:
+        changes: of the denoiser's config.
+    """
     family = FAMILIES[name]
     return getattr(diffusers, pipeline or family.pipelines[0])(
-        **{family.denoiser_folder: TINY_MODELS[name]()},
+        **{family.denoiser_folder: TINY_MODELS[name](**changes)},
         **TEXT_PARTS[name](),
         **family.pipeline_options,
         vae=build_vae(name),

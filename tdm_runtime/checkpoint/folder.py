@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from tdm_runtime.checkpoint.implied_recipe import recipe_of
 from tdm_runtime.checkpoint.pipeline_folder import MODEL_INDEX, family_of, load_text_encoders, read_json, text_parts
-from tdm_runtime.checkpoint.recipe import RECIPE_FILE, Recipe, load_recipe
+from tdm_runtime.checkpoint.recipe import RECIPE_FILE, Recipe
 from tdm_runtime.errors import CheckpointError, RecipeError
 from tdm_runtime.families import Denoiser, Family
 from tdm_runtime.families.family import TextEncoders
@@ -297,7 +298,7 @@ def open_checkpoint(folder: Path, hashes: FileHashes | None = None) -> Checkpoin
         raise CheckpointError(f"{folder} is not a folder; give the folder of a checkpoint that has {RECIPE_FILE}")
     family = family_of(folder)
     _refuse_pickles(folder)
-    recipe = load_recipe(folder)
+    recipe = recipe_of(folder, family)
     hashes = FileHashes() if hashes is None else hashes
     # Shards and their index count too: the libraries would read them in place of the files listed.
     if recipe.files and (unlisted := sorted(set(_safetensors(folder)) - set(recipe.files))):

@@ -86,7 +86,7 @@ def parse_size_rule(raw: Any) -> SizeRule:
 
 
 def rule_around(width: int, height: int, multiple: int) -> SizeRule:
-    """Return the rule of a model whose native size is all that is known: a quarter to twice of each side.
+    """Return the rule of a model whose native size is all that is known: up to twice of each side and of the area.
 
     Args:
         width, height: native size in pixels.
@@ -96,4 +96,4 @@ def rule_around(width: int, height: int, multiple: int) -> SizeRule:
     def up(side: int) -> int:
         return max(1, -(-side // multiple)) * multiple
 
-    return SizeRule(multiple, up(min(width, height) // 4), up(2 * max(width, height)), 2 * up(width) * up(height))
+    return SizeRule(multiple, multiple, up(2 * max(width, height)), 2 * up(width) * up(height))
