@@ -297,6 +297,10 @@ def open_checkpoint(folder: Path, hashes: FileHashes | None = None) -> Checkpoin
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; give the folder of a checkpoint that has {RECIPE_FILE}")
     family = family_of(folder)
+    if family.makes_clips:
+        raise CheckpointError(
+            f"{folder} is of {family.name}, which makes clips; this version serves models of pictures"
+        )
     _refuse_pickles(folder)
     recipe = recipe_of(folder, family)
     hashes = FileHashes() if hashes is None else hashes

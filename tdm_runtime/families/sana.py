@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from types import MethodType
 from typing import TYPE_CHECKING, Any, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tdm_runtime.backends.interface import DType
 from tdm_runtime.errors import CheckpointError
@@ -112,3 +113,39 @@ class Sana(Family):
         )
         guidance = torch.full((len(prompts),), GUIDANCE_SCALE, device=encoders.device)
         return Conditioning(embeds, attention_mask=mask, guidance=guidance)
+
+    def replacement(self, part: nn.Module) -> tuple[str, Any] | None:
+        from diffusers.models.attention_processor import (
+            Attention,
+            SanaLinearAttnProcessor2_0,
+            SanaMultiscaleLinearAttention,
+        )
+
+        if isinstance(part, SanaMultiscaleLinearAttention):
+            return "apply_linear_attention", _linear_attention
+        if isinstance(part, Attention) and isinstance(part.processor, SanaLinearAttnProcessor2_0):
+            return "forward", MethodType(_self_attention, part)
+        return None
+
+
+def _linear_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Mix values [..., D, N] by the weights query^T key, which are not negative, in time linear in N.
+
+    Where all weights of a query are zero, diffusers divides by the 1e-15 that it adds to their sum. OpenVINO drops
+    the addition of so small a number and divides by zero; it keeps a lower bound.
+    """
+    mixed = value @ key.transpose(-1, -2) @ query
+    total = key.sum(dim=-1)[..., None, :] @ query
+    return mixed / total.clamp(min=1e-15)
+
+
+def _self_attention(self: Any, hidden_states: Tensor) -> Tensor:
+    """Attention.forward [B, N, D] by SanaLinearAttnProcessor2_0, with `_linear_attention`."""
+    dtype = hidden_states.dtype
+    query, key, value = self.to_q(hidden_states), self.to_k(hidden_states), self.to_v(hidden_states)
+    if self.norm_q is not None:
+        query, key = self.norm_q(query), self.norm_k(key)
+    query, key, value = (x.transpose(1, 2).unflatten(1, (self.heads, -1)).float() for x in (query, key, value))
+    mixed = _linear_attention(query.relu(), key.relu(), value)
+    output: Tensor = self.to_out[0](mixed.flatten(1, 2).transpose(1, 2).to(dtype))
+    return output.clip(-65504, 65504) if dtype == torch.float16 else output

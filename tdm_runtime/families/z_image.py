@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MethodType
 from typing import TYPE_CHECKING, Any, final
 
 import torch
@@ -23,6 +24,8 @@ PATCH_SIZE = 2
 """Latents per token side: the default of the transformer's `forward`, which its pipeline keeps."""
 MAX_TOKENS = 512
 """Tokens of the longest prompt, the default of the pipeline."""
+TOKEN_MULTIPLE = 32
+"""The transformer fills prompt and picture up to multiples of it (`SEQ_MULTI_OF` in diffusers)."""
 
 
 class _AddedCondition(PassedCondition):
@@ -107,3 +110,111 @@ class ZImage(Family):
         lengths = torch.tensor([len(tokens) for tokens in embeds], device=encoders.device)
         mask = torch.arange(MAX_TOKENS, device=encoders.device) < lengths[:, None]
         return Conditioning(torch.stack(padded), attention_mask=mask.long())
+
+    def replacement(self, part: nn.Module) -> tuple[str, Any] | None:
+        from diffusers.models.attention_processor import Attention
+        from diffusers.models.transformers.transformer_z_image import ZSingleStreamAttnProcessor
+
+        if isinstance(part, ZImageDenoiser):
+            return "predict", MethodType(_predict_padded, part)
+        if isinstance(part, Attention) and isinstance(part.processor, ZSingleStreamAttnProcessor):
+            return "forward", MethodType(_attention, part)
+        return None
+
+
+def _predict_padded(
+    self: ZImageDenoiser, latents: Tensor, timesteps: Tensor, condition: Tensor | None, prompt: Conditioning
+) -> Tensor:
+    """ZImageDenoiser.predict without lists: prompts of any length are one padded batch.
+
+    Prompt and picture are each filled up to a multiple of `TOKEN_MULTIPLE` by a learned token. Here both get the most
+    fill tokens that could be needed, and attention leaves out those beyond the multiple.
+    """
+    mask = require("attention_mask", prompt.attention_mask, "Z-Image")
+    model = self.model
+    size = f"{PATCH_SIZE}-1"
+    rows, columns = (side // PATCH_SIZE for side in latents.shape[2:])
+    with self._passed.during(condition):
+        time = model.t_embedder((1000 - timesteps) / 1000 * model.t_scale).to(latents.dtype)
+
+    lengths = mask.sum(dim=1)[:, None]
+    texts, is_text, text_places = _filled(model.cap_embedder(prompt.prompt_embeds), lengths, model.cap_pad_token)
+    filled_lengths = (lengths + TOKEN_MULTIPLE - 1) // TOKEN_MULTIPLE * TOKEN_MULTIPLE
+    zeros = torch.zeros_like(text_places)
+    text_rotary = _rotary(model.config, text_places + 1, zeros, zeros)
+    for layer in model.context_refiner:
+        texts = layer(texts, is_text, text_rotary)
+
+    # A linear layer of patches is a convolution. torch.export cannot split an unknown side into pairs.
+    embedder = model.all_x_embedder[size]
+    kernel = embedder.weight.view(-1, PATCH_SIZE, PATCH_SIZE, self.latent_channels).permute(0, 3, 1, 2)
+    patches = functional.conv2d(latents, kernel, embedder.bias, stride=PATCH_SIZE).flatten(2).transpose(1, 2)
+    count = torch.full_like(lengths, rows * columns)
+    pixels, is_pixel, pixel_places = _filled(patches, count, model.x_pad_token)
+    is_real = pixel_places < count  # the places of fill tokens are 0
+    down = pixel_places // columns
+    across = pixel_places - down * columns
+    pixel_rotary = _rotary(model.config, (filled_lengths + 1) * is_real, down * is_real, across * is_real)
+    for layer in model.noise_refiner:
+        pixels = layer(pixels, is_pixel, pixel_rotary, time)
+
+    tokens = torch.cat([pixels, texts], dim=1)
+    is_token, rotary = torch.cat([is_pixel, is_text], dim=1), torch.cat([pixel_rotary, text_rotary], dim=1)
+    for layer in model.layers:
+        tokens = layer(tokens, is_token, rotary, time)
+    output: Tensor = model.all_final_layer[size](tokens[:, : rows * columns], c=time)
+    output = output.reshape(-1, rows, columns, PATCH_SIZE, PATCH_SIZE, self.latent_channels)
+    return -output.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+
+
+def _filled(tokens: Tensor, lengths: Tensor, fill: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Replace tokens beyond `lengths` by the fill token and add the most that the multiple can need.
+
+    Args:
+        tokens: [B, N, D].
+        lengths: number of real tokens of each sample, [B, 1].
+        fill: [1, D].
+
+    Returns:
+        Tokens [B, N + 31, D]; whether attention reads each, [B, N + 31]; their places 0, 1, ..., [B, N + 31].
+    """
+    tokens = functional.pad(tokens, (0, 0, 0, TOKEN_MULTIPLE - 1))
+    places = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape[0], -1)
+    filled = torch.where((places < lengths)[..., None], tokens, fill)
+    return filled, places // TOKEN_MULTIPLE * TOKEN_MULTIPLE < lengths, places
+
+
+def _rotary(config: Any, *places: Tensor) -> Tensor:
+    """Return cosines and sines [B, N, head_dim / 2, 2] of tokens at places [B, N]: of the frame, row and column."""
+    angles = []
+    for place, dim in zip(places, config.axes_dims, strict=True):
+        frequencies = config.rope_theta ** -(torch.arange(0, dim, 2, dtype=torch.float64, device=place.device) / dim)
+        angles.append(place[..., None] * frequencies.float())
+    turn = torch.cat(angles, dim=-1)
+    return torch.stack([turn.cos(), turn.sin()], dim=-1)
+
+
+def _attention(self: Any, hidden_states: Tensor, attention_mask: Tensor, freqs_cis: Tensor) -> Tensor:
+    """Attention.forward by ZSingleStreamAttnProcessor without complex numbers.
+
+    Args:
+        hidden_states: [B, N, D].
+        attention_mask: whether each token is read, [B, N].
+        freqs_cis: see `_rotary`.
+    """
+    query, key, value = (
+        layer(hidden_states).unflatten(-1, (self.heads, -1)) for layer in (self.to_q, self.to_k, self.to_v)
+    )
+    if self.norm_q is not None:
+        query, key = self.norm_q(query), self.norm_k(key)
+    cosine, sine = freqs_cis[:, :, None].unbind(-1)
+
+    def turned(x: Tensor) -> Tensor:
+        real, imaginary = x.float()[..., 0::2], x.float()[..., 1::2]
+        parts = [real * cosine - imaginary * sine, real * sine + imaginary * cosine]
+        return torch.stack(parts, dim=-1).flatten(-2).to(x.dtype)
+
+    query, key, value = (x.transpose(1, 2) for x in (turned(query), turned(key), value))
+    mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask[:, None, None])
+    output: Tensor = self.to_out[0](mixed.transpose(1, 2).flatten(2))
+    return output

@@ -25,7 +25,7 @@ from tdm_runtime.errors import CheckpointError
 from tdm_runtime.families import FAMILIES, DecoderModule, Denoiser, decoder_for, denoiser_for
 from tdm_runtime.model.components import TextEncoderModule
 from tests.tiny_models import TEXT_TOKENS, TINY_MODELS, tiny_cogvideox, tiny_flux, tiny_pixart
-from tests.tiny_pipelines import flux2_vae
+from tests.tiny_pipelines import dc_vae, flux2_vae
 
 TOLERANCE = 1e-4
 """Largest distance to torch, as a share of the largest number: float32 summed in another order, through all layers."""
@@ -166,6 +166,16 @@ class TestTraceable:
         sizes = tuple({"batch": 2, "frames": frames, "height": 8, "width": 6} for frames in (2, 4))
         self.assert_unchanged(denoiser, denoiser.interface(TEXT_TOKENS), sizes)
 
+    def test_changes_no_result_of_z_image_around_multiples_of_32_tokens(self) -> None:
+        denoiser, interface = denoiser_of("z_image")
+        sides = ((8, 16), (6, 22), (10, 14))  # 32, 33 and 35 tokens of the picture
+        sizes = tuple(
+            {"batch": 3, "height": height, "width": width, "tokens": tokens}
+            for height, width in sides
+            for tokens in (32, 33, 70)
+        )
+        self.assert_unchanged(denoiser, interface, sizes)
+
     @staticmethod
     def assert_unchanged(denoiser: Denoiser, interface: Interface, many: tuple[Mapping[str, int], ...]) -> None:
         for sizes in many:
@@ -216,6 +226,10 @@ def _flux2_decoder() -> DecoderModule:
     return decoder_for(flux2_vae())
 
 
+def _dc_decoder() -> DecoderModule:
+    return decoder_for(dc_vae())
+
+
 def _video_decoder() -> DecoderModule:
     return decoder_for(
         AutoencoderKLCogVideoX(
@@ -231,7 +245,7 @@ def _video_decoder() -> DecoderModule:
 
 
 class TestDecoders:
-    @pytest.mark.parametrize("decoder", [_kl_decoder, _tiny_decoder, _flux2_decoder])
+    @pytest.mark.parametrize("decoder", [_kl_decoder, _tiny_decoder, _flux2_decoder, _dc_decoder])
     def test_pixels_equal_torch(self, decoder: Callable[[], DecoderModule], tmp_path: Path) -> None:
         torch.manual_seed(0)
         module = decoder()
@@ -327,6 +341,8 @@ class TestInterfaces:
             ("flux-dev", ("pooled_prompt_embeds", "guidance")),
             ("flux2", ()),
             ("cogvideox", ()),
+            ("z_image", ("attention_mask",)),
+            ("sana", ("attention_mask", "guidance")),
         ],
     )
     def test_inputs_are_those_that_the_family_reads(self, variant: str, names: tuple[str, ...]) -> None:
