@@ -1,7 +1,7 @@
 """LoRA files of diffusers, kohya, PEFT and LyCORIS, read into layers by diffusers' names.
 
-The stock pipeline of the family converts key styles (`lora_state_dict`), so every style that it reads is read here. Two
-styles that some pipelines leave unconverted are read for every family: PEFT's files of a bare denoiser, and kohya's
+The stock pipeline of the family converts key styles (`lora_state_dict`), so every style that it reads is read here.
+Styles that some pipelines leave unconverted are read for every family: PEFT's files of a bare denoiser, and kohya's
 files with diffusers' names, whose dots became underscores.
 """
 
@@ -31,6 +31,8 @@ STEP_CONDITION_FILE = "step_condition.safetensors"
 
 _STABILITY_UNET = SimpleNamespace(layers_per_block=2)
 """What diffusers reads of a UNet's config to count blocks as Stability does; the same in SD 1, SD 2 and SDXL."""
+_DENOISER_PREFIXES = ("base_model.model.", "diffusion_model.", "lora_unet_", "lora_transformer_")
+"""Prefixes of a denoiser's layers in files of PEFT, ComfyUI and kohya, if the stock pipeline did not convert them."""
 _KOHYA_DOWN = ".lora_down.weight"
 _TENSOR = re.compile(
     r"(?P<layer>.+?)\.(?:lora_(?P<side>A|B|down|up|magnitude_vector)(?:\.(?!weight|bias)\w+)?(?:\.(?P<kind>weight|bias))?"
@@ -163,28 +165,35 @@ def _layers(
     return layers
 
 
-def _in_diffusers_names(family: Family, state: dict[str, Tensor]) -> Mapping[str, Tensor]:
-    """Let the stock pipeline convert key styles. It leaves names that it does not know as they are."""
+def _in_diffusers_names(family: Family, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Let the stock pipeline convert key styles. Names that it does not know stay as they are."""
     import diffusers
 
     pipeline = getattr(diffusers, family.pipelines[0])
-    if not hasattr(pipeline, "lora_state_dict"):  # PixArt's
+    components = tuple(f"{component}." for component in (family.denoiser_folder, *family.text_encoders))
+    if not hasattr(pipeline, "lora_state_dict") or all(name.startswith(components) for name in state):
         return state
+    given = {re.sub("^lora_transformer_", "lora_unet_", name): tensor for name, tensor in state.items()}
     try:
-        converted = pipeline.lora_state_dict(dict(state), unet_config=_STABILITY_UNET, return_alphas=True)
+        converted = pipeline.lora_state_dict(given.copy(), unet_config=_STABILITY_UNET, return_alphas=True)
     except Exception:  # converters raise many kinds at names that they do not know
-        return state
+        return given
     named, alphas = converted if isinstance(converted, tuple) else (converted, None)
+    if _count_layers(named) < _count_layers(given):  # others drop what they do not know
+        return given
     return {**named, **{name: torch.as_tensor(alpha) for name, alpha in (alphas or {}).items()}}
+
+
+def _count_layers(state: Iterable[str]) -> int:
+    return sum(1 for name in state if re.search(r"[._](lora_A|lora_down|down)\.", name))
 
 
 def _component(family: Family, name: str) -> tuple[str | None, str]:
     """Return the component that a tensor changes and the rest of the name; None for an unknown one."""
-    prefixes = {"base_model.model.": family.denoiser_folder}
-    prefixes |= {f"{component}.": component for component in (family.denoiser_folder, *family.text_encoders)}
-    prefixes |= {f"lora_{part}_": family.denoiser_folder for part in ("unet", "transformer")}
+    prefixes = {f"{component}.": component for component in (family.denoiser_folder, *family.text_encoders)}
     prefixes |= {f"lora_te{number}_": encoder for number, encoder in enumerate(family.text_encoders, start=1)}
     prefixes["lora_te_"] = family.text_encoders[0]
+    prefixes |= {prefix: family.denoiser_folder for prefix in _DENOISER_PREFIXES}
     prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
     return (None, name) if prefix is None else (prefixes[prefix], name.removeprefix(prefix))
 
