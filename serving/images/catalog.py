@@ -150,7 +150,7 @@ class Catalog:
         if name not in self._lora_bases:
             self._lora_bases[name] = LoraBase(base.checkpoint, base.model, self._threads)
         lora_base = self._lora_bases[name]
-        prepared = lora_base.prepare(lora.name, read_lora(lora.path), lora.scale)
+        prepared = lora_base.prepare(lora.name, [(read_lora(lora.path, base.checkpoint.family), lora.scale)])
         attached: list[LoadedModel] = []
         self._engine.run_on_thread(lambda: attached.append(lora_base.attach(prepared)))
         if not any(served.model.base == name for served in self._served.values()):
