@@ -30,6 +30,7 @@ from tdm_runtime.errors import TDMError
 from tdm_runtime.media.image_file import encode_image
 from tdm_runtime.model.choice import load_model
 from tdm_runtime.model.loaded_model import LoadedModel
+from tdm_runtime.model.text_encoder import ClipEncoder
 from tdm_runtime.params import SamplingParams
 
 WARM_UPS = 5
@@ -63,7 +64,9 @@ class TimedBackend:
 def timed(model: LoadedModel, calls: Calls) -> LoadedModel:
     """Return the model with the calls of every component timed. Tokenizing and tiling count as the engine's work."""
     text_encoder = copy.copy(model.text_encoder)
-    text_encoder.backend = TimedBackend("text encoder", text_encoder.backend, calls)
+    if isinstance(text_encoder.encoder, ClipEncoder):
+        text_encoder.encoder = copy.copy(text_encoder.encoder)
+        text_encoder.encoder.backend = TimedBackend("text encoder", text_encoder.encoder.backend, calls)
     decoder = copy.copy(model.decoders["full"])
     decoder.backend = TimedBackend("decoder", decoder.backend, calls)
     denoiser = TimedBackend("denoiser", model.denoiser, calls)

@@ -31,10 +31,8 @@ from tdm_runtime.backends.interface import ComponentName, Interface
 from tdm_runtime.checkpoint.folder import (
     DEFAULT_CHECKPOINT,
     TINY_VAE,
-    TINY_VAE_WEIGHTS,
-    file_sha256,
     open_checkpoint,
-    weight_files,
+    weight_hashes,
 )
 from tdm_runtime.checkpoint.recipe import RECIPE_FILE, load_recipe
 from tdm_runtime.families import FAMILIES, decoder_for, denoiser_for
@@ -74,7 +72,7 @@ def write_random_sd15(folder: Path) -> None:
         load_recipe(DEFAULT_CHECKPOINT),
         name="sd15-random",
         native_sizes=((512, 512),),
-        files={name: file_sha256(folder / name) for name in (*weight_files(_FAMILY), TINY_VAE_WEIGHTS)},
+        files=weight_hashes(folder),
     )
     (folder / RECIPE_FILE).write_text(recipe.to_json(), encoding="utf-8")
     open_checkpoint(folder)

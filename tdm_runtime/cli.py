@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import secrets
 import sys
 import time
@@ -51,6 +52,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, help="drawn when absent, and printed")
     parser.add_argument("--steps", type=int, help="num_inference_steps; the checkpoint's default when absent")
+    parser.add_argument("--size", metavar="WxH", help="in pixels; the checkpoint's first native size when absent")
+    parser.add_argument(
+        "--guidance", type=float, help="guidance scale, for checkpoints that read one; the recipe's when absent"
+    )
     parser.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT, help="checkpoint folder (%(default)s)")
     parser.add_argument(
         "--decoder", choices=get_args(DecoderName), default="full", help="tiny is cheaper (%(default)s)"
@@ -75,13 +80,15 @@ def make_picture(given: argparse.Namespace, image_format: ImageFormat) -> int:
     if model.choice:
         print(f"backend: {model.choice}", file=sys.stderr)
     recipe = model.recipe
+    width, height = recipe.native_sizes[0] if given.size is None else _parsed_size(given.size)
     params = SamplingParams(
         prompt=given.prompt,
         seed=secrets.randbelow(MAX_SEED + 1) if given.seed is None else given.seed,
         num_inference_steps=recipe.default_steps if given.steps is None else given.steps,
-        width=recipe.native_sizes[0][0],
-        height=recipe.native_sizes[0][1],
+        width=width,
+        height=height,
         decoder=given.decoder,
+        guidance_scale=given.guidance,
     )
     previews: dict[Path, Pixels] = {}
 
@@ -102,6 +109,13 @@ def make_picture(given: argparse.Namespace, image_format: ImageFormat) -> int:
     made = f"{params.num_inference_steps} steps, seed {params.seed}, {elapsed_ms:.0f} ms on {model.backend}"
     print(f"{given.output}: {made}")
     return 0
+
+
+def _parsed_size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", text, re.ASCII)
+    if match is None:
+        raise ValueError(f"--size is {text[:32]!r}; write WIDTHxHEIGHT in pixels, such as 512x512")
+    return int(match[1]), int(match[2])
 
 
 def verify(file: Path, checkpoint: Path) -> int:

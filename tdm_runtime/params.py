@@ -15,6 +15,8 @@ MAX_PROMPT_CHARACTERS = 2000
 MAX_SEED = 2**32 - 1
 """torch's CPU generator reads 32 bits of a seed: a larger one would repeat a smaller one's picture."""
 
+MAX_GUIDANCE_SCALE = 100.0
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -37,6 +39,9 @@ class SamplingParams:
     noise_angle: float = 0.0
     """Angle on the seed's circle of noises (`sampling.noise.SeedNoise`), in radians, 0 <= angle < 2 pi. Pictures at
     evenly spaced angles make a clip that ends where it began."""
+    guidance_scale: float | None = None
+    """Guidance scale for a model that reads it as an input, 0..100; None takes the recipe's. Other models have guidance
+    distilled into their weights."""
 
     def __post_init__(self) -> None:
         _check_prompt(self.prompt)
@@ -53,6 +58,11 @@ class SamplingParams:
                 f"noise_angle is {shown(self.noise_angle)}; it must be a float, from 0.0 to below 2 pi radians",
                 param="noise_angle",
             )
+        if self.guidance_scale is not None and not 0.0 <= self.guidance_scale <= MAX_GUIDANCE_SCALE:
+            raise InvalidRequestError(
+                f"guidance_scale is {shown(self.guidance_scale)}; it must be from 0 to {MAX_GUIDANCE_SCALE:g}",
+                param="guidance_scale",
+            )
 
     def check_against(self, recipe: Recipe) -> None:
         """Check the values that depend on the checkpoint.
@@ -66,12 +76,28 @@ class SamplingParams:
             raise InvalidRequestError(
                 f"num_inference_steps is {shown(steps)}; {recipe.name} serves {counts}", param="num_inference_steps"
             )
-        size = (self.width, self.height)
-        if any(type(side) is not int for side in size) or size not in recipe.native_sizes:
-            sizes = ", ".join(f"{width}x{height}" for width, height in recipe.native_sizes)
+        self._check_size(recipe)
+        if self.guidance_scale is not None and recipe.guidance_scale is None:
             raise InvalidRequestError(
-                f"size is {shown(self.width)}x{shown(self.height)}; {recipe.name} makes {sizes}", param="size"
+                f"guidance_scale is {shown(self.guidance_scale)}; {recipe.name} has guidance distilled in "
+                "and reads no scale; leave it out",
+                param="guidance_scale",
             )
+
+    def _check_size(self, recipe: Recipe) -> None:
+        size, rule = (self.width, self.height), recipe.size_rule
+        are_whole = all(type(side) is int and side > 0 for side in size)
+        if are_whole and (size in recipe.native_sizes or (rule is not None and rule.allows(*size))):
+            return
+        makes = ", ".join(f"{width}x{height}" for width, height in recipe.native_sizes)
+        if rule is not None:
+            makes += f" and {rule}"
+        if rule is not None and are_whole:
+            width, height = rule.nearest(*size)
+            makes += f": take {width}x{height}"
+        raise InvalidRequestError(
+            f"size is {shown(self.width)}x{shown(self.height)}; {recipe.name} makes {makes}", param="size"
+        )
 
 
 def _check_prompt(prompt: object) -> None:

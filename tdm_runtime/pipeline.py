@@ -10,7 +10,6 @@ from torch import Tensor
 from tdm_runtime.errors import NotFiniteError
 from tdm_runtime.model.decoder import Pixels
 from tdm_runtime.model.loaded_model import LoadedModel, denoise
-from tdm_runtime.model.text_encoder import conditioning_of
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.sampling.noise import SeedNoise
 from tdm_runtime.sampling.sampler import solve
@@ -33,7 +32,7 @@ def generate(model: LoadedModel, params: SamplingParams, on_preview: OnPreview |
     model.check(params)
     table = model.recipe.step_table(params.num_inference_steps, params.width, params.height)
     device = model.denoiser.device
-    prompt = conditioning_of([model.text_encoder.encode(params.prompt)])
+    prompt = model.conditioning(model.text_encoder.encode(params.prompt), params)
     step_counts = torch.tensor([params.num_inference_steps], device=device)
     noise = SeedNoise(params.seed, (1, *model.latent_shape(params)), params.noise_angle)
 

@@ -7,8 +7,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from tdm_runtime.checkpoint.folder import file_sha256
-from tdm_runtime.checkpoint.implied_recipe import family_of_folder, implied_recipe, native_size
+from tdm_runtime.checkpoint.folder import weight_hashes
+from tdm_runtime.checkpoint.implied_recipe import implied_recipe, native_size, size_rule
+from tdm_runtime.checkpoint.pipeline_folder import family_of
 from tdm_runtime.checkpoint.published_recipes import PUBLISHED, published_recipe
 from tdm_runtime.checkpoint.recipe import Recipe
 from tdm_runtime.errors import RecipeError, TDMError
@@ -44,7 +45,7 @@ def recipe_for(given: argparse.Namespace) -> Recipe:
     Raises:
         TDMError: an argument or a file is wrong; the message names it and the remedy.
     """
-    family = family_of_folder(given.folder)
+    family = family_of(given.folder)
     if given.recipe is None:
         return implied_recipe(
             family,
@@ -63,13 +64,8 @@ def recipe_for(given: argparse.Namespace) -> Recipe:
     if entry.family != family.name:
         raise RecipeError(f"recipe {entry.name} is for {entry.family}, and {given.folder} is of {family.name}")
     recipe = entry.recipe(given.name or given.folder.resolve().name, native_size(family, given.folder))
+    recipe = replace(recipe, size_rule=size_rule(family, given.folder))
     return recipe if given.guidance is None else replace(recipe, guidance_scale=given.guidance)
-
-
-def weight_hashes(folder: Path) -> dict[str, str]:
-    """Return the sha256 of every weight file and shard index of a folder, by its path in the folder."""
-    files = sorted(file for file in folder.rglob("*.safetensors*") if file.is_file())
-    return {file.relative_to(folder).as_posix(): file_sha256(file) for file in files}
 
 
 def print_published() -> None:

@@ -1,6 +1,6 @@
 """Tiny denoiser of each family: the real class with random weights, the same on every call.
 
-Each takes latents of `TINY_SHAPES` and prompt embeddings [B, `TEXT_TOKENS`, `TEXT_DIM`].
+Each takes latents of `TINY_SHAPES` and the prompts of `tiny_conditioning`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,15 @@ from typing import Any
 import torch
 from diffusers import (
     CogVideoXTransformer3DModel,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
+    FluxPipeline,
+    FluxTransformer2DModel,
     PixArtTransformer2DModel,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
+    ZImageTransformer2DModel,
 )
 from torch import Tensor
 
@@ -23,6 +29,8 @@ from tdm_runtime.families import FAMILIES, Conditioning, denoiser_for
 TEXT_DIM = 16
 TEXT_TOKENS = 6
 POOLED_DIM = 12
+FLUX2_HIDDEN_DIM = 8
+"""Width of the text encoder of FLUX.2, which gives three hidden states joined along the width."""
 
 
 def tiny_unet(**changes: Any) -> UNet2DConditionModel:
@@ -92,17 +100,87 @@ def tiny_cogvideox(**changes: Any) -> CogVideoXTransformer3DModel:
     return _seeded(CogVideoXTransformer3DModel, config | changes)
 
 
+def tiny_flux(**changes: Any) -> FluxTransformer2DModel:
+    """Return a transformer as in FLUX.1 [schnell], or in [dev] with `guidance_embeds=True`."""
+    config = {
+        "in_channels": 4 * 4,
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "attention_head_dim": 12,
+        "num_attention_heads": 2,
+        "joint_attention_dim": TEXT_DIM,
+        "pooled_projection_dim": POOLED_DIM,
+        "axes_dims_rope": (4, 4, 4),
+    }
+    return _seeded(FluxTransformer2DModel, config | changes)
+
+
+def tiny_flux2(**changes: Any) -> Flux2Transformer2DModel:
+    """Return a transformer as in FLUX.2 [klein]."""
+    config = {
+        "in_channels": 4 * 4,
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 3 * FLUX2_HIDDEN_DIM,
+        "axes_dims_rope": (4, 4, 4, 4),
+        "guidance_embeds": False,
+    }
+    return _seeded(Flux2Transformer2DModel, config | changes)
+
+
+def tiny_z_image(**changes: Any) -> ZImageTransformer2DModel:
+    """Return a transformer as in Z-Image."""
+    config = {
+        "in_channels": 4,
+        "dim": 16,
+        "n_layers": 1,
+        "n_refiner_layers": 1,
+        "n_heads": 2,
+        "n_kv_heads": 2,
+        "cap_feat_dim": TEXT_DIM,
+        "axes_dims": [4, 2, 2],
+        "axes_lens": [1024, 32, 32],
+    }
+    return _seeded(ZImageTransformer2DModel, config | changes)
+
+
+def tiny_sana(**changes: Any) -> SanaTransformer2DModel:
+    """Return a transformer as in SANA-Sprint."""
+    config = {
+        "in_channels": 4,
+        "out_channels": 4,
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "num_layers": 2,
+        "num_cross_attention_heads": 2,
+        "cross_attention_head_dim": 8,
+        "cross_attention_dim": 16,
+        "caption_channels": TEXT_DIM,
+        "sample_size": 8,
+        "guidance_embeds": True,
+        "qk_norm": "rms_norm_across_heads",
+        "timestep_scale": 1000.0,
+    }
+    return _seeded(SanaTransformer2DModel, config | changes)
+
+
 TINY_MODELS: Mapping[str, Callable[..., Any]] = {
     "stable_diffusion": tiny_unet,
     "sdxl": tiny_sdxl_unet,
     "pixart": tiny_pixart,
     "sd3": tiny_sd3,
+    "flux": tiny_flux,
+    "flux2": tiny_flux2,
     "cogvideox": tiny_cogvideox,
+    "z_image": tiny_z_image,
+    "sana": tiny_sana,
 }
 """Family -> tiny denoiser. A test fails if a registered family is missing here."""
 TINY_SHAPES: Mapping[str, tuple[int, ...]] = {
     name: (4, 3, 8, 8) if FAMILIES[name].makes_clips else (4, 8, 8) for name in TINY_MODELS
-}
+} | {"flux2": (16, 4, 4)}
 """Family -> latents of one sample."""
 
 
@@ -129,9 +207,57 @@ def call_sd3(transformer: Any, x: Tensor, timesteps: Tensor, prompt: Conditionin
     return output
 
 
+def call_flux(transformer: Any, x: Tensor, timesteps: Tensor, prompt: Conditioning) -> Tensor:
+    batch, channels, height, width = x.shape
+    output = transformer(
+        FluxPipeline._pack_latents(x, batch, channels, height, width),
+        prompt.prompt_embeds,
+        prompt.pooled_prompt_embeds,
+        timesteps / 1000,
+        FluxPipeline._prepare_latent_image_ids(batch, height // 2, width // 2, x.device, x.dtype),
+        torch.zeros(prompt.prompt_embeds.shape[1], 3),
+        prompt.guidance,
+    ).sample
+    return FluxPipeline._unpack_latents(output, 8 * height, 8 * width, 8)
+
+
+def call_flux2(transformer: Any, x: Tensor, timesteps: Tensor, prompt: Conditioning) -> Tensor:
+    output = transformer(
+        Flux2KleinPipeline._pack_latents(x),
+        prompt.prompt_embeds,
+        timesteps / 1000,
+        Flux2KleinPipeline._prepare_latent_ids(x),
+        Flux2KleinPipeline._prepare_text_ids(prompt.prompt_embeds),
+    ).sample
+    return output.transpose(1, 2).reshape(x.shape)
+
+
 def call_cogvideox(transformer: Any, x: Tensor, timesteps: Tensor, prompt: Conditioning) -> Tensor:
     output: Tensor = transformer(x.transpose(1, 2).contiguous(), prompt.prompt_embeds, timesteps).sample
     return output.transpose(1, 2)
+
+
+def call_z_image(transformer: Any, x: Tensor, timesteps: Tensor, prompt: Conditioning) -> Tensor:
+    assert prompt.attention_mask is not None
+    captions = [embeds[mask == 1] for embeds, mask in zip(prompt.prompt_embeds, prompt.attention_mask, strict=True)]
+    output = transformer(list(x.unsqueeze(2)), (1000 - timesteps) / 1000, captions).sample
+    return -torch.stack(output).squeeze(2)
+
+
+def call_sana(transformer: Any, x: Tensor, timesteps: Tensor, prompt: Conditioning) -> Tensor:
+    assert prompt.guidance is not None
+    scm = torch.sin(timesteps) / (torch.cos(timesteps) + torch.sin(timesteps))
+    s = scm.view(-1, 1, 1, 1)
+    model_input = x * torch.sqrt(s**2 + (1 - s) ** 2)
+    output = transformer(
+        model_input,
+        encoder_hidden_states=prompt.prompt_embeds,
+        encoder_attention_mask=prompt.attention_mask,
+        guidance=prompt.guidance * transformer.config.guidance_embeds_scale,
+        timestep=scm,
+    ).sample
+    mixed: Tensor = (1 - 2 * s) * model_input + (1 - 2 * s + 2 * s**2) * output
+    return mixed / torch.sqrt(s**2 + (1 - s) ** 2)
 
 
 STOCK_CALLS: Mapping[str, Callable[[Any, Tensor, Tensor, Conditioning], Tensor]] = {
@@ -139,7 +265,11 @@ STOCK_CALLS: Mapping[str, Callable[[Any, Tensor, Tensor, Conditioning], Tensor]]
     "sdxl": call_sdxl,
     "pixart": call_pixart,
     "sd3": call_sd3,
+    "flux": call_flux,
+    "flux2": call_flux2,
     "cogvideox": call_cogvideox,
+    "z_image": call_z_image,
+    "sana": call_sana,
 }
 """Family -> call of the bare model as its diffusers pipeline makes it, with an output shaped as the latents."""
 
@@ -148,8 +278,8 @@ def tiny_conditioning(family: str, batch_size: int, seed: int = 0) -> Conditioni
     """Random prompts with every field that the family reads."""
     draw = torch.Generator().manual_seed(seed)
     fields = _conditioning_inputs(family)
-    embeds = torch.randn(batch_size, TEXT_TOKENS, TEXT_DIM, generator=draw)
-    pooled = mask = time_ids = None
+    embeds = torch.randn(batch_size, TEXT_TOKENS, fields["prompt_embeds"][-1], generator=draw)
+    pooled = mask = time_ids = guidance = None
     if "pooled_prompt_embeds" in fields:
         pooled = torch.randn(batch_size, POOLED_DIM, generator=draw)
     if "attention_mask" in fields:
@@ -157,12 +287,16 @@ def tiny_conditioning(family: str, batch_size: int, seed: int = 0) -> Conditioni
         mask = (torch.arange(TEXT_TOKENS) < lengths).long()
     if "time_ids" in fields:
         time_ids = torch.tensor([[64.0, 64.0, 0.0, 0.0, 64.0, 64.0]]).repeat(batch_size, 1)
-    return Conditioning(embeds, pooled, mask, time_ids)
+    if "guidance" in fields:
+        guidance = 1 + 4 * torch.rand(batch_size, generator=draw)
+    return Conditioning(embeds, pooled, mask, time_ids, guidance)
 
 
 @cache
-def _conditioning_inputs(family: str) -> frozenset[str]:
-    return frozenset(spec.name for spec in denoiser_for(TINY_MODELS[family]()).interface(TEXT_TOKENS).inputs)
+def _conditioning_inputs(family: str) -> Mapping[str, tuple[Any, ...]]:
+    """Return the shapes of the denoiser's inputs by name."""
+    interface = denoiser_for(TINY_MODELS[family]()).interface(TEXT_TOKENS)
+    return {spec.name: spec.shape for spec in interface.inputs}
 
 
 _UNET = {

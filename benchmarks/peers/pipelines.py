@@ -15,7 +15,7 @@ from torch import Tensor
 from tdm_runtime.checkpoint.folder import open_checkpoint
 from tdm_runtime.model.decoder import Pixels
 from tdm_runtime.model.loaded_model import LoadedModel, denoise
-from tdm_runtime.model.text_encoder import conditioning_of
+from tdm_runtime.model.text_encoder import stacked
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.sampling.noise import SeedNoise
 from tdm_runtime.sampling.sampler import solve
@@ -91,7 +91,7 @@ def generate_batch(model: LoadedModel, batch: Sequence[SamplingParams]) -> list[
     table = model.recipe.step_table(first.num_inference_steps, first.width, first.height)
     device = model.denoiser.device
     shape = (1, *model.latent_shape(first))
-    prompt = conditioning_of([model.text_encoder.encode(params.prompt) for params in batch])
+    prompt = stacked([model.conditioning(model.text_encoder.encode(params.prompt), params) for params in batch])
     step_counts = torch.full((len(batch),), first.num_inference_steps, device=device)
     noises = [SeedNoise(params.seed, shape) for params in batch]
 

@@ -52,17 +52,18 @@ def check_models(config: ServerConfig) -> list[Checkpoint]:
     checkpoints = [open_checkpoint(source.folder, config.file_hashes) for source in config.models]
     opened = zip(config.models, checkpoints, strict=True)
     names = [source.name or checkpoint.recipe.name for source, checkpoint in opened]
-    bases = list(names)
+    bases = dict(zip(names, checkpoints, strict=True))
     for lora in config.loras:
-        read_lora(lora.path)
         names.append(lora.name)
-        if lora.base is not None and lora.base not in bases:
+        base = bases.get(lora.base or names[0])
+        if base is None:
             raise CheckpointError(f"the base of {lora.name} is {lora.base!r}; this server has {', '.join(bases)}")
+        read_lora(lora.path, base.family)
     if doubled := sorted({name for name in names if names.count(name) > 1}):
         raise CheckpointError(f"two models are called {doubled[0]!r}; give each a name of its own")
-    if len(bases) > 1 and config.backend.artifacts is not None:
+    if len(checkpoints) > 1 and config.backend.artifacts is not None:
         message = "leave --artifacts out, and each has a folder of its own"
-        raise CheckpointError(f"--artifacts is one folder for {len(bases)} checkpoints; {message}")
+        raise CheckpointError(f"--artifacts is one folder for {len(checkpoints)} checkpoints; {message}")
     if config.lora_folder is not None and not config.lora_folder.is_dir():
         raise CheckpointError(f"--lora-folder {config.lora_folder} is not a folder; make it, or leave it out")
     return checkpoints

@@ -14,7 +14,7 @@ from serving.errors import unknown_model
 from serving.schema.lora_settings import LoraSettings, read_lora_settings
 from tdm_runtime.checkpoint.folder import Checkpoint, open_checkpoint
 from tdm_runtime.checkpoint.lora_file import FOLDER_FILES, read_lora
-from tdm_runtime.checkpoint.recipe import RECIPE_FILE
+from tdm_runtime.checkpoint.pipeline_folder import MODEL_INDEX
 from tdm_runtime.engine.engine import DiffusionEngine
 from tdm_runtime.engine.warm_up import warm_up
 from tdm_runtime.errors import CheckpointError, TDMError
@@ -35,7 +35,7 @@ class Served:
 
     model: LoadedModel
     created: int
-    """Time when the checkpoint's recipe was changed or the LoRA was loaded, Unix seconds."""
+    """Time when the checkpoint was written or the LoRA was loaded, Unix seconds."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Catalog:
         """LoRAs that were removed or replaced and that unfinished samples may still use."""
         for base in bases:
             warm_up(engine, base.model)
-            changed_s = (base.checkpoint.folder / RECIPE_FILE).stat().st_mtime
+            changed_s = (base.checkpoint.folder / MODEL_INDEX).stat().st_mtime
             self._add(Served(base.model, int(changed_s)))
         for lora in config.loras:
             self._add(self._loaded(lora))
@@ -150,7 +150,7 @@ class Catalog:
         if name not in self._lora_bases:
             self._lora_bases[name] = LoraBase(base.checkpoint, base.model, self._threads)
         lora_base = self._lora_bases[name]
-        prepared = lora_base.prepare(lora.name, read_lora(lora.path), lora.scale)
+        prepared = lora_base.prepare(lora.name, [(read_lora(lora.path, base.checkpoint.family), lora.scale)])
         attached: list[LoadedModel] = []
         self._engine.run_on_thread(lambda: attached.append(lora_base.attach(prepared)))
         if not any(served.model.base == name for served in self._served.values()):

@@ -18,7 +18,7 @@ from serving.schema.parsing import parse_body, validate
 from tdm_runtime.checkpoint.recipe import Recipe
 from tdm_runtime.media.image_file import ImageFormat
 from tdm_runtime.media.receipt import Receipt
-from tdm_runtime.params import MAX_PROMPT_CHARACTERS, MAX_SEED, DecoderName, SamplingParams
+from tdm_runtime.params import MAX_GUIDANCE_SCALE, MAX_PROMPT_CHARACTERS, MAX_SEED, DecoderName, SamplingParams
 
 MAX_PICTURES = 10
 MAX_BUDGET_MS = 600_000.0
@@ -66,7 +66,12 @@ class ImageRequest(BaseModel):
     )
     strict: bool = Field(False, description="The same bits alone and in any batch, on one backend.")
     decoder: DecoderName = Field("full", description="tiny is several times faster and its pictures a little softer.")
-    guidance_scale: float | None = Field(None, description="Only 1: guidance is distilled into the weights.")
+    guidance_scale: float | None = Field(
+        None,
+        ge=0,
+        le=MAX_GUIDANCE_SCALE,
+        description="Guidance scale of a model that reads one; only 1 where guidance is distilled into the weights.",
+    )
     negative_prompt: str | None = Field(None, description="Only empty: it needs guidance.")
     response_format: ResponseFormat = Field("b64_json", description="url: the server keeps the file until expires_at.")
     output_format: ImageFormat = "png"
@@ -113,20 +118,16 @@ class ImageRequest(BaseModel):
         Raises:
             InvalidRequestError, APIError: a value is outside its limits, or fields contradict each other.
         """
-        self._check_guidance(recipe)
+        if self.negative_prompt:
+            message = f"negative_prompt needs guidance, which {recipe.name} has distilled in; leave it out"
+            raise invalid(message, "negative_prompt", "invalid_value")
         pictures = self._pictures(recipe, default_seed)
         encoding = ImageEncoding(self.output_format, self.output_compression, self.metadata, self.response_format)
         return ImageOrder(recipe.name, pictures, self._delivery(recipe), encoding)
 
-    def _check_guidance(self, recipe: Recipe) -> None:
-        if self.guidance_scale is not None and self.guidance_scale != 1.0:
-            message = (
-                f"guidance_scale is {self.guidance_scale}; {recipe.name} has guidance distilled in, only 1 is served"
-            )
-            raise invalid(message, "guidance_scale", "invalid_value")
-        if self.negative_prompt:
-            message = f"negative_prompt needs guidance, which {recipe.name} has distilled in; leave it out"
-            raise invalid(message, "negative_prompt", "invalid_value")
+    def _guidance(self, recipe: Recipe) -> float | None:
+        """Return the guidance scale. 1 is what a model without an input for it always does."""
+        return None if recipe.guidance_scale is None and self.guidance_scale == 1.0 else self.guidance_scale
 
     def _pictures(self, recipe: Recipe, default_seed: int | None) -> tuple[SamplingParams, ...]:
         width, height = self._size(recipe)
@@ -136,7 +137,8 @@ class ImageRequest(BaseModel):
         steps = recipe.default_steps if self.num_inference_steps is None else self.num_inference_steps
         if steps == "auto":
             steps = recipe.step_counts[-1]
-        first = SamplingParams(self.prompt, seed, steps, width, height, self.decoder)
+        guidance = self._guidance(recipe)
+        first = SamplingParams(self.prompt, seed, steps, width, height, self.decoder, guidance_scale=guidance)
         first.check_against(recipe)
         return tuple(replace(first, seed=(seed + n) % (MAX_SEED + 1)) for n in range(self.n))
 

@@ -7,6 +7,8 @@ from typing import Literal
 
 from pydantic import BaseModel
 
+from tdm_runtime.checkpoint.size_rule import SizeRule
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelCard:
@@ -16,10 +18,19 @@ class ModelCard:
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "tdm"
+    family: str
+    """Architecture, such as "sdxl"."""
+    recipe: str
+    """Where the sampling recipe comes from: a file of the checkpoint, or the scheduler that implies it."""
     sizes: list[str]
+    """Sizes that the model was trained at, "WxH"; the first is the default."""
+    size_rule: SizeRule | None = None
+    """Further sizes that it makes; None for no others."""
     step_counts: list[int]
     default_steps: int
     decoders: list[str]
+    guidance_scale: float | None = None
+    """Default of a request's guidance_scale; None where guidance is distilled into the weights."""
     backend: str
     """Backend and precision that run the model, such as "openvino bf16"."""
     parity_psnr_db: dict[int, float]

@@ -1,6 +1,7 @@
-"""Open a checkpoint folder: diffusers layout, safetensors only, every weight file hashed.
+"""Open a checkpoint folder: diffusers layout, safetensors only.
 
-A folder that cannot be served is refused here, before the first request, with an error that names the remedy.
+The hashes of a recipe are checked; a stock folder without a recipe gets the one that its scheduler implies. A folder
+that cannot be served is refused here, before the first request, with an error that names the remedy.
 """
 
 from __future__ import annotations
@@ -14,9 +15,14 @@ from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from tdm_runtime.checkpoint.recipe import RECIPE_FILE, Recipe, load_recipe
+import torch
+
+from tdm_runtime.checkpoint.implied_recipe import recipe_of
+from tdm_runtime.checkpoint.pipeline_folder import MODEL_INDEX, family_of, load_text_encoders, read_json, text_parts
+from tdm_runtime.checkpoint.recipe import RECIPE_FILE, Recipe
 from tdm_runtime.errors import CheckpointError, RecipeError
-from tdm_runtime.families import FAMILIES, Denoiser, Family, family_of_pipeline
+from tdm_runtime.families import Denoiser, Family
+from tdm_runtime.families.family import TextEncoders
 from tdm_runtime.families.latent_space import LatentGeometry
 
 if TYPE_CHECKING:
@@ -27,13 +33,14 @@ if TYPE_CHECKING:
 
 Part = TypeVar("Part")
 
-SERVED_FAMILIES = ("stable_diffusion",)
-"""Names of the families that are served: those with one CLIP text encoder, the only one that the runtime has."""
 TINY_VAE = "tiny_vae"
 """Folder of the tiny autoencoder, which is optional."""
-TINY_VAE_WEIGHTS = f"{TINY_VAE}/diffusion_pytorch_model.safetensors"
-TINY_VAE_FILES = (TINY_VAE_WEIGHTS, f"{TINY_VAE}/config.json")
+DIFFUSION_WEIGHTS, TEXT_WEIGHTS = "diffusion_pytorch_model.safetensors", "model.safetensors"
+"""Names of a part's weights, by the library that saved it. Shards are listed in a file of that name + ".index.json"."""
+TINY_VAE_FILES = (f"{TINY_VAE}/{DIFFUSION_WEIGHTS}", f"{TINY_VAE}/config.json")
 """Files of that folder; all are required if the folder exists."""
+TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",), ("tokenizer.model",))
+"""Files of which a tokenizer's folder must hold one group."""
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DEFAULT_CHECKPOINT = Path(__file__).resolve().parents[2] / "checkpoints" / "tdm-emoji"
 
@@ -74,31 +81,51 @@ class Checkpoint:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 over the recipe, which itself holds the hash of every weight file."""
-        return self.hashes.sha256(self.folder / RECIPE_FILE)
+        """sha256 over the recipe and, through it or beside it, the content of every weight file."""
+        if self.recipe.files:
+            return self.hashes.sha256(self.folder / RECIPE_FILE)
+        return hashlib.sha256(f"{self.recipe.to_json()}\n{self._content}".encode()).hexdigest()
 
     @cached_property
     def fingerprint(self) -> str:
         """sha256 over everything that a compiled program depends on: weights, configs, tokenizer and recipe."""
+        content = self._content if self.recipe.files else f"{self._content}\n{self.digest}"
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    @cached_property
+    def _content(self) -> str:
+        """Name and sha256 of every file that determines a picture, a line each."""
         tiny_vae_files = TINY_VAE_FILES if self.has_tiny_vae else ()
-        names = sorted({*self.recipe.files, *other_files(self.family), *tiny_vae_files, RECIPE_FILE})
-        lines = (f"{name} {self.recipe.files.get(name) or self.hashes.sha256(self.folder / name)}" for name in names)
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        recipe = (RECIPE_FILE,) if self.recipe.files else ()
+        names = {*self.recipe.files, *weight_files(self.folder, self.family), *other_files(self.folder, self.family)}
+        lines = (
+            f"{name} {self.recipe.files.get(name) or self.hashes.sha256(self.folder / name)}"
+            for name in sorted({*names, *tiny_vae_files, *recipe})
+        )
+        return "\n".join(lines)
 
     def load_denoiser(self) -> Denoiser:
         """Load the denoiser in its family's adapter, float32, eval mode."""
         import diffusers
 
         model = self._load_model(self.family.denoiser_folder, getattr(diffusers, self.family.denoiser_class))
-        denoiser = self.family.adapter(model.float().eval())
-        self._check_step_condition(denoiser.condition_dim)
+        denoiser = self.family.adapter(model.eval())
+        if self.recipe.guidance_scale is not None:
+            denoiser.read_guidance()
+        else:
+            self._check_step_condition(denoiser.condition_dim)
         return denoiser
 
     def load_vae(self) -> Any:
         """Load the autoencoder, float32, eval mode."""
         import diffusers
 
-        return self._load_model("vae", getattr(diffusers, self.family.vae_classes[0])).float().eval()
+        return self._load_model("vae", getattr(diffusers, self.family.vae_classes[0])).eval()
+
+    @property
+    def recipe_source(self) -> str:
+        """Where the recipe comes from."""
+        return RECIPE_FILE if (self.folder / RECIPE_FILE).is_file() else "implied by scheduler_config.json"
 
     @property
     def has_tiny_vae(self) -> bool:
@@ -118,20 +145,38 @@ class Checkpoint:
                 f"{self.folder} has no {TINY_VAE}/; decode with the full autoencoder, or train a tiny one and publish "
                 "the checkpoint anew (`tdm-train emoji tiny-autoencoder`, then `publish`)"
             )
-        vae: AutoencoderTiny = self._load_model(TINY_VAE, AutoencoderTiny)
-        return vae.float().eval()
+        vae: AutoencoderTiny = self._load_model(TINY_VAE, AutoencoderTiny).eval()
+        return vae
+
+    @property
+    def has_clip_alone(self) -> bool:
+        """Whether one CLIP reads the prompts, which any backend runs. Else a stock pipeline encodes them."""
+        return self.family.text_encoders == ("text_encoder",) and self._text_class == "CLIPTextModel"
+
+    @cached_property
+    def _text_class(self) -> str:
+        return str(read_json(self.folder / MODEL_INDEX)["text_encoder"][-1])
+
+    def load_text_encoders(self, device: torch.device | str = "cpu") -> TextEncoders:
+        """Load all tokenizers and text encoders in their stock pipeline, float32.
+
+        Raises:
+            CheckpointError: one of them cannot be loaded.
+        """
+        width, height = self.recipe.native_sizes[0]
+        return load_text_encoders(self.folder, self.family, width, height, device)
 
     def load_text_model(self) -> CLIPTextModel:
-        """Load the text model, float32, eval mode."""
+        """Load the text model of a checkpoint that has CLIP alone, float32, eval mode."""
         from transformers import CLIPTextModel
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()  # weights load in a moment
-        model: CLIPTextModel = self._load_model("text_encoder", CLIPTextModel)
-        return model.float().eval()
+        model: CLIPTextModel = self._load_model("text_encoder", CLIPTextModel).eval()
+        return model
 
     def load_tokenizer(self) -> PromptTokenizer:
-        """Load the tokenizer. Every prompt becomes as many tokens as the text model has positions."""
+        """Load the tokenizer of that CLIP. Every prompt becomes as many tokens as the text model has positions."""
         from tdm_runtime.checkpoint.tokenizer import PromptTokenizer
 
         tokenizer = self._load("tokenizer", PromptTokenizer.load)
@@ -159,7 +204,14 @@ class Checkpoint:
         return self._load(part, lambda folder: _read_config(folder)[key])
 
     def _load_model(self, part: str, model_class: Any) -> Any:
-        model, report = self._load(part, partial(model_class.from_pretrained, output_loading_info=True))
+        load = partial(
+            model_class.from_pretrained,
+            output_loading_info=True,
+            dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+        )
+        model, report = self._load(part, load)
         check_loaded(self.folder / part, report)
         return model
 
@@ -198,22 +250,39 @@ def check_loaded(folder: Path, report: Mapping[str, Collection[str]]) -> None:
         )
 
 
-def weight_files(family: Family) -> tuple[str, ...]:
-    """Return the weight files that every checkpoint of a family has, relative to its folder."""
-    return (
-        f"{family.denoiser_folder}/diffusion_pytorch_model.safetensors",
-        "vae/diffusion_pytorch_model.safetensors",
-        *(f"{part}/model.safetensors" for part in family.text_encoders),
-    )
+def weight_files(folder: Path, family: Family) -> tuple[str, ...]:
+    """Return the weight files of a folder, shards and their index too, relative to it. They may be missing."""
+    denoiser, vae = f"{family.denoiser_folder}/{DIFFUSION_WEIGHTS}", f"vae/{DIFFUSION_WEIGHTS}"
+    texts = (f"{part}/{TEXT_WEIGHTS}" for part in family.text_encoders if _is_needed(folder, family, part))
+    return tuple(file for name in (denoiser, vae, *texts) for file in _with_shards(folder, name))
 
 
-def other_files(family: Family) -> tuple[str, ...]:
-    """Return the other files that every checkpoint of a family has beside its recipe."""
-    return (
-        "model_index.json",
-        *(f"{part}/config.json" for part in (family.denoiser_folder, "vae", *family.text_encoders)),
-        *(f"{part}/{name}" for part in family.tokenizers for name in ("tokenizer.json", "tokenizer_config.json")),
-    )
+def _with_shards(folder: Path, name: str) -> tuple[str, ...]:
+    index = f"{name}.index.json"
+    if not (folder / index).is_file():
+        return (name,)
+    shards = read_json(folder / index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+        raise CheckpointError(f"{folder / index} has no weight_map of file names; restore the folder from its source")
+    part = name.rpartition("/")[0]
+    return (index, *(f"{part}/{shard}" for shard in sorted(set(shards.values()))))
+
+
+def other_files(folder: Path, family: Family) -> tuple[str, ...]:
+    """Return the other files of a folder beside its recipe, relative to it. They may be missing."""
+    texts = [part for part in family.text_encoders if _is_needed(folder, family, part)]
+    tokenizers = [part for part in family.tokenizers if _is_needed(folder, family, part)]
+    configs = (f"{part}/config.json" for part in (family.denoiser_folder, "vae", *texts))
+    return (MODEL_INDEX, *configs, *(file for part in tokenizers for file in _tokenizer_files(folder, part)))
+
+
+def _tokenizer_files(folder: Path, part: str) -> tuple[str, ...]:
+    groups = (group for group in TOKENIZER_FILES if all((folder / part / name).is_file() for name in group))
+    return tuple(f"{part}/{name}" for name in (*next(groups, TOKENIZER_FILES[0]), "tokenizer_config.json"))
+
+
+def _is_needed(folder: Path, family: Family, part: str) -> bool:
+    return part not in family.optional_text or part in text_parts(read_json(folder / MODEL_INDEX), family)
 
 
 def open_checkpoint(folder: Path, hashes: FileHashes | None = None) -> Checkpoint:
@@ -227,26 +296,24 @@ def open_checkpoint(folder: Path, hashes: FileHashes | None = None) -> Checkpoin
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; give the folder of a checkpoint that has {RECIPE_FILE}")
-    pickles = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.suffix.lower() in PICKLE_SUFFIXES)
-    if pickles:
+    family = family_of(folder)
+    if family.makes_clips:
         raise CheckpointError(
-            f"{folder} holds pickled weights ({', '.join(pickles[:3])}), which can run code when read; "
-            "convert them to safetensors and remove them"
+            f"{folder} is of {family.name}, which makes clips; this version serves models of pictures"
         )
-    recipe = load_recipe(folder)
+    _refuse_pickles(folder)
+    recipe = recipe_of(folder, family)
     hashes = FileHashes() if hashes is None else hashes
-    family = _read_family(folder)
-    tiny_vae_files = TINY_VAE_FILES if (folder / TINY_VAE).is_dir() else ()
-    required = (*weight_files(family), *other_files(family), *tiny_vae_files)
-    if missing := [name for name in required if not (folder / name).is_file()]:
-        raise CheckpointError(f"{folder} lacks {', '.join(missing)}; restore the folder from its source")
     # Shards and their index count too: the libraries would read them in place of the files listed.
-    weights = {*weight_files(family), *(str(file.relative_to(folder)) for file in folder.rglob("*.safetensors*"))}
-    if unlisted := sorted(weights - set(recipe.files)):
+    if recipe.files and (unlisted := sorted(set(_safetensors(folder)) - set(recipe.files))):
         raise RecipeError(
             f"{folder / RECIPE_FILE} has no sha256 for {', '.join(unlisted[:3])}; publish the checkpoint anew, "
             "or remove what does not belong to it"
         )
+    tiny_vae_files = TINY_VAE_FILES if (folder / TINY_VAE).is_dir() else ()
+    required = (*weight_files(folder, family), *other_files(folder, family), *tiny_vae_files)
+    if missing := [name for name in required if not (folder / name).is_file()]:
+        raise CheckpointError(f"{folder} lacks {', '.join(missing)}; restore the folder from its source")
     for name, expected in recipe.files.items():
         _check_hash(folder, name, expected, hashes)
     return Checkpoint(folder, recipe, family, hashes)
@@ -269,22 +336,22 @@ def _check_hash(folder: Path, name: str, expected: str, hashes: FileHashes) -> N
         )
 
 
-def _read_family(folder: Path) -> Family:
-    """Return the family that model_index.json names. Pipelines of other names are taken for Stable Diffusion."""
-    file = folder / "model_index.json"
-    if not file.is_file():
-        raise CheckpointError(f"{folder} lacks {file.name}; restore the folder from its source")
-    try:
-        index = json.loads(file.read_text(encoding="utf-8"))
-        family = family_of_pipeline(index.get("_class_name")) or FAMILIES["stable_diffusion"]
-        denoiser = index[family.denoiser_folder][1]
-    except (OSError, ValueError, AttributeError, KeyError, IndexError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{file} cannot be read ({error!r}); restore the folder from its source") from None
-    if family.name not in SERVED_FAMILIES:
-        raise CheckpointError(f"{file} is of {family.name}; this version serves {', '.join(SERVED_FAMILIES)} only")
-    if denoiser != family.denoiser_class:
-        raise CheckpointError(f"{file} names the denoiser {denoiser!r}; this version serves {family.denoiser_class}")
-    return family
+def weight_hashes(folder: Path) -> dict[str, str]:
+    """Return the sha256 of every weight file in a folder, shards and indices too, as a recipe lists them."""
+    return {name: file_sha256(folder / name) for name in _safetensors(folder)}
+
+
+def _safetensors(folder: Path) -> list[str]:
+    return sorted(str(file.relative_to(folder)) for file in folder.rglob("*.safetensors*"))
+
+
+def _refuse_pickles(folder: Path) -> None:
+    pickles = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.suffix.lower() in PICKLE_SUFFIXES)
+    if pickles:
+        raise CheckpointError(
+            f"{folder} holds pickled weights ({', '.join(pickles[:3])}), which can run code when read; "
+            "convert them to safetensors and remove them"
+        )
 
 
 def _read_config(folder: Path) -> Any:

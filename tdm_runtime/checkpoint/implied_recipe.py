@@ -9,22 +9,24 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tdm_runtime.checkpoint.pipeline_call import PIPELINE_CALLS, ScheduleRequest
+from tdm_runtime.checkpoint.pipeline_folder import MODEL_INDEX, read_json
 from tdm_runtime.checkpoint.published_recipes import published_for
 from tdm_runtime.checkpoint.recipe import RECIPE_FILE, Recipe, load_recipe, parse_recipe
 from tdm_runtime.checkpoint.scheduler_config import SchedulerConfig
+from tdm_runtime.checkpoint.size_rule import SizeRule, rule_around
 from tdm_runtime.checkpoint.stock_schedule import sampling_of
-from tdm_runtime.errors import CheckpointError, RecipeError, shown
-from tdm_runtime.families import FAMILIES, Family, family_of_pipeline
+from tdm_runtime.errors import RecipeError, shown
+from tdm_runtime.families import Family
 
 logger = logging.getLogger(__name__)
 
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
-INDEX_FILE = "model_index.json"
 Served = tuple[tuple[int, ...], int, str]
 """Step counts, the default one, and the reason."""
 
@@ -38,22 +40,6 @@ def recipe_of(folder: Path, family: Family) -> Recipe:
     if (folder / RECIPE_FILE).exists() or not (folder / SCHEDULER_FILE).exists():
         return load_recipe(folder)
     return implied_recipe(family, folder)
-
-
-def family_of_folder(folder: Path) -> Family:
-    """Return the family that a folder's model_index.json names.
-
-    Raises:
-        CheckpointError: there is no such folder or file, or it names a pipeline of no family.
-    """
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder; give a folder in diffusers layout")
-    name = _read_json(folder / INDEX_FILE).get("_class_name")
-    family = family_of_pipeline(name) if isinstance(name, str) else None
-    if family is None:
-        known = ", ".join(pipeline for family in FAMILIES.values() for pipeline in family.pipelines)
-        raise CheckpointError(f"{folder / INDEX_FILE} names the pipeline {shown(name)}; this version knows {known}")
-    return family
 
 
 def implied_recipe(
@@ -83,7 +69,7 @@ def implied_recipe(
         RecipeError: naming the file, the setting or argument, and the remedy.
     """
     file = folder / SCHEDULER_FILE
-    raw = _read_json(file)
+    raw = read_json(file)
     guidance_scale = _guidance_scale(family, folder, guidance)
     try:
         config = SchedulerConfig.of(raw)
@@ -102,9 +88,16 @@ def implied_recipe(
             (native_size(family, folder),),
             guidance_scale,
         )
+        recipe = replace(recipe, size_rule=size_rule(family, folder))
         return parse_recipe(json.loads(recipe.to_json()))  # checks every field as a file's
     except RecipeError as error:
         raise RecipeError(f"{file}: {error}") from None
+
+
+def size_rule(family: Family, folder: Path) -> SizeRule:
+    """Return the rule of a folder whose native size is all that is known."""
+    denoiser, vae = (read_json(folder / part / "config.json") for part in (family.denoiser_folder, "vae"))
+    return rule_around(*native_size(family, folder), family.geometry(denoiser, vae).size_multiple)
 
 
 def native_size(family: Family, folder: Path) -> tuple[int, int]:
@@ -112,9 +105,11 @@ def native_size(family: Family, folder: Path) -> tuple[int, int]:
     size = PIPELINE_CALLS[family.name].size if family.name in PIPELINE_CALLS else None
     if size is not None:
         return size
-    denoiser = _read_json(folder / family.denoiser_folder / "config.json")
-    compression = family.spatial_compression(_read_json(folder / "vae" / "config.json"))
-    sample_size = denoiser.get("sample_size", 64)
+    denoiser = read_json(folder / family.denoiser_folder / "config.json")
+    compression = family.spatial_compression(read_json(folder / "vae" / "config.json"))
+    sample_size: Any = denoiser.get("sample_size", 64)
+    height: Any
+    width: Any
     height, width = sample_size if isinstance(sample_size, list) else (sample_size, sample_size)
     height, width = denoiser.get("sample_height", height), denoiser.get("sample_width", width)
     if not all(type(side) is int and side > 0 for side in (width, height)):
@@ -136,7 +131,7 @@ def _served_steps(family: Family, folder: Path, config: SchedulerConfig) -> Serv
         return tuple(range(1, 9)), 4, "a consistency model for 1 to 8 steps"
     if config.class_name == "SCMScheduler":
         return few, 2, "a consistency model for 1 to 4 steps"
-    if _read_json(folder / INDEX_FILE).get("is_distilled") is True:
+    if read_json(folder / MODEL_INDEX).get("is_distilled") is True:
         return few, 4, "is_distilled in model_index.json, for 1 to 4 steps"
     if family.name == "flux" and not config["use_dynamic_shifting"] and not _reads_guidance(family, folder):
         return few, 4, "a FLUX.1 without guidance and without shift is schnell, for 1 to 4 steps"
@@ -150,7 +145,7 @@ def _served_steps(family: Family, folder: Path, config: SchedulerConfig) -> Serv
 
 
 def _reads_guidance(family: Family, folder: Path) -> bool:
-    config = _read_json(folder / family.denoiser_folder / "config.json")
+    config = read_json(folder / family.denoiser_folder / "config.json")
     return config.get("time_cond_proj_dim") is not None or bool(config.get("guidance_embeds"))
 
 
@@ -168,17 +163,3 @@ def _guidance_scale(family: Family, folder: Path, guidance: float | None) -> flo
 
 def _numbers(values: Sequence[float] | None) -> tuple[float, ...] | None:
     return None if values is None else tuple(float(value) for value in values)
-
-
-def _read_json(file: Path) -> Mapping[str, Any]:
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RecipeError(f"{file} is missing; restore the folder from its source") from None
-    except OSError as error:
-        raise RecipeError(f"{file} cannot be read ({error.strerror}); make it readable") from None
-    except (ValueError, RecursionError) as error:
-        raise RecipeError(f"{file} is not JSON ({error}); restore it from its source") from None
-    if not isinstance(raw, dict):
-        raise RecipeError(f"{file} holds a {type(raw).__name__}, not a JSON object; restore it from its source")
-    return raw

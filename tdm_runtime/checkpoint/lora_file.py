@@ -1,145 +1,252 @@
-"""LoRA files of diffusers, kohya and PEFT."""
+"""LoRA files of diffusers, kohya, PEFT and LyCORIS, read into layers by diffusers' names.
+
+The stock pipeline of the family converts key styles (`lora_state_dict`), so every style that it reads is read here.
+Styles that some pipelines leave unconverted are read for every family: PEFT's files of a bare denoiser, and kohya's
+files with diffusers' names, whose dots became underscores.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tdm_runtime.checkpoint.folder import file_sha256
+from tdm_runtime.checkpoint.lycoris import as_low_rank
 from tdm_runtime.errors import CheckpointError
+from tdm_runtime.families.family import Family
 
 FOLDER_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 """File names that diffusers and PEFT write into a folder."""
+STEP_CONDITION_FILE = "step_condition.safetensors"
+"""File beside `FOLDER_FILES[0]` with the weights that read K, if the LoRA was trained with K."""
 
-
-DENOISER, TEXT_ENCODER = "unet", "text_encoder"
-
-
-_PREFIXES = {
-    "base_model.model.": DENOISER,
-    "unet.": DENOISER,
-    "text_encoder.": TEXT_ENCODER,
-    "lora_unet_": DENOISER,
-    "lora_te_": TEXT_ENCODER,
-    "lora_te1_": TEXT_ENCODER,
-}
-
-
+_STABILITY_UNET = SimpleNamespace(layers_per_block=2)
+"""What diffusers reads of a UNet's config to count blocks as Stability does; the same in SD 1, SD 2 and SDXL."""
+_DENOISER_PREFIXES = ("base_model.model.", "diffusion_model.", "lora_unet_", "lora_transformer_")
+"""Prefixes of a denoiser's layers in files of PEFT, ComfyUI and kohya, if the stock pipeline did not convert them."""
+_KOHYA_DOWN = ".lora_down.weight"
 _TENSOR = re.compile(
-    r"(?P<layer>.+?)[._](?:lora(?:_linear_layer)?[._](?P<side>A|B|down|up)(?:\.\w+)?\.weight|(?:lora\.)?(?P<alpha>alpha))",
+    r"(?P<layer>.+?)\.(?:lora_(?P<side>A|B|down|up|magnitude_vector)(?:\.(?!weight|bias)\w+)?(?:\.(?P<kind>weight|bias))?"
+    r"|(?:lora\.|lora_A\.weight\.)?(?P<alpha>alpha))",
     re.ASCII,
 )
-"""kohya writes `.lora_down.weight`, PEFT `.lora_A.weight` and `.lora_A.default.weight`, diffusers `.lora.down.weight`
-and `_lora.down.weight`."""
+"""PEFT writes `.lora_A.weight` and `.lora_A.default.weight`, kohya `.lora_down.weight`. kohya's alphas end in
+`.lora_A.weight.alpha` after diffusers' conversion."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class LoraLayer:
-    """The low-rank update of one layer."""
+    """The update of one layer: its weight grows by scaling * up @ down (Hu et al. 2021, eq. 3)."""
 
-    down: Tensor | None = None
+    down: Tensor
     """A: [rank, in], of a convolution [rank, in, h, w]."""
-    up: Tensor | None = None
+    up: Tensor
     """B: [out, rank], of a convolution [out, rank, 1, 1]."""
-    alpha: float | None = None
+    scaling: float
+    """alpha / rank; alpha / sqrt(rank) with rsLoRA."""
+    magnitude: Tensor | None = None
+    """Norms of the rows of the changed weight, [out], which DoRA trains (Liu et al. 2024, eq. 5)."""
+    bias: Tensor | None = None
+    """Grows the layer's bias by scaling * bias, [out]."""
+    flat_name: str | None = None
+    """Name in a file of kohya, with underscores in place of dots. diffusers' conversion spells some layers wrong."""
 
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A LoRA read from disk, with layers named as the model names them."""
+    """A LoRA read from disk."""
 
     path: Path
     sha256: str
     layers: Mapping[str, Mapping[str, LoraLayer]] = field(repr=False)
-    """Component -> layer -> its update. kohya writes layer names with underscores in place of dots."""
+    """Component (`unet`, `transformer`, `text_encoder`, `text_encoder_2`, ...) -> layer -> its update."""
+    step_condition: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    """Weights for `Denoiser.load_step_condition`; empty for a LoRA that was trained without K."""
 
 
-def read_lora(path: Path) -> LoraFile:
-    """Read a LoRA file of diffusers, kohya or PEFT, or the folder that holds it.
+def read_lora(path: Path, family: Family) -> LoraFile:
+    """Read a LoRA file, or the folder that diffusers, PEFT or our training wrote.
+
+    Args:
+        family: family of the base.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or not a LoRA.
+        CheckpointError: the file is missing or damaged, or it is no LoRA for this family.
     """
-    from safetensors import SafetensorError, safe_open
-
     file = next((path / name for name in FOLDER_FILES if (path / name).is_file()), path)
     if file.suffix != ".safetensors" or not file.is_file():
         raise CheckpointError(f"{path} is no LoRA; give a .safetensors file, or a folder with {FOLDER_FILES[0]}")
+    state, settings = _read_tensors(file)
+    if (settings_file := file.with_name("adapter_config.json")).is_file() and file.name == FOLDER_FILES[1]:
+        settings = {f"{family.denoiser_folder}.{key}": value for key, value in _read_json(settings_file).items()}
+    if not any("lora" in name or "hada_" in name or "lokr_" in name for name in state):
+        raise CheckpointError(
+            f"{file} holds no LoRA (its first tensor is {min(state, default='')[:100]!r}); give a LoRA"
+        )
+    layers = _layers(file, family, as_low_rank(file, state), settings)
+    condition = file.with_name(STEP_CONDITION_FILE)
+    has_condition = file.name == FOLDER_FILES[0] and condition.is_file()
+    return LoraFile(file, file_sha256(file), layers, _read_tensors(condition)[0] if has_condition else {})
+
+
+def _read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors of a file, and PEFT's configuration of each component as diffusers saves it."""
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(file, framework="pt") as opened:
             state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # no mapping
-            settings = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
-        beside = file.with_name("adapter_config.json")
-        if file.name == FOLDER_FILES[1] and beside.is_file():
-            settings |= {f"{DENOISER}.{key}": value for key, value in json.loads(beside.read_bytes()).items()}
-        sha256 = file_sha256(file)
+            return state, json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read ({error}); fetch it again from its source") from None
-    layers = _sorted_out(file, state)
-    for component, found in layers.items():
-        prefix = f"{component}."
-        _set_alphas(file, found, {k.removeprefix(prefix): v for k, v in settings.items() if k.startswith(prefix)})
-    return LoraFile(file, sha256, layers)
 
 
-def _sorted_out(file: Path, state: Mapping[str, Tensor]) -> dict[str, dict[str, LoraLayer]]:
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}); fetch it again from its source") from None
+    return content
+
+
+def _layers(
+    file: Path, family: Family, state: Mapping[str, Tensor], settings: Mapping[str, Any]
+) -> dict[str, dict[str, LoraLayer]]:
     """Sort tensors by component and layer.
 
     Raises:
-        CheckpointError: the name of a tensor is unknown.
+        CheckpointError: a tensor belongs to no LoRA of this family, or a layer is incomplete.
     """
+    weights = {name: tensor for name, tensor in state.items() if not name.endswith(".dora_scale")}
+    found: dict[str, dict[str, dict[str, Tensor]]] = {}
+    strangers = []
+    for name, tensor in _in_diffusers_names(family, weights).items():
+        component, rest = _component(family, name)
+        match = _TENSOR.fullmatch(_in_peft_names(family, component, rest))
+        if component is None or match is None:
+            strangers.append(name)
+            continue
+        role = "alpha" if match["alpha"] else {"down": "A", "up": "B"}.get(match["side"], match["side"])
+        if match["kind"] == "bias":
+            role += ".bias"
+        found.setdefault(component, {}).setdefault(match["layer"], {})[role] = tensor
+    if strangers:
+        raise CheckpointError(
+            f"{file} holds {len(strangers)} tensors that are no LoRA of {family.name} ({strangers[0][:100]!r}, ...); "
+            "use the base of the LoRA"
+        )
+    # diffusers drops kohya's DoRA scales and respells names, and passes A on: by A, a layer is found again in the file.
+    origins = {id(t): name.removesuffix(_KOHYA_DOWN) for name, t in state.items() if name.endswith(_KOHYA_DOWN)}
+    scales = {name for name in state if name.endswith(".dora_scale")}
     layers: dict[str, dict[str, LoraLayer]] = {}
-    for name, tensor in state.items():
-        prefix = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), None)
-        found = _TENSOR.fullmatch(name.removeprefix(prefix or ""))
-        if prefix is None or found is None:
-            raise CheckpointError(
-                f"{file} holds {name[:100]!r}; LoRAs of a denoiser and its text encoder are served, with keys of "
-                "diffusers, kohya or PEFT, without DoRA, LoHa or LoKr: convert it"
-            )
-        layer = layers.setdefault(_PREFIXES[prefix], {}).setdefault(_layer_name(found["layer"]), LoraLayer())
-        if found["alpha"]:
-            layer.alpha = float(tensor)
-        elif found["side"] in ("A", "down"):
-            layer.down = tensor.float()
-        else:
-            layer.up = tensor.float()
+    for component, named in found.items():
+        for name, tensors in named.items():
+            origin = origins.get(id(tensors.get("A")))
+            if (scale := f"{origin}.dora_scale") in scales:
+                tensors["dora_scale"] = state[scale]
+                scales.remove(scale)
+            layer = _layer(file, name, tensors, _of(settings, component))
+            flat_name = None if origin is None else _component(family, origin)[1]
+            layers.setdefault(component, {})[name] = replace(layer, flat_name=flat_name)
+    if scales:
+        raise CheckpointError(
+            f"{file} is a DoRA with {len(scales)} scales ({min(scales)[:100]!r}, ...) that do not fit the layers of "
+            f"{family.name} one by one; merge it into its base"
+        )
     return layers
 
 
-def _layer_name(name: str) -> str:
-    """Return the current name of a layer: older files write `attn1.processor.to_out` for `attn1.to_out.0`."""
-    name = name.removeprefix("text_model.")
-    if ".processor." in name:
-        name = re.sub(r"\.to_out$", ".to_out.0", name.replace(".processor.", "."))
-    return name
+def _in_diffusers_names(family: Family, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Let the stock pipeline convert key styles. Names that it does not know stay as they are."""
+    import diffusers
+
+    pipeline = getattr(diffusers, family.pipelines[0])
+    components = tuple(f"{component}." for component in (family.denoiser_folder, *family.text_encoders))
+    if not hasattr(pipeline, "lora_state_dict") or all(name.startswith(components) for name in state):
+        return state
+    given = {re.sub("^lora_transformer_", "lora_unet_", name): tensor for name, tensor in state.items()}
+    try:
+        converted = pipeline.lora_state_dict(given.copy(), unet_config=_STABILITY_UNET, return_alphas=True)
+    except Exception:  # converters raise many kinds at names that they do not know
+        return given
+    named, alphas = converted if isinstance(converted, tuple) else (converted, None)
+    if _count_layers(named) < _count_layers(given):  # others drop what they do not know
+        return given
+    return {**named, **{name: torch.as_tensor(alpha) for name, alpha in (alphas or {}).items()}}
 
 
-def _set_alphas(file: Path, layers: Mapping[str, LoraLayer], settings: Mapping[str, Any]) -> None:
-    """Multiply B by alpha / rank, so that later code needs neither.
+def _count_layers(state: Iterable[str]) -> int:
+    return sum(1 for name in state if re.search(r"[._](lora_A|lora_down|down)\.", name))
+
+
+def _component(family: Family, name: str) -> tuple[str | None, str]:
+    """Return the component that a tensor changes and the rest of the name; None for an unknown one."""
+    prefixes = {f"{component}.": component for component in (family.denoiser_folder, *family.text_encoders)}
+    prefixes |= {f"lora_te{number}_": encoder for number, encoder in enumerate(family.text_encoders, start=1)}
+    prefixes["lora_te_"] = family.text_encoders[0]
+    prefixes |= {prefix: family.denoiser_folder for prefix in _DENOISER_PREFIXES}
+    prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
+    return (None, name) if prefix is None else (prefixes[prefix], name.removeprefix(prefix))
+
+
+def _in_peft_names(family: Family, component: str | None, name: str) -> str:
+    """Return PEFT's name of a tensor; older files write `attn1.processor.to_out_lora` for `attn1.to_out.0`."""
+    from diffusers.utils.state_dict_utils import (
+        StateDictType,
+        convert_state_dict_to_peft,
+        convert_unet_state_dict_to_peft,
+    )
+
+    state = {name: None}
+    if component != family.denoiser_folder:
+        state = convert_state_dict_to_peft(state, StateDictType.DIFFUSERS_OLD)
+    (converted,) = convert_unet_state_dict_to_peft(state)
+    return str(converted)
+
+
+def _of(settings: Mapping[str, Any], component: str) -> dict[str, Any]:
+    """Return PEFT's configuration of one component."""
+    prefix = f"{component}."
+    return {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
+
+
+def _layer(file: Path, name: str, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> LoraLayer:
+    """Put the tensors of one layer together.
 
     Args:
         settings: PEFT's configuration of the component. Without an alpha, alpha is the rank.
 
     Raises:
-        CheckpointError: a layer is incomplete, or of a kind that is not served.
+        CheckpointError: the layer is incomplete, or of a kind that is not read.
     """
-    if settings.get("use_dora"):
-        raise CheckpointError(f"{file} is a DoRA, which is not served; merge it into its base")
-    pattern = settings.get("alpha_pattern") or {}
-    for name, layer in layers.items():
-        if layer.down is None or layer.up is None:
-            raise CheckpointError(f"{file} has only one half of {name[:100]!r}; fetch it again from its source")
-        rank = layer.down.shape[0]
-        alpha = layer.alpha
-        if alpha is None:
-            alpha = float(next((v for k, v in pattern.items() if name.endswith(k)), settings.get("lora_alpha", rank)))
-        layer.up = layer.up * (alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank))
-        layer.alpha = float(rank)
+    if unknown := set(tensors) - {"A", "B", "B.bias", "alpha", "magnitude_vector", "dora_scale"}:
+        raise CheckpointError(f"{file} has a {min(unknown)} of {name[:100]!r}, which LoRAs do not have; convert it")
+    if "A" not in tensors or "B" not in tensors:
+        raise CheckpointError(f"{file} has only one half of {name[:100]!r}; fetch it again from its source")
+    down, up = tensors["A"], tensors["B"]
+    magnitude = tensors.get("magnitude_vector", tensors.get("dora_scale"))
+    if "dora_scale" in tensors and tensors["dora_scale"].shape[0] != len(up):
+        raise CheckpointError(
+            f"{file} is a DoRA with a scale for each input of {name[:100]!r}, and only scales of outputs are read; "
+            "merge it into its base"
+        )
+    rank = len(down)
+    alpha = float(tensors["alpha"]) if "alpha" in tensors else _alpha(name, rank, settings)
+    scaling = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+    return LoraLayer(down, up, scaling, None if magnitude is None else magnitude.flatten(), tensors.get("B.bias"))
+
+
+def _alpha(name: str, rank: int, settings: Mapping[str, Any]) -> float:
+    """Return the alpha of a layer by PEFT's configuration, whose patterns are regular expressions."""
+    patterns: Iterable[tuple[str, float]] = (settings.get("alpha_pattern") or {}).items()
+    matching = (alpha for pattern, alpha in patterns if re.match(rf"(.*\.)?({pattern})$", name))
+    return float(next(matching, settings.get("lora_alpha", rank)))

@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args
 
+from tdm_runtime.checkpoint.size_rule import SizeRule, parse_size_rule
 from tdm_runtime.errors import RecipeError
 from tdm_runtime.sampling.schedule import (
     DiffusionSchedule,
@@ -62,6 +63,8 @@ class Recipe:
     """Step count of a request that does not name one."""
     native_sizes: tuple[tuple[int, int], ...]
     """(width, height) in pixels that the model was trained at; the first is the default."""
+    size_rule: SizeRule | None = None
+    """Sizes that are allowed beside the native ones; None allows no others."""
     step_condition: StepConditionKind = "none"
     """How the denoiser receives K: not at all, or by the `timestep_cond` argument."""
     files: Mapping[str, str] = field(default_factory=dict)
@@ -200,6 +203,7 @@ def parse_recipe(raw: Any) -> Recipe:
         timesteps=timesteps,
         default_steps=raw["default_steps"],
         native_sizes=_parse_sizes(raw["native_sizes"]),
+        size_rule=None if raw.get("size_rule") is None else parse_size_rule(raw["size_rule"]),
         step_condition=_choice(raw, "step_condition", get_args(StepConditionKind), default="none"),
         files=_parse_files(raw.get("files", {})),
         sigmas=_parse_lists(raw, "sigmas", of=timesteps, more=1),

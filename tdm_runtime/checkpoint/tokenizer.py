@@ -19,11 +19,16 @@ class PromptTokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> PromptTokenizer:
-        """Read tokenizer.json and tokenizer_config.json.
+        """Read tokenizer.json and tokenizer_config.json; or vocab.json and merges.txt, by transformers.
 
         Raises:
             OSError, ValueError, KeyError: a file is missing, broken or incomplete.
         """
+        if not (folder / "tokenizer.json").is_file():
+            from transformers import CLIPTokenizer
+
+            stock = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+            return cls(stock.backend_tokenizer, stock.model_max_length, stock.eos_token_id, stock.pad_token_id)
         tokenizer = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
         tokenizer.no_padding()
         tokenizer.no_truncation()

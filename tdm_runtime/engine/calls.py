@@ -14,7 +14,7 @@ from tdm_runtime.engine.sample import Sample
 from tdm_runtime.errors import GenerationError, NotFiniteError, TDMError
 from tdm_runtime.model.decoder import Pixels
 from tdm_runtime.model.loaded_model import denoise
-from tdm_runtime.model.text_encoder import conditioning_of
+from tdm_runtime.model.text_encoder import stacked
 from tdm_runtime.params import DecoderName
 from tdm_runtime.sampling.noise import SeedNoise
 from tdm_runtime.sampling.sampler import apply_step, gather_rows
@@ -75,6 +75,7 @@ class ModelCalls:
             prompts = text_encoder.encode_all([sample.params.prompt for sample in readers])
             for sample, prompt in zip(readers, prompts, strict=True):
                 sample.prompt = prompt
+                sample.conditioning = sample.model.conditioning(prompt, sample.params)
         for sample in samples:
             sample.noise = SeedNoise(sample.params.seed, sample.denoise.kind.shape, sample.params.noise_angle)
             start = sample.table.initial_scale * sample.noise.initial()
@@ -88,7 +89,7 @@ class ModelCalls:
         device = samples[0].model.denoiser.device  # samples of one lane share their denoiser
         rows = gather_rows([(s.table, s.step_index) for s in samples], device)
         step_counts = torch.from_numpy(np.array([s.params.num_inference_steps for s in samples])).to(device)
-        prompt = conditioning_of([s.prompt for s in samples if s.prompt is not None])
+        prompt = stacked([s.conditioning for s in samples if s.conditioning is not None])
         latents = _stacked([s.latents for s in samples])
         needs_previous = any(s.table.c[s.step_index] for s in samples)
         previous = _stacked([s.denoised for s in samples]) if needs_previous else None

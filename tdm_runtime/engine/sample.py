@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from tdm_runtime.engine.delivery import Delivery
+from tdm_runtime.families.conditioning import Conditioning
 from tdm_runtime.model.decoder import Pixels
 from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.model.text_encoder import PromptEmbedding
@@ -83,6 +84,8 @@ class Sample(Work):
     noise: SeedNoise | None = None
     """Noise of its seed; it draws when a step takes some. None until the first step is due."""
     prompt: PromptEmbedding | None = None
+    conditioning: Conditioning | None = None
+    """What the denoiser reads of prompt and size; None until the first step is due."""
     timings: Timings = field(default_factory=Timings)
 
     @property

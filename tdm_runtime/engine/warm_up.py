@@ -13,9 +13,10 @@ from torch import Tensor
 from tdm_runtime.engine.delivery import Delivery
 from tdm_runtime.engine.engine import DiffusionEngine
 from tdm_runtime.engine.intake import call_kind
+from tdm_runtime.families.conditioning import Conditioning
 from tdm_runtime.model.decoder import Decoder
 from tdm_runtime.model.loaded_model import LoadedModel, denoise
-from tdm_runtime.model.text_encoder import PromptEmbedding, TextEncoder, conditioning_of
+from tdm_runtime.model.text_encoder import TextEncoder, stacked
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.scheduling.cost_model import MIN_GAIN, Kind
 
@@ -87,11 +88,11 @@ def _denoise(engine: DiffusionEngine, model: LoadedModel, params: SamplingParams
     table = model.recipe.step_table(steps, params.width, params.height)
     timesteps = torch.full((count,), float(table.timesteps[0]), device=device)
     step_counts = torch.full((count,), steps, device=device)
-    prompts: list[PromptEmbedding] = []
-    engine.run_on_thread(lambda: prompts.append(model.text_encoder.encode(params.prompt)))
+    prompts: list[Conditioning] = []
+    engine.run_on_thread(lambda: prompts.append(model.conditioning(model.text_encoder.encode(params.prompt), params)))
 
     def call(size: int) -> object:
-        prompt = conditioning_of(prompts * size)
+        prompt = stacked(prompts * size)
         output = denoise([model] * size, latents[:size], timesteps[:size], step_counts[:size], prompt)
         return output.sum().item()  # waits until a GPU is done
 

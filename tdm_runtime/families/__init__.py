@@ -10,11 +10,15 @@ from tdm_runtime.families.cogvideox import CogVideoX
 from tdm_runtime.families.conditioning import Conditioning
 from tdm_runtime.families.denoiser import Denoiser
 from tdm_runtime.families.family import Family
+from tdm_runtime.families.flux import Flux
+from tdm_runtime.families.flux2 import Flux2
 from tdm_runtime.families.latent_space import DecoderModule
 from tdm_runtime.families.pixart import PixArt
+from tdm_runtime.families.sana import Sana
 from tdm_runtime.families.sd3 import StableDiffusion3
 from tdm_runtime.families.sdxl import SDXL
 from tdm_runtime.families.stable_diffusion import StableDiffusion
+from tdm_runtime.families.z_image import ZImage
 
 __all__ = [
     "FAMILIES",
@@ -31,7 +35,18 @@ __all__ = [
 ]
 
 FAMILIES: Mapping[str, Family] = {
-    family.name: family for family in (StableDiffusion(), SDXL(), PixArt(), StableDiffusion3(), CogVideoX())
+    family.name: family
+    for family in (
+        StableDiffusion(),
+        SDXL(),
+        PixArt(),
+        StableDiffusion3(),
+        Flux(),
+        Flux2(),
+        ZImage(),
+        Sana(),
+        CogVideoX(),
+    )
 }
 """Name -> family."""
 

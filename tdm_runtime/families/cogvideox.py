@@ -122,6 +122,7 @@ class CogVideoX(Family):
     pipelines = ("CogVideoXPipeline",)
     denoiser_class = "CogVideoXTransformer3DModel"
     adapter = CogVideoXDenoiser
+    max_tokens = 226
     makes_clips = True
     vae_classes = ("AutoencoderKLCogVideoX",)
     decoder = CogVideoXDecoder

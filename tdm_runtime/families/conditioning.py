@@ -17,7 +17,7 @@ class Conditioning:
     pooled_prompt_embeds: Tensor | None = None
     """[B, P]; SDXL and SD3."""
     attention_mask: Tensor | None = None
-    """[B, L], 1 where a token is read and 0 where it is padding; PixArt."""
+    """[B, L], 1 where a token is read and 0 where it is padding; PixArt, Z-Image, SANA."""
     time_ids: Tensor | None = None
     """[B, 6]: original height, width, crop top, left, target height, width, in pixels; SDXL."""
     guidance: Tensor | None = None

@@ -48,8 +48,14 @@ class Denoiser(nn.Module, ABC):
 
     @property
     def timestep_embedding(self) -> Any:
-        """diffusers' TimestepEmbedding that holds `cond_proj`."""
+        """Embedding of the timestep that holds `cond_proj`; None there means no input for K."""
         return self.model.get_submodule(self.timestep_embedding_name)
+
+    @property
+    def sinusoid_layer(self) -> nn.Linear:
+        """Layer that reads the sinusoid of the timestep, and the projected K with it."""
+        layer: nn.Linear = self.timestep_embedding.linear_1
+        return layer
 
     @property
     def condition_dim(self) -> int | None:
@@ -125,6 +131,9 @@ class Denoiser(nn.Module, ABC):
         """
         return {}
 
+    def read_guidance(self) -> None:
+        """Make the guidance scale an input, because the recipe names one. Most models that read it always do."""
+
     def add_step_condition(self, dim: int = 256) -> None:
         """Give the model an input for K that changes no output yet. A model that has such an input keeps it.
 
@@ -135,7 +144,7 @@ class Denoiser(nn.Module, ABC):
             raise ValueError(f"dim is {dim}; the embedding of K has an even width of at least 4")
         if self.condition_dim is not None:
             return
-        first = self.timestep_embedding.linear_1
+        first = self.sinusoid_layer
         projection = nn.Linear(dim, first.in_features, bias=False, device=first.weight.device, dtype=first.weight.dtype)
         nn.init.zeros_(projection.weight)
         self.timestep_embedding.cond_proj = projection
@@ -155,7 +164,7 @@ class Denoiser(nn.Module, ABC):
         Raises:
             CheckpointError: the weights belong to another model.
         """
-        name, rows = self._projection_name, self.timestep_embedding.linear_1.in_features
+        name, rows = self._projection_name, self.sinusoid_layer.in_features
         if set(state) != {name}:
             raise CheckpointError(
                 f"the step condition has the weights {sorted(state)}, {type(self).__name__} reads {[name]}; "

@@ -72,6 +72,10 @@ class Family(ABC):
     """Folders of the tokenizers, in order."""
     text_encoders: ClassVar[tuple[str, ...]] = ("text_encoder",)
     """Folders of the text encoders, in order."""
+    optional_text: ClassVar[tuple[str, ...]] = ()
+    """Those of these folders that a pipeline may come without."""
+    max_tokens: ClassVar[int | None] = None
+    """Number of tokens of a prompt that are read; None is the length that the tokenizer names."""
 
     makes_clips: ClassVar[bool] = False
     """Whether a sample is a clip, with latents [C, F, H, W]. Otherwise it is a picture, with latents [C, H, W]."""
@@ -83,6 +87,11 @@ class Family(ABC):
     def is_denoiser(self, model: Any) -> bool:
         """Return whether a diffusers model is this family's denoiser."""
         return any(ancestor.__name__ == self.denoiser_class for ancestor in type(model).__mro__)
+
+    def latent_channels(self, vae: Mapping[str, Any]) -> int | None:
+        """Return the channels of the latents as the denoiser reads them, by the VAE's config; None if it lacks them."""
+        channels = vae.get("latent_channels")
+        return None if channels is None else int(channels)
 
     def spatial_compression(self, vae: Mapping[str, Any]) -> int:
         """Return pixels per latent along each side, by the VAE's config.
@@ -121,6 +130,10 @@ class Family(ABC):
         """
         mean: Tensor = vae.encode(pixels).latent_dist.mode()
         return LatentScaling.of(vae.config).from_vae(mean)
+
+    def time_ids(self, width: int, height: int) -> tuple[float, ...] | None:
+        """Return what the denoiser reads about the size of the picture, in pixels (`Conditioning.time_ids`)."""
+        return None
 
     @abstractmethod
     def encode_prompts(self, prompts: list[str], encoders: TextEncoders) -> Conditioning:

@@ -90,11 +90,14 @@ class DecoderModule(nn.Module):
         """Take a diffusers VAE, full or tiny."""
         super().__init__()
         self.vae = vae.eval()
-        self._scaling = LatentScaling.of(vae.config)
+
+    def to_vae(self, latents: Tensor) -> Tensor:
+        """Return the denoiser's latents as the VAE decodes them."""
+        return LatentScaling.of(self.vae.config).to_vae(latents)
 
     def forward(self, latents: Tensor) -> Tensor:
         """Return uint8 [B, H, W, 3] for latents [B, C, h, w], or [B, frames, H, W, 3] for [B, C, F, h, w]."""
-        pixels = self.vae.decode(self._scaling.to_vae(latents), return_dict=False)[0].float()
+        pixels = self.vae.decode(self.to_vae(latents), return_dict=False)[0].float()
         levels: Tensor = (pixels.clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
         return levels.movedim(1, -1).contiguous()
 

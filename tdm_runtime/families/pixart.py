@@ -1,4 +1,4 @@
-"""PixArt-alpha: a T5 text encoder and PixArtTransformer2DModel."""
+"""PixArt-alpha and PixArt-sigma: a T5 text encoder and PixArtTransformer2DModel."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class PixArtDenoiser(Denoiser):
         return output[:, : self.latent_channels]
 
     def _size_conditions(self, latents: Tensor) -> dict[str, Tensor | None]:
-        """Return the size in pixels [B, 2] and height / width [B, 1], which only the models of 1024 pixels read."""
+        """Return the size in pixels [B, 2] and height / width [B, 1], which only PixArt-alpha of 1024 pixels reads."""
         if not self.model.use_additional_conditions:
             return {"resolution": None, "aspect_ratio": None}
         height, width = latents.shape[-2:]
@@ -64,13 +64,14 @@ class PixArtDenoiser(Denoiser):
 
 @final
 class PixArt(Family):
-    """Family of `PixArtAlphaPipeline`."""
+    """Family of `PixArtAlphaPipeline` and `PixArtSigmaPipeline`, which pad prompts to 120 and to 300 tokens."""
 
     name = "pixart"
-    pipelines = ("PixArtAlphaPipeline",)
+    pipelines = ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
     denoiser_class = "PixArtTransformer2DModel"
     former_denoiser_class = "Transformer2DModel"
     adapter = PixArtDenoiser
+    max_tokens = 120
 
     def encode_prompts(self, prompts: list[str], encoders: TextEncoders) -> Conditioning:
         embeds, mask, _, _ = encoders.pipeline.encode_prompt(

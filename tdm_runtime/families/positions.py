@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,3 +25,21 @@ def sines_2d(rows: Tensor, columns: Tensor, dim: int) -> Tensor:
     across = sines_1d(columns, dim // 2)[None].expand(rows.shape[0], -1, -1)
     down = sines_1d(rows, dim // 2)[:, None].expand(-1, columns.shape[0], -1)
     return torch.cat([across, down], dim=-1).flatten(0, 1)
+
+
+def rotary_embedding(self: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """FluxPosEmbed.forward and Flux2PosEmbed.forward without float64, which TensorRT has not.
+
+    Args:
+        self: the module, with the width of each axis in `axes_dim` and the base of the frequencies in `theta`.
+        ids: position of each token along each axis, [N, axes].
+
+    Returns:
+        Cosines and sines, [N, sum of axes_dim] each. Neighbours of a pair are equal.
+    """
+    angles = []
+    for axis, dim in enumerate(self.axes_dim):
+        frequencies = [1.0 / self.theta ** (n / dim) for n in range(0, dim, 2)]
+        angles.append(ids[:, axis, None].float() * torch.tensor(frequencies, dtype=torch.float32, device=ids.device))
+    joined = torch.cat(angles, dim=1).repeat_interleave(2, dim=1)
+    return joined.cos(), joined.sin()

@@ -63,6 +63,8 @@ class StableDiffusion3(Family):
     lora_targets = (*ATTENTION_PROJECTIONS, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
     tokenizers = ("tokenizer", "tokenizer_2", "tokenizer_3")
     text_encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    optional_text = ("text_encoder_3", "tokenizer_3")
+    max_tokens = 256
 
     def encode_prompts(self, prompts: list[str], encoders: TextEncoders) -> Conditioning:
         embeds, _, pooled, _ = encoders.pipeline.encode_prompt(

@@ -24,7 +24,8 @@ class SDXLDenoiser(UNetDenoiser):
     def conditioning_inputs(self, tokens: int | str) -> Mapping[str, tuple[DType, Sequence[int | str]]]:
         config = self.model.config
         pooled_dim = config.projection_class_embeddings_input_dim - TIME_IDS * config.addition_time_embed_dim
-        return {"pooled_prompt_embeds": ("float32", (pooled_dim,)), "time_ids": ("float32", (TIME_IDS,))}
+        inputs: dict[str, tuple[DType, Sequence[int | str]]] = {"pooled_prompt_embeds": ("float32", (pooled_dim,))}
+        return inputs | {"time_ids": ("float32", (TIME_IDS,))} | dict(super().conditioning_inputs(tokens))
 
     def _added_conditions(self, prompt: Conditioning) -> dict[str, Tensor]:
         return {
@@ -44,6 +45,10 @@ class SDXL(UNetFamily):
     text_encoders = ("text_encoder", "text_encoder_2")
     _reads_picture_size = True
 
+    def time_ids(self, width: int, height: int) -> tuple[float, ...]:
+        """Return original size, crop and target size; the pipeline takes the size asked for as both."""
+        return (float(height), float(width), 0.0, 0.0, float(height), float(width))
+
     def encode_prompts(self, prompts: list[str], encoders: TextEncoders) -> Conditioning:
         """Encode prompts. If the pipeline says `force_zeros_for_empty_prompt`, "" becomes zeros."""
         pipeline, device = encoders.pipeline, encoders.device
@@ -51,6 +56,5 @@ class SDXL(UNetFamily):
         if pipeline.config.force_zeros_for_empty_prompt:
             is_given = torch.tensor([prompt != "" for prompt in prompts], device=device)
             embeds, pooled = embeds * is_given[:, None, None], pooled * is_given[:, None]
-        size = [encoders.height, encoders.width]
-        time_ids = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32, device=device)
+        time_ids = torch.tensor([self.time_ids(encoders.width, encoders.height)], device=device)
         return Conditioning(embeds, pooled, time_ids=time_ids.repeat(len(prompts), 1))

@@ -15,7 +15,7 @@ class StableDiffusion(UNetFamily):
 
     name = "stable_diffusion"
     former_name = "sd"
-    pipelines = ("StableDiffusionPipeline",)
+    pipelines = ("StableDiffusionPipeline", "LatentConsistencyModelPipeline")
     pipeline_options: ClassVar = {"requires_safety_checker": False}
     adapter = UNetDenoiser
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from tdm_runtime.backends.interface import DType
 from tdm_runtime.families.conditioning import Conditioning
-from tdm_runtime.families.denoiser import Denoiser, require_outputs
+from tdm_runtime.families.denoiser import Denoiser, require, require_outputs
 from tdm_runtime.families.family import Family
 
 if TYPE_CHECKING:
@@ -28,14 +30,25 @@ class UNetDenoiser(Denoiser):
     def __init__(self, model: UNet2DConditionModel) -> None:
         super().__init__(model)
         require_outputs(model, (self.latent_channels,))
+        self._reads_guidance = False
 
     @property
     def text_dim(self) -> int:
         width: int = self.model.config.cross_attention_dim
         return width
 
+    def read_guidance(self) -> None:
+        """Give the guidance scale to the input that K would take, as latent consistency models were distilled."""
+        self._reads_guidance = True
+
+    def conditioning_inputs(self, tokens: int | str) -> Mapping[str, tuple[DType, Sequence[int | str]]]:
+        return {"guidance": ("float32", ())} if self._reads_guidance else {}
+
     def predict(self, latents: Tensor, timesteps: Tensor, condition: Tensor | None, prompt: Conditioning) -> Tensor:
         """Call the UNet with latents [B, C, H, W]."""
+        if self._reads_guidance:
+            guidance = require("guidance", prompt.guidance, "a latent consistency model")
+            condition = self._embedded(guidance - 1.0)
         output: Tensor = self.model(
             latents,
             timesteps,

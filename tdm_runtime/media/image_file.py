@@ -64,7 +64,8 @@ def _exif(comment: str) -> bytes:
 def describe_parameters(params: SamplingParams, recipe: Recipe, digest: str) -> str:
     """Return the metadata text in the form that picture tools read ("prompt", newline, "Steps: 4, ...")."""
     prompt = " ".join(params.prompt.split())
+    guidance = next((scale for scale in (params.guidance_scale, recipe.guidance_scale) if scale is not None), 1)
     return (
-        f"{prompt}\nSteps: {params.num_inference_steps}, Sampler: {recipe.solver}, CFG scale: 1, "
+        f"{prompt}\nSteps: {params.num_inference_steps}, Sampler: {recipe.solver}, CFG scale: {guidance:g}, "
         f"Seed: {params.seed}, Size: {params.width}x{params.height}, Model hash: {digest[:10]}, Model: {recipe.name}"
     )

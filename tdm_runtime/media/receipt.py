@@ -47,6 +47,8 @@ class Receipt:
     """sha256 of the pixels, uint8 [H, W, 3] or [F, H, W, 3], row by row."""
     noise_angle: float = 0.0
     """See `SamplingParams`; not 0 in the frames of a walk through the noise."""
+    guidance_scale: float | None = None
+    """See `SamplingParams`."""
 
     def to_params(self) -> SamplingParams:
         """Return the parameters that make the picture again.
@@ -62,6 +64,7 @@ class Receipt:
             height=self.height,
             decoder=self.decoder,
             noise_angle=self.noise_angle,
+            guidance_scale=self.guidance_scale,
         )
 
     def to_json(self) -> str:
@@ -91,6 +94,7 @@ def receipt_of(model: LoadedModel, params: SamplingParams, pixels: Pixels, is_st
         is_strict=is_strict,
         pixels_sha256=pixels_sha256(pixels),
         noise_angle=params.noise_angle,
+        guidance_scale=params.guidance_scale,
     )
 
 

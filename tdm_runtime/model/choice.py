@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +25,6 @@ from tdm_runtime.errors import ArtifactError, BackendError
 from tdm_runtime.model.artifacts import Artifacts, BackendConfig
 from tdm_runtime.model.loaded_model import LoadedModel, denoise
 from tdm_runtime.model.parity import MIN_PSNR_DB, lowest_psnr_db
-from tdm_runtime.model.text_encoder import conditioning_of
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.whole_file import write_whole
 
@@ -36,6 +36,9 @@ ROUNDS_S = 1.0
 """Seconds after which a measurement ends, even before `ROUNDS` calls."""
 FEW_THREADS_BELOW_S = 0.5
 """Seconds a picture. Only models faster than this are measured with fewer threads than cores too."""
+
+LARGE_PIXELS = 256 * 256
+"""Pixels of a picture from which all cores are fastest. Only smaller pictures are measured with fewer threads."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +111,10 @@ def load_checkpoint(checkpoint: Checkpoint, config: BackendConfig = BackendConfi
 
 def _loaded(checkpoint: Checkpoint, config: BackendConfig) -> LoadedModel:
     artifacts = Artifacts.find(checkpoint, config)
-    if config.backend != "auto" and config.threads != 0:
-        return artifacts.load(config.backend, config.precision, config.threads, config.device)
+    if config.backend != "auto":
+        counts = [config.threads] if config.threads != 0 else _thread_counts(0, checkpoint)
+        if len(counts) == 1:
+            return artifacts.load(config.backend, config.precision, counts[0], config.device)
     choice = _choose(artifacts, config)
     best = choice.chosen
     model = artifacts.load(best.backend, best.precision, best.threads, config.device)
@@ -161,7 +166,7 @@ def _measured(artifacts: Artifacts, config: BackendConfig, machine: str) -> Choi
             if is_auto and manifest and build and (why := _falls_short(artifacts.parity.of(manifest, build))):
                 excluded[name] = why
                 continue
-            for threads in _thread_counts(config.threads):
+            for threads in _thread_counts(config.threads, artifacts.checkpoint):
                 model = artifacts.load(backend, precision, threads, config.device)
                 seconds = times[Candidate(backend, precision, threads)] = picture_seconds(model)
                 if seconds > FEW_THREADS_BELOW_S:
@@ -204,11 +209,13 @@ def _falls_short(pictures: Mapping[int, PictureParity]) -> str | None:
     return f"its pictures reach {lowest:.1f} dB here, below {MIN_PSNR_DB:g} dB" if lowest < MIN_PSNR_DB else None
 
 
-def _thread_counts(wanted: int | None) -> list[int]:
-    """Return the thread counts to measure: all cores first, then smaller powers of two."""
+def _thread_counts(wanted: int | None, checkpoint: Checkpoint) -> list[int]:
+    """Return the thread counts to measure: all cores first, then smaller powers of two for small pictures."""
     if wanted:
         return [wanted]
     most = cores()
+    if math.prod(checkpoint.recipe.native_sizes[0]) >= LARGE_PIXELS:
+        return [most]
     return sorted({most, *(1 << n for n in range(most.bit_length()) if 1 << n <= most)}, reverse=True)
 
 
@@ -219,7 +226,7 @@ def picture_seconds(model: LoadedModel) -> float:
     width, height = recipe.native_sizes[0]
     params = SamplingParams("warm-up", 0, recipe.default_steps, width, height)
     device = model.denoiser.device
-    prompt = conditioning_of([model.text_encoder.encode(params.prompt)])
+    prompt = model.conditioning(model.text_encoder.encode(params.prompt), params)
     latents = torch.zeros(1, *model.latent_shape(params), device=device)
     first_timestep = recipe.step_table(recipe.default_steps, width, height).timesteps[0]
     timesteps = torch.full((1,), first_timestep, dtype=torch.float32).to(device)

@@ -40,9 +40,10 @@ class TextEncoderModule(nn.Module):
 
 
 def component_names(checkpoint: Checkpoint) -> tuple[ComponentName, ...]:
-    """Return the names of a checkpoint's components, in the order that a picture passes through them."""
-    always: tuple[ComponentName, ...] = ("text_encoder", "denoiser", "decoder")
-    return (*always, "tiny_decoder") if checkpoint.has_tiny_vae else always
+    """Return the components of a checkpoint that any backend runs, in the order that a picture passes through them."""
+    text: tuple[ComponentName, ...] = ("text_encoder",) if checkpoint.has_clip_alone else ()
+    tiny: tuple[ComponentName, ...] = ("tiny_decoder",) if checkpoint.has_tiny_vae else ()
+    return (*text, "denoiser", "decoder", *tiny)
 
 
 def load_component(checkpoint: Checkpoint, name: ComponentName) -> tuple[nn.Module, Interface]:
@@ -61,5 +62,6 @@ def load_component(checkpoint: Checkpoint, name: ComponentName) -> tuple[nn.Modu
             module = checkpoint.family.decoder(checkpoint.load_tiny_vae())
         case "denoiser":
             denoiser = checkpoint.load_denoiser()
-            return denoiser, denoiser.interface(checkpoint.load_tokenizer().max_tokens)
+            tokens = checkpoint.load_tokenizer().max_tokens if checkpoint.has_clip_alone else "tokens"
+            return denoiser, denoiser.interface(tokens)
     return module, module.interface()

@@ -17,7 +17,7 @@ from tdm_runtime.errors import ArtifactError, BackendError, RecipeError
 from tdm_runtime.model.components import component_names, load_component
 from tdm_runtime.model.decoder import Decoder
 from tdm_runtime.model.loaded_model import LoadedModel
-from tdm_runtime.model.text_encoder import TextEncoder
+from tdm_runtime.model.text_encoder import ClipEncoder, PipelineEncoder, PromptEncoder, TextEncoder
 from tdm_runtime.params import DecoderName
 
 
@@ -50,7 +50,7 @@ def load_with_torch(
         team = 1 if name.endswith("decoder") else threads
         return open_module(backend, module, interface, on, dtype, team), interface
 
-    return _assembled(checkpoint, f"{backend} {precision}", run, {})
+    return _assembled(checkpoint, f"{backend} {precision}", run, {}, on)
 
 
 def load_build(
@@ -67,7 +67,7 @@ def load_build(
     def run(name: ComponentName) -> tuple[Backend, Interface]:
         return component_backend(manifest, build, folder, name, threads), manifest.interfaces[name]
 
-    return _assembled(checkpoint, build.name, run, build.pictures)
+    return _assembled(checkpoint, build.name, run, build.pictures, torch.device("cpu"))
 
 
 def component_backend(
@@ -89,6 +89,7 @@ def _assembled(
     backend: str,
     run: Callable[[ComponentName], tuple[Backend, Interface]],
     parity: Mapping[int, PictureParity],
+    text_device: torch.device,
 ) -> LoadedModel:
     names = component_names(checkpoint)
     compression = checkpoint.geometry.spatial_compression
@@ -97,16 +98,23 @@ def _assembled(
         decoders["tiny"] = Decoder(run("tiny_decoder")[0], compression)
     _check_sizes(checkpoint)
     denoiser, interface = run("denoiser")
+    encoder: PromptEncoder
+    if "text_encoder" in names:
+        encoder = ClipEncoder(checkpoint.load_tokenizer(), run("text_encoder")[0])
+    else:
+        encoder = PipelineEncoder(checkpoint.family, checkpoint.load_text_encoders(text_device))
     return LoadedModel(
         recipe=checkpoint.recipe,
         digest=checkpoint.digest,
         backend=backend,
-        text_encoder=TextEncoder(checkpoint.load_tokenizer(), run("text_encoder")[0]),
+        text_encoder=TextEncoder(encoder),
+        family=checkpoint.family,
         denoiser=denoiser,
         denoiser_inputs=tuple(spec.name for spec in interface.inputs),
         decoders=decoders,
         geometry=checkpoint.geometry,
         parity=parity,
+        recipe_source=checkpoint.recipe_source,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,9 +14,10 @@ from tdm_runtime.checkpoint.recipe import Recipe
 from tdm_runtime.errors import InvalidRequestError
 from tdm_runtime.families.call import denoiser_arguments
 from tdm_runtime.families.conditioning import Conditioning
+from tdm_runtime.families.family import Family
 from tdm_runtime.families.latent_space import LatentGeometry
 from tdm_runtime.model.decoder import Decoder
-from tdm_runtime.model.text_encoder import TextEncoder
+from tdm_runtime.model.text_encoder import PromptEmbedding, TextEncoder
 from tdm_runtime.params import DecoderName, SamplingParams
 
 
@@ -30,6 +31,7 @@ class LoadedModel:
     backend: str
     """Name of backend and precision, such as "openvino bf16"."""
     text_encoder: TextEncoder
+    family: Family
     denoiser: Backend
     denoiser_inputs: tuple[str, ...]
     """Names of the denoiser's inputs, in order."""
@@ -39,6 +41,8 @@ class LoadedModel:
     """Rule for the shape of the latents."""
     parity: Mapping[int, PictureParity]
     """Parity of the pictures with torch float32, by step count K; empty where it was not measured."""
+    recipe_source: str = ""
+    """Where the recipe comes from: a file of the folder, or the scheduler that implies it."""
     num_frames: int = 1
     """Frames of a clip; 1 where the model makes pictures."""
     choice: str = ""
@@ -65,8 +69,18 @@ class LoadedModel:
     @property
     def is_batch_invariant(self) -> bool:
         """Whether a picture has the same bits alone and in any batch."""
-        backends = (self.text_encoder.backend, self.denoiser, *(d.backend for d in self.decoders.values()))
-        return all(backend.is_batch_invariant for backend in backends)
+        backends = (self.denoiser, *(d.backend for d in self.decoders.values()))
+        return self.text_encoder.encoder.is_batch_invariant and all(b.is_batch_invariant for b in backends)
+
+    def conditioning(self, prompt: PromptEmbedding, params: SamplingParams) -> Conditioning:
+        """Return what the denoiser reads about a request beside latents, timesteps and K: a batch of one."""
+        found, device = prompt.conditioning, self.denoiser.device
+        if (time_ids := self.family.time_ids(params.width, params.height)) is not None:
+            found = replace(found, time_ids=torch.tensor([time_ids], device=device))
+        scale = self.recipe.guidance_scale if params.guidance_scale is None else params.guidance_scale
+        if scale is not None:
+            found = replace(found, guidance=torch.tensor([float(scale)], device=device))
+        return found
 
     def check(self, params: SamplingParams) -> None:
         """Check that this model serves a request.

@@ -1,7 +1,8 @@
 """LoRAs on a base: one copy of the base's weights, any number of LoRAs, and a LoRA for each sample of a call.
 
-The output of a layer is W x + scale * alpha / rank * B A x (Hu et al. 2021, eq. 3), with A and B of the sample's LoRA.
-So a LoRA is added, replaced or removed without compiling anything and without copying the base.
+The output of a layer is W x + scale * alpha / rank * B A x (Hu et al. 2021, eq. 3), with A and B of the sample's LoRA;
+`Update` also has what DoRA changes. So a LoRA is added, replaced or removed without compiling anything and without
+copying the base.
 """
 
 from __future__ import annotations
@@ -15,15 +16,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdm_runtime.backends.interface import Interface
+from tdm_runtime.backends.interface import ComponentName, Interface
 from tdm_runtime.backends.pytorch import TorchBackend
 from tdm_runtime.checkpoint.folder import Checkpoint
-from tdm_runtime.checkpoint.lora_file import DENOISER, TEXT_ENCODER, LoraFile, LoraLayer
+from tdm_runtime.checkpoint.lora_file import STEP_CONDITION_FILE, LoraFile
 from tdm_runtime.errors import CheckpointError
 from tdm_runtime.families.call import ADAPTERS
 from tdm_runtime.model.components import load_component
 from tdm_runtime.model.loaded_model import LoadedModel
-from tdm_runtime.model.text_encoder import TextEncoder
+from tdm_runtime.model.merged_lora import LoraTarget, Update, fitting_layers, lora_targets, update_at
+from tdm_runtime.model.text_encoder import ClipEncoder, TextEncoder
+
+TEXT_ENCODER: ComponentName = "text_encoder"
+"""The text encoder that a served model has."""
+Loras = Sequence[tuple[LoraFile, float]]
+"""LoRAs that change a model together, each with its scale."""
+Updates = Mapping[str, Sequence[Update]]
+"""Layer -> what is added to its output."""
 
 
 class AdapterBank:
@@ -46,76 +55,79 @@ class AdapterBank:
         self._backend = TorchBackend(module, device, dtype, threads, interface)
         self.inputs = (*(spec.name for spec in interface.inputs), ADAPTERS)
         """Names of the inputs, in order."""
-        modules = module.get_submodule("model").named_modules()
-        self._layers = {name: layer for name, layer in modules if isinstance(layer, nn.Linear | nn.Conv2d)}
-        self._flat_names = {name.replace(".", "_"): name for name in self._layers}
-        self._adapters: dict[int, dict[str, tuple[Tensor, Tensor]]] = {}
-        self._rows: dict[int, Tensor] = {}
+        self._model = module.get_submodule("model")
+        self._targets = lora_targets(self._model)
+        self._adapters: dict[int, Updates] = {}
+        self._samples: dict[int, Tensor] = {}
         """Number of a LoRA -> indices of its samples in the running call."""
-        for name, layer in self._layers.items():
+        for name, layer in self._targets.items():
             layer.register_forward_hook(self._hook(name))
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """Run the module with the tensors of `inputs`."""
         *usual, adapters = inputs
-        self._rows = {number: (adapters == number).nonzero()[:, 0] for number in set(adapters.tolist())}
+        self._samples = {number: (adapters == number).nonzero()[:, 0] for number in set(adapters.tolist())}
         try:
             return self._backend(*usual)
         finally:
-            self._rows = {}
+            self._samples = {}
 
-    def match(self, file: LoraFile, layers: Mapping[str, LoraLayer], scale: float) -> dict[str, tuple[Tensor, Tensor]]:
-        """Match the layers of a LoRA with those of this module, and check their shapes.
+    def updates(self, component: str, loras: Loras) -> Updates:
+        """Return what LoRAs at a scale each add to the layers of this module, on its device.
+
+        Args:
+            component: name of the module in LoRA files.
 
         Raises:
-            CheckpointError: the LoRA belongs to another model.
+            CheckpointError: a LoRA belongs to another model.
         """
-        matched = {}
-        for given, layer in layers.items():
-            name = given if given in self._layers else self._flat_names.get(given.removeprefix("text_model_"))
-            if name is None:
-                raise CheckpointError(
-                    f"{file.path} changes {given[:100]!r}, which this base does not have; use the base of the LoRA"
-                )
-            assert layer.down is not None and layer.up is not None, "read_lora leaves no halves"
-            self._check_shape(file, name, layer.down, layer.up)
-            up = scale * layer.up
-            matched[name] = (layer.down.to(self.device, self._dtype), up.to(self.device, self._dtype))
-        return matched
+        found: dict[str, list[Update]] = {}
+        for file, scale in loras:
+            for name, layer in fitting_layers(file, component, self._model).items():
+                found.setdefault(name, []).append(update_at(layer, scale, self._targets[name]).to(self._dtype))
+        return found
 
-    def add(self, number: int, layers: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Serve a LoRA from the next call on."""
-        self._adapters[number] = dict(layers)
+    def add(self, number: int, updates: Updates) -> None:
+        """Serve a LoRA, or several as one, from the next call on."""
+        self._adapters[number] = updates
 
     def remove(self, number: int) -> None:
         """Forget a LoRA that no sample uses any more."""
         self._adapters.pop(number, None)
 
-    def _check_shape(self, file: LoraFile, name: str, down: Tensor, up: Tensor) -> None:
-        layer = self._layers[name]
-        shape = tuple(layer.weight.shape)
-        given = (up.shape[0], *down.shape[1:])
-        if given != shape or up.shape[1] != down.shape[0]:
-            raise CheckpointError(
-                f"{file.path} changes {name} of shape {given}, here it has {shape}; use the base of the LoRA"
-            )
-
     def _hook(self, name: str) -> Any:
-        def add_lora(layer: nn.Module, inputs: Sequence[Tensor], output: Tensor) -> Tensor | None:
-            for number, rows in self._rows.items():
-                if (weights := self._adapters[number].get(name)) is not None:
-                    output = output.index_add(0, rows, _delta(layer, inputs[0][rows], *weights))
+        def add_loras(layer: LoraTarget, inputs: Sequence[Tensor], output: Tensor) -> Tensor:
+            for number, samples in self._samples.items():
+                if updates := self._adapters[number].get(name, ()):
+                    rows = self._rows(samples, len(output))
+                    for update in updates:
+                        output = output.index_add(0, rows, added(layer, inputs[0][rows], output[rows], update))
             return output
 
-        return add_lora
+        return add_loras
+
+    def _rows(self, samples: Tensor, length: int) -> Tensor:
+        """Return the rows of a layer's input that belong to some samples: models of clips flatten [B, F, ...]."""
+        each, rest = divmod(length, sum(map(len, self._samples.values())))
+        assert each and not rest, f"a layer of {length} rows cannot be divided among the samples"
+        return (samples[:, None] * each + torch.arange(each, device=samples.device)).flatten()
 
 
-def _delta(layer: nn.Module, inputs: Tensor, down: Tensor, up: Tensor) -> Tensor:
-    """Return B A x; A uses the stride and padding of its layer."""
+def added(layer: LoraTarget, inputs: Tensor, output: Tensor, update: Update) -> Tensor:
+    """Return what an update adds to the output of a layer; A uses the stride and padding of its layer."""
+
+    def by_channel(values: Tensor) -> Tensor:
+        return values.reshape(-1, 1, 1) if isinstance(layer, nn.Conv2d) else values
+
     if isinstance(layer, nn.Conv2d):
-        inside = nn.functional.conv2d(inputs, down, None, layer.stride, layer.padding, layer.dilation, layer.groups)
-        return nn.functional.conv2d(inside, up)
-    return nn.functional.linear(nn.functional.linear(inputs, down), up)
+        inside = nn.functional.conv2d(inputs, update.down, None, layer.stride, layer.padding, layer.dilation)
+        addition = nn.functional.conv2d(inside, update.up)
+    else:
+        addition = nn.functional.linear(nn.functional.linear(inputs, update.down), update.up)
+    if update.gain is not None:
+        bias = 0 if layer.bias is None else by_channel(layer.bias)
+        addition = addition + by_channel(update.gain) * (output - bias)
+    return addition if update.bias is None else addition + by_channel(update.bias)
 
 
 class OneAdapter:
@@ -143,33 +155,42 @@ class LoraBase:
         """
         self.model = model
         self._checkpoint = checkpoint
+        self._denoiser = checkpoint.family.denoiser_folder
         self._threads = threads
         self._banks: dict[str, AdapterBank] = {}
         self._last_number = 0
 
-    def prepare(self, name: str, file: LoraFile, scale: float) -> PreparedLora:
-        """Check a LoRA against the base and copy it to the device.
+    def prepare(self, name: str, loras: Loras) -> PreparedLora:
+        """Check LoRAs against the base and copy them to the device.
 
         Raises:
-            CheckpointError: the LoRA belongs to another base, or `scale` is not finite.
+            CheckpointError: a LoRA belongs to another base or reads K, or a scale is not finite.
         """
-        if not math.isfinite(scale):
-            raise CheckpointError(f"the scale of {name} is {scale}; give a finite number, 1 is as trained")
-        layers = {part: self._bank(part).match(file, found, scale) for part, found in file.layers.items()}
-        digest = hashlib.sha256(f"{self.model.digest}\n{file.sha256}\n{scale!r}".encode()).hexdigest()
+        for file, scale in loras:
+            if not math.isfinite(scale):
+                raise CheckpointError(f"the scale of {name} is {scale}; give a finite number, 1 is as trained")
+            if file.step_condition:
+                raise CheckpointError(
+                    f"{file.path} was trained with weights that read K ({STEP_CONDITION_FILE} beside it), which LoRAs "
+                    "that are added at run time cannot change; merge it into its base"
+                )
+        components = dict.fromkeys(component for file, _ in loras for component in file.layers)
+        updates = {component: self._bank(component).updates(component, loras) for component in components}
+        identity = "".join(f"\n{file.sha256}\n{scale!r}" for file, scale in loras)
+        digest = hashlib.sha256(f"{self.model.digest}{identity}".encode()).hexdigest()
         self._last_number += 1
-        return PreparedLora(name, self._last_number, digest, layers)
+        return PreparedLora(name, self._last_number, digest, updates)
 
     def attach(self, lora: PreparedLora) -> LoadedModel:
         """Serve a prepared LoRA from the next call on."""
-        for part, layers in lora.layers.items():
-            self._bank(part).add(lora.number, layers)
-        denoiser = self._bank(DENOISER)
-        denoiser.add(lora.number, lora.layers.get(DENOISER, {}))
+        for component, updates in lora.updates.items():
+            self._bank(component).add(lora.number, updates)
+        denoiser = self._bank(self._denoiser)
+        denoiser.add(lora.number, lora.updates.get(self._denoiser, {}))
         text_encoder = self.model.text_encoder
-        if TEXT_ENCODER in lora.layers:
+        if TEXT_ENCODER in lora.updates:
             tokenizer = self._checkpoint.load_tokenizer()
-            text_encoder = TextEncoder(tokenizer, OneAdapter(self._bank(TEXT_ENCODER), lora.number))
+            text_encoder = TextEncoder(ClipEncoder(tokenizer, OneAdapter(self._bank(TEXT_ENCODER), lora.number)))
         return replace(
             self.model,
             recipe=replace(self.model.recipe, name=lora.name),
@@ -190,24 +211,22 @@ class LoraBase:
         for bank in self._banks.values():
             bank.remove(model.adapter)
 
-    def _bank(self, part: str) -> AdapterBank:
-        if part not in self._banks:
-            module, interface = load_component(self._checkpoint, "denoiser" if part == DENOISER else "text_encoder")
-            self._banks[part] = AdapterBank(module, interface, self._device, self._threads)
-        return self._banks[part]
-
-    @property
-    def _device(self) -> torch.device:
-        return self.model.denoiser.device
+    def _bank(self, component: str) -> AdapterBank:
+        if component not in self._banks:
+            part: ComponentName = "denoiser" if component == self._denoiser else TEXT_ENCODER
+            self._banks[component] = AdapterBank(
+                *load_component(self._checkpoint, part), self.model.denoiser.device, self._threads
+            )
+        return self._banks[component]
 
 
 @dataclass(frozen=True)
 class PreparedLora:
-    """A LoRA that fits its base."""
+    """A LoRA, or several as one, that fits its base."""
 
     name: str
     number: int
     digest: str
-    """sha256 of base, file and scale."""
-    layers: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]] = field(repr=False)
-    """Component -> layer -> A and scale * alpha / rank * B."""
+    """sha256 of base, files and scales."""
+    updates: Mapping[str, Updates] = field(repr=False)
+    """Component -> layer -> what is added to its output."""

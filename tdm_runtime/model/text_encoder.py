@@ -1,25 +1,38 @@
-"""Prompt embeddings, with an LRU cache."""
+"""Prompts -> what the denoiser reads of them, with an LRU cache."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch.nn import functional
 
 from tdm_runtime.backends import Backend
 from tdm_runtime.checkpoint.tokenizer import PromptTokenizer
 from tdm_runtime.families.conditioning import Conditioning
+from tdm_runtime.families.family import Family, TextEncoders
+
+
+@dataclass(frozen=True)
+class TokenizedPrompt:
+    """A prompt and its tokens."""
+
+    text: str
+    num_tokens: int
+    """Number of tokens of the whole prompt, start and end marks included."""
+    ids: Sequence[int] = field(default=(), repr=False)
+    """Token ids as the encoder reads them; empty where it tokenizes by itself."""
 
 
 @dataclass(frozen=True)
 class PromptEmbedding:
     """Embedding of one prompt."""
 
-    prompt_embeds: Tensor
-    """[L, D]."""
+    conditioning: Conditioning
+    """A batch of one."""
     num_tokens: int
     """Number of tokens of the whole prompt, start and end marks included."""
     max_tokens: int
@@ -30,22 +43,98 @@ class PromptEmbedding:
         return self.num_tokens > self.max_tokens
 
 
-def conditioning_of(prompts: Sequence[PromptEmbedding]) -> Conditioning:
-    """Return the conditioning of a batch. One prompt gives a view, without a copy."""
-    embeds = [prompt.prompt_embeds for prompt in prompts]
-    return Conditioning(embeds[0][None] if len(embeds) == 1 else torch.stack(embeds))
+class PromptEncoder(Protocol):
+    """Runs the text encoders of a checkpoint."""
+
+    @property
+    def is_batch_invariant(self) -> bool:
+        """Whether a prompt's embedding has the same bits alone and in any batch."""
+
+    def tokenize(self, prompt: str) -> TokenizedPrompt:
+        """Tokenize a prompt. Any thread may call it."""
+
+    def encode(self, prompts: Sequence[TokenizedPrompt]) -> list[PromptEmbedding]:
+        """Encode prompts in one call."""
+
+
+class ClipEncoder:
+    """One CLIP text encoder on any backend, as Stable Diffusion has it."""
+
+    def __init__(self, tokenizer: PromptTokenizer, backend: Backend) -> None:
+        self.backend = backend
+        self._tokenizer = tokenizer
+
+    @property
+    def is_batch_invariant(self) -> bool:
+        return self.backend.is_batch_invariant
+
+    def tokenize(self, prompt: str) -> TokenizedPrompt:
+        ids, num_tokens = self._tokenizer.encode(prompt)
+        return TokenizedPrompt(prompt, num_tokens, ids)
+
+    def encode(self, prompts: Sequence[TokenizedPrompt]) -> list[PromptEmbedding]:
+        embeds = self.backend(torch.tensor([prompt.ids for prompt in prompts], device=self.backend.device))
+        return [
+            PromptEmbedding(Conditioning(embeds[n : n + 1]), prompt.num_tokens, self._tokenizer.max_tokens)
+            for n, prompt in enumerate(prompts)
+        ]
+
+
+class PipelineEncoder:
+    """The text encoders of a stock pipeline, run by torch. Each prompt is encoded alone."""
+
+    is_batch_invariant = True
+
+    def __init__(self, family: Family, encoders: TextEncoders) -> None:
+        self._family = family
+        self._encoders = encoders
+        self._tokenizer: Any = getattr(encoders.pipeline, family.tokenizers[-1])
+        """Tokenizer of the encoder that reads the most."""
+        self._max_tokens = family.max_tokens or int(self._tokenizer.model_max_length)
+
+    def tokenize(self, prompt: str) -> TokenizedPrompt:
+        return TokenizedPrompt(prompt, len(self._tokenizer(prompt, verbose=False)["input_ids"]))
+
+    @torch.inference_mode()
+    def encode(self, prompts: Sequence[TokenizedPrompt]) -> list[PromptEmbedding]:
+        return [
+            PromptEmbedding(
+                self._family.encode_prompts([prompt.text], self._encoders), prompt.num_tokens, self._max_tokens
+            )
+            for prompt in prompts
+        ]
+
+
+def stacked(prompts: Sequence[Conditioning]) -> Conditioning:
+    """Return one batch of batches of one. One comes back as it is, without a copy.
+
+    Prompts of different lengths are padded at the end; their `attention_mask` hides the padding.
+    """
+    if len(prompts) == 1:
+        return prompts[0]
+    longest = max(prompt.prompt_embeds.shape[1] for prompt in prompts)
+    rows = [_padded(prompt, longest).tensors() for prompt in prompts]
+    embeds, *rest = ([part for part in parts if part is not None] for parts in zip(*rows, strict=True))
+    return Conditioning(torch.cat(embeds), *(torch.cat(parts) if parts else None for parts in rest))
+
+
+def _padded(prompt: Conditioning, tokens: int) -> Conditioning:
+    missing = tokens - prompt.prompt_embeds.shape[1]
+    if missing == 0:
+        return prompt
+    embeds, pooled, mask, *rest = prompt.tensors()
+    assert mask is not None, "a family whose prompts differ in length has a mask"
+    return Conditioning(functional.pad(embeds, (0, 0, 0, missing)), pooled, functional.pad(mask, (0, missing)), *rest)
 
 
 class TextEncoder:
     """Encodes prompts and caches the most recent. Only `expect` is thread-safe."""
 
-    def __init__(self, tokenizer: PromptTokenizer, backend: Backend, cache_size: int = 1024) -> None:
-        self.backend = backend
-        self._tokenizer = tokenizer
+    def __init__(self, encoder: PromptEncoder, cache_size: int = 1024) -> None:
+        self.encoder = encoder
         self._cache: OrderedDict[str, PromptEmbedding] = OrderedDict()
         self._cache_size = cache_size
-        self._tokens: OrderedDict[str, tuple[list[int], int]] = OrderedDict()
-        """Token ids and token counts of expected prompts."""
+        self._expected: OrderedDict[str, TokenizedPrompt] = OrderedDict()
         self.cache_hits = 0
         self.cache_misses = 0
 
@@ -53,9 +142,9 @@ class TextEncoder:
         """Tokenize a prompt that will be encoded soon. Returns False where its embedding is cached."""
         if prompt in self._cache:
             return False
-        self._tokens[prompt] = self._tokenizer.encode(prompt)
-        if len(self._tokens) > max(1, self._cache_size):
-            self._tokens.popitem(last=False)
+        self._expected[prompt] = self.encoder.tokenize(prompt)
+        if len(self._expected) > max(1, self._cache_size):
+            self._expected.popitem(last=False)
         return True
 
     def encode(self, prompt: str) -> PromptEmbedding:
@@ -63,15 +152,16 @@ class TextEncoder:
         return self.encode_all([prompt])[0]
 
     def encode_all(self, prompts: Sequence[str]) -> list[PromptEmbedding]:
-        """Return the embedding of each prompt. Uncached prompts share a call if the backend is batch-invariant."""
+        """Return the embedding of each prompt. Uncached prompts share a call if the encoder is batch-invariant."""
         found = {prompt: known for prompt in prompts if (known := self._cache.get(prompt)) is not None}
         missing = list(dict.fromkeys(prompt for prompt in prompts if prompt not in found))
         self.cache_hits += len(prompts) - len(missing)
         self.cache_misses += len(missing)
-        size = max(1, len(missing)) if self.backend.is_batch_invariant else 1
+        size = max(1, len(missing)) if self.encoder.is_batch_invariant else 1
         for start in range(0, len(missing), size):
             part = missing[start : start + size]
-            found |= zip(part, self._encode(part), strict=True)
+            tokenized = [self._tokenized(prompt) for prompt in part]
+            found |= zip(part, self.encoder.encode(tokenized), strict=True)
         for prompt in prompts:
             self._cache[prompt] = found[prompt]
             self._cache.move_to_end(prompt)
@@ -79,11 +169,5 @@ class TextEncoder:
             self._cache.popitem(last=False)
         return [found[prompt] for prompt in prompts]
 
-    def _encode(self, prompts: Sequence[str]) -> list[PromptEmbedding]:
-        expected = {prompt: self._tokens.pop(prompt) for prompt in prompts if prompt in self._tokens}
-        tokens = [expected.get(prompt) or self._tokenizer.encode(prompt) for prompt in prompts]
-        embeds = self.backend(torch.tensor([ids for ids, _ in tokens], device=self.backend.device))
-        return [
-            PromptEmbedding(embeds[n], num_tokens, self._tokenizer.max_tokens)
-            for n, (_, num_tokens) in enumerate(tokens)
-        ]
+    def _tokenized(self, prompt: str) -> TokenizedPrompt:
+        return self._expected.pop(prompt) if prompt in self._expected else self.encoder.tokenize(prompt)

@@ -138,10 +138,21 @@ def _learned(mood: Mood, pace: float) -> Mood:
     return Mood(slowness, mood.deviation + WEIGHT * (abs(surprise) - mood.deviation))
 
 
+def _growth(measured: Kind, kind: Kind) -> float:
+    """Return the cost of a size as a multiple of the cost of a measured one, estimated from the sizes of their latents.
+
+    The estimate is high on purpose: a larger size pays for attention too, which grows with its square, and a smaller
+    one keeps its fixed costs.
+    """
+    ratio = math.prod(kind.shape) / math.prod(measured.shape)
+    return float(ratio**1.5 if ratio > 1 else ratio**0.5)
+
+
 class CostModel:
     """Seconds of a call by kind and batch size. Not thread-safe; the owner holds the lock.
 
-    A kind that was never measured costs nothing. Warm-up measures all kinds.
+    Warm-up measures every stage of a model at its native sizes. A size that was never measured takes its cost from the
+    measured size that is nearest (`_nearest`); a stage that was never measured costs nothing.
     """
 
     def __init__(self) -> None:
@@ -184,14 +195,28 @@ class CostModel:
 
     def seconds(self, kind: Kind, size: int = 1) -> float:
         """Return the expected seconds of one call."""
-        estimate = self._estimates.get(kind)
-        if estimate is None or not estimate.seconds:
+        measured = self._nearest(kind)
+        if measured is None:
             return 0.0
-        return estimate.usual(size) * self._mood(kind).slowness
+        return self._estimates[measured].usual(size) * self._mood(measured).slowness * _growth(measured, kind)
 
     def deviation(self, kind: Kind) -> float:
         """Return the mean absolute deviation of calls from `seconds`, as a share of it."""
-        return self._mood(kind).deviation if kind in self._estimates else 0.0
+        measured = self._nearest(kind)
+        return 0.0 if measured is None else self._mood(measured).deviation
+
+    def _nearest(self, kind: Kind) -> Kind | None:
+        """Return the kind, or the measured kind of the same stage and model whose latents are nearest in size."""
+        if (estimate := self._estimates.get(kind)) is not None and estimate.seconds:
+            return kind
+        if not kind.shape:
+            return None
+        known = (other for other in self._measured if other[::2] == kind[::2] and len(other.shape) == len(kind.shape))
+        return min(known, key=lambda other: abs(math.log(_growth(other, kind))), default=None)
+
+    @property
+    def _measured(self) -> list[Kind]:
+        return [kind for kind, estimate in self._estimates.items() if estimate.seconds]
 
     def _mood(self, kind: Kind) -> Mood:
         if (mood := self._moods.get(kind)) is None:
@@ -200,9 +225,10 @@ class CostModel:
 
     def batch_size(self, kind: Kind, available: int) -> int:
         """Return how many of `available` samples should share a call, the fewest at about the highest throughput."""
-        estimate = self._estimates.get(kind)
-        if estimate is None or not estimate.seconds:
+        measured = self._nearest(kind)
+        if measured is None:
             return available
+        estimate = self._estimates[measured]
         if available not in estimate.best:
             estimate.best[available] = estimate.batch_size(available)
         return estimate.best[available]

@@ -24,12 +24,14 @@ from tdm_runtime.backends.interface import Interface, TensorSpec
 from tdm_runtime.errors import CheckpointError
 from tdm_runtime.families import FAMILIES, DecoderModule, Denoiser, decoder_for, denoiser_for
 from tdm_runtime.model.components import TextEncoderModule
-from tests.tiny_models import TEXT_TOKENS, TINY_MODELS, tiny_cogvideox, tiny_pixart
+from tests.tiny_models import TEXT_TOKENS, TINY_MODELS, tiny_cogvideox, tiny_flux, tiny_pixart
+from tests.tiny_pipelines import dc_vae, flux2_vae
 
 TOLERANCE = 1e-4
 """Largest distance to torch, as a share of the largest number: float32 summed in another order, through all layers."""
 VARIANTS: Mapping[str, Callable[[], Any]] = {
     **{name: TINY_MODELS[name] for name in FAMILIES},
+    "flux-dev": lambda: tiny_flux(guidance_embeds=True),
     "pixart": lambda: tiny_pixart(num_layers=1),
     "pixart-1024": lambda: tiny_pixart(num_layers=1, use_additional_conditions=True),
     "cogvideox": lambda: tiny_cogvideox(num_layers=1),
@@ -164,6 +166,16 @@ class TestTraceable:
         sizes = tuple({"batch": 2, "frames": frames, "height": 8, "width": 6} for frames in (2, 4))
         self.assert_unchanged(denoiser, denoiser.interface(TEXT_TOKENS), sizes)
 
+    def test_changes_no_result_of_z_image_around_multiples_of_32_tokens(self) -> None:
+        denoiser, interface = denoiser_of("z_image")
+        sides = ((8, 16), (6, 22), (10, 14))  # 32, 33 and 35 tokens of the picture
+        sizes = tuple(
+            {"batch": 3, "height": height, "width": width, "tokens": tokens}
+            for height, width in sides
+            for tokens in (32, 33, 70)
+        )
+        self.assert_unchanged(denoiser, interface, sizes)
+
     @staticmethod
     def assert_unchanged(denoiser: Denoiser, interface: Interface, many: tuple[Mapping[str, int], ...]) -> None:
         for sizes in many:
@@ -210,6 +222,14 @@ def _tiny_decoder() -> DecoderModule:
     )
 
 
+def _flux2_decoder() -> DecoderModule:
+    return decoder_for(flux2_vae())
+
+
+def _dc_decoder() -> DecoderModule:
+    return decoder_for(dc_vae())
+
+
 def _video_decoder() -> DecoderModule:
     return decoder_for(
         AutoencoderKLCogVideoX(
@@ -225,7 +245,7 @@ def _video_decoder() -> DecoderModule:
 
 
 class TestDecoders:
-    @pytest.mark.parametrize("decoder", [_kl_decoder, _tiny_decoder])
+    @pytest.mark.parametrize("decoder", [_kl_decoder, _tiny_decoder, _flux2_decoder, _dc_decoder])
     def test_pixels_equal_torch(self, decoder: Callable[[], DecoderModule], tmp_path: Path) -> None:
         torch.manual_seed(0)
         module = decoder()
@@ -317,7 +337,12 @@ class TestInterfaces:
             ("sdxl", ("pooled_prompt_embeds", "time_ids")),
             ("pixart", ("attention_mask",)),
             ("sd3", ("pooled_prompt_embeds",)),
+            ("flux", ("pooled_prompt_embeds",)),
+            ("flux-dev", ("pooled_prompt_embeds", "guidance")),
+            ("flux2", ()),
             ("cogvideox", ()),
+            ("z_image", ("attention_mask",)),
+            ("sana", ("attention_mask", "guidance")),
         ],
     )
     def test_inputs_are_those_that_the_family_reads(self, variant: str, names: tuple[str, ...]) -> None:

@@ -8,8 +8,7 @@ import pytest
 import torch
 from accelerate import PartialState
 
-from tdm_runtime.families import FAMILIES
-from tests.training.tiny_runs import UNIFY, tiny_distiller
+from tests.training.tiny_runs import NOISE, UNIFY, tiny_distiller
 from training.run.distill import Distiller
 from training.run.loop import step_generator
 
@@ -26,7 +25,7 @@ def trained(distiller: Distiller, steps: int = 2) -> list[torch.Tensor]:
     return [p.detach().cpu() for p in distiller.roles.module("student").parameters()]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", NOISE)
 @pytest.mark.parametrize("lora_rank", [0, 4])
 def test_a_family_trains_on_cuda(family: str, lora_rank: int) -> None:
     config = replace(UNIFY, lora_rank=lora_rank, precision="bf16")

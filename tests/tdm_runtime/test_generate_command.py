@@ -142,7 +142,7 @@ def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path, capsys: pytes
     says = complaint(command(tmp_path / "absent", tmp_path / "apple.png"), capsys)
     assert f"{tmp_path / 'absent'} is not a folder; give the folder of a checkpoint" in says
     says = complaint(command(tmp_path, tmp_path / "apple.png"), capsys)
-    assert f"{tmp_path / 'tdm_recipe.json'} is missing" in says
+    assert f"{tmp_path} lacks model_index.json; restore the folder" in says
 
 
 # -- backends, decoders and previews ---------------------------------------------------------------

@@ -25,8 +25,12 @@ NOISE: Mapping[str, tuple[NoiseSchedule, PredictionType]] = {
     "sdxl": (DiffusionSchedule(), "v_prediction"),
     "pixart": (DiffusionSchedule("linear", 0.0001, 0.02), "epsilon"),
     "sd3": (FlowSchedule(shift=3.0), "flow_prediction"),
+    "flux": (FlowSchedule(), "flow_prediction"),
+    "flux2": (FlowSchedule(shift=3.0), "flow_prediction"),
     "cogvideox": (DiffusionSchedule(rescale_zero_terminal_snr=True, snr_shift_scale=3.0), "v_prediction"),
+    "z_image": (FlowSchedule(shift=3.0), "flow_prediction"),
 }
+"""Family -> noise of its teacher. SANA-Sprint is no teacher: it is distilled already, and its noise is TrigFlow's."""
 UNIFY = DistillConfig(
     steps=3,
     batch_size=4,

@@ -6,7 +6,6 @@ by the pipeline itself, so text encoders and denoiser are never in memory togeth
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,9 +16,9 @@ import diffusers
 import torch
 
 from tdm_runtime.checkpoint.folder import check_loaded
+from tdm_runtime.checkpoint.pipeline_folder import family_of, load_text_encoders, read_json
 from tdm_runtime.errors import CheckpointError, RecipeError
-from tdm_runtime.families import FAMILIES, Conditioning, Denoiser, Family, denoiser_for, family_of_pipeline
-from tdm_runtime.families.family import TextEncoders
+from tdm_runtime.families import Conditioning, Denoiser, Family, denoiser_for
 from tdm_runtime.families.latent_space import LatentGeometry
 from tdm_runtime.sampling.schedule import DiffusionSchedule, FlowSchedule, TeacherSchedule
 from tdm_runtime.sampling.step_table import PREDICTION_TYPES, PredictionType
@@ -38,29 +37,6 @@ class BaseModel:
     """Rule for the shape of the latents."""
 
 
-def family_of(folder: Path) -> Family:
-    """Return the family of a diffusers pipeline folder.
-
-    Raises:
-        CheckpointError: the folder is missing, damaged or of an unknown pipeline.
-    """
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder; give a diffusers pipeline folder, which has model_index.json")
-    index = _read_json(folder / "model_index.json")
-    name = str(index.get("_class_name"))
-    family = family_of_pipeline(name)
-    if family is None:
-        known = ", ".join(name for family in FAMILIES.values() for name in family.pipelines)
-        raise CheckpointError(f"{folder} holds a {name}; training knows {known}: use a folder of those")
-    part, names = family.denoiser_folder, (family.denoiser_class, family.former_denoiser_class)
-    if index.get(part) not in [["diffusers", name] for name in names]:
-        raise CheckpointError(
-            f"{folder / 'model_index.json'} says that {part} is {index.get(part)}; a {name} has a "
-            f"{family.denoiser_class}: restore the folder from its source"
-        )
-    return family
-
-
 def load_base_model(folder: Path) -> BaseModel:
     """Load the denoiser of a diffusers pipeline folder and read its scheduler and VAE configs.
 
@@ -70,29 +46,20 @@ def load_base_model(folder: Path) -> BaseModel:
     """
     family = family_of(folder)
     noise_schedule, prediction_type = _read_noise_schedule(folder / "scheduler")
-    vae = _read_json(folder / "vae" / "config.json")
+    vae = read_json(folder / "vae" / "config.json")
     try:
         family.spatial_compression(vae)
     except CheckpointError as error:  # before gigabytes are read
         raise CheckpointError(f"{folder}: {error}") from None
     denoiser = denoiser_for(load_denoiser_model(folder / family.denoiser_folder, family.denoiser_class))
     geometry = family.geometry(denoiser.model.config, vae)
-    if vae.get("latent_channels", geometry.channels) != geometry.channels:
+    channels = family.latent_channels(vae)
+    if channels not in (None, geometry.channels):
         raise CheckpointError(
-            f"{folder}: the vae has {vae['latent_channels']} latent channels and the {family.denoiser_folder} "
+            f"{folder}: the vae has {channels} latent channels and the {family.denoiser_folder} "
             f"{geometry.channels}; they are not of one model, restore the folder from its source"
         )
     return BaseModel(family, denoiser, noise_schedule, prediction_type, geometry)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read ({error}); restore the folder from its source") from None
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{file} holds a {type(raw).__name__}, not an object; restore the folder from its source")
-    return raw
 
 
 def load_denoiser_model(folder: Path, class_name: str) -> Any:
@@ -115,7 +82,7 @@ def load_denoiser_model(folder: Path, class_name: str) -> Any:
 def _read_noise_schedule(folder: Path) -> tuple[TeacherSchedule, PredictionType]:
     """Build our schedule from a diffusers scheduler. Its class fills in defaults that its config leaves out."""
     file = folder / "scheduler_config.json"
-    name = str(_read_json(file).get("_class_name"))
+    name = str(read_json(file).get("_class_name"))
     scheduler_class = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
     if scheduler_class is None:
         raise RecipeError(f"{file} names the class {name}, which is no scheduler of diffusers; correct _class_name")
@@ -186,12 +153,7 @@ def encode_prompts(
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     family = family_of(folder)
-    encoders = TextEncoders(
-        pipeline=_load_text_pipeline(folder, family, device),
-        denoiser_config=_read_json(folder / family.denoiser_folder / "config.json"),
-        width=width,
-        height=height,
-    )
+    encoders = load_text_encoders(folder, family, width, height, device)
 
     def batches() -> Iterator[Conditioning]:
         for start in range(0, len(prompts), batch_size):
@@ -200,20 +162,3 @@ def encode_prompts(
             yield encoded
 
     return batches()
-
-
-def _load_text_pipeline(folder: Path, family: Family, device: str) -> Any:
-    """Load the pipeline with nothing but its tokenizers and text encoders, float32."""
-    index = _read_json(folder / "model_index.json")
-    needed = {*family.tokenizers, *family.text_encoders}
-    if missing := sorted(name for name in needed if index.get(name, [None, None])[1] is None):
-        raise CheckpointError(f"{folder} comes without {', '.join(missing)}; prompts need all text encoders: add them")
-    unneeded = {name: None for name, value in index.items() if isinstance(value, list) and name not in needed}
-    load = partial(getattr(diffusers, index["_class_name"]).from_pretrained, **family.pipeline_options, **unneeded)
-    try:
-        pipeline = load(folder, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True)
-    except Exception as error:  # the libraries raise many kinds; a user can do the same about all of them
-        raise CheckpointError(
-            f"the text encoders of {folder} cannot be loaded: {error}; restore the folder from its source"
-        ) from error
-    return pipeline.to(device)

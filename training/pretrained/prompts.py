@@ -24,10 +24,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tdm_runtime.checkpoint.folder import file_sha256
+from tdm_runtime.checkpoint.pipeline_folder import family_of
 from tdm_runtime.errors import TDMError
 from tdm_runtime.families import Conditioning, current_name
 from tdm_runtime.whole_file import write_whole
-from training.pretrained.base_model import BaseModel, encode_prompts, family_of
+from training.pretrained.base_model import BaseModel, encode_prompts
 from training.run.loop import step_generator
 
 INDEX_FILE = "index.json"

@@ -19,17 +19,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tdm_runtime.checkpoint.folder import file_sha256
+from tdm_runtime.checkpoint.lora_file import FOLDER_FILES, STEP_CONDITION_FILE, read_lora
 from tdm_runtime.checkpoint.recipe import RECIPE_FILE, Recipe
 from tdm_runtime.errors import CheckpointError
 from tdm_runtime.families import Denoiser, denoiser_for, family_of_model
+from tdm_runtime.model.merged_lora import merge_loras
 from training.config import ConfigError, DistillConfig
 from training.methods.roles import CleanEstimator, LoraRoles
 from training.methods.trajectory import Coordinates
 from training.pretrained.base_model import load_denoiser_model
 from training.run.distill import Distiller, timesteps_of
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
-STEP_CONDITION_FILE = "step_condition.safetensors"
+LORA_FILE = FOLDER_FILES[0]
 ONE_FILE = "1TB"
 """Shard size that no model reaches: the runtime reads one weight file per model."""
 
@@ -149,17 +150,17 @@ def load_student(base: Denoiser, folder: Path) -> Denoiser:
     Raises:
         CheckpointError: the folder holds no student of this base.
     """
-    part = folder / part_name(base)
+    family = family_of_model(base.model)
     if (folder / LORA_FILE).is_file():
-        merge_lora(base, read_tensors(folder / LORA_FILE))
-        student = base
-    elif part.is_dir():
-        student = denoiser_for(load_denoiser_model(part, type(base.model).__name__))
-        _require_same_shapes(base, student, part)
-    else:
+        merge_loras({family.denoiser_folder: base}, [(read_lora(folder, family), 1.0)])
+        return base
+    part = folder / family.denoiser_folder
+    if not part.is_dir():
         raise CheckpointError(
             f"{folder} has neither {part.name}/ nor {LORA_FILE}; give a folder that a distillation of this base wrote"
         )
+    student = denoiser_for(load_denoiser_model(part, type(base.model).__name__))
+    _require_same_shapes(base, student, part)
     if (folder / STEP_CONDITION_FILE).is_file():
         student.load_step_condition(read_tensors(folder / STEP_CONDITION_FILE))
     return student
@@ -192,31 +193,6 @@ def load_adapter(roles: LoraRoles, folder: Path, config: DistillConfig) -> None:
     with torch.no_grad():
         for name, tensor in state.items():
             own[name].copy_(tensor / scale if ".lora_B." in name else tensor)
-
-
-def merge_lora(denoiser: Denoiser, state: Mapping[str, Tensor]) -> None:
-    """Add the product B A of a saved LoRA to each weight that it changes.
-
-    Raises:
-        CheckpointError: this denoiser lacks a layer of the LoRA, or the layer has another shape.
-    """
-    prefix = f"{part_name(denoiser)}."
-    layers = sorted(name.removesuffix(".lora_A.weight") for name in state if name.endswith(".lora_A.weight"))
-    expected = {f"{layer}.lora_{side}.weight" for layer in layers for side in "AB"}
-    modules = dict(denoiser.model.named_modules())
-    unknown = sorted({*(set(state) ^ expected), *(n for n in layers if n.removeprefix(prefix) not in modules)})
-    if unknown:
-        raise CheckpointError(f"the LoRA has {unknown[0]}, which {type(denoiser.model).__name__} has not; use its base")
-    with torch.no_grad():
-        for layer in layers:
-            weight = modules[layer.removeprefix(prefix)].weight
-            delta = state[f"{layer}.lora_B.weight"].float() @ state[f"{layer}.lora_A.weight"].float()
-            if delta.shape != weight.shape:
-                raise CheckpointError(
-                    f"the LoRA's {layer} is for a weight of shape {tuple(delta.shape)}, the model's is "
-                    f"{tuple(weight.shape)}; use the base it was trained on, or a model fine-tuned from that"
-                )
-            weight.add_(delta.to(weight))
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:

@@ -14,13 +14,14 @@ from pathlib import Path
 
 import torch
 
+from tdm_runtime.checkpoint.pipeline_folder import family_of
 from tdm_runtime.families import Denoiser
 from tdm_runtime.model.decoder import torch_decoder
 from tdm_runtime.sampling.schedule import FlowSchedule
 from training.config import ConfigError, DistillConfig, config_as_toml
 from training.methods.roles import CleanEstimator, LoraRoles, Roles, SeparateRoles
 from training.methods.trajectory import Coordinates
-from training.pretrained.base_model import BaseModel, family_of, load_base_model
+from training.pretrained.base_model import BaseModel, load_base_model
 from training.pretrained.latents import load_latent_encoder
 from training.pretrained.prompts import EmbeddedPrompts
 from training.pretrained.student_files import (

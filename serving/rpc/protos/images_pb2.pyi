@@ -178,7 +178,7 @@ class Timings(_message.Message):
     def __init__(self, queue_ms: _Optional[float] = ..., text_ms: _Optional[float] = ..., steps_ms: _Optional[_Iterable[float]] = ..., decode_ms: _Optional[float] = ..., encode_ms: _Optional[float] = ..., total_ms: _Optional[float] = ...) -> None: ...
 
 class Receipt(_message.Message):
-    __slots__ = ("model", "digest", "prompt", "seed", "num_inference_steps", "width", "height", "decoder", "backend", "bucket", "is_strict", "pixels_sha256")
+    __slots__ = ("model", "digest", "prompt", "seed", "num_inference_steps", "width", "height", "decoder", "backend", "bucket", "is_strict", "pixels_sha256", "guidance_scale")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
@@ -191,6 +191,7 @@ class Receipt(_message.Message):
     BUCKET_FIELD_NUMBER: _ClassVar[int]
     IS_STRICT_FIELD_NUMBER: _ClassVar[int]
     PIXELS_SHA256_FIELD_NUMBER: _ClassVar[int]
+    GUIDANCE_SCALE_FIELD_NUMBER: _ClassVar[int]
     model: str
     digest: str
     prompt: str
@@ -203,7 +204,8 @@ class Receipt(_message.Message):
     bucket: _containers.RepeatedScalarFieldContainer[int]
     is_strict: bool
     pixels_sha256: str
-    def __init__(self, model: _Optional[str] = ..., digest: _Optional[str] = ..., prompt: _Optional[str] = ..., seed: _Optional[int] = ..., num_inference_steps: _Optional[int] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., decoder: _Optional[str] = ..., backend: _Optional[str] = ..., bucket: _Optional[_Iterable[int]] = ..., is_strict: _Optional[bool] = ..., pixels_sha256: _Optional[str] = ...) -> None: ...
+    guidance_scale: float
+    def __init__(self, model: _Optional[str] = ..., digest: _Optional[str] = ..., prompt: _Optional[str] = ..., seed: _Optional[int] = ..., num_inference_steps: _Optional[int] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., decoder: _Optional[str] = ..., backend: _Optional[str] = ..., bucket: _Optional[_Iterable[int]] = ..., is_strict: _Optional[bool] = ..., pixels_sha256: _Optional[str] = ..., guidance_scale: _Optional[float] = ...) -> None: ...
 
 class ListModelsRequest(_message.Message):
     __slots__ = ()
@@ -216,7 +218,7 @@ class ListModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("id", "created", "sizes", "step_counts", "default_steps", "decoders", "backend", "parity_psnr_db", "digest")
+    __slots__ = ("id", "created", "sizes", "step_counts", "default_steps", "decoders", "backend", "parity_psnr_db", "digest", "family", "recipe", "size_rule", "guidance_scale")
     class ParityPsnrDbEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -233,6 +235,10 @@ class Model(_message.Message):
     BACKEND_FIELD_NUMBER: _ClassVar[int]
     PARITY_PSNR_DB_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
+    FAMILY_FIELD_NUMBER: _ClassVar[int]
+    RECIPE_FIELD_NUMBER: _ClassVar[int]
+    SIZE_RULE_FIELD_NUMBER: _ClassVar[int]
+    GUIDANCE_SCALE_FIELD_NUMBER: _ClassVar[int]
     id: str
     created: int
     sizes: _containers.RepeatedScalarFieldContainer[str]
@@ -242,4 +248,20 @@ class Model(_message.Message):
     backend: str
     parity_psnr_db: _containers.ScalarMap[int, float]
     digest: str
-    def __init__(self, id: _Optional[str] = ..., created: _Optional[int] = ..., sizes: _Optional[_Iterable[str]] = ..., step_counts: _Optional[_Iterable[int]] = ..., default_steps: _Optional[int] = ..., decoders: _Optional[_Iterable[str]] = ..., backend: _Optional[str] = ..., parity_psnr_db: _Optional[_Mapping[int, float]] = ..., digest: _Optional[str] = ...) -> None: ...
+    family: str
+    recipe: str
+    size_rule: SizeRule
+    guidance_scale: float
+    def __init__(self, id: _Optional[str] = ..., created: _Optional[int] = ..., sizes: _Optional[_Iterable[str]] = ..., step_counts: _Optional[_Iterable[int]] = ..., default_steps: _Optional[int] = ..., decoders: _Optional[_Iterable[str]] = ..., backend: _Optional[str] = ..., parity_psnr_db: _Optional[_Mapping[int, float]] = ..., digest: _Optional[str] = ..., family: _Optional[str] = ..., recipe: _Optional[str] = ..., size_rule: _Optional[_Union[SizeRule, _Mapping]] = ..., guidance_scale: _Optional[float] = ...) -> None: ...
+
+class SizeRule(_message.Message):
+    __slots__ = ("multiple", "min_side", "max_side", "max_pixels")
+    MULTIPLE_FIELD_NUMBER: _ClassVar[int]
+    MIN_SIDE_FIELD_NUMBER: _ClassVar[int]
+    MAX_SIDE_FIELD_NUMBER: _ClassVar[int]
+    MAX_PIXELS_FIELD_NUMBER: _ClassVar[int]
+    multiple: int
+    min_side: int
+    max_side: int
+    max_pixels: int
+    def __init__(self, multiple: _Optional[int] = ..., min_side: _Optional[int] = ..., max_side: _Optional[int] = ..., max_pixels: _Optional[int] = ...) -> None: ...

@@ -53,7 +53,7 @@ def denoiser_calls(model: LoadedModel) -> list[tuple[Tensor, ...]]:
             torch.randn(1, *model.latent_shape(SamplingParams(PROMPTS[0], 0, 1, 64, 64)), generator=draw),
             torch.tensor([timestep], dtype=torch.float32),
             torch.tensor([count]),
-            model.text_encoder.encode(PROMPTS[n % len(PROMPTS)]).prompt_embeds[None],
+            model.text_encoder.encode(PROMPTS[n % len(PROMPTS)]).conditioning.prompt_embeds,
         )
         for n, (count, timestep) in enumerate(steps)
     ]

@@ -12,13 +12,20 @@ from pathlib import Path
 import pytest
 
 from tdm_runtime.checkpoint import folder
-from tdm_runtime.checkpoint.folder import TINY_VAE_FILES, FileHashes, open_checkpoint, other_files, weight_files
+from tdm_runtime.checkpoint.folder import (
+    DEFAULT_CHECKPOINT,
+    TINY_VAE_FILES,
+    FileHashes,
+    open_checkpoint,
+    other_files,
+    weight_files,
+)
 from tdm_runtime.checkpoint.recipe import RECIPE_FILE
 from tdm_runtime.errors import CheckpointError
 from tdm_runtime.families import FAMILIES
 
 FAMILY = FAMILIES["stable_diffusion"]
-WEIGHT_FILES = weight_files(FAMILY)
+WEIGHT_FILES = weight_files(DEFAULT_CHECKPOINT, FAMILY)
 
 
 @pytest.fixture
@@ -40,7 +47,7 @@ def flip_bit(file: Path) -> None:
 def test_a_second_process_with_known_hashes_hashes_nothing(copy: Path, hashed: Counter[Path]) -> None:
     hashes = FileHashes()
     first = open_checkpoint(copy, hashes)
-    names = {*first.recipe.files, *WEIGHT_FILES, *other_files(FAMILY), *TINY_VAE_FILES, RECIPE_FILE}
+    names = {*first.recipe.files, *WEIGHT_FILES, *other_files(copy, FAMILY), *TINY_VAE_FILES, RECIPE_FILE}
     expected = (first.digest, first.fingerprint)
     second = open_checkpoint(copy, pickle.loads(pickle.dumps(hashes)))
     assert (second.digest, second.fingerprint) == expected

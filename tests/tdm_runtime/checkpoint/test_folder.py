@@ -13,14 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tdm_runtime.checkpoint.folder import file_sha256, open_checkpoint, other_files, weight_files
+from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT, file_sha256, open_checkpoint, other_files, weight_files
 from tdm_runtime.checkpoint.recipe import RECIPE_FILE
 from tdm_runtime.errors import CheckpointError, RecipeError
 from tdm_runtime.families import FAMILIES
 from tdm_runtime.model.choice import load_model
 
-WEIGHT_FILES = weight_files(FAMILIES["stable_diffusion"])
-OTHER_FILES = other_files(FAMILIES["stable_diffusion"])
+WEIGHT_FILES = weight_files(DEFAULT_CHECKPOINT, FAMILIES["stable_diffusion"])
+OTHER_FILES = other_files(DEFAULT_CHECKPOINT, FAMILIES["stable_diffusion"])
 
 
 @pytest.fixture
@@ -294,17 +294,17 @@ def test_a_garbled_config_is_refused(folder: Path, name: str) -> None:
 def test_another_denoiser_class_is_refused(folder: Path) -> None:
     edit_json(folder / "model_index.json", unet=["diffusers", "FluxTransformer2DModel"])
     message = refusal(folder)
-    assert f"{folder / 'model_index.json'} names the denoiser 'FluxTransformer2DModel'" in message
-    assert "this version serves UNet2DConditionModel" in message
+    assert f"{folder / 'model_index.json'} says that unet is ['diffusers', 'FluxTransformer2DModel']" in message
+    assert "a StableDiffusionPipeline has a UNet2DConditionModel" in message
 
 
-def test_a_pipeline_of_a_family_that_is_not_served_is_refused(folder: Path) -> None:
-    edit_json(folder / "model_index.json", _class_name="StableDiffusionXLPipeline")
+def test_a_pipeline_of_no_known_family_is_refused(folder: Path) -> None:
+    edit_json(folder / "model_index.json", _class_name="KandinskyPipeline")
     message = refusal(folder)
-    assert f"{folder / 'model_index.json'} is of sdxl; this version serves stable_diffusion only" in message
+    assert f"{folder} holds a KandinskyPipeline; this version knows" in message and "StableDiffusionPipeline" in message
 
 
-def test_a_pipeline_of_unknown_name_with_a_unet_is_served(folder: Path) -> None:
+def test_a_latent_consistency_pipeline_is_served(folder: Path) -> None:
     edit_json(folder / "model_index.json", _class_name="LatentConsistencyModelPipeline")
     assert open_checkpoint(folder).family.name == "stable_diffusion"
 

@@ -15,7 +15,14 @@ from safetensors.torch import load_file, save_file
 
 from tdm_runtime.backends.interface import Interface, TensorSpec
 from tdm_runtime.backends.machine import gpu_architecture, installed
-from tdm_runtime.checkpoint.folder import TINY_VAE_FILES, Checkpoint, file_sha256, open_checkpoint, other_files
+from tdm_runtime.checkpoint.folder import (
+    DEFAULT_CHECKPOINT,
+    TINY_VAE_FILES,
+    Checkpoint,
+    file_sha256,
+    open_checkpoint,
+    other_files,
+)
 from tdm_runtime.checkpoint.manifest import (
     MANIFEST_FILE,
     MANIFEST_FORMAT,
@@ -274,7 +281,7 @@ def assert_other_artifacts(copy: Path, checkpoint: Checkpoint) -> None:
     assert default_artifacts(open_checkpoint(copy)) != default_artifacts(checkpoint)
 
 
-@pytest.mark.parametrize("name", [*other_files(FAMILIES["stable_diffusion"]), TINY_VAE_FILES[1]])
+@pytest.mark.parametrize("name", [*other_files(DEFAULT_CHECKPOINT, FAMILIES["stable_diffusion"]), TINY_VAE_FILES[1]])
 def test_another_config_or_tokenizer_needs_other_artifacts(checkpoint: Checkpoint, copy: Path, name: str) -> None:
     edit_json(copy / name, note="changed")
     assert_other_artifacts(copy, checkpoint)

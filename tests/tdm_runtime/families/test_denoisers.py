@@ -272,7 +272,15 @@ def test_a_width_that_cannot_hold_sines_and_cosines_is_refused(dim: int) -> None
         denoiser_for(tiny_sd3()).add_step_condition(dim)
 
 
-@pytest.mark.parametrize(("family", "field"), [("sdxl", "pooled_prompt_embeds"), ("sd3", "pooled_prompt_embeds")])
+@pytest.mark.parametrize(
+    ("family", "field"),
+    [
+        ("sdxl", "pooled_prompt_embeds"),
+        ("sd3", "pooled_prompt_embeds"),
+        ("z_image", "attention_mask"),
+        ("sana", "guidance"),
+    ],
+)
 def test_a_missing_field_of_the_conditioning_is_named_in_the_error(family: str, field: str) -> None:
     denoiser = denoiser_for(TINY_MODELS[family]())
     embeds = tiny_conditioning(family, 3).prompt_embeds

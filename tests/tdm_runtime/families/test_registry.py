@@ -47,7 +47,7 @@ def test_a_family_is_found_by_its_pipeline_and_by_its_model(name: str) -> None:
 
 
 def test_an_unknown_pipeline_model_or_vae_belongs_to_no_family() -> None:
-    assert family_of_pipeline("FluxPipeline") is None
+    assert family_of_pipeline("AllegroPipeline") is None
     with pytest.raises(CheckpointError, match="the denoiser is a Linear; this version knows UNet2DConditionModel, Pix"):
         denoiser_for(nn.Linear(1, 1))
     with pytest.raises(CheckpointError, match="the VAE is a Linear; this version knows AutoencoderKL, AutoencoderTiny"):
@@ -56,7 +56,7 @@ def test_an_unknown_pipeline_model_or_vae_belongs_to_no_family() -> None:
 
 def test_former_names_are_still_known() -> None:
     assert current_name("sd") == "stable_diffusion"
-    assert [current_name(name) for name in (*FAMILIES, "flux")] == [*FAMILIES, "flux"]
+    assert [current_name(name) for name in (*FAMILIES, "allegro")] == [*FAMILIES, "allegro"]
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -22,7 +22,6 @@ from tdm_runtime.families import DecoderModule
 from tdm_runtime.model.decoder import TILE_OVERLAP, Decoder, Pixels, _tile_starts, torch_decoder
 from tdm_runtime.model.loaded_model import LoadedModel, denoise
 from tdm_runtime.model.similarity import psnr_db
-from tdm_runtime.model.text_encoder import conditioning_of
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.sampling.noise import initial_noise
 from tdm_runtime.sampling.sampler import solve
@@ -92,7 +91,7 @@ def _sampled(model: LoadedModel) -> Iterator[Tensor]:
     table = model.recipe.step_table(4, 64, 64)
     for seed, prompt in enumerate(PROMPTS):
         shape = model.latent_shape(SamplingParams(prompt, seed, 4, 64, 64))
-        conditioning = conditioning_of([model.text_encoder.encode(prompt)])
+        conditioning = model.text_encoder.encode(prompt).conditioning
         predict = partial(denoise, [model], step_counts=torch.tensor([4]), prompt=conditioning)
         *_, (latents, _) = solve(table, initial_noise(seed, (1, *shape)), predict)
         yield latents[0]

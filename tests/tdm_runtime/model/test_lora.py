@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,18 +16,26 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tdm_runtime.backends.pytorch import TorchBackend
 from tdm_runtime.checkpoint.folder import Checkpoint, open_checkpoint
-from tdm_runtime.checkpoint.lora_file import read_lora
+from tdm_runtime.checkpoint.lora_file import LoraLayer, read_lora
 from tdm_runtime.engine.engine import DiffusionEngine
 from tdm_runtime.errors import CheckpointError
+from tdm_runtime.families import FAMILIES, denoiser_for
+from tdm_runtime.families.call import denoiser_arguments
 from tdm_runtime.families.conditioning import Conditioning
 from tdm_runtime.model.choice import load_model
 from tdm_runtime.model.decoder import Pixels
 from tdm_runtime.model.loaded_model import LoadedModel, denoise
-from tdm_runtime.model.lora import LoraBase
+from tdm_runtime.model.lora import AdapterBank, LoraBase, added
+from tdm_runtime.model.merged_lora import merge, merge_loras, update_at
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.pipeline import generate
+from tests import lora_files
+from tests.lora_files import Weights, draw_weights, tiny_pipeline
+from tests.tiny_models import TINY_SHAPES, tiny_conditioning
 
+FAMILY = FAMILIES["stable_diffusion"]
 RANK, ALPHA, SCALE = 3, 6.0, 0.5
 PARAMS = SamplingParams("a red heart", 7, 3, 16, 16)
 UNET_LAYERS = (
@@ -68,7 +77,7 @@ def drawn(module: nn.Module, names: tuple[str, ...], seed: int = 0) -> Halves:
 def one_lora(checkpoint: Checkpoint, base: LoadedModel, name: str, path: Path, scale: float = 1.0) -> LoadedModel:
     """Attach one LoRA to the base."""
     on = LoraBase(checkpoint, base)
-    return on.attach(on.prepare(name, read_lora(path), scale))
+    return on.attach(on.prepare(name, [(read_lora(path, checkpoint.family), scale)]))
 
 
 @pytest.fixture(scope="module")
@@ -131,9 +140,8 @@ def write_older_diffusers(file: Path, unet: Halves, text: Halves) -> Path:
 
 def merged(checkpoint: Checkpoint, scale: float, unet: Halves, text: Halves) -> LoadedModel:
     """Return the reference: torch modules with the LoRA added to their weights."""
-    from tdm_runtime.backends.pytorch import TorchBackend
     from tdm_runtime.model.components import load_component
-    from tdm_runtime.model.text_encoder import TextEncoder
+    from tdm_runtime.model.text_encoder import ClipEncoder, TextEncoder
 
     model = load_model(checkpoint.folder, device="cpu")
     parts = {}
@@ -149,7 +157,7 @@ def merged(checkpoint: Checkpoint, scale: float, unet: Halves, text: Halves) -> 
     return replace(
         model,
         denoiser=parts["denoiser"],
-        text_encoder=TextEncoder(checkpoint.load_tokenizer(), parts["text_encoder"]),
+        text_encoder=TextEncoder(ClipEncoder(checkpoint.load_tokenizer(), parts["text_encoder"])),
     )
 
 
@@ -202,6 +210,64 @@ def test_a_lora_saved_by_peft_equals_peft(
     torch.testing.assert_close(made, expected, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_bank_mixes_loras_of_any_family_in_a_call(family: str, tmp_path: Path) -> None:
+    pipeline, part = tiny_pipeline(family), FAMILIES[family].denoiser_folder
+    writers: tuple[Callable[[Any, Path, Weights], Path], ...] = (lora_files.write_diffusers, lora_files.write_kohya)
+    weights = [{part: draw_weights(pipeline, family, seed)[part]} for seed in range(2)]
+    files = [
+        read_lora(write(pipeline, tmp_path / str(n), weights[n]), FAMILIES[family]) for n, write in enumerate(writers)
+    ]
+    together = [[(files[0], 0.5)], [(files[1], -1.0), (files[0], 0.25)], []]
+    prompt = tiny_conditioning(family, 3)
+    interface = denoiser_for(pipeline.components[part]).interface(prompt.prompt_embeds.shape[1])
+    names = [spec.name for spec in interface.inputs]
+    latents = torch.randn(3, *TINY_SHAPES[family], generator=torch.Generator().manual_seed(0))
+    timesteps, counts = torch.tensor([900.0, 300.0, 20.0]), torch.tensor([1, 2, 4])
+    arguments = denoiser_arguments(names, latents, timesteps, counts, prompt)
+
+    bank = AdapterBank(denoiser_for(pipeline.components[part]), interface, torch.device("cpu"), None)
+    for number, loras in enumerate(together):
+        bank.add(number, bank.updates(part, loras))
+    mixed = bank(*arguments, torch.arange(3))
+
+    for number, loras in enumerate(together):
+        denoiser = denoiser_for(tiny_pipeline(family).components[part])
+        merge_loras({part: denoiser}, loras)
+        expected = TorchBackend(denoiser, torch.device("cpu"), interface=interface)(*arguments)[number]
+        assert (mixed[number] - expected).norm() / expected.norm() < 1e-4
+
+
+def test_a_bank_adds_doras_and_biases_as_merging_does() -> None:
+    layers = nn.ModuleDict({"matrix": nn.Linear(6, 5), "conv": nn.Conv2d(4, 6, 3, stride=2, padding=1)})
+    draw = torch.Generator().manual_seed(0)
+
+    def drawn_layer(target: nn.Linear | nn.Conv2d, *, is_dora: bool) -> LoraLayer:
+        out, ones = target.weight.shape[0], (1,) * (target.weight.ndim - 2)
+        down = torch.randn(RANK, *target.weight.shape[1:], generator=draw)
+        up, bias = torch.randn(out, RANK, *ones, generator=draw), torch.randn(out, generator=draw)
+        return LoraLayer(down, up, 0.7, torch.rand(out, generator=draw) if is_dora else None, bias)
+
+    for target, inputs in zip(layers.values(), (torch.randn(2, 6), torch.randn(2, 4, 5, 5)), strict=True):
+        assert isinstance(target, nn.Linear | nn.Conv2d)
+        layers_ = [drawn_layer(target, is_dora=is_dora) for is_dora in (True, False, True)]
+        updates = [update_at(layer, scale, target) for layer, scale in zip(layers_, (0.5, -1.0, 2.0), strict=True)]
+        output = target(inputs)
+        for update in updates:
+            output = output + added(target, inputs, output, update)
+        merge(target, updates)
+        torch.testing.assert_close(output, target(inputs), rtol=1e-4, atol=1e-4)
+
+
+def test_a_lora_that_reads_k_is_not_added_at_run_time(
+    checkpoint: Checkpoint, base: LoadedModel, unet_halves: Halves, tmp_path: Path
+) -> None:
+    write_diffusers(tmp_path / "pytorch_lora_weights.safetensors", unet_halves, {})
+    save_file(checkpoint.load_denoiser().step_condition_state(), tmp_path / "step_condition.safetensors")
+    with pytest.raises(CheckpointError, match=r"trained with weights that read K .* merge it into its base"):
+        one_lora(checkpoint, base, "with K", tmp_path)
+
+
 @pytest.fixture
 def two_loras(
     checkpoint: Checkpoint, base: LoadedModel, unet_halves: Halves, text_halves: Halves, tmp_path: Path
@@ -212,7 +278,7 @@ def two_loras(
         write_kohya(tmp_path / "a.safetensors", unet_halves, text_halves),
         write_diffusers(tmp_path / "b.safetensors", other, {}),
     ]
-    prepared = [lora_base.prepare(file.stem, read_lora(file), SCALE) for file in files]
+    prepared = [lora_base.prepare(file.stem, [(read_lora(file, checkpoint.family), SCALE)]) for file in files]
     yield lora_base, [lora_base.attach(lora) for lora in prepared]
 
 
@@ -239,7 +305,7 @@ def test_swapping_one_lora_leaves_the_other_unchanged(
     lora_base, (first, second) = two_loras
     before = generate(second, PARAMS)
     lora_base.detach(first)
-    swapped = lora_base.attach(lora_base.prepare("a", read_lora(tmp_path / "b.safetensors"), 2 * SCALE))
+    swapped = lora_base.attach(lora_base.prepare("a", [(read_lora(tmp_path / "b.safetensors", FAMILY), 2 * SCALE)]))
     assert levels_apart(generate(swapped, PARAMS), before) > 5  # the same file at twice the scale
     assert levels_apart(generate(second, PARAMS), before) == 0
     assert generate(base, PARAMS).shape == before.shape
@@ -255,10 +321,8 @@ def spoiled(unet_halves: Halves, how: str) -> dict[str, Tensor]:
         state[f"{flat}.lora_down.weight"] = torch.zeros(RANK, 9, 3, 3)
     elif how == "layer":
         state = {name.replace("conv_in", "conv_elsewhere"): tensor for name, tensor in state.items()}
-    elif how == "dora":
-        state[f"{flat}.dora_scale"] = torch.ones(8)
-    elif how == "loha":
-        state[f"{flat}.hada_w1_a"] = torch.ones(8)
+    elif how == "tucker":
+        state[f"{flat}.hada_t1"] = torch.ones(8)
     return state
 
 
@@ -267,9 +331,8 @@ def spoiled(unet_halves: Halves, how: str) -> dict[str, Tensor]:
     [
         ("half", "only one half of 'conv_in'"),
         ("shape", r"conv_in of shape \(8, 9, 3, 3\), here it has \(8, 4, 3, 3\); use the base of the LoRA"),
-        ("layer", "changes 'conv_elsewhere', which this base does not have"),
-        ("dora", "dora_scale.*without DoRA"),
-        ("loha", "hada_w1_a.*without DoRA, LoHa"),
+        ("layer", r"changes 'conv\.elsewhere', which this base does not have \(1 of 6 layers of its unet\)"),
+        ("tucker", r"changes 'lora_unet_conv_in' by hada_t1, .*, a form of LyCORIS that is not read; merge it"),
     ],
 )
 def test_a_lora_that_does_not_fit_the_base_is_refused_by_name(
@@ -286,4 +349,4 @@ def test_a_file_that_is_no_lora_is_refused(name: str, tmp_path: Path) -> None:
     if not name.startswith("missing"):
         (tmp_path / name).write_bytes(b"\x80\x04no weights")
     with pytest.raises(CheckpointError, match=r"is no LoRA|cannot be read"):
-        read_lora(tmp_path / name)
+        read_lora(tmp_path / name, FAMILY)

@@ -12,7 +12,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from tdm_runtime.backends.pytorch import TorchBackend
 from tdm_runtime.checkpoint.folder import open_checkpoint
 from tdm_runtime.model.components import TextEncoderModule
-from tdm_runtime.model.text_encoder import TextEncoder
+from tdm_runtime.model.text_encoder import ClipEncoder, TextEncoder
 
 LONG_PROMPT = "a red apple above a green tree " * 20
 Parts = tuple[CLIPTokenizer, CLIPTextModel]
@@ -30,7 +30,7 @@ def make_encoder(parts: Parts, checkpoint_folder: Path) -> MakeEncoder:
     """Builds encoders, each with its own cache."""
     tokenizer = open_checkpoint(checkpoint_folder).load_tokenizer()
     backend = TorchBackend(TextEncoderModule(parts[1]), torch.device("cpu"))
-    return lambda **options: TextEncoder(tokenizer, backend, **options)
+    return lambda **options: TextEncoder(ClipEncoder(tokenizer, backend), **options)
 
 
 @pytest.mark.parametrize(
@@ -51,13 +51,13 @@ def test_encoding_equals_the_stock_tokenizer_and_model(parts: Parts, make_encode
     rows = tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt")
     with torch.inference_mode():
         expected = model(rows["input_ids"]).last_hidden_state[0]
-    assert torch.equal(make_encoder().encode(prompt).prompt_embeds, expected)
+    assert torch.equal(make_encoder().encode(prompt).conditioning.prompt_embeds[0], expected)
 
 
 def test_embeddings_are_finite_float32_of_one_shape(parts: Parts, make_encoder: MakeEncoder) -> None:
     encoder, config = make_encoder(), parts[1].config
     for prompt in ("cat", LONG_PROMPT):
-        embeds = encoder.encode(prompt).prompt_embeds
+        embeds = encoder.encode(prompt).conditioning.prompt_embeds[0]
         assert embeds.shape == (config.max_position_embeddings, config.hidden_size)
         assert embeds.dtype == torch.float32
         assert torch.isfinite(embeds).all()
@@ -65,7 +65,9 @@ def test_embeddings_are_finite_float32_of_one_shape(parts: Parts, make_encoder: 
 
 def test_different_prompts_have_different_embeddings(make_encoder: MakeEncoder) -> None:
     encoder = make_encoder()
-    assert not torch.equal(encoder.encode("cat").prompt_embeds, encoder.encode("dog").prompt_embeds)
+    assert not torch.equal(
+        encoder.encode("cat").conditioning.prompt_embeds[0], encoder.encode("dog").conditioning.prompt_embeds[0]
+    )
 
 
 def test_a_long_prompt_is_flagged_and_cut(parts: Parts, make_encoder: MakeEncoder) -> None:
@@ -101,7 +103,7 @@ def test_the_least_recently_used_prompt_is_dropped_first(make_encoder: MakeEncod
     assert encoder.encode("one") is one
     again = encoder.encode("two")
     assert again is not two
-    assert torch.equal(again.prompt_embeds, two.prompt_embeds)
+    assert torch.equal(again.conditioning.prompt_embeds[0], two.conditioning.prompt_embeds[0])
 
 
 def test_without_a_cache_every_prompt_is_encoded(make_encoder: MakeEncoder) -> None:

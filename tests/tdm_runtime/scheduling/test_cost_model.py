@@ -28,6 +28,19 @@ def test_unmeasured_sizes_are_interpolated_and_larger_ones_extrapolated_in_propo
     assert [costs.seconds(STEP, size) for size in (1, 2, 3, 4, 8)] == [4.0, 4.0, 5.0, 6.0, 12.0]
 
 
+def test_a_size_that_was_never_measured_takes_its_cost_from_the_nearest_measured_one() -> None:
+    costs = learned({1: 1.0, 2: 1.5})
+    costs.observe(STEP._replace(shape=(4, 80, 80)), 1, 100.0, 0.0)
+    larger, smaller = STEP._replace(shape=(4, 16, 8)), STEP._replace(shape=(4, 4, 8))
+    assert costs.seconds(larger) == pytest.approx(2.0**1.5) and costs.seconds(smaller) == pytest.approx(0.5**0.5)
+    assert costs.batch_size(larger, 7) == costs.batch_size(STEP, 7)
+    assert costs.deviation(larger) == costs.deviation(STEP)
+    for other in (larger._replace(model="other"), larger._replace(stage="decode:full"), Kind("denoise", (4, 2, 8, 8))):
+        assert costs.seconds(other) == 0.0
+    costs.observe(larger, 1, 1.2, 0.0)
+    assert costs.seconds(larger) == pytest.approx(1.2)
+
+
 @given(st.lists(st.floats(0.5, 2.0), min_size=1, max_size=40))
 def test_an_estimate_stays_in_the_range_of_measurements_and_a_margin_above_it(seen: list[float]) -> None:
     costs = CostModel()

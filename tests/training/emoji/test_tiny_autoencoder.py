@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny, StableDiffusionPipeline
 
-from tdm_runtime.checkpoint.folder import TINY_VAE, TINY_VAE_FILES, TINY_VAE_WEIGHTS, file_sha256, open_checkpoint
+from tdm_runtime.checkpoint.folder import TINY_VAE, TINY_VAE_FILES, file_sha256, open_checkpoint
 from tdm_runtime.errors import CheckpointError, RecipeError
 from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.model.similarity import psnr_db
@@ -112,7 +112,7 @@ def test_bytes_to_pixels_and_back_changes_nothing() -> None:
 def test_a_checkpoint_can_be_published_with_a_tiny_autoencoder(published: Path, run: Path) -> None:
     checkpoint = open_checkpoint(published)
     assert checkpoint.has_tiny_vae
-    assert checkpoint.recipe.files[TINY_VAE_WEIGHTS] == file_sha256(published / TINY_VAE_WEIGHTS)
+    assert checkpoint.recipe.files[TINY_VAE_FILES[0]] == file_sha256(published / TINY_VAE_FILES[0])
     tiny = checkpoint.load_tiny_vae()
     assert tiny.config.scaling_factor == 1.0
     assert tiny.config.block_out_channels == [32, 32, 32]  # not in the file; its length gives the downscale
@@ -156,7 +156,7 @@ def test_a_tiny_autoencoder_with_a_missing_file_is_rejected(published: Path, nam
 
 def test_a_tiny_autoencoder_that_the_recipe_does_not_list_is_rejected(published: Path, run: Path) -> None:
     """Publish without a tiny autoencoder into a folder that still holds an old one."""
-    with pytest.raises(RecipeError, match=rf"no sha256 for {TINY_VAE_WEIGHTS}.*remove what does not belong"):
+    with pytest.raises(RecipeError, match=rf"no sha256 for {TINY_VAE_FILES[0]}.*remove what does not belong"):
         publish(published, run / "decoder", run / "teacher", run / "student")
     shutil.rmtree(published / TINY_VAE)
     assert not open_checkpoint(published).has_tiny_vae

@@ -15,10 +15,11 @@ import pytest
 import torch
 
 from tdm_runtime.errors import CheckpointError, RecipeError
-from tdm_runtime.families import FAMILIES, Conditioning
+from tdm_runtime.families import FAMILIES, Conditioning, denoiser_for
 from tdm_runtime.sampling.schedule import DiffusionSchedule, FlowSchedule
 from tests.tiny_models import TEXT_TOKENS, TINY_MODELS, tiny_cogvideox
-from tests.tiny_pipelines import SCHEDULERS, stock_embeds
+from tests.tiny_pipelines import SCHEDULERS, build_vae, stock_embeds
+from tests.training.tiny_runs import NOISE
 from training.pretrained.base_model import encode_prompts, load_base_model
 
 PROMPTS = ["a red fox", "", "two cats on a green hill at night"]
@@ -42,7 +43,7 @@ def change_json(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", NOISE)
 def test_the_denoiser_has_the_folders_weights(folders: Callable[[str], Path], family: str) -> None:
     base = load_base_model(folders(family))
     expected = TINY_MODELS[family]().state_dict()
@@ -50,13 +51,14 @@ def test_the_denoiser_has_the_folders_weights(folders: Callable[[str], Path], fa
     loaded = base.denoiser.model.state_dict()
     assert loaded.keys() == expected.keys()
     assert all(torch.equal(loaded[name], expected[name]) for name in expected)
-    assert base.geometry.spatial_compression == 8
+    assert base.geometry.spatial_compression == {"flux2": 16}.get(family, 8)
     assert base.geometry.temporal_compression == (4 if family == "cogvideox" else None)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", NOISE)
 def test_the_noise_schedule_equals_the_folders_scheduler(folders: Callable[[str], Path], family: str) -> None:
-    base, theirs = load_base_model(folders(family)), SCHEDULERS[family]()
+    base = load_base_model(folders(family))
+    theirs = type(SCHEDULERS[family]()).from_pretrained(folders(family) / "scheduler")
     if isinstance(base.noise_schedule, FlowSchedule):
         ours = base.noise_schedule.shifted(np.arange(1000, 0, -1) / 1000)
         np.testing.assert_allclose(ours, theirs.sigmas.double().numpy(), atol=2e-7)
@@ -74,13 +76,14 @@ def test_prompts_are_encoded_as_the_pipeline_encodes_them_and_fit_the_denoiser(
 ) -> None:
     batches = list(encode_prompts(folders(family), PROMPTS, batch_size=2, width=64, height=128))
     assert [len(batch) for batch in batches] == [2, 1]
-    if family in ("pixart", "sd3"):  # their pipelines pad to fixed lengths
-        assert batches[0].prompt_embeds.shape[1] == {"pixart": 120, "sd3": 12 + 256}[family]
+    lengths = {"pixart": 120, "sd3": 12 + 256, "flux": 256, "flux2": 512, "z_image": 512, "sana": 300}
+    if family in lengths:  # their pipelines pad to fixed lengths
+        assert batches[0].prompt_embeds.shape[1] == lengths[family]
     everything = Conditioning.cat(*batches)
     expected = stock_embeds(family, PROMPTS)
     torch.testing.assert_close(everything.prompt_embeds, expected, rtol=1e-5, atol=1e-5)
-    base = load_base_model(folders(family))
-    read = [spec.name for spec in base.denoiser.interface(TEXT_TOKENS).inputs]
+    denoiser = denoiser_for(TINY_MODELS[family]())
+    read = [spec.name for spec in denoiser.interface(TEXT_TOKENS).inputs]
     given = {field.name for field in fields(Conditioning) if getattr(everything, field.name) is not None}
     assert given == {field.name for field in fields(Conditioning) if field.name in read}
     if family == "sdxl":
@@ -88,9 +91,10 @@ def test_prompts_are_encoded_as_the_pipeline_encodes_them_and_fit_the_denoiser(
         assert everything.time_ids.tolist() == [[128.0, 64.0, 0.0, 0.0, 128.0, 64.0]] * 3
         assert not everything.prompt_embeds[1].any() and everything.prompt_embeds[2].any()
     assert not any(t is not None and (t.requires_grad or t.is_inference()) for t in everything.tensors())
-    x = torch.zeros(3, *base.geometry.latent_shape(64, 128, frames=9 if base.family.makes_clips else 1))
+    geometry = FAMILIES[family].geometry(denoiser.model.config, build_vae(family).config)
+    x = torch.zeros(3, *geometry.latent_shape(64, 128, frames=9 if FAMILIES[family].makes_clips else 1))
     with torch.no_grad():
-        assert base.denoiser(x, torch.tensor([999.0, 500.0, 1.0]), None, *everything.tensors()).shape == x.shape
+        assert denoiser(x, torch.tensor([999.0, 500.0, 1.0]), None, *everything.tensors()).shape == x.shape
 
 
 def test_latent_shapes_of_pictures_and_clips(folders: Callable[[str], Path]) -> None:
@@ -175,17 +179,22 @@ def test_a_scheduler_that_training_cannot_follow_is_refused(
     assert str(file) in str(caught.value)
 
 
+def test_sana_is_refused_as_a_teacher(folders: Callable[[str], Path]) -> None:
+    with pytest.raises(RecipeError, match="SCMScheduler has no betas and no flow; use a base model"):
+        load_base_model(folders("sana"))
+
+
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     for read in (load_base_model, lambda folder: encode_prompts(folder, [""], batch_size=1, width=8, height=8)):
         with pytest.raises(CheckpointError, match=f"{tmp_path / 'absent'} is not a folder; give a diffusers pipeline"):
             read(tmp_path / "absent")
-        with pytest.raises(CheckpointError, match=r"model_index.json cannot be read"):
+        with pytest.raises(CheckpointError, match=r"lacks model_index.json; restore"):
             read(tmp_path)
 
 
 def test_an_unknown_pipeline_is_refused_by_name(sd_copy: Path) -> None:
-    change_json(sd_copy / "model_index.json", _class_name="FluxPipeline")
-    with pytest.raises(CheckpointError, match="holds a FluxPipeline; training knows StableDiffusionPipeline, "):
+    change_json(sd_copy / "model_index.json", _class_name="AllegroPipeline")
+    with pytest.raises(CheckpointError, match="holds a AllegroPipeline; this version knows StableDiffusionPipeline, "):
         load_base_model(sd_copy)
 
 

@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
-from tdm_runtime.families import FAMILIES
+from tests.training.tiny_runs import NOISE
 from training.pretrained import prompts as prompts_module
 from training.pretrained.base_model import encode_prompts, load_base_model
 from training.pretrained.latents import encode_latents, read_pixels
@@ -82,7 +82,7 @@ def test_a_bad_line_is_named(tmp_path: Path, text: str, message: str) -> None:
 # ---- embeddings ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", NOISE)
 def test_embeddings_on_disk_equal_the_pipelines(
     folders: Callable[[str], Path], prompt_file: Path, tmp_path: Path, family: str
 ) -> None:

@@ -14,7 +14,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from tdm_runtime.engine.engine import DiffusionEngine, EngineConfig
 from tdm_runtime.model.decoder import Pixels, torch_decoder
 from tdm_runtime.model.loaded_model import LoadedModel, denoise
-from tdm_runtime.model.text_encoder import conditioning_of
+from tdm_runtime.model.text_encoder import stacked
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.sampling.noise import initial_noise
 from tdm_runtime.sampling.sampler import solve
@@ -55,7 +55,7 @@ def pictures_with_k(
     pictures: list[Pixels] = []
     for start in range(0, len(prompts), BATCH_SIZE):
         texts = prompts[start : start + BATCH_SIZE]
-        prompt = conditioning_of([model.text_encoder.encode(text) for text in texts])
+        prompt = stacked([model.text_encoder.encode(text).conditioning for text in texts])
         step_counts = None if k is None else torch.full((len(texts),), k, device=device)
         noise = torch.stack([initial_noise(first_seed + start + n, shape) for n in range(len(texts))])
         call = partial(denoise, [model] * len(texts), step_counts=step_counts, prompt=prompt)

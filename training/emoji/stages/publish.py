@@ -10,9 +10,8 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, ModelMixin, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from tdm_runtime.checkpoint.folder import TINY_VAE, TINY_VAE_WEIGHTS, file_sha256, open_checkpoint, weight_files
+from tdm_runtime.checkpoint.folder import TINY_VAE, open_checkpoint, weight_hashes
 from tdm_runtime.checkpoint.recipe import RECIPE_FILE, Recipe
-from tdm_runtime.families import FAMILIES
 from tdm_runtime.sampling.schedule import DiffusionSchedule
 from training.emoji.stages.student import build_recipe
 
@@ -45,9 +44,7 @@ def write_checkpoint(
     tokenizer.save_pretrained(folder / "tokenizer")
     _diffusers_scheduler(recipe).save_pretrained(folder / "scheduler")
     (folder / "model_index.json").write_text(json.dumps(_model_index(), indent=2) + "\n", encoding="utf-8")
-    weights = weight_files(FAMILIES["stable_diffusion"]) + (() if tiny_vae is None else (TINY_VAE_WEIGHTS,))
-    hashes = {name: file_sha256(folder / name) for name in weights}
-    (folder / RECIPE_FILE).write_text(replace(recipe, files=hashes).to_json(), encoding="utf-8")
+    (folder / RECIPE_FILE).write_text(replace(recipe, files=weight_hashes(folder)).to_json(), encoding="utf-8")
     open_checkpoint(folder)
 
 

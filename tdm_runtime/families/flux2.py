@@ -1,0 +1,125 @@
+"""FLUX.2 [klein]: a Qwen3, Flux2Transformer2DModel and a VAE whose latents are patchified and normalised."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MethodType
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+
+from tdm_runtime.backends.interface import Interface, TensorSpec
+from tdm_runtime.errors import CheckpointError
+from tdm_runtime.families.conditioning import Conditioning
+from tdm_runtime.families.denoiser import Denoiser, PassedCondition, require_outputs
+from tdm_runtime.families.family import ATTENTION_PROJECTIONS, Family, TextEncoders
+from tdm_runtime.families.latent_space import DecoderModule
+from tdm_runtime.families.positions import rotary_embedding
+
+if TYPE_CHECKING:
+    from diffusers import Flux2Transformer2DModel
+
+PATCH_SIZE = 2
+"""VAE latents along each side of a token. Each token is one latent of the denoiser, with four times the channels."""
+
+
+class Flux2Denoiser(Denoiser):
+    """Reads a token for each latent. K passes by `PassedCondition`, as the transformer has no argument for it."""
+
+    timestep_embedding_name = "time_guidance_embed.timestep_embedder"
+
+    def __init__(self, model: Flux2Transformer2DModel) -> None:
+        super().__init__(model)
+        require_outputs(model, (self.latent_channels,))
+        if model.config.guidance_embeds:
+            raise CheckpointError(
+                "the Flux2Transformer2DModel has guidance_embeds, as FLUX.2 [dev] has; this version knows "
+                "FLUX.2 [klein], which has not: use a checkpoint of Flux2KleinPipeline"
+            )
+        self._passed = PassedCondition(self.timestep_embedding)
+
+    @property
+    def text_dim(self) -> int:
+        width: int = self.model.config.joint_attention_dim
+        return width
+
+    def predict(self, latents: Tensor, timesteps: Tensor, condition: Tensor | None, prompt: Conditioning) -> Tensor:
+        """Call the transformer with latents [B, 128, H, W], one token each, and timesteps of sigma * 1000.
+
+        Text token n has the position (0, 0, 0, n), an image token (0, row, column, 0).
+        """
+        sizes = (*latents.shape[-2:], prompt.prompt_embeds.shape[1])
+        rows, columns, text = (torch.arange(size, device=latents.device) for size in sizes)
+        zero = torch.zeros_like(rows[:1])
+        output: Tensor
+        with self._passed.during(condition):
+            output = self.model(
+                hidden_states=latents.flatten(2).transpose(1, 2),
+                encoder_hidden_states=prompt.prompt_embeds,
+                timestep=timesteps / 1000,  # the transformer multiplies by 1000 again
+                img_ids=torch.cartesian_prod(zero, rows, columns, zero),
+                txt_ids=torch.cartesian_prod(zero, zero, zero, text),
+                return_dict=False,
+            )[0]
+        return output.transpose(1, 2).reshape(latents.shape)
+
+
+class Flux2Decoder(DecoderModule):
+    """The denoiser's latents [B, 4C, h, w] -> the VAE's latents [B, C, 2h, 2w] -> pixels."""
+
+    def to_vae(self, latents: Tensor) -> Tensor:
+        """Undo the VAE's batch norm, which has running statistics for 4C channels, then unpatchify."""
+        mean, std = _batch_norm(self.vae, latents)
+        return pixel_shuffle(latents * std + mean, PATCH_SIZE)
+
+    def interface(self, latent_frames: int = 1) -> Interface:
+        channels = self.vae.config.latent_channels * PATCH_SIZE**2
+        return Interface(
+            (TensorSpec("latents", "float32", ("batch", channels, "height", "width")),),
+            TensorSpec("pixels", "uint8", ("batch", "height_px", "width_px", 3)),
+        )
+
+
+@final
+class Flux2(Family):
+    """Family of `Flux2KleinPipeline`."""
+
+    name = "flux2"
+    pipelines = ("Flux2KleinPipeline",)
+    denoiser_class = "Flux2Transformer2DModel"
+    adapter = Flux2Denoiser
+    # The text stream has projections of its own; blocks of one stream have one projection for attention and MLP.
+    lora_targets = (*ATTENTION_PROJECTIONS, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "to_qkv_mlp_proj")
+    vae_classes = ("AutoencoderKLFlux2",)
+    decoder = Flux2Decoder
+
+    def latent_channels(self, vae: Mapping[str, Any]) -> int | None:
+        channels = super().latent_channels(vae)
+        return None if channels is None else channels * PATCH_SIZE**2
+
+    def spatial_compression(self, vae: Mapping[str, Any]) -> int:
+        return super().spatial_compression(vae) * PATCH_SIZE
+
+    def encode_pixels(self, vae: Any, pixels: Tensor) -> Tensor:
+        latents = pixel_unshuffle(vae.encode(pixels).latent_dist.mode(), PATCH_SIZE)
+        mean, std = _batch_norm(vae, latents)
+        return (latents - mean) / std
+
+    def encode_prompts(self, prompts: list[str], encoders: TextEncoders) -> Conditioning:
+        """Encode prompts in Qwen's chat template, padded to 512 tokens: hidden states 9, 18 and 27, joined along D."""
+        embeds, _ = encoders.pipeline.encode_prompt(prompts, device=encoders.device)
+        return Conditioning(embeds)
+
+    def replacement(self, part: nn.Module) -> tuple[str, Any] | None:
+        from diffusers.models.transformers.transformer_flux2 import Flux2PosEmbed
+
+        return ("forward", MethodType(rotary_embedding, part)) if isinstance(part, Flux2PosEmbed) else None
+
+
+def _batch_norm(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the running mean and standard deviation of the VAE's latents, [4C, 1, 1] each."""
+    mean, var = vae.bn.running_mean, vae.bn.running_var
+    std = torch.sqrt(var + vae.config.batch_norm_eps)
+    return mean.to(like)[:, None, None], std.to(like)[:, None, None]
