@@ -23,8 +23,8 @@ class PipelineCall:
     """Whether it gives sigmas 1, ..., 1 / K where the caller gives none."""
     mu: MuRule | None = None
     """How it computes mu for a scheduler with `use_dynamic_shifting`; None if it gives none."""
-    draws_packed: bool = False
-    """Whether latents are packed to tokens before the loop, so that noise drawn in it has another order than ours."""
+    one_step_is_denoised: bool = False
+    """Whether, at one step, it decodes what the step expects to be clean and not where the step lands."""
     guidance_scale: float | None = None
     """Default guidance scale, which checkpoints read that were distilled to; None if the pipeline has no such input."""
     size: tuple[int, int] | None = None
@@ -34,13 +34,12 @@ class PipelineCall:
 PIPELINE_CALLS: Mapping[str, PipelineCall] = {
     "stable_diffusion": PipelineCall(takes_timesteps=True, takes_sigmas=True, guidance_scale=7.5),
     "sdxl": PipelineCall(takes_timesteps=True, takes_sigmas=True, guidance_scale=5.0),
-    "pixart": PipelineCall(takes_timesteps=True, takes_sigmas=True),
+    "pixart": PipelineCall(takes_timesteps=True, takes_sigmas=True, one_step_is_denoised=True),
     "sd3": PipelineCall(takes_sigmas=True, mu="tokens"),
     "flux": PipelineCall(
         takes_sigmas=True,
         gives_even_sigmas=True,
         mu="tokens",
-        draws_packed=True,
         guidance_scale=3.5,
         size=(1024, 1024),
     ),
@@ -48,7 +47,6 @@ PIPELINE_CALLS: Mapping[str, PipelineCall] = {
         takes_sigmas=True,
         gives_even_sigmas=True,
         mu="flux2",
-        draws_packed=True,
         guidance_scale=4.0,
         size=(1024, 1024),
     ),

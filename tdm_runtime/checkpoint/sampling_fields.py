@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from tdm_runtime.checkpoint.recipe import Recipe
-from tdm_runtime.sampling.schedule import NoiseSchedule
+from tdm_runtime.sampling.schedule import Array, NoiseSchedule
 from tdm_runtime.sampling.size_shift import SizeShift
 from tdm_runtime.sampling.solvers import Solver
 from tdm_runtime.sampling.step_table import LCM_TIMESTEP_SCALING, PredictionType
@@ -45,3 +45,8 @@ class Sampling:
             files=files,
             **{f.name: getattr(self, f.name) for f in fields(self)},
         )
+
+
+def lists_of(arrays: Mapping[int, Array]) -> Mapping[int, tuple[float, ...]]:
+    """Return step count -> numbers, by rising step count."""
+    return {k: tuple(array.tolist()) for k, array in sorted(arrays.items())}

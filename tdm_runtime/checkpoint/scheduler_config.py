@@ -7,10 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from tdm_runtime.errors import RecipeError, shown
-from tdm_runtime.sampling.schedule import DiffusionSchedule
+from tdm_runtime.sampling.schedule import Array, DiffusionSchedule
 
 Settings = Mapping[str, Any]
+SIGNAL_KEPT = 2.0**-24
+"""Floor of alphas_cumprod that Euler and DPM-Solver++ keep at zero terminal SNR."""
+KARRAS_RHO = 7.0
 
 _BETAS: Settings = {
     "num_train_timesteps": 1000,
@@ -170,6 +175,19 @@ class SchedulerConfig:
             min_alpha_cumprod=min_alpha_cumprod if rescale else 0.0,
             snr_shift_scale=self.settings.get("snr_shift_scale", 1.0),
         )
+
+    def final_sigmas_type(self) -> str:
+        """Return "zero" or "sigma_min": where the last step lands."""
+        self.require("final_sigmas_type", "zero", "sigma_min")
+        return str(self["final_sigmas_type"])
+
+    def sigma_curve(self, highest: float, lowest: float, k: int) -> Array:
+        """Return K sigmas between two ends: Karras et al. 2022, eq. 5, or evenly spaced in their logarithm."""
+        rho = KARRAS_RHO
+        if self["use_karras_sigmas"]:
+            curve: Array = np.linspace(highest ** (1 / rho), lowest ** (1 / rho), k) ** rho
+            return curve
+        return np.exp(np.linspace(math.log(highest), math.log(lowest), k))
 
 
 def _check_type(setting: str, value: object, default: object) -> None:

@@ -381,7 +381,6 @@ REFUSALS: list[tuple[str, str, dict[str, Any], dict[str, Any], str]] = [
     ),
     ("sd3", "FlowMatchEulerDiscreteScheduler", {}, {"timesteps": (999, 500)}, "takes none, give sigmas"),
     ("sd3", "FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True}, {}, "invert_sigmas"),
-    ("flux", "FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}, {}, "packed tokens"),
     ("flux", "EulerDiscreteScheduler", {}, {}, "only FlowMatchEulerDiscreteScheduler takes"),
     ("sana", "SCMScheduler", {}, {"timesteps": (1.5, 1.0)}, "K + 1 angles"),
     ("sana", "SCMScheduler", {}, {"steps": (0,)}, "steps has 0; whole numbers from 1 to 16"),
