@@ -95,9 +95,18 @@ def implied_recipe(
 
 
 def size_rule(family: Family, folder: Path) -> SizeRule:
-    """Return the rule of a folder whose native size is all that is known."""
+    """Return the rule of a folder whose native size is all that is known.
+
+    Raises:
+        RecipeError: a config does not describe the latents.
+    """
     denoiser, vae = (read_json(folder / part / "config.json") for part in (family.denoiser_folder, "vae"))
-    return rule_around(*native_size(family, folder), family.geometry(denoiser, vae).size_multiple)
+    try:
+        multiple = family.geometry(denoiser, vae).size_multiple
+    except KeyError as error:
+        file = folder / family.denoiser_folder / "config.json"
+        raise RecipeError(f"{file} lacks {error.args[0]}; restore the folder from its source") from None
+    return rule_around(*native_size(family, folder), multiple)
 
 
 def native_size(family: Family, folder: Path) -> tuple[int, int]:

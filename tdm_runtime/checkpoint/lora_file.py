@@ -200,6 +200,9 @@ def _component(family: Family, name: str) -> tuple[str | None, str]:
 
 def _in_peft_names(family: Family, component: str | None, name: str) -> str:
     """Return PEFT's name of a tensor; older files write `attn1.processor.to_out_lora` for `attn1.to_out.0`."""
+    if re.search(r"\.lora_(A|B|magnitude_vector)\b", name):
+        return name  # diffusers' conversion would respell `to_out`, which FLUX.2 has beside `to_out.0`
+
     from diffusers.utils.state_dict_utils import (
         StateDictType,
         convert_state_dict_to_peft,

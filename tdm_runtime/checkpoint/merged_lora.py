@@ -62,6 +62,8 @@ def fitting_layers(file: LoraFile, component: str, module: nn.Module) -> dict[st
     targets = lora_targets(module)
     # Models of transformers before 5 had a level `text_model`, which files keep.
     names = {prefix + name: name for name in targets for prefix in ("text_model.", "")}
+    # Files of older diffusers say `to_out.0` for every `to_out`, and FLUX.2 has layers of both names.
+    names |= {f"{name}.0": target for name, target in names.items() if name.endswith("to_out")}
     names |= {name.replace(".", "_"): target for name, target in names.items()}
     layers = file.layers.get(component, {})
     matched = {given: names.get(given, names.get(layer.flat_name or "")) for given, layer in layers.items()}

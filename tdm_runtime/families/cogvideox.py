@@ -122,7 +122,6 @@ class CogVideoX(Family):
     pipelines = ("CogVideoXPipeline",)
     denoiser_class = "CogVideoXTransformer3DModel"
     adapter = CogVideoXDenoiser
-    max_tokens = 226
     makes_clips = True
     vae_classes = ("AutoencoderKLCogVideoX",)
     decoder = CogVideoXDecoder
@@ -133,6 +132,9 @@ class CogVideoX(Family):
             temporal_compression=int(vae.get("temporal_compression_ratio", 4)),
             patch_size_t=int(denoiser.get("patch_size_t") or 1),
         )
+
+    def max_tokens(self, encoders: TextEncoders) -> int:
+        return 226
 
     def encode_prompts(self, prompts: list[str], encoders: TextEncoders) -> Conditioning:
         embeds, _ = encoders.pipeline.encode_prompt(

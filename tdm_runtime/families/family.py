@@ -74,8 +74,6 @@ class Family(ABC):
     """Folders of the text encoders, in order."""
     optional_text: ClassVar[tuple[str, ...]] = ()
     """Those of these folders that a pipeline may come without."""
-    max_tokens: ClassVar[int | None] = None
-    """Number of tokens of a prompt that are read; None is the length that the tokenizer names."""
 
     makes_clips: ClassVar[bool] = False
     """Whether a sample is a clip, with latents [C, F, H, W]. Otherwise it is a picture, with latents [C, H, W]."""
@@ -130,6 +128,10 @@ class Family(ABC):
         """
         mean: Tensor = vae.encode(pixels).latent_dist.mode()
         return LatentScaling.of(vae.config).from_vae(mean)
+
+    def max_tokens(self, encoders: TextEncoders) -> int:
+        """Return how many tokens of a prompt are read; by default as many as the last tokenizer says."""
+        return int(getattr(encoders.pipeline, self.tokenizers[-1]).model_max_length)
 
     def time_ids(self, width: int, height: int) -> tuple[float, ...] | None:
         """Return what the denoiser reads about the size of the picture, in pixels (`Conditioning.time_ids`)."""

@@ -98,7 +98,6 @@ class Flux(Family):
     """Family of `FluxPipeline`."""
 
     name = "flux"
-    max_tokens = 512
     pipelines = ("FluxPipeline",)
     denoiser_class = "FluxTransformer2DModel"
     adapter = FluxDenoiser
@@ -111,20 +110,27 @@ class Flux(Family):
         geometry = super().geometry(denoiser, vae)
         return replace(geometry, channels=geometry.channels // PATCH_SIZE**2, patch_size=PATCH_SIZE)
 
+    def max_tokens(self, encoders: TextEncoders) -> int:
+        return DEV_TOKENS if _is_dev(encoders) else SCHNELL_TOKENS
+
     def encode_prompts(self, prompts: list[str], encoders: TextEncoders) -> Conditioning:
         """Encode prompts by T5, with CLIP's pooled output beside.
 
-        T5 reads 256 tokens for [schnell] and 512 for [dev], padding included, and without a mask. The two are told
-        apart by `guidance_embeds`. [dev] gets the pipeline's default guidance scale.
+        T5 reads 256 tokens for [schnell] and 512 for [dev], padding included, and without a mask. [dev] gets the
+        pipeline's default guidance scale.
         """
-        is_dev = bool(encoders.denoiser_config.get("guidance_embeds"))
         embeds, pooled, _ = encoders.pipeline.encode_prompt(
-            prompts, device=encoders.device, max_sequence_length=DEV_TOKENS if is_dev else SCHNELL_TOKENS
+            prompts, device=encoders.device, max_sequence_length=self.max_tokens(encoders)
         )
-        guidance = torch.full((len(prompts),), DEV_GUIDANCE, device=embeds.device) if is_dev else None
+        guidance = torch.full((len(prompts),), DEV_GUIDANCE, device=embeds.device) if _is_dev(encoders) else None
         return Conditioning(embeds, pooled, guidance=guidance)
 
     def replacement(self, part: nn.Module) -> tuple[str, Any] | None:
         from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 
         return ("forward", MethodType(rotary_embedding, part)) if isinstance(part, FluxPosEmbed) else None
+
+
+def _is_dev(encoders: TextEncoders) -> bool:
+    """Return whether the denoiser reads a guidance scale, as that of [dev] does and that of [schnell] does not."""
+    return bool(encoders.denoiser_config.get("guidance_embeds"))

@@ -87,7 +87,6 @@ class Flux2(Family):
     """Family of `Flux2KleinPipeline`."""
 
     name = "flux2"
-    max_tokens = 512
     pipelines = ("Flux2KleinPipeline",)
     denoiser_class = "Flux2Transformer2DModel"
     adapter = Flux2Denoiser
@@ -107,6 +106,9 @@ class Flux2(Family):
         latents = pixel_unshuffle(vae.encode(pixels).latent_dist.mode(), PATCH_SIZE)
         mean, std = _batch_norm(vae, latents)
         return (latents - mean) / std
+
+    def max_tokens(self, encoders: TextEncoders) -> int:
+        return 512
 
     def encode_prompts(self, prompts: list[str], encoders: TextEncoders) -> Conditioning:
         """Encode prompts in Qwen's chat template, padded to 512 tokens: hidden states 9, 18 and 27, joined along D."""

@@ -71,7 +71,9 @@ class PixArt(Family):
     denoiser_class = "PixArtTransformer2DModel"
     former_denoiser_class = "Transformer2DModel"
     adapter = PixArtDenoiser
-    max_tokens = 120
+
+    def max_tokens(self, encoders: TextEncoders) -> int:
+        return 300 if "Sigma" in type(encoders.pipeline).__name__ else 120
 
     def encode_prompts(self, prompts: list[str], encoders: TextEncoders) -> Conditioning:
         embeds, mask, _, _ = encoders.pipeline.encode_prompt(

@@ -84,7 +84,6 @@ class Sana(Family):
     """Family of `SanaSprintPipeline`. SanaPipeline, which needs many steps, is of no family."""
 
     name = "sana"
-    max_tokens = 300
     pipelines = ("SanaSprintPipeline",)
     denoiser_class = "SanaTransformer2DModel"
     adapter = SanaDenoiser
@@ -102,6 +101,9 @@ class Sana(Family):
         """Return the latents of pictures as the denoiser reads them. AutoencoderDC has no distribution."""
         latents: Tensor = vae.encode(pixels).latent
         return LatentScaling.of(vae.config).from_vae(latents)
+
+    def max_tokens(self, encoders: TextEncoders) -> int:
+        return 300
 
     def encode_prompts(self, prompts: list[str], encoders: TextEncoders) -> Conditioning:
         """Encode prompts behind the instruction that is the default of the pipeline's call."""

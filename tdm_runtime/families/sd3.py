@@ -64,7 +64,9 @@ class StableDiffusion3(Family):
     tokenizers = ("tokenizer", "tokenizer_2", "tokenizer_3")
     text_encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
     optional_text = ("text_encoder_3", "tokenizer_3")
-    max_tokens = 256
+
+    def max_tokens(self, encoders: TextEncoders) -> int:
+        return 256
 
     def encode_prompts(self, prompts: list[str], encoders: TextEncoders) -> Conditioning:
         embeds, _, pooled, _ = encoders.pipeline.encode_prompt(

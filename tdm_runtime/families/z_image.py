@@ -91,13 +91,15 @@ class ZImage(Family):
     """Family of `ZImagePipeline`."""
 
     name = "z_image"
-    max_tokens = 512
     pipelines = ("ZImagePipeline",)
     denoiser_class = "ZImageTransformer2DModel"
     adapter = ZImageDenoiser
 
     def geometry(self, denoiser: Mapping[str, Any], vae: Mapping[str, Any]) -> LatentGeometry:
         return replace(super().geometry(denoiser, vae), patch_size=PATCH_SIZE)
+
+    def max_tokens(self, encoders: TextEncoders) -> int:
+        return 512
 
     def encode_prompts(self, prompts: list[str], encoders: TextEncoders) -> Conditioning:
         """Encode prompts. The pipeline returns the tokens of each alone; zeros fill them up to `MAX_TOKENS`."""

@@ -90,7 +90,7 @@ class PipelineEncoder:
         self._encoders = encoders
         self._tokenizer: Any = getattr(encoders.pipeline, family.tokenizers[-1])
         """Tokenizer of the encoder that reads the most."""
-        self._max_tokens = family.max_tokens or int(self._tokenizer.model_max_length)
+        self._max_tokens = family.max_tokens(encoders)
 
     def tokenize(self, prompt: str) -> TokenizedPrompt:
         return TokenizedPrompt(prompt, len(self._tokenizer(prompt, verbose=False)["input_ids"]))

@@ -11,7 +11,7 @@ import diffusers
 import pytest
 
 from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT
-from tdm_runtime.checkpoint.implied_recipe import family_of_folder, implied_recipe, native_size, recipe_of
+from tdm_runtime.checkpoint.implied_recipe import implied_recipe, native_size, recipe_of
 from tdm_runtime.checkpoint.recipe import RECIPE_FILE, load_recipe
 from tdm_runtime.errors import CheckpointError, RecipeError
 from tdm_runtime.families import FAMILIES, Family
@@ -36,8 +36,10 @@ class Sana(type(FAMILIES["sd3"])):  # type: ignore[misc]
 def stock_folder(folder: Path, scheduler: Any, denoiser: dict[str, Any], family: Family = SDXL, **index: Any) -> Path:
     """Write the configs of a stock folder, without weights."""
     scheduler.save_pretrained(folder / "scheduler")
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline", **index}))
-    for part, config in ((family.denoiser_folder, denoiser), ("vae", {"block_out_channels": [1, 2, 3, 4]})):
+    parts = {"_class_name": "StableDiffusionXLPipeline", family.denoiser_folder: ["diffusers", family.denoiser_class]}
+    (folder / "model_index.json").write_text(json.dumps({**parts, **index}))
+    configs = {family.denoiser_folder: {"in_channels": 16, **denoiser}, "vae": {"block_out_channels": [1, 2, 3, 4]}}
+    for part, config in configs.items():
         (folder / part).mkdir(parents=True)
         (folder / part / "config.json").write_text(json.dumps(config))
     return folder
@@ -151,15 +153,6 @@ def test_a_damaged_scheduler_config_is_refused_with_its_path(content: str, tmp_p
     folder = stock_folder(tmp_path / "f", diffusers.LCMScheduler(), UNET)
     file = folder / "scheduler" / "scheduler_config.json"
     file.write_text(content)
-    with pytest.raises(RecipeError) as caught:
+    with pytest.raises(CheckpointError) as caught:
         recipe_of(folder, SDXL)
     assert str(file) in str(caught.value)
-
-
-def test_the_family_of_a_folder_is_that_of_its_pipeline(tmp_path: Path) -> None:
-    assert family_of_folder(stock_folder(tmp_path / "f", diffusers.LCMScheduler(), UNET)) == SDXL
-    with pytest.raises(CheckpointError, match="is not a folder"):
-        family_of_folder(tmp_path / "none")
-    folder = stock_folder(tmp_path / "other", diffusers.LCMScheduler(), UNET, _class_name="KolorsPipeline")
-    with pytest.raises(CheckpointError, match="'KolorsPipeline'; this version knows StableDiffusionPipeline"):
-        family_of_folder(folder)
