@@ -6,8 +6,9 @@ arguments of the stock call, then `tdm-generate`. Equal pixels read 59 dB, becau
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ import torch
 from PIL import Image
 
 from tdm_runtime.cli import main as tdm_generate
+from tdm_runtime.families import FAMILIES
 from tdm_runtime.recipe_cli import main as tdm_recipe
+from tests.lora_files import draw_weights, write_diffusers, write_kohya, write_peft
 from tests.tiny_pipelines import build_pipeline
 
 MIN_PSNR_DB = 50.0
@@ -135,42 +138,99 @@ def test_the_picture_equals_that_of_the_stock_pipeline(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     case = CASES[name]
+    pipeline, folder = stock_folder(case, tmp_path / "folder")
+    assert tdm_recipe([str(folder), *recipe_arguments(case, folder)]) == 0, capsys.readouterr().err
+    for count in case.steps:
+        for prompt in PROMPTS:
+            theirs = stock_picture(pipeline, case, prompt, count)
+            assert psnr_db(picture(folder, prompt, count), theirs) >= MIN_PSNR_DB, (count, prompt)
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("SD 1.5, DDIM", write_kohya),
+        ("SDXL-Lightning", write_kohya),
+        ("SDXL-Lightning", write_diffusers),
+        ("SD 3.5 Turbo", write_diffusers),
+        ("FLUX.1 schnell", write_peft),
+        ("FLUX.2 klein", write_diffusers),
+        ("Z-Image-Turbo", write_diffusers),
+        ("SANA-Sprint", write_diffusers),
+    ],
+)
+def test_loras_change_the_picture_as_in_the_stock_pipeline(
+    name: str, write: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One at scale 0.5, then two at once; the two again as a model folder of base, LoRAs and recipe."""
+    case = replace(CASES[name], steps=(CASES[name].steps[-1],))
+    pipeline, folder = stock_folder(case, tmp_path / "folder")
+    assert tdm_recipe([str(folder), *recipe_arguments(case, folder)]) == 0, capsys.readouterr().err
+    part = FAMILIES[case.family].denoiser_folder
+    files, stock_files = [], []
+    for number in range(2):
+        weights = draw_weights(pipeline, case.family, seed=number)
+        if write is write_peft:  # holds the denoiser only
+            weights = {part: weights[part]}
+        stock_files.append(write_diffusers(pipeline, tmp_path / f"stock {number}", weights))
+        files.append(write(build_pipeline(case.family, **case.changes), tmp_path / f"lora {number}", weights))
+    for number, stock_file in enumerate(stock_files):
+        pipeline.load_lora_weights(stock_file.parent, weight_name=stock_file.name, adapter_name=str(number))
+    plain = picture(folder, PROMPTS[0], case.steps[0])
+    for scales in ((0.5,), (0.5, -0.7)):
+        pipeline.set_adapters([str(n) for n in range(len(scales))], list(scales))
+        theirs = stock_picture(pipeline, case, PROMPTS[0], case.steps[0])
+        loras = [part for file, scale in zip(files, scales, strict=False) for part in ("--lora", f"{file}:{scale}")]
+        ours = picture(folder, PROMPTS[0], case.steps[0], *loras)
+        assert psnr_db(ours, theirs) >= MIN_PSNR_DB and psnr_db(ours, plain) < MIN_PSNR_DB - 10
+    model = tmp_path / "model"
+    model.mkdir()
+    assert tdm_recipe([str(folder), *recipe_arguments(case, model), *loras]) == 0, capsys.readouterr().err
+    assert np.array_equal(picture(model, PROMPTS[0], case.steps[0]), ours)
+
+
+def stock_folder(case: Case, folder: Path) -> tuple[Any, Path]:
+    """Return the stock pipeline and the folder that it saved."""
     pipeline = build_pipeline(case.family, **case.changes)
     pipeline.scheduler = case.scheduler()
     pipeline.set_progress_bar_config(disable=True)
     if case.family in ("sd3", "flux", "z_image"):
         pipeline.vae.register_to_config(scaling_factor=0.3611, shift_factor=0.1159)  # as published VAEs of 16 channels
-    folder = tmp_path / "folder"
     pipeline.save_pretrained(folder)
+    return pipeline, folder
+
+
+def recipe_arguments(case: Case, folder: Path) -> list[str]:
+    """Return the arguments of `tdm-recipe` that write the recipe of a call into a folder."""
     steps = () if "timesteps" in case.call else ("--steps", ",".join(map(str, case.steps)))
-    recipe_file = str(folder / "tdm_recipe.json")
-    assert tdm_recipe([str(folder), *steps, *case.recipe, "-o", recipe_file]) == 0, capsys.readouterr().err
-
-    for count in case.steps:
-        for prompt in PROMPTS:
-            call = dict(case.call) or {"num_inference_steps": count}
-            if case.family == "sana" and count != 2:
-                call["intermediate_timesteps"] = None
-            theirs = pipeline(
-                prompt=prompt,
-                width=WIDTH,
-                height=HEIGHT,
-                generator=torch.Generator("cpu").manual_seed(SEED),
-                output_type="np",
-                **call,
-                **case.options,
-            ).images[0]
-            assert psnr_db(picture(folder, prompt, count, tmp_path), theirs) >= MIN_PSNR_DB, (count, prompt)
+    return [*steps, *case.recipe, "-o", str(folder / "tdm_recipe.json")]
 
 
-def picture(folder: Path, prompt: str, steps: int, tmp_path: Path) -> Any:
+def stock_picture(pipeline: Any, case: Case, prompt: str, steps: int) -> Any:
+    """Return the picture of the stock pipeline as floats in [0, 1]."""
+    call = dict(case.call) or {"num_inference_steps": steps}
+    if case.family == "sana" and steps != 2:
+        call["intermediate_timesteps"] = None
+    return pipeline(
+        prompt=prompt,
+        width=WIDTH,
+        height=HEIGHT,
+        generator=torch.Generator("cpu").manual_seed(SEED),
+        output_type="np",
+        **call,
+        **case.options,
+    ).images[0]
+
+
+def picture(folder: Path, prompt: str, steps: int, *more: str) -> Any:
     """Return the picture of `tdm-generate` as floats in [0, 1]."""
-    file = tmp_path / "picture.png"
+    file = folder / "picture.png"
     sizes = ["--seed", str(SEED), "--steps", str(steps), "--size", f"{WIDTH}x{HEIGHT}"]
     backend = ["--backend", "torch", "--precision", "fp32"]
-    assert tdm_generate(["--checkpoint", str(folder), prompt, *sizes, *backend, "-o", str(file)]) == 0
+    assert tdm_generate(["--checkpoint", str(folder), prompt, *sizes, *backend, *more, "-o", str(file)]) == 0
     return np.asarray(Image.open(file).convert("RGB")) / 255.0
 
 
 def psnr_db(ours: Any, theirs: Any) -> float:
-    return float(-10 * np.log10(np.mean((ours - theirs) ** 2)))
+    error = float(np.mean((ours - theirs) ** 2))
+    return -10 * math.log10(error) if error else math.inf
