@@ -86,7 +86,7 @@ def test_a_folder_that_is_none_or_damaged_is_refused(folder: Path, capsys: pytes
     assert "/nowhere is not a folder" in capsys.readouterr().err
     (folder / "model_index.json").write_text("{")
     assert main([str(folder), "--steps", "4"]) == 2
-    assert "model_index.json is not JSON" in capsys.readouterr().err
+    assert "model_index.json cannot be read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [[], ["folder", "--list"], ["folder", "--steps", "four"]])
