@@ -133,7 +133,11 @@ def _served_steps(family: Family, folder: Path, config: SchedulerConfig) -> Serv
         return few, 2, "a consistency model for 1 to 4 steps"
     if read_json(folder / MODEL_INDEX).get("is_distilled") is True:
         return few, 4, "is_distilled in model_index.json, for 1 to 4 steps"
-    if family.name == "flux" and not config["use_dynamic_shifting"] and not _reads_guidance(family, folder):
+    if (
+        family.name == "flux"
+        and not config.settings.get("use_dynamic_shifting")
+        and not _reads_guidance(family, folder)
+    ):
         return few, 4, "a FLUX.1 without guidance and without shift is schnell, for 1 to 4 steps"
     fitting = [entry.name for entry in published_for(family.name)]
     names = f"one of {', '.join(fitting)}" if fitting else "none that is built in"

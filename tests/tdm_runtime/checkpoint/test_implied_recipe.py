@@ -95,6 +95,12 @@ def test_flux_dev_is_refused_as_flux_schnell_is_not(tmp_path: Path) -> None:
     assert recipe.guidance_scale == 3.5 and recipe.size_shift is not None
 
 
+def test_a_scheduler_that_the_pipeline_of_flux_cannot_call_is_refused(tmp_path: Path) -> None:
+    folder = stock_folder(tmp_path / "f", diffusers.EulerDiscreteScheduler(), {"guidance_embeds": False}, FLUX)
+    with pytest.raises(RecipeError, match="only FlowMatchEulerDiscreteScheduler takes"):
+        implied_recipe(FLUX, folder)
+
+
 def test_arguments_are_those_of_the_stock_pipeline(tmp_path: Path) -> None:
     scheduler = diffusers.EulerDiscreteScheduler(timestep_spacing="trailing", beta_schedule="scaled_linear")
     folder = stock_folder(tmp_path / "lightning", scheduler, UNET)
