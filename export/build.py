@@ -21,7 +21,8 @@ from export.prompts import CALIBRATION
 from tdm_runtime.backends import Backend, BackendName, Precision
 from tdm_runtime.backends.interface import Interface
 from tdm_runtime.backends.machine import TOOLS, installed
-from tdm_runtime.checkpoint.folder import Checkpoint, file_sha256
+from tdm_runtime.checkpoint.file_hashes import file_sha256
+from tdm_runtime.checkpoint.folder import Checkpoint
 from tdm_runtime.checkpoint.manifest import MANIFEST_FILE, Build, BuiltComponent, Manifest
 from tdm_runtime.model.components import component_names, load_component
 from tdm_runtime.model.decoder import Decoder

@@ -22,7 +22,8 @@ from tdm_runtime.backends import TORCH_DTYPES, Precision
 from tdm_runtime.backends.interface import ComponentName, Interface
 from tdm_runtime.backends.machine import gpu_architecture, installed
 from tdm_runtime.backends.tensorrt import BuiltFor, Log, SizeRange, built_for_file, import_tensorrt
-from tdm_runtime.checkpoint.folder import Checkpoint, file_sha256
+from tdm_runtime.checkpoint.file_hashes import file_sha256
+from tdm_runtime.checkpoint.folder import Checkpoint
 from tdm_runtime.checkpoint.manifest import Build, BuiltComponent, Manifest, default_artifacts
 from tdm_runtime.errors import BackendError
 from tdm_runtime.model.components import component_names, load_component

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT, FileHashes
+from tdm_runtime.checkpoint.file_hashes import FileHashes
+from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT
 from tdm_runtime.engine.engine import EngineConfig
 from tdm_runtime.model.artifacts import BackendConfig
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import secrets
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast, get_args
 
 from tdm_runtime.backends import BACKENDS, PRECISIONS, TORCH_BACKENDS
 from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT
+from tdm_runtime.checkpoint.recipe import Adapter
 from tdm_runtime.errors import BackendError, CheckpointError, TDMError, shown
 from tdm_runtime.media.image_file import ImageFormat, describe_parameters, encode_image
 from tdm_runtime.media.receipt import read_claims, receipt_of
@@ -37,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"the folder of {given.output} does not exist")
     try:
         if given.verify is not None:
-            return verify(given.verify, given.checkpoint)
+            return verify(given.verify, given.checkpoint, given.lora)
         return make_picture(given, cast(ImageFormat, image_format))
     except (TDMError, ValueError, OSError) as error:
         print(f"tdm-generate: {error}", file=sys.stderr)
@@ -57,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         "--guidance", type=float, help="guidance scale, for checkpoints that read one; the recipe's when absent"
     )
     parser.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT, help="checkpoint folder (%(default)s)")
+    add_lora_argument(parser)
     parser.add_argument(
         "--decoder", choices=get_args(DecoderName), default="full", help="tiny is cheaper (%(default)s)"
     )
@@ -76,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def make_picture(given: argparse.Namespace, image_format: ImageFormat) -> int:
     """Make and write one picture. Returns the exit status."""
-    model = load_model(given.checkpoint, backend_config(given))
+    model = load_model(given.checkpoint, backend_config(given), adapters=given.lora)
     if model.choice:
         print(f"backend: {model.choice}", file=sys.stderr)
     recipe = model.recipe
@@ -118,7 +122,7 @@ def _parsed_size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def verify(file: Path, checkpoint: Path) -> int:
+def verify(file: Path, checkpoint: Path, adapters: Sequence[Adapter] = ()) -> int:
     """Make the pictures of a file's receipts again. Returns the exit status.
 
     Raises:
@@ -131,7 +135,7 @@ def verify(file: Path, checkpoint: Path) -> int:
         backend, _, precision = receipt.backend.partition(" ")
         if backend not in BACKENDS or precision not in PRECISIONS:
             raise BackendError(f"the receipt's backend is {shown(receipt.backend)}; it must be one of {BACKENDS}")
-        model = load_model(checkpoint, BackendConfig(backend, precision, threads=0))
+        model = load_model(checkpoint, BackendConfig(backend, precision, threads=0), adapters=adapters)
         if model.digest != receipt.digest:
             raise CheckpointError(
                 f"the receipt is of {shown(receipt.model)} {receipt.digest[:12]} and {checkpoint} is "
@@ -142,6 +146,31 @@ def verify(file: Path, checkpoint: Path) -> int:
         print(f"{file}: seed {receipt.seed}, {receipt.num_inference_steps} steps on {receipt.backend}, {said}")
         status = status or int(problem is not None)
     return status
+
+
+def add_lora_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --lora, which may be given several times. The result is a list of `Adapter`."""
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        type=_adapter,
+        metavar="FILE[:SCALE]",
+        help="LoRA that is merged into the weights, at scale 1 or another; may be given several times",
+    )
+
+
+def _adapter(text: str) -> Adapter:
+    path, colon, scale = text.rpartition(":")
+    try:
+        number = float(scale)
+    except ValueError:
+        path, colon = text, ""  # the colon belongs to the path
+    if not colon:
+        return Adapter(str(Path(text).resolve()))
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"the scale of {path} is {scale}; give a finite number, 1 is as trained")
+    return Adapter(str(Path(path).resolve()), number)
 
 
 def add_backend_arguments(parser: argparse.ArgumentParser) -> None:

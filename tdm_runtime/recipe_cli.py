@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 from tdm_runtime.checkpoint.folder import weight_hashes
 from tdm_runtime.checkpoint.implied_recipe import implied_recipe, native_size, size_rule
+from tdm_runtime.checkpoint.lora_file import read_lora
 from tdm_runtime.checkpoint.pipeline_folder import family_of
 from tdm_runtime.checkpoint.published_recipes import PUBLISHED, published_recipe
 from tdm_runtime.checkpoint.recipe import Recipe
+from tdm_runtime.cli import add_lora_argument
 from tdm_runtime.errors import RecipeError, TDMError
 from tdm_runtime.whole_file import write_whole
 
@@ -27,10 +30,12 @@ def main(arguments: list[str] | None = None) -> int:
             print_published()
             return 0
         recipe = recipe_for(given)
+        for adapter in recipe.adapters:
+            read_lora(Path(adapter.file), family_of(given.folder))
         if given.output is None:
             print(recipe.to_json(), end="")
             return 0
-        recipe = replace(recipe, files=weight_hashes(given.folder))
+        recipe = placed(recipe, given.folder, given.output)
         write_whole(given.output, recipe.to_json().encode())
         print(f"{given.output}: {recipe.name}, {recipe.solver}, steps {', '.join(map(str, recipe.step_counts))}")
         return 0
@@ -47,7 +52,7 @@ def recipe_for(given: argparse.Namespace) -> Recipe:
     """
     family = family_of(given.folder)
     if given.recipe is None:
-        return implied_recipe(
+        implied = implied_recipe(
             family,
             given.folder,
             given.steps,
@@ -57,6 +62,7 @@ def recipe_for(given: argparse.Namespace) -> Recipe:
             eta=given.eta or 0.0,
             name=given.name,
         )
+        return replace(implied, adapters=tuple(given.lora))
     for option in ("steps", "timesteps", "sigmas", "eta"):
         if getattr(given, option) is not None:
             raise RecipeError(f"--{option} and --recipe {given.recipe} both say the schedule; leave one of them out")
@@ -64,8 +70,20 @@ def recipe_for(given: argparse.Namespace) -> Recipe:
     if entry.family != family.name:
         raise RecipeError(f"recipe {entry.name} is for {entry.family}, and {given.folder} is of {family.name}")
     recipe = entry.recipe(given.name or given.folder.resolve().name, native_size(family, given.folder))
-    recipe = replace(recipe, size_rule=size_rule(family, given.folder))
+    scale = 1.0 if entry.lora_scale is None else entry.lora_scale
+    adapters = tuple(replace(one, scale=scale) if one.scale == 1.0 else one for one in given.lora)
+    recipe = replace(recipe, size_rule=size_rule(family, given.folder), adapters=adapters)
     return recipe if given.guidance is None else replace(recipe, guidance_scale=given.guidance)
+
+
+def placed(recipe: Recipe, base: Path, file: Path) -> Recipe:
+    """Return the recipe as a file has it: with paths relative to the file, and with the hashes of weights beside it."""
+    folder = file.resolve().parent
+    adapters = tuple(replace(one, file=os.path.relpath(one.file, folder)) for one in recipe.adapters)
+    recipe = replace(recipe, adapters=adapters)
+    if folder != base.resolve():
+        return replace(recipe, base=os.path.relpath(base.resolve(), folder))
+    return replace(recipe, files=weight_hashes(base))
 
 
 def print_published() -> None:
@@ -91,9 +109,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sigmas", type=_numbers, help="sigmas as the stock pipeline takes them, before any shift")
     parser.add_argument("--eta", type=float, help="eta as the stock pipeline takes it; read by TCD")
     parser.add_argument("--guidance", type=float, help="guidance scale that the model reads as an input")
+    add_lora_argument(parser)
     parser.add_argument("--recipe", metavar="NAME", help="a built-in recipe of --list")
     parser.add_argument("--name", help="name of the model in requests; the folder's name by default")
-    parser.add_argument("-o", "--output", type=Path, help="file to write, with the sha256 of all weight files")
+    parser.add_argument(
+        "-o", "--output", type=Path, help="file to write; in another folder than the weights it names their folder"
+    )
     return parser
 
 

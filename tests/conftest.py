@@ -15,7 +15,7 @@ import torch
 from export.cli import main as tdm_export
 from serving.telemetry.logs import OURS, THEIRS, start_logger
 from tdm_runtime.backends.openvino import has_bf16
-from tdm_runtime.checkpoint import folder as folder_module
+from tdm_runtime.checkpoint import file_hashes
 from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT, open_checkpoint
 from tdm_runtime.checkpoint.manifest import default_artifacts
 from tdm_runtime.model.choice import load_model
@@ -108,13 +108,13 @@ def tdm_server(artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 @pytest.fixture
 def hashed(monkeypatch: pytest.MonkeyPatch) -> Counter[Path]:
     """Number of times that each file's content was hashed."""
-    counts, file_sha256 = Counter[Path](), folder_module.file_sha256
+    counts, file_sha256 = Counter[Path](), file_hashes.file_sha256
 
     def counting(file: Path) -> str:
         counts[file] += 1
         return file_sha256(file)
 
-    monkeypatch.setattr(folder_module, "file_sha256", counting)
+    monkeypatch.setattr(file_hashes, "file_sha256", counting)
     return counts
 
 

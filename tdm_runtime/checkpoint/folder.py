@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
-from functools import cache, cached_property, partial
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from torch import nn
 
+from tdm_runtime.checkpoint.file_hashes import FileHashes, file_sha256
 from tdm_runtime.checkpoint.implied_recipe import recipe_of
 from tdm_runtime.checkpoint.pipeline_folder import MODEL_INDEX, family_of, load_text_encoders, read_json, text_parts
-from tdm_runtime.checkpoint.recipe import RECIPE_FILE, Recipe
+from tdm_runtime.checkpoint.recipe import RECIPE_FILE, Adapter, Recipe, load_recipe
 from tdm_runtime.errors import CheckpointError, RecipeError
 from tdm_runtime.families import Denoiser, Family
 from tdm_runtime.families.family import TextEncoders
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderTiny
     from transformers import CLIPTextModel
 
+    from tdm_runtime.checkpoint.lora_file import LoraFile
     from tdm_runtime.checkpoint.tokenizer import PromptTokenizer
 
 Part = TypeVar("Part")
@@ -45,35 +47,12 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DEFAULT_CHECKPOINT = Path(__file__).resolve().parents[2] / "checkpoints" / "tdm-emoji"
 
 
-class FileHashes:
-    """sha256 of files, each computed once for as long as its file stays as it is.
-
-    Pickled, they serve other processes of the same machine. A file is hashed again when its size, times or inode have
-    changed, and on another machine.
-    """
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[object, ...], str] = {}
-
-    def sha256(self, file: Path) -> str:
-        """Return the hex sha256 of a file.
-
-        Raises:
-            OSError: the file cannot be read.
-        """
-        path, stat = file.resolve(), file.stat()
-        times_ns = stat.st_mtime_ns, stat.st_ctime_ns
-        state = (_machine(), str(path), stat.st_dev, stat.st_ino, stat.st_size, *times_ns)
-        if state not in self._known:
-            self._known[state] = file_sha256(file)
-        return self._known[state]
-
-
 @dataclass(frozen=True)
 class Checkpoint:
     """A folder that was checked and may be loaded."""
 
     folder: Path
+    """Folder of the recipe."""
     recipe: Recipe
     family: Family
     hashes: FileHashes = field(default_factory=FileHashes, repr=False, compare=False)
@@ -82,27 +61,49 @@ class Checkpoint:
     @cached_property
     def digest(self) -> str:
         """sha256 over the recipe and, through it or beside it, the content of every weight file."""
-        if self.recipe.files:
+        if self._lists_all_files:
             return self.hashes.sha256(self.folder / RECIPE_FILE)
         return hashlib.sha256(f"{self.recipe.to_json()}\n{self._content}".encode()).hexdigest()
 
     @cached_property
     def fingerprint(self) -> str:
         """sha256 over everything that a compiled program depends on: weights, configs, tokenizer and recipe."""
-        content = self._content if self.recipe.files else f"{self._content}\n{self.digest}"
+        content = self._content if self._lists_all_files else f"{self._content}\n{self.digest}"
         return hashlib.sha256(content.encode()).hexdigest()
 
     @cached_property
     def _content(self) -> str:
         """Name and sha256 of every file that determines a picture, a line each."""
+        base = self.base_folder
+        known = self.recipe.files if base == self.folder else {}
         tiny_vae_files = TINY_VAE_FILES if self.has_tiny_vae else ()
-        recipe = (RECIPE_FILE,) if self.recipe.files else ()
-        names = {*self.recipe.files, *weight_files(self.folder, self.family), *other_files(self.folder, self.family)}
-        lines = (
-            f"{name} {self.recipe.files.get(name) or self.hashes.sha256(self.folder / name)}"
-            for name in sorted({*names, *tiny_vae_files, *recipe})
-        )
-        return "\n".join(lines)
+        recipe = (RECIPE_FILE,) if self._lists_all_files else ()
+        names = {*known, *weight_files(base, self.family), *other_files(base, self.family), *tiny_vae_files, *recipe}
+        lines = [f"{name} {known.get(name) or self.hashes.sha256(base / name)}" for name in sorted(names)]
+        return "\n".join([*lines, *(f"LoRA {lora.sha256} at {scale!r}" for lora, scale in self.loras)])
+
+    @property
+    def _lists_all_files(self) -> bool:
+        """Whether the recipe has the hash of every file that it names."""
+        return bool(self.recipe.files) and self.recipe.base is None and not self.recipe.adapters
+
+    @property
+    def base_folder(self) -> Path:
+        """Folder of the weights."""
+        return base_folder(self.folder, self.recipe)
+
+    @cached_property
+    def loras(self) -> tuple[tuple[LoraFile, float], ...]:
+        """LoRAs that are merged into the weights, each with its scale."""
+        from tdm_runtime.checkpoint.lora_file import read_lora
+
+        return tuple((read_lora(self.folder / one.file, self.family), one.scale) for one in self.recipe.adapters)
+
+    def _merge_loras(self, modules: Mapping[str, nn.Module]) -> None:
+        if self.loras:
+            from tdm_runtime.checkpoint.merged_lora import merge_loras
+
+            merge_loras(modules, self.loras)
 
     def load_denoiser(self) -> Denoiser:
         """Load the denoiser in its family's adapter, float32, eval mode."""
@@ -110,6 +111,7 @@ class Checkpoint:
 
         model = self._load_model(self.family.denoiser_folder, getattr(diffusers, self.family.denoiser_class))
         denoiser = self.family.adapter(model.eval())
+        self._merge_loras({self.family.denoiser_folder: denoiser})
         if self.recipe.guidance_scale is not None:
             denoiser.read_guidance()
         else:
@@ -130,7 +132,7 @@ class Checkpoint:
     @property
     def has_tiny_vae(self) -> bool:
         """Whether the folder has a tiny autoencoder."""
-        return (self.folder / TINY_VAE).is_dir()
+        return (self.base_folder / TINY_VAE).is_dir()
 
     def load_tiny_vae(self) -> AutoencoderTiny:
         """Load the tiny autoencoder, float32, eval mode. It decodes the denoiser's latents without a scaling factor.
@@ -155,7 +157,7 @@ class Checkpoint:
 
     @cached_property
     def _text_class(self) -> str:
-        return str(read_json(self.folder / MODEL_INDEX)["text_encoder"][-1])
+        return str(read_json(self.base_folder / MODEL_INDEX)["text_encoder"][-1])
 
     def load_text_encoders(self, device: torch.device | str = "cpu") -> TextEncoders:
         """Load all tokenizers and text encoders in their stock pipeline, float32.
@@ -164,7 +166,11 @@ class Checkpoint:
             CheckpointError: one of them cannot be loaded.
         """
         width, height = self.recipe.native_sizes[0]
-        return load_text_encoders(self.folder, self.family, width, height, device)
+        encoders = load_text_encoders(self.base_folder, self.family, width, height)
+        there = ((part, getattr(encoders.pipeline, part)) for part in self.family.text_encoders)
+        self._merge_loras({part: module for part, module in there if module is not None})
+        encoders.pipeline.to(device)
+        return encoders
 
     def load_text_model(self) -> CLIPTextModel:
         """Load the text model of a checkpoint that has CLIP alone, float32, eval mode."""
@@ -173,6 +179,7 @@ class Checkpoint:
 
         disable_progress_bar()  # weights load in a moment
         model: CLIPTextModel = self._load_model("text_encoder", CLIPTextModel).eval()
+        self._merge_loras({"text_encoder": model})
         return model
 
     def load_tokenizer(self) -> PromptTokenizer:
@@ -212,16 +219,16 @@ class Checkpoint:
             local_files_only=True,
         )
         model, report = self._load(part, load)
-        check_loaded(self.folder / part, report)
+        check_loaded(self.base_folder / part, report)
         return model
 
     def _load(self, part: str, load: Callable[[Path], Part]) -> Part:
         try:
-            return load(self.folder / part)
+            return load(self.base_folder / part)
         except Exception as error:  # the libraries raise many kinds; a user can do the same about all of them
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CheckpointError(
-                f"{self.folder / part} cannot be loaded: {reason}; restore the folder from its source"
+                f"{self.base_folder / part} cannot be loaded: {reason}; restore the folder from its source"
             ) from error
 
     def _check_step_condition(self, dim: int | None) -> None:
@@ -285,38 +292,47 @@ def _is_needed(folder: Path, family: Family, part: str) -> bool:
     return part not in family.optional_text or part in text_parts(read_json(folder / MODEL_INDEX), family)
 
 
-def open_checkpoint(folder: Path, hashes: FileHashes | None = None) -> Checkpoint:
-    """Check that a folder is complete, and its recipe and the hash of every weight file.
+def open_checkpoint(folder: Path, hashes: FileHashes | None = None, adapters: Sequence[Adapter] = ()) -> Checkpoint:
+    """Check that a folder is complete, its recipe, its LoRAs and every hash that the recipe lists.
 
     Args:
         hashes: hashes that are known already; those that are computed here are added. None hashes every file.
+        adapters: LoRAs to merge beside those of the recipe.
 
     Raises:
         CheckpointError: the folder cannot be served; the message names the file and the remedy.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; give the folder of a checkpoint that has {RECIPE_FILE}")
-    family = family_of(folder)
-    if family.makes_clips:
-        raise CheckpointError(
-            f"{folder} is of {family.name}, which makes clips; this version serves models of pictures"
-        )
-    _refuse_pickles(folder)
-    recipe = recipe_of(folder, family)
     hashes = FileHashes() if hashes is None else hashes
+    written = load_recipe(folder) if (folder / RECIPE_FILE).exists() else None
+    base = folder if written is None else base_folder(folder, written)
+    family = family_of(base)
+    if family.makes_clips:
+        raise CheckpointError(f"{base} is of {family.name}, which makes clips; this version serves pictures")
+    _refuse_pickles(base)
+    recipe = recipe_of(folder, family) if written is None else written
+    recipe = replace(recipe, adapters=(*recipe.adapters, *adapters))
     # Shards and their index count too: the libraries would read them in place of the files listed.
     if recipe.files and (unlisted := sorted(set(_safetensors(folder)) - set(recipe.files))):
         raise RecipeError(
             f"{folder / RECIPE_FILE} has no sha256 for {', '.join(unlisted[:3])}; publish the checkpoint anew, "
             "or remove what does not belong to it"
         )
-    tiny_vae_files = TINY_VAE_FILES if (folder / TINY_VAE).is_dir() else ()
-    required = (*weight_files(folder, family), *other_files(folder, family), *tiny_vae_files)
-    if missing := [name for name in required if not (folder / name).is_file()]:
-        raise CheckpointError(f"{folder} lacks {', '.join(missing)}; restore the folder from its source")
+    tiny_vae_files = TINY_VAE_FILES if (base / TINY_VAE).is_dir() else ()
+    required = (*weight_files(base, family), *other_files(base, family), *tiny_vae_files)
+    if missing := [name for name in required if not (base / name).is_file()]:
+        raise CheckpointError(f"{base} lacks {', '.join(missing)}; restore the folder from its source")
     for name, expected in recipe.files.items():
         _check_hash(folder, name, expected, hashes)
-    return Checkpoint(folder, recipe, family, hashes)
+    checkpoint = Checkpoint(folder, recipe, family, hashes)
+    _ = checkpoint.loras  # fail here, not when they are merged
+    return checkpoint
+
+
+def base_folder(folder: Path, recipe: Recipe) -> Path:
+    """Return the folder of the weights that a recipe names."""
+    return folder if recipe.base is None else (folder / recipe.base).resolve()
 
 
 def _check_hash(folder: Path, name: str, expected: str, hashes: FileHashes) -> None:
@@ -356,16 +372,3 @@ def _refuse_pickles(folder: Path) -> None:
 
 def _read_config(folder: Path) -> Any:
     return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-
-
-def file_sha256(file: Path) -> str:
-    """Return the hex sha256 of a file."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-@cache
-def _machine() -> str:
-    """Return what tells this machine, since its last start, from others."""
-    boot_id = Path("/proc/sys/kernel/random/boot_id")
-    return f"{platform.node()} {boot_id.read_text(encoding='ascii').strip() if boot_id.is_file() else ''}"

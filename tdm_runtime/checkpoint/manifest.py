@@ -17,7 +17,8 @@ from tdm_runtime.backends import BackendName, Precision
 from tdm_runtime.backends.cpu import cpu_features
 from tdm_runtime.backends.interface import Interface
 from tdm_runtime.backends.machine import TOOLS, gpu_architecture, installed
-from tdm_runtime.checkpoint.folder import Checkpoint, file_sha256
+from tdm_runtime.checkpoint.file_hashes import file_sha256
+from tdm_runtime.checkpoint.folder import Checkpoint
 from tdm_runtime.errors import ArtifactError
 from tdm_runtime.whole_file import write_whole
 

@@ -49,6 +49,16 @@ MAX_KEPT_TABLES = 1024
 
 
 @dataclass(frozen=True)
+class Adapter:
+    """A LoRA that belongs to a model."""
+
+    file: str
+    """File or folder of the LoRA, relative to the recipe's folder."""
+    scale: float = 1.0
+    """Multiplies the change of the weights; 1 is as trained."""
+
+
+@dataclass(frozen=True)
 class Recipe:
     """How a checkpoint must be sampled."""
 
@@ -85,6 +95,10 @@ class Recipe:
     """tcd only: how stochastic each step is, from 0 to 1; see `build_step_table`."""
     timestep_scaling: float = LCM_TIMESTEP_SCALING
     """lcm only: scales the timesteps in the boundary scalings."""
+    base: str | None = None
+    """Folder of the weights, relative to the recipe's; None where they lie beside the recipe."""
+    adapters: tuple[Adapter, ...] = ()
+    """LoRAs that are merged into the weights when they are loaded, in order."""
     guidance_scale: float | None = None
     """Guidance scale that the denoiser reads as an input; None where it reads none."""
 
@@ -212,6 +226,8 @@ def parse_recipe(raw: Any) -> Recipe:
         initial_scale="sigma" if raw.get("initial_scale") == "sigma" else _number(raw, "initial_scale", 0.0, 1000.0),
         eta=_number(raw, "eta", 0.0, 1.0),
         timestep_scaling=_number(raw, "timestep_scaling", 1.0, 1000.0),
+        base=None if raw.get("base") is None else _text(raw, "base"),
+        adapters=_parse_adapters(raw.get("adapters", [])),
         guidance_scale=None if raw.get("guidance_scale") is None else _number(raw, "guidance_scale", 0.0, 100.0),
     )
     _check_fit(recipe)
@@ -332,6 +348,19 @@ def _parse_sizes(raw: Any) -> tuple[tuple[int, int], ...]:
     if not is_sizes:
         raise RecipeError(f"native_sizes must be a non-empty list of [width, height] in pixels, got {raw!r}")
     return tuple((width, height) for width, height in raw)
+
+
+def _parse_adapters(raw: Any) -> tuple[Adapter, ...]:
+    is_list = isinstance(raw, list) and all(isinstance(one, dict) and set(one) <= {"file", "scale"} for one in raw)
+    if not is_list:
+        raise RecipeError(f"adapters must be a list of objects with file and scale, got {raw!r}")
+    return tuple(Adapter(_text({"file": "", **one}, "file"), _finite(one.get("scale", 1.0), "scale")) for one in raw)
+
+
+def _finite(value: Any, name: str) -> float:
+    if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
+        raise RecipeError(f"{name} of an adapter must be a finite number, got {value!r}")
+    return float(value)
 
 
 def _parse_files(raw: Any) -> Mapping[str, str]:

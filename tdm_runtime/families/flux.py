@@ -98,6 +98,7 @@ class Flux(Family):
     """Family of `FluxPipeline`."""
 
     name = "flux"
+    max_tokens = 512
     pipelines = ("FluxPipeline",)
     denoiser_class = "FluxTransformer2DModel"
     adapter = FluxDenoiser

@@ -87,6 +87,7 @@ class Flux2(Family):
     """Family of `Flux2KleinPipeline`."""
 
     name = "flux2"
+    max_tokens = 512
     pipelines = ("Flux2KleinPipeline",)
     denoiser_class = "Flux2Transformer2DModel"
     adapter = Flux2Denoiser

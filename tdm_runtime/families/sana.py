@@ -84,6 +84,7 @@ class Sana(Family):
     """Family of `SanaSprintPipeline`. SanaPipeline, which needs many steps, is of no family."""
 
     name = "sana"
+    max_tokens = 300
     pipelines = ("SanaSprintPipeline",)
     denoiser_class = "SanaTransformer2DModel"
     adapter = SanaDenoiser

@@ -91,6 +91,7 @@ class ZImage(Family):
     """Family of `ZImagePipeline`."""
 
     name = "z_image"
+    max_tokens = 512
     pipelines = ("ZImagePipeline",)
     denoiser_class = "ZImageTransformer2DModel"
     adapter = ZImageDenoiser

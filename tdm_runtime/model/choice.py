@@ -7,7 +7,7 @@ import itertools
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,8 +19,10 @@ import torch
 from tdm_runtime.backends import BackendName, Precision
 from tdm_runtime.backends.cpu import cores, cpu_features
 from tdm_runtime.backends.machine import TOOLS, gpu_architecture, installed
-from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT, Checkpoint, file_sha256, open_checkpoint
+from tdm_runtime.checkpoint.file_hashes import file_sha256
+from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT, Checkpoint, open_checkpoint
 from tdm_runtime.checkpoint.manifest import MANIFEST_FILE, PictureParity, export_command
+from tdm_runtime.checkpoint.recipe import Adapter
 from tdm_runtime.errors import ArtifactError, BackendError
 from tdm_runtime.model.artifacts import Artifacts, BackendConfig
 from tdm_runtime.model.loaded_model import LoadedModel, denoise
@@ -78,7 +80,10 @@ _ADAPTER = pydantic.TypeAdapter(Choice)
 
 
 def load_model(
-    folder: Path | str = DEFAULT_CHECKPOINT, config: BackendConfig = BackendConfig(), device: str | None = None
+    folder: Path | str = DEFAULT_CHECKPOINT,
+    config: BackendConfig = BackendConfig(),
+    device: str | None = None,
+    adapters: Sequence[Adapter] = (),
 ) -> LoadedModel:
     """Open, check and load a checkpoint.
 
@@ -86,12 +91,14 @@ def load_model(
         folder: Checkpoint folder; the embedded checkpoint by default.
         config: Backend, precision and artifacts.
         device: Replaces `config.device`.
+        adapters: LoRAs to merge into the weights, beside those of the recipe.
 
     Raises:
         CheckpointError: The folder cannot be served; the message says why and what to do.
         BackendError: The backend cannot run here, or its artifacts belong to another checkpoint or machine.
     """
-    return load_checkpoint(open_checkpoint(Path(folder)), replace(config, device=device or config.device))
+    checkpoint = open_checkpoint(Path(folder), adapters=adapters)
+    return load_checkpoint(checkpoint, replace(config, device=device or config.device))
 
 
 def load_checkpoint(checkpoint: Checkpoint, config: BackendConfig = BackendConfig()) -> LoadedModel:

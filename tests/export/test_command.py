@@ -13,7 +13,8 @@ import pytest
 
 from export.cli import main
 from tdm_runtime.backends import BackendName, Precision
-from tdm_runtime.checkpoint.folder import file_sha256, open_checkpoint
+from tdm_runtime.checkpoint.file_hashes import file_sha256
+from tdm_runtime.checkpoint.folder import open_checkpoint
 from tdm_runtime.checkpoint.manifest import MANIFEST_FILE, Build, Manifest, PictureParity, load_manifest
 from tdm_runtime.model.artifacts import BackendConfig
 from tdm_runtime.model.choice import CHOICE_FILE, load_model

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from tdm_runtime.checkpoint.folder import file_sha256
+from tdm_runtime.checkpoint.file_hashes import file_sha256
 from tdm_runtime.checkpoint.pipeline_folder import family_of
 from tdm_runtime.errors import TDMError
 from tdm_runtime.families import Conditioning, current_name

@@ -18,12 +18,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tdm_runtime.checkpoint.folder import file_sha256
+from tdm_runtime.checkpoint.file_hashes import file_sha256
 from tdm_runtime.checkpoint.lora_file import FOLDER_FILES, STEP_CONDITION_FILE, read_lora
+from tdm_runtime.checkpoint.merged_lora import merge_loras
 from tdm_runtime.checkpoint.recipe import RECIPE_FILE, Recipe
 from tdm_runtime.errors import CheckpointError
 from tdm_runtime.families import Denoiser, denoiser_for, family_of_model
-from tdm_runtime.model.merged_lora import merge_loras
 from training.config import ConfigError, DistillConfig
 from training.methods.roles import CleanEstimator, LoraRoles
 from training.methods.trajectory import Coordinates

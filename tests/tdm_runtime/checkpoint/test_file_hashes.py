@@ -12,14 +12,8 @@ from pathlib import Path
 import pytest
 
 from tdm_runtime.checkpoint import folder
-from tdm_runtime.checkpoint.folder import (
-    DEFAULT_CHECKPOINT,
-    TINY_VAE_FILES,
-    FileHashes,
-    open_checkpoint,
-    other_files,
-    weight_files,
-)
+from tdm_runtime.checkpoint.file_hashes import FileHashes
+from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT, TINY_VAE_FILES, open_checkpoint, other_files, weight_files
 from tdm_runtime.checkpoint.recipe import RECIPE_FILE
 from tdm_runtime.errors import CheckpointError
 from tdm_runtime.families import FAMILIES

@@ -15,14 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from tdm_runtime.backends.interface import Interface, TensorSpec
 from tdm_runtime.backends.machine import gpu_architecture, installed
-from tdm_runtime.checkpoint.folder import (
-    DEFAULT_CHECKPOINT,
-    TINY_VAE_FILES,
-    Checkpoint,
-    file_sha256,
-    open_checkpoint,
-    other_files,
-)
+from tdm_runtime.checkpoint.file_hashes import file_sha256
+from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT, TINY_VAE_FILES, Checkpoint, open_checkpoint, other_files
 from tdm_runtime.checkpoint.manifest import (
     MANIFEST_FILE,
     MANIFEST_FORMAT,

@@ -21,7 +21,8 @@ import pytest
 
 from tdm_runtime.backends import BackendName, Precision
 from tdm_runtime.backends.cpu import ISA_LIMIT, cpu_features
-from tdm_runtime.checkpoint.folder import Checkpoint, file_sha256, open_checkpoint
+from tdm_runtime.checkpoint.file_hashes import file_sha256
+from tdm_runtime.checkpoint.folder import Checkpoint, open_checkpoint
 from tdm_runtime.checkpoint.manifest import MANIFEST_FILE, Build, PictureParity, kernel_choice, load_manifest
 from tdm_runtime.errors import ArtifactError
 from tdm_runtime.model.artifacts import BackendConfig

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tdm_runtime.backends.pytorch import TorchBackend
 from tdm_runtime.checkpoint.folder import Checkpoint, open_checkpoint
 from tdm_runtime.checkpoint.lora_file import LoraLayer, read_lora
+from tdm_runtime.checkpoint.merged_lora import merge, merge_loras, update_at
 from tdm_runtime.engine.engine import DiffusionEngine
 from tdm_runtime.errors import CheckpointError
 from tdm_runtime.families import FAMILIES, denoiser_for
@@ -28,7 +29,6 @@ from tdm_runtime.model.choice import load_model
 from tdm_runtime.model.decoder import Pixels
 from tdm_runtime.model.loaded_model import LoadedModel, denoise
 from tdm_runtime.model.lora import AdapterBank, LoraBase, added
-from tdm_runtime.model.merged_lora import merge, merge_loras, update_at
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.pipeline import generate
 from tests import lora_files

@@ -9,7 +9,8 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from tdm_runtime.checkpoint.folder import file_sha256, open_checkpoint
+from tdm_runtime.checkpoint.file_hashes import file_sha256
+from tdm_runtime.checkpoint.folder import open_checkpoint
 from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.pipeline import generate

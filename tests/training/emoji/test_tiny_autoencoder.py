@@ -10,7 +10,8 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny, StableDiffusionPipeline
 
-from tdm_runtime.checkpoint.folder import TINY_VAE, TINY_VAE_FILES, file_sha256, open_checkpoint
+from tdm_runtime.checkpoint.file_hashes import file_sha256
+from tdm_runtime.checkpoint.folder import TINY_VAE, TINY_VAE_FILES, open_checkpoint
 from tdm_runtime.errors import CheckpointError, RecipeError
 from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.model.similarity import psnr_db
