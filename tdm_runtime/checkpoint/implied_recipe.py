@@ -142,7 +142,8 @@ def _served_steps(family: Family, folder: Path, config: SchedulerConfig) -> Serv
     fitting = [entry.name for entry in published_for(family.name)]
     names = f"one of {', '.join(fitting)}" if fitting else "none that is built in"
     raise RecipeError(
-        f"a {config.class_name} does not say for how many steps the checkpoint was distilled; run "
+        f"{RECIPE_FILE} is missing, and a {config.class_name} does not say for how many steps the checkpoint was "
+        "distilled; restore it from its source, or run "
         f"`tdm-recipe {folder} --steps ... -o {folder / RECIPE_FILE}` with the step counts of its card, or with "
         f"`--recipe NAME`, {names}"
     )

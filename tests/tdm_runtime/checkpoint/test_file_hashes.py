@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tdm_runtime.checkpoint import folder
+from tdm_runtime.checkpoint import file_hashes
 from tdm_runtime.checkpoint.file_hashes import FileHashes
 from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT, TINY_VAE_FILES, open_checkpoint, other_files, weight_files
 from tdm_runtime.checkpoint.recipe import RECIPE_FILE
@@ -76,7 +76,7 @@ def test_another_machine_hashes_every_file_again(
 ) -> None:
     hashes = FileHashes()
     open_checkpoint(copy, hashes)
-    monkeypatch.setattr(folder, "_machine", lambda: "another")
+    monkeypatch.setattr(file_hashes, "_machine", lambda: "another")
     open_checkpoint(copy, hashes)
     assert {hashed[copy / name] for name in WEIGHT_FILES} == {2}
 

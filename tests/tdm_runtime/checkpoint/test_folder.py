@@ -165,8 +165,8 @@ def test_truncated_weights_with_a_matching_hash_do_not_load(folder: Path, name: 
 def test_a_missing_recipe_is_refused(folder: Path) -> None:
     (folder / RECIPE_FILE).unlink()
     message = recipe_refusal(folder)
-    assert f"{folder / RECIPE_FILE} is missing" in message
-    assert "`tdm-train` writes it" in message
+    assert f"{RECIPE_FILE} is missing" in message
+    assert f"`tdm-recipe {folder} --steps" in message
 
 
 @pytest.mark.parametrize(
