@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tdm_runtime.checkpoint.folder import weight_hashes
-from tdm_runtime.checkpoint.implied_recipe import implied_recipe, native_size, size_rule
+from tdm_runtime.checkpoint.implied_recipe import guidance_scale, implied_recipe, native_size, size_rule
 from tdm_runtime.checkpoint.lora_file import read_lora
 from tdm_runtime.checkpoint.pipeline_folder import family_of
 from tdm_runtime.checkpoint.published_recipes import PUBLISHED, published_recipe
@@ -72,8 +72,13 @@ def recipe_for(given: argparse.Namespace) -> Recipe:
     recipe = entry.recipe(given.name or given.folder.resolve().name, native_size(family, given.folder))
     scale = 1.0 if entry.lora_scale is None else entry.lora_scale
     adapters = tuple(replace(one, scale=scale) if one.scale == 1.0 else one for one in given.lora)
-    recipe = replace(recipe, size_rule=size_rule(family, given.folder), adapters=adapters)
-    return recipe if given.guidance is None else replace(recipe, guidance_scale=given.guidance)
+    guidance = entry.guidance_scale if given.guidance is None else given.guidance
+    return replace(
+        recipe,
+        size_rule=size_rule(family, given.folder),
+        adapters=adapters,
+        guidance_scale=guidance_scale(family, given.folder, guidance),
+    )
 
 
 def placed(recipe: Recipe, base: Path, file: Path) -> Recipe:

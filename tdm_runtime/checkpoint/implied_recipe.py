@@ -70,7 +70,7 @@ def implied_recipe(
     """
     file = folder / SCHEDULER_FILE
     raw = read_json(file)
-    guidance_scale = _guidance_scale(family, folder, guidance)
+    scale = guidance_scale(family, folder, guidance)
     try:
         config = SchedulerConfig.of(raw)
         default: int | None = None
@@ -86,7 +86,7 @@ def implied_recipe(
             name or folder.resolve().name,
             default if default is not None else max(sampling.timesteps),
             (native_size(family, folder),),
-            guidance_scale,
+            scale,
         )
         recipe = replace(recipe, size_rule=size_rule(family, folder))
         return parse_recipe(json.loads(recipe.to_json()))  # checks every field as a file's
@@ -142,12 +142,17 @@ def _served_steps(family: Family, folder: Path, config: SchedulerConfig) -> Serv
         return few, 2, "a consistency model for 1 to 4 steps"
     if read_json(folder / MODEL_INDEX).get("is_distilled") is True:
         return few, 4, "is_distilled in model_index.json, for 1 to 4 steps"
-    if family.name == "flux" and not config["use_dynamic_shifting"] and not _reads_guidance(family, folder):
+    if (
+        family.name == "flux"
+        and not config.settings.get("use_dynamic_shifting")
+        and not _reads_guidance(family, folder)
+    ):
         return few, 4, "a FLUX.1 without guidance and without shift is schnell, for 1 to 4 steps"
     fitting = [entry.name for entry in published_for(family.name)]
     names = f"one of {', '.join(fitting)}" if fitting else "none that is built in"
     raise RecipeError(
-        f"a {config.class_name} does not say for how many steps the checkpoint was distilled; run "
+        f"{RECIPE_FILE} is missing, and a {config.class_name} does not say for how many steps the checkpoint was "
+        "distilled; restore it from its source, or run "
         f"`tdm-recipe {folder} --steps ... -o {folder / RECIPE_FILE}` with the step counts of its card, or with "
         f"`--recipe NAME`, {names}"
     )
@@ -158,7 +163,15 @@ def _reads_guidance(family: Family, folder: Path) -> bool:
     return config.get("time_cond_proj_dim") is not None or bool(config.get("guidance_embeds"))
 
 
-def _guidance_scale(family: Family, folder: Path, guidance: float | None) -> float | None:
+def guidance_scale(family: Family, folder: Path, guidance: float | None) -> float | None:
+    """Return the guidance scale that a folder's denoiser reads; None if it reads none.
+
+    Args:
+        guidance: Wanted scale; None is the default of the stock pipeline.
+
+    Raises:
+        RecipeError: guidance is wanted of a denoiser that reads none.
+    """
     if _reads_guidance(family, folder):
         default = PIPELINE_CALLS[family.name].guidance_scale if family.name in PIPELINE_CALLS else None
         return default if guidance is None else guidance

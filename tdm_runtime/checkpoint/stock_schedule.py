@@ -55,6 +55,8 @@ def sampling_of(config: SchedulerConfig, request: ScheduleRequest) -> Sampling:
     for name, values in (("timesteps", request.timesteps), ("sigmas", request.sigmas)):
         if values is not None and name not in takes:
             raise RecipeError(f"{name} are {list(values)}; a {config.class_name} takes none, give steps")
+    if request.eta and config.class_name != "TCDScheduler":
+        raise RecipeError(f"eta is {request.eta:g}; this version follows it for TCDScheduler only, leave it out")
     if request.call.gives_even_sigmas and config.class_name != "FlowMatchEulerDiscreteScheduler":
         raise RecipeError(
             f"_class_name is {config.class_name}; this pipeline gives sigmas and mu, which only "

@@ -69,6 +69,7 @@ def test_it_lists_the_published_recipes(capsys: pytest.CaptureFixture[str]) -> N
         (["--guidance", "7.5", "--steps", "4"], "reads none"),
         (["--recipe", "sd-turbo"], "is for stable_diffusion"),
         (["--recipe", "nothing"], "is not built in"),
+        (["--recipe", "lcm-sdxl"], "guidance is 8, but"),  # this UNet reads none
         (["--recipe", "sdxl-turbo", "--steps", "4"], "leave one of them out"),
         (["--steps", "4", "-o", "/nowhere/recipe.json"], "/nowhere"),
     ],

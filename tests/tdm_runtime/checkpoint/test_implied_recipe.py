@@ -12,34 +12,22 @@ import pytest
 
 from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT
 from tdm_runtime.checkpoint.implied_recipe import implied_recipe, native_size, recipe_of
+from tdm_runtime.checkpoint.pipeline_folder import family_of
 from tdm_runtime.checkpoint.recipe import RECIPE_FILE, load_recipe
 from tdm_runtime.errors import CheckpointError, RecipeError
 from tdm_runtime.families import FAMILIES, Family
 
-SDXL = FAMILIES["sdxl"]
-
-
-class Flux(type(FAMILIES["sd3"])):  # type: ignore[misc]
-    """A family by the name of FLUX.1, with the files of SD3."""
-
-    name = "flux"
-
-
-class Flux2(type(FAMILIES["sd3"])):  # type: ignore[misc]
-    name = "flux2"
-
-
-class Sana(type(FAMILIES["sd3"])):  # type: ignore[misc]
-    name = "sana"
+SDXL, FLUX, FLUX2, SANA = (FAMILIES[name] for name in ("sdxl", "flux", "flux2", "sana"))
 
 
 def stock_folder(folder: Path, scheduler: Any, denoiser: dict[str, Any], family: Family = SDXL, **index: Any) -> Path:
     """Write the configs of a stock folder, without weights."""
     scheduler.save_pretrained(folder / "scheduler")
-    parts = {"_class_name": "StableDiffusionXLPipeline", family.denoiser_folder: ["diffusers", family.denoiser_class]}
-    (folder / "model_index.json").write_text(json.dumps({**parts, **index}))
-    configs = {family.denoiser_folder: {"in_channels": 16, **denoiser}, "vae": {"block_out_channels": [1, 2, 3, 4]}}
-    for part, config in configs.items():
+    named = {"_class_name": family.pipelines[0], family.denoiser_folder: ["diffusers", family.denoiser_class]}
+    (folder / "model_index.json").write_text(json.dumps({**named, **index}))
+    levels = [1, 2, 3, 4] if family.name != "sana" else [1, 2, 3, 4, 5, 6]
+    vae = {"block_out_channels": levels, "encoder_block_out_channels": levels, "latent_channels": 4}
+    for part, config in ((family.denoiser_folder, {"in_channels": 16, **denoiser}), ("vae", vae)):
         (folder / part).mkdir(parents=True)
         (folder / part / "config.json").write_text(json.dumps(config))
     return folder
@@ -62,10 +50,10 @@ def test_a_consistency_model_opens_by_itself_and_says_so_once(tmp_path: Path, ca
     ("family", "scheduler", "denoiser", "index", "counts", "default"),
     [
         (SDXL, diffusers.TCDScheduler(), UNET, {}, tuple(range(1, 9)), 4),
-        (Sana(), diffusers.SCMScheduler(), {"sample_size": 32, "guidance_embeds": True}, {}, (1, 2, 3, 4), 2),
-        (Flux(), diffusers.FlowMatchEulerDiscreteScheduler(), {"guidance_embeds": False}, {}, (1, 2, 3, 4), 4),
+        (SANA, diffusers.SCMScheduler(), {"sample_size": 32, "guidance_embeds": True}, {}, (1, 2, 3, 4), 2),
+        (FLUX, diffusers.FlowMatchEulerDiscreteScheduler(), {"guidance_embeds": False}, {}, (1, 2, 3, 4), 4),
         (
-            Flux2(),
+            FLUX2,
             diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
             {},
             {"is_distilled": True},
@@ -100,11 +88,17 @@ def test_a_base_model_is_refused_with_the_recipes_that_would_fit(tmp_path: Path)
 
 def test_flux_dev_is_refused_as_flux_schnell_is_not(tmp_path: Path) -> None:
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    folder = stock_folder(tmp_path / "dev", scheduler, {"guidance_embeds": True}, Flux())
+    folder = stock_folder(tmp_path / "dev", scheduler, {"guidance_embeds": True}, FLUX)
     with pytest.raises(RecipeError, match=r"flux\.1-schnell"):
-        implied_recipe(Flux(), folder)
-    recipe = implied_recipe(Flux(), folder, steps=[8])
+        implied_recipe(FLUX, folder)
+    recipe = implied_recipe(FLUX, folder, steps=[8])
     assert recipe.guidance_scale == 3.5 and recipe.size_shift is not None
+
+
+def test_a_scheduler_that_the_pipeline_of_flux_cannot_call_is_refused(tmp_path: Path) -> None:
+    folder = stock_folder(tmp_path / "f", diffusers.EulerDiscreteScheduler(), {"guidance_embeds": False}, FLUX)
+    with pytest.raises(RecipeError, match="only FlowMatchEulerDiscreteScheduler takes"):
+        implied_recipe(FLUX, folder)
 
 
 def test_arguments_are_those_of_the_stock_pipeline(tmp_path: Path) -> None:
@@ -156,3 +150,12 @@ def test_a_damaged_scheduler_config_is_refused_with_its_path(content: str, tmp_p
     with pytest.raises(CheckpointError) as caught:
         recipe_of(folder, SDXL)
     assert str(file) in str(caught.value)
+
+
+def test_the_family_of_a_folder_is_that_of_its_pipeline(tmp_path: Path) -> None:
+    assert family_of(stock_folder(tmp_path / "f", diffusers.LCMScheduler(), UNET)) == SDXL
+    with pytest.raises(CheckpointError, match="is not a folder"):
+        family_of(tmp_path / "none")
+    folder = stock_folder(tmp_path / "other", diffusers.LCMScheduler(), UNET, _class_name="KolorsPipeline")
+    with pytest.raises(CheckpointError, match="KolorsPipeline; this version knows StableDiffusionPipeline"):
+        family_of(folder)

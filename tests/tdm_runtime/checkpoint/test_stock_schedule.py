@@ -382,6 +382,7 @@ REFUSALS: list[tuple[str, str, dict[str, Any], dict[str, Any], str]] = [
     ("sd3", "FlowMatchEulerDiscreteScheduler", {}, {"timesteps": (999, 500)}, "takes none, give sigmas"),
     ("sd3", "FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True}, {}, "invert_sigmas"),
     ("flux", "EulerDiscreteScheduler", {}, {}, "only FlowMatchEulerDiscreteScheduler takes"),
+    ("sdxl", "DDIMScheduler", {"clip_sample": False}, {"steps": (4,), "eta": 0.5}, "eta is 0.5"),
     ("sana", "SCMScheduler", {}, {"timesteps": (1.5, 1.0)}, "K + 1 angles"),
     ("sana", "SCMScheduler", {}, {"steps": (0,)}, "steps has 0; whole numbers from 1 to 16"),
     ("sana", "SCMScheduler", {}, {"steps": (17,)}, "steps has 17"),
