@@ -1,5 +1,5 @@
 # make serve   install everything and start the server with the playground on 127.0.0.1:8000
-# make test    install everything and run the tests
+# make test    install everything and run the tests, in TEST_PROCESSES processes
 # make check   check format, lint, types and import contracts
 # make format  format the code and fix what ruff can fix
 # make protos  generate the modules of serving/rpc/protos again, after a change of its .proto files
@@ -13,6 +13,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH_INDEX_URL ?=
 SERVE_ARGS ?=
+TEST_PROCESSES ?= 2
 TEST_ARGS ?=
 export RAY_USAGE_STATS_ENABLED = 0
 
@@ -22,7 +23,7 @@ serve: $(VENV)/.installed
 	$(BIN)/tdm-serve $(SERVE_ARGS)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/pytest $(TEST_ARGS)
+	$(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(TEST_ARGS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
+import shutil
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -11,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
 
 from export.cli import main as tdm_export
 from serving.telemetry.logs import OURS, THEIRS, start_logger
@@ -23,6 +27,20 @@ from tdm_runtime.model.loaded_model import LoadedModel
 from tests.serving.conftest import RunningServer, start_server
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
+ONE_AT_A_TIME = {"benchmarks", "contracts", "deploy", "gpu", "serving"}
+"""Folders of the tests that start servers, measure or need the GPU."""
+
+
+class Groups(LoadFileScheduling):
+    """Groups of tests for pytest-xdist, which runs each group in one process. Every file is one.
+
+    The folders of `ONE_AT_A_TIME` are one group together: their tests share one server and never run beside each other.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return "one at a time" if ONE_AT_A_TIME & set(Path(file).parts[:2]) else file
+
 
 def pytest_configure() -> None:
     """Give PyTorch one thread in the processes that tests start; servers set their own number.
@@ -31,6 +49,12 @@ def pytest_configure() -> None:
     and, if other processes use the cores, 30 times as long.
     """
     os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Groups | None:
+    """Use our groups for `--dist loadfile`. pytest-xdist 3.8 ignores the marks of `--dist loadgroup` on pytest 9.2."""
+    return Groups(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -76,10 +100,10 @@ def model(checkpoint_folder: Path) -> LoadedModel:
 
 
 @pytest.fixture(scope="session")
-def artifacts(checkpoint_folder: Path) -> Path:
+def artifacts(checkpoint_folder: Path, cache_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Artifacts of the embedded checkpoint, in the folder where servers find them. Never write there."""
-    export(checkpoint_folder)
-    return default_artifacts(open_checkpoint(checkpoint_folder))
+    built = export_once(checkpoint_folder, "embedded-artifacts", tmp_path_factory)
+    return Path(shutil.copytree(built, default_artifacts(open_checkpoint(checkpoint_folder))))
 
 
 @pytest.fixture(scope="session")
@@ -91,9 +115,8 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_artifacts(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Artifacts of the tiny checkpoint, in a folder of their own. Never write there."""
-    folder = tmp_path_factory.mktemp("tiny") / "artifacts"
-    export(tiny_checkpoint, "--output", str(folder))
-    return folder
+    built = export_once(tiny_checkpoint, "tiny-artifacts", tmp_path_factory)
+    return Path(shutil.copytree(built, tmp_path_factory.mktemp("tiny") / "artifacts"))
 
 
 @pytest.fixture(scope="session")
@@ -118,8 +141,14 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> Counter[Path]:
     return counts
 
 
-def export(checkpoint: Path, *arguments: str) -> None:
-    """Build and verify all artifacts that run on this CPU."""
+def export_once(checkpoint: Path, name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build and verify all artifacts that run on this CPU, once for all processes of a run. Returns their folder."""
     precisions = "bf16,fp32,int8" if has_bf16() else "fp32,int8"
-    command = [str(checkpoint), "--backend", "openvino,onnxruntime", "--precision", precisions, *arguments]
-    assert tdm_export(command) == 0
+    command = [str(checkpoint), "--backend", "openvino,onnxruntime", "--precision", precisions]
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # the folder of the run; each process has one below it
+    with (folder / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert tdm_export([*command, "--output", str(folder / name)]) == 0  # builds nothing the second time
+    return folder / name

@@ -186,15 +186,18 @@ def test_an_impossible_deadline_is_refused_and_no_picture_is_made(
 def test_the_call_of_a_client_that_leaves_is_cancelled(
     images: images_pb2_grpc.ImageServiceStub, http: httpx.Client, way: str
 ) -> None:
-    """Their pictures still wait when the clients leave. On a busy machine some leave too late; then they try again."""
+    """The clients leave when some pictures are being made. Where all were made by then, they try again."""
     request = pb.GenerateRequest(prompt="a cat", n=10)
-    timeout_s = 0.03 if way == "deadline" else None
     cancelled, pictures = (lambda: metric(http, "tdm_cancelled_total")), (lambda: metric(http, "tdm_pictures_total"))
+    started_s = time.monotonic()
+    for call in [images.Generate.future(request, metadata=NO_BUDGET) for _ in range(3)]:
+        call.result()
+    timeout_s = (time.monotonic() - started_s) / 2 if way == "deadline" else None
     for _ in range(5):
         before, made = cancelled(), pictures()
         asked = [images.Generate.future(request, timeout=timeout_s, metadata=NO_BUDGET) for _ in range(3)]
         if way == "cancel":
-            time.sleep(0.02)
+            wait_until(lambda: metric(http, "tdm_live_samples") > 0 or pictures() - made == 30)  # noqa: B023
             for call in asked:
                 call.cancel()
         wait_until(lambda: all(call.done() for call in asked))  # noqa: B023
@@ -203,7 +206,8 @@ def test_the_call_of_a_client_that_leaves_is_cancelled(
         )
         if cancelled() > before:
             break
-    assert {call.code() for call in asked} == {Code.CANCELLED if way == "cancel" else Code.DEADLINE_EXCEEDED}
+    left = {call.code() for call in asked} - {Code.OK}  # one may have had all its pictures by then
+    assert left == {Code.CANCELLED if way == "cancel" else Code.DEADLINE_EXCEEDED}
     assert cancelled() > before and pictures() - made < 30
 
 
