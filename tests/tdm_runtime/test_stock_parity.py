@@ -1,7 +1,7 @@
 """The same seed makes the same picture as the stock diffusers pipeline, for every family and solver.
 
 Folders are saved by stock pipelines of the real classes with tiny random weights. A user runs `tdm-recipe` with the
-arguments of the stock call, then `tdm-generate`. Equal pixels read 59 dB, because files hold whole levels.
+arguments of the stock call, then `tdm-generate`.
 """
 
 from __future__ import annotations
@@ -12,18 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import numpy as np
 import pytest
-import torch
-from PIL import Image
 
-from tdm_runtime.cli import main as tdm_generate
 from tdm_runtime.recipe_cli import main as tdm_recipe
+from tests.stock_pictures import MIN_PSNR_DB, picture, psnr_db, stock_picture
 from tests.tiny_pipelines import build_pipeline
 
-MIN_PSNR_DB = 50.0
-SEED = 7
-WIDTH, HEIGHT = 96, 64
 PROMPTS = ("A red Fox", "Two CATS on a hill")
 SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 TRAILING = {**SD_BETAS, "timestep_spacing": "trailing"}
@@ -151,26 +145,5 @@ def test_the_picture_equals_that_of_the_stock_pipeline(
             call = dict(case.call) or {"num_inference_steps": count}
             if case.family == "sana" and count != 2:
                 call["intermediate_timesteps"] = None
-            theirs = pipeline(
-                prompt=prompt,
-                width=WIDTH,
-                height=HEIGHT,
-                generator=torch.Generator("cpu").manual_seed(SEED),
-                output_type="np",
-                **call,
-                **case.options,
-            ).images[0]
+            theirs = stock_picture(pipeline, prompt, **call, **case.options)
             assert psnr_db(picture(folder, prompt, count, tmp_path), theirs) >= MIN_PSNR_DB, (count, prompt)
-
-
-def picture(folder: Path, prompt: str, steps: int, tmp_path: Path) -> Any:
-    """Return the picture of `tdm-generate` as floats in [0, 1]."""
-    file = tmp_path / "picture.png"
-    sizes = ["--seed", str(SEED), "--steps", str(steps), "--size", f"{WIDTH}x{HEIGHT}"]
-    backend = ["--backend", "torch", "--precision", "fp32"]
-    assert tdm_generate(["--checkpoint", str(folder), prompt, *sizes, *backend, "-o", str(file)]) == 0
-    return np.asarray(Image.open(file).convert("RGB")) / 255.0
-
-
-def psnr_db(ours: Any, theirs: Any) -> float:
-    return float(-10 * np.log10(np.mean((ours - theirs) ** 2)))
