@@ -30,10 +30,10 @@ from export.openvino_build import write_ir
 from tdm_runtime.backends.interface import ComponentName, Interface
 from tdm_runtime.checkpoint.folder import (
     DEFAULT_CHECKPOINT,
-    TINY_VAE,
     open_checkpoint,
     weight_hashes,
 )
+from tdm_runtime.checkpoint.folder_files import TINY_VAE
 from tdm_runtime.checkpoint.recipe import RECIPE_FILE, load_recipe
 from tdm_runtime.families import FAMILIES, decoder_for, denoiser_for
 from tdm_runtime.model.components import TextEncoderModule

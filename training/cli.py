@@ -19,7 +19,8 @@ from pathlib import Path
 
 import torch
 
-from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT, TINY_VAE
+from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT
+from tdm_runtime.checkpoint.folder_files import TINY_VAE
 from tdm_runtime.errors import TDMError
 from training.config import config_as_toml, load_config
 from training.pretrained.presets import PRESETS

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,8 +18,16 @@ import torch
 from torch import nn
 
 from tdm_runtime.checkpoint.file_hashes import FileHashes, file_sha256
+from tdm_runtime.checkpoint.folder_files import TINY_VAE, check_files, other_files, weight_files
 from tdm_runtime.checkpoint.implied_recipe import recipe_of
-from tdm_runtime.checkpoint.pipeline_folder import MODEL_INDEX, family_of, load_text_encoders, read_json, text_parts
+from tdm_runtime.checkpoint.pipeline_folder import (
+    MODEL_INDEX,
+    family_of,
+    load_model_part,
+    load_text_encoders,
+    read_json,
+    unloadable,
+)
 from tdm_runtime.checkpoint.recipe import RECIPE_FILE, Adapter, Recipe, load_recipe
 from tdm_runtime.errors import CheckpointError, RecipeError
 from tdm_runtime.families import Denoiser, Family
@@ -35,15 +43,6 @@ if TYPE_CHECKING:
 
 Part = TypeVar("Part")
 
-TINY_VAE = "tiny_vae"
-"""Folder of the tiny autoencoder, which is optional."""
-DIFFUSION_WEIGHTS, TEXT_WEIGHTS = "diffusion_pytorch_model.safetensors", "model.safetensors"
-"""Names of a part's weights, by the library that saved it. Shards are listed in a file of that name + ".index.json"."""
-TINY_VAE_FILES = (f"{TINY_VAE}/{DIFFUSION_WEIGHTS}", f"{TINY_VAE}/config.json")
-"""Files of that folder; all are required if the folder exists."""
-TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",), ("tokenizer.model",))
-"""Files of which a tokenizer's folder must hold one group."""
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DEFAULT_CHECKPOINT = Path(__file__).resolve().parents[2] / "checkpoints" / "tdm-emoji"
 
 
@@ -76,9 +75,8 @@ class Checkpoint:
         """Name and sha256 of every file that determines a picture, a line each."""
         base = self.base_folder
         known = self.recipe.files if base == self.folder else {}
-        tiny_vae_files = TINY_VAE_FILES if self.has_tiny_vae else ()
         recipe = (RECIPE_FILE,) if self._lists_all_files else ()
-        names = {*known, *weight_files(base, self.family), *other_files(base, self.family), *tiny_vae_files, *recipe}
+        names = {*known, *weight_files(base, self.family), *other_files(base, self.family), *recipe}
         lines = [f"{name} {known.get(name) or self.hashes.sha256(base / name)}" for name in sorted(names)]
         return "\n".join([*lines, *(f"LoRA {lora.sha256} at {scale!r}" for lora, scale in self.loras)])
 
@@ -105,11 +103,11 @@ class Checkpoint:
 
             merge_loras(modules, self.loras)
 
-    def load_denoiser(self) -> Denoiser:
-        """Load the denoiser in its family's adapter, float32, eval mode."""
+    def load_denoiser(self, dtype: torch.dtype = torch.float32) -> Denoiser:
+        """Load the denoiser in its family's adapter, eval mode."""
         import diffusers
 
-        model = self._load_model(self.family.denoiser_folder, getattr(diffusers, self.family.denoiser_class))
+        model = self._load_model(self.family.denoiser_folder, getattr(diffusers, self.family.denoiser_class), dtype)
         denoiser = self.family.adapter(model.eval())
         self._merge_loras({self.family.denoiser_folder: denoiser})
         if self.recipe.guidance_scale is not None:
@@ -118,11 +116,11 @@ class Checkpoint:
             self._check_step_condition(denoiser.condition_dim)
         return denoiser
 
-    def load_vae(self) -> Any:
-        """Load the autoencoder, float32, eval mode."""
+    def load_vae(self, dtype: torch.dtype = torch.float32) -> Any:
+        """Load the autoencoder, eval mode."""
         import diffusers
 
-        return self._load_model("vae", getattr(diffusers, self.family.vae_classes[0])).eval()
+        return self._load_model("vae", getattr(diffusers, self.family.vae_classes[0]), dtype).eval()
 
     @property
     def recipe_source(self) -> str:
@@ -134,8 +132,8 @@ class Checkpoint:
         """Whether the folder has a tiny autoencoder."""
         return (self.base_folder / TINY_VAE).is_dir()
 
-    def load_tiny_vae(self) -> AutoencoderTiny:
-        """Load the tiny autoencoder, float32, eval mode. It decodes the denoiser's latents without a scaling factor.
+    def load_tiny_vae(self, dtype: torch.dtype = torch.float32) -> AutoencoderTiny:
+        """Load the tiny autoencoder, eval mode. It decodes the denoiser's latents without a scaling factor.
 
         Raises:
             CheckpointError: the checkpoint has no tiny autoencoder.
@@ -147,7 +145,7 @@ class Checkpoint:
                 f"{self.folder} has no {TINY_VAE}/; decode with the full autoencoder, or train a tiny one and publish "
                 "the checkpoint anew (`tdm-train emoji tiny-autoencoder`, then `publish`)"
             )
-        vae: AutoencoderTiny = self._load_model(TINY_VAE, AutoencoderTiny).eval()
+        vae: AutoencoderTiny = self._load_model(TINY_VAE, AutoencoderTiny, dtype).eval()
         return vae
 
     @property
@@ -172,13 +170,11 @@ class Checkpoint:
         encoders.pipeline.to(device)
         return encoders
 
-    def load_text_model(self) -> CLIPTextModel:
-        """Load the text model of a checkpoint that has CLIP alone, float32, eval mode."""
+    def load_text_model(self, dtype: torch.dtype = torch.float32) -> CLIPTextModel:
+        """Load the text model of a checkpoint that has CLIP alone, eval mode."""
         from transformers import CLIPTextModel
-        from transformers.utils.logging import disable_progress_bar
 
-        disable_progress_bar()  # weights load in a moment
-        model: CLIPTextModel = self._load_model("text_encoder", CLIPTextModel).eval()
+        model: CLIPTextModel = self._load_model("text_encoder", CLIPTextModel, dtype).eval()
         self._merge_loras({"text_encoder": model})
         return model
 
@@ -210,26 +206,16 @@ class Checkpoint:
     def _config(self, part: str, key: str) -> Any:
         return self._load(part, lambda folder: _read_config(folder)[key])
 
-    def _load_model(self, part: str, model_class: Any) -> Any:
-        load = partial(
-            model_class.from_pretrained,
-            output_loading_info=True,
-            dtype=torch.float32,
-            use_safetensors=True,
-            local_files_only=True,
-        )
-        model, report = self._load(part, load)
-        check_loaded(self.base_folder / part, report)
-        return model
+    def _load_model(self, part: str, model_class: Any, dtype: torch.dtype) -> Any:
+        # LoRAs are added before weights are rounded.
+        return load_model_part(self.base_folder / part, model_class, torch.float32 if self.loras else dtype)
 
     def _load(self, part: str, load: Callable[[Path], Part]) -> Part:
+        folder = self.base_folder / part
         try:
-            return load(self.base_folder / part)
+            return load(folder)
         except Exception as error:  # the libraries raise many kinds; a user can do the same about all of them
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise CheckpointError(
-                f"{self.base_folder / part} cannot be loaded: {reason}; restore the folder from its source"
-            ) from error
+            raise unloadable(folder, error) from error
 
     def _check_step_condition(self, dim: int | None) -> None:
         if (self.recipe.step_condition == "timestep_cond") != (dim is not None):
@@ -238,58 +224,6 @@ class Checkpoint:
                 f"{self.family.denoiser_folder}'s time_cond_proj_dim is {dim}; recipe and weights are not of one "
                 "training run: restore the folder from its source"
             )
-
-
-def check_loaded(folder: Path, report: Mapping[str, Collection[str]]) -> None:
-    """Check that no weight is missing or unused: the libraries would fill gaps with random numbers.
-
-    Args:
-        folder: of the component.
-        report: of `from_pretrained(..., output_loading_info=True)`.
-
-    Raises:
-        CheckpointError: the config describes other weights.
-    """
-    if strangers := sorted({*report["missing_keys"], *report["unexpected_keys"]}):
-        raise CheckpointError(
-            f"{folder / 'config.json'} does not describe the weights beside it: {len(strangers)} tensors are missing "
-            f"or left over ({strangers[0]}, ...); restore the folder from its source"
-        )
-
-
-def weight_files(folder: Path, family: Family) -> tuple[str, ...]:
-    """Return the weight files of a folder, shards and their index too, relative to it. They may be missing."""
-    denoiser, vae = f"{family.denoiser_folder}/{DIFFUSION_WEIGHTS}", f"vae/{DIFFUSION_WEIGHTS}"
-    texts = (f"{part}/{TEXT_WEIGHTS}" for part in family.text_encoders if _is_needed(folder, family, part))
-    return tuple(file for name in (denoiser, vae, *texts) for file in _with_shards(folder, name))
-
-
-def _with_shards(folder: Path, name: str) -> tuple[str, ...]:
-    index = f"{name}.index.json"
-    if not (folder / index).is_file():
-        return (name,)
-    shards = read_json(folder / index).get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
-        raise CheckpointError(f"{folder / index} has no weight_map of file names; restore the folder from its source")
-    part = name.rpartition("/")[0]
-    return (index, *(f"{part}/{shard}" for shard in sorted(set(shards.values()))))
-
-
-def other_files(folder: Path, family: Family) -> tuple[str, ...]:
-    """Return the other files of a folder beside its recipe, relative to it. They may be missing."""
-    texts = [part for part in family.text_encoders if _is_needed(folder, family, part)]
-    tokenizers = [part for part in family.tokenizers if _is_needed(folder, family, part)]
-    configs = (f"{part}/config.json" for part in (family.denoiser_folder, "vae", *texts))
-    return (MODEL_INDEX, *configs, *(file for part in tokenizers for file in _tokenizer_files(folder, part)))
-
-
-def _tokenizer_files(folder: Path, part: str) -> tuple[str, ...]:
-    groups = (group for group in TOKENIZER_FILES if all((folder / part / name).is_file() for name in group))
-    return tuple(f"{part}/{name}" for name in (*next(groups, TOKENIZER_FILES[0]), "tokenizer_config.json"))
-
-
-def _is_needed(folder: Path, family: Family, part: str) -> bool:
-    return part not in family.optional_text or part in text_parts(read_json(folder / MODEL_INDEX), family)
 
 
 def open_checkpoint(folder: Path, hashes: FileHashes | None = None, adapters: Sequence[Adapter] = ()) -> Checkpoint:
@@ -310,19 +244,14 @@ def open_checkpoint(folder: Path, hashes: FileHashes | None = None, adapters: Se
     family = family_of(base)
     if family.makes_clips:
         raise CheckpointError(f"{base} is of {family.name}, which makes clips; this version serves pictures")
-    _refuse_pickles(base)
     recipe = recipe_of(folder, family) if written is None else written
     recipe = replace(recipe, adapters=(*recipe.adapters, *adapters))
-    # Shards and their index count too: the libraries would read them in place of the files listed.
-    if recipe.files and (unlisted := sorted(set(_safetensors(folder)) - set(recipe.files))):
+    check_files(base, family)
+    if recipe.files and (unlisted := sorted(set(weight_files(folder, family)) - set(recipe.files))):
         raise RecipeError(
             f"{folder / RECIPE_FILE} has no sha256 for {', '.join(unlisted[:3])}; publish the checkpoint anew, "
             "or remove what does not belong to it"
         )
-    tiny_vae_files = TINY_VAE_FILES if (base / TINY_VAE).is_dir() else ()
-    required = (*weight_files(base, family), *other_files(base, family), *tiny_vae_files)
-    if missing := [name for name in required if not (base / name).is_file()]:
-        raise CheckpointError(f"{base} lacks {', '.join(missing)}; restore the folder from its source")
     for name, expected in recipe.files.items():
         _check_hash(folder, name, expected, hashes)
     checkpoint = Checkpoint(folder, recipe, family, hashes)
@@ -337,8 +266,6 @@ def base_folder(folder: Path, recipe: Recipe) -> Path:
 
 def _check_hash(folder: Path, name: str, expected: str, hashes: FileHashes) -> None:
     file = folder / name
-    if not file.resolve().is_relative_to(folder.resolve()):
-        raise RecipeError(f"{folder / RECIPE_FILE} lists {name!r}, which lies outside the checkpoint folder")
     if not file.is_file():
         raise CheckpointError(f"{file} is missing; restore the folder from its source")
     try:
@@ -353,21 +280,14 @@ def _check_hash(folder: Path, name: str, expected: str, hashes: FileHashes) -> N
 
 
 def weight_hashes(folder: Path) -> dict[str, str]:
-    """Return the sha256 of every weight file in a folder, shards and indices too, as a recipe lists them."""
-    return {name: file_sha256(folder / name) for name in _safetensors(folder)}
+    """Return the sha256 of every weight file that is read of a folder, shards and indices too, as a recipe lists them.
 
-
-def _safetensors(folder: Path) -> list[str]:
-    return sorted(str(file.relative_to(folder)) for file in folder.rglob("*.safetensors*"))
-
-
-def _refuse_pickles(folder: Path) -> None:
-    pickles = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.suffix.lower() in PICKLE_SUFFIXES)
-    if pickles:
-        raise CheckpointError(
-            f"{folder} holds pickled weights ({', '.join(pickles[:3])}), which can run code when read; "
-            "convert them to safetensors and remove them"
-        )
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    family = family_of(folder)
+    check_files(folder, family)
+    return {name: file_sha256(folder / name) for name in sorted(weight_files(folder, family))}
 
 
 def _read_config(folder: Path) -> Any:

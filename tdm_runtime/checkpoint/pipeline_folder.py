@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from tdm_runtime.families.family import TextEncoders
 MODEL_INDEX = "model_index.json"
 MAX_JSON_BYTES = 64 * 1024 * 1024
 """Largest JSON file that is read; an index of shards has about 1 MB."""
+UNREAD_WEIGHTS = ("position_ids", "lm_head.weight")
+"""Tensors, by the end of their name, that published files may hold and no text encoder reads."""
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -80,6 +83,61 @@ def text_parts(index: dict[str, Any], family: Family) -> tuple[str, ...]:
     return there
 
 
+def quiet_libraries() -> None:
+    """Keep progress bars and warnings of diffusers and transformers off stderr. What they report as errors we raise."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    for logging in (of_diffusers, of_transformers):
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+
+
+def unloadable(folder: Path, error: Exception) -> CheckpointError:
+    """Return the error of a part that a library could not load, in one line."""
+    lines = str(error).strip().splitlines()
+    reason = lines[0] if lines else type(error).__name__
+    return CheckpointError(f"{folder} cannot be loaded: {reason}; restore the folder from its source")
+
+
+def load_model_part(folder: Path, model_class: Any, dtype: torch.dtype) -> Any:
+    """Load a model with all its weights.
+
+    Args:
+        folder: of the part.
+        model_class: of diffusers or transformers.
+
+    Raises:
+        CheckpointError: it cannot be loaded, or weights are missing or unused.
+    """
+    quiet_libraries()
+    options = {"dtype": dtype, "use_safetensors": True, "local_files_only": True}
+    try:
+        model, report = model_class.from_pretrained(folder, output_loading_info=True, **options)
+    except Exception as error:  # the libraries raise many kinds; a user can do the same about all of them
+        raise unloadable(folder, error) from error
+    check_loaded(folder, report)
+    return model
+
+
+def check_loaded(folder: Path, report: Mapping[str, Collection[str]]) -> None:
+    """Check that no weight is missing or unused: the libraries would fill gaps with random numbers.
+
+    Args:
+        folder: of the component.
+        report: of `from_pretrained(..., output_loading_info=True)`.
+
+    Raises:
+        CheckpointError: the config describes other weights.
+    """
+    unused = (name for name in report["unexpected_keys"] if not name.endswith(UNREAD_WEIGHTS))
+    if strangers := sorted({*report["missing_keys"], *unused}):
+        raise CheckpointError(
+            f"{folder / 'config.json'} does not describe the weights beside it: {len(strangers)} tensors are missing "
+            f"or left over ({strangers[0]}, ...); restore the folder from its source"
+        )
+
+
 def load_text_encoders(
     folder: Path, family: Family, width: int, height: int, device: torch.device | str = "cpu"
 ) -> TextEncoders:
@@ -92,20 +150,24 @@ def load_text_encoders(
         CheckpointError: a part is missing or cannot be loaded.
     """
     import diffusers
+    import transformers
 
     index = read_json(folder / MODEL_INDEX)
     try:
         there = text_parts(index, family)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from None
-    others = {name: None for name, value in index.items() if isinstance(value, list) and name not in there}
-    load = partial(getattr(diffusers, index["_class_name"]).from_pretrained, **family.pipeline_options, **others)
+    named = (*family.optional_text, *(name for name, value in index.items() if isinstance(value, list)))
+    others = {name: None for name in named if name not in there}
+    models = {
+        part: load_model_part(folder / part, getattr(transformers, str(index[part][-1]), None), torch.float32).eval()
+        for part in family.text_encoders
+        if part in there
+    }
+    load = partial(getattr(diffusers, index["_class_name"]).from_pretrained, **family.pipeline_options)
     try:
-        pipeline = load(folder, dtype=torch.float32, use_safetensors=True, local_files_only=True)
+        pipeline = load(folder, local_files_only=True, **models, **others)
     except Exception as error:  # the libraries raise many kinds; a user can do the same about all of them
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"the text encoders of {folder} cannot be loaded: {reason}; restore the folder from its source"
-        ) from error
+        raise unloadable(folder, error) from error
     config = read_json(folder / family.denoiser_folder / "config.json")
     return TextEncoders(pipeline.to(device), config, width, height)

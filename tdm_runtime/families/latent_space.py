@@ -68,19 +68,37 @@ class LatentScaling:
 
     factor: float
     shift: float
+    mean: tuple[float, ...] = ()
+    """Mean of each channel of the VAE's latents, in place of the shift; empty where the VAE states none."""
+    std: tuple[float, ...] = ()
+    """Standard deviation of each channel; empty where the VAE states none."""
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> LatentScaling:
-        """Read scaling and shift from a VAE's config; without shift_factor the shift is 0."""
-        return cls(float(config["scaling_factor"]), float(config.get("shift_factor") or 0.0))
+        """Read scaling and shift from a VAE's config; without shift_factor the shift is 0.
+
+        Like the pipeline of SDXL, it reads latents_mean and latents_std only where the VAE has both.
+        """
+        factor, shift = float(config["scaling_factor"]), float(config.get("shift_factor") or 0.0)
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        return cls(factor, shift) if mean is None or std is None else cls(factor, shift, tuple(mean), tuple(std))
 
     def to_vae(self, latents: Tensor) -> Tensor:
         """Return the denoiser's latents as the VAE decodes them."""
-        return latents / self.factor + self.shift
+        if not self.std:
+            return latents / self.factor + self.shift
+        return latents * _by_channel(self.std, latents) / self.factor + _by_channel(self.mean, latents)
 
     def from_vae(self, latents: Tensor) -> Tensor:
         """Return what the VAE encoded as the denoiser reads it."""
-        return (latents - self.shift) * self.factor
+        if not self.std:
+            return (latents - self.shift) * self.factor
+        return (latents - _by_channel(self.mean, latents)) * self.factor / _by_channel(self.std, latents)
+
+
+def _by_channel(values: tuple[float, ...], latents: Tensor) -> Tensor:
+    """Return one number a channel, in the shape that multiplies latents [B, C, ...]."""
+    return torch.tensor(values, dtype=latents.dtype, device=latents.device).view(-1, *(1,) * (latents.ndim - 2))
 
 
 class DecoderModule(nn.Module):

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, final
 
+import torch
 from torch import Tensor
+from torch.nn import functional
 
 from tdm_runtime.backends.interface import DType
 from tdm_runtime.families.conditioning import Conditioning
@@ -14,6 +16,9 @@ from tdm_runtime.families.family import ATTENTION_PROJECTIONS, Family, TextEncod
 
 if TYPE_CHECKING:
     from diffusers import SD3Transformer2DModel
+
+T5_TOKENS = 256
+"""Tokens that T5 reads, the default of the pipeline."""
 
 
 class SD3Denoiser(Denoiser):
@@ -66,10 +71,27 @@ class StableDiffusion3(Family):
     optional_text = ("text_encoder_3", "tokenizer_3")
 
     def max_tokens(self, encoders: TextEncoders) -> int:
-        return 256
+        pipeline = encoders.pipeline
+        return T5_TOKENS if pipeline.tokenizer_3 is not None else int(pipeline.tokenizer.model_max_length)
 
     def encode_prompts(self, prompts: list[str], encoders: TextEncoders) -> Conditioning:
+        if encoders.pipeline.text_encoder_3 is None:
+            return _encode_without_t5(prompts, encoders)
         embeds, _, pooled, _ = encoders.pipeline.encode_prompt(
             prompts, None, None, device=encoders.device, do_classifier_free_guidance=False
         )
         return Conditioning(embeds, pooled)
+
+
+def _encode_without_t5(prompts: list[str], encoders: TextEncoders) -> Conditioning:
+    """Encode prompts by both CLIPs; T5's rows are zeros, as in a pipeline without T5.
+
+    That pipeline reads the width of the zeros from its transformer, which is not loaded here.
+    """
+    pipeline = encoders.pipeline
+    width = encoders.denoiser_config.get("joint_attention_dim", 4096)
+    first, second = (
+        pipeline._get_clip_prompt_embeds(prompts, device=encoders.device, clip_model_index=clip) for clip in (0, 1)
+    )
+    embeds, pooled = (torch.cat(parts, dim=-1) for parts in zip(first, second, strict=True))
+    return Conditioning(functional.pad(embeds, (0, width - embeds.shape[-1], 0, T5_TOKENS)), pooled)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from tdm_runtime.backends.interface import ComponentName, Interface, TensorSpec
@@ -46,8 +47,13 @@ def component_names(checkpoint: Checkpoint) -> tuple[ComponentName, ...]:
     return (*text, "denoiser", "decoder", *tiny)
 
 
-def load_component(checkpoint: Checkpoint, name: ComponentName) -> tuple[nn.Module, Interface]:
-    """Load one component's module, float32 and in eval mode, and its interface.
+def load_component(
+    checkpoint: Checkpoint, name: ComponentName, dtype: torch.dtype = torch.float32
+) -> tuple[nn.Module, Interface]:
+    """Load one component's module in eval mode, and its interface.
+
+    Args:
+        dtype: of the weights. Where LoRAs are merged into them they are float32.
 
     Raises:
         CheckpointError: the checkpoint has no such component, or it cannot be loaded.
@@ -55,13 +61,13 @@ def load_component(checkpoint: Checkpoint, name: ComponentName) -> tuple[nn.Modu
     module: TextEncoderModule | DecoderModule
     match name:
         case "text_encoder":
-            module = TextEncoderModule(checkpoint.load_text_model())
+            module = TextEncoderModule(checkpoint.load_text_model(dtype))
         case "decoder":
-            module = checkpoint.family.decoder(checkpoint.load_vae())
+            module = checkpoint.family.decoder(checkpoint.load_vae(dtype))
         case "tiny_decoder":
-            module = checkpoint.family.decoder(checkpoint.load_tiny_vae())
+            module = checkpoint.family.decoder(checkpoint.load_tiny_vae(dtype))
         case "denoiser":
-            denoiser = checkpoint.load_denoiser()
+            denoiser = checkpoint.load_denoiser(dtype)
             tokens = checkpoint.load_tokenizer().max_tokens if checkpoint.has_clip_alone else "tokens"
             return denoiser, denoiser.interface(tokens)
     return module, module.interface()

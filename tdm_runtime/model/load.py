@@ -44,7 +44,7 @@ def load_with_torch(
     dtype = TORCH_DTYPES[precision]
 
     def run(name: ComponentName) -> tuple[Backend, Interface]:
-        module, interface = load_component(checkpoint, name)
+        module, interface = load_component(checkpoint, name, dtype)
         # Only the denoiser may have an OpenMP team. With a second team there are more workers than cores, they stop
         # spinning, and a step takes twice as long.
         team = 1 if name.endswith("decoder") else threads

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch.nn import functional
@@ -88,8 +88,9 @@ class PipelineEncoder:
     def __init__(self, family: Family, encoders: TextEncoders) -> None:
         self._family = family
         self._encoders = encoders
-        self._tokenizer: Any = getattr(encoders.pipeline, family.tokenizers[-1])
-        """Tokenizer of the encoder that reads the most."""
+        there = (tokenizer for name in family.tokenizers if (tokenizer := getattr(encoders.pipeline, name)) is not None)
+        *_, self._tokenizer = there
+        """Tokenizer of the encoder that reads the most, the last one that the pipeline has."""
         self._max_tokens = family.max_tokens(encoders)
 
     def tokenize(self, prompt: str) -> TokenizedPrompt:

@@ -13,6 +13,7 @@ from tdm_runtime.checkpoint.published_recipes import PUBLISHED
 from tdm_runtime.checkpoint.recipe import RECIPE_FILE, load_recipe, parse_recipe
 from tdm_runtime.recipe_cli import main
 from tests.tdm_runtime.checkpoint.test_implied_recipe import UNET, stock_folder
+from tests.tiny_pipelines import build_pipeline
 
 
 @pytest.fixture
@@ -29,17 +30,23 @@ def test_it_prints_the_recipe(folder: Path, capsys: pytest.CaptureFixture[str]) 
     assert recipe.files == {} and not (folder / RECIPE_FILE).exists()
 
 
-def test_it_writes_the_recipe_with_the_hashes_of_all_weight_files(folder: Path) -> None:
-    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    weights.write_bytes(b"weights")
-    (folder / "unet" / "model.safetensors.index.json").write_bytes(b"{}")
+def test_it_writes_the_recipe_with_the_hashes_of_the_weight_files_that_are_read(tmp_path: Path) -> None:
+    folder = tmp_path / "xl"
+    build_pipeline("sdxl").save_pretrained(folder, max_shard_size="60KB")
+    for name in ("v1-5-pruned.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors"):
+        (folder / name).write_bytes(b"not read")
     assert main([str(folder), "--timesteps", "999,749,499,249", "-o", str(folder / RECIPE_FILE)]) == 0
     recipe = load_recipe(folder)
     assert recipe.timesteps == {4: (999.0, 749.0, 499.0, 249.0)}
-    assert recipe.files == {
-        "unet/diffusion_pytorch_model.safetensors": hashlib.sha256(b"weights").hexdigest(),
-        "unet/model.safetensors.index.json": hashlib.sha256(b"{}").hexdigest(),
+    shards = sorted(file.relative_to(folder) for file in (folder / "unet").glob("*-of-*.safetensors"))
+    others = ["text_encoder/model", "text_encoder_2/model", "vae/diffusion_pytorch_model"]
+    assert len(shards) > 1 and set(recipe.files) == {
+        *map(str, shards),
+        "unet/diffusion_pytorch_model.safetensors.index.json",
+        *(f"{name}.safetensors" for name in others),
     }
+    name = str(shards[0])
+    assert recipe.files[name] == hashlib.sha256((folder / name).read_bytes()).hexdigest()
 
 
 def test_it_takes_a_published_recipe(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,6 @@ arguments of the stock call, then `tdm-generate`. Equal pixels read 59 dB, becau
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,18 +14,13 @@ from typing import Any
 import diffusers
 import numpy as np
 import pytest
-import torch
-from PIL import Image
 
-from tdm_runtime.cli import main as tdm_generate
 from tdm_runtime.families import FAMILIES
 from tdm_runtime.recipe_cli import main as tdm_recipe
 from tests.lora_files import draw_weights, write_diffusers, write_kohya, write_peft
+from tests.stock_pictures import MIN_PSNR_DB, picture, psnr_db, stock_picture
 from tests.tiny_pipelines import build_pipeline
 
-MIN_PSNR_DB = 50.0
-SEED = 7
-WIDTH, HEIGHT = 96, 64
 PROMPTS = ("A red Fox", "Two CATS on a hill")
 SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 TRAILING = {**SD_BETAS, "timestep_spacing": "trailing"}
@@ -142,8 +136,8 @@ def test_the_picture_equals_that_of_the_stock_pipeline(
     assert tdm_recipe([str(folder), *recipe_arguments(case, folder)]) == 0, capsys.readouterr().err
     for count in case.steps:
         for prompt in PROMPTS:
-            theirs = stock_picture(pipeline, case, prompt, count)
-            assert psnr_db(picture(folder, prompt, count), theirs) >= MIN_PSNR_DB, (count, prompt)
+            theirs = picture_of_case(pipeline, case, prompt, count)
+            assert psnr_db(picture(folder, prompt, count, tmp_path), theirs) >= MIN_PSNR_DB, (count, prompt)
 
 
 @pytest.mark.parametrize(
@@ -176,17 +170,17 @@ def test_loras_change_the_picture_as_in_the_stock_pipeline(
         files.append(write(build_pipeline(case.family, **case.changes), tmp_path / f"lora {number}", weights))
     for number, stock_file in enumerate(stock_files):
         pipeline.load_lora_weights(stock_file.parent, weight_name=stock_file.name, adapter_name=str(number))
-    plain = picture(folder, PROMPTS[0], case.steps[0])
+    plain = picture(folder, PROMPTS[0], case.steps[0], tmp_path)
     for scales in ((0.5,), (0.5, -0.7)):
         pipeline.set_adapters([str(n) for n in range(len(scales))], list(scales))
-        theirs = stock_picture(pipeline, case, PROMPTS[0], case.steps[0])
+        theirs = picture_of_case(pipeline, case, PROMPTS[0], case.steps[0])
         loras = [part for file, scale in zip(files, scales, strict=False) for part in ("--lora", f"{file}:{scale}")]
-        ours = picture(folder, PROMPTS[0], case.steps[0], *loras)
+        ours = picture(folder, PROMPTS[0], case.steps[0], tmp_path, *loras)
         assert psnr_db(ours, theirs) >= MIN_PSNR_DB and psnr_db(ours, plain) < MIN_PSNR_DB - 10
     model = tmp_path / "model"
     model.mkdir()
     assert tdm_recipe([str(folder), *recipe_arguments(case, model), *loras]) == 0, capsys.readouterr().err
-    assert np.array_equal(picture(model, PROMPTS[0], case.steps[0]), ours)
+    assert np.array_equal(picture(model, PROMPTS[0], case.steps[0], tmp_path), ours)
 
 
 def stock_folder(case: Case, folder: Path) -> tuple[Any, Path]:
@@ -206,31 +200,9 @@ def recipe_arguments(case: Case, folder: Path) -> list[str]:
     return [*steps, *case.recipe, "-o", str(folder / "tdm_recipe.json")]
 
 
-def stock_picture(pipeline: Any, case: Case, prompt: str, steps: int) -> Any:
+def picture_of_case(pipeline: Any, case: Case, prompt: str, steps: int) -> Any:
     """Return the picture of the stock pipeline as floats in [0, 1]."""
     call = dict(case.call) or {"num_inference_steps": steps}
     if case.family == "sana" and steps != 2:
         call["intermediate_timesteps"] = None
-    return pipeline(
-        prompt=prompt,
-        width=WIDTH,
-        height=HEIGHT,
-        generator=torch.Generator("cpu").manual_seed(SEED),
-        output_type="np",
-        **call,
-        **case.options,
-    ).images[0]
-
-
-def picture(folder: Path, prompt: str, steps: int, *more: str) -> Any:
-    """Return the picture of `tdm-generate` as floats in [0, 1]."""
-    file = folder / "picture.png"
-    sizes = ["--seed", str(SEED), "--steps", str(steps), "--size", f"{WIDTH}x{HEIGHT}"]
-    backend = ["--backend", "torch", "--precision", "fp32"]
-    assert tdm_generate(["--checkpoint", str(folder), prompt, *sizes, *backend, *more, "-o", str(file)]) == 0
-    return np.asarray(Image.open(file).convert("RGB")) / 255.0
-
-
-def psnr_db(ours: Any, theirs: Any) -> float:
-    error = float(np.mean((ours - theirs) ** 2))
-    return -10 * math.log10(error) if error else math.inf
+    return stock_picture(pipeline, prompt, **call, **case.options)

@@ -13,7 +13,8 @@ import pytest
 
 from tdm_runtime.checkpoint import file_hashes
 from tdm_runtime.checkpoint.file_hashes import FileHashes
-from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT, TINY_VAE_FILES, open_checkpoint, other_files, weight_files
+from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT, open_checkpoint
+from tdm_runtime.checkpoint.folder_files import other_files, weight_files
 from tdm_runtime.checkpoint.recipe import RECIPE_FILE
 from tdm_runtime.errors import CheckpointError
 from tdm_runtime.families import FAMILIES
@@ -41,7 +42,7 @@ def flip_bit(file: Path) -> None:
 def test_a_second_process_with_known_hashes_hashes_nothing(copy: Path, hashed: Counter[Path]) -> None:
     hashes = FileHashes()
     first = open_checkpoint(copy, hashes)
-    names = {*first.recipe.files, *WEIGHT_FILES, *other_files(copy, FAMILY), *TINY_VAE_FILES, RECIPE_FILE}
+    names = {*first.recipe.files, *WEIGHT_FILES, *other_files(copy, FAMILY), RECIPE_FILE}
     expected = (first.digest, first.fingerprint)
     second = open_checkpoint(copy, pickle.loads(pickle.dumps(hashes)))
     assert (second.digest, second.fingerprint) == expected

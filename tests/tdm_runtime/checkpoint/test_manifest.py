@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from tdm_runtime.backends.interface import Interface, TensorSpec
 from tdm_runtime.backends.machine import gpu_architecture, installed
 from tdm_runtime.checkpoint.file_hashes import file_sha256
-from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT, TINY_VAE_FILES, Checkpoint, open_checkpoint, other_files
+from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT, Checkpoint, open_checkpoint
+from tdm_runtime.checkpoint.folder_files import DIFFUSION_WEIGHTS, TINY_VAE, other_files
 from tdm_runtime.checkpoint.manifest import (
     MANIFEST_FILE,
     MANIFEST_FORMAT,
@@ -275,7 +276,7 @@ def assert_other_artifacts(copy: Path, checkpoint: Checkpoint) -> None:
     assert default_artifacts(open_checkpoint(copy)) != default_artifacts(checkpoint)
 
 
-@pytest.mark.parametrize("name", [*other_files(DEFAULT_CHECKPOINT, FAMILIES["stable_diffusion"]), TINY_VAE_FILES[1]])
+@pytest.mark.parametrize("name", other_files(DEFAULT_CHECKPOINT, FAMILIES["stable_diffusion"]))
 def test_another_config_or_tokenizer_needs_other_artifacts(checkpoint: Checkpoint, copy: Path, name: str) -> None:
     edit_json(copy / name, note="changed")
     assert_other_artifacts(copy, checkpoint)
@@ -286,7 +287,7 @@ def test_another_recipe_needs_other_artifacts(checkpoint: Checkpoint, copy: Path
     assert_other_artifacts(copy, checkpoint)
 
 
-@pytest.mark.parametrize("name", ["unet/diffusion_pytorch_model.safetensors", TINY_VAE_FILES[0]])
+@pytest.mark.parametrize("name", ["unet/diffusion_pytorch_model.safetensors", f"{TINY_VAE}/{DIFFUSION_WEIGHTS}"])
 def test_other_weights_need_other_artifacts(checkpoint: Checkpoint, copy: Path, name: str) -> None:
     change_weights(copy, name)
     assert_other_artifacts(copy, checkpoint)
@@ -295,7 +296,7 @@ def test_other_weights_need_other_artifacts(checkpoint: Checkpoint, copy: Path, 
 def test_a_checkpoint_without_its_tiny_autoencoder_needs_other_artifacts(checkpoint: Checkpoint, copy: Path) -> None:
     shutil.rmtree(copy / "tiny_vae")
     files = json.loads((copy / RECIPE_FILE).read_text(encoding="utf-8"))["files"]
-    del files[TINY_VAE_FILES[0]]
+    del files[f"{TINY_VAE}/{DIFFUSION_WEIGHTS}"]
     edit_json(copy / RECIPE_FILE, files=files)
     assert_other_artifacts(copy, checkpoint)
 

@@ -11,7 +11,8 @@ import torch
 from diffusers import AutoencoderTiny, StableDiffusionPipeline
 
 from tdm_runtime.checkpoint.file_hashes import file_sha256
-from tdm_runtime.checkpoint.folder import TINY_VAE, TINY_VAE_FILES, open_checkpoint
+from tdm_runtime.checkpoint.folder import open_checkpoint
+from tdm_runtime.checkpoint.folder_files import DIFFUSION_WEIGHTS, TINY_VAE
 from tdm_runtime.errors import CheckpointError, RecipeError
 from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.model.similarity import psnr_db
@@ -37,6 +38,8 @@ from training.emoji.stages.tiny_autoencoder import (
 from training.run.loop import LoopConfig
 
 CONFIG = TinyAutoencoderConfig(LoopConfig(steps=4, save_every_s=0.0), batch_size=4, drawings=6, captions=2, held_out=2)
+
+TINY_FILES = (f"{TINY_VAE}/{DIFFUSION_WEIGHTS}", f"{TINY_VAE}/config.json")
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +116,7 @@ def test_bytes_to_pixels_and_back_changes_nothing() -> None:
 def test_a_checkpoint_can_be_published_with_a_tiny_autoencoder(published: Path, run: Path) -> None:
     checkpoint = open_checkpoint(published)
     assert checkpoint.has_tiny_vae
-    assert checkpoint.recipe.files[TINY_VAE_FILES[0]] == file_sha256(published / TINY_VAE_FILES[0])
+    assert checkpoint.recipe.files[TINY_FILES[0]] == file_sha256(published / TINY_FILES[0])
     tiny = checkpoint.load_tiny_vae()
     assert tiny.config.scaling_factor == 1.0
     assert tiny.config.block_out_channels == [32, 32, 32]  # not in the file; its length gives the downscale
@@ -148,7 +151,7 @@ def test_stock_pipelines_read_the_checkpoint_with_either_autoencoder(published: 
     assert stock.vae_scale_factor == swapped.vae_scale_factor == 4
 
 
-@pytest.mark.parametrize("name", TINY_VAE_FILES)
+@pytest.mark.parametrize("name", TINY_FILES)
 def test_a_tiny_autoencoder_with_a_missing_file_is_rejected(published: Path, name: str) -> None:
     (published / name).unlink()
     with pytest.raises(CheckpointError, match=f"lacks {name}"):
@@ -157,7 +160,7 @@ def test_a_tiny_autoencoder_with_a_missing_file_is_rejected(published: Path, nam
 
 def test_a_tiny_autoencoder_that_the_recipe_does_not_list_is_rejected(published: Path, run: Path) -> None:
     """Publish without a tiny autoencoder into a folder that still holds an old one."""
-    with pytest.raises(RecipeError, match=rf"no sha256 for {TINY_VAE_FILES[0]}.*remove what does not belong"):
+    with pytest.raises(RecipeError, match=rf"no sha256 for {TINY_FILES[0]}.*remove what does not belong"):
         publish(published, run / "decoder", run / "teacher", run / "student")
     shutil.rmtree(published / TINY_VAE)
     assert not open_checkpoint(published).has_tiny_vae

@@ -10,7 +10,8 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, ModelMixin, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from tdm_runtime.checkpoint.folder import TINY_VAE, open_checkpoint, weight_hashes
+from tdm_runtime.checkpoint.folder import open_checkpoint, weight_hashes
+from tdm_runtime.checkpoint.folder_files import TINY_VAE
 from tdm_runtime.checkpoint.recipe import RECIPE_FILE, Recipe
 from tdm_runtime.sampling.schedule import DiffusionSchedule
 from training.emoji.stages.student import build_recipe

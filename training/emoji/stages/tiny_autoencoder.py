@@ -22,7 +22,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tdm_runtime.checkpoint.folder import TINY_VAE
+from tdm_runtime.checkpoint.folder_files import TINY_VAE
 from tdm_runtime.model.similarity import psnr_db
 from tdm_runtime.sampling.noise import initial_noise
 from training.emoji.data.scenes import caption, sample_scene

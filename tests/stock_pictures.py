@@ -1,0 +1,37 @@
+"""Pictures of `tdm-generate` beside those of stock diffusers pipelines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from tdm_runtime.cli import main as tdm_generate
+
+MIN_PSNR_DB = 50.0
+"""Least similarity of pictures that count as equal. Equal pixels read 59 dB, because files hold whole levels."""
+SEED = 7
+WIDTH, HEIGHT = 96, 64
+
+
+def picture(folder: Path, prompt: str, steps: int, tmp_path: Path, *more: str) -> Any:
+    """Return the picture of `tdm-generate` as floats in [0, 1]."""
+    file = tmp_path / "picture.png"
+    sizes = ["--seed", str(SEED), "--steps", str(steps), "--size", f"{WIDTH}x{HEIGHT}"]
+    backend = ["--backend", "torch", "--precision", "fp32", "--threads", "1"]
+    assert tdm_generate(["--checkpoint", str(folder), prompt, *sizes, *backend, *more, "-o", str(file)]) == 0
+    return np.asarray(Image.open(file).convert("RGB")) / 255.0
+
+
+def stock_picture(pipeline: Any, prompt: str, **arguments: Any) -> Any:
+    """Return the picture of a stock pipeline as floats in [0, 1]."""
+    noise = torch.Generator("cpu").manual_seed(SEED)
+    call = {"prompt": prompt, "width": WIDTH, "height": HEIGHT, "generator": noise, "output_type": "np"}
+    return pipeline(**call, **arguments).images[0]
+
+
+def psnr_db(ours: Any, theirs: Any) -> float:
+    return float(-10 * np.log10(np.mean((ours - theirs) ** 2)))
