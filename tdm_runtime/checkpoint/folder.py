@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from tdm_runtime.checkpoint.file_hashes import FileHashes, file_sha256
 from tdm_runtime.checkpoint.implied_recipe import recipe_of
+from tdm_runtime.checkpoint.lora_file import STEP_CONDITION_FILE
 from tdm_runtime.checkpoint.pipeline_folder import MODEL_INDEX, family_of, load_text_encoders, read_json, text_parts
 from tdm_runtime.checkpoint.recipe import RECIPE_FILE, Adapter, Recipe, load_recipe
 from tdm_runtime.errors import CheckpointError, RecipeError
@@ -111,11 +113,12 @@ class Checkpoint:
 
         model = self._load_model(self.family.denoiser_folder, getattr(diffusers, self.family.denoiser_class))
         denoiser = self.family.adapter(model.eval())
+        if (self.base_folder / STEP_CONDITION_FILE).is_file():
+            denoiser.load_step_condition(self._load(STEP_CONDITION_FILE, load_file))
         self._merge_loras({self.family.denoiser_folder: denoiser})
         if self.recipe.guidance_scale is not None:
             denoiser.read_guidance()
-        else:
-            self._check_step_condition(denoiser.condition_dim)
+        self._check_step_condition(denoiser.reads_step_count)
         return denoiser
 
     def load_vae(self) -> Any:
@@ -231,12 +234,12 @@ class Checkpoint:
                 f"{self.base_folder / part} cannot be loaded: {reason}; restore the folder from its source"
             ) from error
 
-    def _check_step_condition(self, dim: int | None) -> None:
-        if (self.recipe.step_condition == "timestep_cond") != (dim is not None):
+    def _check_step_condition(self, reads_step_count: bool) -> None:
+        if (self.recipe.step_condition == "timestep_cond") != reads_step_count:
             raise RecipeError(
                 f"{self.folder}: the recipe's step_condition is {self.recipe.step_condition!r} but the "
-                f"{self.family.denoiser_folder}'s time_cond_proj_dim is {dim}; recipe and weights are not of one "
-                "training run: restore the folder from its source"
+                f"{self.family.denoiser_folder} has {'an' if reads_step_count else 'no'} input for K; recipe and "
+                "weights are not of one training run: restore the folder from its source"
             )
 
 
@@ -261,7 +264,8 @@ def weight_files(folder: Path, family: Family) -> tuple[str, ...]:
     """Return the weight files of a folder, shards and their index too, relative to it. They may be missing."""
     denoiser, vae = f"{family.denoiser_folder}/{DIFFUSION_WEIGHTS}", f"vae/{DIFFUSION_WEIGHTS}"
     texts = (f"{part}/{TEXT_WEIGHTS}" for part in family.text_encoders if _is_needed(folder, family, part))
-    return tuple(file for name in (denoiser, vae, *texts) for file in _with_shards(folder, name))
+    condition = (STEP_CONDITION_FILE,) if (folder / STEP_CONDITION_FILE).is_file() else ()
+    return (*(file for name in (denoiser, vae, *texts) for file in _with_shards(folder, name)), *condition)
 
 
 def _with_shards(folder: Path, name: str) -> tuple[str, ...]:
