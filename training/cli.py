@@ -101,8 +101,10 @@ def _parser() -> argparse.ArgumentParser:
     distil.add_argument("--config", type=Path, help="TOML file of settings that differ from the preset")
     distil.add_argument("--base", type=Path, required=True, help="diffusers folder of the teacher")
     distil.add_argument("--embeddings", type=Path, required=True, help="folder that `embed` wrote")
-    distil.add_argument("--student", type=Path, help="folder of a student to start from: an earlier stage or an LCM")
-    distil.add_argument("--output", type=Path, required=True)
+    distil.add_argument(
+        "--student", type=Path, help="folder of a student to start from: model/ of an earlier run, or an LCM"
+    )
+    distil.add_argument("--output", type=Path, required=True, help="folder of the run; the result is model/ in it")
     return parser
 
 
@@ -240,7 +242,8 @@ def _distill(given: argparse.Namespace) -> None:
     from training.pretrained.train import train_backbone
 
     config = load_config(PRESETS[given.preset], given.config)
-    train_backbone(given.output, given.base, given.embeddings, config, student_folder=given.student)
+    model = train_backbone(given.output, given.base, given.embeddings, config, student_folder=given.student)
+    print(f"the student is {model}")
 
 
 _EMOJI: Mapping[str, Callable[[argparse.Namespace], None]] = {

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from tdm_runtime.checkpoint.file_hashes import FileHashes, file_sha256
 from tdm_runtime.checkpoint.folder_files import TINY_VAE, check_files, other_files, weight_files
 from tdm_runtime.checkpoint.implied_recipe import recipe_of
+from tdm_runtime.checkpoint.lora_file import STEP_CONDITION_FILE
 from tdm_runtime.checkpoint.pipeline_folder import (
     MODEL_INDEX,
     family_of,
@@ -109,11 +111,12 @@ class Checkpoint:
 
         model = self._load_model(self.family.denoiser_folder, getattr(diffusers, self.family.denoiser_class), dtype)
         denoiser = self.family.adapter(model.eval())
+        if (self.base_folder / STEP_CONDITION_FILE).is_file():
+            denoiser.load_step_condition(self._load(STEP_CONDITION_FILE, load_file))
         self._merge_loras({self.family.denoiser_folder: denoiser})
         if self.recipe.guidance_scale is not None:
             denoiser.read_guidance()
-        else:
-            self._check_step_condition(denoiser.condition_dim)
+        self._check_step_condition(denoiser.reads_step_count)
         return denoiser
 
     def load_vae(self, dtype: torch.dtype = torch.float32) -> Any:
@@ -217,12 +220,12 @@ class Checkpoint:
         except Exception as error:  # the libraries raise many kinds; a user can do the same about all of them
             raise unloadable(folder, error) from error
 
-    def _check_step_condition(self, dim: int | None) -> None:
-        if (self.recipe.step_condition == "timestep_cond") != (dim is not None):
+    def _check_step_condition(self, reads_step_count: bool) -> None:
+        if (self.recipe.step_condition == "timestep_cond") != reads_step_count:
             raise RecipeError(
                 f"{self.folder}: the recipe's step_condition is {self.recipe.step_condition!r} but the "
-                f"{self.family.denoiser_folder}'s time_cond_proj_dim is {dim}; recipe and weights are not of one "
-                "training run: restore the folder from its source"
+                f"{self.family.denoiser_folder} has {'an' if reads_step_count else 'no'} input for K; recipe and "
+                "weights are not of one training run: restore the folder from its source"
             )
 
 

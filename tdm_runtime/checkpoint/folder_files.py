@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from tdm_runtime.checkpoint.lora_file import STEP_CONDITION_FILE
 from tdm_runtime.checkpoint.pipeline_folder import MODEL_INDEX, read_json, text_parts
 from tdm_runtime.errors import CheckpointError
 from tdm_runtime.families import Family
@@ -28,7 +29,8 @@ def weight_files(folder: Path, family: Family) -> tuple[str, ...]:
     parts = [(part, TEXT_WEIGHTS) for part in texts]
     parts += [(part, DIFFUSION_WEIGHTS) for part in (family.denoiser_folder, "vae", TINY_VAE)]
     there = (part for part in parts if part[0] != TINY_VAE or (folder / TINY_VAE).is_dir())
-    return tuple(file for part, name in there for file in _with_shards(folder, part, name))
+    condition = (STEP_CONDITION_FILE,) if (folder / STEP_CONDITION_FILE).is_file() else ()
+    return (*(file for part, name in there for file in _with_shards(folder, part, name)), *condition)
 
 
 def other_files(folder: Path, family: Family) -> tuple[str, ...]:

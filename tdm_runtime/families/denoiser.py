@@ -63,6 +63,11 @@ class Denoiser(nn.Module, ABC):
         projection = self.timestep_embedding.cond_proj
         return None if projection is None else int(projection.in_features)
 
+    @property
+    def reads_step_count(self) -> bool:
+        """Whether the model has an input for K."""
+        return self.condition_dim is not None
+
     def forward(
         self,
         latents: Tensor,

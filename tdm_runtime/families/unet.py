@@ -37,6 +37,10 @@ class UNetDenoiser(Denoiser):
         width: int = self.model.config.cross_attention_dim
         return width
 
+    @property
+    def reads_step_count(self) -> bool:
+        return super().reads_step_count and not self._reads_guidance
+
     def read_guidance(self) -> None:
         """Give the guidance scale to the input that K would take, as latent consistency models were distilled."""
         self._reads_guidance = True

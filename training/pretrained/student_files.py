@@ -1,10 +1,9 @@
-"""Files of a trained student: whole weights or a LoRA, and the recipe.
+"""Weights of a trained student: whole or a LoRA. `training.pretrained.model_folder` makes a model of them.
 
 unet|transformer/                    whole weights, as diffusers saves them, or
 pytorch_lora_weights.safetensors     a LoRA with diffusers' names and alpha / rank folded into B, so that readers
                                      without alpha apply it right
 step_condition.safetensors           the weights that read K, if the files above cannot hold them
-tdm_recipe.json                      how to sample the student, unless it samples with fresh noise
 """
 
 from __future__ import annotations
@@ -18,17 +17,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tdm_runtime.checkpoint.file_hashes import file_sha256
 from tdm_runtime.checkpoint.lora_file import FOLDER_FILES, STEP_CONDITION_FILE, read_lora
 from tdm_runtime.checkpoint.merged_lora import merge_loras
-from tdm_runtime.checkpoint.recipe import RECIPE_FILE, Recipe
 from tdm_runtime.errors import CheckpointError
 from tdm_runtime.families import Denoiser, denoiser_for, family_of_model
 from training.config import ConfigError, DistillConfig
 from training.methods.roles import CleanEstimator, LoraRoles
-from training.methods.trajectory import Coordinates
 from training.pretrained.base_model import load_denoiser_model
-from training.run.distill import Distiller, timesteps_of
+from training.run.distill import Distiller
 
 LORA_FILE = FOLDER_FILES[0]
 ONE_FILE = "1TB"
@@ -43,29 +39,13 @@ def part_name(denoiser: Denoiser) -> str:
 # ---- saving --------------------------------------------------------------------------------------
 
 
-def save_student(distiller: Distiller, folder: Path, name: str | None = None) -> list[Path]:
-    """Write the averaged student.
-
-    Args:
-        name: name of the model in its recipe; by default the folder's.
-
-    Returns:
-        The files that were written. A student that samples with fresh noise (DMD2, LCM) gets no recipe, because
-        recipes state deterministic solvers only.
-    """
+def save_student(distiller: Distiller, folder: Path) -> list[Path]:
+    """Write the weights of the averaged student. Returns the files that were written."""
     folder.mkdir(parents=True, exist_ok=True)
-    denoiser = _denoiser(distiller)
     if isinstance(distiller.roles, LoraRoles):
-        written = _save_lora(distiller.average, folder, part_name(denoiser), distiller.config)
-    else:
-        assert isinstance(distiller.average, Denoiser)
-        written = save_denoiser(distiller.average, folder)
-    if not distiller.config.samples_with_noise:
-        hashes = {str(file.relative_to(folder)): file_sha256(file) for file in written}
-        recipe = recipe_of(distiller.config, distiller.run.coordinates, name or folder.resolve().name, hashes)
-        (folder / RECIPE_FILE).write_text(recipe.to_json(), encoding="utf-8")
-        written.append(folder / RECIPE_FILE)
-    return written
+        return _save_lora(distiller.average, folder, part_name(denoiser_of(distiller)), distiller.config)
+    assert isinstance(distiller.average, Denoiser)
+    return save_denoiser(distiller.average, folder)
 
 
 def save_denoiser(denoiser: Denoiser, folder: Path) -> list[Path]:
@@ -79,22 +59,8 @@ def save_denoiser(denoiser: Denoiser, folder: Path) -> list[Path]:
     return sorted(part.glob("*.safetensors")) + _save_step_condition(denoiser.step_condition_state(), folder)
 
 
-def recipe_of(config: DistillConfig, coordinates: Coordinates, name: str, files: Mapping[str, str] = {}) -> Recipe:
-    """Return the recipe for what a config trains; `files` is `Recipe.files`."""
-    return Recipe(
-        name=name,
-        prediction_type=coordinates.prediction_type,
-        noise_schedule=coordinates.schedule,
-        solver=config.solver,
-        timesteps={k: timesteps_of(config, coordinates, k) for k in config.step_counts},
-        default_steps=max(config.step_counts),
-        native_sizes=((config.width, config.height),),
-        step_condition="timestep_cond" if config.student_receives_k else "none",
-        files=files,
-    )
-
-
-def _denoiser(distiller: Distiller) -> Denoiser:
+def denoiser_of(distiller: Distiller) -> Denoiser:
+    """Return the student's denoiser, with the weights of the latest iteration."""
     student = distiller.roles.student
     assert isinstance(student, CleanEstimator) and isinstance(student.denoiser, Denoiser), "not a backbone"
     return student.denoiser
@@ -145,7 +111,7 @@ def load_student(base: Denoiser, folder: Path) -> Denoiser:
     """Load the student of a folder. A LoRA is merged into `base`, which is changed and returned.
 
     Args:
-        folder: folder that `save_student` wrote, or any folder with unet|transformer, such as an LCM's.
+        folder: folder that `save_student` or `save_model` wrote, or any folder with unet|transformer, such as an LCM's.
 
     Raises:
         CheckpointError: the folder holds no student of this base.
@@ -157,7 +123,7 @@ def load_student(base: Denoiser, folder: Path) -> Denoiser:
     part = folder / family.denoiser_folder
     if not part.is_dir():
         raise CheckpointError(
-            f"{folder} has neither {part.name}/ nor {LORA_FILE}; give a folder that a distillation of this base wrote"
+            f"{folder} has neither {part.name}/ nor {LORA_FILE}; give model/ of a run that distilled this base"
         )
     student = denoiser_for(load_denoiser_model(part, type(base.model).__name__))
     _require_same_shapes(base, student, part)

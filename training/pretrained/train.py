@@ -6,9 +6,6 @@ All families are trained by the same code; what differs between them is in `tdm_
 from __future__ import annotations
 
 import copy
-import os
-import shutil
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +20,7 @@ from training.methods.roles import CleanEstimator, LoraRoles, Roles, SeparateRol
 from training.methods.trajectory import Coordinates
 from training.pretrained.base_model import BaseModel, load_base_model
 from training.pretrained.latents import load_latent_encoder
+from training.pretrained.model_folder import link_pipeline, save_model
 from training.pretrained.prompts import EmbeddedPrompts
 from training.pretrained.student_files import (
     load_adapter,
@@ -30,7 +28,6 @@ from training.pretrained.student_files import (
     part_name,
     require_step_condition,
     save_denoiser,
-    save_student,
 )
 from training.run.distill import Distiller, Run, distill
 from training.run.finetune import FinetuneConfig, finetune
@@ -38,6 +35,8 @@ from training.run.plot import SampleGrid, plot_log
 from training.run.processes import Processes
 
 CONFIG_FILE = "config.toml"
+MODEL_FOLDER = "model"
+"""Folder of the student in the folder of its run, which also has the training state."""
 GRID_PROMPTS = 4
 """Prompts in a sample grid."""
 
@@ -50,17 +49,17 @@ def train_backbone(
     *,
     student_folder: Path | None = None,
     name: str | None = None,
-) -> list[Path]:
-    """Distil or resume in `folder`, and write the averaged student there.
+) -> Path:
+    """Distil or resume in `folder`.
 
     Args:
-        base_folder: a diffusers pipeline folder; text encoders are not read.
+        base_folder: a diffusers pipeline folder; text encoders are not loaded.
         embeddings_folder: folder that `training.pretrained.prompts.embed_prompts` wrote.
         student_folder: see `build_backbone_distiller`.
         name: name of the model in its recipe; by default the folder's.
 
     Returns:
-        The files of the student (`training.pretrained.student_files`); an empty list on all but the main process.
+        `folder / "model"`, the averaged student as a model to serve (`training.pretrained.model_folder`).
 
     Raises:
         TDMError: base, embeddings, config and student do not fit together; the message names what does not fit.
@@ -72,11 +71,11 @@ def train_backbone(
         (folder / CONFIG_FILE).write_text(config_as_toml(config), encoding="utf-8")
     grid = sample_grid(folder, base_folder, distiller) if config.grid_every else None
     distill(folder, distiller, None if grid is None else grid.draw)
-    written = save_student(distiller, folder, name) if distiller.processes.is_main else []
     if distiller.processes.is_main:
+        save_model(distiller, base_folder, folder / MODEL_FOLDER, name or folder.resolve().name)
         plot_log(folder)
     distiller.processes.wait()
-    return written
+    return folder / MODEL_FOLDER
 
 
 def sample_grid(folder: Path, base_folder: Path, distiller: Distiller) -> SampleGrid:
@@ -102,7 +101,7 @@ def build_backbone_distiller(
     """Return the distillation of a pretrained backbone, before its first iteration.
 
     Args:
-        student_folder: folder that the student starts from instead of the base: SDXL's first stage, or an
+        student_folder: folder that the student starts from instead of the base: model/ of SDXL's first stage, or an
             LCM (Fig. 8). The fake score always starts from the base (App. D).
 
     Raises:
@@ -197,18 +196,7 @@ def finetune_backbone(folder: Path, base_folder: Path, embeddings_folder: Path, 
     assert isinstance(average, Denoiser)
     result = folder / "base"
     if processes.is_main:
-        unwanted = shutil.ignore_patterns(part_name(denoiser))
-        shutil.copytree(base_folder, result, ignore=unwanted, copy_function=_link_or_copy, dirs_exist_ok=True)
+        link_pipeline(base_folder, result, without=part_name(denoiser))
         save_denoiser(average, result)
     processes.wait()
     return result
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    """Link weights, which are gigabytes, if the file system can; copy everything else."""
-    Path(target).unlink(missing_ok=True)
-    if source.endswith(".safetensors"):
-        with suppress(OSError):
-            os.link(os.path.realpath(source), target)
-            return
-    shutil.copy2(source, target)

@@ -264,7 +264,7 @@ def test_a_step_condition_that_the_unet_contradicts_is_refused(folder: Path) -> 
     edit_recipe(folder, step_condition="none")
     message = recipe_refusal(folder, lambda edited: open_checkpoint(edited).load_denoiser())
     assert str(folder) in message
-    assert "step_condition is 'none' but the unet's time_cond_proj_dim is" in message
+    assert "step_condition is 'none' but the unet has an input for K" in message
 
 
 def test_a_unet_without_the_recipes_step_condition_is_refused(folder: Path) -> None:

@@ -168,14 +168,11 @@ def test_the_teacher_is_not_checkpointed() -> None:
 def test_whole_weights_load_as_they_were_saved(family: str, tmp_path: Path) -> None:
     distiller = tiny_distiller(family, UNIFY)
     iterate(distiller, 1)
-    written = save_student(distiller, tmp_path, "a student")
+    written = save_student(distiller, tmp_path)
     student = load_student(tiny_base(family).denoiser, tmp_path)
     for k in (1, 4):
         assert torch.equal(outputs(student, family, k), averaged_outputs(distiller, family, k))
     assert (tmp_path / STEP_CONDITION_FILE in written) != student.saves_step_condition
-    recipe = load_recipe(tmp_path)
-    assert (recipe.name, recipe.step_condition, recipe.step_counts) == ("a student", "timestep_cond", (1, 2, 3, 4))
-    assert {tmp_path / name for name in recipe.files} == {f for f in written if f.suffix == ".safetensors"}
     # Stock diffusers finds every weight in the folder.
     part = FAMILIES[family].denoiser_folder
     _, report = type(TINY_MODELS[family]()).from_pretrained(tmp_path / part, output_loading_info=True)
@@ -240,24 +237,17 @@ def test_a_lora_fits_another_model_of_its_base(family: str, tmp_path: Path) -> N
     distiller = tiny_distiller(family, config)
     iterate(distiller, 1)
     written = save_student(distiller, tmp_path)
-    assert [file.name for file in written] == [LORA_FILE, "tdm_recipe.json"]
+    assert [file.name for file in written] == [LORA_FILE]
     plain = outputs(another_base(family), family, None)
     merged = outputs(load_student(another_base(family), tmp_path), family, None)
     by_peft = with_lora_by_peft(family, another_base(family), tmp_path / LORA_FILE, config)
     torch.testing.assert_close(merged, outputs(by_peft, family, None), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(merged, plain, atol=1e-3)
-    assert load_recipe(tmp_path).step_condition == "none"
-
-
-def test_a_student_that_samples_with_fresh_noise_gets_no_recipe(tmp_path: Path) -> None:
-    for config in (as_dmd2(UNIFY), as_lcm(UNIFY)):
-        written = save_student(tiny_distiller("stable_diffusion", config, has_latents=True), tmp_path)
-        assert [file.name for file in written] == ["diffusion_pytorch_model.safetensors"]
 
 
 def test_a_student_that_does_not_fit_the_base_is_refused(tmp_path: Path) -> None:
     base = tiny_base("stable_diffusion").denoiser
-    with pytest.raises(CheckpointError, match=r"neither unet/ nor pytorch_lora_weights\.safetensors; give a folder"):
+    with pytest.raises(CheckpointError, match=r"neither unet/ nor pytorch_lora_weights\.safetensors; give model/ of"):
         load_student(base, tmp_path)
     save_student(tiny_distiller("stable_diffusion", LORA), tmp_path / "lora")
     wide = denoiser_for(TINY_MODELS["stable_diffusion"](block_out_channels=(16, 64)))
@@ -305,9 +295,9 @@ def test_sdxl_stage_two_starts_from_stage_one_with_a_fresh_fake_score(
     base, embeddings = workplace("sdxl")
     config = replace(PRESETS["sdxl-512"], **TINY, student_learning_rate=1e-3, fake_learning_rate=1e-3)
     train_backbone(tmp_path / "one", base, embeddings, config)
-    second = build_backbone_distiller(base, embeddings, config, tmp_path / "one")
+    second = build_backbone_distiller(base, embeddings, config, tmp_path / "one" / "model")
     pretrained = dict(load_base_model(base).denoiser.named_parameters())
-    trained = dict(load_student(load_base_model(base).denoiser, tmp_path / "one").named_parameters())
+    trained = dict(load_student(load_base_model(base).denoiser, tmp_path / "one" / "model").named_parameters())
     assert any(not torch.equal(trained[name], pretrained[name]) for name in trained)
     for role, expected in (("student", trained), ("fake", pretrained), ("teacher", pretrained)):
         found = parameters(second, role)
@@ -334,16 +324,16 @@ def test_a_preset_runs_from_folder_to_folder_and_a_second_run_trains_nothing_mor
     families: dict[str, str] = {"pixart": "pixart", "sd3": "sd3", "cogvideox": "cogvideox"}
     base, embeddings = workplace(families.get(preset, "stable_diffusion"))
     config = replace(PRESETS[preset], **TINY, frames=9 if preset == "cogvideox" else 1)
-    written = train_backbone(tmp_path, base, embeddings, config, name=preset)
-    recipe = load_recipe(tmp_path)
+    model = train_backbone(tmp_path, base, embeddings, config, name=preset)
+    recipe = load_recipe(model)
     assert recipe.name == preset and recipe.native_sizes == ((64, 64),)
     if preset == "sd3":
         assert isinstance(recipe.noise_schedule, FlowSchedule) and recipe.noise_schedule.shift == 6.0
     if preset == "cogvideox":
         assert recipe.timesteps == {4: (999.0, 856.0, 665.0, 399.0)}
     hashes = recipe.files
-    assert train_backbone(tmp_path, base, embeddings, config, name=preset) == written
-    assert load_recipe(tmp_path).files == hashes, "the second run must train nothing"
+    assert train_backbone(tmp_path, base, embeddings, config, name=preset) == model
+    assert load_recipe(model).files == hashes, "the second run must train nothing"
 
 
 def test_a_run_draws_samples_and_curves(workplace: Callable[[str], tuple[Path, Path]], tmp_path: Path) -> None:
@@ -364,9 +354,9 @@ def test_a_lora_continues_from_a_lora_of_its_rank_only(
 ) -> None:
     base, embeddings = workplace("stable_diffusion")
     config = replace(LORA, **TINY)
-    train_backbone(tmp_path, base, embeddings, config)
-    second = build_backbone_distiller(base, embeddings, config, tmp_path)
-    merged = load_student(load_base_model(base).denoiser, tmp_path)
+    model = train_backbone(tmp_path, base, embeddings, config)
+    second = build_backbone_distiller(base, embeddings, config, model)
+    merged = load_student(load_base_model(base).denoiser, model)
     second.roles.activate("student")
     torch.testing.assert_close(
         outputs(second.roles.student.denoiser, "stable_diffusion", 2),
@@ -375,15 +365,15 @@ def test_a_lora_continues_from_a_lora_of_its_rank_only(
         atol=1e-4,
     )
     with pytest.raises(CheckpointError, match=r"does not fit the student's adapter of rank 3: \d+ tensors differ"):
-        build_backbone_distiller(base, embeddings, replace(config, lora_rank=3), tmp_path)
+        build_backbone_distiller(base, embeddings, replace(config, lora_rank=3), model)
     whole = build_backbone_distiller(
-        base, embeddings, replace(config, lora_rank=0, step_condition_for="student"), tmp_path
+        base, embeddings, replace(config, lora_rank=0, step_condition_for="student"), model
     )
     assert torch.equal(
         outputs(whole.roles.student.denoiser, "stable_diffusion", 2), outputs(merged, "stable_diffusion", 2)
     )
     with pytest.raises(ConfigError, match="has an input for K and step_condition_for is 'none'"):
-        build_backbone_distiller(base, embeddings, replace(config, lora_rank=0, step_condition_for="none"), tmp_path)
+        build_backbone_distiller(base, embeddings, replace(config, lora_rank=0, step_condition_for="none"), model)
 
 
 def test_a_diverging_learning_rate_is_named_and_leaves_a_finite_state(

@@ -22,7 +22,8 @@ from training.emoji.data.scenes import caption, sample_scene
 from training.emoji.data.text import GRID_PROMPTS, tokenize
 from training.emoji.stages.teacher import COORDINATES
 from training.methods.roles import LoraRoles, Roles, SeparateRoles
-from training.pretrained.student_files import recipe_of, save_denoiser
+from training.pretrained.model_folder import recipe_of
+from training.pretrained.student_files import save_denoiser
 from training.run.distill import Distiller, Run, distill
 from training.run.plot import SampleGrid, plot_log
 from training.run.processes import Processes
