@@ -22,7 +22,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tdm_runtime.checkpoint.folder import PICKLE_SUFFIXES, TINY_VAE, weight_hashes
+from tdm_runtime.checkpoint.file_hashes import file_sha256
+from tdm_runtime.checkpoint.folder import weight_hashes
+from tdm_runtime.checkpoint.folder_files import PICKLE_SUFFIXES, TINY_VAE
 from tdm_runtime.checkpoint.pipeline_folder import MODEL_INDEX, read_json
 from tdm_runtime.checkpoint.recipe import RECIPE_FILE, Adapter, Recipe
 from tdm_runtime.checkpoint.size_rule import SizeRule, rule_around
@@ -57,7 +59,11 @@ def save_model(distiller: Distiller, base_folder: Path, folder: Path, name: str)
     else:
         link_pipeline(base_folder, partial, without=part_name(denoiser))
     save_student(distiller, partial)
-    recipe = replace(recipe, files=weight_hashes(partial))
+    if config.lora_rank:
+        files = {file.name: file_sha256(file) for file in sorted(partial.glob("*.safetensors"))}
+    else:
+        files = weight_hashes(partial)
+    recipe = replace(recipe, files=files)
     (partial / RECIPE_FILE).write_text(recipe.to_json(), encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
