@@ -250,11 +250,8 @@ def open_checkpoint(folder: Path, hashes: FileHashes | None = None, adapters: Se
     recipe = recipe_of(folder, family) if written is None else written
     recipe = replace(recipe, adapters=(*recipe.adapters, *adapters))
     check_files(base, family)
-    if (
-        recipe.files
-        and recipe.base is None
-        and (unlisted := sorted(set(weight_files(folder, family)) - set(recipe.files)))
-    ):
+    listed = recipe.files if recipe.base is None else {}
+    if listed and (unlisted := sorted(set(weight_files(folder, family)) - set(listed))):
         raise RecipeError(
             f"{folder / RECIPE_FILE} has no sha256 for {', '.join(unlisted[:3])}; publish the checkpoint anew, "
             "or remove what does not belong to it"
