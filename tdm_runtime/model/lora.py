@@ -172,7 +172,7 @@ class LoraBase:
             if file.step_condition:
                 raise CheckpointError(
                     f"{file.path} was trained with weights that read K ({STEP_CONDITION_FILE} beside it), which LoRAs "
-                    "that are added at run time cannot change; merge it into its base"
+                    "that are added at run time cannot change; serve its folder as a model"
                 )
         components = dict.fromkeys(component for file, _ in loras for component in file.layers)
         updates = {component: self._bank(component).updates(component, loras) for component in components}

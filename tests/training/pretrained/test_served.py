@@ -1,11 +1,13 @@
 """What training writes, serving opens: its picture is the trainer's own, for every family and kind of student.
 
 The trainer samples the averaged student of a run with the noise of a seed and decodes with its own VAE; `tdm-generate`
-opens model/ of the run. Both files hold whole levels, so equal pictures read 59 dB or more.
+opens model/ of the run. Both pictures hold whole levels. Whole weights give equal pictures; the trainer adds a LoRA's
+output where the runtime has merged its weights, so some levels round apart.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,35 +24,37 @@ from tdm_runtime.cli import main as tdm_generate
 from tdm_runtime.families import FAMILIES
 from tdm_runtime.model.decoder import torch_decoder
 from tdm_runtime.sampling.noise import SeedNoise
+from tests.tiny_pipelines import build_pipeline
 from tests.training.tiny_runs import LORA, NOISE, UNIFY
 from training.config import DistillConfig
 from training.pretrained.base_model import encode_prompts
 from training.pretrained.latents import encode_latents, load_latent_encoder
 from training.pretrained.presets import as_dmd2, as_lcm
 from training.pretrained.prompts import embed_prompts
+from training.pretrained.student_files import LORA_FILE
 from training.pretrained.train import build_backbone_distiller, train_backbone
 from training.run.distill import Distiller
 from training.run.loop import run_loop
 
-PROMPT, SEED, MIN_PSNR_DB = "a red fox", 7, 50.0
+PROMPT, SEED = "a red fox", 7
+MIN_PSNR_DB = {"whole": 80.0, "LoRA": 50.0}
 WIDTH, HEIGHT = 96, 64
 TINY: dict[str, Any] = {"steps": 2, "batch_size": 2, "width": WIDTH, "height": HEIGHT, "step_counts": (1, 2, 4)}
-LEARNS_FAST: dict[str, Any] = {"student_learning_rate": 1e-2, "condition_lr_scale": 100.0, "ema_decay": 0.0}
+LEARNS_FAST: dict[str, Any] = {"student_learning_rate": 1e-2, "condition_lr_scale": 100.0}
 """The pictures of two iterations must differ from the base's, and for every K."""
-WITHOUT_K: dict[str, Any] = {"step_condition_for": "none"}
+WHOLE = replace(UNIFY, **TINY, **LEARNS_FAST)
+ADAPTER = replace(LORA, **TINY, **LEARNS_FAST, lora_rank=4, lora_alpha=32.0)
 KINDS = {
-    "whole": replace(UNIFY, **TINY, **LEARNS_FAST),
-    "whole, without K": replace(UNIFY, **TINY, **LEARNS_FAST, **WITHOUT_K),
-    "LoRA": replace(LORA, **TINY, **LEARNS_FAST),
-    "LoRA, without K": replace(LORA, **TINY, **LEARNS_FAST, **WITHOUT_K),
+    "whole": WHOLE,
+    "whole, without K": replace(WHOLE, step_condition_for="none"),
+    "LoRA": ADAPTER,
+    "LoRA, without K": replace(ADAPTER, step_condition_for="none"),
 }
 EXTRA = {
-    "whole, DPM-Solver++": replace(KINDS["whole"], solver="dpmsolver++"),
-    "LoRA, timesteps of its own": replace(
-        KINDS["LoRA"], timesteps={2: (999.0, 399.0), 4: (999.0, 856.0, 665.0, 399.0)}
-    ),
-    "whole, DMD2": replace(as_dmd2(KINDS["whole"]), fake_updates=1),
-    "whole, LCM": as_lcm(KINDS["whole"]),
+    "whole, DPM-Solver++": replace(WHOLE, solver="dpmsolver++"),
+    "LoRA, timesteps of its own": replace(ADAPTER, timesteps={2: (999.0, 399.0), 4: (999.0, 856.0, 665.0, 399.0)}),
+    "whole, DMD2": replace(as_dmd2(WHOLE), fake_updates=1),
+    "whole, LCM": as_lcm(WHOLE),
 }
 PICTURES = [family for family in NOISE if not FAMILIES[family].makes_clips]
 CASES = [(family, kind) for family in PICTURES for kind in KINDS]
@@ -91,14 +95,100 @@ def test_the_served_picture_is_the_trainers(
     config = (KINDS | EXTRA)[kind]
     model = train_backbone(tmp_path / "run", base, embeddings, config)
     distiller = trained(tmp_path / "run", base, embeddings, config)
-    served = {steps: picture(model, steps, tmp_path, capsys) for steps in (1, 2, 4)}
-    for steps, found in served.items():
-        assert psnr_db(found, trainers_picture(distiller, base, steps)) >= MIN_PSNR_DB, steps
+    assert_served_as_trained(model, distiller, base, MIN_PSNR_DB[kind.partition(",")[0]], tmp_path, capsys)
     (checked,) = check_models(ServerConfig(models=(ModelSource(model),)))
     recipe = checked.recipe
     assert recipe.name == "run" and recipe.native_sizes == ((WIDTH, HEIGHT),)
     assert recipe.size_rule is not None and recipe.size_rule.allows(HEIGHT, WIDTH)
     assert set(recipe.files) == {str(file.relative_to(model)) for file in model.rglob("*.safetensors*")}
+    for steps, table in distiller.trajectories.tables.items():
+        ours = recipe.step_table(steps, WIDTH, HEIGHT)
+        columns = ("timesteps",) if config.samples_with_noise else ("timesteps", "p", "q", "a", "b", "c")
+        assert all(np.array_equal(getattr(ours, name), getattr(table, name)) for name in columns), steps
+
+
+def test_a_base_that_reads_guidance_is_served_with_the_guidance_of_its_embeddings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, embeddings = tmp_path / "base", tmp_path / "embeddings"
+    build_pipeline("flux", guidance_embeds=True).save_pretrained(base)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "fox"}\n')
+    embed_prompts(base, tmp_path / "prompts.jsonl", embeddings, WIDTH, HEIGHT)
+    model = train_backbone(tmp_path / "run", base, embeddings, WHOLE)
+    distiller = trained(tmp_path / "run", base, embeddings, WHOLE)
+    assert_served_as_trained(model, distiller, base, MIN_PSNR_DB["whole"], tmp_path, capsys)
+    assert (load_recipe(model).guidance_scale, load_recipe(model).step_condition) == (3.5, "timestep_cond")
+
+
+# ---- the folder ----------------------------------------------------------------------------------
+
+
+def test_whole_weights_need_no_base_and_take_no_pickles_from_it(
+    workplace: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    folder, embeddings = workplace("pixart")
+    base = tmp_path / "base"
+    shutil.copytree(folder, base)
+    (base / "vae" / "diffusion_pytorch_model.bin").write_bytes(b"pickle")
+    (base / "whole.ckpt").write_bytes(b"pickle")
+    model = train_backbone(tmp_path / "run", base, embeddings, WHOLE)
+    shutil.rmtree(base)
+    assert open_checkpoint(model).load_denoiser().reads_step_count
+
+
+def test_a_recipe_elsewhere_reads_k_from_the_folder_of_its_base(
+    workplace: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    model = train_backbone(tmp_path / "run", *workplace("pixart"), WHOLE)
+    other = replace(load_recipe(model), base="../run/model", files={})
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / RECIPE_FILE).write_text(other.to_json())
+    opened = open_checkpoint(tmp_path / "other")
+    assert opened.load_denoiser().reads_step_count
+    before = opened.fingerprint
+    condition = load_file(model / STEP_CONDITION_FILE)
+    save_file({name: 2 * tensor for name, tensor in condition.items()}, model / STEP_CONDITION_FILE)
+    assert open_checkpoint(tmp_path / "other").fingerprint != before
+
+
+@pytest.mark.parametrize("kind", ["whole", "LoRA"])
+def test_weights_that_read_k_must_be_those_of_the_recipe(
+    workplace: Callable[[str], tuple[Path, Path]], kind: str, tmp_path: Path
+) -> None:
+    model = train_backbone(tmp_path / "run", *workplace("sd3"), KINDS[kind])
+    recipe, file = load_recipe(model), model / STEP_CONDITION_FILE
+    condition = load_file(file)
+    save_file({name: 2 * tensor for name, tensor in condition.items()}, file)
+    with pytest.raises(CheckpointError, match=r"step_condition\.safetensors is damaged or of another checkpoint"):
+        open_checkpoint(model)
+    (model / RECIPE_FILE).write_text(replace(recipe, files={}, step_condition="none").to_json())
+    with pytest.raises(RecipeError, match="step_condition is 'none' but the transformer has an input for K"):
+        open_checkpoint(model).load_denoiser()
+    file.unlink()
+    (model / RECIPE_FILE).write_text(replace(recipe, files={}).to_json())
+    with pytest.raises(RecipeError, match="step_condition is 'timestep_cond' but the transformer has no input for K"):
+        open_checkpoint(model).load_denoiser()
+
+
+def test_a_second_run_in_a_folder_replaces_the_model(
+    workplace: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    train_backbone(tmp_path / "run", *workplace("pixart"), WHOLE)
+    (tmp_path / "run" / "state.pt").unlink()
+    model = train_backbone(tmp_path / "run", *workplace("pixart"), KINDS["LoRA, without K"])
+    assert sorted(file.name for file in model.iterdir()) == [LORA_FILE, RECIPE_FILE]
+
+
+@pytest.mark.parametrize("kind", ["whole", "LoRA"])
+def test_a_student_of_clips_gets_its_folder_too_and_is_refused_by_name(
+    workplace: Callable[[str], tuple[Path, Path]], kind: str, tmp_path: Path
+) -> None:
+    model = train_backbone(tmp_path / "run", *workplace("cogvideox"), replace(KINDS[kind], frames=9))
+    with pytest.raises(CheckpointError, match="is of cogvideox, which makes clips; this version serves pictures"):
+        open_checkpoint(model)
+
+
+# ---- pictures ------------------------------------------------------------------------------------
 
 
 def trained(run: Path, base: Path, embeddings: Path, config: DistillConfig) -> Distiller:
@@ -108,14 +198,24 @@ def trained(run: Path, base: Path, embeddings: Path, config: DistillConfig) -> D
     return distiller
 
 
-def trainers_picture(distiller: Distiller, base: Path, steps: int) -> Any:
-    """Return the trainer's picture of a seed as floats in [0, 1]."""
-    noise = SeedNoise(SEED, (1, *distiller.run.latent_shape))
+def assert_served_as_trained(
+    model: Path,
+    distiller: Distiller,
+    base: Path,
+    min_psnr_db: float,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Compare pictures of 1, 2 and 4 steps by `tdm-generate` with the trainer's own."""
     (conditioning,) = encode_prompts(base, [PROMPT], batch_size=1, width=WIDTH, height=HEIGHT)
-    renoise = torch.stack([noise.of_step(row) for row in range(steps)], dim=1)
-    is_noisy = distiller.config.samples_with_noise
-    latents = distiller.sample(noise.initial(), steps, conditioning, renoise if is_noisy else None)
-    return torch_decoder(load_latent_encoder(base, "cpu").vae, torch.device("cpu")).decode(latents)[0] / 255.0
+    decoder = torch_decoder(load_latent_encoder(base, "cpu").vae, torch.device("cpu"))
+    noise = SeedNoise(SEED, (1, *distiller.run.latent_shape))
+    for steps in (1, 2, 4):
+        renoise = torch.stack([noise.of_step(row) for row in range(steps)], dim=1)
+        given = renoise if distiller.config.samples_with_noise else None
+        latents = distiller.sample(noise.initial(), steps, conditioning, given)
+        expected = decoder.decode(latents)[0] / 255.0
+        assert psnr_db(picture(model, steps, tmp_path, capsys), expected) >= min_psnr_db, steps
 
 
 def picture(model: Path, steps: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
