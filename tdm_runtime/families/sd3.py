@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, final
 
 from torch import Tensor
@@ -14,6 +15,9 @@ from tdm_runtime.families.family import ATTENTION_PROJECTIONS, Family, TextEncod
 
 if TYPE_CHECKING:
     from diffusers import SD3Transformer2DModel
+
+T5_TOKENS = 256
+"""Tokens that T5 reads, the default of the pipeline."""
 
 
 class SD3Denoiser(Denoiser):
@@ -66,9 +70,13 @@ class StableDiffusion3(Family):
     optional_text = ("text_encoder_3", "tokenizer_3")
 
     def max_tokens(self, encoders: TextEncoders) -> int:
-        return 256
+        return super().max_tokens(encoders) if encoders.pipeline.text_encoder_3 is None else T5_TOKENS
 
     def encode_prompts(self, prompts: list[str], encoders: TextEncoders) -> Conditioning:
+        """Encode prompts. Without T5 the pipeline takes zeros in its place, as wide as the transformer says."""
+        if encoders.pipeline.text_encoder_3 is None:
+            width = encoders.denoiser_config["joint_attention_dim"]
+            encoders.pipeline.transformer = SimpleNamespace(config=SimpleNamespace(joint_attention_dim=width))
         embeds, _, pooled, _ = encoders.pipeline.encode_prompt(
             prompts, None, None, device=encoders.device, do_classifier_free_guidance=False
         )

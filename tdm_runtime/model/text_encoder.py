@@ -88,8 +88,7 @@ class PipelineEncoder:
     def __init__(self, family: Family, encoders: TextEncoders) -> None:
         self._family = family
         self._encoders = encoders
-        self._tokenizer: Any = getattr(encoders.pipeline, family.tokenizers[-1])
-        """Tokenizer of the encoder that reads the most."""
+        self._tokenizer: Any = family.tokenizer(encoders)
         self._max_tokens = family.max_tokens(encoders)
 
     def tokenize(self, prompt: str) -> TokenizedPrompt:
