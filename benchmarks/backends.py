@@ -1,6 +1,7 @@
 """Time one picture at a time, text to PNG bytes, on this runtime's backends and on the stock diffusers pipeline.
 
     .venv/bin/tdm-export && .venv/bin/python -m benchmarks.backends
+    .venv/bin/python -m benchmarks.backends FOLDER --contenders stock-fp32 stock-bf16 openvino:bf16
 
 Each contender runs in its own process, one after the other. Every round runs all contenders again, so that
 changes in the machine's speed affect all of them alike.
@@ -20,12 +21,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from benchmarks.machine import machine
 from tdm_runtime.backends import BackendName, Precision
-from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT, open_checkpoint
+from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT, Checkpoint, open_checkpoint
+from tdm_runtime.checkpoint.pipeline_folder import MODEL_INDEX, read_json, text_parts
 from tdm_runtime.params import DecoderName
+
+if TYPE_CHECKING:
+    import torch
 
 STOCK = ("stock-fp32", "stock-bf16")
 SUBJECTS = ("apple", "cat", "rocket", "pizza", "penguin", "tree", "guitar", "house")
@@ -119,29 +124,55 @@ def prompts() -> Iterator[str]:
 
 
 def stock(given: argparse.Namespace, name: str) -> MakePng:
-    """Return a maker that uses `StableDiffusionPipeline` as its documentation shows it."""
+    """Return a maker that uses the folder's own diffusers pipeline as its documentation shows it."""
     import torch
-    from diffusers import StableDiffusionPipeline
 
-    dtype = torch.bfloat16 if name == "stock-bf16" else torch.float32
-    pipeline: Any = StableDiffusionPipeline.from_pretrained(given.checkpoint, dtype=dtype)
-    pipeline.set_progress_bar_config(disable=True)
-    width, height = open_checkpoint(given.checkpoint).recipe.native_sizes[0]
+    checkpoint = open_checkpoint(given.checkpoint)
+    pipeline = stock_pipeline(checkpoint, torch.bfloat16 if name == "stock-bf16" else torch.float32)
+    width, height = checkpoint.recipe.native_sizes[0]
+    arguments = stock_arguments(checkpoint, given.steps)
 
     def make(prompt: str, seed: int) -> bytes:
         picture = pipeline(
             prompt,
             num_inference_steps=given.steps,
-            guidance_scale=given.steps + 1.0,  # passes K to the denoiser; there is no guidance
             width=width,
             height=height,
             generator=torch.Generator().manual_seed(seed),
+            **arguments,
         ).images[0]
         stream = io.BytesIO()
         picture.save(stream, "PNG")
         return stream.getvalue()
 
     return make
+
+
+def stock_pipeline(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    """Return the diffusers pipeline of a folder; text encoders that it may lack must be named as absent."""
+    from diffusers import DiffusionPipeline
+
+    index = read_json(checkpoint.base_folder / MODEL_INDEX)
+    absent = set(checkpoint.family.optional_text) - set(text_parts(index, checkpoint.family))
+    pipeline = DiffusionPipeline.from_pretrained(checkpoint.base_folder, dtype=dtype, **dict.fromkeys(absent))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def stock_arguments(checkpoint: Checkpoint, steps: int) -> dict[str, Any]:
+    """Return the arguments with which a family's pipeline makes one call of the denoiser for each step."""
+    recipe, family = checkpoint.recipe, checkpoint.family.name
+    scale = 0.0 if recipe.guidance_scale is None else recipe.guidance_scale
+    if recipe.step_condition == "timestep_cond":
+        scale = steps + 1.0  # passes K to the denoiser; there is no guidance
+    arguments: dict[str, Any] = {"guidance_scale": scale}
+    if family in ("pixart", "sana"):
+        arguments["use_resolution_binning"] = False
+    if family == "sana" and steps != 2:
+        arguments["intermediate_timesteps"] = None  # the default is for two steps
+    if family == "flux" and recipe.guidance_scale is None:
+        arguments["max_sequence_length"] = 256  # FLUX.1 schnell
+    return arguments
 
 
 def ours(given: argparse.Namespace, name: str) -> MakePng:

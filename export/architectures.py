@@ -18,7 +18,7 @@ class RealSize:
     """One component of a published model."""
 
     model_class: str
-    """Name of a class of diffusers, or `CLIPTextModel`."""
+    """Name of a class of diffusers, or of a CLIP of transformers."""
     config: Mapping[str, Any]
     sizes: Mapping[str, int]
     """Sizes in latents of the call that is timed, as published."""
@@ -46,6 +46,17 @@ def _clip_large() -> dict[str, Any]:
         "bos_token_id": 0,  # as the embedded checkpoint's tokenizer has them
         "eos_token_id": 1,
         "pad_token_id": 1,
+    }
+
+
+def _clip_big_g() -> dict[str, Any]:
+    return _clip_large() | {
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 20,
+        "projection_dim": 1280,
+        "hidden_act": "gelu",
     }
 
 
@@ -87,6 +98,26 @@ _SDXL_UNET = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
     "time_cond_proj_dim": 256,
+}
+
+_SD3_MEDIUM = {
+    "sample_size": 128,
+    "in_channels": 16,
+    "out_channels": 16,
+    "num_layers": 24,
+    "attention_head_dim": 64,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "caption_projection_dim": 1536,
+    "pooled_projection_dim": 2048,
+    "pos_embed_max_size": 192,
+}
+
+_SD3_VAE = {
+    "latent_channels": 16,
+    "shift_factor": 0.0609,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
 }
 
 _PIXART = {
@@ -146,12 +177,30 @@ REAL_SIZES: Mapping[str, Mapping[ComponentName, RealSize]] = {
         "denoiser": RealSize("UNet2DConditionModel", _SDXL_UNET, _LATENTS_1024, 77),
         "decoder": RealSize("AutoencoderKL", _autoencoder_kl(0.13025, 1024), _LATENTS_1024),
     },
+    "sd3": {
+        "denoiser": RealSize("SD3Transformer2DModel", _SD3_MEDIUM, _LATENTS_512, 333),
+        "decoder": RealSize("AutoencoderKL", _autoencoder_kl(1.5305, 1024) | _SD3_VAE, _LATENTS_512),
+    },
     "cogvideox-2b": {
         "denoiser": RealSize("CogVideoXTransformer3DModel", _COGVIDEOX_2B, _LATENTS_VIDEO, 226),
         "decoder": RealSize("AutoencoderKLCogVideoX", _COGVIDEOX_VAE, _LATENTS_VIDEO_CUT, note="9 of 49 frames"),
     },
 }
-"""Model -> component. PixArt is the model of 512 pixels; the text encoders of SDXL and CogVideoX are left out."""
+"""Model -> component. PixArt is the model of 512 pixels. Text encoders that only torch runs are in `STOCK_TEXT`."""
+
+_TEXT = {"batch": 1}
+
+STOCK_TEXT: Mapping[str, Mapping[str, RealSize]] = {
+    "sdxl": {
+        "text_encoder": RealSize("CLIPTextModel", _clip_large(), _TEXT),
+        "text_encoder_2": RealSize("CLIPTextModelWithProjection", _clip_big_g(), _TEXT),
+    },
+    "sd3": {
+        "text_encoder": RealSize("CLIPTextModelWithProjection", _clip_large(), _TEXT),
+        "text_encoder_2": RealSize("CLIPTextModelWithProjection", _clip_big_g(), _TEXT),
+    },
+}
+"""Model -> folder -> text encoder that runs in its stock pipeline. SD3 comes without its T5."""
 
 
 def random_model(component: RealSize, seed: int = 0) -> nn.Module:
@@ -174,10 +223,10 @@ def random_model(component: RealSize, seed: int = 0) -> nn.Module:
 def empty_model(component: RealSize) -> nn.Module:
     """Build a component with the initial weights of its library."""
     model: nn.Module
-    if component.model_class == "CLIPTextModel":
-        from transformers import CLIPTextConfig, CLIPTextModel
+    if component.model_class.startswith("CLIPText"):
+        import transformers
 
-        model = CLIPTextModel(CLIPTextConfig(**component.config))
+        model = getattr(transformers, component.model_class)(transformers.CLIPTextConfig(**component.config))
     else:
         import diffusers
 

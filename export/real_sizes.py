@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 from xml.etree import ElementTree
@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from export.architectures import REAL_SIZES, RealSize, random_model
+from export.architectures import REAL_SIZES, STOCK_TEXT, RealSize, random_model
 from export.onnx_export import export_onnx
 from export.openvino_build import write_ir
 from tdm_runtime.backends.interface import ComponentName, Interface
@@ -34,8 +34,10 @@ from tdm_runtime.checkpoint.folder import (
     weight_hashes,
 )
 from tdm_runtime.checkpoint.folder_files import TINY_VAE
-from tdm_runtime.checkpoint.recipe import RECIPE_FILE, load_recipe
-from tdm_runtime.families import FAMILIES, decoder_for, denoiser_for
+from tdm_runtime.checkpoint.implied_recipe import implied_recipe
+from tdm_runtime.checkpoint.pipeline_folder import MODEL_INDEX
+from tdm_runtime.checkpoint.recipe import RECIPE_FILE, Recipe, load_recipe
+from tdm_runtime.families import FAMILIES, Family, decoder_for, denoiser_for
 from tdm_runtime.model.components import TextEncoderModule
 
 Figures = dict[str, Any]
@@ -43,39 +45,83 @@ RESULTS_FILE = "results.jsonl"
 MAX_CALLS = 5
 MAX_CALLS_S = 120.0
 """Calls repeat until `MAX_CALLS` or this time is reached. The first call is left out unless it is the only one."""
-_FAMILY = FAMILIES["stable_diffusion"]
-"""Family of the checkpoint that `--checkpoint` writes."""
-_CHECKPOINT_FOLDERS: Mapping[ComponentName, str] = {
-    "text_encoder": "text_encoder",
-    "denoiser": _FAMILY.denoiser_folder,
-    "decoder": "vae",
-    "tiny_decoder": TINY_VAE,
+_PARTS: Mapping[ComponentName, str] = {"text_encoder": "text_encoder", "decoder": "vae", "tiny_decoder": TINY_VAE}
+"""Component -> folder; the denoiser's is named by its family."""
+
+
+@dataclass(frozen=True)
+class StockFolder:
+    """What the folder of a stock pipeline has beside its weights."""
+
+    family: Family
+    scheduler: str
+    """Class in diffusers."""
+    settings: Mapping[str, Any]
+    """Of the scheduler, where they differ from the class's own."""
+    steps: tuple[int, ...] = (4,)
+    denoiser_changes: Mapping[str, Any] = field(default_factory=dict)
+
+
+_SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "timestep_spacing": "trailing"}
+STOCK_FOLDERS: Mapping[str, StockFolder] = {
+    "sdxl": StockFolder(
+        FAMILIES["sdxl"], "EulerDiscreteScheduler", _SD_BETAS, denoiser_changes={"time_cond_proj_dim": None}
+    ),
+    "sd3": StockFolder(FAMILIES["sd3"], "FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
 }
+"""Models that `--checkpoint` writes as a stock folder without an input for K, by the name in `REAL_SIZES`."""
+WRITTEN = ("sd15", *STOCK_FOLDERS)
 
 
-def write_random_sd15(folder: Path) -> None:
-    """Write a checkpoint of Stable Diffusion 1.5's full size with random weights, float16 on disk (2.1 GB).
+def write_random(model: str, folder: Path) -> None:
+    """Write a checkpoint of full size with random weights, float16 on disk.
 
-    Recipe, scheduler and tokenizer are those of the embedded checkpoint, at 512x512 pixels.
+    Tokenizers are those of the embedded checkpoint. sd15 has its scheduler, recipe and input for K too.
 
     Raises:
         CheckpointError: the written checkpoint cannot be served.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for component, part in _CHECKPOINT_FOLDERS.items():
-        model: Any = random_model(REAL_SIZES["sd15"][component])
-        model.to(torch.float16).save_pretrained(folder / part)
-    _copy_tokenizer(DEFAULT_CHECKPOINT / "tokenizer", folder / "tokenizer", max_tokens=77)
-    shutil.copytree(DEFAULT_CHECKPOINT / "scheduler", folder / "scheduler", dirs_exist_ok=True)
-    shutil.copy(DEFAULT_CHECKPOINT / "model_index.json", folder)
-    recipe = replace(
-        load_recipe(DEFAULT_CHECKPOINT),
-        name="sd15-random",
-        native_sizes=((512, 512),),
-        files=weight_hashes(folder),
-    )
+    family = STOCK_FOLDERS[model].family if model in STOCK_FOLDERS else FAMILIES["stable_diffusion"]
+    changes = STOCK_FOLDERS[model].denoiser_changes if model in STOCK_FOLDERS else {}
+    parts = dict(STOCK_TEXT.get(model, {}))
+    for name, component in REAL_SIZES[model].items():
+        is_denoiser = name == "denoiser"
+        part = family.denoiser_folder if is_denoiser else _PARTS[name]
+        parts[part] = replace(component, config={**component.config, **changes}) if is_denoiser else component
+    for part, component in parts.items():
+        random: Any = random_model(component)
+        random.to(torch.float16).save_pretrained(folder / part)
+        del random
+    tokenizers = [part.replace("text_encoder", "tokenizer") for part in parts if part.startswith("text_encoder")]
+    for part in tokenizers:
+        _copy_tokenizer(DEFAULT_CHECKPOINT / "tokenizer", folder / part, max_tokens=77)
+    if model in STOCK_FOLDERS:
+        recipe = _stock_recipe(STOCK_FOLDERS[model], parts, tokenizers, folder)
+    else:
+        shutil.copytree(DEFAULT_CHECKPOINT / "scheduler", folder / "scheduler", dirs_exist_ok=True)
+        shutil.copy(DEFAULT_CHECKPOINT / MODEL_INDEX, folder)
+        recipe = load_recipe(DEFAULT_CHECKPOINT)
+    latents, pixels = REAL_SIZES[model]["decoder"].sizes, 8
+    size = (pixels * latents["width"], pixels * latents["height"])
+    recipe = replace(recipe, name=f"{model}-random", native_sizes=(size,), files=weight_hashes(folder))
     (folder / RECIPE_FILE).write_text(recipe.to_json(), encoding="utf-8")
     open_checkpoint(folder)
+
+
+def _stock_recipe(stock: StockFolder, parts: Mapping[str, RealSize], tokenizers: Sequence[str], folder: Path) -> Recipe:
+    """Write scheduler and model_index.json. Returns the recipe that they imply."""
+    import diffusers
+
+    getattr(diffusers, stock.scheduler)(**stock.settings).save_pretrained(folder / "scheduler")
+    families = {part: "transformers" if part.startswith("text_encoder") else "diffusers" for part in parts}
+    index: dict[str, Any] = {"_class_name": stock.family.pipelines[0]}
+    index |= {part: [None, None] for part in stock.family.optional_text}
+    index |= {part: [families[part], component.model_class] for part, component in parts.items()}
+    index |= {part: ["transformers", "CLIPTokenizer"] for part in tokenizers}
+    index["scheduler"] = ["diffusers", stock.scheduler]
+    (folder / MODEL_INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+    return implied_recipe(stock.family, folder, stock.steps)
 
 
 def _copy_tokenizer(source: Path, target: Path, max_tokens: int) -> None:
@@ -294,7 +340,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"{', '.join(REAL_SIZES)} (default: all)")
     parser.add_argument("--output", type=Path, help="folder for the results; needs several GB during the run")
     parser.add_argument(
-        "--checkpoint", nargs=2, metavar=("MODEL", "DIR"), help="write a checkpoint with random weights; only sd15"
+        "--checkpoint",
+        nargs=2,
+        metavar=("MODEL", "DIR"),
+        help=f"write a checkpoint with random weights; MODEL is {', '.join(WRITTEN)}",
     )
     parser.add_argument("--component", help=argparse.SUPPRESS)
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
@@ -302,12 +351,12 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown := sorted(set(given.models) - set(REAL_SIZES)):
         parser.error(f"unknown model {', '.join(unknown)}; choose from {', '.join(REAL_SIZES)}")
     if given.checkpoint:
-        if given.checkpoint[0] != "sd15":
-            parser.error(f"--checkpoint cannot write {given.checkpoint[0]}; it writes only sd15")
-        write_random_sd15(Path(given.checkpoint[1]))
+        if given.checkpoint[0] not in WRITTEN:
+            parser.error(f"--checkpoint cannot write {given.checkpoint[0]}; it writes {', '.join(WRITTEN)}")
+        write_random(given.checkpoint[0], Path(given.checkpoint[1]))
         return 0
     if given.output is None:
-        parser.error("give --output DIR or --checkpoint sd15 DIR")
+        parser.error("give --output DIR or --checkpoint MODEL DIR")
     if given.stage:
         model, component = given.models[0], cast(ComponentName, given.component)
         figures = STAGES[given.stage](REAL_SIZES[model][component], given.output / f"{model}-{component}")

@@ -19,6 +19,8 @@ from tdm_runtime.model.parity import ParityConfig, picture_parity, reference_pic
 
 BATCH = 3
 """Batch size of a component's comparison. It is not a power of two, so that padding and splitting are compared too."""
+TOKENS = 77
+"""Tokens of a prompt in that comparison, where a denoiser takes any number."""
 
 
 def verify(
@@ -53,16 +55,26 @@ def _with_component_parity(checkpoint: Checkpoint, manifest: Manifest, folder: P
     module, interface = load_component(checkpoint, name)
     width, height = checkpoint.recipe.native_sizes[0]
     _, latent_height, latent_width = checkpoint.geometry.latent_shape(width, height)
-    sizes = {"batch": BATCH, "height": latent_height, "width": latent_width}
-    inputs = interface.random_inputs(sizes, torch.Generator().manual_seed(1))
-    expected = module(*inputs)
+    sizes = {"batch": BATCH, "height": latent_height, "width": latent_width, "tokens": TOKENS}
+    drawn = interface.random_inputs(sizes, torch.Generator().manual_seed(1))
+    inputs = {spec.name: tensor for spec, tensor in zip(interface.inputs, drawn, strict=True)}
+    if "timesteps" in inputs:
+        inputs["timesteps"] = _timesteps(checkpoint)
+    expected = module(**inputs)
     builds = []
     for build in manifest.builds:
         backend = component_backend(manifest, build, folder, name)
-        parity = component_parity(expected, _called(backend, inputs))
+        parity = component_parity(expected, _called(backend, inputs.values()))
         components = build.components | {name: replace(build.components[name], parity=parity)}  # type: ignore[operator]
         builds.append(replace(build, components=components))
     return replace(manifest, builds=tuple(builds))
+
+
+def _timesteps(checkpoint: Checkpoint) -> Tensor:
+    """Return a batch of the recipe's timesteps, because other numbers are no angles of a TrigFlow model."""
+    recipe = checkpoint.recipe
+    timesteps = recipe.step_table(recipe.default_steps, *recipe.native_sizes[0]).timesteps
+    return torch.tensor([timesteps[n % len(timesteps)] for n in range(BATCH)], dtype=torch.float32)
 
 
 def _called(backend: Backend, inputs: Iterable[Tensor]) -> Tensor:

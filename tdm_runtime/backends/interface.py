@@ -59,7 +59,7 @@ def _random(spec: TensorSpec, shape: Sequence[int], generator: torch.Generator) 
         case "step_counts":
             return torch.randint(1, 5, tuple(shape), generator=generator)
         case "input_ids":
-            return torch.randint(0, 100, tuple(shape), generator=generator)
+            return torch.randint(0, 50, tuple(shape), generator=generator)
         case "attention_mask":
             lengths = torch.randint(1, shape[1] + 1, (shape[0], 1), generator=generator)
             return (torch.arange(shape[1]) < lengths).long()

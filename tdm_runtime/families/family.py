@@ -129,9 +129,14 @@ class Family(ABC):
         mean: Tensor = vae.encode(pixels).latent_dist.mode()
         return LatentScaling.of(vae.config).from_vae(mean)
 
+    def tokenizer(self, encoders: TextEncoders) -> Any:
+        """Return the tokenizer of the text encoder that reads the most: the last one that the pipeline has."""
+        there = (getattr(encoders.pipeline, name) for name in reversed(self.tokenizers))
+        return next(tokenizer for tokenizer in there if tokenizer is not None)
+
     def max_tokens(self, encoders: TextEncoders) -> int:
         """Return how many tokens of a prompt are read; by default as many as the last tokenizer says."""
-        return int(getattr(encoders.pipeline, self.tokenizers[-1]).model_max_length)
+        return int(self.tokenizer(encoders).model_max_length)
 
     def time_ids(self, width: int, height: int) -> tuple[float, ...] | None:
         """Return what the denoiser reads about the size of the picture, in pixels (`Conditioning.time_ids`)."""

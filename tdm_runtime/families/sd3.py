@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, final
 
-import torch
 from torch import Tensor
-from torch.nn import functional
 
 from tdm_runtime.backends.interface import DType
 from tdm_runtime.families.conditioning import Conditioning
@@ -71,27 +70,14 @@ class StableDiffusion3(Family):
     optional_text = ("text_encoder_3", "tokenizer_3")
 
     def max_tokens(self, encoders: TextEncoders) -> int:
-        pipeline = encoders.pipeline
-        return T5_TOKENS if pipeline.tokenizer_3 is not None else int(pipeline.tokenizer.model_max_length)
+        return super().max_tokens(encoders) if encoders.pipeline.text_encoder_3 is None else T5_TOKENS
 
     def encode_prompts(self, prompts: list[str], encoders: TextEncoders) -> Conditioning:
+        """Encode prompts. Without T5 the pipeline takes zeros in its place, as wide as the transformer says."""
         if encoders.pipeline.text_encoder_3 is None:
-            return _encode_without_t5(prompts, encoders)
+            width = encoders.denoiser_config["joint_attention_dim"]
+            encoders.pipeline.transformer = SimpleNamespace(config=SimpleNamespace(joint_attention_dim=width))
         embeds, _, pooled, _ = encoders.pipeline.encode_prompt(
             prompts, None, None, device=encoders.device, do_classifier_free_guidance=False
         )
         return Conditioning(embeds, pooled)
-
-
-def _encode_without_t5(prompts: list[str], encoders: TextEncoders) -> Conditioning:
-    """Encode prompts by both CLIPs; T5's rows are zeros, as in a pipeline without T5.
-
-    That pipeline reads the width of the zeros from its transformer, which is not loaded here.
-    """
-    pipeline = encoders.pipeline
-    width = encoders.denoiser_config.get("joint_attention_dim", 4096)
-    first, second = (
-        pipeline._get_clip_prompt_embeds(prompts, device=encoders.device, clip_model_index=clip) for clip in (0, 1)
-    )
-    embeds, pooled = (torch.cat(parts, dim=-1) for parts in zip(first, second, strict=True))
-    return Conditioning(functional.pad(embeds, (0, width - embeds.shape[-1], 0, T5_TOKENS)), pooled)

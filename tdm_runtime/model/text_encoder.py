@@ -88,9 +88,7 @@ class PipelineEncoder:
     def __init__(self, family: Family, encoders: TextEncoders) -> None:
         self._family = family
         self._encoders = encoders
-        there = (tokenizer for name in family.tokenizers if (tokenizer := getattr(encoders.pipeline, name)) is not None)
-        *_, self._tokenizer = there
-        """Tokenizer of the encoder that reads the most, the last one that the pipeline has."""
+        self._tokenizer = family.tokenizer(encoders)
         self._max_tokens = family.max_tokens(encoders)
 
     def tokenize(self, prompt: str) -> TokenizedPrompt:

@@ -7,15 +7,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import init_empty_weights
 from diffusers import StableDiffusionPipeline
 
+from benchmarks.backends import stock_arguments, stock_pipeline
 from export import real_sizes
-from export.architectures import REAL_SIZES, empty_model, random_model
-from export.real_sizes import RESULTS_FILE, main, table, write_random_sd15
+from export.architectures import REAL_SIZES, STOCK_TEXT, empty_model, random_model
+from export.real_sizes import RESULTS_FILE, main, table, write_random
 from tdm_runtime.checkpoint.folder import open_checkpoint
+from tdm_runtime.model.load import load_with_torch
+from tdm_runtime.model.similarity import psnr_db
+from tdm_runtime.params import SamplingParams
+from tdm_runtime.pipeline import generate
 
 SMALLER: dict[str, dict[str, Any]] = {
     "text_encoder": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
@@ -33,6 +39,7 @@ SMALLER: dict[str, dict[str, Any]] = {
         ("sd15", "decoder", 83_653_863),
         ("sd15", "tiny_decoder", 2_445_063),
         ("sdxl", "denoiser", 2_567_463_684 + 256 * 320),
+        ("sd3", "denoiser", 2_028_328_000),
         ("pixart", "denoiser", 610_856_096),
         ("cogvideox-2b", "denoiser", 1_693_783_872),
         ("cogvideox-2b", "decoder", 215_583_907),
@@ -61,7 +68,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("random") / "sd15"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(real_sizes, "REAL_SIZES", {"sd15": sizes})
-        write_random_sd15(folder)
+        write_random("sd15", folder)
     return folder
 
 
@@ -82,6 +89,45 @@ def test_stock_pipeline_opens_the_random_checkpoint(checkpoint: Path) -> None:
         "a red cat", num_inference_steps=1, guidance_scale=2.0, height=128, width=128, output_type="np"
     ).images
     assert pictures.shape == (1, 128, 128, 3)
+
+
+SMALL_CLIP = SMALLER["text_encoder"] | {"projection_dim": 16}
+SMALL_FOLDERS: dict[str, dict[str, dict[str, Any]]] = {
+    "sdxl": {
+        "denoiser": {
+            "block_out_channels": (32, 32, 32),
+            "transformer_layers_per_block": 1,
+            "attention_head_dim": 2,
+            "cross_attention_dim": 32,
+            "projection_class_embeddings_input_dim": 16 + 6 * 256,
+        },
+        "decoder": {"block_out_channels": (32, 32, 32, 32)},
+    },
+    "sd3": {
+        "denoiser": {"num_layers": 1, "num_attention_heads": 1, "caption_projection_dim": 64, "joint_attention_dim": 64}
+        | {"pooled_projection_dim": 32},
+        "decoder": {"block_out_channels": (32, 32, 32, 32)},
+    },
+}
+
+
+@pytest.mark.parametrize("model", SMALL_FOLDERS)
+def test_a_random_stock_folder_makes_a_picture_here_and_in_the_stock_pipeline(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = SMALL_FOLDERS[model]
+    sizes = {name: replace(one, config=one.config | changes[name]) for name, one in REAL_SIZES[model].items()}
+    texts = {name: replace(one, config=one.config | SMALL_CLIP) for name, one in STOCK_TEXT[model].items()}
+    monkeypatch.setattr(real_sizes, "REAL_SIZES", {model: sizes})
+    monkeypatch.setattr(real_sizes, "STOCK_TEXT", {model: texts})
+    write_random(model, tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    pipeline = stock_pipeline(checkpoint, torch.float32)
+    draw = torch.Generator().manual_seed(3)
+    arguments = {"width": 128, "height": 64, "generator": draw, "output_type": "np"}
+    (theirs,) = pipeline("a red cat", num_inference_steps=4, **arguments, **stock_arguments(checkpoint, 4)).images
+    ours = generate(load_with_torch(checkpoint), SamplingParams("a red cat", 3, 4, 128, 64))
+    assert psnr_db(ours, (255 * theirs).round().astype(np.uint8)) >= 50
 
 
 def test_small_shape_differs_from_the_traced_one() -> None:
@@ -136,7 +182,7 @@ def test_a_second_run_keeps_earlier_results(
     assert "tiny_decoder" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [[], ["sd99", "--output", "x"], ["--checkpoint", "sdxl", "x"]])
+@pytest.mark.parametrize("arguments", [[], ["sd99", "--output", "x"], ["--checkpoint", "pixart", "x"]])
 def test_wrong_arguments_are_refused(arguments: list[str]) -> None:
     with pytest.raises(SystemExit):
         main(arguments)

@@ -42,6 +42,8 @@ class Case:
     """Further arguments of the stock call."""
     changes: Mapping[str, Any] = field(default_factory=dict)
     """Changes of the tiny denoiser's config."""
+    without: tuple[str, ...] = ()
+    """Parts that the pipeline lacks."""
 
 
 def flow(**settings: Any) -> Callable[[], Any]:
@@ -100,6 +102,9 @@ CASES = {
         options=NO_BINS,
     ),
     "SD 3.5 Turbo": Case("sd3", flow(shift=3.0), options=NO_GUIDANCE),
+    "SD 3.5 Turbo, no T5": Case(
+        "sd3", flow(shift=3.0), steps=(4,), options=NO_GUIDANCE, without=("text_encoder_3", "tokenizer_3")
+    ),
     "SD 3, TDM on DPM-Solver++": Case(
         "sd3",
         lambda: diffusers.DPMSolverMultistepScheduler(
@@ -187,6 +192,7 @@ def stock_folder(case: Case, folder: Path) -> tuple[Any, Path]:
     """Return the stock pipeline and the folder that it saved."""
     pipeline = build_pipeline(case.family, **case.changes)
     pipeline.scheduler = case.scheduler()
+    pipeline.register_modules(**dict.fromkeys(case.without))
     pipeline.set_progress_bar_config(disable=True)
     if case.family in ("sd3", "flux", "z_image"):
         pipeline.vae.register_to_config(scaling_factor=0.3611, shift_factor=0.1159)  # as published VAEs of 16 channels
