@@ -9,9 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from serving.command.cli import main as tdm_serve
+from tdm_runtime.checkpoint.folder import open_checkpoint
 from tdm_runtime.cli import main as tdm_generate
+from tdm_runtime.errors import CheckpointError
+from tdm_runtime.model.components import load_component
 from tdm_runtime.recipe_cli import main as tdm_recipe
 from tests.published_folders import edit_json
 from tests.tiny_pipelines import build_pipeline
@@ -103,3 +107,21 @@ def test_a_recipe_of_another_prediction_is_refused(
         assert run() == 2
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and "tdm_recipe.json" in said, said
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "text_encoder_3"])
+def test_a_text_encoder_that_lacks_weights_is_refused(part: str, intact: Path, tmp_path: Path) -> None:
+    """transformers would only warn and fill them with random numbers."""
+    folder = Path(shutil.copytree(intact, tmp_path / "folder"))
+    edit_json(folder / part / "config.json", num_hidden_layers=5, num_layers=5)
+    assert tdm_recipe([str(folder), "--steps", "2", "-o", str(folder / "tdm_recipe.json")]) == 0
+    with pytest.raises(CheckpointError, match=f"{part}/config.json does not describe the weights beside it"):
+        open_checkpoint(folder).load_text_encoders()
+
+
+def test_weights_load_in_the_precision_that_is_served(intact: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(intact, tmp_path / "folder"))
+    assert tdm_recipe([str(folder), "--steps", "2", "-o", str(folder / "tdm_recipe.json")]) == 0
+    for component in ("denoiser", "decoder"):
+        module, _ = load_component(open_checkpoint(folder), component, torch.bfloat16)
+        assert {parameter.dtype for parameter in module.parameters()} == {torch.bfloat16}
