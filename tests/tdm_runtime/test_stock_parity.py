@@ -22,6 +22,7 @@ SEED = 7
 WIDTH, HEIGHT = 96, 64
 PROMPTS = ("A red Fox", "Two CATS on a hill")
 
+
 @pytest.mark.parametrize("name", CASES)
 def test_the_picture_equals_that_of_the_stock_pipeline(name: str, tmp_path: Path) -> None:
     case = CASES[name]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,6 @@ import pytest
 
 from tdm_runtime.engine.delivery import Delivery, Preview
 from tdm_runtime.engine.engine import DiffusionEngine
-from tdm_runtime.engine.warm_up import warm_up
 from tdm_runtime.model.choice import load_model
 from tdm_runtime.model.decoder import Pixels
 from tdm_runtime.model.loaded_model import LoadedModel
@@ -76,7 +74,9 @@ def test_mixed_batches_equal_the_pipeline(name: str, tmp_path: Path) -> None:
     try:
         futures = engine.submit_all(requests[::2])
         cancelled = engine.submit(replace(most, seed=78))
-        shown = engine.submit(most, Delivery(on_preview=previews.append, num_previews=3, draft=1 in model.recipe.timesteps))
+        shown = engine.submit(
+            most, Delivery(on_preview=previews.append, num_previews=3, draft=1 in model.recipe.timesteps)
+        )
         engine.step()
         cancelled.cancel()
         late = engine.submit_all(requests[1::2])
