@@ -141,7 +141,7 @@ def tiny_z_image(**changes: Any) -> ZImageTransformer2DModel:
         "n_kv_heads": 2,
         "cap_feat_dim": TEXT_DIM,
         "axes_dims": [4, 2, 2],
-        "axes_lens": [1024, 32, 32],
+        "axes_lens": [1024, 128, 128],
     }
     return _seeded(ZImageTransformer2DModel, config | changes)
 

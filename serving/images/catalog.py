@@ -78,7 +78,7 @@ class Catalog:
         """LoRAs that were removed or replaced and that unfinished samples may still use."""
         for base in bases:
             warm_up(engine, base.model)
-            changed_s = (base.checkpoint.folder / MODEL_INDEX).stat().st_mtime
+            changed_s = (base.checkpoint.base_folder / MODEL_INDEX).stat().st_mtime
             self._add(Served(base.model, int(changed_s)))
         for lora in config.loras:
             self._add(self._loaded(lora))

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import logging
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import get_args
 
+import numpy as np
 import torch
 
 from serving.arrival import since_arrival_s
@@ -32,6 +34,7 @@ from tdm_runtime.engine.sample import Picture
 from tdm_runtime.engine.warm_up import PROMPT
 from tdm_runtime.media.image_file import ImageFormat
 from tdm_runtime.model.choice import least_seconds
+from tdm_runtime.model.decoder import Pixels
 from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.scheduling.cost_model import Kind
@@ -90,14 +93,20 @@ class ImageService:
         gc.freeze()  # models and programs live as long as the process; collections need not look through them
 
     def _learn_calm_costs(self, model: LoadedModel) -> None:
-        """Measure encoding and hand-over before the first request: what load teaches about them fades to this."""
-        for width, height in model.recipe.native_sizes:
+        """Measure encoding and hand-over before the first request: what load teaches about them fades to this.
+
+        One picture is made. Those of other sizes are stretched from it, because encoding takes as long.
+        """
+        made: Picture | None = None
+        for (width, height), output_format in itertools.product(model.recipe.native_sizes, get_args(ImageFormat)):
             params = SamplingParams(PROMPT, 0, model.recipe.step_counts[0], width, height)
-            picture = self.engine.submit(params, model=model).result()
-            for output_format in get_args(ImageFormat):
-                order = ImageOrder(model.name, (params,), encoding=ImageEncoding(output_format))
-                encode = partial(to_images, model, [picture], order.encoding)
-                self.engine.observe(encoding_kind(order), 1, least_seconds(encode, CALM_CALLS))
+            order = ImageOrder(model.name, (params,), encoding=ImageEncoding(output_format))
+            if self.engine.call_seconds(encoding_kind(order)):
+                continue  # models share their encoders of files
+            made = made or self.engine.submit(params, model=model).result()
+            picture = replace(made, params=params, pixels=_stretched(made.pixels, width, height))
+            encode = partial(to_images, model, [picture], order.encoding)
+            self.engine.observe(encoding_kind(order), 1, least_seconds(encode, CALM_CALLS))
         hand_over = partial(self.engine.run_on_thread, lambda: None)
         self.engine.observe(HAND_OVER, 1, least_seconds(hand_over, CALM_CALLS))
 
@@ -269,6 +278,12 @@ class ImageService:
             latency_budget_kept=budget_kept,
             warnings=to_warnings(pictures[0].prompt),
         )
+
+
+def _stretched(pixels: Pixels, width: int, height: int) -> Pixels:
+    """Return a picture in another size, each pixel the nearest one."""
+    rows, columns = (np.arange(side) * old // side for side, old in zip((height, width), pixels.shape, strict=False))
+    return pixels[rows[:, None], columns]
 
 
 def _card(served: Served) -> ModelCard:

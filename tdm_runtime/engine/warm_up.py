@@ -1,8 +1,14 @@
-"""Warm-up: runs every kind of call before the first request and measures its cost."""
+"""Warm-up: runs the kinds of calls before the first request and measures their costs.
+
+A quick model is measured at every native size and batch size that may help. A slow one is measured as far as the time
+limits below allow; the time that a backend takes to compile does not count. Sizes that were left out take their costs
+from the nearest measured one (`CostModel`), until requests have measured them.
+"""
 
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -20,21 +26,31 @@ from tdm_runtime.model.text_encoder import TextEncoder, stacked
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.scheduling.cost_model import MIN_GAIN, Kind
 
+logger = logging.getLogger(__name__)
+
 PASSES = 3
 """Number of times that all sizes are measured, one after the other."""
 ROUNDS = 5
 """Most calls of one size in a pass."""
 PASS_S = 0.1
 """Seconds after which a pass over one size ends, even before `ROUNDS` calls."""
+KIND_S = 4.0
+"""Seconds for the measured calls of one kind. Batches that would take longer are not measured and never made: one
+sample of such a model keeps the machine busy."""
+MODEL_S = 20.0
+"""Seconds of measured calls of a model after which no further native size is measured."""
+PICTURES_S = 10.0
+"""Seconds after which no further whole picture is made."""
 BOOKKEEPING_S = 3e-4
 """Approximate time that the engine adds to each call of the model, whatever its size."""
 PROMPT = "warm-up"
 
 
 def warm_up(engine: DiffusionEngine, model: LoadedModel | None = None) -> None:
-    """Measure every kind of call of a model, then make a picture of every size, step count and decoder.
+    """Measure the kinds of calls of a model, then make pictures of its sizes, step counts and decoders.
 
-    The engine may be serving meanwhile: each call runs between two of its own.
+    At least the first native size is measured and one picture made. The engine may be serving meanwhile: each call runs
+    between two of its own.
 
     Args:
         model: Model to warm up; None is the engine's own.
@@ -44,32 +60,46 @@ def warm_up(engine: DiffusionEngine, model: LoadedModel | None = None) -> None:
     """
     model = model or engine.model
     _learn_costs(engine, model)
+    ends_s = time.monotonic() + PICTURES_S
+    for params, delivery in _pictures(model):
+        engine.submit(params, delivery, model).result()
+        if time.monotonic() > ends_s:
+            break
+
+
+def _pictures(model: LoadedModel) -> Iterator[tuple[SamplingParams, Delivery]]:
+    """Return the pictures of a warm-up, those of the fewest steps first."""
     recipe = model.recipe
-    for (width, height), decoder, steps in itertools.product(recipe.native_sizes, model.decoders, recipe.step_counts):
-        engine.submit(SamplingParams(PROMPT, 0, steps, width, height, decoder), model=model).result()
+    for steps, decoder, (width, height) in itertools.product(recipe.step_counts, model.decoders, recipe.native_sizes):
+        yield SamplingParams(PROMPT, 0, steps, width, height, decoder), Delivery()
     width, height = recipe.native_sizes[0]
-    params = SamplingParams(PROMPT, 0, recipe.step_counts[-1], width, height)
-    engine.submit(params, Delivery(on_preview=lambda preview: None, num_previews=1), model).result()
+    shown = SamplingParams(PROMPT, 0, recipe.step_counts[-1], width, height)
+    yield shown, Delivery(on_preview=lambda preview: None, num_previews=1)
 
 
 def _learn_costs(engine: DiffusionEngine, model: LoadedModel) -> None:
-    numbers = itertools.count()
-    _learn(engine, call_kind(model, "text"), partial(_encode, model.text_encoder, numbers), capacity=1)
+    numbers, text = itertools.count(), call_kind(model, "text")
+    spent_s = _learn(engine, text, partial(_encode, model.text_encoder, numbers), capacity=1)
     size = 2
     # Larger sizes run once and are not learned: forecasts do not count on the time that encoding together saves.
-    while size <= engine.config.max_batch_size:
+    while size <= engine.config.max_batch_size and size * engine.call_seconds(text) < KIND_S:
         _seconds(engine, partial(_encode, model.text_encoder, numbers), size)
         size *= 2
     for width, height in model.recipe.native_sizes:
+        if spent_s > MODEL_S:
+            logger.info(
+                "%s is slow; sizes from %dx%d on are not measured before they are used", model.name, width, height
+            )
+            return
         params = SamplingParams(PROMPT, 0, model.recipe.default_steps, width, height)
         shape = model.latent_shape(params)
-        _learn(engine, call_kind(model, "denoise", shape), _denoise(engine, model, params))
+        spent_s += _learn(engine, call_kind(model, "denoise", shape), _denoise(engine, model, params))
         for name, decoder in model.decoders.items():
             kind = call_kind(model, f"decode:{name}", shape)
             if engine.call_seconds(kind):
                 continue  # a LoRA and its base share the decoder
             latents = torch.zeros(engine.config.max_batch_size, *shape, device=model.denoiser.device)
-            _learn(engine, kind, partial(_decode, decoder, latents))
+            spent_s += _learn(engine, kind, partial(_decode, decoder, latents))
 
 
 def _encode(text_encoder: TextEncoder, numbers: Iterator[int], size: int) -> object:
@@ -99,11 +129,17 @@ def _denoise(engine: DiffusionEngine, model: LoadedModel, params: SamplingParams
     return call
 
 
-def _learn(engine: DiffusionEngine, kind: Kind, call: Callable[[int], object], capacity: int | None = None) -> None:
-    """Measure a kind of call at 1, 2, 4, ... samples, until two sizes in a row give no more samples a second."""
+def _learn(engine: DiffusionEngine, kind: Kind, call: Callable[[int], object], capacity: int | None = None) -> float:
+    """Measure a kind of call at 1, 2, 4, ... samples, until two sizes in a row give no more samples a second.
+
+    Returns:
+        The seconds of the measured calls, about `KIND_S` at most unless a single sample takes longer.
+    """
     times_s: dict[int, list[float]] = {}
     size, without_gain = 1, 0
     while size <= (capacity or engine.config.max_batch_size) and without_gain < 2:
+        if times_s and _spent(times_s) + 2 * min(times_s[size // 2]) > KIND_S:
+            break
         try:
             _seconds(engine, call, size)  # the first call may compile
             times_s[size] = _times(engine, call, size)
@@ -114,11 +150,17 @@ def _learn(engine: DiffusionEngine, kind: Kind, call: Callable[[int], object], c
         without_gain = 0 if _fastest(times_s) == size else without_gain + 1
         size *= 2
     for _ in range(PASSES - 1):  # several passes, so that a slow moment of the machine does not hit one size alone
-        for size in times_s:
-            times_s[size] += _times(engine, call, size)
+        for size, seen_s in times_s.items():
+            if _spent(times_s) + min(seen_s) < KIND_S:
+                seen_s += _times(engine, call, size)
     for size, seen_s in times_s.items():
         engine.observe(kind, size, min(seen_s) + BOOKKEEPING_S)  # real calls teach the usual slowness
     engine.limit(kind, max(times_s))
+    return _spent(times_s)
+
+
+def _spent(times_s: Mapping[int, Sequence[float]]) -> float:
+    return sum(map(sum, times_s.values()))
 
 
 def _fastest(times_s: Mapping[int, Sequence[float]]) -> int:
