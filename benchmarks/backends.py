@@ -48,6 +48,8 @@ class Run:
     """Seconds from the start of the process's work, imports included, to the first picture."""
     pictures_ms: list[float]
     """Time of each later picture, in milliseconds."""
+    cpu_s: float
+    """Seconds of all cores for one of them: on a busy machine it says more than the time."""
     peak_gib: float
     """Peak resident memory of the process, in GiB."""
 
@@ -65,8 +67,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--steps", type=int, default=4, help="num_inference_steps (%(default)s)")
     parser.add_argument(
-        "--pictures", type=int, default=40, help="pictures per round, after two for warm-up (%(default)s)"
+        "--pictures", type=int, default=40, help="pictures per round, after those for warm-up (%(default)s)"
     )
+    parser.add_argument("--warm-up", type=int, default=2, help="pictures before, 1 at least (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds over all contenders (%(default)s)")
     parser.add_argument("--artifacts", type=Path, help="folder written by tdm-export (default: its cache)")
     parser.add_argument("--only", help=argparse.SUPPRESS)
@@ -81,6 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
     for _ in range(given.rounds):
         for name in contenders:
             runs[name].append(_in_a_process(name, given))
+            print(f"{name}: {runs[name][-1]}", file=sys.stderr, flush=True)
     print(machine())
     print(table(runs, given.steps))
     return 0
@@ -89,6 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _in_a_process(name: str, given: argparse.Namespace) -> Run:
     command = [sys.executable, "-m", "benchmarks.backends", str(given.checkpoint), "--only", name]
     command += ["--steps", str(given.steps), "--pictures", str(given.pictures)]
+    command += ["--warm-up", str(given.warm_up)]
     if given.artifacts:
         command += ["--artifacts", str(given.artifacts)]
     quiet = {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"}
@@ -103,15 +108,17 @@ def measure(name: str, given: argparse.Namespace) -> Run:
     texts = prompts()
     make(next(texts), 0)
     first_s = time.perf_counter() - started_s
-    make(next(texts), 1)
-    pictures_ms = []
-    for seed in range(2, given.pictures + 2):
+    for seed in range(1, given.warm_up):
+        make(next(texts), seed)
+    pictures_ms, cpu_started_s = [], time.process_time()
+    for seed in range(given.warm_up, given.warm_up + given.pictures):
         began_s = time.perf_counter()
         png = make(next(texts), seed)
         pictures_ms.append(1e3 * (time.perf_counter() - began_s))
         assert png.startswith(b"\x89PNG")
+    cpu_s = (time.process_time() - cpu_started_s) / given.pictures
     peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return Run(first_s, pictures_ms, peak_kib / 2**20)
+    return Run(first_s, pictures_ms, cpu_s, peak_kib / 2**20)
 
 
 def prompts() -> Iterator[str]:
@@ -206,6 +213,7 @@ def table(runs: dict[str, list[Run]], steps: int) -> str:
         f"{steps} steps",
         "ms, p50",
         "p90",
+        "CPU s",
         *(f"speed-up over {name}" for name in references),
         "first picture, s",
         "peak GiB",
@@ -215,9 +223,12 @@ def table(runs: dict[str, list[Run]], steps: int) -> str:
         every = [ms for run in done for ms in run.pictures_ms]
         p90 = statistics.quantiles(every, n=10)[-1] if len(every) > 1 else every[0]
         ratios = [f"{medians[reference] / medians[name]:.2f}" for reference in references]
+        cpu_s = statistics.median(run.cpu_s for run in done)
         first_s = statistics.median(run.first_s for run in done)
         peak = max(run.peak_gib for run in done)
-        lines.append([name, f"{medians[name]:.1f}", f"{p90:.1f}", *ratios, f"{first_s:.1f}", f"{peak:.2f}"])
+        lines.append(
+            [name, f"{medians[name]:.1f}", f"{p90:.1f}", f"{cpu_s:.2f}", *ratios, f"{first_s:.1f}", f"{peak:.2f}"]
+        )
     return "\n".join(_row(cells) for cells in lines)
 
 
