@@ -20,6 +20,9 @@ from tdm_runtime.model.parity import ParityConfig, picture_parity, reference_pic
 BATCH = 3
 """Batch size of a component's comparison. It is not a power of two, so that padding and splitting are compared too."""
 
+TOKENS = 64
+"""Length of the prompts in that comparison, for models whose prompts have no fixed length."""
+
 
 def verify(
     checkpoint: Checkpoint,
@@ -53,9 +56,9 @@ def _with_component_parity(checkpoint: Checkpoint, manifest: Manifest, folder: P
     module, interface = load_component(checkpoint, name)
     width, height = checkpoint.recipe.native_sizes[0]
     _, latent_height, latent_width = checkpoint.geometry.latent_shape(width, height)
-    sizes = {"batch": BATCH, "height": latent_height, "width": latent_width}
+    sizes = {"batch": BATCH, "height": latent_height, "width": latent_width, "tokens": TOKENS}
     inputs = interface.random_inputs(sizes, torch.Generator().manual_seed(1))
-    expected = module(*inputs)
+    expected = module(**{spec.name: tensor for spec, tensor in zip(interface.inputs, inputs, strict=True)})
     builds = []
     for build in manifest.builds:
         backend = component_backend(manifest, build, folder, name)

@@ -283,7 +283,8 @@ class ImageService:
 def _stretched(pixels: Pixels, width: int, height: int) -> Pixels:
     """Return a picture in another size, each pixel the nearest one."""
     rows, columns = (np.arange(side) * old // side for side, old in zip((height, width), pixels.shape, strict=False))
-    return pixels[rows[:, None], columns]
+    stretched: Pixels = pixels[rows[:, None], columns]
+    return stretched
 
 
 def _card(served: Served) -> ModelCard:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,7 @@ def load_text_encoders(
     """
     import diffusers
 
+    _quieten()
     index = read_json(folder / MODEL_INDEX)
     try:
         there = text_parts(index, family)
@@ -109,3 +111,14 @@ def load_text_encoders(
         ) from error
     config = read_json(folder / family.denoiser_folder / "config.json")
     return TextEncoders(pipeline.to(device), config, width, height)
+
+
+def _quieten() -> None:
+    """Turn off what stock pipelines would log: prompts that they cut, lengths of prompts, progress of loading."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    of_diffusers.disable_progress_bar()
+    of_transformers.disable_progress_bar()
+    for name in ("diffusers.pipelines", "transformers.tokenization_utils_base"):
+        logging.getLogger(name).setLevel(logging.ERROR)
