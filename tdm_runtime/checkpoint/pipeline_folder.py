@@ -152,6 +152,7 @@ def load_text_encoders(
     import diffusers
     import transformers
 
+    quiet_libraries()
     index = read_json(folder / MODEL_INDEX)
     try:
         there = text_parts(index, family)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,50 +26,53 @@ from tdm_runtime.errors import CheckpointError
 from tdm_runtime.families.call import ADAPTERS
 from tdm_runtime.model.components import load_component
 from tdm_runtime.model.loaded_model import LoadedModel
-from tdm_runtime.model.text_encoder import ClipEncoder, TextEncoder
+from tdm_runtime.model.text_encoder import (
+    ClipEncoder,
+    PipelineEncoder,
+    PromptEmbedding,
+    TextEncoder,
+    TokenizedPrompt,
+)
 
 TEXT_ENCODER: ComponentName = "text_encoder"
-"""The text encoder that a served model has."""
+"""The text encoder of a model that has CLIP alone."""
 Loras = Sequence[tuple[LoraFile, float]]
 """LoRAs that change a model together, each with its scale."""
 Updates = Mapping[str, Sequence[Update]]
 """Layer -> what is added to its output."""
 
 
-class AdapterBank:
-    """A torch module whose linear and convolutional layers add the LoRA of each sample.
+class LoraLayers:
+    """The linear and convolutional layers of a module, which add the LoRA of each sample to their output.
 
     Not thread-safe: LoRAs are added and removed between calls.
     """
 
-    is_batch_invariant = False
-
-    def __init__(self, module: nn.Module, interface: Interface, device: torch.device, threads: int | None) -> None:
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
         """
         Args:
-            threads: CPU threads of a call; None leaves the calling thread's setting alone.
+            module: A module of diffusers or transformers.
+            dtype: Its dtype when it is called.
         """
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.device = device
-        self.name = f"torch {'bf16' if dtype == torch.bfloat16 else 'fp32'}"
+        self._module = module
         self._dtype = dtype
-        self._backend = TorchBackend(module, device, dtype, threads, interface)
-        self.inputs = (*(spec.name for spec in interface.inputs), ADAPTERS)
-        """Names of the inputs, in order."""
-        self._model = module.get_submodule("model")
-        self._targets = lora_targets(self._model)
+        self._targets = lora_targets(module)
         self._adapters: dict[int, Updates] = {}
-        self._samples: dict[int, Tensor] = {}
+        self._samples: Mapping[int, Tensor] = {}
         """Number of a LoRA -> indices of its samples in the running call."""
         for name, layer in self._targets.items():
             layer.register_forward_hook(self._hook(name))
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        """Run the module with the tensors of `inputs`."""
-        *usual, adapters = inputs
-        self._samples = {number: (adapters == number).nonzero()[:, 0] for number in set(adapters.tolist())}
+    @contextmanager
+    def during(self, samples: Mapping[int, Tensor]) -> Iterator[None]:
+        """Apply LoRAs in the calls that are made inside this context.
+
+        Args:
+            samples: Number of a LoRA -> indices of its samples. Every sample of a call has one.
+        """
+        self._samples = samples
         try:
-            return self._backend(*usual)
+            yield
         finally:
             self._samples = {}
 
@@ -83,7 +87,7 @@ class AdapterBank:
         """
         found: dict[str, list[Update]] = {}
         for file, scale in loras:
-            for name, layer in fitting_layers(file, component, self._model).items():
+            for name, layer in fitting_layers(file, component, self._module).items():
                 found.setdefault(name, []).append(update_at(layer, scale, self._targets[name]).to(self._dtype))
         return found
 
@@ -111,6 +115,32 @@ class AdapterBank:
         each, rest = divmod(length, sum(map(len, self._samples.values())))
         assert each and not rest, f"a layer of {length} rows cannot be divided among the samples"
         return (samples[:, None] * each + torch.arange(each, device=samples.device)).flatten()
+
+
+class AdapterBank:
+    """A torch module that runs the LoRA of each sample of a call."""
+
+    is_batch_invariant = False
+
+    def __init__(self, module: nn.Module, interface: Interface, device: torch.device, threads: int | None) -> None:
+        """
+        Args:
+            threads: CPU threads of a call; None leaves the calling thread's setting alone.
+        """
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.device = device
+        self.name = f"torch {'bf16' if dtype == torch.bfloat16 else 'fp32'}"
+        self._backend = TorchBackend(module, device, dtype, threads, interface)
+        self.inputs = (*(spec.name for spec in interface.inputs), ADAPTERS)
+        """Names of the inputs, in order."""
+        self.layers = LoraLayers(module.get_submodule("model"), dtype)
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """Run the module with the tensors of `inputs`."""
+        *usual, adapters = inputs
+        samples = {number: (adapters == number).nonzero()[:, 0] for number in set(adapters.tolist())}
+        with self.layers.during(samples):
+            return self._backend(*usual)
 
 
 def added(layer: LoraTarget, inputs: Tensor, output: Tensor, update: Update) -> Tensor:
@@ -144,6 +174,31 @@ class OneAdapter:
         return self._bank(*inputs, torch.full((len(inputs[0]),), self._number, device=self.device))
 
 
+class LoraTextEncoder:
+    """The text encoders of a stock pipeline with one LoRA. Other models use them without it."""
+
+    is_batch_invariant = True
+
+    def __init__(self, encoder: PipelineEncoder, layers: Sequence[LoraLayers], number: int) -> None:
+        """
+        Args:
+            layers: Layers of each text encoder that the LoRA changes.
+        """
+        self._encoder = encoder
+        self._layers = layers
+        self._number = number
+
+    def tokenize(self, prompt: str) -> TokenizedPrompt:
+        return self._encoder.tokenize(prompt)
+
+    def encode(self, prompts: Sequence[TokenizedPrompt]) -> list[PromptEmbedding]:
+        only = {self._number: torch.zeros(1, dtype=torch.int64, device=self._encoder.device)}
+        with ExitStack() as during:
+            for layers in self._layers:
+                during.enter_context(layers.during(only))
+            return self._encoder.encode(prompts)  # which encodes each prompt alone
+
+
 class LoraBase:
     """A model that takes LoRAs. Any thread may call `prepare`; only the engine's thread `attach` and `detach`."""
 
@@ -158,6 +213,9 @@ class LoraBase:
         self._denoiser = checkpoint.family.denoiser_folder
         self._threads = threads
         self._banks: dict[str, AdapterBank] = {}
+        """Component -> modules that only LoRAs use: the base may run compiled ones."""
+        self._texts: dict[str, LoraLayers] = {}
+        """Component -> layers of a text encoder that LoRAs and base share."""
         self._last_number = 0
 
     def prepare(self, name: str, loras: Loras) -> PreparedLora:
@@ -175,7 +233,7 @@ class LoraBase:
                     "that are added at run time cannot change; serve its folder as a model"
                 )
         components = dict.fromkeys(component for file, _ in loras for component in file.layers)
-        updates = {component: self._bank(component).updates(component, loras) for component in components}
+        updates = {component: self._layers(component).updates(component, loras) for component in components}
         identity = "".join(f"\n{file.sha256}\n{scale!r}" for file, scale in loras)
         digest = hashlib.sha256(f"{self.model.digest}{identity}".encode()).hexdigest()
         self._last_number += 1
@@ -184,19 +242,15 @@ class LoraBase:
     def attach(self, lora: PreparedLora) -> LoadedModel:
         """Serve a prepared LoRA from the next call on."""
         for component, updates in lora.updates.items():
-            self._bank(component).add(lora.number, updates)
+            self._layers(component).add(lora.number, updates)
         denoiser = self._bank(self._denoiser)
-        denoiser.add(lora.number, lora.updates.get(self._denoiser, {}))
-        text_encoder = self.model.text_encoder
-        if TEXT_ENCODER in lora.updates:
-            tokenizer = self._checkpoint.load_tokenizer()
-            text_encoder = TextEncoder(ClipEncoder(tokenizer, OneAdapter(self._bank(TEXT_ENCODER), lora.number)))
+        denoiser.layers.add(lora.number, lora.updates.get(self._denoiser, {}))
         return replace(
             self.model,
             recipe=replace(self.model.recipe, name=lora.name),
             digest=lora.digest,
             backend=denoiser.name,
-            text_encoder=text_encoder,
+            text_encoder=self._text_encoder(lora),
             denoiser=denoiser,
             denoiser_inputs=denoiser.inputs,
             parity={},
@@ -208,8 +262,38 @@ class LoraBase:
     def detach(self, model: LoadedModel) -> None:
         """Remove a LoRA that no sample uses any more."""
         assert model.adapter is not None, "only a LoRA can be taken from its base"
-        for bank in self._banks.values():
-            bank.remove(model.adapter)
+        for layers in (*(bank.layers for bank in self._banks.values()), *self._texts.values()):
+            layers.remove(model.adapter)
+
+    def _text_encoder(self, lora: PreparedLora) -> TextEncoder:
+        """Return the text encoder of a LoRA: that of the base, unless the LoRA changes it."""
+        components = [component for component in lora.updates if component != self._denoiser]
+        if not components:
+            return self.model.text_encoder
+        encoder = self.model.text_encoder.encoder
+        if isinstance(encoder, PipelineEncoder):
+            layers = [self._layers(component) for component in components]
+            return TextEncoder(LoraTextEncoder(encoder, layers, lora.number))
+        tokenizer = self._checkpoint.load_tokenizer()
+        return TextEncoder(ClipEncoder(tokenizer, OneAdapter(self._bank(TEXT_ENCODER), lora.number)))
+
+    def _layers(self, component: str) -> LoraLayers:
+        """Return the layers of a component that LoRAs change.
+
+        Raises:
+            CheckpointError: the base has no such text encoder.
+        """
+        encoder = self.model.text_encoder.encoder
+        if component == self._denoiser or not isinstance(encoder, PipelineEncoder):
+            return self._bank(component).layers
+        if component not in self._texts:
+            module = encoder.module(component)
+            if module is None:
+                raise CheckpointError(
+                    f"the LoRA changes {component}, which {self.model.name} does not have; use the base of the LoRA"
+                )
+            self._texts[component] = LoraLayers(module, torch.float32)
+        return self._texts[component]
 
     def _bank(self, component: str) -> AdapterBank:
         if component not in self._banks:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
+from torch import nn
 from torch.nn import functional
 
 from tdm_runtime.backends import Backend
@@ -88,8 +90,20 @@ class PipelineEncoder:
     def __init__(self, family: Family, encoders: TextEncoders) -> None:
         self._family = family
         self._encoders = encoders
-        self._tokenizer = family.tokenizer(encoders)
+        self._tokenizer = copy.deepcopy(family.tokenizer(encoders))
+        """Copy of the tokenizer whose encoder reads the most, to count tokens. The pipeline's own one runs on the
+        engine's thread, where it changes its settings for padding."""
         self._max_tokens = family.max_tokens(encoders)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the text encoders."""
+        return self._encoders.device
+
+    def module(self, component: str) -> nn.Module | None:
+        """Return a text encoder by its folder; None if the checkpoint came without it."""
+        found: nn.Module | None = getattr(self._encoders.pipeline, component)
+        return found
 
     def tokenize(self, prompt: str) -> TokenizedPrompt:
         return TokenizedPrompt(prompt, len(self._tokenizer(prompt, verbose=False)["input_ids"]))

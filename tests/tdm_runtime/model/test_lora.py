@@ -20,12 +20,14 @@ from tdm_runtime.backends.pytorch import TorchBackend
 from tdm_runtime.checkpoint.folder import Checkpoint, open_checkpoint
 from tdm_runtime.checkpoint.lora_file import LoraLayer, read_lora
 from tdm_runtime.checkpoint.merged_lora import merge, merge_loras, update_at
+from tdm_runtime.checkpoint.recipe import Adapter
 from tdm_runtime.engine.engine import DiffusionEngine
 from tdm_runtime.errors import CheckpointError
 from tdm_runtime.families import FAMILIES, denoiser_for
 from tdm_runtime.families.call import denoiser_arguments
 from tdm_runtime.families.conditioning import Conditioning
-from tdm_runtime.model.choice import load_model
+from tdm_runtime.model.artifacts import BackendConfig
+from tdm_runtime.model.choice import load_checkpoint, load_model
 from tdm_runtime.model.decoder import Pixels
 from tdm_runtime.model.loaded_model import LoadedModel, denoise
 from tdm_runtime.model.lora import AdapterBank, LoraBase, added
@@ -33,6 +35,7 @@ from tdm_runtime.params import SamplingParams
 from tdm_runtime.pipeline import generate
 from tests import lora_files
 from tests.lora_files import Weights, draw_weights, tiny_pipeline
+from tests.stock_checkpoints import CASES, save_checkpoint, stock_pipeline
 from tests.tiny_models import TINY_SHAPES, tiny_conditioning
 
 FAMILY = FAMILIES["stable_diffusion"]
@@ -210,6 +213,28 @@ def test_a_lora_saved_by_peft_equals_peft(
     torch.testing.assert_close(made, expected, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["sdxl", "sd3", "flux"])
+def test_a_lora_changes_the_text_encoders_of_a_stock_pipeline_for_its_own_pictures(family: str, tmp_path: Path) -> None:
+    """The LoRA that is added at run time makes the pictures of the one that is merged, and the base keeps its own."""
+    case = next(case for case in CASES.values() if case.family == family)
+    pipeline, folder = stock_pipeline(case), save_checkpoint(case, tmp_path / "folder")
+    file = lora_files.write_diffusers(pipeline, tmp_path / "lora", draw_weights(pipeline, family, 1))
+    checkpoint = open_checkpoint(folder)
+    base = load_checkpoint(checkpoint, BackendConfig(device="cpu"))
+    params = replace(PARAMS, num_inference_steps=2, width=64, height=32)
+    before = generate(base, params)
+    lora = one_lora(checkpoint, base, "changed", file, SCALE)
+    merged_model = load_model(folder, device="cpu", adapters=[Adapter(str(file), SCALE)])
+
+    made, expected = (model.text_encoder.encode(params.prompt).conditioning for model in (lora, merged_model))
+    torch.testing.assert_close(made.pooled_prompt_embeds, expected.pooled_prompt_embeds, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(made.prompt_embeds, expected.prompt_embeds, rtol=1e-4, atol=1e-5)
+    assert levels_apart(generate(lora, params), generate(merged_model, params)) <= 2
+    assert levels_apart(generate(lora, params), before) > 5
+    uncached = base.text_encoder.encoder.encode([base.text_encoder.encoder.tokenize(params.prompt)])[0].conditioning
+    assert torch.equal(uncached.prompt_embeds, base.text_encoder.encode(params.prompt).conditioning.prompt_embeds)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_bank_mixes_loras_of_any_family_in_a_call(family: str, tmp_path: Path) -> None:
     pipeline, part = tiny_pipeline(family), FAMILIES[family].denoiser_folder
@@ -228,7 +253,7 @@ def test_a_bank_mixes_loras_of_any_family_in_a_call(family: str, tmp_path: Path)
 
     bank = AdapterBank(denoiser_for(pipeline.components[part]), interface, torch.device("cpu"), None)
     for number, loras in enumerate(together):
-        bank.add(number, bank.updates(part, loras))
+        bank.layers.add(number, bank.layers.updates(part, loras))
     mixed = bank(*arguments, torch.arange(3))
 
     for number, loras in enumerate(together):
