@@ -24,7 +24,6 @@ from tdm_runtime.model.similarity import psnr_db
 from tdm_runtime.recipe_cli import main as tdm_recipe
 from tests.tiny_pipelines import build_pipeline
 
-FAMILIES = ("sd3", "sana")
 PRECISION = "bf16" if has_bf16() else "fp32"
 MIN_PSNR_DB = {"bf16": 35.0, "fp32": 60.0}
 STEPS = 2
@@ -37,7 +36,7 @@ def small_vae() -> AutoencoderKL:
     return AutoencoderKL(**blocks, block_out_channels=(4, 4), norm_num_groups=2, latent_channels=4)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=[pytest.param("sd3", marks=pytest.mark.slow), "sana"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Stock folder of a small native size, exported."""
     path = tmp_path_factory.mktemp("families") / str(request.param)

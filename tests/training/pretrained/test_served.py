@@ -65,6 +65,12 @@ PICTURES = [family for family in NOISE if not FAMILIES[family].makes_clips]
 CASES = [(family, kind) for family in PICTURES for kind in KINDS]
 CASES += [("stable_diffusion", kind) for kind in EXTRA]
 CASES += [("sd3", kind) for kind in EXTRA if "LCM" not in kind]
+QUICK = {("stable_diffusion", kind) for kind in (*KINDS, *EXTRA)} | {
+    ("sd3", "LoRA"),
+    ("flux2", "whole"),
+    ("z_image", "LoRA"),
+}
+"""Cases of every test run; the others are `slow`."""
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +94,9 @@ def workplace(
     return places
 
 
-@pytest.mark.parametrize(("family", "kind"), CASES)
+@pytest.mark.parametrize(
+    ("family", "kind"), [pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in CASES]
+)
 def test_the_served_picture_is_the_trainers(
     workplace: Callable[[str], tuple[Path, Path]],
     family: str,
