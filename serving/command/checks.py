@@ -17,6 +17,7 @@ from serving.telemetry.logs import start_logger
 from tdm_runtime.backends import TORCH_BACKENDS
 from tdm_runtime.checkpoint.folder import Checkpoint, open_checkpoint
 from tdm_runtime.checkpoint.lora_file import read_lora
+from tdm_runtime.checkpoint.recipe import RECIPE_FILE
 from tdm_runtime.errors import ArtifactError, CheckpointError
 from tdm_runtime.model.artifacts import Artifacts, BackendConfig
 
@@ -53,6 +54,11 @@ def check_models(config: ServerConfig) -> list[Checkpoint]:
     opened = zip(config.models, checkpoints, strict=True)
     names = [source.name or checkpoint.recipe.name for source, checkpoint in opened]
     bases = dict(zip(names, checkpoints, strict=True))
+    for name, checkpoint in bases.items():
+        if not (checkpoint.folder / RECIPE_FILE).is_file():
+            steps = ", ".join(map(str, checkpoint.recipe.step_counts))
+            source = f"{checkpoint.recipe_source} for {steps} steps, {checkpoint.recipe.default_steps} by default"
+            start_logger.info("%s has no %s; its recipe is %s", name, RECIPE_FILE, source)
     for lora in config.loras:
         names.append(lora.name)
         base = bases.get(lora.base or names[0])
