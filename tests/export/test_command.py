@@ -183,7 +183,7 @@ def test_an_empty_or_unreadable_prompts_file_is_refused(
 
 def test_a_missing_checkpoint_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"{tmp_path / 'absent'} is not a folder" in refusal(capsys, str(tmp_path / "absent"))
-    assert "tdm_recipe.json is missing" in refusal(capsys, str(tmp_path))
+    assert "lacks model_index.json" in refusal(capsys, str(tmp_path))
 
 
 def test_verify_without_artifacts_names_the_command_to_run(
