@@ -167,11 +167,14 @@ def _layers(
 
 def _in_diffusers_names(family: Family, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Let the stock pipeline convert key styles. Names that it does not know stay as they are."""
+    components = tuple(f"{component}." for component in (family.denoiser_folder, *family.text_encoders))
+    if all(name.startswith(components) for name in state):
+        return state  # without importing the pipeline, which takes seconds
+
     import diffusers
 
     pipeline = getattr(diffusers, family.pipelines[0])
-    components = tuple(f"{component}." for component in (family.denoiser_folder, *family.text_encoders))
-    if not hasattr(pipeline, "lora_state_dict") or all(name.startswith(components) for name in state):
+    if not hasattr(pipeline, "lora_state_dict"):
         return state
     given = {re.sub("^lora_transformer_", "lora_unet_", name): tensor for name, tensor in state.items()}
     try:

@@ -15,9 +15,11 @@ from export.prompts import CALIBRATION
 from export.verify import component_parity, parity_table, verify
 from tdm_runtime.checkpoint.folder import open_checkpoint
 from tdm_runtime.checkpoint.manifest import ComponentParity, Manifest, PictureParity, kernel_choice, load_manifest
+from tdm_runtime.model.components import load_component
 from tdm_runtime.model.decoder import Pixels
 from tdm_runtime.model.parity import PROMPTS, ParityConfig
 from tdm_runtime.model.similarity import EQUAL_DB, psnr_db, ssim
+from tests.stock_checkpoints import CASES, save_checkpoint
 
 TWO_PROMPTS = ("a red apple", "a cat left of a dog")
 
@@ -186,3 +188,12 @@ def test_the_table_leaves_out_what_was_not_measured(manifest: Manifest) -> None:
     table = parity_table(replace(manifest, builds=(one,)))
     assert f"| {one.name} | denoiser | 5.0e-01 | 2 |" in table
     assert f"| {one.name} | 3 | 41.3 | 38.0 | 0.9877 |" in table
+
+
+@pytest.mark.parametrize("case", ["SANA-Sprint", "SDXL-Lightning"])
+def test_components_of_models_with_further_inputs_are_measured(case: str, tmp_path: Path) -> None:
+    """The denoiser reads prompts of any length, a guidance scale or the size of the picture."""
+    checkpoint = open_checkpoint(save_checkpoint(CASES[case], tmp_path / "folder"))
+    interfaces = {"denoiser": load_component(checkpoint, "denoiser")[1]}
+    manifest = Manifest(checkpoint.recipe.name, checkpoint.fingerprint, {}, {}, 20, interfaces, {}, ())
+    assert verify(checkpoint, manifest, tmp_path, ParityConfig(("a fox",))) == manifest

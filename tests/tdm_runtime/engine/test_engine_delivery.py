@@ -184,6 +184,27 @@ def test_warm_up_measures_every_kind_of_call(tiny_model: LoadedModel) -> None:
         assert 0 < picture.predicted_ms < 60_000
 
 
+def test_the_warm_up_of_a_slow_model_measures_one_size_and_makes_one_picture(
+    tiny_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every limit of time is 0, as if each call took longer. Budgets still hold at the size that was left out."""
+    for limit in ("KIND_S", "MODEL_S", "PICTURES_S"):
+        monkeypatch.setattr(f"tdm_runtime.engine.warm_up.{limit}", 0.0)
+    seen: list[tuple[int, int]] = []
+    record = Changed(tiny_model, lambda latents: seen.append((len(latents), latents.shape[-1])))
+    steps: list[int] = []
+    with DiffusionEngine(
+        replace(tiny_model, denoiser=record), observe_batch=lambda size, _: steps.append(size)
+    ) as engine:
+        warm_up(engine)
+        assert set(seen) == {(1, 8)}, "one sample of the first size at a time"
+        assert len(steps) == 1, "a picture of one step"
+        wide = replace(PARAMS, width=24)
+        with pytest.raises(InvalidRequestError, match="an idle engine needs"):
+            engine.submit(wide, Delivery(latency_budget_ms=1e-3))
+        assert engine.submit(wide, Delivery(latency_budget_ms=60_000)).result(TIMEOUT_S).predicted_ms > 0
+
+
 # -- strict ----------------------------------------------------------------------------------------
 
 
