@@ -90,7 +90,8 @@ def test_a_picture_composes_two_glyphs_and_a_background(model: LoadedModel, scor
 def test_the_model_output_depends_on_k(model: LoadedModel) -> None:
     """From the same noise, the first step differs between step counts (TDM, sec. 3.2)."""
     counts = list(model.recipe.step_counts)
-    prompt_embeds = model.text_encoder.encode("a red heart").prompt_embeds.expand(len(counts), -1, -1)
+    embeds = model.text_encoder.encode("a red heart").conditioning.prompt_embeds
+    prompt_embeds = embeds.expand(len(counts), -1, -1)
     noise = initial_noise(0, (4, 16, 16)).expand(len(counts), -1, -1, -1)
     outputs = model.denoiser(noise, torch.full((len(counts),), 999.0), torch.tensor(counts), prompt_embeds)
     for first, second in pairwise(outputs):
