@@ -7,15 +7,13 @@ import unicodedata
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from tdm_runtime.checkpoint.recipe import Recipe
+from tdm_runtime.checkpoint.recipe import MAX_GUIDANCE_SCALE, Recipe
 from tdm_runtime.errors import InvalidRequestError, shown
 
 DecoderName = Literal["full", "tiny"]
 MAX_PROMPT_CHARACTERS = 2000
 MAX_SEED = 2**32 - 1
 """torch's CPU generator reads 32 bits of a seed: a larger one would repeat a smaller one's picture."""
-
-MAX_GUIDANCE_SCALE = 100.0
 
 
 @dataclass(frozen=True)

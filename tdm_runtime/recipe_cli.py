@@ -30,8 +30,6 @@ def main(arguments: list[str] | None = None) -> int:
             print_published()
             return 0
         recipe = recipe_for(given)
-        for adapter in recipe.adapters:
-            read_lora(Path(adapter.file), family_of(given.folder))
         if given.output is None:
             print(recipe.to_json(), end="")
             return 0
@@ -51,6 +49,8 @@ def recipe_for(given: argparse.Namespace) -> Recipe:
         TDMError: an argument or a file is wrong; the message names it and the remedy.
     """
     family = family_of(given.folder)
+    for adapter in given.lora:
+        read_lora(Path(adapter.file), family)
     if given.recipe is None:
         implied = implied_recipe(
             family,

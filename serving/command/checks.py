@@ -55,7 +55,7 @@ def check_models(config: ServerConfig) -> list[Checkpoint]:
     names = [source.name or checkpoint.recipe.name for source, checkpoint in opened]
     bases = dict(zip(names, checkpoints, strict=True))
     for name, checkpoint in bases.items():
-        if not (checkpoint.folder / RECIPE_FILE).is_file():
+        if checkpoint.recipe_source != RECIPE_FILE:
             steps = ", ".join(map(str, checkpoint.recipe.step_counts))
             source = f"{checkpoint.recipe_source} for {steps} steps, {checkpoint.recipe.default_steps} by default"
             start_logger.info("%s has no %s; its recipe is %s", name, RECIPE_FILE, source)

@@ -15,10 +15,10 @@ from serving.errors import invalid
 from serving.schema.answers import ImageAnswer, ImageTimings, PartialAnswer, Usage
 from serving.schema.order import DeliveryOptions, ImageEncoding, ImageOrder, ResponseFormat
 from serving.schema.parsing import parse_body, validate
-from tdm_runtime.checkpoint.recipe import Recipe
+from tdm_runtime.checkpoint.recipe import MAX_GUIDANCE_SCALE, Recipe
 from tdm_runtime.media.image_file import ImageFormat
 from tdm_runtime.media.receipt import Receipt
-from tdm_runtime.params import MAX_GUIDANCE_SCALE, MAX_PROMPT_CHARACTERS, MAX_SEED, DecoderName, SamplingParams
+from tdm_runtime.params import MAX_PROMPT_CHARACTERS, MAX_SEED, DecoderName, SamplingParams
 
 MAX_PICTURES = 10
 MAX_BUDGET_MS = 600_000.0

@@ -21,7 +21,8 @@ from torch import nn
 from tdm_runtime.checkpoint.file_hashes import FileHashes, file_sha256
 from tdm_runtime.checkpoint.folder_files import TINY_VAE, check_files, other_files, weight_files
 from tdm_runtime.checkpoint.implied_recipe import recipe_of
-from tdm_runtime.checkpoint.lora_file import STEP_CONDITION_FILE
+from tdm_runtime.checkpoint.lora_file import STEP_CONDITION_FILE, LoraFile, read_lora
+from tdm_runtime.checkpoint.merged_lora import merge_loras
 from tdm_runtime.checkpoint.pipeline_folder import (
     MODEL_INDEX,
     family_of,
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderTiny
     from transformers import CLIPTextModel
 
-    from tdm_runtime.checkpoint.lora_file import LoraFile
     from tdm_runtime.checkpoint.tokenizer import PromptTokenizer
 
 Part = TypeVar("Part")
@@ -95,14 +95,10 @@ class Checkpoint:
     @cached_property
     def loras(self) -> tuple[tuple[LoraFile, float], ...]:
         """LoRAs that are merged into the weights, each with its scale."""
-        from tdm_runtime.checkpoint.lora_file import read_lora
-
         return tuple((read_lora(self.folder / one.file, self.family), one.scale) for one in self.recipe.adapters)
 
     def _merge_loras(self, modules: Mapping[str, nn.Module]) -> None:
         if self.loras:
-            from tdm_runtime.checkpoint.merged_lora import merge_loras
-
             merge_loras(modules, self.loras)
 
     def load_denoiser(self, dtype: torch.dtype = torch.float32) -> Denoiser:
@@ -161,17 +157,25 @@ class Checkpoint:
         return str(read_json(self.base_folder / MODEL_INDEX)["text_encoder"][-1])
 
     def load_text_encoders(self, device: torch.device | str = "cpu") -> TextEncoders:
-        """Load all tokenizers and text encoders in their stock pipeline, float32.
+        """Load all tokenizers and text encoders in their stock pipeline, float32. Each device has them once.
 
         Raises:
             CheckpointError: one of them cannot be loaded.
         """
+        if (known := self._text_encoders.get(str(device))) is not None:
+            return known
         width, height = self.recipe.native_sizes[0]
         encoders = load_text_encoders(self.base_folder, self.family, width, height)
         there = ((part, getattr(encoders.pipeline, part)) for part in self.family.text_encoders)
         self._merge_loras({part: module for part, module in there if module is not None})
         encoders.pipeline.to(device)
+        self._text_encoders[str(device)] = encoders
         return encoders
+
+    @cached_property
+    def _text_encoders(self) -> dict[str, TextEncoders]:
+        """Device -> loaded text encoders. They are gigabytes, and a start may load several backends to compare them."""
+        return {}
 
     def load_text_model(self, dtype: torch.dtype = torch.float32) -> CLIPTextModel:
         """Load the text model of a checkpoint that has CLIP alone, eval mode."""

@@ -37,6 +37,7 @@ RECIPE_FILE = "tdm_recipe.json"
 RECIPE_FORMAT = 1
 StepConditionKind = Literal["none", "timestep_cond"]
 MAX_STEPS = 16
+MAX_GUIDANCE_SCALE = 100.0
 SCHEDULES: Mapping[str, type[NoiseSchedule]] = {
     "diffusion": DiffusionSchedule,
     "flow": FlowSchedule,
@@ -228,7 +229,9 @@ def parse_recipe(raw: Any) -> Recipe:
         timestep_scaling=_number(raw, "timestep_scaling", 1.0, 1000.0),
         base=None if raw.get("base") is None else _text(raw, "base"),
         adapters=_parse_adapters(raw.get("adapters", [])),
-        guidance_scale=None if raw.get("guidance_scale") is None else _number(raw, "guidance_scale", 0.0, 100.0),
+        guidance_scale=None
+        if raw.get("guidance_scale") is None
+        else _number(raw, "guidance_scale", 0.0, MAX_GUIDANCE_SCALE),
     )
     _check_fit(recipe)
     if not _is_whole(recipe.default_steps) or recipe.default_steps not in recipe.timesteps:

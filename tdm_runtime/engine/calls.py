@@ -17,7 +17,7 @@ from tdm_runtime.model.loaded_model import denoise
 from tdm_runtime.model.text_encoder import stacked
 from tdm_runtime.params import DecoderName
 from tdm_runtime.sampling.noise import SeedNoise
-from tdm_runtime.sampling.sampler import apply_step, gather_rows
+from tdm_runtime.sampling.sampler import StepRow, apply_step, gather_rows
 
 logger = logging.getLogger(__name__)
 
@@ -87,14 +87,15 @@ class ModelCalls:
     def _stepped(self, samples: Sequence[Sample]) -> list[Stepped | TDMError]:
         """Make one denoiser call and one fused solver update."""
         device = samples[0].model.denoiser.device  # samples of one lane share their denoiser
-        rows = gather_rows([(s.table, s.step_index) for s in samples], device)
+        steps = [(s.table, s.step_index) for s in samples]
+        rows = gather_rows(steps, device)
         step_counts = torch.from_numpy(np.array([s.params.num_inference_steps for s in samples])).to(device)
         prompt = stacked([s.conditioning for s in samples if s.conditioning is not None])
         latents = _stacked([s.latents for s in samples])
-        needs_previous = any(s.table.c[s.step_index] for s in samples)
+        needs_previous = any(table.c[step_index] for table, step_index in steps)
         previous = _stacked([s.denoised for s in samples]) if needs_previous else None
         model_output = denoise([s.model for s in samples], latents, rows[:, 0], step_counts, prompt)
-        latents, denoised = apply_step(rows, latents, model_output, previous, _fresh_noise(samples, device))
+        latents, denoised = apply_step(rows, latents, model_output, previous, _fresh_noise(samples, steps, device))
         is_finite = torch.isfinite(latents.flatten(1).sum(1)).tolist()
         return [
             (latents[n], denoised[n])
@@ -108,17 +109,18 @@ def _decoded(sample: Sample, decoder: DecoderName, latents: Sequence[Tensor | No
     return list(sample.model.decoders[decoder].decode(_stacked(latents)))
 
 
-def _fresh_noise(samples: Sequence[Sample], device: torch.device) -> Tensor | None:
+def _fresh_noise(samples: Sequence[Sample], steps: Sequence[StepRow], device: torch.device) -> Tensor | None:
     """Return the noise of each sample's step, [B, ...]; None if no step takes any.
 
     Samples whose step takes none have their latents there: anything finite will do, and nothing is drawn or copied.
     """
-    if not any(s.table.d[s.step_index] for s in samples):
+    takes_noise = [bool(table.d[step_index]) for table, step_index in steps]
+    if not any(takes_noise):
         return None
     return _stacked(
         [
-            s.noise.of_step(s.step_index).to(device) if s.noise is not None and s.table.d[s.step_index] else s.latents
-            for s in samples
+            s.noise.of_step(s.step_index).to(device) if takes and s.noise is not None else s.latents
+            for s, takes in zip(samples, takes_noise, strict=True)
         ]
     )
 

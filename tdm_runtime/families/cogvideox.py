@@ -26,6 +26,7 @@ class CogVideoXDenoiser(Denoiser):
     """K goes in by the transformer's own `timestep_cond`. Its frames come before its channels, ours after."""
 
     timestep_embedding_name = "time_embedding"
+    text_dim_name = "text_embed_dim"
     latent_axes = ("frames", "height", "width")
 
     def __init__(self, model: CogVideoXTransformer3DModel) -> None:
@@ -33,11 +34,6 @@ class CogVideoXDenoiser(Denoiser):
         require_outputs(model, (self.latent_channels,))
         self.patch_size_t: int = model.config.patch_size_t or 1
         """Latent frames per token; the number of latent frames is a multiple of it."""
-
-    @property
-    def text_dim(self) -> int:
-        width: int = self.model.config.text_embed_dim
-        return width
 
     def interface(self, tokens: int | str) -> Interface:
         """Return what `forward` is called with.

@@ -28,6 +28,8 @@ class Denoiser(nn.Module, ABC):
 
     timestep_embedding_name: ClassVar[str]
     """Path of the model's TimestepEmbedding, which K enters."""
+    text_dim_name: ClassVar[str]
+    """Name in the model's config of the width of the prompt embeddings."""
     saves_step_condition: ClassVar[bool] = False
     """Whether the model's own `save_pretrained` and `from_pretrained` keep the input for K."""
     latent_axes: ClassVar[tuple[str, ...]] = ("height", "width")
@@ -42,9 +44,9 @@ class Denoiser(nn.Module, ABC):
         """Latents per token side; latent height and width are multiples of it."""
 
     @property
-    @abstractmethod
     def text_dim(self) -> int:
         """Width D of the prompt embeddings that the model reads."""
+        return int(self.model.config[self.text_dim_name])
 
     @property
     def timestep_embedding(self) -> Any:

@@ -35,6 +35,7 @@ class FluxDenoiser(Denoiser):
     """Packs 2x2 latents into each token and unpacks the output. K passes by `PassedCondition`."""
 
     timestep_embedding_name = "time_text_embed.timestep_embedder"
+    text_dim_name = "joint_attention_dim"
 
     def __init__(self, model: FluxTransformer2DModel) -> None:
         super().__init__(model)
@@ -42,11 +43,6 @@ class FluxDenoiser(Denoiser):
         self.latent_channels //= PATCH_SIZE**2
         self.patch_size = PATCH_SIZE
         self._passed = PassedCondition(self.timestep_embedding)
-
-    @property
-    def text_dim(self) -> int:
-        width: int = self.model.config.joint_attention_dim
-        return width
 
     def conditioning_inputs(self, tokens: int | str) -> Mapping[str, tuple[DType, Sequence[int | str]]]:
         pooled: dict[str, tuple[DType, Sequence[int | str]]] = {

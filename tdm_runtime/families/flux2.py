@@ -29,6 +29,7 @@ class Flux2Denoiser(Denoiser):
     """Reads a token for each latent. K passes by `PassedCondition`, as the transformer has no argument for it."""
 
     timestep_embedding_name = "time_guidance_embed.timestep_embedder"
+    text_dim_name = "joint_attention_dim"
 
     def __init__(self, model: Flux2Transformer2DModel) -> None:
         super().__init__(model)
@@ -39,11 +40,6 @@ class Flux2Denoiser(Denoiser):
                 "FLUX.2 [klein], which has not: use a checkpoint of Flux2KleinPipeline"
             )
         self._passed = PassedCondition(self.timestep_embedding)
-
-    @property
-    def text_dim(self) -> int:
-        width: int = self.model.config.joint_attention_dim
-        return width
 
     def predict(self, latents: Tensor, timesteps: Tensor, condition: Tensor | None, prompt: Conditioning) -> Tensor:
         """Call the transformer with latents [B, 128, H, W], one token each, and timesteps of sigma * 1000.

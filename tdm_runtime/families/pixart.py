@@ -25,16 +25,12 @@ class PixArtDenoiser(Denoiser):
     """Passes K on by `PassedCondition`, as the transformer has no argument for it, and drops the learned variance."""
 
     timestep_embedding_name = "adaln_single.emb.timestep_embedder"
+    text_dim_name = "caption_channels"
 
     def __init__(self, model: PixArtTransformer2DModel) -> None:
         super().__init__(model)
         require_outputs(model, (self.latent_channels, 2 * self.latent_channels))
         self._passed = PassedCondition(self.timestep_embedding)
-
-    @property
-    def text_dim(self) -> int:
-        width: int = self.model.config.caption_channels
-        return width
 
     def conditioning_inputs(self, tokens: int | str) -> Mapping[str, tuple[DType, Sequence[int | str]]]:
         return {"attention_mask": ("int64", (tokens,))}

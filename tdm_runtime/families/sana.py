@@ -36,6 +36,7 @@ class SanaDenoiser(Denoiser):
     """
 
     timestep_embedding_name = "time_embed.timestep_embedder"
+    text_dim_name = "caption_channels"
 
     def __init__(self, model: SanaTransformer2DModel) -> None:
         super().__init__(model)
@@ -43,11 +44,6 @@ class SanaDenoiser(Denoiser):
         if not model.config.guidance_embeds:
             raise CheckpointError("SanaTransformer2DModel has guidance_embeds false; use a checkpoint of SANA-Sprint")
         self._passed = PassedCondition(self.timestep_embedding)
-
-    @property
-    def text_dim(self) -> int:
-        width: int = self.model.config.caption_channels
-        return width
 
     def conditioning_inputs(self, tokens: int | str) -> Mapping[str, tuple[DType, Sequence[int | str]]]:
         return {"attention_mask": ("int64", (tokens,)), "guidance": ("float32", ())}

@@ -24,16 +24,12 @@ class SD3Denoiser(Denoiser):
     """Passes K on by `PassedCondition`, as the transformer has no argument for it."""
 
     timestep_embedding_name = "time_text_embed.timestep_embedder"
+    text_dim_name = "joint_attention_dim"
 
     def __init__(self, model: SD3Transformer2DModel) -> None:
         super().__init__(model)
         require_outputs(model, (self.latent_channels,))
         self._passed = PassedCondition(self.timestep_embedding)
-
-    @property
-    def text_dim(self) -> int:
-        width: int = self.model.config.joint_attention_dim
-        return width
 
     def conditioning_inputs(self, tokens: int | str) -> Mapping[str, tuple[DType, Sequence[int | str]]]:
         return {"pooled_prompt_embeds": ("float32", (self.model.config.pooled_projection_dim,))}

@@ -25,17 +25,13 @@ class UNetDenoiser(Denoiser):
     """K goes in by the UNet's own `timestep_cond`, so stock pipelines can run the checkpoint too."""
 
     timestep_embedding_name = "time_embedding"
+    text_dim_name = "cross_attention_dim"
     saves_step_condition = True
 
     def __init__(self, model: UNet2DConditionModel) -> None:
         super().__init__(model)
         require_outputs(model, (self.latent_channels,))
         self._reads_guidance = False
-
-    @property
-    def text_dim(self) -> int:
-        width: int = self.model.config.cross_attention_dim
-        return width
 
     @property
     def reads_step_count(self) -> bool:

@@ -47,6 +47,7 @@ class ZImageDenoiser(Denoiser):
     """The transformer's time runs from 0 for noise to 1, and its output points the same way; ours are turned round."""
 
     timestep_embedding_name = "t_embedder"
+    text_dim_name = "cap_feat_dim"
 
     def __init__(self, model: ZImageTransformer2DModel) -> None:
         super().__init__(model)
@@ -54,11 +55,6 @@ class ZImageDenoiser(Denoiser):
         if not hasattr(self.timestep_embedding, "cond_proj"):
             self.timestep_embedding.register_module("cond_proj", None)
         self._passed = _AddedCondition(self.timestep_embedding)
-
-    @property
-    def text_dim(self) -> int:
-        width: int = self.model.config.cap_feat_dim
-        return width
 
     @property
     def sinusoid_layer(self) -> nn.Linear:
