@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, cast
 from benchmarks.machine import machine
 from tdm_runtime.backends import BackendName, Precision
 from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT, Checkpoint, open_checkpoint
-from tdm_runtime.checkpoint.pipeline_folder import MODEL_INDEX, read_json, text_parts
+from tdm_runtime.checkpoint.stock.pipeline_folder import MODEL_INDEX, read_json, text_parts
 from tdm_runtime.params import DecoderName
 
 if TYPE_CHECKING:

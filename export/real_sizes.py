@@ -34,9 +34,9 @@ from tdm_runtime.checkpoint.folder import (
     weight_hashes,
 )
 from tdm_runtime.checkpoint.folder_files import TINY_VAE
-from tdm_runtime.checkpoint.implied_recipe import implied_recipe
-from tdm_runtime.checkpoint.pipeline_folder import MODEL_INDEX
 from tdm_runtime.checkpoint.recipe import RECIPE_FILE, Recipe, load_recipe
+from tdm_runtime.checkpoint.stock.implied_recipe import implied_recipe
+from tdm_runtime.checkpoint.stock.pipeline_folder import MODEL_INDEX
 from tdm_runtime.families import FAMILIES, Family, decoder_for, denoiser_for
 from tdm_runtime.model.components import TextEncoderModule
 

@@ -9,11 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from tdm_runtime.checkpoint.folder import weight_hashes
-from tdm_runtime.checkpoint.implied_recipe import guidance_scale, implied_recipe, native_size, size_rule
-from tdm_runtime.checkpoint.lora_file import read_lora
-from tdm_runtime.checkpoint.pipeline_folder import family_of
-from tdm_runtime.checkpoint.published_recipes import PUBLISHED, published_recipe
+from tdm_runtime.checkpoint.lora.lora_file import read_lora
 from tdm_runtime.checkpoint.recipe import Recipe
+from tdm_runtime.checkpoint.stock.implied_recipe import guidance_scale, implied_recipe, native_size, size_rule
+from tdm_runtime.checkpoint.stock.pipeline_folder import family_of
+from tdm_runtime.checkpoint.stock.published_recipes import PUBLISHED, published_recipe
 from tdm_runtime.cli import add_lora_argument
 from tdm_runtime.errors import RecipeError, TDMError
 from tdm_runtime.whole_file import write_whole

@@ -16,7 +16,7 @@ from serving.jobs.job_service import open_store
 from serving.telemetry.logs import start_logger
 from tdm_runtime.backends import TORCH_BACKENDS
 from tdm_runtime.checkpoint.folder import Checkpoint, open_checkpoint
-from tdm_runtime.checkpoint.lora_file import read_lora
+from tdm_runtime.checkpoint.lora.lora_file import read_lora
 from tdm_runtime.checkpoint.recipe import RECIPE_FILE
 from tdm_runtime.errors import ArtifactError, CheckpointError
 from tdm_runtime.model.artifacts import Artifacts, BackendConfig

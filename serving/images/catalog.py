@@ -13,8 +13,8 @@ from serving.config import LoraSource, ModelSource, ServerConfig
 from serving.errors import unknown_model
 from serving.schema.lora_settings import LoraSettings, read_lora_settings
 from tdm_runtime.checkpoint.folder import Checkpoint, open_checkpoint
-from tdm_runtime.checkpoint.lora_file import FOLDER_FILES, read_lora
-from tdm_runtime.checkpoint.pipeline_folder import MODEL_INDEX
+from tdm_runtime.checkpoint.lora.lora_file import FOLDER_FILES, read_lora
+from tdm_runtime.checkpoint.stock.pipeline_folder import MODEL_INDEX
 from tdm_runtime.engine.engine import DiffusionEngine
 from tdm_runtime.engine.warm_up import warm_up
 from tdm_runtime.errors import CheckpointError, TDMError

@@ -20,10 +20,11 @@ from torch import nn
 
 from tdm_runtime.checkpoint.file_hashes import FileHashes, file_sha256
 from tdm_runtime.checkpoint.folder_files import TINY_VAE, check_files, other_files, weight_files
-from tdm_runtime.checkpoint.implied_recipe import recipe_of
-from tdm_runtime.checkpoint.lora_file import STEP_CONDITION_FILE, LoraFile, read_lora
-from tdm_runtime.checkpoint.merged_lora import merge_loras
-from tdm_runtime.checkpoint.pipeline_folder import (
+from tdm_runtime.checkpoint.lora.lora_file import STEP_CONDITION_FILE, LoraFile, read_lora
+from tdm_runtime.checkpoint.lora.merged_lora import merge_loras
+from tdm_runtime.checkpoint.recipe import RECIPE_FILE, Adapter, Recipe, load_recipe
+from tdm_runtime.checkpoint.stock.implied_recipe import recipe_of
+from tdm_runtime.checkpoint.stock.pipeline_folder import (
     MODEL_INDEX,
     family_of,
     load_model_part,
@@ -31,7 +32,6 @@ from tdm_runtime.checkpoint.pipeline_folder import (
     read_json,
     unloadable,
 )
-from tdm_runtime.checkpoint.recipe import RECIPE_FILE, Adapter, Recipe, load_recipe
 from tdm_runtime.errors import CheckpointError, RecipeError
 from tdm_runtime.families import Denoiser, Family
 from tdm_runtime.families.family import TextEncoders

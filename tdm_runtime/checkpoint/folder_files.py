@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tdm_runtime.checkpoint.lora_file import STEP_CONDITION_FILE
-from tdm_runtime.checkpoint.pipeline_folder import MODEL_INDEX, read_json, text_parts
+from tdm_runtime.checkpoint.lora.lora_file import STEP_CONDITION_FILE
+from tdm_runtime.checkpoint.stock.pipeline_folder import MODEL_INDEX, read_json, text_parts
 from tdm_runtime.errors import CheckpointError
 from tdm_runtime.families import Family
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from tdm_runtime.backends.interface import ComponentName, Interface
 from tdm_runtime.backends.pytorch import TorchBackend
 from tdm_runtime.checkpoint.folder import Checkpoint
-from tdm_runtime.checkpoint.lora_file import STEP_CONDITION_FILE, LoraFile
-from tdm_runtime.checkpoint.merged_lora import LoraTarget, Update, fitting_layers, lora_targets, update_at
+from tdm_runtime.checkpoint.lora.lora_file import STEP_CONDITION_FILE, LoraFile
+from tdm_runtime.checkpoint.lora.merged_lora import LoraTarget, Update, fitting_layers, lora_targets, update_at
 from tdm_runtime.errors import CheckpointError
 from tdm_runtime.families.call import ADAPTERS
 from tdm_runtime.model.components import load_component

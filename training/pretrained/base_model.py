@@ -15,7 +15,7 @@ from typing import Any
 import diffusers
 import torch
 
-from tdm_runtime.checkpoint.pipeline_folder import check_loaded, family_of, load_text_encoders, read_json
+from tdm_runtime.checkpoint.stock.pipeline_folder import check_loaded, family_of, load_text_encoders, read_json
 from tdm_runtime.errors import CheckpointError, RecipeError
 from tdm_runtime.families import Conditioning, Denoiser, Family, denoiser_for
 from tdm_runtime.families.latent_space import LatentGeometry

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from tdm_runtime.checkpoint.pipeline_folder import family_of
+from tdm_runtime.checkpoint.stock.pipeline_folder import family_of
 from tdm_runtime.errors import CheckpointError
 from tdm_runtime.families import Family
 from training.pretrained.prompts import (

@@ -25,9 +25,9 @@ from typing import Any
 from tdm_runtime.checkpoint.file_hashes import file_sha256
 from tdm_runtime.checkpoint.folder import weight_hashes
 from tdm_runtime.checkpoint.folder_files import PICKLE_SUFFIXES, TINY_VAE
-from tdm_runtime.checkpoint.pipeline_folder import MODEL_INDEX, read_json
 from tdm_runtime.checkpoint.recipe import RECIPE_FILE, Adapter, Recipe
 from tdm_runtime.checkpoint.size_rule import SizeRule, rule_around
+from tdm_runtime.checkpoint.stock.pipeline_folder import MODEL_INDEX, read_json
 from tdm_runtime.families import Denoiser, family_of_model
 from tdm_runtime.sampling.solvers import Solver
 from training.config import DistillConfig

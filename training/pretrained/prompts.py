@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tdm_runtime.checkpoint.file_hashes import file_sha256
-from tdm_runtime.checkpoint.pipeline_folder import family_of
+from tdm_runtime.checkpoint.stock.pipeline_folder import family_of
 from tdm_runtime.errors import TDMError
 from tdm_runtime.families import Conditioning, current_name
 from tdm_runtime.whole_file import write_whole

@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tdm_runtime.checkpoint.lora_file import FOLDER_FILES, STEP_CONDITION_FILE, read_lora
-from tdm_runtime.checkpoint.merged_lora import merge_loras
+from tdm_runtime.checkpoint.lora.lora_file import FOLDER_FILES, STEP_CONDITION_FILE, read_lora
+from tdm_runtime.checkpoint.lora.merged_lora import merge_loras
 from tdm_runtime.errors import CheckpointError
 from tdm_runtime.families import Denoiser, denoiser_for, family_of_model
 from training.config import ConfigError, DistillConfig

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from tdm_runtime.checkpoint.pipeline_folder import family_of
+from tdm_runtime.checkpoint.stock.pipeline_folder import family_of
 from tdm_runtime.families import Denoiser
 from tdm_runtime.model.decoder import torch_decoder
 from tdm_runtime.sampling.schedule import FlowSchedule

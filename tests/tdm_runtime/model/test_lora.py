@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from tdm_runtime.backends.pytorch import TorchBackend
 from tdm_runtime.checkpoint.folder import Checkpoint, open_checkpoint
-from tdm_runtime.checkpoint.lora_file import LoraLayer, read_lora
-from tdm_runtime.checkpoint.merged_lora import merge, merge_loras, update_at
+from tdm_runtime.checkpoint.lora.lora_file import LoraLayer, read_lora
+from tdm_runtime.checkpoint.lora.merged_lora import merge, merge_loras, update_at
 from tdm_runtime.checkpoint.recipe import Adapter
 from tdm_runtime.engine.engine import DiffusionEngine
 from tdm_runtime.errors import CheckpointError

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from serving.command.checks import check_models
 from serving.config import ModelSource, ServerConfig
 from tdm_runtime.checkpoint.folder import open_checkpoint
-from tdm_runtime.checkpoint.lora_file import STEP_CONDITION_FILE
+from tdm_runtime.checkpoint.lora.lora_file import STEP_CONDITION_FILE
 from tdm_runtime.checkpoint.recipe import RECIPE_FILE, load_recipe
 from tdm_runtime.cli import main as tdm_generate
 from tdm_runtime.errors import CheckpointError, RecipeError

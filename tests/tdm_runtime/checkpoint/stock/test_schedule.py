@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 import torch
 
-from tdm_runtime.checkpoint.pipeline_call import ScheduleRequest
 from tdm_runtime.checkpoint.recipe import Recipe, parse_recipe
-from tdm_runtime.checkpoint.scheduler_config import DEFAULTS, SchedulerConfig
-from tdm_runtime.checkpoint.stock_schedule import sampling_of
+from tdm_runtime.checkpoint.stock.pipeline_call import ScheduleRequest
+from tdm_runtime.checkpoint.stock.schedule import sampling_of
+from tdm_runtime.checkpoint.stock.scheduler_config import DEFAULTS, SchedulerConfig
 from tdm_runtime.errors import RecipeError
 from tdm_runtime.sampling.noise import SeedNoise
 from tdm_runtime.sampling.schedule import Array, DiffusionSchedule

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tdm_runtime.checkpoint.implied_recipe import implied_recipe
+from tdm_runtime.checkpoint.stock.implied_recipe import implied_recipe
 from tdm_runtime.families import FAMILIES, denoiser_for
 from tdm_runtime.families.family import TextEncoders
 from tdm_runtime.sampling.noise import SeedNoise

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from tdm_runtime.checkpoint.pipeline_call import ScheduleRequest
 from tdm_runtime.checkpoint.sampling_fields import Sampling, lists_of
-from tdm_runtime.checkpoint.scheduler_config import SIGNAL_KEPT, SchedulerConfig
+from tdm_runtime.checkpoint.stock.pipeline_call import ScheduleRequest
+from tdm_runtime.checkpoint.stock.scheduler_config import SIGNAL_KEPT, SchedulerConfig
 from tdm_runtime.errors import RecipeError
 from tdm_runtime.sampling.schedule import Array, DiffusionSchedule, as_array, spaced_timesteps
 from tdm_runtime.sampling.solvers import Solver

@@ -1,7 +1,7 @@
 """Recipes of published few-step checkpoints, with what their source states and what was inferred.
 
 An entry is the scheduler config and the arguments that the publisher's own example gives a stock pipeline; the recipe
-follows as it does for a folder (`stock_schedule`). Checkpoints whose samplers a step table cannot follow are absent:
+follows as it does for a folder (`schedule`). Checkpoints whose samplers a step table cannot follow are absent:
 PeRFlow (piecewise windows of its own scheduler), YOSO (starts from a mixture of noise and an encoded picture) and
 InstaFlow (a velocity of the opposite sign).
 """
@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tdm_runtime.checkpoint.pipeline_call import ScheduleRequest
 from tdm_runtime.checkpoint.recipe import Recipe
-from tdm_runtime.checkpoint.scheduler_config import SchedulerConfig
-from tdm_runtime.checkpoint.stock_schedule import sampling_of
+from tdm_runtime.checkpoint.stock.pipeline_call import ScheduleRequest
+from tdm_runtime.checkpoint.stock.schedule import sampling_of
+from tdm_runtime.checkpoint.stock.scheduler_config import SchedulerConfig
 from tdm_runtime.errors import RecipeError
 
 Settings = Mapping[str, Any]

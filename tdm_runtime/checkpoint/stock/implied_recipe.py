@@ -14,13 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tdm_runtime.checkpoint.pipeline_call import PIPELINE_CALLS, ScheduleRequest
-from tdm_runtime.checkpoint.pipeline_folder import MODEL_INDEX, read_json
-from tdm_runtime.checkpoint.published_recipes import published_for
 from tdm_runtime.checkpoint.recipe import RECIPE_FILE, Recipe, load_recipe, parse_recipe
-from tdm_runtime.checkpoint.scheduler_config import SchedulerConfig
 from tdm_runtime.checkpoint.size_rule import SizeRule, rule_around
-from tdm_runtime.checkpoint.stock_schedule import sampling_of
+from tdm_runtime.checkpoint.stock.pipeline_call import PIPELINE_CALLS, ScheduleRequest
+from tdm_runtime.checkpoint.stock.pipeline_folder import MODEL_INDEX, read_json
+from tdm_runtime.checkpoint.stock.published_recipes import published_for
+from tdm_runtime.checkpoint.stock.schedule import sampling_of
+from tdm_runtime.checkpoint.stock.scheduler_config import SchedulerConfig
 from tdm_runtime.errors import RecipeError, shown
 from tdm_runtime.families import Family
 

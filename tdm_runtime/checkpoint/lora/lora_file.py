@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tdm_runtime.checkpoint.file_hashes import file_sha256
-from tdm_runtime.checkpoint.lycoris import as_low_rank
+from tdm_runtime.checkpoint.lora.lycoris import as_low_rank
 from tdm_runtime.errors import CheckpointError
 from tdm_runtime.families.family import Family
 

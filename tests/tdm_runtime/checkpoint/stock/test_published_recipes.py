@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from tdm_runtime.checkpoint.published_recipes import PUBLISHED, published_for, published_recipe
 from tdm_runtime.checkpoint.recipe import parse_recipe
+from tdm_runtime.checkpoint.stock.published_recipes import PUBLISHED, published_for, published_recipe
 from tdm_runtime.errors import RecipeError
 
 

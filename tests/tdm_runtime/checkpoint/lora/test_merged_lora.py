@@ -12,8 +12,8 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tdm_runtime.checkpoint.lora_file import STEP_CONDITION_FILE, read_lora
-from tdm_runtime.checkpoint.merged_lora import merge_loras
+from tdm_runtime.checkpoint.lora.lora_file import STEP_CONDITION_FILE, read_lora
+from tdm_runtime.checkpoint.lora.merged_lora import merge_loras
 from tdm_runtime.errors import CheckpointError
 from tdm_runtime.families import FAMILIES, denoiser_for
 from tests.lora_files import (

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from tdm_runtime.checkpoint.pipeline_call import ScheduleRequest
 from tdm_runtime.checkpoint.sampling_fields import Sampling, lists_of
-from tdm_runtime.checkpoint.scheduler_config import SchedulerConfig
+from tdm_runtime.checkpoint.stock.pipeline_call import ScheduleRequest
+from tdm_runtime.checkpoint.stock.scheduler_config import SchedulerConfig
 from tdm_runtime.errors import RecipeError
 from tdm_runtime.sampling.schedule import Array, FlowSchedule, TrigFlowSchedule, as_array
 from tdm_runtime.sampling.size_shift import SizeShift

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from tdm_runtime.checkpoint.lora_file import LoraFile, LoraLayer
+from tdm_runtime.checkpoint.lora.lora_file import LoraFile, LoraLayer
 from tdm_runtime.errors import CheckpointError
 from tdm_runtime.families.denoiser import Denoiser
 

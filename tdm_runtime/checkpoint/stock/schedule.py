@@ -1,8 +1,8 @@
 """Stock schedulers as `Sampling`: what diffusers' `set_timesteps` and `step` do, known before the first request.
 
-One function a scheduler class (`stock_diffusion`, `stock_dpm_solver`, `stock_flow`). Each gives exactly the timesteps
-and noise levels of the class, or refuses by name the setting that it cannot follow. diffusers is not imported;
-`tests/tdm_runtime/checkpoint/test_stock_schedule.py` compares with its classes.
+One function a scheduler class (`diffusion_schedule`, `dpm_solver_schedule`, `flow_schedule`). Each gives exactly the
+timesteps and noise levels of the class, or refuses by name the setting that it cannot follow. diffusers is not
+imported; `tests/tdm_runtime/checkpoint/stock/test_schedule.py` compares with its classes.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from tdm_runtime.checkpoint.pipeline_call import ScheduleRequest
 from tdm_runtime.checkpoint.sampling_fields import Sampling
-from tdm_runtime.checkpoint.scheduler_config import SchedulerConfig
-from tdm_runtime.checkpoint.stock_diffusion import (
+from tdm_runtime.checkpoint.stock.diffusion_schedule import (
     consistency_sampling,
     ddim_sampling,
     euler_ancestral_sampling,
     euler_sampling,
 )
-from tdm_runtime.checkpoint.stock_dpm_solver import dpm_solver_sampling
-from tdm_runtime.checkpoint.stock_flow import flow_match_euler_sampling, scm_sampling
+from tdm_runtime.checkpoint.stock.dpm_solver_schedule import dpm_solver_sampling
+from tdm_runtime.checkpoint.stock.flow_schedule import flow_match_euler_sampling, scm_sampling
+from tdm_runtime.checkpoint.stock.pipeline_call import ScheduleRequest
+from tdm_runtime.checkpoint.stock.scheduler_config import SchedulerConfig
 from tdm_runtime.errors import RecipeError
 
 _SAMPLINGS: Mapping[str, Callable[[SchedulerConfig, ScheduleRequest], Sampling]] = {

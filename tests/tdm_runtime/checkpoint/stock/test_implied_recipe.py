@@ -11,9 +11,9 @@ import diffusers
 import pytest
 
 from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT
-from tdm_runtime.checkpoint.implied_recipe import implied_recipe, native_size, recipe_of
-from tdm_runtime.checkpoint.pipeline_folder import family_of
 from tdm_runtime.checkpoint.recipe import RECIPE_FILE, load_recipe
+from tdm_runtime.checkpoint.stock.implied_recipe import implied_recipe, native_size, recipe_of
+from tdm_runtime.checkpoint.stock.pipeline_folder import family_of
 from tdm_runtime.errors import CheckpointError, RecipeError
 from tdm_runtime.families import FAMILIES, Family
 
