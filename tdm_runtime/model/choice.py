@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from tdm_runtime.checkpoint.manifest import MANIFEST_FILE, PictureParity, export
 from tdm_runtime.checkpoint.recipe import Adapter
 from tdm_runtime.errors import ArtifactError, BackendError
 from tdm_runtime.model.artifacts import Artifacts, BackendConfig
+from tdm_runtime.model.load import makes_large_pictures
 from tdm_runtime.model.loaded_model import LoadedModel, denoise
 from tdm_runtime.model.parity import MIN_PSNR_DB, lowest_psnr_db
 from tdm_runtime.params import SamplingParams
@@ -38,9 +38,6 @@ ROUNDS_S = 1.0
 """Seconds after which a measurement ends, even before `ROUNDS` calls."""
 FEW_THREADS_BELOW_S = 0.5
 """Seconds a picture. Only models faster than this are measured with fewer threads than cores too."""
-
-LARGE_PIXELS = 256 * 256
-"""Pixels of a picture from which all cores are fastest. Only smaller pictures are measured with fewer threads."""
 
 
 @dataclass(frozen=True)
@@ -221,7 +218,7 @@ def _thread_counts(wanted: int | None, checkpoint: Checkpoint) -> list[int]:
     if wanted:
         return [wanted]
     most = cores()
-    if math.prod(checkpoint.recipe.native_sizes[0]) >= LARGE_PIXELS:
+    if makes_large_pictures(checkpoint):
         return [most]
     return sorted({most, *(1 << n for n in range(most.bit_length()) if 1 << n <= most)}, reverse=True)
 

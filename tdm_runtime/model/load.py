@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -19,6 +20,9 @@ from tdm_runtime.model.decoder import Decoder
 from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.model.text_encoder import ClipEncoder, PipelineEncoder, PromptEncoder, TextEncoder
 from tdm_runtime.params import DecoderName
+
+LARGE_PIXELS = 256 * 256
+"""Pixels of a picture from which every component is fastest on all cores."""
 
 
 def load_with_torch(
@@ -42,12 +46,13 @@ def load_with_torch(
         raise BackendError(f"{backend} does not run {precision}; choose {', '.join(TORCH_DTYPES)}")
     on = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = TORCH_DTYPES[precision]
+    is_large = makes_large_pictures(checkpoint)
 
     def run(name: ComponentName) -> tuple[Backend, Interface]:
         module, interface = load_component(checkpoint, name, dtype)
-        # Only the denoiser may have an OpenMP team. With a second team there are more workers than cores, they stop
+        # A small decoder gets no OpenMP team. With a second team there are more workers than cores, they stop
         # spinning, and a step takes twice as long.
-        team = 1 if name.endswith("decoder") else threads
+        team = 1 if threads and name.endswith("decoder") and not is_large else threads
         return open_module(backend, module, interface, on, dtype, team), interface
 
     return _assembled(checkpoint, f"{backend} {precision}", run, {}, on)
@@ -116,6 +121,11 @@ def _assembled(
         parity=parity,
         recipe_source=checkpoint.recipe_source,
     )
+
+
+def makes_large_pictures(checkpoint: Checkpoint) -> bool:
+    """Return whether all cores are fastest for one picture of the first native size, in every component."""
+    return math.prod(checkpoint.recipe.native_sizes[0]) >= LARGE_PIXELS
 
 
 def _check_sizes(checkpoint: Checkpoint) -> None:
