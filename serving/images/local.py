@@ -300,6 +300,7 @@ def _card(served: Served) -> ModelCard:
         default_steps=recipe.default_steps,
         decoders=list(model.decoders),
         guidance_scale=recipe.guidance_scale,
+        lora_scale=recipe.lora_scale,
         backend=model.backend,
         parity_psnr_db={steps: round(found.psnr_db, 1) for steps, found in model.parity.items()},
         digest=model.digest,

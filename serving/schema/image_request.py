@@ -18,7 +18,7 @@ from serving.schema.parsing import parse_body, validate
 from tdm_runtime.checkpoint.recipe import MAX_GUIDANCE_SCALE, Recipe
 from tdm_runtime.media.image_file import ImageFormat
 from tdm_runtime.media.receipt import Receipt
-from tdm_runtime.params import MAX_PROMPT_CHARACTERS, MAX_SEED, DecoderName, SamplingParams
+from tdm_runtime.params import MAX_LORA_SCALE, MAX_PROMPT_CHARACTERS, MAX_SEED, DecoderName, SamplingParams
 
 MAX_PICTURES = 10
 MAX_BUDGET_MS = 600_000.0
@@ -71,6 +71,12 @@ class ImageRequest(BaseModel):
         ge=0,
         le=MAX_GUIDANCE_SCALE,
         description="Guidance scale of a model that reads one; only 1 where guidance is distilled into the weights.",
+    )
+    lora_scale: float | None = Field(
+        None,
+        ge=-MAX_LORA_SCALE,
+        le=MAX_LORA_SCALE,
+        description="Scale of the model's LoRA; by default the one that it is served with.",
     )
     negative_prompt: str | None = Field(None, description="Only empty: it needs guidance.")
     response_format: ResponseFormat = Field("b64_json", description="url: the server keeps the file until expires_at.")
@@ -137,8 +143,16 @@ class ImageRequest(BaseModel):
         steps = recipe.default_steps if self.num_inference_steps is None else self.num_inference_steps
         if steps == "auto":
             steps = recipe.step_counts[-1]
-        guidance = self._guidance(recipe)
-        first = SamplingParams(self.prompt, seed, steps, width, height, self.decoder, guidance_scale=guidance)
+        first = SamplingParams(
+            self.prompt,
+            seed,
+            steps,
+            width,
+            height,
+            self.decoder,
+            guidance_scale=self._guidance(recipe),
+            lora_scale=self.lora_scale,
+        )
         first.check_against(recipe)
         return tuple(replace(first, seed=(seed + n) % (MAX_SEED + 1)) for n in range(self.n))
 

@@ -102,6 +102,8 @@ class Recipe:
     """LoRAs that are merged into the weights when they are loaded, in order."""
     guidance_scale: float | None = None
     """Guidance scale that the denoiser reads as an input; None where it reads none."""
+    lora_scale: float | None = None
+    """Default of a request's `lora_scale`, for a LoRA that is added at run time. No field of the file."""
 
     @property
     def step_counts(self) -> tuple[int, ...]:
@@ -204,7 +206,7 @@ def parse_recipe(raw: Any) -> Recipe:
             f"format is {raw.get('format')!r}, this version reads {RECIPE_FORMAT}; "
             "install the version that the checkpoint was made for"
         )
-    known = {f.name for f in fields(Recipe)} | {"format"}
+    known = {f.name for f in fields(Recipe)} - {"lora_scale"} | {"format"}
     if unknown := sorted(set(raw) - known):
         raise RecipeError(f"unknown fields {unknown}; this version knows {sorted(known)}")
     if missing := sorted(known - OPTIONAL_FIELDS - set(raw)):
