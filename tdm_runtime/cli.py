@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import cast, get_args
 
 from tdm_runtime.backends import BACKENDS, PRECISIONS, TORCH_BACKENDS
-from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT
+from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT, open_checkpoint
 from tdm_runtime.checkpoint.recipe import Adapter
 from tdm_runtime.errors import BackendError, CheckpointError, TDMError, shown
 from tdm_runtime.media.image_file import ImageFormat, describe_parameters, encode_image
-from tdm_runtime.media.receipt import read_claims, receipt_of
+from tdm_runtime.media.receipt import Receipt, read_claims, receipt_of
 from tdm_runtime.model.artifacts import BackendConfig
-from tdm_runtime.model.choice import load_model
+from tdm_runtime.model.choice import load_checkpoint, load_model
 from tdm_runtime.model.decoder import Pixels
+from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.params import MAX_SEED, DecoderName, SamplingParams
 from tdm_runtime.pipeline import generate
 
@@ -135,7 +136,7 @@ def verify(file: Path, checkpoint: Path, adapters: Sequence[Adapter] = ()) -> in
         backend, _, precision = receipt.backend.partition(" ")
         if backend not in BACKENDS or precision not in PRECISIONS:
             raise BackendError(f"the receipt's backend is {shown(receipt.backend)}; it must be one of {BACKENDS}")
-        model = load_model(checkpoint, BackendConfig(backend, precision, threads=0), adapters=adapters)
+        model = _model_of(receipt, checkpoint, BackendConfig(backend, precision, threads=0), adapters)
         if model.digest != receipt.digest:
             raise CheckpointError(
                 f"the receipt is of {shown(receipt.model)} {receipt.digest[:12]} and {checkpoint} is "
@@ -146,6 +147,29 @@ def verify(file: Path, checkpoint: Path, adapters: Sequence[Adapter] = ()) -> in
         print(f"{file}: seed {receipt.seed}, {receipt.num_inference_steps} steps on {receipt.backend}, {said}")
         status = status or int(problem is not None)
     return status
+
+
+def _model_of(receipt: Receipt, checkpoint: Path, config: BackendConfig, adapters: Sequence[Adapter]) -> LoadedModel:
+    """Return the model of a receipt: LoRAs are merged, or on their base where the receipt has their scale.
+
+    Raises:
+        CheckpointError: a LoRA on a base is not exactly one.
+    """
+    if receipt.lora_scale is None:
+        return load_model(checkpoint, config, adapters=adapters)
+    if len(adapters) != 1:
+        raise CheckpointError(
+            f"the receipt is of {shown(receipt.model)}, a LoRA on a base, and --lora names {len(adapters)} files; give "
+            "its base with --checkpoint and the LoRA with --lora FILE:SCALE, at the scale of the server's model card"
+        )
+    from tdm_runtime.checkpoint.lora.lora_file import read_lora
+    from tdm_runtime.model.lora import LoraBase
+
+    opened = open_checkpoint(checkpoint)
+    base = LoraBase(opened, load_checkpoint(opened, config))
+    return base.attach(
+        base.prepare(receipt.model, [(read_lora(Path(a.file), opened.family), a.scale) for a in adapters])
+    )
 
 
 def add_lora_argument(parser: argparse.ArgumentParser) -> None:

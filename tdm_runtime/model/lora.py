@@ -242,13 +242,14 @@ class LoraBase:
                     "that are added at run time cannot change; serve its folder as a model"
                 )
         # The scale of one LoRA is a factor that requests may change.
-        scale, scaled = (loras[0][1], [(loras[0][0], 1.0)]) if len(loras) == 1 else (None, loras)
+        alone = loras[0][1] if len(loras) == 1 else None
+        scaled = loras if alone is None else [(loras[0][0], 1.0)]
         components = dict.fromkeys(component for file, _ in loras for component in file.layers)
         updates = {component: self._layers(component).updates(component, scaled) for component in components}
-        identity = "".join(f"\n{file.sha256}\n{scale!r}" for file, scale in loras)
+        identity = "".join(f"\n{file.sha256}\n{at!r}" for file, at in loras)
         digest = hashlib.sha256(f"{self.model.digest}{identity}".encode()).hexdigest()
         self._last_number += 1
-        return PreparedLora(name, self._last_number, digest, scale, updates)
+        return PreparedLora(name, self._last_number, digest, alone, updates)
 
     def attach(self, lora: PreparedLora) -> LoadedModel:
         """Serve a prepared LoRA from the next call on."""

@@ -1,4 +1,4 @@
-"""A LoRA's scale belongs to the request: pictures are those of the stock pipeline after `set_adapters` at that scale."""
+"""The scale of a LoRA belongs to the request: pictures equal the stock pipeline's after `set_adapters`."""
 
 from __future__ import annotations
 
