@@ -13,7 +13,7 @@ from tdm_runtime.checkpoint.lora.lora_file import read_lora
 from tdm_runtime.checkpoint.recipe import Recipe
 from tdm_runtime.checkpoint.stock.implied_recipe import guidance_scale, implied_recipe, native_size, size_rule
 from tdm_runtime.checkpoint.stock.pipeline_folder import family_of
-from tdm_runtime.checkpoint.stock.published_recipes import PUBLISHED, published_recipe
+from tdm_runtime.checkpoint.stock.published_recipes import ABSENT, PUBLISHED, published_recipe
 from tdm_runtime.cli import add_lora_argument
 from tdm_runtime.errors import RecipeError, TDMError
 from tdm_runtime.whole_file import write_whole
@@ -101,6 +101,8 @@ def print_published() -> None:
             print(f"    stated: {entry.stated}")
         if entry.inferred:
             print(f"    inferred: {entry.inferred}")
+    for name, why in ABSENT.items():
+        print(f"no recipe for {name}: {why}")
 
 
 def _parser() -> argparse.ArgumentParser:

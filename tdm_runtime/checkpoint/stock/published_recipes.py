@@ -1,16 +1,14 @@
 """Recipes of published few-step checkpoints, with what their source states and what was inferred.
 
 An entry is the scheduler config and the arguments that the publisher's own example gives a stock pipeline; the recipe
-follows as it does for a folder (`schedule`). Checkpoints whose samplers a step table cannot follow are absent:
-PeRFlow (piecewise windows of its own scheduler), YOSO (starts from a mixture of noise and an encoded picture) and
-InstaFlow (a velocity of the opposite sign).
+follows as it does for a folder (`schedule`). `ABSENT` says why checkpoints that users may look for are not here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from tdm_runtime.checkpoint.recipe import Recipe
 from tdm_runtime.checkpoint.stock.pipeline_call import ScheduleRequest
@@ -76,6 +74,8 @@ class PublishedRecipe:
     """Argument `eta` of the example, which TCD reads."""
     guidance_scale: float | None = None
     """Guidance scale that the denoiser reads."""
+    output_sign: Literal[1, -1] = 1
+    """See `Recipe.output_sign`."""
     lora_scale: float | None = None
     """Scale of the LoRA that the checkpoint is; None for whole weights."""
 
@@ -90,9 +90,10 @@ class PublishedRecipe:
         steps = None if self.timesteps or self.sigmas else self.steps
         request = ScheduleRequest.of(self.family, steps, self.timesteps, self.sigmas, self.eta)
         sampling = sampling_of(SchedulerConfig.of(self.scheduler), request)
-        return sampling.recipe(
+        recipe = sampling.recipe(
             name or self.name, self.default_steps, (size or self.size,), self.guidance_scale, dict(files)
         )
+        return replace(recipe, output_sign=self.output_sign)
 
 
 SD, XL, LARGE = "stable_diffusion", "sdxl", (1024, 1024)
@@ -310,6 +311,19 @@ PUBLISHED: Mapping[str, PublishedRecipe] = {
             inferred="",
         ),
         _SD_TURBO,
+        PublishedRecipe(
+            name="instaflow",
+            family=SD,
+            checkpoint="XCLiu/instaflow_0_9B_from_sd_1_5",
+            scheduler=_flow(1.0),
+            steps=(1,),
+            default_steps=1,
+            size=SMALL,
+            output_sign=-1,
+            stated="one step from timestep 1000, latents plus the predicted velocity, guidance 0 (code/pipeline_rf.py "
+            "and code/README.md of gnobitab/InstaFlow)",
+            inferred="its scheduler scales the initial noise by 1, as that of SD 1.5",
+        ),
         _DMD2,
         replace(
             _DMD2,
@@ -369,6 +383,17 @@ PUBLISHED: Mapping[str, PublishedRecipe] = {
 """Name -> recipe."""
 
 
+_GUIDED = "and this server runs no classifier-free guidance; distil it without (`tdm-train`), or use another checkpoint"
+ABSENT: Mapping[str, str] = {
+    "perflow": "its authors sample PeRFlow with guidance_scale 2 to 7.5 and a negative prompt "
+    f"(README of magic-research/piecewise-rectified-flow), {_GUIDED}",
+    "yoso": f"its authors sample YOSO with guidance_scale 1.5 (README of Luo-Yihong/YOSO), {_GUIDED}",
+    "2-rectified-flow": "its authors sample 2-Rectified Flow with guidance_scale 1.5 "
+    f"(code/README.md of gnobitab/InstaFlow), {_GUIDED}",
+}
+"""Published checkpoint -> why there is no recipe of it, and the remedy."""
+
+
 def published_for(family: str) -> list[PublishedRecipe]:
     """Return the recipes of a family."""
     return [entry for entry in PUBLISHED.values() if entry.family == family]
@@ -380,6 +405,8 @@ def published_recipe(name: str) -> PublishedRecipe:
     Raises:
         RecipeError: there is none.
     """
-    if name not in PUBLISHED:
-        raise RecipeError(f"recipe {name!r} is not built in; built in are {', '.join(PUBLISHED)}")
-    return PUBLISHED[name]
+    if name in PUBLISHED:
+        return PUBLISHED[name]
+    if (why := next((why for absent, why in ABSENT.items() if name.lower().startswith(absent)), None)) is not None:
+        raise RecipeError(f"recipe {name!r} is not built in: {why}")
+    raise RecipeError(f"recipe {name!r} is not built in; built in are {', '.join(PUBLISHED)}")
