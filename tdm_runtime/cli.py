@@ -85,7 +85,7 @@ def make_picture(given: argparse.Namespace, image_format: ImageFormat) -> int:
     if model.choice:
         print(f"backend: {model.choice}", file=sys.stderr)
     recipe = model.recipe
-    width, height = recipe.native_sizes[0] if given.size is None else _parsed_size(given.size)
+    width, height = recipe.native_sizes[0] if given.size is None else parsed_size(given.size)
     params = SamplingParams(
         prompt=given.prompt,
         seed=secrets.randbelow(MAX_SEED + 1) if given.seed is None else given.seed,
@@ -116,7 +116,12 @@ def make_picture(given: argparse.Namespace, image_format: ImageFormat) -> int:
     return 0
 
 
-def _parsed_size(text: str) -> tuple[int, int]:
+def parsed_size(text: str) -> tuple[int, int]:
+    """Read WIDTHxHEIGHT in pixels.
+
+    Raises:
+        ValueError: the text is something else.
+    """
     match = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", text, re.ASCII)
     if match is None:
         raise ValueError(f"--size is {text[:32]!r}; write WIDTHxHEIGHT in pixels, such as 512x512")

@@ -40,6 +40,7 @@ def check(config: ServerConfig) -> ExitStack:
     check_state(config)
     with reserve_addresses(config) as held:
         for checkpoint in checkpoints:
+            checkpoint.check_shapes()
             check_artifacts(checkpoint, config.backend)
         return held.pop_all()
 

@@ -30,8 +30,10 @@ from tdm_runtime.checkpoint.stock.pipeline_folder import (
     load_model_part,
     load_text_encoders,
     read_json,
+    text_parts,
     unloadable,
 )
+from tdm_runtime.checkpoint.weight_shapes import check_shapes
 from tdm_runtime.errors import CheckpointError, RecipeError
 from tdm_runtime.families import Denoiser, Family
 from tdm_runtime.families.family import TextEncoders
@@ -114,6 +116,25 @@ class Checkpoint:
             denoiser.read_guidance()
         self._check_step_condition(denoiser.reads_step_count)
         return denoiser
+
+    def check_shapes(self) -> None:
+        """Check the shapes of weights whose hashes the recipe does not list, by the headers of their files.
+
+        Raises:
+            CheckpointError: weights and config are not of one model.
+        """
+        if self._lists_all_files:
+            return
+        import diffusers
+        import transformers
+
+        index = read_json(self.base_folder / MODEL_INDEX)
+        classes = {self.family.denoiser_folder: self.family.denoiser_class, "vae": self.family.vae_classes[0]}
+        texts = text_parts(index, self.family)
+        classes |= {part: str(index[part][-1]) for part in self.family.text_encoders if part in texts}
+        for part, name in classes.items():
+            library = transformers if part in self.family.text_encoders else diffusers
+            check_shapes(self.base_folder / part, getattr(library, name))
 
     def load_vae(self, dtype: torch.dtype = torch.float32) -> Any:
         """Load the autoencoder, eval mode."""

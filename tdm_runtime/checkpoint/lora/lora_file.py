@@ -7,10 +7,11 @@ files with diffusers' names, whose dots became underscores.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -67,6 +68,7 @@ class LoraFile:
 
     path: Path
     sha256: str
+    """Of the file, and of the files beside it that are read: weights that read K, PEFT's configuration."""
     layers: Mapping[str, Mapping[str, LoraLayer]] = field(repr=False)
     """Component (`unet`, `transformer`, `text_encoder`, `text_encoder_2`, ...) -> layer -> its update."""
     step_condition: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
@@ -86,7 +88,9 @@ def read_lora(path: Path, family: Family) -> LoraFile:
     if file.suffix != ".safetensors" or not file.is_file():
         raise CheckpointError(f"{path} is no LoRA; give a .safetensors file, or a folder with {FOLDER_FILES[0]}")
     state, settings = _read_tensors(file)
+    read = [file]
     if (settings_file := file.with_name("adapter_config.json")).is_file() and file.name == FOLDER_FILES[1]:
+        read.append(settings_file)
         settings = {f"{family.denoiser_folder}.{key}": value for key, value in _read_json(settings_file).items()}
     if not any("lora" in name or "hada_" in name or "lokr_" in name for name in state):
         raise CheckpointError(
@@ -94,8 +98,17 @@ def read_lora(path: Path, family: Family) -> LoraFile:
         )
     layers = _layers(file, family, as_low_rank(file, state), settings)
     condition = file.with_name(STEP_CONDITION_FILE)
-    has_condition = file.name == FOLDER_FILES[0] and condition.is_file()
-    return LoraFile(file, file_sha256(file), layers, _read_tensors(condition)[0] if has_condition else {})
+    weights: Mapping[str, Tensor] = {}
+    if file.name == FOLDER_FILES[0] and condition.is_file():
+        read.append(condition)
+        weights = _read_tensors(condition)[0]
+    return LoraFile(file, _sha256_of(read), layers, weights)
+
+
+def _sha256_of(files: Sequence[Path]) -> str:
+    """Return the sha256 of a file, or of those of several."""
+    digests = [file_sha256(file) for file in files]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 def _read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Recipes of published few-step checkpoints, with what their source states and what was inferred.
 
 An entry is the scheduler config and the arguments that the publisher's own example gives a stock pipeline; the recipe
-follows as it does for a folder (`schedule`). `ABSENT` says why checkpoints that users may look for are not here.
+follows as it does for a folder (`schedule`). `absent_recipes` says why others are missing.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from tdm_runtime.checkpoint.recipe import Recipe
+from tdm_runtime.checkpoint.stock.absent_recipes import why_absent
 from tdm_runtime.checkpoint.stock.pipeline_call import ScheduleRequest
 from tdm_runtime.checkpoint.stock.schedule import sampling_of
 from tdm_runtime.checkpoint.stock.scheduler_config import SchedulerConfig
@@ -383,17 +384,6 @@ PUBLISHED: Mapping[str, PublishedRecipe] = {
 """Name -> recipe."""
 
 
-_GUIDED = "and this server runs no classifier-free guidance; distil it without (`tdm-train`), or use another checkpoint"
-ABSENT: Mapping[str, str] = {
-    "perflow": "its authors sample PeRFlow with guidance_scale 2 to 7.5 and a negative prompt "
-    f"(README of magic-research/piecewise-rectified-flow), {_GUIDED}",
-    "yoso": f"its authors sample YOSO with guidance_scale 1.5 (README of Luo-Yihong/YOSO), {_GUIDED}",
-    "2-rectified-flow": "its authors sample 2-Rectified Flow with guidance_scale 1.5 "
-    f"(code/README.md of gnobitab/InstaFlow), {_GUIDED}",
-}
-"""Published checkpoint -> why there is no recipe of it, and the remedy."""
-
-
 def published_for(family: str) -> list[PublishedRecipe]:
     """Return the recipes of a family."""
     return [entry for entry in PUBLISHED.values() if entry.family == family]
@@ -407,6 +397,6 @@ def published_recipe(name: str) -> PublishedRecipe:
     """
     if name in PUBLISHED:
         return PUBLISHED[name]
-    if (why := next((why for absent, why in ABSENT.items() if name.lower().startswith(absent)), None)) is not None:
+    if (why := why_absent(name)) is not None:
         raise RecipeError(f"recipe {name!r} is not built in: {why}")
     raise RecipeError(f"recipe {name!r} is not built in; built in are {', '.join(PUBLISHED)}")
