@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from tdm_runtime.errors import CheckpointError
 
@@ -31,24 +32,34 @@ def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
         raise CheckpointError(f"{file} is damaged ({error}); restore the file from the checkpoint's source") from None
 
 
+def described_model(folder: Path, model_class: Any) -> nn.Module:
+    """Return the model that a config describes, on the meta device: with shapes and without numbers.
+
+    Args:
+        folder: of a part, with its config.json.
+        model_class: of diffusers or transformers.
+    """
+    with torch.device("meta"):
+        if hasattr(model_class, "load_config"):
+            model: nn.Module = model_class.from_config(model_class.load_config(folder))
+        else:
+            model = model_class(model_class.config_class.from_pretrained(folder))
+    return model
+
+
 def check_shapes(folder: Path, model_class: Any) -> None:
     """Check the shapes of weights against the model that their config describes, without reading a weight.
 
     Names that libraries convert when they load are not compared.
 
     Args:
-        folder: of a part, with its config.json.
-        model_class: of diffusers or transformers.
+        folder, model_class: see `described_model`.
 
     Raises:
         CheckpointError: naming file, tensor, both shapes and the remedy.
     """
-    with torch.device("meta"):  # which has shapes and no numbers
-        if hasattr(model_class, "load_config"):
-            model = model_class.from_config(model_class.load_config(folder))
-        else:
-            model = model_class(model_class.config_class.from_pretrained(folder))
-    described = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tensors = described_model(folder, model_class).state_dict()
+    described = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     described |= {level + name: shape for level in FORMER_LEVELS for name, shape in described.items()}
     for file in sorted(file for file in folder.iterdir() if _DEFAULT_WEIGHTS.fullmatch(file.name)):
         for name, shape in tensor_shapes(file).items():
