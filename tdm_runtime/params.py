@@ -49,7 +49,8 @@ class SamplingParams:
         _check_prompt(self.prompt)
         if type(self.seed) is not int or not 0 <= self.seed <= MAX_SEED:
             raise InvalidRequestError(
-                f"seed is {shown(self.seed)}; it must be a whole number from 0 to {MAX_SEED}", param="seed"
+                f"seed is {shown(self.seed)}; it must be a whole number from 0 to {MAX_SEED}, or left out to draw one",
+                param="seed",
             )
         if self.decoder not in get_args(DecoderName):
             raise InvalidRequestError(
@@ -126,5 +127,5 @@ def _check_prompt(prompt: object) -> None:
         raise InvalidRequestError(
             "prompt holds a NUL or half a surrogate pair; send valid Unicode text", param="prompt"
         )
-    if not prompt.strip():
+    if all(character.isspace() or unicodedata.category(character) == "Cf" for character in prompt):
         raise InvalidRequestError("prompt is empty; say what the picture should show", param="prompt")

@@ -276,7 +276,7 @@ class ImageService:
             timings=timings,
             predicted_ms=max(picture.predicted_ms for picture in pictures) + waited_ms + encode_ms,
             latency_budget_kept=budget_kept,
-            warnings=to_warnings(pictures[0].prompt),
+            warnings=[*order.warnings, *to_warnings(pictures[0].prompt)],
         )
 
 
