@@ -34,6 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if (given.prompt is None) == (given.verify is None):
         parser.error("give a prompt, or --verify with a file, and not both")
+    if given.prompt == "-" or ((given.prompt or "").startswith("@") and Path(given.prompt[1:]).is_file()):
+        parser.error(f"the prompt is {given.prompt!r}; neither files nor standard input are read, write the prompt out")
     image_format = FORMATS.get(given.output.suffix.lower())
     if image_format is None:
         parser.error(f"the output {given.output} ends in none of {', '.join(FORMATS)}")

@@ -256,6 +256,15 @@ def test_words_that_contain_a_blocked_word_are_allowed(prompt: str) -> None:
     assert BlockedWords(["gun", "big bomb"]).check_prompt(prompt) is None
 
 
+@pytest.mark.parametrize(
+    ("word", "prompt"),
+    [("血", "流血的狐狸"), ("🔫", "a cat🔫x"), ("銃", "猫と銃です"), ("ปืน", "แมวถือปืน")],
+)
+def test_a_blocked_word_without_spaces_around_it_is_found(word: str, prompt: str) -> None:
+    assert BlockedWords([word]).check_prompt(prompt) is not None
+    assert BlockedWords([word]).check_prompt("a fox, 狐狸") is None
+
+
 class NoDark:
     """Safety checker that refuses every picture."""
 
