@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import cast, get_args
 
 from tdm_runtime.backends import BACKENDS, PRECISIONS, TORCH_BACKENDS
-from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT
+from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT, open_checkpoint
 from tdm_runtime.checkpoint.recipe import Adapter
 from tdm_runtime.errors import BackendError, CheckpointError, TDMError, shown
 from tdm_runtime.media.image_file import ImageFormat, describe_parameters, encode_image
-from tdm_runtime.media.receipt import read_claims, receipt_of
+from tdm_runtime.media.receipt import Receipt, read_claims, receipt_of
 from tdm_runtime.model.artifacts import BackendConfig
-from tdm_runtime.model.choice import load_model
+from tdm_runtime.model.choice import load_checkpoint, load_model
 from tdm_runtime.model.decoder import Pixels
+from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.params import MAX_SEED, DecoderName, SamplingParams
 from tdm_runtime.pipeline import generate
 
@@ -33,6 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if (given.prompt is None) == (given.verify is None):
         parser.error("give a prompt, or --verify with a file, and not both")
+    if given.prompt == "-" or ((given.prompt or "").startswith("@") and Path(given.prompt[1:]).is_file()):
+        parser.error(f"the prompt is {given.prompt!r}; neither files nor standard input are read, write the prompt out")
     image_format = FORMATS.get(given.output.suffix.lower())
     if image_format is None:
         parser.error(f"the output {given.output} ends in none of {', '.join(FORMATS)}")
@@ -84,7 +87,7 @@ def make_picture(given: argparse.Namespace, image_format: ImageFormat) -> int:
     if model.choice:
         print(f"backend: {model.choice}", file=sys.stderr)
     recipe = model.recipe
-    width, height = recipe.native_sizes[0] if given.size is None else _parsed_size(given.size)
+    width, height = recipe.native_sizes[0] if given.size is None else parsed_size(given.size)
     params = SamplingParams(
         prompt=given.prompt,
         seed=secrets.randbelow(MAX_SEED + 1) if given.seed is None else given.seed,
@@ -115,7 +118,12 @@ def make_picture(given: argparse.Namespace, image_format: ImageFormat) -> int:
     return 0
 
 
-def _parsed_size(text: str) -> tuple[int, int]:
+def parsed_size(text: str) -> tuple[int, int]:
+    """Read WIDTHxHEIGHT in pixels.
+
+    Raises:
+        ValueError: the text is something else.
+    """
     match = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", text, re.ASCII)
     if match is None:
         raise ValueError(f"--size is {text[:32]!r}; write WIDTHxHEIGHT in pixels, such as 512x512")
@@ -135,7 +143,7 @@ def verify(file: Path, checkpoint: Path, adapters: Sequence[Adapter] = ()) -> in
         backend, _, precision = receipt.backend.partition(" ")
         if backend not in BACKENDS or precision not in PRECISIONS:
             raise BackendError(f"the receipt's backend is {shown(receipt.backend)}; it must be one of {BACKENDS}")
-        model = load_model(checkpoint, BackendConfig(backend, precision, threads=0), adapters=adapters)
+        model = _model_of(receipt, checkpoint, BackendConfig(backend, precision, threads=0), adapters)
         if model.digest != receipt.digest:
             raise CheckpointError(
                 f"the receipt is of {shown(receipt.model)} {receipt.digest[:12]} and {checkpoint} is "
@@ -146,6 +154,29 @@ def verify(file: Path, checkpoint: Path, adapters: Sequence[Adapter] = ()) -> in
         print(f"{file}: seed {receipt.seed}, {receipt.num_inference_steps} steps on {receipt.backend}, {said}")
         status = status or int(problem is not None)
     return status
+
+
+def _model_of(receipt: Receipt, checkpoint: Path, config: BackendConfig, adapters: Sequence[Adapter]) -> LoadedModel:
+    """Return the model of a receipt: LoRAs are merged, or on their base where the receipt has their scale.
+
+    Raises:
+        CheckpointError: a LoRA on a base is not exactly one.
+    """
+    if receipt.lora_scale is None:
+        return load_model(checkpoint, config, adapters=adapters)
+    if len(adapters) != 1:
+        raise CheckpointError(
+            f"the receipt is of {shown(receipt.model)}, a LoRA on a base, and --lora names {len(adapters)} files; give "
+            "its base with --checkpoint and the LoRA with --lora FILE:SCALE, at the scale of the server's model card"
+        )
+    from tdm_runtime.checkpoint.lora.lora_file import read_lora
+    from tdm_runtime.model.lora import LoraBase
+
+    opened = open_checkpoint(checkpoint)
+    base = LoraBase(opened, load_checkpoint(opened, config))
+    return base.attach(
+        base.prepare(receipt.model, [(read_lora(Path(a.file), opened.family), a.scale) for a in adapters])
+    )
 
 
 def add_lora_argument(parser: argparse.ArgumentParser) -> None:

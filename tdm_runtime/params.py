@@ -12,6 +12,8 @@ from tdm_runtime.errors import InvalidRequestError, shown
 
 DecoderName = Literal["full", "tiny"]
 MAX_PROMPT_CHARACTERS = 2000
+MAX_LORA_SCALE = 4.0
+"""Largest scale of a LoRA, either way; as far as LoRAs that are sliders go."""
 MAX_SEED = 2**32 - 1
 """torch's CPU generator reads 32 bits of a seed: a larger one would repeat a smaller one's picture."""
 
@@ -40,12 +42,15 @@ class SamplingParams:
     guidance_scale: float | None = None
     """Guidance scale for a model that reads it as an input, 0..100; None takes the recipe's. Other models have guidance
     distilled into their weights."""
+    lora_scale: float | None = None
+    """Scale of the LoRA, for a model that is a LoRA on a base; None takes the one that it is served with."""
 
     def __post_init__(self) -> None:
         _check_prompt(self.prompt)
         if type(self.seed) is not int or not 0 <= self.seed <= MAX_SEED:
             raise InvalidRequestError(
-                f"seed is {shown(self.seed)}; it must be a whole number from 0 to {MAX_SEED}", param="seed"
+                f"seed is {shown(self.seed)}; it must be a whole number from 0 to {MAX_SEED}, or left out to draw one",
+                param="seed",
             )
         if self.decoder not in get_args(DecoderName):
             raise InvalidRequestError(
@@ -60,6 +65,11 @@ class SamplingParams:
             raise InvalidRequestError(
                 f"guidance_scale is {shown(self.guidance_scale)}; it must be from 0 to {MAX_GUIDANCE_SCALE:g}",
                 param="guidance_scale",
+            )
+        if self.lora_scale is not None and not abs(self.lora_scale) <= MAX_LORA_SCALE:
+            raise InvalidRequestError(
+                f"lora_scale is {shown(self.lora_scale)}; it must be from {-MAX_LORA_SCALE:g} to {MAX_LORA_SCALE:g}",
+                param="lora_scale",
             )
 
     def check_against(self, recipe: Recipe) -> None:
@@ -80,6 +90,14 @@ class SamplingParams:
                 f"guidance_scale is {shown(self.guidance_scale)}; {recipe.name} has guidance distilled in "
                 "and reads no scale; leave it out",
                 param="guidance_scale",
+            )
+        if self.lora_scale is not None and recipe.lora_scale is None:
+            name = recipe.name
+            why = f"the LoRAs of {name} are merged into its weights" if recipe.adapters else f"{name} has no LoRA"
+            raise InvalidRequestError(
+                f"lora_scale is {shown(self.lora_scale)}; {why}: leave it out, or name a model that is a LoRA on a "
+                "base (`tdm-serve --lora`)",
+                param="lora_scale",
             )
 
     def _check_size(self, recipe: Recipe) -> None:
@@ -109,5 +127,5 @@ def _check_prompt(prompt: object) -> None:
         raise InvalidRequestError(
             "prompt holds a NUL or half a surrogate pair; send valid Unicode text", param="prompt"
         )
-    if not prompt.strip():
+    if all(character.isspace() or unicodedata.category(character) == "Cf" for character in prompt):
         raise InvalidRequestError("prompt is empty; say what the picture should show", param="prompt")

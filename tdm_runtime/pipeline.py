@@ -32,12 +32,12 @@ def generate(model: LoadedModel, params: SamplingParams, on_preview: OnPreview |
     model.check(params)
     table = model.recipe.step_table(params.num_inference_steps, params.width, params.height)
     device = model.denoiser.device
-    prompt = model.conditioning(model.text_encoder.encode(params.prompt), params)
+    prompt = model.conditioning(model.embedding(params), params)
     step_counts = torch.tensor([params.num_inference_steps], device=device)
     noise = SeedNoise(params.seed, (1, *model.latent_shape(params)), params.noise_angle)
 
     def predict(latents: Tensor, timesteps: Tensor) -> Tensor:
-        return denoise([model], latents, timesteps, step_counts, prompt)
+        return denoise([model], latents, timesteps, step_counts, prompt, [model.lora_factor(params)])
 
     for steps_taken, step in enumerate(solve(table, noise.initial().to(device), predict, noise.of_step), start=1):
         latents, denoised = step

@@ -5,16 +5,18 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from tdm_runtime.checkpoint.folder import weight_hashes
 from tdm_runtime.checkpoint.lora.lora_file import read_lora
 from tdm_runtime.checkpoint.recipe import Recipe
+from tdm_runtime.checkpoint.stock.absent_recipes import ABSENT
 from tdm_runtime.checkpoint.stock.implied_recipe import guidance_scale, implied_recipe, native_size, size_rule
 from tdm_runtime.checkpoint.stock.pipeline_folder import family_of
 from tdm_runtime.checkpoint.stock.published_recipes import PUBLISHED, published_recipe
-from tdm_runtime.cli import add_lora_argument
+from tdm_runtime.cli import add_lora_argument, parsed_size
 from tdm_runtime.errors import RecipeError, TDMError
 from tdm_runtime.whole_file import write_whole
 
@@ -62,7 +64,7 @@ def recipe_for(given: argparse.Namespace) -> Recipe:
             eta=given.eta or 0.0,
             name=given.name,
         )
-        return replace(implied, adapters=tuple(given.lora))
+        return _sized(replace(implied, adapters=tuple(given.lora)), given.native_size)
     for option in ("steps", "timesteps", "sigmas", "eta"):
         if getattr(given, option) is not None:
             raise RecipeError(f"--{option} and --recipe {given.recipe} both say the schedule; leave one of them out")
@@ -73,12 +75,27 @@ def recipe_for(given: argparse.Namespace) -> Recipe:
     scale = 1.0 if entry.lora_scale is None else entry.lora_scale
     adapters = tuple(replace(one, scale=scale) if one.scale == 1.0 else one for one in given.lora)
     guidance = entry.guidance_scale if given.guidance is None else given.guidance
-    return replace(
+    recipe = replace(
         recipe,
         size_rule=size_rule(family, given.folder),
         adapters=adapters,
         guidance_scale=guidance_scale(family, given.folder, guidance),
     )
+    return _sized(recipe, given.native_size)
+
+
+def _sized(recipe: Recipe, sizes: Sequence[tuple[int, int]] | None) -> Recipe:
+    """Return the recipe with native sizes, (width, height) in pixels; None keeps its own.
+
+    Raises:
+        RecipeError: the size rule does not allow a size.
+    """
+    rule = recipe.size_rule
+    for width, height in sizes or ():
+        if rule is not None and not rule.allows(width, height):
+            nearest = "x".join(map(str, rule.nearest(width, height)))
+            raise RecipeError(f"--native-size has {width}x{height}; {recipe.name} makes {rule}: take {nearest}")
+    return recipe if sizes is None else replace(recipe, native_sizes=tuple(sizes))
 
 
 def placed(recipe: Recipe, base: Path, file: Path) -> Recipe:
@@ -101,6 +118,8 @@ def print_published() -> None:
             print(f"    stated: {entry.stated}")
         if entry.inferred:
             print(f"    inferred: {entry.inferred}")
+    for name, why in ABSENT.items():
+        print(f"no recipe for {name}: {why}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -114,6 +133,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sigmas", type=_numbers, help="sigmas as the stock pipeline takes them, before any shift")
     parser.add_argument("--eta", type=float, help="eta as the stock pipeline takes it; read by TCD")
     parser.add_argument("--guidance", type=float, help="guidance scale that the model reads as an input")
+    parser.add_argument(
+        "--native-size",
+        type=_sizes,
+        metavar="WxH[,WxH]",
+        help="sizes in pixels that it was trained at, the default first; that of the folder's configs when absent",
+    )
     add_lora_argument(parser)
     parser.add_argument("--recipe", metavar="NAME", help="a built-in recipe of --list")
     parser.add_argument("--name", help="name of the model in requests; the folder's name by default")
@@ -121,6 +146,13 @@ def _parser() -> argparse.ArgumentParser:
         "-o", "--output", type=Path, help="file to write; in another folder than the weights it names their folder"
     )
     return parser
+
+
+def _sizes(text: str) -> list[tuple[int, int]]:
+    try:
+        return list(dict.fromkeys(parsed_size(part) for part in text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text[:32]!r} is no list of sizes, such as 1024x1024,1344x768") from None
 
 
 def _whole_numbers(text: str) -> list[int]:

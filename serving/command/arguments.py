@@ -180,11 +180,16 @@ def model_source(text: str) -> ModelSource:
 
 def lora_source(text: str) -> LoraSource:
     """Read NAME=PATH[:SCALE][@MODEL]."""
-    found = re.fullmatch(r"(?P<name>[^=]+)=(?P<path>.+?)(?::(?P<scale>[-+.\deE]+))?(?:@(?P<base>[^@/]+))?", text)
-    if found is None:
+    name, _, rest = text.partition("=")
+    found = re.fullmatch(r"(?P<path>.+?)(?::(?P<scale>[-+.\deE]+))?", rest)
+    if not name or found is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=PATH[:SCALE][@MODEL]")
+    base = None
+    if not Path(found["path"]).exists():  # a path may have an @
+        named = re.fullmatch(r"(?P<path>.+?)(?::(?P<scale>[-+.\deE]+))?@(?P<base>[^@/]+)", rest)
+        found, base = (found, None) if named is None else (named, named["base"])
     try:
-        return LoraSource(found["name"], Path(found["path"]).resolve(), float(found["scale"] or 1), found["base"])
+        return LoraSource(name, Path(found["path"]).resolve(), float(found["scale"] or 1), base)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 

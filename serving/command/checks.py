@@ -40,6 +40,7 @@ def check(config: ServerConfig) -> ExitStack:
     check_state(config)
     with reserve_addresses(config) as held:
         for checkpoint in checkpoints:
+            checkpoint.check_shapes()
             check_artifacts(checkpoint, config.backend)
         return held.pop_all()
 
@@ -64,7 +65,7 @@ def check_models(config: ServerConfig) -> list[Checkpoint]:
         base = bases.get(lora.base or names[0])
         if base is None:
             raise CheckpointError(f"the base of {lora.name} is {lora.base!r}; this server has {', '.join(bases)}")
-        read_lora(lora.path, base.family)
+        base.check_lora(read_lora(lora.path, base.family))
     if doubled := sorted({name for name in names if names.count(name) > 1}):
         raise CheckpointError(f"two models are called {doubled[0]!r}; give each a name of its own")
     if len(checkpoints) > 1 and config.backend.artifacts is not None:

@@ -121,8 +121,9 @@ class Catalog:
             try:
                 self._replace(self._loaded(lora))
                 logger.info("LoRA %s is served from %s", lora.name, lora.path)
-            except TDMError as error:
-                logger.error("LoRA %s cannot be served: %s", lora.name, error)
+            except Exception as error:  # the others are served
+                is_known = isinstance(error, TDMError)
+                logger.error("LoRA %s cannot be served: %s", lora.name, error, exc_info=not is_known)
         for name in self._folder.gone():
             if (old := self._served.get(name)) is not None and old.model.base is not None:
                 self._served = {key: served for key, served in self._served.items() if key != name}
@@ -210,6 +211,8 @@ class LoraFolder:
 
     def _files(self) -> Iterator[tuple[str, Path]]:
         for entry in sorted(self._folder.iterdir()):
+            if entry.name.startswith("."):  # macOS writes ._NAME beside NAME
+                continue
             if entry.suffix == ".safetensors" and entry.is_file():
                 yield entry.stem, entry
             elif entry.is_dir() and any((entry / file).is_file() for file in FOLDER_FILES):

@@ -276,7 +276,7 @@ class ImageService:
             timings=timings,
             predicted_ms=max(picture.predicted_ms for picture in pictures) + waited_ms + encode_ms,
             latency_budget_kept=budget_kept,
-            warnings=to_warnings(pictures[0].prompt),
+            warnings=[*order.warnings, *to_warnings(pictures[0].prompt)],
         )
 
 
@@ -300,6 +300,7 @@ def _card(served: Served) -> ModelCard:
         default_steps=recipe.default_steps,
         decoders=list(model.decoders),
         guidance_scale=recipe.guidance_scale,
+        lora_scale=recipe.lora_scale,
         backend=model.backend,
         parity_psnr_db={steps: round(found.psnr_db, 1) for steps, found in model.parity.items()},
         digest=model.digest,

@@ -32,16 +32,30 @@ class BlockedWords:
         Raises:
             ValueError: the list is empty.
         """
-        folded = sorted({_folded(word) for word in words if word.strip()}, key=len, reverse=True)
+        folded = sorted({text for word in words if (text := _folded(word))}, key=len, reverse=True)
         if not folded:
             raise ValueError("the list of blocked words is empty; write one a line, or leave it out")
-        self._pattern = re.compile(rf"\b(?:{'|'.join(map(re.escape, folded))})\b")
+        self._pattern = re.compile("|".join(map(_pattern, folded)))
 
     def check_prompt(self, prompt: str) -> str | None:
         return "a word that this server does not draw" if self._pattern.search(_folded(prompt)) else None
 
     def check_picture(self, pixels: Pixels) -> str | None:
         return None
+
+
+UNSPACED_SCRIPTS = ("CJK ", "HIRAGANA ", "KATAKANA ", "THAI ", "LAO ", "KHMER ", "MYANMAR ", "TIBETAN ")
+"""Begin of the Unicode names of letters that are written without spaces between words."""
+
+
+def _pattern(word: str) -> str:
+    """Return the pattern of a word: alone where letters and digits have spaces around words, anywhere in other text."""
+
+    def is_spaced(character: str) -> bool:
+        return character.isalnum() and not unicodedata.name(character, "").startswith(UNSPACED_SCRIPTS)
+
+    before, behind = (r"(?<!\w)" if is_spaced(word[0]) else ""), (r"(?!\w)" if is_spaced(word[-1]) else "")
+    return f"{before}{re.escape(word)}{behind}"
 
 
 def _folded(text: str) -> str:

@@ -33,6 +33,7 @@ AS_THEY_ARE = (
     "latency_budget_ms",
     "strict",
     "guidance_scale",
+    "lora_scale",
     "negative_prompt",
     "output_compression",
     "metadata",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -13,12 +13,13 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from serving.errors import invalid
 from serving.schema.answers import ImageAnswer, ImageTimings, PartialAnswer, Usage
+from serving.schema.hints import prompt_warnings
 from serving.schema.order import DeliveryOptions, ImageEncoding, ImageOrder, ResponseFormat
-from serving.schema.parsing import parse_body, validate
+from serving.schema.parsing import nullable, parse_body, validate
 from tdm_runtime.checkpoint.recipe import MAX_GUIDANCE_SCALE, Recipe
 from tdm_runtime.media.image_file import ImageFormat
 from tdm_runtime.media.receipt import Receipt
-from tdm_runtime.params import MAX_PROMPT_CHARACTERS, MAX_SEED, DecoderName, SamplingParams
+from tdm_runtime.params import MAX_LORA_SCALE, MAX_PROMPT_CHARACTERS, MAX_SEED, DecoderName, SamplingParams
 
 MAX_PICTURES = 10
 MAX_BUDGET_MS = 600_000.0
@@ -33,7 +34,7 @@ SEED_SCHEMA: dict[str, JsonValue] = {"minimum": 0, "maximum": MAX_SEED}
 class ImageRequest(BaseModel):
     """Body of POST /v1/images/generations. Names follow OpenAI; sampling fields follow diffusers."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=nullable)
 
     prompt: str = Field(
         description=f"What the picture shows, 1..{MAX_PROMPT_CHARACTERS} characters.",
@@ -70,7 +71,13 @@ class ImageRequest(BaseModel):
         None,
         ge=0,
         le=MAX_GUIDANCE_SCALE,
-        description="Guidance scale of a model that reads one; only 1 where guidance is distilled into the weights.",
+        description="Guidance scale of a model that reads one; 0 or 1 where guidance is distilled into the weights.",
+    )
+    lora_scale: float | None = Field(
+        None,
+        ge=-MAX_LORA_SCALE,
+        le=MAX_LORA_SCALE,
+        description="Scale of the model's LoRA; by default the one that it is served with.",
     )
     negative_prompt: str | None = Field(None, description="Only empty: it needs guidance.")
     response_format: ResponseFormat = Field("b64_json", description="url: the server keeps the file until expires_at.")
@@ -85,28 +92,36 @@ class ImageRequest(BaseModel):
         None, ge=0, le=3, description="With stream: most partial images before the picture."
     )
     draft: bool = Field(False, description="With partial_images: the first one is the picture of one step.")
-    quality: Literal["auto", "standard"] | None = Field(None, description="Only auto: steps are the quality dial.")
+    quality: Literal["auto", "standard", "hd", "low", "medium", "high"] | None = Field(
+        None, description="Accepted; others than auto and standard get a warning, because steps are the quality dial."
+    )
+    style: Literal["vivid", "natural"] | None = Field(None, description="Accepted and unused, with a warning.")
+    moderation: Literal["auto", "low"] | None = Field(None, description="Accepted and unused.")
+    safety_identifier: str | None = Field(None, max_length=256, description="Accepted and unused.")
     background: Literal["auto", "opaque"] | None = Field(None, description="Pictures are opaque.")
 
-    def as_file(self, image_format: ImageFormat) -> ImageRequest:
-        """Return the same request, answered with the bytes of one file of this format.
+    def as_file(self, formats: Sequence[ImageFormat]) -> ImageRequest:
+        """Return the same request, answered with the bytes of one file.
+
+        Args:
+            formats: formats that the client accepts, the best first.
 
         Raises:
             APIError: 400, the request contradicts that.
         """
         if self.n != 1 or self.stream:
             param = "n" if self.n != 1 else "stream"
-            message = f"{param} is {getattr(self, param)!r}; Accept: image/{image_format} gets one picture's bytes"
+            message = f"{param} is {getattr(self, param)!r}; Accept: image/{formats[0]} gets one picture's bytes"
             raise invalid(f"{message}, accept application/json for more", param, "invalid_value")
         if self.response_format == "url":
-            message = (
-                f"response_format is 'url' and Accept says image/{image_format}; accept application/json for a URL"
-            )
+            message = f"response_format is 'url' and Accept says image/{formats[0]}; accept application/json for a URL"
             raise invalid(message, "response_format", "invalid_value")
-        if "output_format" in self.model_fields_set and self.output_format != image_format:
-            message = f"output_format is {self.output_format!r} and Accept says image/{image_format}; leave one out"
+        if "output_format" not in self.model_fields_set:
+            return self.model_copy(update={"output_format": formats[0]})
+        if self.output_format not in formats:
+            message = f"output_format is {self.output_format!r} and Accept says image/{formats[0]}; leave one out"
             raise invalid(message, "output_format", "invalid_value")
-        return self.model_copy(update={"output_format": image_format})
+        return self
 
     def to_order(self, recipe: Recipe, default_seed: int | None = None) -> ImageOrder:
         """Check the request against its model and draw its seed.
@@ -123,11 +138,23 @@ class ImageRequest(BaseModel):
             raise invalid(message, "negative_prompt", "invalid_value")
         pictures = self._pictures(recipe, default_seed)
         encoding = ImageEncoding(self.output_format, self.output_compression, self.metadata, self.response_format)
-        return ImageOrder(recipe.name, pictures, self._delivery(recipe), encoding)
+        return ImageOrder(recipe.name, pictures, self._delivery(recipe), encoding, tuple(self._warnings()))
+
+    def _warnings(self) -> Iterator[str]:
+        """Yield what the client should know: fields and words that change nothing, and seeds that wrap."""
+        if self.quality not in (None, "auto", "standard"):
+            yield f"quality {self.quality} changes nothing; num_inference_steps is the quality dial"
+        if self.style is not None:
+            yield f"style {self.style} changes nothing; describe the style in the prompt"
+        if self.output_format == "png" and "output_compression" in self.model_fields_set:
+            yield "output_compression changes nothing in a png, which loses nothing; choose webp or jpeg"
+        if self.seed is not None and self.seed + self.n - 1 > MAX_SEED:
+            yield f"seed {self.seed} is less than n below the largest seed; the pictures after it go on from seed 0"
+        yield from prompt_warnings(self.prompt)
 
     def _guidance(self, recipe: Recipe) -> float | None:
-        """Return the guidance scale. 1 is what a model without an input for it always does."""
-        return None if recipe.guidance_scale is None and self.guidance_scale == 1.0 else self.guidance_scale
+        """Return the guidance scale. 0 and 1 both mean none, which a model without an input for it always does."""
+        return None if recipe.guidance_scale is None and self.guidance_scale in (0.0, 1.0) else self.guidance_scale
 
     def _pictures(self, recipe: Recipe, default_seed: int | None) -> tuple[SamplingParams, ...]:
         width, height = self._size(recipe)
@@ -137,8 +164,16 @@ class ImageRequest(BaseModel):
         steps = recipe.default_steps if self.num_inference_steps is None else self.num_inference_steps
         if steps == "auto":
             steps = recipe.step_counts[-1]
-        guidance = self._guidance(recipe)
-        first = SamplingParams(self.prompt, seed, steps, width, height, self.decoder, guidance_scale=guidance)
+        first = SamplingParams(
+            self.prompt,
+            seed,
+            steps,
+            width,
+            height,
+            self.decoder,
+            guidance_scale=self._guidance(recipe),
+            lora_scale=self.lora_scale,
+        )
         first.check_against(recipe)
         return tuple(replace(first, seed=(seed + n) % (MAX_SEED + 1)) for n in range(self.n))
 
@@ -186,20 +221,20 @@ RecipeOf = Callable[[str | None], Recipe]
 
 
 def order_from_body(
-    body: bytes, recipe_of: RecipeOf, file_format: ImageFormat | None = None, default_seed: int | None = None
+    body: bytes, recipe_of: RecipeOf, file_formats: Sequence[ImageFormat] = (), default_seed: int | None = None
 ) -> ImageOrder:
     """Read the JSON body of POST /v1/images/generations.
 
     Args:
-        file_format: format of the file that is the whole answer. None answers in JSON.
+        file_formats: formats of the file that is the whole answer, the best first. None of them answers in JSON.
         default_seed: seed of a request that has none. None draws one.
 
     Raises:
         InvalidRequestError, APIError: the request cannot be served as it is.
     """
     request = parse_body(body, ImageRequest)
-    if file_format is not None:
-        request = request.as_file(file_format)
+    if file_formats:
+        request = request.as_file(file_formats)
     return request.to_order(recipe_of(request.model), default_seed)
 
 

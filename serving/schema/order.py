@@ -57,6 +57,8 @@ class ImageOrder:
     """Parameters of each picture, with its seed. They differ only in the seed."""
     delivery: DeliveryOptions = DeliveryOptions()
     encoding: ImageEncoding = ImageEncoding()
+    warnings: tuple[str, ...] = ()
+    """What the client should know about its request."""
 
     @property
     def cost(self) -> float:

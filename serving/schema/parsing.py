@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from serving.errors import APIError, invalid
+from serving.schema.hints import FIELDS
 from tdm_runtime.errors import shown
 
 MAX_JSON_DEPTH = 16
@@ -28,15 +29,25 @@ def parse_body(body: bytes, kind: type[Body]) -> Body:
 
 
 def validate(raw: dict[str, Any], kind: type[Body]) -> Body:
-    """Check decoded fields.
+    """Check decoded fields. null means that a field is absent, as clients send what was not set.
 
     Raises:
         APIError: 400 naming the field, its value and the limit.
     """
     try:
-        return kind.model_validate(raw)
+        known = {name: value for name, value in raw.items() if value is not None or name not in kind.model_fields}
+        return kind.model_validate(known)
     except ValidationError as error:
         raise _from_validation(error, kind) from None
+
+
+def nullable(schema: dict[str, Any]) -> None:
+    """Say in a JSON schema that null means absent, for every field that may be left out."""
+    for name, field in schema["properties"].items():
+        kinds = field.get("anyOf", [])
+        if name not in schema.get("required", ()) and {"type": "null"} not in kinds:
+            about = {key: field.pop(key) for key in ("title", "description", "default") if key in field}
+            schema["properties"][name] = {"anyOf": [field, {"type": "null"}], **about}
 
 
 def parse_json(body: bytes) -> Any:
@@ -58,7 +69,7 @@ def parse_json(body: bytes) -> Any:
         raise invalid(f"{name} is not JSON; send a finite number", None, "invalid_json")
 
     try:
-        text = body.decode("utf-8")
+        text = body.decode("utf-8-sig")  # some clients write a byte order mark
         if _depth_exceeds(text, MAX_JSON_DEPTH):
             raise invalid(
                 f"the body nests deeper than {MAX_JSON_DEPTH} levels; this API needs one", None, "invalid_json"
@@ -90,6 +101,8 @@ def _from_validation(error: ValidationError, kind: type[BaseModel]) -> APIError:
     if first["type"] == "missing":
         return invalid(f"{param} is required", param, "missing_required_parameter")
     if first["type"] == "extra_forbidden":
+        if (meant := FIELDS.get(param)) is not None and meant.partition(",")[0].split()[0] in kind.model_fields:
+            return invalid(f"{param!r} is not a parameter; send {meant}", param, "unknown_parameter")
         known = ", ".join(kind.model_fields)
         return invalid(f"{param[:64]!r} is not a parameter; known are {known}", param[:64], "unknown_parameter")
     reasons = [first["msg"], *(other["msg"] for other in others if other["loc"][0] == param)]

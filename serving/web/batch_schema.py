@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from serving.errors import APIError, invalid
 from serving.jobs.job import Job
 from serving.schema.image_request import ImageRequest, RecipeOf, order_from_fields
-from serving.schema.parsing import parse_body, parse_json, validate
+from serving.schema.parsing import nullable, parse_body, parse_json, validate
 from tdm_runtime.errors import InvalidRequestError
 
 MAX_REQUESTS = 1000
@@ -22,7 +22,7 @@ MAX_NAMED = 5
 class BatchLine(BaseModel):
     """One request of a batch."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=nullable)
 
     custom_id: str = Field(
         min_length=1, max_length=64, description="The client's own name of the request; unique in a batch."
@@ -38,7 +38,7 @@ class BatchLine(BaseModel):
 class BatchRequest(BaseModel):
     """Body of POST /v1/batches as JSON."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=nullable)
 
     endpoint: Literal["/v1/images/generations"] = "/v1/images/generations"
     requests: list[dict[str, Any]] = Field(

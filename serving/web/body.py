@@ -37,14 +37,18 @@ async def read_form(request: Request, config: ServerConfig) -> dict[str, str]:
         yield body
 
     try:
-        form = await MultiPartParser(request.headers, parts(), max_files=0, max_fields=MAX_FORM_FIELDS).parse()
+        form = await MultiPartParser(
+            request.headers, parts(), max_files=MAX_FORM_FIELDS, max_fields=MAX_FORM_FIELDS
+        ).parse()
     except MultiPartException as error:
         raise invalid(f"the form cannot be read: {error.message}", None, "invalid_form") from None
     found: dict[str, str] = {}
     for name, value in form.multi_items():
         if name in found:
             raise invalid(f"the field {name[:64]!r} appears twice; send it once", name[:64], "invalid_form")
-        assert isinstance(value, str), "files were refused"
+        if not isinstance(value, str):
+            message = f"{name[:64]!r} is a file; no picture or clip is read here, leave it out"
+            raise invalid(message, name[:64], "invalid_form")
         found[name] = value
     return found
 

@@ -94,7 +94,9 @@ class EdgeMiddleware:
     async def _answer(self, scope: Scope, receive: Receive, send: Send, headers: Headers) -> None:
         services, span = self.services, current_span()
         request_id = shown_request_id(headers)
-        started_s = time.monotonic()
+        started_s, method = time.monotonic(), scope["method"]
+        if is_head := method == "HEAD":  # as GET without a body (RFC 9110, 9.3.2)
+            scope = {**scope, "method": "GET"}
         arrive()
         status = 0
         services.num_active += 1
@@ -106,6 +108,8 @@ class EdgeMiddleware:
                 MutableHeaders(scope=message).update(SECURITY_HEADERS)
                 if span is not None:
                     MutableHeaders(scope=message)["traceresponse"] = span.traceparent
+            elif is_head and message["type"] == "http.response.body":
+                message = {**message, "body": b""}
             await send(message)
 
         try:
@@ -125,11 +129,11 @@ class EdgeMiddleware:
             await response(scope, receive, send_with_headers)
         finally:
             services.num_active -= 1
-            self._record(scope, status, 1e3 * (time.monotonic() - started_s), request_id)
+            self._record(method, scope, status, 1e3 * (time.monotonic() - started_s), request_id)
 
-    def _record(self, scope: Scope, status: int, elapsed_ms: float, request_id: str) -> None:
+    def _record(self, method: str, scope: Scope, status: int, elapsed_ms: float, request_id: str) -> None:
         """Count, log and trace the outcome of a request."""
-        method, route = scope["method"], self._route(scope)
+        route = self._route(scope)
         self.services.metrics.observe_answer(method, route, status)
         shown = repr(scope["path"][:80]) if route == OTHER else route  # a template shows no file names
         fields = {"route": route, "status": status, "duration_ms": round(elapsed_ms, 2)}

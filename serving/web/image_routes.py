@@ -54,7 +54,7 @@ def add_image_routes(app: FastAPI, services: Services) -> None:
         """Make pictures for a prompt."""
         caller = caller_of(request)
         body = await read_json(request, services.config)
-        accepted = accepted_format(request.headers.get("accept", "*/*"))
+        accepted = accepted_formats(request.headers.get("accept", "*/*"))
         key = request.headers.get("idempotency-key")
         if key is not None:
             check_key(key)
@@ -64,7 +64,7 @@ def add_image_routes(app: FastAPI, services: Services) -> None:
         async def answer() -> Response:
             caller.spend(order.cost)
             made = await services.images.generate(order)
-            return file_response(made) if accepted is not None else await json_response(made, order, request, services)
+            return file_response(made) if accepted else await json_response(made, order, request, services)
 
         if order.delivery.is_streamed:
             caller.spend(order.cost)
@@ -73,7 +73,7 @@ def add_image_routes(app: FastAPI, services: Services) -> None:
             return StreamingResponse(text, media_type="text/event-stream", headers=UNBUFFERED)
         if key is None:
             return await answer()
-        return await services.replays.once(caller.name, key, f"{accepted}\0".encode() + body, answer)
+        return await services.replays.once(caller.name, key, f"{','.join(accepted)}\0".encode() + body, answer)
 
     @app.get("/v1/models")
     async def list_models() -> ModelList:
@@ -86,8 +86,11 @@ def add_image_routes(app: FastAPI, services: Services) -> None:
         return services.images.model_card(model_id)
 
 
-def accepted_format(accept: str) -> ImageFormat | None:
-    """Return the picture format that an `Accept` header prefers; None for JSON."""
+def accepted_formats(accept: str) -> list[ImageFormat]:
+    """Return the picture formats that an `Accept` header prefers, the best first; none for JSON.
+
+    Types that are not served and those with weight 0 are passed over (RFC 9110, 12.5.1).
+    """
     found: list[tuple[float, str]] = []
     for part in accept.split(","):
         media_type, *settings = (word.strip().lower() for word in part.split(";"))
@@ -96,9 +99,15 @@ def accepted_format(accept: str) -> ImageFormat | None:
             found.append((float(weights[0]) if weights else 1.0, media_type))
         except ValueError:
             continue
-    best = max((weight for weight, _ in found), default=0.0)
-    first = next((media_type for weight, media_type in found if weight == best), "")
-    return MEDIA_TYPES.get(first)
+    refused = {media_type for weight, media_type in found if weight <= 0.0}
+    for weight, media_type in sorted(found, key=lambda each: -each[0]):
+        if weight > 0.0 and media_type in MEDIA_TYPES:
+            return [MEDIA_TYPES[media_type]]
+        if weight > 0.0 and media_type == "image/*":
+            return [name for media, name in MEDIA_TYPES.items() if media not in refused]
+        if weight > 0.0 and media_type in ("application/json", "application/*", "*/*"):
+            break
+    return []
 
 
 def file_response(answer: ImageAnswer) -> Response:

@@ -12,6 +12,7 @@ from serving.errors import invalid
 from serving.jobs.job import Job
 from serving.schema.image_request import PROMPT_SCHEMA, SEED_SCHEMA, SIZE_SCHEMA, RecipeOf, order_from_fields
 from serving.schema.order import ImageOrder
+from serving.schema.parsing import nullable
 from tdm_runtime.params import MAX_PROMPT_CHARACTERS, MAX_SEED, DecoderName, SamplingParams
 
 MAX_SECONDS = 12
@@ -27,7 +28,7 @@ POLL_AFTER_MS = 500
 class VideoRequest(BaseModel):
     """Body of POST /v1/videos, as JSON or as a form. Names follow OpenAI; sampling fields follow diffusers."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=nullable)
 
     prompt: str = Field(
         description=f"What the clip shows, 1..{MAX_PROMPT_CHARACTERS} characters.", json_schema_extra=PROMPT_SCHEMA

@@ -21,7 +21,7 @@ from torch import nn
 from tdm_runtime.checkpoint.file_hashes import FileHashes, file_sha256
 from tdm_runtime.checkpoint.folder_files import TINY_VAE, check_files, other_files, weight_files
 from tdm_runtime.checkpoint.lora.lora_file import STEP_CONDITION_FILE, LoraFile, read_lora
-from tdm_runtime.checkpoint.lora.merged_lora import merge_loras
+from tdm_runtime.checkpoint.lora.merged_lora import fitting_layers, merge_loras
 from tdm_runtime.checkpoint.recipe import RECIPE_FILE, Adapter, Recipe, load_recipe
 from tdm_runtime.checkpoint.stock.implied_recipe import recipe_of
 from tdm_runtime.checkpoint.stock.pipeline_folder import (
@@ -30,8 +30,10 @@ from tdm_runtime.checkpoint.stock.pipeline_folder import (
     load_model_part,
     load_text_encoders,
     read_json,
+    text_parts,
     unloadable,
 )
+from tdm_runtime.checkpoint.weight_shapes import check_shapes, described_model
 from tdm_runtime.errors import CheckpointError, RecipeError
 from tdm_runtime.families import Denoiser, Family
 from tdm_runtime.families.family import TextEncoders
@@ -114,6 +116,42 @@ class Checkpoint:
             denoiser.read_guidance()
         self._check_step_condition(denoiser.reads_step_count)
         return denoiser
+
+    def check_shapes(self) -> None:
+        """Check the shapes of weights whose hashes the recipe does not list, by the headers of their files.
+
+        Raises:
+            CheckpointError: weights and config are not of one model.
+        """
+        if not self._lists_all_files:
+            for part, model_class in self._model_classes().items():
+                check_shapes(self.base_folder / part, model_class)
+
+    def check_lora(self, lora: LoraFile) -> None:
+        """Check that a LoRA changes layers that this checkpoint has, in their shapes, without reading weights.
+
+        Raises:
+            CheckpointError: it belongs to another base.
+        """
+        classes = self._model_classes()
+        for part in lora.layers:
+            if part not in classes:
+                raise CheckpointError(
+                    f"{lora.path} changes {part}, which {self.folder} does not have; use the base of the LoRA"
+                )
+            fitting_layers(lora, part, described_model(self.base_folder / part, classes[part]))
+
+    def _model_classes(self) -> dict[str, Any]:
+        """Return part -> class of diffusers or transformers, for every part with weights."""
+        import diffusers
+        import transformers
+
+        index = read_json(self.base_folder / MODEL_INDEX)
+        texts = text_parts(index, self.family)
+        return {
+            self.family.denoiser_folder: getattr(diffusers, self.family.denoiser_class),
+            "vae": getattr(diffusers, self.family.vae_classes[0]),
+        } | {part: getattr(transformers, str(index[part][-1])) for part in self.family.text_encoders if part in texts}
 
     def load_vae(self, dtype: torch.dtype = torch.float32) -> Any:
         """Load the autoencoder, eval mode."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tdm_runtime.checkpoint.lora.lora_file import STEP_CONDITION_FILE
 from tdm_runtime.checkpoint.stock.pipeline_folder import MODEL_INDEX, read_json, text_parts
+from tdm_runtime.checkpoint.weight_shapes import tensor_shapes
 from tdm_runtime.errors import CheckpointError
 from tdm_runtime.families import Family
 
@@ -60,21 +61,6 @@ def check_files(folder: Path, family: Family) -> None:
     for name in weights:
         if name.endswith(".safetensors"):
             tensor_shapes(folder / name)
-
-
-def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each tensor of a weight file, by its header.
-
-    Raises:
-        CheckpointError: the file is no safetensors, is cut short or cannot be read.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, "np") as tensors:
-            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{file} is damaged ({error}); restore the file from the checkpoint's source") from None
 
 
 def _refuse_pickles(folder: Path, missing: Sequence[str]) -> None:

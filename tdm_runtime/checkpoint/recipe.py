@@ -96,12 +96,17 @@ class Recipe:
     """tcd only: how stochastic each step is, from 0 to 1; see `build_step_table`."""
     timestep_scaling: float = LCM_TIMESTEP_SCALING
     """lcm only: scales the timesteps in the boundary scalings."""
+    output_sign: Literal[1, -1] = 1
+    """Factor on the model output before it is read as `prediction_type`; -1 where a model predicts the opposite, such
+    as the velocity from noise to data of InstaFlow."""
     base: str | None = None
     """Folder of the weights, relative to the recipe's; None where they lie beside the recipe."""
     adapters: tuple[Adapter, ...] = ()
     """LoRAs that are merged into the weights when they are loaded, in order."""
     guidance_scale: float | None = None
     """Guidance scale that the denoiser reads as an input; None where it reads none."""
+    lora_scale: float | None = None
+    """Default of a request's `lora_scale`, for a LoRA that is added at run time. No field of the file."""
 
     @property
     def step_counts(self) -> tuple[int, ...]:
@@ -145,6 +150,7 @@ class Recipe:
             initial_scale=self.initial_scale,
             eta=self.eta,
             timestep_scaling=self.timestep_scaling,
+            output_sign=self.output_sign,
         )
 
     def to_json(self) -> str:
@@ -204,7 +210,7 @@ def parse_recipe(raw: Any) -> Recipe:
             f"format is {raw.get('format')!r}, this version reads {RECIPE_FORMAT}; "
             "install the version that the checkpoint was made for"
         )
-    known = {f.name for f in fields(Recipe)} | {"format"}
+    known = {f.name for f in fields(Recipe)} - {"lora_scale"} | {"format"}
     if unknown := sorted(set(raw) - known):
         raise RecipeError(f"unknown fields {unknown}; this version knows {sorted(known)}")
     if missing := sorted(known - OPTIONAL_FIELDS - set(raw)):
@@ -227,6 +233,7 @@ def parse_recipe(raw: Any) -> Recipe:
         initial_scale="sigma" if raw.get("initial_scale") == "sigma" else _number(raw, "initial_scale", 0.0, 1000.0),
         eta=_number(raw, "eta", 0.0, 1.0),
         timestep_scaling=_number(raw, "timestep_scaling", 1.0, 1000.0),
+        output_sign=_sign(raw),
         base=None if raw.get("base") is None else _text(raw, "base"),
         adapters=_parse_adapters(raw.get("adapters", [])),
         guidance_scale=None
@@ -284,6 +291,13 @@ def _number(raw: Mapping[str, Any], name: str, low: float, high: float) -> float
     if type(value) not in (int, float) or not low <= value <= high:
         raise RecipeError(f"{name} is {value!r}; it must be a number from {low:g} to {high:g}")
     return float(value)
+
+
+def _sign(raw: Mapping[str, Any]) -> Literal[1, -1]:
+    value = raw.get("output_sign", 1)
+    if not _is_whole(value) or value not in (1, -1):
+        raise RecipeError(f"output_sign is {value!r}; it must be 1 or -1")
+    return 1 if value == 1 else -1
 
 
 def _parse_schedule(raw: Any) -> NoiseSchedule:

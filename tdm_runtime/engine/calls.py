@@ -72,7 +72,8 @@ class ModelCalls:
     def _prepared(self, samples: Sequence[Sample]) -> list[TDMError | None]:
         for text_encoder in {sample.model.text_encoder for sample in samples}:  # a LoRA may have its own
             readers = [sample for sample in samples if sample.model.text_encoder is text_encoder]
-            prompts = text_encoder.encode_all([sample.params.prompt for sample in readers])
+            factors = [sample.model.lora_factor(sample.params) for sample in readers]
+            prompts = text_encoder.encode_all([sample.params.prompt for sample in readers], factors)
             for sample, prompt in zip(readers, prompts, strict=True):
                 sample.prompt = prompt
                 sample.conditioning = sample.model.conditioning(prompt, sample.params)
@@ -94,7 +95,8 @@ class ModelCalls:
         latents = _stacked([s.latents for s in samples])
         needs_previous = any(table.c[step_index] for table, step_index in steps)
         previous = _stacked([s.denoised for s in samples]) if needs_previous else None
-        model_output = denoise([s.model for s in samples], latents, rows[:, 0], step_counts, prompt)
+        factors = [s.model.lora_factor(s.params) for s in samples]
+        model_output = denoise([s.model for s in samples], latents, rows[:, 0], step_counts, prompt, factors)
         latents, denoised = apply_step(rows, latents, model_output, previous, _fresh_noise(samples, steps, device))
         is_finite = torch.isfinite(latents.flatten(1).sum(1)).tolist()
         return [

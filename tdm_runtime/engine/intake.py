@@ -59,7 +59,7 @@ class Intake:
             steps_left=params.num_inference_steps,
             urgency=(now_s, order),
             open_steps=open_steps,
-            needs_text=model.text_encoder.expect(params.prompt),
+            needs_text=model.text_encoder.expect(params.prompt, model.lora_factor(params)),
             text=call_kind(model, "text"),
             preview=call_kind(model, f"decode:{model.preview_decoder}", shape),
             previews_left=delivery.num_previews,

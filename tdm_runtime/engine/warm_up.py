@@ -119,7 +119,7 @@ def _denoise(engine: DiffusionEngine, model: LoadedModel, params: SamplingParams
     timesteps = torch.full((count,), float(table.timesteps[0]), device=device)
     step_counts = torch.full((count,), steps, device=device)
     prompts: list[Conditioning] = []
-    engine.run_on_thread(lambda: prompts.append(model.conditioning(model.text_encoder.encode(params.prompt), params)))
+    engine.run_on_thread(lambda: prompts.append(model.conditioning(model.embedding(params), params)))
 
     def call(size: int) -> object:
         prompt = stacked(prompts * size)

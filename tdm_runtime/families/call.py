@@ -11,6 +11,8 @@ from tdm_runtime.families.conditioning import Conditioning
 
 ADAPTERS = "adapters"
 """Input of a denoiser that LoRAs share: the number of each sample's LoRA, int64 [B]."""
+LORA_FACTORS = "lora_factors"
+"""Input of a denoiser that LoRAs share: a factor on what each sample's LoRA adds, float32 [B]."""
 
 
 def denoiser_arguments(
@@ -20,6 +22,7 @@ def denoiser_arguments(
     step_counts: Tensor | None,
     prompt: Conditioning,
     adapters: Tensor | None = None,
+    lora_factors: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Return the tensors of one denoiser call in the order of its interface.
 
@@ -29,12 +32,13 @@ def denoiser_arguments(
         timesteps: float32 [B].
         step_counts: K of each sample, int64 [B]. None calls a torch denoiser without K, as a teacher is called.
         prompt: Conditioning of the batch.
-        adapters: see `ADAPTERS`.
+        adapters, lora_factors: see `ADAPTERS` and `LORA_FACTORS`.
 
     Raises:
         ValueError: the denoiser reads a tensor that is None or unknown.
     """
-    known = {"latents": latents, "timesteps": timesteps, "step_counts": step_counts, ADAPTERS: adapters}
+    known = {"latents": latents, "timesteps": timesteps, "step_counts": step_counts}
+    known |= {ADAPTERS: adapters, LORA_FACTORS: lora_factors}
     arguments = tuple(known[name] if name in known else getattr(prompt, name, None) for name in names)
     for name, argument in zip(names, arguments, strict=True):
         if argument is None and name != "step_counts":

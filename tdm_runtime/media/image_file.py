@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import re
 import zlib
 from typing import Literal
 
@@ -62,10 +64,16 @@ def _exif(comment: str) -> bytes:
 
 
 def describe_parameters(params: SamplingParams, recipe: Recipe, digest: str) -> str:
-    """Return the metadata text in the form that picture tools read ("prompt", newline, "Steps: 4, ...")."""
+    """Return the metadata text in the form that picture tools read ("prompt", newline, "Steps: 4, ...").
+
+    They read a value with a comma or colon in it as JSON does a string.
+    """
     prompt = " ".join(params.prompt.split())
     guidance = next((scale for scale in (params.guidance_scale, recipe.guidance_scale) if scale is not None), 1)
+    lora_scale = recipe.lora_scale if params.lora_scale is None else params.lora_scale
+    lora = "" if lora_scale is None else f", LoRA scale: {lora_scale:g}"
+    name = json.dumps(recipe.name, ensure_ascii=False) if re.search(r'[,:"\n]', recipe.name) else recipe.name
     return (
         f"{prompt}\nSteps: {params.num_inference_steps}, Sampler: {recipe.solver}, CFG scale: {guidance:g}, "
-        f"Seed: {params.seed}, Size: {params.width}x{params.height}, Model hash: {digest[:10]}, Model: {recipe.name}"
+        f"Seed: {params.seed}, Size: {params.width}x{params.height}, Model hash: {digest[:10]}, Model: {name}{lora}"
     )

@@ -49,6 +49,8 @@ class Receipt:
     """See `SamplingParams`; not 0 in the frames of a walk through the noise."""
     guidance_scale: float | None = None
     """See `SamplingParams`."""
+    lora_scale: float | None = None
+    """Scale of the LoRA that was added to the base at run time; None without one."""
 
     def to_params(self) -> SamplingParams:
         """Return the parameters that make the picture again.
@@ -65,6 +67,7 @@ class Receipt:
             decoder=self.decoder,
             noise_angle=self.noise_angle,
             guidance_scale=self.guidance_scale,
+            lora_scale=self.lora_scale,
         )
 
     def to_json(self) -> str:
@@ -95,6 +98,7 @@ def receipt_of(model: LoadedModel, params: SamplingParams, pixels: Pixels, is_st
         pixels_sha256=pixels_sha256(pixels),
         noise_angle=params.noise_angle,
         guidance_scale=params.guidance_scale,
+        lora_scale=None if model.recipe.lora_scale is None else model.lora_factor(params),
     )
 
 

@@ -230,7 +230,7 @@ def picture_seconds(model: LoadedModel) -> float:
     width, height = recipe.native_sizes[0]
     params = SamplingParams("warm-up", 0, recipe.default_steps, width, height)
     device = model.denoiser.device
-    prompt = model.conditioning(model.text_encoder.encode(params.prompt), params)
+    prompt = model.conditioning(model.embedding(params), params)
     latents = torch.zeros(1, *model.latent_shape(params), device=device)
     first_timestep = recipe.step_table(recipe.default_steps, width, height).timesteps[0]
     timesteps = torch.full((1,), first_timestep, dtype=torch.float32).to(device)

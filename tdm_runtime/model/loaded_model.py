@@ -61,6 +61,11 @@ class LoadedModel:
         """Shape of a request's latents: [C, H, W], of a clip [C, F, H, W]."""
         return self.geometry.latent_shape(params.width, params.height, self.num_frames)
 
+    def lora_factor(self, params: SamplingParams) -> float:
+        """Factor on what the model's LoRA adds: the scale of a request, or else of the LoRA; 1 without a LoRA."""
+        scale = self.recipe.lora_scale if params.lora_scale is None else params.lora_scale
+        return 1.0 if scale is None else scale
+
     @property
     def preview_decoder(self) -> DecoderName:
         """Name of the cheapest decoder."""
@@ -82,6 +87,10 @@ class LoadedModel:
             found = replace(found, guidance=torch.tensor([float(scale)], device=device))
         return found
 
+    def embedding(self, params: SamplingParams) -> PromptEmbedding:
+        """Return the embedding of a request's prompt, from the cache if it is there."""
+        return self.text_encoder.encode(params.prompt, self.lora_factor(params))
+
     def check(self, params: SamplingParams) -> None:
         """Check that this model serves a request.
 
@@ -96,19 +105,28 @@ class LoadedModel:
 
 
 def denoise(
-    models: Sequence[LoadedModel], latents: Tensor, timesteps: Tensor, step_counts: Tensor | None, prompt: Conditioning
+    models: Sequence[LoadedModel],
+    latents: Tensor,
+    timesteps: Tensor,
+    step_counts: Tensor | None,
+    prompt: Conditioning,
+    lora_factors: Sequence[float] = (),
 ) -> Tensor:
     """Call the denoiser that the models of a batch share.
 
     Args:
         models: The model of each sample: B times the same, or LoRAs of one base.
         latents, timesteps, step_counts, prompt: see `denoiser_arguments`.
+        lora_factors: `LoadedModel.lora_factor` of each sample; 1 each where left out.
 
     Returns:
         The model output, same shape as latents.
     """
     denoiser = models[0].denoiser
     numbers = [model.adapter for model in models if model.adapter is not None]
-    adapters = torch.tensor(numbers, device=denoiser.device) if numbers else None
     names = models[0].denoiser_inputs
-    return denoiser(*denoiser_arguments(names, latents, timesteps, step_counts, prompt, adapters))
+    if not numbers:
+        return denoiser(*denoiser_arguments(names, latents, timesteps, step_counts, prompt))
+    adapters = torch.tensor(numbers, device=denoiser.device)
+    factors = torch.tensor(lora_factors or [1.0] * len(numbers), device=denoiser.device)
+    return denoiser(*denoiser_arguments(names, latents, timesteps, step_counts, prompt, adapters, factors))

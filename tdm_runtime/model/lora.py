@@ -1,8 +1,8 @@
 """LoRAs on a base: one copy of the base's weights, any number of LoRAs, and a LoRA for each sample of a call.
 
-The output of a layer is W x + scale * alpha / rank * B A x (Hu et al. 2021, eq. 3), with A and B of the sample's LoRA;
+The output of a layer is W x + scale * alpha / rank * B A x (Hu et al. 2021, eq. 3), with A, B and scale of the sample;
 `Update` also has what DoRA changes. So a LoRA is added, replaced or removed without compiling anything and without
-copying the base.
+copying the base, and each sample of a call may have its own scale.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from tdm_runtime.backends.interface import ComponentName, Interface
 from tdm_runtime.backends.pytorch import TorchBackend
 from tdm_runtime.checkpoint.folder import Checkpoint
 from tdm_runtime.checkpoint.lora.lora_file import STEP_CONDITION_FILE, LoraFile
-from tdm_runtime.checkpoint.lora.merged_lora import LoraTarget, Update, fitting_layers, lora_targets, update_at
+from tdm_runtime.checkpoint.lora.merged_lora import LoraTarget, Update, fitting_layers, lora_targets, update_of
 from tdm_runtime.errors import CheckpointError
-from tdm_runtime.families.call import ADAPTERS
+from tdm_runtime.families.call import ADAPTERS, LORA_FACTORS
 from tdm_runtime.model.components import load_component
 from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.model.text_encoder import (
     ClipEncoder,
     PipelineEncoder,
     PromptEmbedding,
+    PromptEncoder,
     TextEncoder,
     TokenizedPrompt,
 )
@@ -38,8 +39,10 @@ TEXT_ENCODER: ComponentName = "text_encoder"
 """The text encoder of a model that has CLIP alone."""
 Loras = Sequence[tuple[LoraFile, float]]
 """LoRAs that change a model together, each with its scale."""
-Updates = Mapping[str, Sequence[Update]]
-"""Layer -> what is added to its output."""
+Updates = Mapping[str, Sequence[tuple[Update, float]]]
+"""Layer -> what is added to its output, each at a scale."""
+Rows = Mapping[int, tuple[Tensor, Tensor]]
+"""Number of a LoRA -> indices of its samples in a call, int64 [N], and their factors on its scales, float32 [N]."""
 
 
 class LoraLayers:
@@ -58,18 +61,14 @@ class LoraLayers:
         self._dtype = dtype
         self._targets = lora_targets(module)
         self._adapters: dict[int, Updates] = {}
-        self._samples: Mapping[int, Tensor] = {}
-        """Number of a LoRA -> indices of its samples in the running call."""
+        self._samples: Rows = {}
+        """The samples of the running call."""
         for name, layer in self._targets.items():
             layer.register_forward_hook(self._hook(name))
 
     @contextmanager
-    def during(self, samples: Mapping[int, Tensor]) -> Iterator[None]:
-        """Apply LoRAs in the calls that are made inside this context.
-
-        Args:
-            samples: Number of a LoRA -> indices of its samples. Every sample of a call has one.
-        """
+    def during(self, samples: Rows) -> Iterator[None]:
+        """Apply LoRAs in the calls that are made inside this context. Every sample of a call has one."""
         self._samples = samples
         try:
             yield
@@ -85,10 +84,11 @@ class LoraLayers:
         Raises:
             CheckpointError: a LoRA belongs to another model.
         """
-        found: dict[str, list[Update]] = {}
+        found: dict[str, list[tuple[Update, float]]] = {}
         for file, scale in loras:
             for name, layer in fitting_layers(file, component, self._module).items():
-                found.setdefault(name, []).append(update_at(layer, scale, self._targets[name]).to(self._dtype))
+                update = update_of(layer, self._targets[name]).to(self._dtype)
+                found.setdefault(name, []).append((update, scale))
         return found
 
     def add(self, number: int, updates: Updates) -> None:
@@ -101,20 +101,25 @@ class LoraLayers:
 
     def _hook(self, name: str) -> Any:
         def add_loras(layer: LoraTarget, inputs: Sequence[Tensor], output: Tensor) -> Tensor:
-            for number, samples in self._samples.items():
+            for number, (samples, factors) in self._samples.items():
                 if updates := self._adapters[number].get(name, ()):
-                    rows = self._rows(samples, len(output))
-                    for update in updates:
-                        output = output.index_add(0, rows, added(layer, inputs[0][rows], output[rows], update))
+                    rows, of_rows = self._rows(samples, factors, len(output))
+                    for update, scale in updates:
+                        addition = added(layer, inputs[0][rows], output[rows], update, scale * of_rows)
+                        output = output.index_add(0, rows, addition)
             return output
 
         return add_loras
 
-    def _rows(self, samples: Tensor, length: int) -> Tensor:
-        """Return the rows of a layer's input that belong to some samples: models of clips flatten [B, F, ...]."""
-        each, rest = divmod(length, sum(map(len, self._samples.values())))
+    def _rows(self, samples: Tensor, factors: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Return the rows of a layer's input that belong to some samples, and the factor of each row.
+
+        Models of clips flatten [B, F, ...].
+        """
+        each, rest = divmod(length, sum(len(indices) for indices, _ in self._samples.values()))
         assert each and not rest, f"a layer of {length} rows cannot be divided among the samples"
-        return (samples[:, None] * each + torch.arange(each, device=samples.device)).flatten()
+        rows = (samples[:, None] * each + torch.arange(each, device=samples.device)).flatten()
+        return rows, factors.repeat_interleave(each)
 
 
 class AdapterBank:
@@ -130,61 +135,61 @@ class AdapterBank:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.device = device
         self.name = f"torch {'bf16' if dtype == torch.bfloat16 else 'fp32'}"
-        self._backend = TorchBackend(module, device, dtype, threads, interface)
-        self.inputs = (*(spec.name for spec in interface.inputs), ADAPTERS)
+        self.backend = TorchBackend(module, device, dtype, threads, interface)
+        """Runs the module with the LoRAs of `layers.during`."""
+        self.inputs = (*(spec.name for spec in interface.inputs), ADAPTERS, LORA_FACTORS)
         """Names of the inputs, in order."""
         self.layers = LoraLayers(module.get_submodule("model"), dtype)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """Run the module with the tensors of `inputs`."""
-        *usual, adapters = inputs
+        *usual, adapters, factors = inputs
         samples = {number: (adapters == number).nonzero()[:, 0] for number in set(adapters.tolist())}
-        with self.layers.during(samples):
-            return self._backend(*usual)
+        with self.layers.during({number: (indices, factors[indices]) for number, indices in samples.items()}):
+            return self.backend(*usual)
 
 
-def added(layer: LoraTarget, inputs: Tensor, output: Tensor, update: Update) -> Tensor:
-    """Return what an update adds to the output of a layer; A uses the stride and padding of its layer."""
+def added(layer: LoraTarget, inputs: Tensor, output: Tensor, update: Update, scales: Tensor) -> Tensor:
+    """Return what an update adds to the output of a layer; A uses the stride and padding of its layer.
 
-    def by_channel(values: Tensor) -> Tensor:
-        return values.reshape(-1, 1, 1) if isinstance(layer, nn.Conv2d) else values
+    Args:
+        inputs, output: Of the layer, [N, ...].
+        scales: float32 [N].
+    """
+
+    def spread(values: Tensor) -> Tensor:
+        """Shape values of each row or channel, [N or 1, 1 or out], like the output."""
+        rows, channels = values.shape
+        between, behind = (0, 2) if isinstance(layer, nn.Conv2d) else (output.ndim - 2, 0)
+        return values.to(output.dtype).reshape(rows, *(1,) * between, channels, *(1,) * behind)
 
     if isinstance(layer, nn.Conv2d):
         inside = nn.functional.conv2d(inputs, update.down, None, layer.stride, layer.padding, layer.dilation)
         addition = nn.functional.conv2d(inside, update.up)
     else:
         addition = nn.functional.linear(nn.functional.linear(inputs, update.down), update.up)
-    if update.gain is not None:
-        bias = 0 if layer.bias is None else by_channel(layer.bias)
-        addition = addition + by_channel(update.gain) * (output - bias)
-    return addition if update.bias is None else addition + by_channel(update.bias)
-
-
-class OneAdapter:
-    """A backend that runs a bank with one LoRA for all samples."""
-
-    is_batch_invariant = False
-
-    def __init__(self, bank: AdapterBank, number: int) -> None:
-        self.device = bank.device
-        self._bank = bank
-        self._number = number
-
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        return self._bank(*inputs, torch.full((len(inputs[0]),), self._number, device=self.device))
+    if update.bias is not None:
+        addition = addition + spread(update.bias[None])
+    addition = spread(scales[:, None]) * addition
+    if update.dora is None:
+        return addition
+    factor, bias = update.dora.factor(scales), 0 if layer.bias is None else spread(layer.bias[None])
+    return spread(factor) * addition + spread(factor - 1) * (output - bias)
 
 
 class LoraTextEncoder:
-    """The text encoders of a stock pipeline with one LoRA. Other models use them without it."""
+    """Text encoders with one LoRA. Each prompt is encoded alone; other models use the same encoders without it."""
 
     is_batch_invariant = True
 
-    def __init__(self, encoder: PipelineEncoder, layers: Sequence[LoraLayers], number: int) -> None:
+    def __init__(self, encoder: PromptEncoder, device: torch.device, layers: Sequence[LoraLayers], number: int) -> None:
         """
         Args:
+            device: Device of the text encoders.
             layers: Layers of each text encoder that the LoRA changes.
         """
         self._encoder = encoder
+        self._device = device
         self._layers = layers
         self._number = number
 
@@ -192,11 +197,15 @@ class LoraTextEncoder:
         return self._encoder.tokenize(prompt)
 
     def encode(self, prompts: Sequence[TokenizedPrompt]) -> list[PromptEmbedding]:
-        only = {self._number: torch.zeros(1, dtype=torch.int64, device=self._encoder.device)}
+        return [self._encoded(prompt) for prompt in prompts]
+
+    def _encoded(self, prompt: TokenizedPrompt) -> PromptEmbedding:
+        first = torch.zeros(1, dtype=torch.int64, device=self._device)
+        only = {self._number: (first, torch.tensor([prompt.lora_factor], device=self._device))}
         with ExitStack() as during:
             for layers in self._layers:
                 during.enter_context(layers.during(only))
-            return self._encoder.encode(prompts)  # which encodes each prompt alone
+            return self._encoder.encode([prompt])[0]
 
 
 class LoraBase:
@@ -232,12 +241,15 @@ class LoraBase:
                     f"{file.path} was trained with weights that read K ({STEP_CONDITION_FILE} beside it), which LoRAs "
                     "that are added at run time cannot change; serve its folder as a model"
                 )
+        # The scale of one LoRA is a factor that requests may change.
+        alone = loras[0][1] if len(loras) == 1 else None
+        scaled = loras if alone is None else [(loras[0][0], 1.0)]
         components = dict.fromkeys(component for file, _ in loras for component in file.layers)
-        updates = {component: self._layers(component).updates(component, loras) for component in components}
-        identity = "".join(f"\n{file.sha256}\n{scale!r}" for file, scale in loras)
+        updates = {component: self._layers(component).updates(component, scaled) for component in components}
+        identity = "".join(f"\n{file.sha256}\n{at!r}" for file, at in loras)
         digest = hashlib.sha256(f"{self.model.digest}{identity}".encode()).hexdigest()
         self._last_number += 1
-        return PreparedLora(name, self._last_number, digest, updates)
+        return PreparedLora(name, self._last_number, digest, alone, updates)
 
     def attach(self, lora: PreparedLora) -> LoadedModel:
         """Serve a prepared LoRA from the next call on."""
@@ -247,7 +259,7 @@ class LoraBase:
         denoiser.layers.add(lora.number, lora.updates.get(self._denoiser, {}))
         return replace(
             self.model,
-            recipe=replace(self.model.recipe, name=lora.name),
+            recipe=replace(self.model.recipe, name=lora.name, lora_scale=lora.scale),
             digest=lora.digest,
             backend=denoiser.name,
             text_encoder=self._text_encoder(lora),
@@ -270,12 +282,14 @@ class LoraBase:
         components = [component for component in lora.updates if component != self._denoiser]
         if not components:
             return self.model.text_encoder
-        encoder = self.model.text_encoder.encoder
+        encoder: PromptEncoder = self.model.text_encoder.encoder
         if isinstance(encoder, PipelineEncoder):
-            layers = [self._layers(component) for component in components]
-            return TextEncoder(LoraTextEncoder(encoder, layers, lora.number))
-        tokenizer = self._checkpoint.load_tokenizer()
-        return TextEncoder(ClipEncoder(tokenizer, OneAdapter(self._bank(TEXT_ENCODER), lora.number)))
+            device = encoder.device
+        else:  # the base may run a compiled one
+            backend = self._bank(TEXT_ENCODER).backend
+            encoder, device = ClipEncoder(self._checkpoint.load_tokenizer(), backend), backend.device
+        layers = [self._layers(component) for component in components]
+        return TextEncoder(LoraTextEncoder(encoder, device, layers, lora.number), reads_lora_factor=True)
 
     def _layers(self, component: str) -> LoraLayers:
         """Return the layers of a component that LoRAs change.
@@ -312,5 +326,7 @@ class PreparedLora:
     number: int
     digest: str
     """sha256 of base, files and scales."""
+    scale: float | None
+    """Scale of requests that name none; None where several LoRAs have their fixed scales."""
     updates: Mapping[str, Updates] = field(repr=False)
     """Component -> layer -> what is added to its output."""

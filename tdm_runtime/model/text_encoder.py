@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -27,6 +27,8 @@ class TokenizedPrompt:
     """Number of tokens of the whole prompt, start and end marks included."""
     ids: Sequence[int] = field(default=(), repr=False)
     """Token ids as the encoder reads them; empty where it tokenizes by itself."""
+    lora_factor: float = 1.0
+    """Factor on what the LoRA of the encoder adds."""
 
 
 @dataclass(frozen=True)
@@ -140,47 +142,65 @@ def _padded(prompt: Conditioning, tokens: int) -> Conditioning:
     return Conditioning(functional.pad(embeds, (0, 0, 0, missing)), pooled, functional.pad(mask, (0, missing)), *rest)
 
 
-class TextEncoder:
-    """Encodes prompts and caches the most recent. Only `expect` is thread-safe."""
+_Key = tuple[str, float]
+"""A prompt, and the factor on what the LoRA of the encoder adds."""
 
-    def __init__(self, encoder: PromptEncoder, cache_size: int = 1024) -> None:
+
+class TextEncoder:
+    """Encodes prompts and caches the most recent. Only `expect` is thread-safe.
+
+    Methods take a prompt and a factor on what the LoRA of the encoder adds, which other encoders do not read.
+    """
+
+    def __init__(self, encoder: PromptEncoder, cache_size: int = 1024, reads_lora_factor: bool = False) -> None:
         self.encoder = encoder
-        self._cache: OrderedDict[str, PromptEmbedding] = OrderedDict()
+        self._cache: OrderedDict[_Key, PromptEmbedding] = OrderedDict()
         self._cache_size = cache_size
-        self._expected: OrderedDict[str, TokenizedPrompt] = OrderedDict()
+        self._reads_lora_factor = reads_lora_factor
+        self._expected: OrderedDict[_Key, TokenizedPrompt] = OrderedDict()
         self.cache_hits = 0
         self.cache_misses = 0
 
-    def expect(self, prompt: str) -> bool:
+    def expect(self, prompt: str, lora_factor: float = 1.0) -> bool:
         """Tokenize a prompt that will be encoded soon. Returns False where its embedding is cached."""
-        if prompt in self._cache:
+        key = self._key(prompt, lora_factor)
+        if key in self._cache:
             return False
-        self._expected[prompt] = self.encoder.tokenize(prompt)
+        self._expected[key] = self._tokenize(key)
         if len(self._expected) > max(1, self._cache_size):
             self._expected.popitem(last=False)
         return True
 
-    def encode(self, prompt: str) -> PromptEmbedding:
+    def encode(self, prompt: str, lora_factor: float = 1.0) -> PromptEmbedding:
         """Return the embedding of a prompt, from the cache if it is there."""
-        return self.encode_all([prompt])[0]
+        return self.encode_all([prompt], [lora_factor])[0]
 
-    def encode_all(self, prompts: Sequence[str]) -> list[PromptEmbedding]:
-        """Return the embedding of each prompt. Uncached prompts share a call if the encoder is batch-invariant."""
-        found = {prompt: known for prompt in prompts if (known := self._cache.get(prompt)) is not None}
-        missing = list(dict.fromkeys(prompt for prompt in prompts if prompt not in found))
-        self.cache_hits += len(prompts) - len(missing)
+    def encode_all(self, prompts: Sequence[str], lora_factors: Sequence[float] = ()) -> list[PromptEmbedding]:
+        """Return the embedding of each prompt. Uncached prompts share a call if the encoder is batch-invariant.
+
+        Args:
+            lora_factors: one of each prompt; 1 each where left out.
+        """
+        keys = [self._key(*each) for each in zip(prompts, lora_factors or [1.0] * len(prompts), strict=True)]
+        found = {key: known for key in keys if (known := self._cache.get(key)) is not None}
+        missing = list(dict.fromkeys(key for key in keys if key not in found))
+        self.cache_hits += len(keys) - len(missing)
         self.cache_misses += len(missing)
         size = max(1, len(missing)) if self.encoder.is_batch_invariant else 1
         for start in range(0, len(missing), size):
             part = missing[start : start + size]
-            tokenized = [self._tokenized(prompt) for prompt in part]
+            tokenized = [self._expected.pop(key) if key in self._expected else self._tokenize(key) for key in part]
             found |= zip(part, self.encoder.encode(tokenized), strict=True)
-        for prompt in prompts:
-            self._cache[prompt] = found[prompt]
-            self._cache.move_to_end(prompt)
+        for key in keys:
+            self._cache[key] = found[key]
+            self._cache.move_to_end(key)
         while len(self._cache) > self._cache_size:
             self._cache.popitem(last=False)
-        return [found[prompt] for prompt in prompts]
+        return [found[key] for key in keys]
 
-    def _tokenized(self, prompt: str) -> TokenizedPrompt:
-        return self._expected.pop(prompt) if prompt in self._expected else self.encoder.tokenize(prompt)
+    def _key(self, prompt: str, lora_factor: float) -> _Key:
+        return prompt, lora_factor if self._reads_lora_factor else 1.0
+
+    def _tokenize(self, key: _Key) -> TokenizedPrompt:
+        prompt, lora_factor = key
+        return replace(self.encoder.tokenize(prompt), lora_factor=lora_factor)

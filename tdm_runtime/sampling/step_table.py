@@ -86,6 +86,7 @@ def build_step_table(
     initial_scale: float | Literal["sigma"] = 1.0,
     eta: float = 0.0,
     timestep_scaling: float = LCM_TIMESTEP_SCALING,
+    output_sign: Literal[1, -1] = 1,
 ) -> StepTable:
     """Compute a table.
 
@@ -100,6 +101,7 @@ def build_step_table(
         eta: tcd only, gamma of its paper: share of the way to the clean end that each step goes too far, and returns
             by fresh noise. 0 draws none, 1 keeps nothing of the old noise.
         timestep_scaling: lcm only, see `boundary_scalings`.
+        output_sign: factor on the model output before it is read as `prediction_type`.
 
     Raises:
         RecipeError: the timesteps or sigmas do not fall, or solver, prediction and schedule do not fit together.
@@ -135,6 +137,7 @@ def build_step_table(
         raise RecipeError(f"no step can start at timestep {timesteps[-1]:g}, where the schedule has no noise")
     with np.errstate(divide="ignore", invalid="ignore"):
         p, q = denoise_columns(prediction_type, current)
+        q = output_sign * q
         a, b, c, d = solver_columns(solver, current, following, middle)
     if solver == "lcm":
         c_skip, c_out = boundary_scalings(timesteps, timestep_scaling)

@@ -97,6 +97,8 @@ def test_the_default_seed_is_drawn_and_printed_and_the_recipe_gives_the_steps(
         (["--steps", "many"], "a red apple", "invalid int value: 'many'"),
         (["--seed", "-1"], "a red apple", f"seed is -1; it must be a whole number from 0 to {MAX_SEED}"),
         ([], "", "prompt is empty"),
+        ([], "-", "neither files nor standard input are read, write the prompt out"),
+        ([], f"@{__file__}", "neither files nor standard input are read, write the prompt out"),
         ([], "x" * 2001, "prompt has 2001 characters; at most 2000"),
     ],
 )

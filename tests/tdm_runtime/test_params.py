@@ -86,7 +86,7 @@ def test_the_full_decoder_is_the_default() -> None:
 def test_a_bad_seed_is_refused(seed: object) -> None:
     error = refusal(seed=seed)
     assert error.param == "seed"
-    assert str(error) == f"seed is {seed!r}; it must be a whole number from 0 to {MAX_SEED}"
+    assert str(error) == f"seed is {seed!r}; it must be a whole number from 0 to {MAX_SEED}, or left out to draw one"
 
 
 @pytest.mark.parametrize("steps", [0, -1, 3, 5, 10**6, True, False, 4.0, float("nan"), "4", None, [4]], ids=repr)
@@ -141,7 +141,7 @@ def test_a_huge_value_makes_a_short_message(name: str, huge: object) -> None:
         "לימון",
         "\u202ered apple",
         "e\u0301",
-        "\u200b",
+        "a\u200bb",
     ],
     ids=lambda prompt: ascii(prompt[:12]),
 )

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import diffusers
 import pytest
-from tests.tdm_runtime.checkpoint.test_implied_recipe import UNET, stock_folder
 
 from tdm_runtime.checkpoint.recipe import RECIPE_FILE, load_recipe, parse_recipe
 from tdm_runtime.checkpoint.stock.published_recipes import PUBLISHED
 from tdm_runtime.recipe_cli import main
+from tests.tdm_runtime.checkpoint.stock.test_implied_recipe import UNET, stock_folder
 from tests.tiny_pipelines import build_pipeline
 
 
@@ -28,6 +28,13 @@ def test_it_prints_the_recipe(folder: Path, capsys: pytest.CaptureFixture[str]) 
     recipe = parse_recipe(json.loads(capsys.readouterr().out))
     assert (recipe.name, recipe.step_counts, recipe.default_steps) == ("mine", (1, 4), 4)
     assert recipe.files == {} and not (folder / RECIPE_FILE).exists()
+
+
+@pytest.mark.parametrize("schedule", [["--steps", "4"], ["--recipe", "sdxl-turbo"]])
+def test_it_takes_native_sizes(schedule: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(folder), *schedule, "--native-size", "1344x768,1024x1024,1344x768"]) == 0
+    recipe = parse_recipe(json.loads(capsys.readouterr().out))
+    assert recipe.native_sizes == ((1344, 768), (1024, 1024))
 
 
 def test_it_writes_the_recipe_with_the_hashes_of_the_weight_files_that_are_read(tmp_path: Path) -> None:
@@ -79,6 +86,8 @@ def test_it_lists_the_published_recipes(capsys: pytest.CaptureFixture[str]) -> N
         (["--recipe", "lcm-sdxl"], "guidance is 8, but"),  # this UNet reads none
         (["--recipe", "sdxl-turbo", "--steps", "4"], "leave one of them out"),
         (["--steps", "4", "-o", "/nowhere/recipe.json"], "/nowhere"),
+        (["--steps", "4", "--native-size", "1344x768,1004x1000"], "1004x1000; xl makes multiples of 8"),
+        (["--recipe", "sdxl-turbo", "--native-size", "4096x4096"], "at most 2097152 pixels in all: take 1448x1448"),
     ],
 )
 def test_bad_input_is_refused_in_one_sentence(
@@ -97,7 +106,9 @@ def test_a_folder_that_is_none_or_damaged_is_refused(folder: Path, capsys: pytes
     assert "model_index.json cannot be read" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [[], ["folder", "--list"], ["folder", "--steps", "four"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["folder", "--list"], ["folder", "--steps", "four"], ["folder", "--native-size", "1024"]]
+)
 def test_arguments_that_cannot_be_parsed_end_with_status_2(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments)

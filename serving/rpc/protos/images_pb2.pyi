@@ -30,7 +30,7 @@ OUTPUT_FORMAT_JPEG: OutputFormat
 OUTPUT_FORMAT_PIXELS: OutputFormat
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("prompt", "model", "n", "size", "seed", "num_inference_steps", "auto_steps", "latency_budget_ms", "strict", "decoder", "guidance_scale", "negative_prompt", "output_format", "output_compression", "metadata")
+    __slots__ = ("prompt", "model", "n", "size", "seed", "num_inference_steps", "auto_steps", "latency_budget_ms", "strict", "decoder", "guidance_scale", "negative_prompt", "output_format", "output_compression", "metadata", "lora_scale")
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     N_FIELD_NUMBER: _ClassVar[int]
@@ -46,6 +46,7 @@ class GenerateRequest(_message.Message):
     OUTPUT_FORMAT_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_COMPRESSION_FIELD_NUMBER: _ClassVar[int]
     METADATA_FIELD_NUMBER: _ClassVar[int]
+    LORA_SCALE_FIELD_NUMBER: _ClassVar[int]
     prompt: str
     model: str
     n: int
@@ -61,7 +62,8 @@ class GenerateRequest(_message.Message):
     output_format: OutputFormat
     output_compression: int
     metadata: bool
-    def __init__(self, prompt: _Optional[str] = ..., model: _Optional[str] = ..., n: _Optional[int] = ..., size: _Optional[_Union[Size, _Mapping]] = ..., seed: _Optional[int] = ..., num_inference_steps: _Optional[int] = ..., auto_steps: _Optional[_Union[AutoSteps, _Mapping]] = ..., latency_budget_ms: _Optional[float] = ..., strict: _Optional[bool] = ..., decoder: _Optional[_Union[Decoder, str]] = ..., guidance_scale: _Optional[float] = ..., negative_prompt: _Optional[str] = ..., output_format: _Optional[_Union[OutputFormat, str]] = ..., output_compression: _Optional[int] = ..., metadata: _Optional[bool] = ...) -> None: ...
+    lora_scale: float
+    def __init__(self, prompt: _Optional[str] = ..., model: _Optional[str] = ..., n: _Optional[int] = ..., size: _Optional[_Union[Size, _Mapping]] = ..., seed: _Optional[int] = ..., num_inference_steps: _Optional[int] = ..., auto_steps: _Optional[_Union[AutoSteps, _Mapping]] = ..., latency_budget_ms: _Optional[float] = ..., strict: _Optional[bool] = ..., decoder: _Optional[_Union[Decoder, str]] = ..., guidance_scale: _Optional[float] = ..., negative_prompt: _Optional[str] = ..., output_format: _Optional[_Union[OutputFormat, str]] = ..., output_compression: _Optional[int] = ..., metadata: _Optional[bool] = ..., lora_scale: _Optional[float] = ...) -> None: ...
 
 class GenerateStreamRequest(_message.Message):
     __slots__ = ("picture", "partial_images", "draft")
@@ -178,7 +180,7 @@ class Timings(_message.Message):
     def __init__(self, queue_ms: _Optional[float] = ..., text_ms: _Optional[float] = ..., steps_ms: _Optional[_Iterable[float]] = ..., decode_ms: _Optional[float] = ..., encode_ms: _Optional[float] = ..., total_ms: _Optional[float] = ...) -> None: ...
 
 class Receipt(_message.Message):
-    __slots__ = ("model", "digest", "prompt", "seed", "num_inference_steps", "width", "height", "decoder", "backend", "bucket", "is_strict", "pixels_sha256", "guidance_scale")
+    __slots__ = ("model", "digest", "prompt", "seed", "num_inference_steps", "width", "height", "decoder", "backend", "bucket", "is_strict", "pixels_sha256", "guidance_scale", "lora_scale")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
@@ -192,6 +194,7 @@ class Receipt(_message.Message):
     IS_STRICT_FIELD_NUMBER: _ClassVar[int]
     PIXELS_SHA256_FIELD_NUMBER: _ClassVar[int]
     GUIDANCE_SCALE_FIELD_NUMBER: _ClassVar[int]
+    LORA_SCALE_FIELD_NUMBER: _ClassVar[int]
     model: str
     digest: str
     prompt: str
@@ -205,7 +208,8 @@ class Receipt(_message.Message):
     is_strict: bool
     pixels_sha256: str
     guidance_scale: float
-    def __init__(self, model: _Optional[str] = ..., digest: _Optional[str] = ..., prompt: _Optional[str] = ..., seed: _Optional[int] = ..., num_inference_steps: _Optional[int] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., decoder: _Optional[str] = ..., backend: _Optional[str] = ..., bucket: _Optional[_Iterable[int]] = ..., is_strict: _Optional[bool] = ..., pixels_sha256: _Optional[str] = ..., guidance_scale: _Optional[float] = ...) -> None: ...
+    lora_scale: float
+    def __init__(self, model: _Optional[str] = ..., digest: _Optional[str] = ..., prompt: _Optional[str] = ..., seed: _Optional[int] = ..., num_inference_steps: _Optional[int] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., decoder: _Optional[str] = ..., backend: _Optional[str] = ..., bucket: _Optional[_Iterable[int]] = ..., is_strict: _Optional[bool] = ..., pixels_sha256: _Optional[str] = ..., guidance_scale: _Optional[float] = ..., lora_scale: _Optional[float] = ...) -> None: ...
 
 class ListModelsRequest(_message.Message):
     __slots__ = ()
@@ -218,7 +222,7 @@ class ListModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("id", "created", "sizes", "step_counts", "default_steps", "decoders", "backend", "parity_psnr_db", "digest", "family", "recipe", "size_rule", "guidance_scale")
+    __slots__ = ("id", "created", "sizes", "step_counts", "default_steps", "decoders", "backend", "parity_psnr_db", "digest", "family", "recipe", "size_rule", "guidance_scale", "lora_scale")
     class ParityPsnrDbEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -239,6 +243,7 @@ class Model(_message.Message):
     RECIPE_FIELD_NUMBER: _ClassVar[int]
     SIZE_RULE_FIELD_NUMBER: _ClassVar[int]
     GUIDANCE_SCALE_FIELD_NUMBER: _ClassVar[int]
+    LORA_SCALE_FIELD_NUMBER: _ClassVar[int]
     id: str
     created: int
     sizes: _containers.RepeatedScalarFieldContainer[str]
@@ -252,7 +257,8 @@ class Model(_message.Message):
     recipe: str
     size_rule: SizeRule
     guidance_scale: float
-    def __init__(self, id: _Optional[str] = ..., created: _Optional[int] = ..., sizes: _Optional[_Iterable[str]] = ..., step_counts: _Optional[_Iterable[int]] = ..., default_steps: _Optional[int] = ..., decoders: _Optional[_Iterable[str]] = ..., backend: _Optional[str] = ..., parity_psnr_db: _Optional[_Mapping[int, float]] = ..., digest: _Optional[str] = ..., family: _Optional[str] = ..., recipe: _Optional[str] = ..., size_rule: _Optional[_Union[SizeRule, _Mapping]] = ..., guidance_scale: _Optional[float] = ...) -> None: ...
+    lora_scale: float
+    def __init__(self, id: _Optional[str] = ..., created: _Optional[int] = ..., sizes: _Optional[_Iterable[str]] = ..., step_counts: _Optional[_Iterable[int]] = ..., default_steps: _Optional[int] = ..., decoders: _Optional[_Iterable[str]] = ..., backend: _Optional[str] = ..., parity_psnr_db: _Optional[_Mapping[int, float]] = ..., digest: _Optional[str] = ..., family: _Optional[str] = ..., recipe: _Optional[str] = ..., size_rule: _Optional[_Union[SizeRule, _Mapping]] = ..., guidance_scale: _Optional[float] = ..., lora_scale: _Optional[float] = ...) -> None: ...
 
 class SizeRule(_message.Message):
     __slots__ = ("multiple", "min_side", "max_side", "max_pixels")

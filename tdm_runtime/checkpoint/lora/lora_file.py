@@ -7,10 +7,11 @@ files with diffusers' names, whose dots became underscores.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -67,6 +68,7 @@ class LoraFile:
 
     path: Path
     sha256: str
+    """Of the file, and of the files beside it that are read: weights that read K, PEFT's configuration."""
     layers: Mapping[str, Mapping[str, LoraLayer]] = field(repr=False)
     """Component (`unet`, `transformer`, `text_encoder`, `text_encoder_2`, ...) -> layer -> its update."""
     step_condition: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
@@ -86,16 +88,26 @@ def read_lora(path: Path, family: Family) -> LoraFile:
     if file.suffix != ".safetensors" or not file.is_file():
         raise CheckpointError(f"{path} is no LoRA; give a .safetensors file, or a folder with {FOLDER_FILES[0]}")
     state, settings = _read_tensors(file)
+    read = [file]
     if (settings_file := file.with_name("adapter_config.json")).is_file() and file.name == FOLDER_FILES[1]:
+        read.append(settings_file)
         settings = {f"{family.denoiser_folder}.{key}": value for key, value in _read_json(settings_file).items()}
     if not any("lora" in name or "hada_" in name or "lokr_" in name for name in state):
-        raise CheckpointError(
-            f"{file} holds no LoRA (its first tensor is {min(state, default='')[:100]!r}); give a LoRA"
-        )
+        first = f"its first tensor is {min(state)[:100]!r}" if state else "it has no tensors"
+        raise CheckpointError(f"{file} holds no LoRA ({first}); give a LoRA")
     layers = _layers(file, family, as_low_rank(file, state), settings)
     condition = file.with_name(STEP_CONDITION_FILE)
-    has_condition = file.name == FOLDER_FILES[0] and condition.is_file()
-    return LoraFile(file, file_sha256(file), layers, _read_tensors(condition)[0] if has_condition else {})
+    weights: Mapping[str, Tensor] = {}
+    if file.name == FOLDER_FILES[0] and condition.is_file():
+        read.append(condition)
+        weights = _read_tensors(condition)[0]
+    return LoraFile(file, _sha256_of(read), layers, weights)
+
+
+def _sha256_of(files: Sequence[Path]) -> str:
+    """Return the sha256 of a file, or of those of several."""
+    digests = [file_sha256(file) for file in files]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 def _read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -105,17 +117,22 @@ def _read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(file, framework="pt") as opened:
             state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # no mapping
-            return state, json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
+            return state, _object(json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}")))
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read ({error}); fetch it again from its source") from None
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads(file.read_bytes())
+        return _object(json.loads(file.read_bytes()))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read ({error}); fetch it again from its source") from None
-    return content
+
+
+def _object(raw: Any) -> dict[str, Any]:
+    if not isinstance(raw, dict):
+        raise ValueError(f"PEFT's configuration is {str(raw)[:50]!r}, not an object")
+    return raw
 
 
 def _layers(
@@ -192,13 +209,18 @@ def _count_layers(state: Iterable[str]) -> int:
 
 
 def _component(family: Family, name: str) -> tuple[str | None, str]:
-    """Return the component that a tensor changes and the rest of the name; None for an unknown one."""
+    """Return the component that a tensor changes and the rest of the name.
+
+    A name of diffusers without a component is of the denoiser; None stands for names in no known style.
+    """
     prefixes = {f"{component}.": component for component in (family.denoiser_folder, *family.text_encoders)}
     prefixes |= {f"lora_te{number}_": encoder for number, encoder in enumerate(family.text_encoders, start=1)}
     prefixes["lora_te_"] = family.text_encoders[0]
     prefixes |= {prefix: family.denoiser_folder for prefix in _DENOISER_PREFIXES}
     prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
-    return (None, name) if prefix is None else (prefixes[prefix], name.removeprefix(prefix))
+    if prefix is None:
+        return (None if name.startswith("lora_") else family.denoiser_folder), name
+    return prefixes[prefix], name.removeprefix(prefix)
 
 
 def _in_peft_names(family: Family, component: str | None, name: str) -> str:
@@ -238,7 +260,19 @@ def _layer(file: Path, name: str, tensors: Mapping[str, Tensor], settings: Mappi
         raise CheckpointError(f"{file} has a {min(unknown)} of {name[:100]!r}, which LoRAs do not have; convert it")
     if "A" not in tensors or "B" not in tensors:
         raise CheckpointError(f"{file} has only one half of {name[:100]!r}; fetch it again from its source")
+    for role, tensor in tensors.items():
+        if role != "alpha" and not tensor.is_floating_point():
+            raise CheckpointError(f"{file} has {role} of {name[:100]!r} in {tensor.dtype}; convert it to float16")
+        if not tensor.float().isfinite().all():
+            raise CheckpointError(
+                f"{file} has NaN or infinity in {role} of {name[:100]!r}; fetch it from its source again"
+            )
     down, up = tensors["A"], tensors["B"]
+    if down.ndim < 2 or up.ndim < 2 or not len(down) == up.shape[1] > 0:
+        raise CheckpointError(
+            f"{file} has A of shape {tuple(down.shape)} and B of shape {tuple(up.shape)} for {name[:100]!r}; the first "
+            "number of A and the second of B are the rank and must be equal: fetch it again from its source"
+        )
     magnitude = tensors.get("magnitude_vector", tensors.get("dora_scale"))
     if "dora_scale" in tensors and tensors["dora_scale"].shape[0] != len(up):
         raise CheckpointError(
@@ -246,7 +280,12 @@ def _layer(file: Path, name: str, tensors: Mapping[str, Tensor], settings: Mappi
             "merge it into its base"
         )
     rank = len(down)
-    alpha = float(tensors["alpha"]) if "alpha" in tensors else _alpha(name, rank, settings)
+    try:
+        alpha = tensors["alpha"].item() if "alpha" in tensors else _alpha(name, rank, settings)
+    except (ValueError, RuntimeError, TypeError, AttributeError, re.error) as error:
+        raise CheckpointError(
+            f"{file} has no number as alpha of {name[:100]!r} ({error}); fetch it again from its source"
+        ) from None
     scaling = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
     return LoraLayer(down, up, scaling, None if magnitude is None else magnitude.flatten(), tensors.get("B.bias"))
 

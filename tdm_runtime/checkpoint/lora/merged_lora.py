@@ -42,7 +42,7 @@ def merge_loras(modules: Mapping[str, nn.Module], loras: Sequence[tuple[LoraFile
         targets = lora_targets(model)
         for name in dict.fromkeys(name for layers, _ in fitted[component] for name in layers):
             layer = targets[name]
-            merge(layer, [update_at(f[name], scale, layer) for f, scale in fitted[component] if name in f])
+            merge(layer, [(update_of(f[name], layer), scale) for f, scale in fitted[component] if name in f])
     for denoiser in modules.values():
         if isinstance(denoiser, Denoiser) and conditions:
             denoiser.load_step_condition(conditions[0].step_condition)
@@ -93,52 +93,69 @@ def _fitting(file: LoraFile, name: str, layer: LoraLayer, target: LoraTarget) ->
 
 
 @dataclass(frozen=True)
+class Dora:
+    """Norms that a DoRA gives the rows of a changed weight W + s up down, s being the scale."""
+
+    magnitude: Tensor
+    """Norms that were trained, [out]."""
+    squares: tuple[Tensor, Tensor, Tensor]
+    """|W|^2, 2 W . (up down) and |up down|^2 of each row, [out] each."""
+
+    def factor(self, scales: Tensor) -> Tensor:
+        """Return the trained norms over those of the changed weight, [N, out], at scales [N]."""
+        constant, linear, square = self.squares
+        return self.magnitude / (constant + scales[:, None] * (linear + scales[:, None] * square)).sqrt()
+
+
+@dataclass(frozen=True)
 class Update:
-    """What a LoRA at a scale adds to the output y of a layer with bias b: up(down(x)) + gain * (y - b) + bias."""
+    """What a LoRA at a scale s adds to the output y of a layer with bias b.
+
+    It is f s (up(down(x)) + bias) + (f - 1) (y - b), where f is 1, or the factor of a DoRA at s.
+    """
 
     down: Tensor
     """[rank, in], of a convolution [rank, in, h, w]."""
     up: Tensor
-    """[out, rank], of a convolution [out, rank, 1, 1]; scale, alpha and DoRA's factor are multiplied in."""
-    gain: Tensor | None
-    """DoRA's factor - 1, [out]."""
+    """[out, rank], of a convolution [out, rank, 1, 1]; alpha / rank is multiplied in."""
     bias: Tensor | None
-    """[out]"""
+    """[out]; alpha / rank is multiplied in."""
+    dora: Dora | None
+    """Float32 at any dtype of the others."""
 
     def to(self, dtype: torch.dtype) -> Update:
         """Return the update in another dtype."""
-        gain, bias = (None if tensor is None else tensor.to(dtype) for tensor in (self.gain, self.bias))
-        return Update(self.down.to(dtype), self.up.to(dtype), gain, bias)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return Update(self.down.to(dtype), self.up.to(dtype), bias, self.dora)
 
 
 @torch.no_grad()
-def update_at(layer: LoraLayer, scale: float, target: LoraTarget) -> Update:
+def update_of(layer: LoraLayer, target: LoraTarget) -> Update:
     """Return the float32 update of a layer, on the layer's device.
 
     Args:
         layer: as `fitting_layers` returns it.
-        scale: multiplies the change of the weight. DoRA keeps its magnitudes at any scale, as in PEFT.
     """
     device = target.weight.device
-    down, up = layer.down.to(device).float(), (layer.up.to(device) * (scale * layer.scaling)).float()
-    bias = None if layer.bias is None else layer.bias.to(device).float() * (scale * layer.scaling)
+    down, up = layer.down.to(device).float(), layer.up.to(device).float() * layer.scaling
+    bias = None if layer.bias is None else layer.bias.to(device).float() * layer.scaling
     if layer.magnitude is None:
-        return Update(down, up, None, bias)
-    changed = target.weight.float().flatten(1) + up.flatten(1) @ down.flatten(1)
-    factor = layer.magnitude.to(device).float() / changed.norm(dim=1)
-    rows = factor.reshape(-1, *(1,) * (up.ndim - 1))
-    return Update(down, rows * up, factor - 1, None if bias is None else factor * bias)
+        return Update(down, up, bias, None)
+    weight, change = target.weight.float().flatten(1), up.flatten(1) @ down.flatten(1)
+    squares = ((weight * weight).sum(1), 2 * (weight * change).sum(1), (change * change).sum(1))
+    return Update(down, up, bias, Dora(layer.magnitude.to(device).float(), squares))
 
 
 @torch.no_grad()
-def merge(target: LoraTarget, updates: Sequence[Update]) -> None:
-    """Change weight and bias of a layer so that its output has these updates, one after the other."""
+def merge(target: LoraTarget, updates: Sequence[tuple[Update, float]]) -> None:
+    """Change weight and bias of a layer so that its output has updates at a scale each, one after the other."""
     weight, bias = target.weight.float().flatten(1), torch.zeros(len(target.weight), device=target.weight.device)
-    for update in updates:
-        if update.gain is not None:
-            weight, bias = weight * (1 + update.gain[:, None]), bias * (1 + update.gain)
-        weight = weight + update.up.flatten(1) @ update.down.flatten(1)
-        bias = bias if update.bias is None else bias + update.bias
+    for update, scale in updates:
+        weight = weight + scale * (update.up.flatten(1) @ update.down.flatten(1))
+        bias = bias if update.bias is None else bias + scale * update.bias
+        if update.dora is not None:
+            factor = update.dora.factor(weight.new_tensor([scale]))[0]
+            weight, bias = weight * factor[:, None], bias * factor
     target.weight.copy_(weight.reshape(target.weight.shape))
     if target.bias is not None:
         target.bias += bias.to(target.bias)

@@ -16,7 +16,7 @@ from typing import Any
 
 from tdm_runtime.checkpoint.recipe import RECIPE_FILE, Recipe, load_recipe, parse_recipe
 from tdm_runtime.checkpoint.size_rule import SizeRule, rule_around
-from tdm_runtime.checkpoint.stock.pipeline_call import PIPELINE_CALLS, ScheduleRequest
+from tdm_runtime.checkpoint.stock.pipeline_call import GUIDANCE_SCALES, PIPELINE_CALLS, ScheduleRequest
 from tdm_runtime.checkpoint.stock.pipeline_folder import MODEL_INDEX, read_json
 from tdm_runtime.checkpoint.stock.published_recipes import published_for
 from tdm_runtime.checkpoint.stock.schedule import sampling_of
@@ -173,8 +173,11 @@ def guidance_scale(family: Family, folder: Path, guidance: float | None) -> floa
         RecipeError: guidance is wanted of a denoiser that reads none.
     """
     if _reads_guidance(family, folder):
-        default = PIPELINE_CALLS[family.name].guidance_scale if family.name in PIPELINE_CALLS else None
-        return default if guidance is None else guidance
+        if guidance is not None:
+            return guidance
+        if (name := read_json(folder / MODEL_INDEX).get("_class_name")) in GUIDANCE_SCALES:
+            return GUIDANCE_SCALES[str(name)]
+        return PIPELINE_CALLS[family.name].guidance_scale if family.name in PIPELINE_CALLS else None
     if guidance is not None and guidance > 1.0:
         raise RecipeError(
             f"guidance is {guidance:g}, but {folder / family.denoiser_folder / 'config.json'} is of a model that reads "

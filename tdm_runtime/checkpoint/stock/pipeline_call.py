@@ -56,6 +56,8 @@ PIPELINE_CALLS: Mapping[str, PipelineCall] = {
     "wan": PipelineCall(size=(832, 480)),
 }
 """Family name -> call, read in diffusers 0.42."""
+GUIDANCE_SCALES: Mapping[str, float] = {"LatentConsistencyModelPipeline": 8.5}
+"""Pipeline class -> its default guidance scale, where it differs from the family's."""
 
 
 @dataclass(frozen=True)

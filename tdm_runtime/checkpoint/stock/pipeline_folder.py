@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tdm_runtime.checkpoint.weight_shapes import check_shapes
 from tdm_runtime.errors import CheckpointError
 from tdm_runtime.families import FAMILIES, Family, family_of_pipeline
 from tdm_runtime.families.family import TextEncoders
@@ -115,6 +117,8 @@ def load_model_part(folder: Path, model_class: Any, dtype: torch.dtype) -> Any:
     try:
         model, report = model_class.from_pretrained(folder, output_loading_info=True, **options)
     except Exception as error:  # the libraries raise many kinds; a user can do the same about all of them
+        with suppress(OSError, ValueError, TypeError, KeyError):  # a config that describes no model
+            check_shapes(folder, model_class)
         raise unloadable(folder, error) from error
     check_loaded(folder, report)
     return model

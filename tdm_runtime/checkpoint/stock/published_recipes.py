@@ -1,18 +1,17 @@
 """Recipes of published few-step checkpoints, with what their source states and what was inferred.
 
 An entry is the scheduler config and the arguments that the publisher's own example gives a stock pipeline; the recipe
-follows as it does for a folder (`schedule`). Checkpoints whose samplers a step table cannot follow are absent:
-PeRFlow (piecewise windows of its own scheduler), YOSO (starts from a mixture of noise and an encoded picture) and
-InstaFlow (a velocity of the opposite sign).
+follows as it does for a folder (`schedule`). `absent_recipes` says why others are missing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from tdm_runtime.checkpoint.recipe import Recipe
+from tdm_runtime.checkpoint.stock.absent_recipes import why_absent
 from tdm_runtime.checkpoint.stock.pipeline_call import ScheduleRequest
 from tdm_runtime.checkpoint.stock.schedule import sampling_of
 from tdm_runtime.checkpoint.stock.scheduler_config import SchedulerConfig
@@ -76,6 +75,8 @@ class PublishedRecipe:
     """Argument `eta` of the example, which TCD reads."""
     guidance_scale: float | None = None
     """Guidance scale that the denoiser reads."""
+    output_sign: Literal[1, -1] = 1
+    """See `Recipe.output_sign`."""
     lora_scale: float | None = None
     """Scale of the LoRA that the checkpoint is; None for whole weights."""
 
@@ -90,9 +91,10 @@ class PublishedRecipe:
         steps = None if self.timesteps or self.sigmas else self.steps
         request = ScheduleRequest.of(self.family, steps, self.timesteps, self.sigmas, self.eta)
         sampling = sampling_of(SchedulerConfig.of(self.scheduler), request)
-        return sampling.recipe(
+        recipe = sampling.recipe(
             name or self.name, self.default_steps, (size or self.size,), self.guidance_scale, dict(files)
         )
+        return replace(recipe, output_sign=self.output_sign)
 
 
 SD, XL, LARGE = "stable_diffusion", "sdxl", (1024, 1024)
@@ -310,6 +312,19 @@ PUBLISHED: Mapping[str, PublishedRecipe] = {
             inferred="",
         ),
         _SD_TURBO,
+        PublishedRecipe(
+            name="instaflow",
+            family=SD,
+            checkpoint="XCLiu/instaflow_0_9B_from_sd_1_5",
+            scheduler=_flow(1.0),
+            steps=(1,),
+            default_steps=1,
+            size=SMALL,
+            output_sign=-1,
+            stated="one step from timestep 1000, latents plus the predicted velocity, guidance 0 (code/pipeline_rf.py "
+            "and code/README.md of gnobitab/InstaFlow)",
+            inferred="its scheduler scales the initial noise by 1, as that of SD 1.5",
+        ),
         _DMD2,
         replace(
             _DMD2,
@@ -380,6 +395,8 @@ def published_recipe(name: str) -> PublishedRecipe:
     Raises:
         RecipeError: there is none.
     """
-    if name not in PUBLISHED:
-        raise RecipeError(f"recipe {name!r} is not built in; built in are {', '.join(PUBLISHED)}")
-    return PUBLISHED[name]
+    if name in PUBLISHED:
+        return PUBLISHED[name]
+    if (why := why_absent(name)) is not None:
+        raise RecipeError(f"recipe {name!r} is not built in: {why}")
+    raise RecipeError(f"recipe {name!r} is not built in; built in are {', '.join(PUBLISHED)}")

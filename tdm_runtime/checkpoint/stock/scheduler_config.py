@@ -109,6 +109,8 @@ NULLABLE = ("base_shift", "max_shift")
 REFUSED: Mapping[str, str] = {
     "PNDMScheduler": "it calls the model K + 1 times in K steps and combines up to four outputs; "
     "save the folder with DDIMScheduler, which takes the same timesteps",
+    "PeRFlowScheduler": "its authors sample PeRFlow with classifier-free guidance, which this server does not run; "
+    "use another checkpoint",
     "UniPCMultistepScheduler": "its corrector reads two former outputs, and a row of the step table has one; "
     "save the folder with DPMSolverMultistepScheduler",
 }

@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from serving.command.checks import check_artifacts
 from serving.command.cli import main
@@ -49,6 +51,16 @@ def test_a_damaged_checkpoint_is_refused(
     message = refusal(capsys, "--checkpoint", str(folder))
     assert WEIGHTS in message
     assert "restore" in message
+
+
+def test_a_lora_of_another_base_is_refused_before_the_start(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "lora.safetensors"
+    halves = {"lora_A": torch.ones(2, 4, 3, 3), "lora_B": torch.ones(8, 2, 1, 1)}
+    save_file({f"unet.conv_elsewhere.{half}.weight": tensor for half, tensor in halves.items()}, file)
+    message = refusal(capsys, "--checkpoint", str(tiny_checkpoint), "--lora", f"other={file}")
+    assert f"{file} changes 'conv_elsewhere', which this base does not have" in message and message.count("\n") == 1
 
 
 def test_a_port_in_use_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

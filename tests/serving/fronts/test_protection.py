@@ -30,7 +30,7 @@ from serving.schema.image_request import order_from_fields
 from serving.telemetry.metrics import ServerMetrics
 from serving.web.app import build_app
 from serving.web.http_edge import OPEN_PATHS
-from serving.web.image_routes import accepted_format
+from serving.web.image_routes import accepted_formats
 from tdm_runtime.errors import DeadlineError
 from tdm_runtime.model.artifacts import BackendConfig
 from tdm_runtime.model.decoder import Pixels
@@ -256,6 +256,15 @@ def test_words_that_contain_a_blocked_word_are_allowed(prompt: str) -> None:
     assert BlockedWords(["gun", "big bomb"]).check_prompt(prompt) is None
 
 
+@pytest.mark.parametrize(
+    ("word", "prompt"),
+    [("血", "流血的狐狸"), ("🔫", "a cat🔫x"), ("銃", "猫と銃です"), ("ปืน", "แมวถือปืน")],
+)
+def test_a_blocked_word_without_spaces_around_it_is_found(word: str, prompt: str) -> None:
+    assert BlockedWords([word]).check_prompt(prompt) is not None
+    assert BlockedWords([word]).check_prompt("a fox, 狐狸") is None
+
+
 class NoDark:
     """Safety checker that refuses every picture."""
 
@@ -302,18 +311,23 @@ def test_a_checker_that_cannot_be_made_is_refused_at_start(name: str) -> None:
 @pytest.mark.parametrize(
     ("accept", "expected"),
     [
-        ("*/*", None),
-        ("application/json", None),
-        ("image/png", "png"),
-        ("image/webp;q=0.5, image/jpeg", "jpeg"),
-        ("application/json, image/png;q=0.9", None),
-        ("text/html, image/png", None),
-        ("image/png;q=x, image/webp", "webp"),
-        ("", None),
+        ("*/*", []),
+        ("application/json", []),
+        ("image/png", ["png"]),
+        ("image/webp;q=0.5, image/jpeg", ["jpeg"]),
+        ("application/json, image/png;q=0.9", []),
+        ("text/html, image/png", ["png"]),
+        ("image/png;q=x, image/webp", ["webp"]),
+        ("image/png;q=0", []),
+        ("image/gif, image/jpeg;q=0.8", ["jpeg"]),
+        ("image/*", ["png", "webp", "jpeg"]),
+        ("image/*, image/png;q=0", ["webp", "jpeg"]),
+        ("image/*;q=0", []),
+        ("", []),
     ],
 )
-def test_the_accept_header_chooses_the_format(accept: str, expected: str | None) -> None:
-    assert accepted_format(accept) == expected
+def test_the_accept_header_chooses_the_format(accept: str, expected: list[str]) -> None:
+    assert accepted_formats(accept) == expected
 
 
 def test_a_client_that_accepts_an_image_type_gets_the_picture_as_a_file(images: ImageService) -> None:

@@ -16,12 +16,15 @@ from safetensors.torch import save_file
 from serving.command.arguments import parse_arguments
 from serving.config import LoraSource, ModelSource, ServerConfig
 from serving.errors import APIError
+from serving.images import catalog
 from serving.images.local import ImageService
 from serving.schema.answers import ImageAnswer
 from serving.schema.image_request import order_from_fields
 from serving.schema.order import ImageOrder
 from serving.telemetry.metrics import ServerMetrics
+from tdm_runtime.checkpoint.lora.lora_file import LoraFile, read_lora
 from tdm_runtime.errors import CheckpointError
+from tdm_runtime.families import Family
 from tdm_runtime.model.artifacts import BackendConfig
 
 TORCH = BackendConfig("torch", threads=1, device="cpu")
@@ -165,6 +168,34 @@ def test_invalid_loras_are_logged_and_the_others_still_work(
     ):
         assert said in caplog.text
     assert pixels(service, "there").size == 16 * 16 * 3
+
+
+def test_a_damaged_lora_keeps_none_that_come_after_it_from_being_served(
+    service: ImageService, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = lora_folder(service)
+    write_lora(folder / "a bad one.safetensors", 9)
+    write_lora(folder / "later.safetensors", 10)
+    write_lora(folder / "._later.safetensors", 11)
+
+    def read(path: Path, family: Family) -> LoraFile:
+        if path.name.startswith("a bad"):
+            raise ValueError("only one element tensors can be converted to Python scalars")
+        return read_lora(path, family)
+
+    monkeypatch.setattr(catalog, "read_lora", read)
+    look_twice(service)
+    names = {card.id for card in service.models()}
+    assert "later" in names and not {"a bad one", "._later"} & names
+    assert "LoRA a bad one cannot be served: only one element" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["style@v2.safetensors", "style@v2.safetensors:0.5", "style@v2.safetensors:0.5@base"])
+def test_a_path_may_have_an_at_sign(name: str, tmp_path: Path) -> None:
+    file = write_lora(tmp_path / "style@v2.safetensors", 1)
+    (lora,) = parse_arguments(["--lora", f"a={tmp_path}/{name}"]).loras
+    assert (lora.path, lora.base) == (file, "base" if name.endswith("@base") else None)
+    assert lora.scale == (0.5 if ":" in name else 1.0)
 
 
 @pytest.mark.parametrize(

@@ -170,6 +170,41 @@ def test_guidance_is_read_by_the_models_that_have_an_input_for_it(
     assert (receipt.guidance_scale, receipt.width, receipt.height) == (2.0, 96, 32)
 
 
+def test_a_request_scales_the_lora_of_its_model(
+    served: Served, http: httpx.Client, images: images_pb2_grpc.ImageServiceStub, tmp_path: Path
+) -> None:
+    """The LoRA is served at 0.5. Its receipts name the scale, and `tdm-generate` makes its pictures again."""
+    answer = http.post(
+        "/v1/images/generations",
+        json={"prompt": PROMPT, "seed": 7, "model": "added", "num_inference_steps": 2, "lora_scale": 1.3},
+        headers={"accept": "image/png"},
+    )
+    (tmp_path / "strong.png").write_bytes(answer.content)
+    strong = np.asarray(Image.open(tmp_path / "strong.png")).astype(int)
+    assert "LoRA scale: 1.3" in Image.open(tmp_path / "strong.png").info["parameters"]
+    usual, none, base = (
+        made(http, num_inference_steps=2, **fields)["data"][0]
+        for fields in ({"model": "added"}, {"model": "added", "lora_scale": 0}, {"model": "sdxl"})
+    )
+    assert (usual["receipt"]["lora_scale"], none["receipt"]["lora_scale"]) == (0.5, 0.0)
+    assert base["receipt"]["lora_scale"] is None
+    assert np.abs(pixels(none["b64_json"]) - pixels(base["b64_json"])).max() <= 2
+    assert np.abs(strong - pixels(usual["b64_json"])).max() > 20
+
+    request = pb.GenerateRequest(prompt=PROMPT, seed=7, model="added", num_inference_steps=2, lora_scale=1.3)
+    image = images.Generate(request, timeout=60).images[0]
+    assert image.receipt.lora_scale == 1.3
+    assert np.abs(np.asarray(Image.open(io.BytesIO(image.content))).astype(int) - strong).max() <= 2
+    verify = ["--verify", str(tmp_path / "strong.png"), "--checkpoint", str(served.folders["sdxl"])]
+    lora = served.folders["sdxl"].parent / "lora" / "pytorch_lora_weights.safetensors"
+    assert tdm_generate([*verify, "--lora", f"{lora}:0.5"]) == 0
+    assert tdm_generate(verify) == 2
+
+    assert "the LoRAs of merged are merged into its weights" in refusal(http, model="merged", lora_scale=1)
+    assert "sdxl has no LoRA" in refusal(http, model="sdxl", lora_scale=1)
+    assert "lora_scale" in refusal(http, model="added", lora_scale=4.5)
+
+
 def test_the_error_of_a_size_names_the_nearest_allowed_one(
     http: httpx.Client, images: images_pb2_grpc.ImageServiceStub
 ) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from serving.errors import APIError
-from serving.schema.image_request import MAX_PICTURES, order_from_body, order_from_fields
+from serving.schema.image_request import MAX_PICTURES, ImageRequest, order_from_body, order_from_fields
 from serving.schema.order import DeliveryOptions, ImageEncoding, ImageOrder
 from serving.schema.parsing import parse_json
 from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT
@@ -78,7 +78,10 @@ BAD_REQUESTS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "a", "output_compression": 101}, "output_compression"),
     ({"prompt": "a", "decoder": "jpeg"}, "decoder"),
     ({"prompt": "a", "decoder": "Tiny"}, "decoder"),
-    ({"prompt": "a", "decoder": None}, "decoder"),
+    ({"prompt": "\u200b \u2060"}, "prompt"),
+    ({"prompt": "a", "colour": None}, "colour"),
+    ({"prompt": "a", "style": "loud"}, "style"),
+    ({"prompt": "a", "lora_scale": 1}, "lora_scale"),
     ({"prompt": "a", "decoder": ["full", "tiny"]}, "decoder"),
     ({"prompt": "a", "colour": "blue"}, "colour"),
     ({"prompt": "a", "user": "u" * 257}, "user"),
@@ -180,6 +183,51 @@ def test_each_picture_of_a_request_has_the_next_seed_and_seeds_wrap() -> None:
     body = {"prompt": "a cat", "n": 3, "seed": MAX_SEED}
     params = ordered(json.dumps(body).encode()).pictures
     assert [p.seed for p in params] == [MAX_SEED, 0, 1]
+
+
+OPTIONAL = [name for name, field in ImageRequest.model_fields.items() if not field.is_required()]
+
+
+def test_null_means_absent_in_every_field() -> None:
+    body = {"prompt": "a cat", "seed": 7}
+    nulls = dict.fromkeys(OPTIONAL) | body
+    assert ordered(json.dumps(nulls).encode()) == ordered(json.dumps(body).encode())
+    properties = ImageRequest.model_json_schema()["properties"]
+    assert all({"type": "null"} in properties[name]["anyOf"] for name in OPTIONAL)
+
+
+@pytest.mark.parametrize(
+    ("extra", "warning"),
+    [
+        ({}, ""),
+        ({"moderation": "low", "safety_identifier": "x", "quality": "standard"}, ""),
+        ({"guidance_scale": 0}, ""),
+        ({"quality": "hd"}, "quality hd changes nothing; num_inference_steps is the quality dial"),
+        ({"style": "vivid"}, "style vivid changes nothing"),
+        ({"output_compression": 50}, "output_compression changes nothing in a png"),
+        ({"output_compression": 50, "output_format": "webp"}, ""),
+        ({"seed": MAX_SEED, "n": 2}, "the pictures after it go on from seed 0"),
+        ({"seed": MAX_SEED}, ""),
+        ({"prompt": "(sharp:1.3) cat"}, r"has (word:1.3), which is read as plain words; leave it out"),
+        ({"prompt": "cat <lora:ink:0.8> BREAK"}, "<lora:...> and BREAK, which is read as plain words; name a LoRA by"),
+        ({"prompt": "a cat (a ragdoll, at 10:30)"}, ""),
+    ],
+)
+def test_what_changes_nothing_is_accepted_and_named_in_a_warning(extra: dict[str, Any], warning: str) -> None:
+    warnings = ordered(json.dumps({"prompt": "a cat", **extra}).encode()).warnings
+    assert len(warnings) == bool(warning) and warning in "".join(warnings)
+
+
+@pytest.mark.parametrize(
+    ("field", "meant"), [("steps", "num_inference_steps"), ("cfg_scale", "guidance_scale"), ("width", "size, such as")]
+)
+def test_a_field_of_another_server_is_refused_with_the_one_meant(field: str, meant: str) -> None:
+    with pytest.raises(APIError, match=rf"'{field}' is not a parameter; send {meant}"):
+        ordered(json.dumps({"prompt": "a", field: 1}).encode())
+
+
+def test_a_byte_order_mark_is_read() -> None:
+    assert ordered(b'\xef\xbb\xbf{"prompt": "a", "seed": 1}') == ordered(b'{"prompt": "a", "seed": 1}')
 
 
 @pytest.mark.parametrize("extra", [{"user": "u"}, {"quality": "auto"}, {"stream": False}, {"guidance_scale": 1}])

@@ -332,6 +332,13 @@ def test_operations_endpoints_answer(http: httpx.Client) -> None:
         assert f"tdm_{name}_seconds_bucket" in text
 
 
+@pytest.mark.parametrize("path", ["/health", "/ready", "/v1/models", "/metrics", "/"])
+def test_head_is_get_without_a_body(http: httpx.Client, path: str) -> None:
+    head, get = http.head(path), http.get(path)
+    assert (head.status_code, head.content) == (get.status_code, b"")
+    assert head.headers["content-type"] == get.headers["content-type"]
+
+
 def test_the_playground_loads_only_its_own_files(http: httpx.Client) -> None:
     page = http.get("/")
     assert page.status_code == 200

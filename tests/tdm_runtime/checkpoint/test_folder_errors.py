@@ -18,6 +18,7 @@ from tdm_runtime.errors import CheckpointError
 from tdm_runtime.model.components import load_component
 from tdm_runtime.recipe_cli import main as tdm_recipe
 from tests.published_folders import edit_json
+from tests.stock_checkpoints import CASES, save_checkpoint
 from tests.tiny_pipelines import build_pipeline
 
 TEXT_WEIGHTS = "text_encoder/model.safetensors"
@@ -125,3 +126,36 @@ def test_weights_load_in_the_precision_that_is_served(intact: Path, tmp_path: Pa
     for component in ("denoiser", "decoder"):
         module, _ = load_component(open_checkpoint(folder), component, torch.bfloat16)
         assert {parameter.dtype for parameter in module.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("part", "config", "change"),
+    [
+        ("transformer", "transformer", {"caption_projection_dim": 32, "num_attention_heads": 4}),
+        ("vae", "vae", {"latent_channels": 8}),
+        ("text_encoder", "text_encoder", {"intermediate_size": 52}),
+        ("text_encoder_3", "text_encoder_3", {"d_ff": 52}),
+    ],
+)
+def test_weights_of_another_shape_than_the_config_says_are_refused_before_the_start(
+    part: str, config: str, change: dict[str, int], intact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "folder"
+    shutil.copytree(intact, folder)
+    assert tdm_recipe([str(folder), "--steps", "2", "-o", str(folder / "tdm_recipe.json")]) == 0
+    edit_json(folder / "tdm_recipe.json", files={})
+    edit_json(folder / config / "config.json", **change)
+    capsys.readouterr()
+    commands = [tdm_serve, ["--checkpoint", str(folder)]], [tdm_generate, ["--checkpoint", str(folder), "a fox"]]
+    for command, arguments in commands:
+        assert command([*arguments, "--backend", "torch"]) == 2  # type: ignore[operator]
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert f"{folder / part}/" in said and ".safetensors holds " in said and said.count(" of shape (") == 1
+        assert f"{folder / part / 'config.json'} describes (" in said and said.endswith("from its source")
+
+
+@pytest.mark.parametrize("name", {case.family: name for name, case in CASES.items()}.values())
+def test_a_whole_folder_has_the_shapes_that_its_configs_describe(name: str, tmp_path: Path) -> None:
+    folder = save_checkpoint(CASES[name], tmp_path / "folder")
+    edit_json(folder / "tdm_recipe.json", files={})
+    open_checkpoint(folder).check_shapes()

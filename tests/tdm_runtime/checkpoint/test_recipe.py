@@ -80,6 +80,7 @@ FULL = Recipe(
     native_sizes=((1024, 1024), (512, 768)),
     size_shift=SizeShift("flux2", terminal=0.1),
     initial_scale="sigma",
+    output_sign=-1,
     guidance_scale=3.5,
 )
 
@@ -207,6 +208,9 @@ BAD_FIELDS: list[tuple[str, Any, str]] = [
     ("eta", 0.3, "0.3"),  # the solver is ddim
     ("timestep_scaling", 0, "0"),
     ("timestep_scaling", 5.0, "5.0"),  # the solver is ddim
+    ("output_sign", 0, "0"),
+    ("output_sign", -1.0, "-1.0"),
+    ("output_sign", True, "True"),
     ("guidance_scale", -1, "-1"),
     ("guidance_scale", "4.5", "'4.5'"),
     ("native_sizes", [], "[]"),

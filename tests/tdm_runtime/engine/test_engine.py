@@ -474,10 +474,10 @@ class FailingTextEncoder(TextEncoder):
         self.__dict__.update(encoder.__dict__)
         self._failing_prompt = prompt
 
-    def encode_all(self, prompts: Sequence[str]) -> list[PromptEmbedding]:
+    def encode_all(self, prompts: Sequence[str], lora_factors: Sequence[float] = ()) -> list[PromptEmbedding]:
         if self._failing_prompt in prompts:
             raise RuntimeError("Already borrowed")
-        return super().encode_all(prompts)
+        return super().encode_all(prompts, lora_factors)
 
 
 def test_a_prompt_that_cannot_be_encoded_fails_only_its_request(model: LoadedModel, make_engine: MakeEngine) -> None:

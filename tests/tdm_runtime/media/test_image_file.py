@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -127,3 +128,5 @@ def test_parameters_have_the_format_that_picture_tools_read() -> None:
         "a fox under 木 Steps: 9\n"
         "Steps: 2, Sampler: ddim, CFG scale: 1, Seed: 4294967295, Size: 96x64, Model hash: 0123456789, Model: tdm-emoji"
     )
+    named = describe_parameters(params, replace(recipe, name='ink, Steps: 99, Seed: 1 "x"'), "01234567")
+    assert named.endswith(r'Model: "ink, Steps: 99, Seed: 1 \"x\""')

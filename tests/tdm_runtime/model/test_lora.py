@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tdm_runtime.backends.pytorch import TorchBackend
 from tdm_runtime.checkpoint.folder import Checkpoint, open_checkpoint
 from tdm_runtime.checkpoint.lora.lora_file import LoraLayer, read_lora
-from tdm_runtime.checkpoint.lora.merged_lora import merge, merge_loras, update_at
+from tdm_runtime.checkpoint.lora.merged_lora import merge, merge_loras, update_of
 from tdm_runtime.checkpoint.recipe import Adapter
 from tdm_runtime.engine.engine import DiffusionEngine
 from tdm_runtime.errors import CheckpointError
@@ -226,7 +226,7 @@ def test_a_lora_changes_the_text_encoders_of_a_stock_pipeline_for_its_own_pictur
     lora = one_lora(checkpoint, base, "changed", file, SCALE)
     merged_model = load_model(folder, device="cpu", adapters=[Adapter(str(file), SCALE)])
 
-    made, expected = (model.text_encoder.encode(params.prompt).conditioning for model in (lora, merged_model))
+    made, expected = (model.embedding(params).conditioning for model in (lora, merged_model))
     torch.testing.assert_close(made.pooled_prompt_embeds, expected.pooled_prompt_embeds, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(made.prompt_embeds, expected.prompt_embeds, rtol=1e-4, atol=1e-5)
     assert levels_apart(generate(lora, params), generate(merged_model, params)) <= 2
@@ -254,7 +254,7 @@ def test_a_bank_mixes_loras_of_any_family_in_a_call(family: str, tmp_path: Path)
     bank = AdapterBank(denoiser_for(pipeline.components[part]), interface, torch.device("cpu"), None)
     for number, loras in enumerate(together):
         bank.layers.add(number, bank.layers.updates(part, loras))
-    mixed = bank(*arguments, torch.arange(3))
+    mixed = bank(*arguments, torch.arange(3), torch.ones(3))
 
     for number, loras in enumerate(together):
         denoiser = denoiser_for(tiny_pipeline(family).components[part])
@@ -276,10 +276,10 @@ def test_a_bank_adds_doras_and_biases_as_merging_does() -> None:
     for target, inputs in zip(layers.values(), (torch.randn(2, 6), torch.randn(2, 4, 5, 5)), strict=True):
         assert isinstance(target, nn.Linear | nn.Conv2d)
         layers_ = [drawn_layer(target, is_dora=is_dora) for is_dora in (True, False, True)]
-        updates = [update_at(layer, scale, target) for layer, scale in zip(layers_, (0.5, -1.0, 2.0), strict=True)]
+        updates = [(update_of(layer, target), scale) for layer, scale in zip(layers_, (0.5, -1.0, 2.0), strict=True)]
         output = target(inputs)
-        for update in updates:
-            output = output + added(target, inputs, output, update)
+        for update, scale in updates:
+            output = output + added(target, inputs, output, update, torch.full((2,), scale))
         merge(target, updates)
         torch.testing.assert_close(output, target(inputs), rtol=1e-4, atol=1e-4)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 from pathlib import Path
@@ -17,7 +18,7 @@ from tdm_runtime.checkpoint.stock.pipeline_folder import family_of
 from tdm_runtime.errors import CheckpointError, RecipeError
 from tdm_runtime.families import FAMILIES, Family
 
-SDXL, FLUX, FLUX2, SANA = (FAMILIES[name] for name in ("sdxl", "flux", "flux2", "sana"))
+SD, SDXL, FLUX, FLUX2, SANA = (FAMILIES[name] for name in ("stable_diffusion", "sdxl", "flux", "flux2", "sana"))
 
 
 def stock_folder(folder: Path, scheduler: Any, denoiser: dict[str, Any], family: Family = SDXL, **index: Any) -> Path:
@@ -133,6 +134,14 @@ def test_a_size_that_is_no_number_is_refused(tmp_path: Path) -> None:
     folder = stock_folder(tmp_path / "f", diffusers.LCMScheduler(), {"sample_size": "large"})
     with pytest.raises(RecipeError, match="sample_size is 'large'"):
         recipe_of(folder, SDXL)
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "LatentConsistencyModelPipeline"])
+def test_the_default_guidance_is_that_of_the_pipeline_class(name: str, tmp_path: Path) -> None:
+    denoiser = {**UNET, "time_cond_proj_dim": 256}
+    folder = stock_folder(tmp_path / "f", diffusers.LCMScheduler(), denoiser, SD, _class_name=name)
+    stock = inspect.signature(getattr(diffusers, name).__call__).parameters["guidance_scale"].default
+    assert recipe_of(folder, SD).guidance_scale == stock
 
 
 def test_guidance_of_a_model_that_reads_none_is_refused(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ def test_a_recipe_is_read_as_it_was_written(name: str) -> None:
         ("hyper-sdxl-fixed", 2, [999, 499]),
         ("sdxl-lightning", 8, [999, 874, 749, 624, 499, 374, 249, 124]),
         ("sdxl-turbo", 1, [999]),
+        ("instaflow", 1, [1000]),
         ("dmd2-sdxl-4step", 4, [999, 749, 499, 249]),
         ("dmd2-sdxl-1step", 1, [399]),
         ("z-image-turbo", 8, [1000, 954.545, 900, 833.333, 750, 642.857, 500, 300]),
@@ -55,3 +56,9 @@ def test_a_family_has_its_recipes_only() -> None:
 def test_an_unknown_name_is_refused_with_those_that_exist() -> None:
     with pytest.raises(RecipeError, match="'sdxl-lightening' is not built in; built in are tdm-dreamshaper-7, "):
         published_recipe("sdxl-lightening")
+
+
+@pytest.mark.parametrize("name", ["perflow-sd15", "YOSO", "2-rectified-flow"])
+def test_a_checkpoint_that_needs_guidance_is_refused_with_the_reason(name: str) -> None:
+    with pytest.raises(RecipeError, match=r"not built in: its authors sample .* with guidance_scale .* \(.*README"):
+        published_recipe(name)
