@@ -1,5 +1,6 @@
 # make serve   install everything and start the server with the playground on 127.0.0.1:8000
-# make test    install everything and run the tests, in TEST_PROCESSES processes
+# make triton  install everything and start tritonserver with the model repository on its usual ports of 127.0.0.1
+# make test    install everything and run the tests, in TEST_PROCESSES processes, then those of a real tritonserver
 # make check   check format, lint, types and import contracts
 # make format  format the code and fix what ruff can fix
 # make protos  generate the modules of serving/rpc/protos again, after a change of its .proto files
@@ -13,22 +14,31 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH_INDEX_URL ?=
 SERVE_ARGS ?=
+TDM_CHECKPOINT ?=
+TRITON_ARGS ?=
+TRITON := build/triton
 TEST_PROCESSES ?= 2
 TEST_ARGS ?=
 export RAY_USAGE_STATS_ENABLED = 0
 
-.PHONY: serve test check format protos clean
+.PHONY: serve triton test check format protos clean
 
 serve: $(VENV)/.installed
 	$(BIN)/tdm-serve $(SERVE_ARGS)
 
-test: $(VENV)/.installed-dev
+triton: $(TRITON)/.installed
+	$(BIN)/tdm-export $(TDM_CHECKPOINT)
+	TDM_CHECKPOINT=$(TDM_CHECKPOINT) $(TRITON)/bin/python deploy/triton/start.py $(TRITON_ARGS)
+
+test: $(VENV)/.installed-dev $(TRITON)/.installed-dev
 	$(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(TEST_ARGS)
+	$(TRITON)/bin/python -m pytest tests/model_repository
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	MYPYPATH=model_repository/tdm/1 $(BIN)/mypy model_repository/tdm/1/*.py
 	$(BIN)/lint-imports
 
 format: $(VENV)/.installed-dev
@@ -51,6 +61,17 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+# tritonserver and its clients want older packages than the project, which this environment finds after its own.
+$(TRITON)/.installed: $(VENV)/.installed deploy/triton/requirements.txt
+	$(BIN)/python -m venv $(TRITON)
+	$(TRITON)/bin/pip install --quiet --disable-pip-version-check --requirement deploy/triton/requirements.txt
+	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
+		> $$($(TRITON)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/tdm.pth
+	touch $@
+
+$(TRITON)/.installed-dev: $(TRITON)/.installed $(VENV)/.installed-dev
 	touch $@
 
 clean:

@@ -79,7 +79,7 @@ class ServerConfig:
     blocked_words: Path | None = None
     """File of words that prompts must not contain, one a line."""
     safety_checker: str | None = None
-    """`MODULE:FACTORY` of a custom checker, see `serving.images.safety.SafetyChecker`."""
+    """`MODULE:FACTORY` of a custom checker, see `tdm_runtime.safety.SafetyChecker`."""
     state_folder: Path = field(default_factory=default_state_folder)
     """Folder of jobs and files, unless `database_url` and `artifacts_url` name other places."""
     database_url: str | None = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
 import secrets
 import sys
 import time
@@ -22,7 +21,7 @@ from tdm_runtime.model.artifacts import BackendConfig
 from tdm_runtime.model.choice import load_checkpoint, load_model
 from tdm_runtime.model.decoder import Pixels
 from tdm_runtime.model.loaded_model import LoadedModel
-from tdm_runtime.params import MAX_SEED, DecoderName, SamplingParams
+from tdm_runtime.params import MAX_SEED, DecoderName, SamplingParams, parse_size
 from tdm_runtime.pipeline import generate
 
 FORMATS = {".png": "png", ".webp": "webp", ".jpg": "jpeg", ".jpeg": "jpeg"}
@@ -87,7 +86,7 @@ def make_picture(given: argparse.Namespace, image_format: ImageFormat) -> int:
     if model.choice:
         print(f"backend: {model.choice}", file=sys.stderr)
     recipe = model.recipe
-    width, height = recipe.native_sizes[0] if given.size is None else parsed_size(given.size)
+    width, height = recipe.native_sizes[0] if given.size is None else parse_size(given.size)
     params = SamplingParams(
         prompt=given.prompt,
         seed=secrets.randbelow(MAX_SEED + 1) if given.seed is None else given.seed,
@@ -116,18 +115,6 @@ def make_picture(given: argparse.Namespace, image_format: ImageFormat) -> int:
     made = f"{params.num_inference_steps} steps, seed {params.seed}, {elapsed_ms:.0f} ms on {model.backend}"
     print(f"{given.output}: {made}")
     return 0
-
-
-def parsed_size(text: str) -> tuple[int, int]:
-    """Read WIDTHxHEIGHT in pixels.
-
-    Raises:
-        ValueError: the text is something else.
-    """
-    match = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", text, re.ASCII)
-    if match is None:
-        raise ValueError(f"--size is {text[:32]!r}; write WIDTHxHEIGHT in pixels, such as 512x512")
-    return int(match[1]), int(match[2])
 
 
 def verify(file: Path, checkpoint: Path, adapters: Sequence[Adapter] = ()) -> int:

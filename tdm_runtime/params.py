@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import unicodedata
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -129,3 +130,15 @@ def _check_prompt(prompt: object) -> None:
         )
     if all(character.isspace() or unicodedata.category(character) == "Cf" for character in prompt):
         raise InvalidRequestError("prompt is empty; say what the picture should show", param="prompt")
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Read a size such as "512x768". Returns width and height, in pixels.
+
+    Raises:
+        InvalidRequestError: it is written otherwise.
+    """
+    match = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", text, re.ASCII)
+    if match is None:
+        raise InvalidRequestError(f"size is {shown(text)}; write WIDTHxHEIGHT in pixels, such as 512x512", param="size")
+    return int(match[1]), int(match[2])

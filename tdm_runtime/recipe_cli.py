@@ -16,8 +16,9 @@ from tdm_runtime.checkpoint.stock.absent_recipes import ABSENT
 from tdm_runtime.checkpoint.stock.implied_recipe import guidance_scale, implied_recipe, native_size, size_rule
 from tdm_runtime.checkpoint.stock.pipeline_folder import family_of
 from tdm_runtime.checkpoint.stock.published_recipes import PUBLISHED, published_recipe
-from tdm_runtime.cli import add_lora_argument, parsed_size
+from tdm_runtime.cli import add_lora_argument
 from tdm_runtime.errors import RecipeError, TDMError
+from tdm_runtime.params import parse_size
 from tdm_runtime.whole_file import write_whole
 
 
@@ -150,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _sizes(text: str) -> list[tuple[int, int]]:
     try:
-        return list(dict.fromkeys(parsed_size(part) for part in text.split(",")))
+        return list(dict.fromkeys(parse_size(part) for part in text.split(",")))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text[:32]!r} is no list of sizes, such as 1024x1024,1344x768") from None
 

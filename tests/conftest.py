@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import importlib.util
 import logging
 import os
 import shutil
@@ -55,6 +56,10 @@ def pytest_configure() -> None:
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Groups | None:
     """Use our groups for `--dist loadfile`. pytest-xdist 3.8 ignores the marks of `--dist loadgroup` on pytest 9.2."""
     return Groups(config, log) if config.getoption("dist") == "loadfile" else None
+
+
+collect_ignore = [] if importlib.util.find_spec("tritonclient") else ["model_repository"]
+"""Triton's tests need its environment: `build/triton/bin/python -m pytest tests/model_repository`."""
 
 
 @pytest.hookimpl(tryfirst=True)

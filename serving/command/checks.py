@@ -10,7 +10,6 @@ from pathlib import Path
 from serving.config import ServerConfig
 from serving.fronts.access import load_keys
 from serving.fronts.address import reserve
-from serving.images.safety import Safety
 from serving.jobs.artifacts import open_artifacts
 from serving.jobs.job_service import open_store
 from serving.telemetry.logs import start_logger
@@ -20,6 +19,7 @@ from tdm_runtime.checkpoint.lora.lora_file import read_lora
 from tdm_runtime.checkpoint.recipe import RECIPE_FILE
 from tdm_runtime.errors import ArtifactError, CheckpointError
 from tdm_runtime.model.artifacts import Artifacts, BackendConfig
+from tdm_runtime.safety import Safety
 
 
 def check(config: ServerConfig) -> ExitStack:
@@ -36,7 +36,7 @@ def check(config: ServerConfig) -> ExitStack:
     checkpoints = check_models(config)
     if config.api_keys is not None:
         load_keys(config.api_keys)
-    Safety.load(config)
+    Safety.load(config.blocked_words, config.safety_checker)
     check_state(config)
     with reserve_addresses(config) as held:
         for checkpoint in checkpoints:

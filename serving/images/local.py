@@ -21,7 +21,6 @@ from serving.arrival import since_arrival_s
 from serving.config import ServerConfig
 from serving.images.assembly import encoding_kind, to_images, to_partial, to_timings, to_usage, to_warnings
 from serving.images.catalog import Catalog, Served, load_base
-from serving.images.safety import Safety
 from serving.schema.answers import ImageAnswer, PartialAnswer
 from serving.schema.models import ModelCard
 from serving.schema.order import ImageEncoding, ImageOrder
@@ -37,6 +36,7 @@ from tdm_runtime.model.choice import least_seconds
 from tdm_runtime.model.decoder import Pixels
 from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.params import SamplingParams
+from tdm_runtime.safety import Safety
 from tdm_runtime.scheduling.cost_model import Kind
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class ImageService:
         self.metrics = metrics
         sys.setswitchinterval(SWITCH_S)
         torch.set_num_threads(1)  # of this thread; only the engine's may have more, see loaded_model
-        self._safety = Safety.load(config)
+        self._safety = Safety.load(config.blocked_words, config.safety_checker)
         bases = [load_base(source, config) for source in config.models]
         self.engine = DiffusionEngine(bases[0].model, config.engine, metrics.observe_batch)
         self.engine.start()

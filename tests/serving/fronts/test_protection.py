@@ -25,7 +25,6 @@ from serving.fronts.access import Access, APIKey, Bucket, Caller, hash_key, load
 from serving.fronts.idempotency import Replays, seed_of
 from serving.fronts.services import Services
 from serving.images.local import ImageService
-from serving.images.safety import BlockedWords, Safety
 from serving.schema.image_request import order_from_fields
 from serving.telemetry.metrics import ServerMetrics
 from serving.web.app import build_app
@@ -34,6 +33,7 @@ from serving.web.image_routes import accepted_formats
 from tdm_runtime.errors import DeadlineError
 from tdm_runtime.model.artifacts import BackendConfig
 from tdm_runtime.model.decoder import Pixels
+from tdm_runtime.safety import BlockedWords, Safety
 
 BODY = {"prompt": "a cat", "size": "16x16", "num_inference_steps": 2}
 PATH = "/v1/images/generations"
@@ -282,7 +282,7 @@ def test_refused_prompts_and_pictures_are_not_sent(
     words = tmp_path / "words"
     words.write_text("gun\n")
     config = replace(images.config, blocked_words=words, safety_checker="tests.serving.fronts.test_protection:NoDark")
-    monkeypatch.setattr(images, "_safety", Safety.load(config))
+    monkeypatch.setattr(images, "_safety", Safety.load(config.blocked_words, config.safety_checker))
 
     async def test() -> None:
         async with connected(images) as (client, _):
@@ -302,7 +302,7 @@ def test_refused_prompts_and_pictures_are_not_sent(
 )
 def test_a_checker_that_cannot_be_made_is_refused_at_start(name: str) -> None:
     with pytest.raises(ValueError, match=f"'{name}' cannot be made"):
-        Safety.load(ServerConfig(safety_checker=name))
+        Safety.load(None, name)
 
 
 # -- pictures as files -----------------------------------------------------------------------------

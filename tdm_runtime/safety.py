@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from serving.config import ServerConfig
-from serving.errors import invalid
+from tdm_runtime.errors import InvalidRequestError
 from tdm_runtime.model.decoder import Pixels
+
+REFUSED = "content_policy_violation"
+"""Code of the errors."""
 
 
 class SafetyChecker(Protocol):
@@ -72,17 +74,21 @@ class Safety:
         self._checkers = checkers
 
     @classmethod
-    def load(cls, config: ServerConfig) -> Safety:
-        """Create the checkers that a configuration names.
+    def load(cls, blocked_words: Path | None, safety_checker: str | None) -> Safety:
+        """Create the checkers of a server.
+
+        Args:
+            blocked_words: file with one word a line, in UTF-8; None is no such list.
+            safety_checker: MODULE:FACTORY of a `SafetyChecker`; None is no such checker.
 
         Raises:
             ValueError: a checker cannot be created; the message says why.
         """
         checkers: list[SafetyChecker] = []
-        if config.blocked_words is not None:
-            checkers.append(BlockedWords(_lines(config.blocked_words)))
-        if config.safety_checker is not None:
-            checkers.append(_made(config.safety_checker))
+        if blocked_words is not None:
+            checkers.append(BlockedWords(_lines(blocked_words)))
+        if safety_checker is not None:
+            checkers.append(_made(safety_checker))
         return cls(checkers)
 
     @property
@@ -93,21 +99,21 @@ class Safety:
     def check_prompt(self, prompt: str) -> None:
         """
         Raises:
-            APIError: 400 `content_policy_violation`.
+            InvalidRequestError: with the code `content_policy_violation`.
         """
         for checker in self._checkers:
             if reason := checker.check_prompt(prompt):
-                raise invalid(f"the prompt holds {reason}; ask for another", "prompt", "content_policy_violation")
+                raise InvalidRequestError(f"the prompt holds {reason}; ask for another", param="prompt", code=REFUSED)
 
     def check_picture(self, pixels: Pixels) -> None:
         """
         Raises:
-            APIError: 400 `content_policy_violation`.
+            InvalidRequestError: with the code `content_policy_violation`.
         """
         for checker in self._checkers:
             if reason := checker.check_picture(pixels):
                 message = f"the picture shows {reason}; ask for another, or take another seed"
-                raise invalid(message, "prompt", "content_policy_violation")
+                raise InvalidRequestError(message, param="prompt", code=REFUSED)
 
 
 def _lines(file: Path) -> list[str]:

@@ -1,0 +1,179 @@
+"""Triton model: every request becomes a sample of one engine, whose calls requests join between steps.
+
+`execute` only submits. Each answer is sent when its picture is there, from a thread beside the engine's.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+from engine_metrics import EngineMetrics
+from order import Order, read_order
+from settings import instance_gpu, load_safety, read_settings, start_engine
+
+from tdm_runtime import CancelledError, Delivery, InvalidRequestError, OverloadedError, Picture, Preview, TDMError
+from tdm_runtime.media.image_file import describe_parameters, encode_image
+from tdm_runtime.media.receipt import receipt_of
+
+CANCEL_POLL_S = 0.01
+"""Seconds between two looks at which clients have left. Triton tells of it only when asked."""
+MAX_ENCODERS = 2
+"""Threads that encode and send pictures."""
+FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+
+
+class TritonPythonModel:
+    """One engine for all requests of an instance."""
+
+    def initialize(self, args: dict[str, Any]) -> None:
+        """Load the model that config.pbtxt names and start its engine."""
+        try:
+            settings = read_settings(json.loads(args["model_config"])["parameters"])
+            self._safety = load_safety(settings)
+            self._engine = start_engine(settings, instance_gpu(args))
+        except (TDMError, ValueError, OSError) as error:
+            raise pb_utils.TritonModelException(str(error)) from error
+        model, version = args["model_name"], args["model_version"]
+        self._metrics = EngineMetrics(self._engine, {"model": model, "version": version})
+        self._metrics.update()
+        self._senders = ThreadPoolExecutor(MAX_ENCODERS, thread_name_prefix="answers")
+        self._live: dict[Future[Picture], Any] = {}
+        """Pictures in the making, each with the sender of its request."""
+        self._wake = threading.Condition()
+        self._is_closing = False
+        self._watch = threading.Thread(target=self._watch_cancellations, name="cancellations", daemon=True)
+        self._watch.start()
+
+    def execute(self, requests: list[Any]) -> None:
+        """Submit requests to the engine. Answers come later."""
+        for request in requests:
+            sender = request.get_response_sender()
+            try:
+                self._submit(request, sender)
+            except Exception as error:
+                _refuse(sender, error, _is_from_model(request))
+
+    def finalize(self) -> None:
+        """Finish the accepted pictures, then stop."""
+        self._engine.close()
+        self._senders.shutdown()
+        with self._wake:
+            self._is_closing = True
+            self._wake.notify()
+        self._watch.join()
+
+    def _submit(self, request: Any, sender: Any) -> None:
+        order = read_order({tensor.name(): tensor.as_numpy() for tensor in request.inputs()}, self._engine.model.recipe)
+        self._safety.check_prompt(order.params.prompt)
+
+        def show(preview: Preview) -> None:
+            self._senders.submit(self._send_preview, order, sender, preview)
+
+        delivery = Delivery(
+            latency_budget_ms=order.latency_budget_ms,
+            min_inference_steps=order.min_inference_steps,
+            strict=order.strict,
+            on_preview=show,
+            num_previews=order.num_previews,
+        )
+        future = self._engine.submit(order.params, delivery)
+        with self._wake:
+            self._live[future] = sender
+            self._wake.notify()
+        finish = partial(self._finish, order, sender, _is_from_model(request))
+        future.add_done_callback(partial(self._senders.submit, finish))
+
+    def _send_preview(self, order: Order, sender: Any, preview: Preview) -> None:
+        try:
+            self._safety.check_picture(preview.pixels)
+        except InvalidRequestError:
+            return  # the picture itself is checked too, and its error is the answer
+        sender.send(_response(order, preview.pixels, preview.num_steps_taken, is_preview=True))
+
+    def _finish(self, order: Order, sender: Any, is_from_model: bool, done: Future[Picture]) -> None:
+        """Send the picture, or why there is none."""
+        with self._wake:
+            del self._live[done]
+        try:
+            if done.cancelled():
+                raise CancelledError("the client cancelled the request")
+            picture = done.result()
+            self._safety.check_picture(picture.pixels)
+            sender.send(self._answer(order, picture), flags=FINAL)
+        except Exception as error:
+            _refuse(sender, error, is_from_model)
+        self._metrics.update()
+
+    def _answer(self, order: Order, picture: Picture) -> Any:
+        model, params = self._engine.model, picture.params
+        receipt = receipt_of(model, params, picture.pixels, picture.is_strict).to_json()
+        steps, about = params.num_inference_steps, describe_parameters(params, model.recipe, model.digest)
+        return _response(order, picture.pixels, steps, False, picture.predicted_ms, about, receipt)
+
+    def _watch_cancellations(self) -> None:
+        while True:
+            with self._wake:
+                if self._is_closing:
+                    return
+                self._wake.wait(CANCEL_POLL_S if self._live else None)
+                # Under the lock: asking a sender whose last response is on its way crashes the server.
+                left = [future for future, sender in self._live.items() if sender.is_cancelled()]
+            for future in left:
+                future.cancel()  # takes effect at the next call
+
+
+def _is_from_model(request: Any) -> bool:
+    """Return whether `tdm_http` sent the request."""
+    return '"is_from_model"' in request.parameters()
+
+
+def _response(
+    order: Order,
+    pixels: Any,
+    steps: int,
+    is_preview: bool,
+    predicted_ms: float = math.nan,
+    about: str | None = None,
+    receipt: str = "",
+) -> Any:
+    """Return a response with a picture, as pixels or as a file."""
+    if order.output_format == "raw":
+        picture = pb_utils.Tensor("generated_image", np.ascontiguousarray(pixels))
+    else:
+        content = encode_image(pixels, order.output_format, parameters=about, receipt=receipt or None)
+        picture = pb_utils.Tensor("encoded_image", np.array([content], dtype=np.object_))
+    numbers = {
+        "is_preview": np.array([is_preview]),
+        "seed": np.array([order.params.seed], np.uint64),
+        "num_inference_steps": np.array([steps], np.int32),
+        "predicted_ms": np.array([predicted_ms], np.float32),
+        "receipt": np.array([receipt.encode()], dtype=np.object_),
+    }
+    return pb_utils.InferenceResponse([picture, *(pb_utils.Tensor(name, value) for name, value in numbers.items())])
+
+
+def _refuse(sender: Any, error: Exception, is_from_model: bool) -> None:
+    """Send an error as the last response. Over BLS, which loses its code, the message begins with the code's name."""
+    message, code = _message_and_code(error)
+    if is_from_model:
+        message = f"{code}: {message}"
+    answer = pb_utils.TritonError(message, getattr(pb_utils.TritonError, code))
+    sender.send(pb_utils.InferenceResponse(error=answer), flags=FINAL)
+
+
+def _message_and_code(error: Exception) -> tuple[str, str]:
+    """Return the message of an error for its client, and the name of Triton's code."""
+    if isinstance(error, OverloadedError):
+        return f"{error}; retry in {error.retry_after_s:.2f} s", "UNAVAILABLE"
+    if isinstance(error, TDMError):
+        codes = {InvalidRequestError: "INVALID_ARG", CancelledError: "CANCELLED"}
+        return str(error), codes.get(type(error), "INTERNAL")
+    pb_utils.Logger.log_error(f"{type(error).__name__}: {error}")
+    return f"the request failed ({type(error).__name__}); the server's log says why", "INTERNAL"
