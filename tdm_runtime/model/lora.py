@@ -292,7 +292,12 @@ class LoraBase:
                 raise CheckpointError(
                     f"the LoRA changes {component}, which {self.model.name} does not have; use the base of the LoRA"
                 )
-            self._texts[component] = LoraLayers(module, torch.float32)
+            if not lora_targets(module):
+                raise CheckpointError(
+                    f"the LoRA changes {component}, which runs at int8 and takes no LoRA; serve it with "
+                    "--text-encoder-precision bf16, fp8 or fp32"
+                )
+            self._texts[component] = LoraLayers(module, module.dtype)
         return self._texts[component]
 
     def _bank(self, component: str) -> AdapterBank:
