@@ -178,6 +178,7 @@ class LoraTextEncoder:
     """The text encoders of a stock pipeline with one LoRA. Other models use them without it."""
 
     is_batch_invariant = True
+    shares_calls = False
 
     def __init__(self, encoder: PipelineEncoder, layers: Sequence[LoraLayers], number: int) -> None:
         """

@@ -51,6 +51,10 @@ class PromptEncoder(Protocol):
     def is_batch_invariant(self) -> bool:
         """Whether a prompt's embedding has the same bits alone and in any batch."""
 
+    @property
+    def shares_calls(self) -> bool:
+        """Whether several prompts take less time in one call than one after the other."""
+
     def tokenize(self, prompt: str) -> TokenizedPrompt:
         """Tokenize a prompt. Any thread may call it."""
 
@@ -69,6 +73,10 @@ class ClipEncoder:
     def is_batch_invariant(self) -> bool:
         return self.backend.is_batch_invariant
 
+    @property
+    def shares_calls(self) -> bool:
+        return self.backend.is_batch_invariant  # otherwise `TextEncoder` encodes one after the other
+
     def tokenize(self, prompt: str) -> TokenizedPrompt:
         ids, num_tokens = self._tokenizer.encode(prompt)
         return TokenizedPrompt(prompt, num_tokens, ids)
@@ -85,6 +93,7 @@ class PipelineEncoder:
     """The text encoders of a stock pipeline, run by torch. Each prompt is encoded alone, and in float32 afterwards."""
 
     is_batch_invariant = True
+    shares_calls = False
 
     def __init__(self, family: Family, encoders: TextEncoders, device: torch.device | None = None) -> None:
         """
