@@ -166,9 +166,12 @@ class Checkpoint:
         Raises:
             CheckpointError: one of them cannot be loaded.
         """
+        seen: list[object] = []
 
         def load_part(part: str, model_class: Any) -> nn.Module:
-            key = self._part_content(part), model_class, precision, str(device)
+            content = self._part_content(part), model_class, precision, str(device)
+            key = content, seen.count(content)  # twins of one model stay apart: a LoRA may change each differently
+            seen.append(content)
             load = partial(self._load_text_part, part, model_class, torch.device(device), precision)
             return self.texts.shared(key, self.folder, load, part)
 
