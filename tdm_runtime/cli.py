@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import secrets
 import sys
 import time
@@ -14,6 +15,7 @@ from typing import cast, get_args
 from tdm_runtime.backends import BACKENDS, PRECISIONS, TORCH_BACKENDS
 from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT, open_checkpoint
 from tdm_runtime.checkpoint.recipe import Adapter
+from tdm_runtime.checkpoint.stock.text_precision import TEXT_PRECISIONS, TextConfig
 from tdm_runtime.errors import BackendError, CheckpointError, TDMError, shown
 from tdm_runtime.media.image_file import ImageFormat, describe_parameters, encode_image
 from tdm_runtime.media.receipt import Receipt, read_claims, receipt_of
@@ -42,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"the folder of {given.output} does not exist")
     try:
         if given.verify is not None:
-            return verify(given.verify, given.checkpoint, given.lora)
+            return verify(given.verify, given.checkpoint, given.lora, backend_config(given).text)
         return make_picture(given, cast(ImageFormat, image_format))
     except (TDMError, ValueError, OSError) as error:
         print(f"tdm-generate: {error}", file=sys.stderr)
@@ -117,7 +119,7 @@ def make_picture(given: argparse.Namespace, image_format: ImageFormat) -> int:
     return 0
 
 
-def verify(file: Path, checkpoint: Path, adapters: Sequence[Adapter] = ()) -> int:
+def verify(file: Path, checkpoint: Path, adapters: Sequence[Adapter] = (), text: TextConfig = TextConfig()) -> int:
     """Make the pictures of a file's receipts again. Returns the exit status.
 
     Raises:
@@ -130,7 +132,8 @@ def verify(file: Path, checkpoint: Path, adapters: Sequence[Adapter] = ()) -> in
         backend, _, precision = receipt.backend.partition(" ")
         if backend not in BACKENDS or precision not in PRECISIONS:
             raise BackendError(f"the receipt's backend is {shown(receipt.backend)}; it must be one of {BACKENDS}")
-        model = _model_of(receipt, checkpoint, BackendConfig(backend, precision, threads=0), adapters)
+        config = BackendConfig(backend, precision, threads=0, text=text)
+        model = _model_of(receipt, checkpoint, config, adapters)
         if model.digest != receipt.digest:
             raise CheckpointError(
                 f"the receipt is of {shown(receipt.model)} {receipt.digest[:12]} and {checkpoint} is "
@@ -203,6 +206,18 @@ def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of a call, 0 = the fastest (%(default)s)")
     parser.add_argument("--artifacts", type=Path, help="folder that tdm-export wrote; its cache by default")
     parser.add_argument(
+        "--text-encoder-precision",
+        choices=TEXT_PRECISIONS,
+        default=TextConfig.precision,
+        help="of the text encoders of stock pipelines; less than fp32 saves memory and changes pictures (%(default)s)",
+    )
+    parser.add_argument(
+        "--text-encoder-device",
+        type=_torch_device,
+        metavar="cpu|cuda[:N]",
+        help="of the text encoders of stock pipelines; that of the denoiser by default",
+    )
+    parser.add_argument(
         "--allow-fallback", action="store_true", help="run torch where the artifacts cannot be used, not refuse"
     )
 
@@ -216,7 +231,14 @@ def backend_config(given: argparse.Namespace) -> BackendConfig:
     artifacts = given.artifacts.resolve() if given.artifacts else None
     if artifacts is not None and given.backend in TORCH_BACKENDS:
         raise ValueError(f"--artifacts is {artifacts}; {given.backend} runs the checkpoint itself, leave it out")
-    return BackendConfig(given.backend, given.precision, given.threads, artifacts, given.allow_fallback)
+    text = TextConfig(given.text_encoder_precision, given.text_encoder_device)
+    return BackendConfig(given.backend, given.precision, given.threads, artifacts, given.allow_fallback, text=text)
+
+
+def _torch_device(text: str) -> str:
+    if re.fullmatch(r"cpu|cuda(:\d{1,2})?", text, re.ASCII) is None:
+        raise argparse.ArgumentTypeError(f"{text[:32]!r} is no device; give cpu, cuda or cuda:N")
+    return text
 
 
 if __name__ == "__main__":

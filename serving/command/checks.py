@@ -7,7 +7,9 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-from serving.config import ServerConfig
+import torch
+
+from serving.config import LoraSource, ServerConfig
 from serving.fronts.access import load_keys
 from serving.fronts.address import reserve
 from serving.jobs.artifacts import open_artifacts
@@ -17,6 +19,7 @@ from tdm_runtime.backends import TORCH_BACKENDS
 from tdm_runtime.checkpoint.folder import Checkpoint, open_checkpoint
 from tdm_runtime.checkpoint.lora.lora_file import read_lora
 from tdm_runtime.checkpoint.recipe import RECIPE_FILE
+from tdm_runtime.checkpoint.stock.text_precision import TextConfig
 from tdm_runtime.errors import ArtifactError, CheckpointError
 from tdm_runtime.model.artifacts import Artifacts, BackendConfig
 from tdm_runtime.safety import Safety
@@ -34,6 +37,9 @@ def check(config: ServerConfig) -> ExitStack:
     if config.trace_file is not None:
         config.trace_file.open("a").close()
     checkpoints = check_models(config)
+    is_here = config.front == "direct"  # behind Ray's proxy, engines may be on other machines
+    if is_here and not all(checkpoint.has_clip_alone for checkpoint in checkpoints):
+        config.backend.text.on(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if config.api_keys is not None:
         load_keys(config.api_keys)
     Safety.load(config.blocked_words, config.safety_checker)
@@ -65,7 +71,7 @@ def check_models(config: ServerConfig) -> list[Checkpoint]:
         base = bases.get(lora.base or names[0])
         if base is None:
             raise CheckpointError(f"the base of {lora.name} is {lora.base!r}; this server has {', '.join(bases)}")
-        base.check_lora(read_lora(lora.path, base.family))
+        check_lora(lora, base, config.backend.text)
     if doubled := sorted({name for name in names if names.count(name) > 1}):
         raise CheckpointError(f"two models are called {doubled[0]!r}; give each a name of its own")
     if len(checkpoints) > 1 and config.backend.artifacts is not None:
@@ -74,6 +80,22 @@ def check_models(config: ServerConfig) -> list[Checkpoint]:
     if config.lora_folder is not None and not config.lora_folder.is_dir():
         raise CheckpointError(f"--lora-folder {config.lora_folder} is not a folder; make it, or leave it out")
     return checkpoints
+
+
+def check_lora(lora: LoraSource, base: Checkpoint, text: TextConfig) -> None:
+    """Refuse a LoRA that cannot be read, does not fit its base, or changes a text encoder that takes none.
+
+    Raises:
+        CheckpointError: the message has the reason and the remedy.
+    """
+    file = read_lora(lora.path, base.family)
+    base.check_lora(file)
+    changed = {*file.layers} & {*base.family.text_encoders}
+    if changed and text.precision == "int8" and not base.has_clip_alone:
+        raise CheckpointError(
+            f"{lora.name} changes {min(changed)}, and text encoders at int8 take no LoRA; choose another "
+            "--text-encoder-precision, or merge the LoRA with tdm-recipe --lora"
+        )
 
 
 def reserve_addresses(config: ServerConfig) -> ExitStack:

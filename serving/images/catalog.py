@@ -15,6 +15,7 @@ from serving.schema.lora_settings import LoraSettings, read_lora_settings
 from tdm_runtime.checkpoint.folder import Checkpoint, open_checkpoint
 from tdm_runtime.checkpoint.lora.lora_file import FOLDER_FILES, read_lora
 from tdm_runtime.checkpoint.stock.pipeline_folder import MODEL_INDEX
+from tdm_runtime.checkpoint.stock.text_precision import TextPool
 from tdm_runtime.engine.engine import DiffusionEngine
 from tdm_runtime.engine.warm_up import warm_up
 from tdm_runtime.errors import CheckpointError, TDMError
@@ -46,13 +47,16 @@ class Base:
     model: LoadedModel
 
 
-def load_base(source: ModelSource, config: ServerConfig) -> Base:
+def load_base(source: ModelSource, config: ServerConfig, texts: TextPool | None = None) -> Base:
     """Load a checkpoint. Files that the command has already hashed are not hashed again.
+
+    Args:
+        texts: Text encoders of the models that share an engine with it.
 
     Raises:
         CheckpointError, BackendError: the checkpoint cannot be served.
     """
-    checkpoint = open_checkpoint(source.folder, config.file_hashes)
+    checkpoint = open_checkpoint(source.folder, config.file_hashes, texts=texts)
     model = load_checkpoint(checkpoint, config.backend)
     if source.name is not None:
         model = replace(model, recipe=replace(model.recipe, name=source.name))

@@ -27,6 +27,7 @@ from serving.schema.order import ImageEncoding, ImageOrder
 from serving.telemetry.metrics import ServerMetrics
 from serving.telemetry.tracing import current_span
 from tdm_runtime.checkpoint.recipe import Recipe
+from tdm_runtime.checkpoint.stock.text_precision import TextPool
 from tdm_runtime.engine.delivery import Delivery, Preview
 from tdm_runtime.engine.engine import DiffusionEngine
 from tdm_runtime.engine.sample import Picture
@@ -79,7 +80,8 @@ class ImageService:
         sys.setswitchinterval(SWITCH_S)
         torch.set_num_threads(1)  # of this thread; only the engine's may have more, see loaded_model
         self._safety = Safety.load(config.blocked_words, config.safety_checker)
-        bases = [load_base(source, config) for source in config.models]
+        texts = TextPool()
+        bases = [load_base(source, config, texts) for source in config.models]
         self.engine = DiffusionEngine(bases[0].model, config.engine, metrics.observe_batch)
         self.engine.start()
         try:

@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -33,6 +33,7 @@ from tdm_runtime.checkpoint.stock.pipeline_folder import (
     text_parts,
     unloadable,
 )
+from tdm_runtime.checkpoint.stock.text_precision import TextPool, TextPrecision, lower_precision
 from tdm_runtime.checkpoint.weight_shapes import check_shapes, described_model
 from tdm_runtime.errors import CheckpointError, RecipeError
 from tdm_runtime.families import Denoiser, Family
@@ -60,6 +61,8 @@ class Checkpoint:
     family: Family
     hashes: FileHashes = field(default_factory=FileHashes, repr=False, compare=False)
     """Hashes of its files."""
+    texts: TextPool = field(default_factory=TextPool, repr=False, compare=False)
+    """Text encoders that are loaded already, of this checkpoint and of others that the same thread runs."""
 
     @cached_property
     def digest(self) -> str:
@@ -194,26 +197,51 @@ class Checkpoint:
     def _text_class(self) -> str:
         return str(read_json(self.base_folder / MODEL_INDEX)["text_encoder"][-1])
 
-    def load_text_encoders(self, device: torch.device | str = "cpu") -> TextEncoders:
-        """Load all tokenizers and text encoders in their stock pipeline, float32. Each device has them once.
+    def load_text_encoders(self, device: torch.device | str = "cpu", precision: TextPrecision = "fp32") -> TextEncoders:
+        """Load all tokenizers and text encoders in their stock pipeline. `texts` keeps each encoder once.
 
         Raises:
             CheckpointError: one of them cannot be loaded.
         """
-        if (known := self._text_encoders.get(str(device))) is not None:
-            return known
-        width, height = self.recipe.native_sizes[0]
-        encoders = load_text_encoders(self.base_folder, self.family, width, height)
-        there = ((part, getattr(encoders.pipeline, part)) for part in self.family.text_encoders)
-        self._merge_loras({part: module for part, module in there if module is not None})
-        encoders.pipeline.to(device)
-        self._text_encoders[str(device)] = encoders
-        return encoders
+        seen: list[object] = []
 
-    @cached_property
-    def _text_encoders(self) -> dict[str, TextEncoders]:
-        """Device -> loaded text encoders. They are gigabytes, and a start may load several backends to compare them."""
-        return {}
+        def load_part(part: str, model_class: Any) -> nn.Module:
+            content = self._part_content(part), model_class, precision, str(device)
+            key = content, seen.count(content)  # twins of one model stay apart: a LoRA may change each differently
+            seen.append(content)
+            load = partial(self._load_text_part, part, model_class, torch.device(device), precision)
+            return self.texts.shared(key, self.folder, load, part)
+
+        width, height = self.recipe.native_sizes[0]
+        return load_text_encoders(self.base_folder, self.family, width, height, device, load_part)
+
+    def _load_text_part(self, part: str, model_class: Any, device: torch.device, precision: TextPrecision) -> nn.Module:
+        """Load a text encoder. bfloat16 files are mapped and not copied; LoRAs need float32 while they are merged."""
+        is_exact = precision == "fp32" or any(part in lora.layers for lora, _ in self.loras)
+        dtype = torch.float32 if is_exact else torch.bfloat16
+        model: nn.Module = load_model_part(self.base_folder / part, model_class, dtype)
+        self._merge_loras({part: model})
+        return lower_precision(model, precision).to(device)
+
+    def _part_content(self, part: str) -> str:
+        """Return hashes of all that determines the weights of a text encoder, whatever its folder is called."""
+        base = self.base_folder
+        files = [name for name in weight_files(base, self.family) if name.startswith(f"{part}/")]
+        hashes = {name.removeprefix(f"{part}/"): self.hashes.sha256(base / name) for name in files}
+        loras = [(part, lora.sha256, scale) for lora, scale in self.loras if part in lora.layers]
+        return json.dumps([hashes, _settings(base / part / "config.json"), loras], sort_keys=True)
+
+    def text_content(self) -> str:
+        """Return hashes of all that determines the embedding of a prompt: weights, tokenizers and settings."""
+        base, index = self.base_folder, read_json(self.base_folder / MODEL_INDEX)
+        there = text_parts(index, self.family)
+        tokenizers = (file for part in there if part in self.family.tokenizers for file in (base / part).iterdir())
+        hashes = {str(file.relative_to(base)): self.hashes.sha256(file) for file in tokenizers if file.is_file()}
+        parts = [self._part_content(part) for part in there if part in self.family.text_encoders]
+        read = {key: value for key, value in index.items() if key in there or not isinstance(value, list)}
+        denoiser = _settings(base / self.family.denoiser_folder / "config.json")
+        what = [self.family.name, read, hashes, parts, denoiser, self.recipe.native_sizes[0]]
+        return json.dumps(what, sort_keys=True)
 
     def load_text_model(self, dtype: torch.dtype = torch.float32) -> CLIPTextModel:
         """Load the text model of a checkpoint that has CLIP alone, eval mode."""
@@ -271,12 +299,18 @@ class Checkpoint:
             )
 
 
-def open_checkpoint(folder: Path, hashes: FileHashes | None = None, adapters: Sequence[Adapter] = ()) -> Checkpoint:
+def open_checkpoint(
+    folder: Path,
+    hashes: FileHashes | None = None,
+    adapters: Sequence[Adapter] = (),
+    texts: TextPool | None = None,
+) -> Checkpoint:
     """Check that a folder is complete, its recipe, its LoRAs and every hash that the recipe lists.
 
     Args:
         hashes: hashes that are known already; those that are computed here are added. None hashes every file.
         adapters: LoRAs to merge beside those of the recipe.
+        texts: Text encoders that are loaded already, which the same thread runs. None shares with no other checkpoint.
 
     Raises:
         CheckpointError: the folder cannot be served; the message names the file and the remedy.
@@ -300,7 +334,7 @@ def open_checkpoint(folder: Path, hashes: FileHashes | None = None, adapters: Se
         )
     for name, expected in recipe.files.items():
         _check_hash(folder, name, expected, hashes)
-    checkpoint = Checkpoint(folder, recipe, family, hashes)
+    checkpoint = Checkpoint(folder, recipe, family, hashes, TextPool() if texts is None else texts)
     _ = checkpoint.loras  # fail here, not when they are merged
     return checkpoint
 
@@ -334,6 +368,12 @@ def weight_hashes(folder: Path) -> dict[str, str]:
     family = family_of(folder)
     check_files(folder, family)
     return {name: file_sha256(folder / name) for name in sorted(weight_files(folder, family))}
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    """Return a config without what says only where it came from."""
+    unread = ("_name_or_path", "_class_name", "_diffusers_version", "transformers_version", "dtype", "torch_dtype")
+    return {key: value for key, value in read_json(file).items() if key not in unread}
 
 
 def _read_config(folder: Path) -> Any:

@@ -36,8 +36,12 @@ class ModelCalls:
         """
         self._on_out_of_memory = on_out_of_memory
 
+    def encode(self, samples: Sequence[Sample]) -> list[TDMError | None]:
+        """Encode the prompts of samples of one lane."""
+        return self._isolated(self._encoded, samples)
+
     def prepare(self, samples: Sequence[Sample]) -> list[TDMError | None]:
-        """Encode the prompts and draw the noise of samples of one lane."""
+        """Draw the noise of samples of one lane, and take the prompts that are cached."""
         return self._isolated(self._prepared, samples)
 
     def denoise(self, samples: Sequence[Sample]) -> list[Stepped | TDMError]:
@@ -69,7 +73,7 @@ class ModelCalls:
             middle = len(samples) // 2
             return self._isolated(call, samples[:middle]) + self._isolated(call, samples[middle:])
 
-    def _prepared(self, samples: Sequence[Sample]) -> list[TDMError | None]:
+    def _encoded(self, samples: Sequence[Sample]) -> list[TDMError | None]:
         for text_encoder in {sample.model.text_encoder for sample in samples}:  # a LoRA may have its own
             readers = [sample for sample in samples if sample.model.text_encoder is text_encoder]
             factors = [sample.model.lora_factor(sample.params) for sample in readers]
@@ -77,6 +81,10 @@ class ModelCalls:
             for sample, prompt in zip(readers, prompts, strict=True):
                 sample.prompt = prompt
                 sample.conditioning = sample.model.conditioning(prompt, sample.params)
+        return [None] * len(samples)
+
+    def _prepared(self, samples: Sequence[Sample]) -> list[TDMError | None]:
+        self._encoded([sample for sample in samples if sample.prompt is None])
         for sample in samples:
             sample.noise = SeedNoise(sample.params.seed, sample.denoise.kind.shape, sample.params.noise_angle)
             start = sample.table.initial_scale * sample.noise.initial()

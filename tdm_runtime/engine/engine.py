@@ -241,10 +241,13 @@ class DiffusionEngine:
         """Make one call: schedule, run, advance."""
         began_s = time.monotonic()
         batch = self._schedule(began_s)
-        batch, text_s = self._prepare(batch)
+        if batch and batch[0].needs_text:
+            self._encode(batch, began_s)
+            return
+        batch, prepared_s = self._prepare(batch)
         if batch:
             outcomes = self._run(batch)
-            self._advance(batch, outcomes, began_s, text_s)
+            self._advance(batch, outcomes, began_s, prepared_s)
 
     def _run_forever(self) -> None:
         torch.set_num_threads(1)  # applies to this thread; a backend that needs more threads sets them in its calls
@@ -282,8 +285,32 @@ class DiffusionEngine:
             self._replies.answer(sample, CancelledError("cancelled by the caller"))
         return batch
 
+    def _encode(self, batch: list[Sample], began_s: float) -> None:
+        """Encode prompts in one call. Live samples with the same prompt need it no more."""
+        outcomes = self._calls.encode(batch)
+        free_s = self._free_s
+        self._free_s = ended_s = time.monotonic()
+        failed = {s: error for s, error in zip(batch, outcomes, strict=True) if error is not None}
+        prompts = {(sample.model.text_encoder, sample.params.prompt) for sample in batch}
+        with self._wake:
+            kind, is_calm = batch[0].text, self._scheduler.is_calm(began_s)
+            self._scheduler.end_call()
+            self.costs.observe(kind, len(prompts), ended_s - free_s, ended_s, is_calm)
+            for sample in self._scheduler.live():
+                if sample in batch:
+                    sample.timings.wait(1e3 * (began_s - sample.ready_s))
+                    sample.timings.text_ms = 1e3 * (ended_s - began_s)
+                    sample.ready_s = ended_s
+                    sample.advance()
+                elif (sample.model.text_encoder, sample.params.prompt) in prompts:
+                    sample.needs_text = False
+            for sample in failed:
+                self._scheduler.remove(sample)
+        for sample, error in failed.items():
+            self._replies.answer(sample, error)
+
     def _prepare(self, batch: list[Sample]) -> tuple[list[Sample], float]:
-        """Encode the prompts and draw the noise of samples that take their first step.
+        """Draw the noise of samples that take their first step, and look up the prompts of those that were cached.
 
         Returns:
             Samples that are ready for the call, and the seconds spent here.
@@ -294,16 +321,15 @@ class DiffusionEngine:
         started_s = time.monotonic()
         outcomes = self._calls.prepare(newcomers)
         ended_s = time.monotonic()
-        num_encoded = sum(sample.needs_text for sample in newcomers)
         for sample in newcomers:
-            sample.timings.wait(1e3 * (started_s - sample.submitted_s))
-            sample.timings.text_ms = 1e3 * (ended_s - started_s)
+            if not sample.timings.waits_ms:
+                sample.timings.wait(1e3 * (started_s - sample.submitted_s))
+            else:
+                sample.timings.queue_ms += 1e3 * (started_s - sample.ready_s)
+            sample.timings.text_ms += 1e3 * (ended_s - started_s)
             sample.ready_s = ended_s
         failed = {s: error for s, error in zip(newcomers, outcomes, strict=True) if error is not None}
         with self._wake:
-            if num_encoded:
-                is_calm = self._scheduler.is_calm(started_s)
-                self.costs.observe(batch[0].text, 1, (ended_s - started_s) / num_encoded, ended_s, is_calm)
             for sample in failed:
                 self._scheduler.remove(sample)
         for sample, error in failed.items():
@@ -319,7 +345,7 @@ class DiffusionEngine:
         batch: list[Sample],
         outcomes: Sequence[Stepped | Pixels | TDMError],
         began_s: float,
-        text_s: float,
+        prepared_s: float,
     ) -> None:
         """Advance each sample. Finished and failed samples leave.
 
@@ -327,9 +353,9 @@ class DiffusionEngine:
 
         Args:
             began_s: When scheduling of the call began, monotonic.
-            text_s: Seconds since then spent on prompts, which are not part of the cost.
+            prepared_s: Seconds since then spent on noise, which are not part of the cost.
         """
-        started_s, free_s = began_s + text_s, self._free_s + text_s
+        started_s, free_s = began_s + prepared_s, self._free_s + prepared_s
         self._free_s = ended_s = time.monotonic()
         kind, is_step = batch[0].lane.kind, batch[0].steps_left > 0
         for sample, outcome in zip(batch, outcomes, strict=True):

@@ -79,12 +79,8 @@ def _pictures(model: LoadedModel) -> Iterator[tuple[SamplingParams, Delivery]]:
 
 def _learn_costs(engine: DiffusionEngine, model: LoadedModel) -> None:
     numbers, text = itertools.count(), call_kind(model, "text")
-    spent_s = _learn(engine, text, partial(_encode, model.text_encoder, numbers), capacity=1)
-    size = 2
-    # Larger sizes run once and are not learned: forecasts do not count on the time that encoding together saves.
-    while size <= engine.config.max_batch_size and size * engine.call_seconds(text) < KIND_S:
-        _seconds(engine, partial(_encode, model.text_encoder, numbers), size)
-        size *= 2
+    most = None if model.text_encoder.encoder.shares_calls else 1
+    spent_s = _learn(engine, text, partial(_encode, model.text_encoder, numbers), most)
     for width, height in model.recipe.native_sizes:
         if spent_s > MODEL_S:
             logger.info(

@@ -68,6 +68,12 @@ class Conditioning:
         repeated = (None if t is None else t.expand(count, *t.shape[1:]) for t in rest)
         return Conditioning(prompt_embeds.expand(count, *prompt_embeds.shape[1:]), *repeated)
 
+    def float(self) -> Conditioning:
+        """Return a copy with float32 in place of other floating-point numbers."""
+        prompt_embeds, *rest = self.tensors()
+        floats = (t.float() if t is not None and t.is_floating_point() else t for t in rest)
+        return Conditioning(prompt_embeds.float(), *floats)
+
     def to(self, device: torch.device | str) -> Conditioning:
         """Return a copy on another device."""
         prompt_embeds, *rest = self.tensors()

@@ -20,6 +20,7 @@ from tdm_runtime.checkpoint.manifest import (
     export_command,
     load_manifest,
 )
+from tdm_runtime.checkpoint.stock.text_precision import TextConfig
 from tdm_runtime.errors import ArtifactError
 from tdm_runtime.model.load import load_build, load_with_torch
 from tdm_runtime.model.loaded_model import LoadedModel
@@ -42,6 +43,8 @@ class BackendConfig:
     """Whether torch runs the checkpoint if the artifacts cannot be used. Otherwise loading fails."""
     device: str | None = None
     """torch device of the torch backends. None: CUDA if available, or else the CPU."""
+    text: TextConfig = TextConfig()
+    """Precision and device of the text encoders of stock pipelines."""
 
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 0:
@@ -58,11 +61,13 @@ class Artifacts:
     folder: Path
     manifest: Manifest | None
     """Manifest of the folder; None if there is none, or if the backend needs none."""
+    text: TextConfig = TextConfig()
+    """Precision and device of the text encoders of stock pipelines."""
 
     @cached_property
     def parity(self) -> LocalParity:
         """Parity of the builds' pictures on this machine."""
-        return LocalParity(self.checkpoint, self.folder)
+        return LocalParity(self.checkpoint, self.folder, self.text)
 
     @classmethod
     def find(cls, checkpoint: Checkpoint, config: BackendConfig) -> Artifacts:
@@ -74,7 +79,7 @@ class Artifacts:
         folder = config.artifacts or default_artifacts(checkpoint)
         is_there = config.artifacts is not None or (folder / MANIFEST_FILE).is_file()
         is_read = config.backend not in TORCH_BACKENDS and is_there
-        return cls(checkpoint, folder, load_manifest(folder, checkpoint) if is_read else None)
+        return cls(checkpoint, folder, load_manifest(folder, checkpoint) if is_read else None, config.text)
 
     def is_missing(self, config: BackendConfig) -> bool:
         """Whether this backend needs artifacts and the default folder has none for it."""
@@ -95,9 +100,9 @@ class Artifacts:
         """
         if backend in TORCH_BACKENDS:
             on = torch.device(device) if device else None
-            return load_with_torch(self.checkpoint, backend, precision or "fp32", on, threads)
+            return load_with_torch(self.checkpoint, backend, precision or "fp32", on, threads, self.text)
         manifest, build = self.require(backend, precision)
-        return load_build(self.checkpoint, manifest, build, self.folder, threads)
+        return load_build(self.checkpoint, manifest, build, self.folder, threads, self.text)
 
     def require(self, backend: BackendName, precision: Precision | None) -> tuple[Manifest, Build]:
         """Return the manifest and the build for a backend, with its parity on this machine.

@@ -109,7 +109,9 @@ def load_checkpoint(checkpoint: Checkpoint, config: BackendConfig = BackendConfi
     except ArtifactError as error:
         if not config.allow_fallback:
             raise
-        model = _loaded(checkpoint, BackendConfig("torch", threads=config.threads, device=config.device))
+        model = _loaded(
+            checkpoint, BackendConfig("torch", threads=config.threads, device=config.device, text=config.text)
+        )
         return replace(model, choice=f"{model.backend} in place of {config.backend}: {error}")
 
 

@@ -14,11 +14,12 @@ from tdm_runtime.backends.opening import open_file, open_module
 from tdm_runtime.checkpoint.folder import Checkpoint
 from tdm_runtime.checkpoint.manifest import Build, Manifest, PictureParity, check_build
 from tdm_runtime.checkpoint.recipe import RECIPE_FILE
+from tdm_runtime.checkpoint.stock.text_precision import TextConfig
 from tdm_runtime.errors import ArtifactError, BackendError, RecipeError
 from tdm_runtime.model.components import component_names, load_component
 from tdm_runtime.model.decoder import Decoder
 from tdm_runtime.model.loaded_model import LoadedModel
-from tdm_runtime.model.text_encoder import ClipEncoder, PipelineEncoder, PromptEncoder, TextEncoder
+from tdm_runtime.model.text_encoder import ClipEncoder, PipelineEncoder, TextEncoder
 from tdm_runtime.params import DecoderName
 
 LARGE_PIXELS = 256 * 256
@@ -31,6 +32,7 @@ def load_with_torch(
     precision: Precision = "fp32",
     device: torch.device | None = None,
     threads: int | None = None,
+    text: TextConfig = TextConfig(),
 ) -> LoadedModel:
     """Load the checkpoint's own modules with a torch backend.
 
@@ -38,6 +40,7 @@ def load_with_torch(
         backend: torch, torch-compiled or cuda-graphs.
         device: None is CUDA if available, or else the CPU.
         threads: CPU threads of a denoiser call; None leaves the calling thread's setting alone.
+        text: Precision and device of the text encoders of stock pipelines.
 
     Raises:
         BackendError: The backend does not support the precision or the device.
@@ -55,11 +58,16 @@ def load_with_torch(
         team = 1 if threads and name.endswith("decoder") and not is_large else threads
         return open_module(backend, module, interface, on, dtype, team), interface
 
-    return _assembled(checkpoint, f"{backend} {precision}", run, {}, on)
+    return _assembled(checkpoint, f"{backend} {precision}", run, {}, on, text)
 
 
 def load_build(
-    checkpoint: Checkpoint, manifest: Manifest, build: Build, folder: Path, threads: int | None = None
+    checkpoint: Checkpoint,
+    manifest: Manifest,
+    build: Build,
+    folder: Path,
+    threads: int | None = None,
+    text: TextConfig = TextConfig(),
 ) -> LoadedModel:
     """Load compiled artifacts. The checkpoint's weights are not read.
 
@@ -72,7 +80,7 @@ def load_build(
     def run(name: ComponentName) -> tuple[Backend, Interface]:
         return component_backend(manifest, build, folder, name, threads), manifest.interfaces[name]
 
-    return _assembled(checkpoint, build.name, run, build.pictures, torch.device("cpu"))
+    return _assembled(checkpoint, build.name, run, build.pictures, torch.device("cpu"), text)
 
 
 def component_backend(
@@ -94,7 +102,8 @@ def _assembled(
     backend: str,
     run: Callable[[ComponentName], tuple[Backend, Interface]],
     parity: Mapping[int, PictureParity],
-    text_device: torch.device,
+    device: torch.device,
+    text: TextConfig,
 ) -> LoadedModel:
     names = component_names(checkpoint)
     compression = checkpoint.geometry.spatial_compression
@@ -103,16 +112,15 @@ def _assembled(
         decoders["tiny"] = Decoder(run("tiny_decoder")[0], compression)
     _check_sizes(checkpoint)
     denoiser, interface = run("denoiser")
-    encoder: PromptEncoder
     if "text_encoder" in names:
-        encoder = ClipEncoder(checkpoint.load_tokenizer(), run("text_encoder")[0])
+        text_encoder = TextEncoder(ClipEncoder(checkpoint.load_tokenizer(), run("text_encoder")[0]))
     else:
-        encoder = PipelineEncoder(checkpoint.family, checkpoint.load_text_encoders(text_device))
+        text_encoder = _text_encoder(checkpoint, device, text)
     return LoadedModel(
         recipe=checkpoint.recipe,
         digest=checkpoint.digest,
         backend=backend,
-        text_encoder=TextEncoder(encoder),
+        text_encoder=text_encoder,
         family=checkpoint.family,
         denoiser=denoiser,
         denoiser_inputs=tuple(spec.name for spec in interface.inputs),
@@ -126,6 +134,22 @@ def _assembled(
 def makes_large_pictures(checkpoint: Checkpoint) -> bool:
     """Return whether all cores are fastest for one picture of the first native size, in every component."""
     return math.prod(checkpoint.recipe.native_sizes[0]) >= LARGE_PIXELS
+
+
+def _text_encoder(checkpoint: Checkpoint, device: torch.device, text: TextConfig) -> TextEncoder:
+    """Return the text encoder of a stock pipeline. Models whose prompts have the same embeddings share it.
+
+    Args:
+        device: of the denoiser, where the embeddings go.
+    """
+    on = text.on(device)
+
+    def load() -> TextEncoder:
+        encoders = checkpoint.load_text_encoders(on, text.precision)
+        return TextEncoder(PipelineEncoder(checkpoint.family, encoders, device))
+
+    key = (checkpoint.text_content(), text.precision, str(on), str(device))
+    return checkpoint.texts.shared(key, checkpoint.folder, load, "prompts")
 
 
 def _check_sizes(checkpoint: Checkpoint) -> None:

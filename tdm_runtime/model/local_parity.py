@@ -16,6 +16,7 @@ import pydantic
 
 from tdm_runtime.checkpoint.folder import Checkpoint
 from tdm_runtime.checkpoint.manifest import Build, Manifest, PictureParity, kernel_choice, user_cache
+from tdm_runtime.checkpoint.stock.text_precision import TextConfig
 from tdm_runtime.errors import ArtifactError
 from tdm_runtime.model.load import load_build
 from tdm_runtime.model.parity import (
@@ -52,7 +53,12 @@ _ADAPTER = pydantic.TypeAdapter(KeptParity)
 class LocalParity:
     """Parity of a folder's builds on this machine."""
 
-    def __init__(self, checkpoint: Checkpoint, folder: Path) -> None:
+    def __init__(self, checkpoint: Checkpoint, folder: Path, text: TextConfig = TextConfig()) -> None:
+        """
+        Args:
+            text: How text encoders of stock pipelines run on both sides, so that each is loaded once.
+        """
+        self._text = text
         self._checkpoint = checkpoint
         self._folder = folder
         self._found: dict[str, Mapping[int, PictureParity]] = {}
@@ -94,7 +100,7 @@ class LocalParity:
 
     @cached_property
     def _reference(self) -> Pictures:
-        return reference_pictures(self._checkpoint, ParityConfig(budget_s=BUDGET_S))
+        return reference_pictures(self._checkpoint, ParityConfig(budget_s=BUDGET_S), self._text)
 
     @property
     def _folders(self) -> tuple[Path, ...]:
@@ -122,7 +128,7 @@ class LocalParity:
             build.name,
             self._folder,
         )
-        model = load_build(self._checkpoint, manifest, build, self._folder)
+        model = load_build(self._checkpoint, manifest, build, self._folder, text=self._text)
         with ThreadPoolExecutor(1) as passing:  # torch's OpenMP workers end with this thread
             pictures = passing.submit(lambda: picture_parity(self._reference, model)).result()
         self._keep(KeptParity(build.name, here, pictures), name)

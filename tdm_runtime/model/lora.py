@@ -181,6 +181,7 @@ class LoraTextEncoder:
     """Text encoders with one LoRA. Each prompt is encoded alone; other models use the same encoders without it."""
 
     is_batch_invariant = True
+    shares_calls = False
 
     def __init__(self, encoder: PromptEncoder, device: torch.device, layers: Sequence[LoraLayers], number: int) -> None:
         """
@@ -306,7 +307,12 @@ class LoraBase:
                 raise CheckpointError(
                     f"the LoRA changes {component}, which {self.model.name} does not have; use the base of the LoRA"
                 )
-            self._texts[component] = LoraLayers(module, torch.float32)
+            if not lora_targets(module):
+                raise CheckpointError(
+                    f"the LoRA changes {component}, which runs at int8 and takes no LoRA; serve it with "
+                    "--text-encoder-precision bf16, fp8 or fp32"
+                )
+            self._texts[component] = LoraLayers(module, module.dtype)
         return self._texts[component]
 
     def _bank(self, component: str) -> AdapterBank:

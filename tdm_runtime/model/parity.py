@@ -12,6 +12,7 @@ import torch
 from tdm_runtime.backends import Precision
 from tdm_runtime.checkpoint.folder import Checkpoint
 from tdm_runtime.checkpoint.manifest import PictureParity
+from tdm_runtime.checkpoint.stock.text_precision import TextConfig
 from tdm_runtime.model.decoder import Pixels
 from tdm_runtime.model.load import load_with_torch
 from tdm_runtime.model.loaded_model import LoadedModel
@@ -47,11 +48,13 @@ class ParityConfig:
     """Seconds after which no further prompt is begun. At least one is compared."""
 
 
-def reference_pictures(checkpoint: Checkpoint, config: ParityConfig = ParityConfig()) -> Pictures:
+def reference_pictures(
+    checkpoint: Checkpoint, config: ParityConfig = ParityConfig(), text: TextConfig = TextConfig()
+) -> Pictures:
     """Make the pictures with torch float32 on the CPU, prompt by prompt, so that the budget never cuts step counts."""
     recipe = checkpoint.recipe
     width, height = recipe.native_sizes[0]
-    model = load_with_torch(checkpoint, device=torch.device("cpu"))
+    model = load_with_torch(checkpoint, device=torch.device("cpu"), text=text)
     pictures: dict[SamplingParams, Pixels] = {}
     started_s = time.monotonic()
     for seed, prompt in enumerate(config.prompts):

@@ -6,10 +6,9 @@ import copy
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import nn
 from torch.nn import functional
 
 from tdm_runtime.backends import Backend
@@ -54,6 +53,10 @@ class PromptEncoder(Protocol):
     def is_batch_invariant(self) -> bool:
         """Whether a prompt's embedding has the same bits alone and in any batch."""
 
+    @property
+    def shares_calls(self) -> bool:
+        """Whether several prompts take less time in one call than one after the other."""
+
     def tokenize(self, prompt: str) -> TokenizedPrompt:
         """Tokenize a prompt. Any thread may call it."""
 
@@ -72,6 +75,10 @@ class ClipEncoder:
     def is_batch_invariant(self) -> bool:
         return self.backend.is_batch_invariant
 
+    @property
+    def shares_calls(self) -> bool:
+        return self.backend.is_batch_invariant  # otherwise `TextEncoder` encodes one after the other
+
     def tokenize(self, prompt: str) -> TokenizedPrompt:
         ids, num_tokens = self._tokenizer.encode(prompt)
         return TokenizedPrompt(prompt, num_tokens, ids)
@@ -85,12 +92,18 @@ class ClipEncoder:
 
 
 class PipelineEncoder:
-    """The text encoders of a stock pipeline, run by torch. Each prompt is encoded alone."""
+    """The text encoders of a stock pipeline, run by torch. Each prompt is encoded alone, and in float32 afterwards."""
 
     is_batch_invariant = True
+    shares_calls = False
 
-    def __init__(self, family: Family, encoders: TextEncoders) -> None:
+    def __init__(self, family: Family, encoders: TextEncoders, device: torch.device | None = None) -> None:
+        """
+        Args:
+            device: Device of the embeddings; None is that of the text encoders.
+        """
         self._family = family
+        self._target = encoders.device if device is None else device
         self._encoders = encoders
         self._tokenizer = copy.deepcopy(family.tokenizer(encoders))
         """Copy of the tokenizer whose encoder reads the most, to count tokens. The pipeline's own one runs on the
@@ -102,9 +115,9 @@ class PipelineEncoder:
         """Device of the text encoders."""
         return self._encoders.device
 
-    def module(self, component: str) -> nn.Module | None:
-        """Return a text encoder by its folder; None if the checkpoint came without it."""
-        found: nn.Module | None = getattr(self._encoders.pipeline, component)
+    def module(self, component: str) -> Any:
+        """Return a text encoder of transformers by its folder; None if the checkpoint came without it."""
+        found = getattr(self._encoders.pipeline, component)
         return found
 
     def tokenize(self, prompt: str) -> TokenizedPrompt:
@@ -112,11 +125,10 @@ class PipelineEncoder:
 
     @torch.inference_mode()
     def encode(self, prompts: Sequence[TokenizedPrompt]) -> list[PromptEmbedding]:
+        found = (self._family.encode_prompts([prompt.text], self._encoders) for prompt in prompts)
         return [
-            PromptEmbedding(
-                self._family.encode_prompts([prompt.text], self._encoders), prompt.num_tokens, self._max_tokens
-            )
-            for prompt in prompts
+            PromptEmbedding(conditioning.to(self._target).float(), prompt.num_tokens, self._max_tokens)
+            for prompt, conditioning in zip(prompts, found, strict=True)
         ]
 
 

@@ -20,11 +20,23 @@ Item = TypeVar("Item", bound=Work)
 def choose(ordered: Sequence[Item], costs: CostModel, capacity: int) -> list[Item]:
     """Return the samples of the next call: the most urgent one and, in order, as many of its lane as help.
 
+    Prompts come first: while samples of that batch need their text, the next call encodes as many as help, and the step
+    that they share follows. More urgent samples may come in between, so that a slow text encoder delays them by one
+    prompt at most.
+
     If the most urgent sample is no background work, background work joins only while it hardly lengthens the call.
 
     Args:
         ordered: At least one sample, most urgent first.
     """
+    batch = _mates(ordered, costs, capacity)
+    if readers := [item for item in batch if item.needs_text]:
+        return readers[: costs.batch_size(readers[0].text, min(capacity, len(readers)))]
+    return batch
+
+
+def _mates(ordered: Sequence[Item], costs: CostModel, capacity: int) -> list[Item]:
+    """Return the samples that should share the next step or decode with the most urgent one."""
     lane = ordered[0].lane
     mates = [item for item in ordered if item.lane == lane]
     waited_for = mates if ordered[0].is_background else [item for item in mates if not item.is_background]
@@ -41,14 +53,11 @@ def choose(ordered: Sequence[Item], costs: CostModel, capacity: int) -> list[Ite
 
 
 def call_seconds(batch: Sequence[Work], costs: CostModel) -> float:
-    """Return the seconds of one call, with the prompts encoded before it and the previews decoded after it."""
-    return costs.seconds(batch[0].lane.kind, len(batch)) + sum(_beside_s(work, costs) for work in batch)
-
-
-def _beside_s(work: Work, costs: CostModel) -> float:
-    """Return the seconds that a sample adds to its next call and does not share: prompt and preview."""
-    text_s = costs.seconds(work.text) if work.needs_text else 0.0
-    return text_s + (costs.seconds(work.preview) if work.is_shown else 0.0)
+    """Return the seconds of one call, with the previews decoded after it."""
+    seconds = costs.seconds(batch[0].call_kind, len(batch))
+    if batch[0].needs_text:
+        return seconds
+    return seconds + sum(costs.seconds(work.preview) for work in batch if work.is_shown)
 
 
 @dataclass(frozen=True)
@@ -91,7 +100,7 @@ def forecast(
         batch = choose(live, costs, capacity)
         seconds = call_seconds(batch, costs)
         now_s += seconds
-        variance += (costs.deviation(batch[0].lane.kind) * seconds) ** 2
+        variance += (costs.deviation(batch[0].call_kind) * seconds) ** 2
         for work in batch:
             if not work.advance():
                 continue

@@ -110,7 +110,7 @@ class StepScheduler(Generic[Item]):
     @property
     def running_kind(self) -> Kind | None:
         """Kind of the running call, or None."""
-        return self._running[0].lane.kind if self._running else None
+        return self._running[0].call_kind if self._running else None
 
     def is_calm(self, since_s: float) -> bool:
         """Whether there was no load since then: no arrival, and live samples of the latest request only.
@@ -284,15 +284,16 @@ class StepScheduler(Generic[Item]):
         self.end_call()
         self._give_up([item for item in self._live.values() if item.promised_s < now_s])
         batch = self._choice()
-        while unsettled := [item for item in batch if item.open_steps]:
+        while unsettled := [item for item in batch if item.open_steps and not item.needs_text]:
             for item in unsettled:
                 item.settle(self._most_steps(item, now_s))
             batch = self._choice()
         if not batch:
             return []
-        self._predict([item for item in batch if not item.has_started], now_s)
-        if not self._joining:
-            self._together.update(batch)
+        if not batch[0].needs_text:
+            self._predict([item for item in batch if not item.has_started], now_s)
+            if not self._joining:
+                self._together.update(batch)
         self._running = batch
         self._called_s = now_s
         self._running_until_s = now_s + call_seconds(batch, self.costs)

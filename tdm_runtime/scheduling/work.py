@@ -28,7 +28,7 @@ class Lane(NamedTuple):
 
 @dataclass(eq=False, kw_only=True)
 class Work:
-    """A sample as the scheduler sees it: denoiser steps, then a decode."""
+    """A sample as the scheduler sees it: a prompt unless it is cached, denoiser steps, then a decode."""
 
     denoise: Lane
     """Lane of its denoiser steps."""
@@ -52,7 +52,7 @@ class Work:
     unpromised_s: float = 0.0
     """Deadline that replaces a missed promise, monotonic."""
     needs_text: bool = False
-    """Whether its prompt must be encoded before its first step."""
+    """Whether its prompt must be encoded before its first step. That is a call of its own."""
     text: Kind = TEXT
     """Kind of that call."""
     preview: Kind = NO_PREVIEW
@@ -64,14 +64,19 @@ class Work:
     is_background: bool = False
     """Whether it only takes the time that other samples leave. Such work does not count as demand."""
     has_started: bool = False
-    """Whether its first call was made."""
+    """Whether its first step was made."""
     predicted_s: float = 0.0
-    """Predicted end when its first call was due, monotonic."""
+    """Predicted end when its first step was due, monotonic."""
 
     @property
     def lane(self) -> Lane:
-        """Lane of its next call."""
+        """Lane of its next step or decode."""
         return self.denoise if self.steps_left else self.decode
+
+    @property
+    def call_kind(self) -> Kind:
+        """Kind of its next call."""
+        return self.text if self.needs_text else self.lane.kind
 
     @property
     def is_shown(self) -> bool:
@@ -107,8 +112,10 @@ class Work:
 
     def advance(self) -> bool:
         """Move past its next call. Return True if that was its last."""
+        if self.needs_text:
+            self.needs_text = False
+            return False
         self.has_started = True
-        self.needs_text = False
         if not self.steps_left:
             return True
         self.previews_left -= self.is_shown

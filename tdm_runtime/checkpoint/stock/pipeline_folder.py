@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -143,12 +143,19 @@ def check_loaded(folder: Path, report: Mapping[str, Collection[str]]) -> None:
 
 
 def load_text_encoders(
-    folder: Path, family: Family, width: int, height: int, device: torch.device | str = "cpu"
+    folder: Path,
+    family: Family,
+    width: int,
+    height: int,
+    device: torch.device | str = "cpu",
+    load_part: Callable[[str, Any], Any] | None = None,
 ) -> TextEncoders:
-    """Load the pipeline of a folder with nothing but its tokenizers and text encoders, float32.
+    """Load the pipeline of a folder with nothing but its tokenizers and text encoders.
 
     Args:
         width, height: size of the pictures in pixels, which SDXL reads.
+        load_part: Returns the text encoder of a folder, such as text_encoder_2, and a class of transformers. None loads
+            float32.
 
     Raises:
         CheckpointError: a part is missing or cannot be loaded.
@@ -164,8 +171,9 @@ def load_text_encoders(
         raise CheckpointError(f"{folder}: {error}") from None
     named = (*family.optional_text, *(name for name, value in index.items() if isinstance(value, list)))
     others = {name: None for name in named if name not in there}
+    load_part = load_part or (lambda part, model_class: load_model_part(folder / part, model_class, torch.float32))
     models = {
-        part: load_model_part(folder / part, getattr(transformers, str(index[part][-1]), None), torch.float32).eval()
+        part: load_part(part, getattr(transformers, str(index[part][-1]), None)).eval()
         for part in family.text_encoders
         if part in there
     }

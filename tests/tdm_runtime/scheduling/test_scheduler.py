@@ -87,10 +87,20 @@ def run_call(scheduler: StepScheduler[Request], now_s: float, is_exact: bool = T
     now_s += call_seconds(batch, scheduler.costs)
     scheduler.end_call()
     for item in batch:
-        item.calls.append(item.lane.kind.stage)
+        item.calls.append(item.call_kind.stage)
         if item.advance():
             item.done_s = now_s
             scheduler.remove(item)
+    return batch, now_s
+
+
+def first_step(scheduler: StepScheduler[Request], now_s: float = 0.0) -> tuple[list[Request], float]:
+    """Encode prompts until a step is due. Return its samples, before they take it, and its start."""
+    while (batch := scheduler.schedule(now_s)) and batch[0].needs_text:
+        now_s += call_seconds(batch, scheduler.costs)
+        scheduler.end_call()
+        for item in batch:
+            item.advance()
     return batch, now_s
 
 
@@ -155,20 +165,24 @@ class AnyTraffic(RuleBasedStateMachine):
     @rule()
     def call(self) -> None:
         live = {item.urgency: item for item in self.live}
-        stages = {item: item.lane for item in self.live}
+        stages, readers = {item: item.lane for item in self.live}, {item for item in self.live if item.needs_text}
         batch, self.now_s = run_call(self.scheduler, self.now_s)
         assert len(batch) == len(set(batch)) <= self.scheduler.capacity
         assert set(batch) <= set(live.values())
         if not live:
             assert not batch
             return
-        assert batch[0].urgency == min(item.urgency for item in live.values()), "the most urgent sample is in the batch"
-        assert len({stages[item] for item in batch}) == 1
+        most_urgent = live[min(live)]
+        assert {stages[item] for item in batch} == {stages[most_urgent]}, "a call serves the most urgent sample"
         peers = sorted(
             (item for item in live.values() if stages[item] == stages[batch[0]]), key=lambda item: item.urgency
         )
+        if is_text := batch[0] in readers:
+            peers = [item for item in peers if item in readers]
+        assert is_text or most_urgent in batch, "the most urgent sample is in the batch"
         assert batch == peers[: len(batch)], "a less urgent sample of the lane went first"
-        assert all(not item.open_steps for item in batch), "a step count is fixed when the first step is due"
+        assert is_text or not readers & set(batch), "a prompt is encoded before its first step"
+        assert is_text or all(not item.open_steps for item in batch), "a step count is fixed when the first step is due"
 
     @invariant()
     def live_samples_are_known_in_order_of_urgency(self) -> None:
@@ -179,12 +193,12 @@ class AnyTraffic(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):
             return
-        for _ in range(sum(len(item.open_steps) + item.steps_left + 1 for item in self.live) + 1):
+        for _ in range(sum(len(item.open_steps) + item.steps_left + 2 for item in self.live) + 1):
             self.call()
         assert not self.live
         for item in self.accepted:
             if item not in self.gone:
-                assert item.calls == ["denoise"] * item.settled + ["decode:full"]
+                assert item.calls == ["text"] + ["denoise"] * item.settled + ["decode:full"]
 
 
 AnyTraffic.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
@@ -349,21 +363,21 @@ def test_a_promise_that_can_no_longer_be_kept_blocks_no_request() -> None:
 @pytest.mark.parametrize(("budget_s", "steps"), [(1.9, 1), (2.9, 2), (3.9, 3), (4.9, 4), (50.0, 4)])
 def test_auto_takes_the_most_steps_that_the_budget_allows(budget_s: float, steps: int) -> None:
     item = request(0, steps=4, budget_s=budget_s, open_steps=(1, 2, 3, 4))
-    assert scheduler_of(item).schedule(0.0) == [item]
+    assert first_step(scheduler_of(item))[0] == [item]
     assert item.steps_left == item.settled == steps
 
 
 def test_auto_takes_fewer_steps_where_more_would_break_a_promise() -> None:
     item, behind = (request(n, steps=4, budget_s=6.0 + n, open_steps=(1, 2, 3, 4)) for n in range(2))
     scheduler = scheduler_of(item, behind, request(2, steps=2, budget_s=9.0))
-    scheduler.schedule(0.0)
+    first_step(scheduler)
     assert item.settled == 3, "1 + 2 steps of the others and three decodes take about five of nine seconds"
 
 
 def test_auto_without_a_budget_meets_its_target_and_is_never_refused() -> None:
     item = request(0, steps=4, open_steps=(1, 2, 3, 4), due_s=3.0)
     scheduler = scheduler_of(item)
-    scheduler.schedule(0.0)
+    first_step(scheduler)
     assert item.settled == 2
     late = request(1, steps=4, open_steps=(1, 2, 3, 4), due_s=0.1)
     scheduler.admit([late], 0.0)
@@ -417,13 +431,14 @@ def test_a_short_sample_overtakes_a_long_one_after_one_call() -> None:
 
 
 def test_a_long_sample_is_not_overtaken_for_ever() -> None:
-    scheduler = scheduler_of(request(0, shape=2, steps=1))
-    (large,) = scheduler.live()
-    now_s, order = 0.0, 1
+    scheduler = scheduler_of(request(0, shape=2, steps=1), request(1, steps=1))
+    large = scheduler.live()[-1]
+    now_s, order = 0.0, 2
     while large.done_s is None:
-        scheduler.admit([request(order, steps=1, now_s=now_s)], now_s)
-        _, now_s = run_call(scheduler, now_s)
-        order += 1
+        batch, now_s = run_call(scheduler, now_s)
+        if batch[0].calls[-1] != "text":  # prompts take no time, so one arrival each would be far more load
+            scheduler.admit([request(order, steps=1, now_s=now_s)], now_s)
+            order += 1
         assert now_s < 2 * large.unpromised_s
     assert large.done_s > large.unpromised_s - 3 * STEP_S[2], "short samples did overtake it"
 
@@ -461,7 +476,7 @@ def test_without_joining_a_newcomer_waits_for_all_that_started_together() -> Non
     together = [request(n, steps=2 + n) for n in range(2)]
     scheduler: StepScheduler[Request] = StepScheduler(known_costs(0.9), 8, joining=False)
     scheduler.admit(together, 0.0)
-    _, now_s = run_call(scheduler, 0.0)
+    _, now_s = run_call(scheduler, first_step(scheduler)[1])
     newcomer = request(2, now_s=now_s, due_s=0.0)
     scheduler.admit([newcomer], now_s)
     while any(item.done_s is None for item in together):
