@@ -39,7 +39,7 @@ def pipeline_of(model: LoadedModel) -> Any:
 
 
 def embeds(model: LoadedModel, prompt: str = PROMPT) -> torch.Tensor:
-    return model.text_encoder.encode(prompt).conditioning.prompt_embeds
+    return model.text_encoder.encode(prompt, model.recipe.lora_scale or 1.0).conditioning.prompt_embeds
 
 
 @pytest.fixture(scope="module")
