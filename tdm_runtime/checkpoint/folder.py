@@ -103,10 +103,8 @@ class Checkpoint:
 
     def load_denoiser(self, dtype: torch.dtype = torch.float32) -> Denoiser:
         """Load the denoiser in its family's adapter, eval mode."""
-        import diffusers
-
-        model = self._load_model(self.family.denoiser_folder, getattr(diffusers, self.family.denoiser_class), dtype)
-        denoiser = self.family.adapter(model.eval())
+        index = read_json(self.base_folder / MODEL_INDEX)
+        denoiser = self.family.build_denoiser(lambda part: self._load_denoiser_part(part, index, dtype), index)
         if (self.base_folder / STEP_CONDITION_FILE).is_file():
             denoiser.load_step_condition(self._load(STEP_CONDITION_FILE, load_file))
         self._merge_loras({self.family.denoiser_folder: denoiser})
@@ -114,6 +112,13 @@ class Checkpoint:
             denoiser.read_guidance()
         self._check_step_condition(denoiser.reads_step_count)
         return denoiser
+
+    def _load_denoiser_part(self, part: str, index: Mapping[str, Any], dtype: torch.dtype) -> Any:
+        import diffusers
+
+        name = str(index[part][-1])
+        known = self.family.denoiser_class if name == self.family.former_denoiser_class else name
+        return self._load_model(part, getattr(diffusers, known), dtype).eval()
 
     def load_vae(self, dtype: torch.dtype = torch.float32) -> Any:
         """Load the autoencoder, eval mode."""
@@ -249,9 +254,13 @@ def open_checkpoint(folder: Path, hashes: FileHashes | None = None, adapters: Se
     written = load_recipe(folder) if (folder / RECIPE_FILE).exists() else None
     base = folder if written is None else base_folder(folder, written)
     family = family_of(base)
-    if family.makes_clips:
-        raise CheckpointError(f"{base} is of {family.name}, which makes clips; this version serves pictures")
     recipe = recipe_of(folder, family) if written is None else written
+    if family.makes_clips != (recipe.frames is not None):
+        wants = "frames and fps" if family.makes_clips else "no frames"
+        raise RecipeError(
+            f"{folder / RECIPE_FILE}: frames is {recipe.frames}, but {base} is of {family.name}, whose recipe has "
+            f"{wants}; write it with `tdm-recipe`"
+        )
     recipe = replace(recipe, adapters=(*recipe.adapters, *adapters))
     check_files(base, family)
     listed = recipe.files if recipe.base is None else {}

@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args
 
+from tdm_runtime.checkpoint.frame_rule import FrameRule, parse_frame_rule
 from tdm_runtime.checkpoint.size_rule import SizeRule, parse_size_rule
 from tdm_runtime.errors import RecipeError
 from tdm_runtime.sampling.schedule import (
@@ -38,6 +39,7 @@ RECIPE_FORMAT = 1
 StepConditionKind = Literal["none", "timestep_cond"]
 MAX_STEPS = 16
 MAX_GUIDANCE_SCALE = 100.0
+MAX_FPS = 120
 SCHEDULES: Mapping[str, type[NoiseSchedule]] = {
     "diffusion": DiffusionSchedule,
     "flow": FlowSchedule,
@@ -102,6 +104,15 @@ class Recipe:
     """LoRAs that are merged into the weights when they are loaded, in order."""
     guidance_scale: float | None = None
     """Guidance scale that the denoiser reads as an input; None where it reads none."""
+    frames: FrameRule | None = None
+    """Numbers of frames that clips may have; None for a model that makes pictures."""
+    fps: int | None = None
+    """Frames per second of a clip whose request names none; None for a model that makes pictures."""
+
+    @property
+    def default_frames(self) -> int | None:
+        """Frames of a clip whose request names none; None for a model that makes pictures."""
+        return None if self.frames is None else self.frames.default
 
     @property
     def step_counts(self) -> tuple[int, ...]:
@@ -232,6 +243,8 @@ def parse_recipe(raw: Any) -> Recipe:
         guidance_scale=None
         if raw.get("guidance_scale") is None
         else _number(raw, "guidance_scale", 0.0, MAX_GUIDANCE_SCALE),
+        frames=None if raw.get("frames") is None else parse_frame_rule(raw["frames"]),
+        fps=raw.get("fps"),
     )
     _check_fit(recipe)
     if not _is_whole(recipe.default_steps) or recipe.default_steps not in recipe.timesteps:
@@ -243,7 +256,13 @@ def parse_recipe(raw: Any) -> Recipe:
 
 
 def _check_fit(recipe: Recipe) -> None:
-    """Check that no field is set that the others leave unread."""
+    """Check that no field is set that the others leave unread, and none is missing that they need."""
+    if (recipe.frames is None) != (recipe.fps is None):
+        raise RecipeError(
+            f"frames is {recipe.frames} and fps {recipe.fps!r}; clips need both, and pictures have neither"
+        )
+    if recipe.fps is not None and not (_is_whole(recipe.fps) and 1 <= recipe.fps <= MAX_FPS):
+        raise RecipeError(f"fps is {recipe.fps!r}; it must be a whole number from 1 to {MAX_FPS}")
     if recipe.size_shift is not None:
         if not isinstance(recipe.noise_schedule, FlowSchedule):
             raise RecipeError("size_shift is set, but noise_schedule is no flow; a size shifts flows only")

@@ -49,6 +49,11 @@ class Denoiser(nn.Module, ABC):
         return int(self.model.config[self.text_dim_name])
 
     @property
+    def fixed_tokens(self) -> int | None:
+        """Number of prompt tokens that the model reads, where it reads no other; None where it may differ."""
+        return None
+
+    @property
     def timestep_embedding(self) -> Any:
         """Embedding of the timestep that holds `cond_proj`; None there means no input for K."""
         return self.model.get_submodule(self.timestep_embedding_name)

@@ -47,7 +47,7 @@ def encode_image(
         # A quarter of the default's time for about its size.
         picture.save(stream, "PNG", pnginfo=chunks, compress_level=1, compress_type=zlib.Z_RLE)
         return stream.getvalue()
-    exif = b"" if parameters is None else _exif(parameters)
+    exif = b"" if parameters is None else exif_comment(parameters)
     if image_format == "webp":
         picture.save(stream, "WEBP", quality=compression, lossless=compression == 100, exif=exif)
     else:
@@ -55,7 +55,8 @@ def encode_image(
     return stream.getvalue()
 
 
-def _exif(comment: str) -> bytes:
+def exif_comment(comment: str) -> bytes:
+    """Return EXIF data with a text as its UserComment."""
     exif = Image.Exif()
     exif.get_ifd(EXIF_IFD)[EXIF_USER_COMMENT] = b"UNICODE\0" + comment.encode("utf-16-be")
     return exif.tobytes()
@@ -64,8 +65,10 @@ def _exif(comment: str) -> bytes:
 def describe_parameters(params: SamplingParams, recipe: Recipe, digest: str) -> str:
     """Return the metadata text in the form that picture tools read ("prompt", newline, "Steps: 4, ...")."""
     prompt = " ".join(params.prompt.split())
+    clip = "" if params.frames is None else f"Frames: {params.frames}, "
     guidance = next((scale for scale in (params.guidance_scale, recipe.guidance_scale) if scale is not None), 1)
     return (
         f"{prompt}\nSteps: {params.num_inference_steps}, Sampler: {recipe.solver}, CFG scale: {guidance:g}, "
-        f"Seed: {params.seed}, Size: {params.width}x{params.height}, Model hash: {digest[:10]}, Model: {recipe.name}"
+        f"Seed: {params.seed}, Size: {params.width}x{params.height}, {clip}"
+        f"Model hash: {digest[:10]}, Model: {recipe.name}"
     )

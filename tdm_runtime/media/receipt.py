@@ -49,6 +49,8 @@ class Receipt:
     """See `SamplingParams`; not 0 in the frames of a walk through the noise."""
     guidance_scale: float | None = None
     """See `SamplingParams`."""
+    frames: int | None = None
+    """Number of frames of a clip; None for a picture."""
 
     def to_params(self) -> SamplingParams:
         """Return the parameters that make the picture again.
@@ -65,6 +67,7 @@ class Receipt:
             decoder=self.decoder,
             noise_angle=self.noise_angle,
             guidance_scale=self.guidance_scale,
+            frames=self.frames,
         )
 
     def to_json(self) -> str:
@@ -95,6 +98,7 @@ def receipt_of(model: LoadedModel, params: SamplingParams, pixels: Pixels, is_st
         pixels_sha256=pixels_sha256(pixels),
         noise_angle=params.noise_angle,
         guidance_scale=params.guidance_scale,
+        frames=params.frames,
     )
 
 

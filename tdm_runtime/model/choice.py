@@ -231,7 +231,7 @@ def picture_seconds(model: LoadedModel) -> float:
     """Return the seconds of a picture at the default step count: its steps and its decode, without the text encoder."""
     recipe = model.recipe
     width, height = recipe.native_sizes[0]
-    params = SamplingParams("warm-up", 0, recipe.default_steps, width, height)
+    params = SamplingParams("warm-up", 0, recipe.default_steps, width, height, frames=recipe.default_frames)
     device = model.denoiser.device
     prompt = model.conditioning(model.text_encoder.encode(params.prompt), params)
     latents = torch.zeros(1, *model.latent_shape(params), device=device)

@@ -16,14 +16,18 @@ import pytest
 
 from tdm_runtime.families import FAMILIES
 from tests.lora_files import draw_weights, write_diffusers, write_kohya, write_peft
-from tests.stock_checkpoints import CASES, Case, stock_pipeline, write_recipe
-from tests.stock_pictures import MIN_PSNR_DB, picture, psnr_db, stock_picture
+from tests.stock_checkpoints import CASES, CLIPS, PICTURES, Case, stock_pipeline, write_recipe
+from tests.stock_pictures import HEIGHT, MIN_PSNR_DB, WIDTH, clip, picture, psnr_db, stock_clip, stock_picture
 from tests.tiny_pipelines import build_pipeline
 
+MIN_CLIP_PSNR_DB = 57.0
+"""Least similarity of clips: another prompt leaves 53 dB to the tiny CogVideoX."""
+MIN_STD = 0.02
+"""Least standard deviation of a clip's pixels, in [0, 1]: equal grey would prove nothing."""
 PROMPTS = ("A red Fox", "Two CATS on a hill")
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", PICTURES)
 def test_the_picture_equals_that_of_the_stock_pipeline(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     pipeline, folder = stock_pipeline(case), tmp_path / "folder"
@@ -33,6 +37,20 @@ def test_the_picture_equals_that_of_the_stock_pipeline(name: str, tmp_path: Path
         for prompt in PROMPTS:
             theirs = picture_of_case(pipeline, case, prompt, count)
             assert psnr_db(picture(folder, prompt, count, tmp_path), theirs) >= MIN_PSNR_DB, (count, prompt)
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_the_clip_equals_that_of_the_stock_pipeline(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    pipeline, folder = stock_pipeline(case), tmp_path / "folder"
+    pipeline.save_pretrained(folder)
+    write_recipe(case, folder)
+    for count in case.steps:
+        for frames, prompt in zip(case.frames, PROMPTS, strict=True):
+            theirs = clip_of_case(pipeline, case, prompt, count, frames)
+            ours = clip(folder, prompt, count, frames, tmp_path)
+            assert ours.shape == (frames, HEIGHT, WIDTH, 3) and ours.std() > MIN_STD
+            assert psnr_db(ours, theirs) >= MIN_CLIP_PSNR_DB, (count, frames)
 
 
 @pytest.mark.parametrize(
@@ -77,6 +95,11 @@ def test_loras_change_the_picture_as_in_the_stock_pipeline(
     model.mkdir()
     write_recipe(case, folder, model, *loras)
     assert np.array_equal(picture(model, PROMPTS[0], case.steps[0], tmp_path), ours)
+
+
+def clip_of_case(pipeline: Any, case: Case, prompt: str, steps: int, frames: int) -> Any:
+    """Return the clip of the stock pipeline as floats in [0, 1]."""
+    return stock_clip(pipeline, prompt, frames, **(dict(case.call) or {"num_inference_steps": steps}), **case.options)
 
 
 def picture_of_case(pipeline: Any, case: Case, prompt: str, steps: int) -> Any:

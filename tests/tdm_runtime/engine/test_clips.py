@@ -11,12 +11,14 @@ import torch
 from diffusers import AutoencoderKLCogVideoX
 
 from tdm_runtime.backends.pytorch import TorchBackend
+from tdm_runtime.checkpoint.frame_rule import FrameRule
 from tdm_runtime.engine.delivery import Delivery, Preview
 from tdm_runtime.engine.engine import DiffusionEngine
-from tdm_runtime.families import FAMILIES, decoder_for
+from tdm_runtime.families import FAMILIES
 from tdm_runtime.families.cogvideox import CogVideoXDenoiser
+from tdm_runtime.families.latent_space import ClipParts
 from tdm_runtime.model.choice import load_model
-from tdm_runtime.model.decoder import Decoder
+from tdm_runtime.model.decoder import decoder_on
 from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.pipeline import generate
@@ -45,19 +47,19 @@ def clip_model(tiny_checkpoint: Path) -> LoadedModel:
             down_block_types=("CogVideoXDownBlock3D",) * 4,
             up_block_types=("CogVideoXUpBlock3D",) * 4,
         )
-    decoder = Decoder(TorchBackend(decoder_for(vae), CPU), downscale=8)
+    geometry = FAMILIES["cogvideox"].geometry(transformer.config, vae.config)
+    parts = ClipParts(FAMILIES["cogvideox"].decoder(vae))
     return replace(
         base,
-        recipe=replace(base.recipe, native_sizes=((64, 64), (96, 64))),
+        recipe=replace(base.recipe, native_sizes=((64, 64), (96, 64)), frames=FrameRule(NUM_FRAMES, 8, 17), fps=8),
         denoiser=TorchBackend(CogVideoXDenoiser(transformer), CPU),
-        decoders={"full": decoder},
-        geometry=FAMILIES["cogvideox"].geometry(transformer.config, vae.config),
-        num_frames=NUM_FRAMES,
+        decoders={"full": decoder_on(TorchBackend(parts, CPU), geometry)},
+        geometry=geometry,
     )
 
 
 def clip_params(seed: int, steps: int, width: int = 64) -> SamplingParams:
-    return SamplingParams("a fox runs", seed, steps, width, 64)
+    return SamplingParams("a fox runs", seed, steps, width, 64, frames=NUM_FRAMES)
 
 
 def test_a_clip_has_all_its_frames(clip_model: LoadedModel) -> None:
@@ -81,9 +83,9 @@ def test_clips_of_mixed_step_counts_share_calls_and_equal_the_reference(clip_mod
     assert engine.stats.steps < 10, "the clips shared no call"
 
 
-def test_previews_of_a_clip_are_clips(clip_model: LoadedModel) -> None:
+def test_previews_of_a_clip_are_its_first_frame(clip_model: LoadedModel) -> None:
     shown: list[Preview] = []
     with DiffusionEngine(clip_model) as engine:
         delivery = Delivery(on_preview=shown.append, num_previews=2)
         engine.submit(clip_params(seed=5, steps=3), delivery).result(TIMEOUT_S)
-    assert [preview.pixels.shape for preview in shown] == [(NUM_FRAMES, 64, 64, 3)] * 2
+    assert [preview.pixels.shape for preview in shown] == [(1, 64, 64, 3)] * 2

@@ -36,7 +36,7 @@ from tdm_runtime.sampling.schedule import (
     spaced_timesteps,
 )
 from tdm_runtime.sampling.solvers import Solver
-from tdm_runtime.sampling.step_table import PredictionType, StepTable, build_step_table
+from tdm_runtime.sampling.step_table import COLUMNS, PredictionType, StepTable, build_step_table
 from tests.tdm_runtime.sampling.test_step_table import assert_same_trajectory, noise_to_signal, with_schedule
 
 # diffusers calls np.array() on torch tensors
@@ -53,17 +53,17 @@ def pseudo_model(latents: Tensor, timestep: float) -> Tensor:
     return torch.tanh(0.6 * latents - 0.3 * latents.roll(1, -1) + np.cos(timestep / 300.0))
 
 
-def ours(table: StepTable) -> list[Array]:
+def ours(table: StepTable, draws_a_step: int = 1) -> list[Array]:
     """Return the start and the latents after every step, in float64."""
-    noise = SeedNoise(SEED, SHAPE)
-    x, previous = table.initial_scale * noise.initial().double(), torch.zeros(SHAPE, dtype=torch.float64)
+    noise = SeedNoise(SEED, SHAPE, draws_a_step=draws_a_step)
+    x = table.initial_scale * noise.initial().double()
+    before = previous = torch.zeros(SHAPE, dtype=torch.float64)
     trajectory = [x.numpy()]
-    for j, (t, p, q, a, b, c, d) in enumerate(
-        zip(table.timesteps, table.p, table.q, table.a, table.b, table.c, table.d, strict=True)
-    ):
+    columns = (getattr(table, name) for name in COLUMNS)
+    for j, (t, p, q, a, b, c, d, e) in enumerate(zip(*columns, strict=True)):
         denoised = p * x + q * pseudo_model(x, float(t))
-        x = a * x + b * denoised + c * previous + (d * noise.of_step(j).double() if d else 0.0)
-        previous = denoised
+        x = a * x + b * denoised + c * previous + (d * noise.of_step(j).double() if d else 0.0) + e * before
+        before, previous = previous, denoised
         trajectory.append(x.numpy())
     return trajectory
 
