@@ -178,22 +178,25 @@ def add_lora_argument(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         type=_adapter,
-        metavar="FILE[:SCALE]",
-        help="LoRA that is merged into the weights, at scale 1 or another; may be given several times",
+        metavar="[PART=]FILE[:SCALE]",
+        help="LoRA that is merged into the weights, at scale 1 or another; may be given several times. "
+        "transformer_2= is the second expert of Wan 2.2",
     )
 
 
 def _adapter(text: str) -> Adapter:
+    part = next((f for f in ("transformer_2",) if text.startswith(f"{f}=")), "")
+    text = text.removeprefix(f"{part}=")
     path, colon, scale = text.rpartition(":")
     try:
         number = float(scale)
     except ValueError:
         path, colon = text, ""  # the colon belongs to the path
     if not colon:
-        return Adapter(str(Path(text).resolve()))
+        return Adapter(str(Path(text).resolve()), part=part)
     if not math.isfinite(number):
         raise argparse.ArgumentTypeError(f"the scale of {path} is {scale}; give a finite number, 1 is as trained")
-    return Adapter(str(Path(path).resolve()), number)
+    return Adapter(str(Path(path).resolve()), number, part)
 
 
 def add_backend_arguments(parser: argparse.ArgumentParser) -> None:

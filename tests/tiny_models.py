@@ -190,6 +190,7 @@ def tiny_motion_unet(**changes: Any) -> UNetMotionModel:
     config |= {
         "down_block_types": ("DownBlockMotion", "CrossAttnDownBlockMotion"),
         "up_block_types": ("CrossAttnUpBlockMotion", "UpBlockMotion"),
+        "block_out_channels": (16, 24),
         "num_attention_heads": 2,
         "motion_num_attention_heads": 2,
         "motion_max_seq_length": 24,

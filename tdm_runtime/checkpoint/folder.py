@@ -80,7 +80,10 @@ class Checkpoint:
         recipe = (RECIPE_FILE,) if self._lists_all_files else ()
         names = {*known, *weight_files(base, self.family), *other_files(base, self.family), *recipe}
         lines = [f"{name} {known.get(name) or self.hashes.sha256(base / name)}" for name in sorted(names)]
-        return "\n".join([*lines, *(f"LoRA {lora.sha256} at {scale!r}" for lora, scale in self.loras)])
+        loras = zip(self.loras, self.recipe.adapters, strict=True)
+        return "\n".join(
+            [*lines, *(f"LoRA {lora.sha256} at {scale!r}{' of ' * bool(a.part)}{a.part}" for (lora, scale), a in loras)]
+        )
 
     @property
     def _lists_all_files(self) -> bool:
@@ -95,7 +98,16 @@ class Checkpoint:
     @cached_property
     def loras(self) -> tuple[tuple[LoraFile, float], ...]:
         """LoRAs that are merged into the weights, each with its scale."""
-        return tuple((read_lora(self.folder / one.file, self.family), one.scale) for one in self.recipe.adapters)
+        return tuple((self._lora(one), one.scale) for one in self.recipe.adapters)
+
+    def _lora(self, adapter: Adapter) -> LoraFile:
+        lora, first = read_lora(self.folder / adapter.file, self.family), self.family.denoiser_folder
+        if adapter.part in ("", first):
+            return lora
+        parts = self.family.denoiser_parts(read_json(self.base_folder / MODEL_INDEX))
+        if adapter.part not in parts:
+            raise CheckpointError(f"the LoRA {adapter.file} is for {adapter.part!r}; {self.base_folder} has {parts}")
+        return replace(lora, layers={adapter.part: lora.layers.get(first, {})})
 
     def _merge_loras(self, modules: Mapping[str, nn.Module]) -> None:
         if self.loras:
@@ -107,7 +119,7 @@ class Checkpoint:
         denoiser = self.family.build_denoiser(lambda part: self._load_denoiser_part(part, index, dtype), index)
         if (self.base_folder / STEP_CONDITION_FILE).is_file():
             denoiser.load_step_condition(self._load(STEP_CONDITION_FILE, load_file))
-        self._merge_loras({self.family.denoiser_folder: denoiser})
+        self._merge_loras({self.family.denoiser_folder: denoiser, **denoiser.further_models})
         if self.recipe.guidance_scale is not None:
             denoiser.read_guidance()
         self._check_step_condition(denoiser.reads_step_count)

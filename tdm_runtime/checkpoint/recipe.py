@@ -59,6 +59,8 @@ class Adapter:
     """File or folder of the LoRA, relative to the recipe's folder."""
     scale: float = 1.0
     """Multiplies the change of the weights; 1 is as trained."""
+    part: str = ""
+    """Folder of the denoiser that it changes, such as `transformer_2` of Wan 2.2; empty for the family's first."""
 
 
 @dataclass(frozen=True)
@@ -373,10 +375,17 @@ def _parse_sizes(raw: Any) -> tuple[tuple[int, int], ...]:
 
 
 def _parse_adapters(raw: Any) -> tuple[Adapter, ...]:
-    is_list = isinstance(raw, list) and all(isinstance(one, dict) and set(one) <= {"file", "scale"} for one in raw)
+    is_list = isinstance(raw, list) and all(
+        isinstance(one, dict) and set(one) <= {"file", "scale", "part"} for one in raw
+    )
     if not is_list:
-        raise RecipeError(f"adapters must be a list of objects with file and scale, got {raw!r}")
-    return tuple(Adapter(_text({"file": "", **one}, "file"), _finite(one.get("scale", 1.0), "scale")) for one in raw)
+        raise RecipeError(f"adapters must be a list of objects with file, scale and part, got {raw!r}")
+    if parts := [one["part"] for one in raw if not isinstance(one.get("part", ""), str)]:
+        raise RecipeError(f"part of an adapter must be a folder's name, got {parts[0]!r}")
+    return tuple(
+        Adapter(_text({"file": "", **one}, "file"), _finite(one.get("scale", 1.0), "scale"), one.get("part", ""))
+        for one in raw
+    )
 
 
 def _finite(value: Any, name: str) -> float:

@@ -49,6 +49,11 @@ class Denoiser(nn.Module, ABC):
         return int(self.model.config[self.text_dim_name])
 
     @property
+    def further_models(self) -> Mapping[str, nn.Module]:
+        """Models beside the first, by the folders that they come from."""
+        return {}
+
+    @property
     def fixed_tokens(self) -> int | None:
         """Number of prompt tokens that the model reads, where it reads no other; None where it may differ."""
         return None

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tdm_runtime.backends.interface import Interface, TensorSpec
 from tdm_runtime.errors import CheckpointError
@@ -55,6 +55,10 @@ class WanDenoiser(Denoiser):
         self.low_noise = low_noise
         self.boundary = boundary
         self._condition = PassedCondition(self.timestep_embedding)
+
+    @property
+    def further_models(self) -> Mapping[str, nn.Module]:
+        return {} if self.low_noise is None else {LOW_NOISE_EXPERT: self.low_noise}
 
     def predict(self, latents: Tensor, timesteps: Tensor, condition: Tensor | None, prompt: Conditioning) -> Tensor:
         """Call the transformer with latents [B, C, F, H, W].

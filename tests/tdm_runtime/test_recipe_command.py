@@ -8,11 +8,11 @@ from pathlib import Path
 
 import diffusers
 import pytest
-from tests.tdm_runtime.checkpoint.test_implied_recipe import UNET, stock_folder
 
 from tdm_runtime.checkpoint.recipe import RECIPE_FILE, load_recipe, parse_recipe
 from tdm_runtime.checkpoint.stock.published_recipes import PUBLISHED
 from tdm_runtime.recipe_cli import main
+from tests.tdm_runtime.checkpoint.stock.test_implied_recipe import UNET, stock_folder
 from tests.tiny_pipelines import build_pipeline
 
 
