@@ -139,6 +139,20 @@ class CogVideoX(Family):
     vae_classes = ("AutoencoderKLCogVideoX",)
     decoder = CogVideoXDecoder
 
+    def build_denoiser(self, load: Callable[[str], Any], index: Mapping[str, Any]) -> Denoiser:
+        """Return the denoiser of a folder to serve.
+
+        Raises:
+            CheckpointError: it is CogVideoX 1.5, whose pipeline adds latent frames and cuts them off again.
+        """
+        model = load(self.denoiser_folder)
+        if model.config.patch_size_t is not None:
+            raise CheckpointError(
+                f"patch_size_t is {model.config.patch_size_t}, as in CogVideoX 1.5, which this version does not serve; "
+                "use CogVideoX-2b or CogVideoX-5b"
+            )
+        return CogVideoXDenoiser(model)
+
     def geometry(self, denoiser: Mapping[str, Any], vae: Mapping[str, Any]) -> LatentGeometry:
         """Return the rule. The VAE makes 8 k + 1 frames: of an even number of latent frames it makes 4 for each."""
         ratio = int(vae.get("temporal_compression_ratio", 4))

@@ -30,14 +30,14 @@ from tests.tiny_pipelines import dc_vae, flux2_vae
 TOLERANCE = 1e-4
 """Largest distance to torch, as a share of the largest number: float32 summed in another order, through all layers."""
 VARIANTS: Mapping[str, Callable[[], Any]] = {
-    **{name: TINY_MODELS[name] for name in FAMILIES},
+    **{name: TINY_MODELS[name] for name in FAMILIES if name != "animatediff"},  # repeats its timestep for each frame
     "flux-dev": lambda: tiny_flux(guidance_embeds=True),
     "pixart": lambda: tiny_pixart(num_layers=1),
     "pixart-1024": lambda: tiny_pixart(num_layers=1, use_additional_conditions=True),
     "cogvideox": lambda: tiny_cogvideox(num_layers=1),
     "cogvideox-5b": lambda: tiny_cogvideox(num_layers=1, use_rotary_positional_embeddings=True),
 }
-"""Every family, and more variants of those whose published models need different replacements."""
+"""Every family that can be exported, and more variants of those whose published models need different replacements."""
 OTHER_SIZES: tuple[Mapping[str, int], ...] = (
     {"batch": 3, "height": 10, "width": 14, "frames": 5, "tokens": 9},
     {"batch": 1, "height": 20, "width": 6, "frames": 1, "tokens": 3},

@@ -120,7 +120,11 @@ def wan_model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     decoder = model.decoders["full"]
     assert isinstance(decoder, ClipDecoder)
     parts = decoder.backend.module  # type: ignore[attr-defined]
-    return replace(model, decoders={"full": ClipDecoder(decoder.backend, parts, model.geometry, call_pixels=1)})
+    return replace(
+        model,
+        recipe=replace(model.recipe, native_sizes=((64, 32),), frames=FrameRule(LONG, 4, 33)),
+        decoders={"full": ClipDecoder(decoder.backend, parts, model.geometry, call_pixels=1)},
+    )
 
 
 def long_clip(seed: int, steps: int) -> SamplingParams:
@@ -199,7 +203,7 @@ def test_a_model_of_clips_is_not_asked_for_pictures_nor_the_reverse(
     engine, clip = DiffusionEngine(pictures), long_clip(seed=1, steps=1)
     for params, model, message in (
         (replace(clip, frames=None), wan_model, r"frames is missing; .* makes clips of 4 k \+ 1 frames"),
-        (replace(clip, frames=16), wan_model, "frames is 16; .* at most 161: take 17"),
+        (replace(clip, frames=16), wan_model, "frames is 16; .* at most 33: take 17"),
         (replace(clip, width=16, height=16), pictures, "frames is 17; .* makes pictures, not clips"),
     ):
         with pytest.raises(InvalidRequestError, match=message):
