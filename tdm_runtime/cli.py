@@ -26,6 +26,8 @@ from tdm_runtime.params import MAX_SEED, DecoderName, SamplingParams
 from tdm_runtime.pipeline import generate
 
 FORMATS: Mapping[str, ImageFormat] = {".png": "png", ".webp": "webp", ".jpg": "jpeg", ".jpeg": "jpeg"}
+SECOND_EXPERT = "transformer_2"
+"""Part that --lora may name: the second transformer of Wan 2.2."""
 CLIP_FORMATS: Mapping[str, ClipFormat] = {".mp4": "mp4", ".webp": "webp", ".gif": "gif", ".npy": "npy"}
 
 
@@ -35,14 +37,13 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if (given.prompt is None) == (given.verify is None):
         parser.error("give a prompt, or --verify with a file, and not both")
-    if given.output is None:
-        pass  # the checkpoint says whether it is a picture or a clip
-    elif given.output.suffix.lower() not in {**FORMATS, **CLIP_FORMATS}:
+    output: Path | None = given.output
+    if output is not None and output.suffix.lower() not in {**FORMATS, **CLIP_FORMATS}:
         parser.error(
-            f"the output {given.output} ends in none of {', '.join(FORMATS)}, or of {', '.join(CLIP_FORMATS)} for clips"
+            f"the output {output} ends in none of {', '.join(FORMATS)}, or of {', '.join(CLIP_FORMATS)} for clips"
         )
-    elif not given.output.resolve().parent.is_dir():
-        parser.error(f"the folder of {given.output} does not exist")
+    if output is not None and not output.resolve().parent.is_dir():
+        parser.error(f"the folder of {output} does not exist")
     try:
         if given.verify is not None:
             return verify(given.verify, given.checkpoint, given.lora)
@@ -180,12 +181,12 @@ def add_lora_argument(parser: argparse.ArgumentParser) -> None:
         type=_adapter,
         metavar="[PART=]FILE[:SCALE]",
         help="LoRA that is merged into the weights, at scale 1 or another; may be given several times. "
-        "transformer_2= is the second expert of Wan 2.2",
+        f"{SECOND_EXPERT}= is the second expert of Wan 2.2",
     )
 
 
 def _adapter(text: str) -> Adapter:
-    part = next((f for f in ("transformer_2",) if text.startswith(f"{f}=")), "")
+    part = SECOND_EXPERT if text.startswith(f"{SECOND_EXPERT}=") else ""
     text = text.removeprefix(f"{part}=")
     path, colon, scale = text.rpartition(":")
     try:

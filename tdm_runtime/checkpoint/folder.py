@@ -80,10 +80,9 @@ class Checkpoint:
         recipe = (RECIPE_FILE,) if self._lists_all_files else ()
         names = {*known, *weight_files(base, self.family), *other_files(base, self.family), *recipe}
         lines = [f"{name} {known.get(name) or self.hashes.sha256(base / name)}" for name in sorted(names)]
-        loras = zip(self.loras, self.recipe.adapters, strict=True)
-        return "\n".join(
-            [*lines, *(f"LoRA {lora.sha256} at {scale!r}{' of ' * bool(a.part)}{a.part}" for (lora, scale), a in loras)]
-        )
+        for (lora, scale), adapter in zip(self.loras, self.recipe.adapters, strict=True):
+            lines.append(f"LoRA {lora.sha256} at {scale!r}" + (f" of {adapter.part}" if adapter.part else ""))
+        return "\n".join(lines)
 
     @property
     def _lists_all_files(self) -> bool:
@@ -106,7 +105,10 @@ class Checkpoint:
             return lora
         parts = self.family.denoiser_parts(read_json(self.base_folder / MODEL_INDEX))
         if adapter.part not in parts:
-            raise CheckpointError(f"the LoRA {adapter.file} is for {adapter.part!r}; {self.base_folder} has {parts}")
+            raise CheckpointError(
+                f"the LoRA {adapter.file} is for {adapter.part!r}, which {self.base_folder} does not have; it has "
+                f"{', '.join(parts)}"
+            )
         return replace(lora, layers={adapter.part: lora.layers.get(first, {})})
 
     def _merge_loras(self, modules: Mapping[str, nn.Module]) -> None:

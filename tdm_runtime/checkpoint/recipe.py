@@ -6,14 +6,14 @@ A checkpoint whose recipe cannot be followed in every field is refused when it i
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal, get_args
 
+from tdm_runtime.checkpoint.file_hashes import parse_hashes
 from tdm_runtime.checkpoint.frame_rule import FrameRule, parse_frame_rule
 from tdm_runtime.checkpoint.size_rule import SizeRule, parse_size_rule
 from tdm_runtime.errors import RecipeError
@@ -166,6 +166,9 @@ class Recipe:
         for f in fields(self):
             if f.name in OPTIONAL_FIELDS - set(FIRST_FIELDS) and getattr(self, f.name) == _default(f.name):
                 del raw[f.name]
+        for adapter in raw.get("adapters", ()):
+            if not adapter["part"]:
+                del adapter["part"]
         kind = next(kind for kind, schedule in SCHEDULES.items() if isinstance(self.noise_schedule, schedule))
         raw["noise_schedule"] = {"kind": kind, **raw["noise_schedule"]}
         return json.dumps({"format": RECIPE_FORMAT, **raw}, indent=2) + "\n"
@@ -233,7 +236,7 @@ def parse_recipe(raw: Any) -> Recipe:
         native_sizes=_parse_sizes(raw["native_sizes"]),
         size_rule=None if raw.get("size_rule") is None else parse_size_rule(raw["size_rule"]),
         step_condition=_choice(raw, "step_condition", get_args(StepConditionKind), default="none"),
-        files=_parse_files(raw.get("files", {})),
+        files=parse_hashes(raw.get("files", {})),
         sigmas=_parse_lists(raw, "sigmas", of=timesteps, more=1),
         next_timesteps=_parse_lists(raw, "next_timesteps", of=timesteps),
         size_shift=_parse_size_shift(raw.get("size_shift")),
@@ -392,15 +395,3 @@ def _finite(value: Any, name: str) -> float:
     if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
         raise RecipeError(f"{name} of an adapter must be a finite number, got {value!r}")
     return float(value)
-
-
-def _parse_files(raw: Any) -> Mapping[str, str]:
-    if not isinstance(raw, dict):
-        raise RecipeError(f"files must map weight files to their sha256, got {raw!r}")
-    for name, sha256 in raw.items():
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or "\\" in name or not path.name:
-            raise RecipeError(f"files names {name!r}; a path inside the checkpoint folder is allowed")
-        if not isinstance(sha256, str) or not re.fullmatch("[0-9a-f]{64}", sha256):
-            raise RecipeError(f"files says that the sha256 of {name!r} is {sha256!r}; it has 64 digits 0-9a-f")
-    return dict(raw)

@@ -251,22 +251,24 @@ def test_solve_takes_the_noise_of_each_step(
 def test_a_batch_of_all_solvers_is_bit_equal_to_each_sample_alone() -> None:
     """One fused update serves samples that draw noise and samples that draw none."""
     timesteps = spaced_timesteps("trailing", 4)
-    solvers: list[Solver] = ["ddim", "renoise", "dpmsolver++", "tcd", "euler_ancestral", "lcm"]
-    tables = [build_step_table(DiffusionSchedule(), "epsilon", s, timesteps, eta=0.5) for s in solvers]
+    solvers: list[Solver] = ["ddim", "renoise", "dpmsolver++", "tcd", "euler_ancestral", "lcm", "sde-dpmsolver++"]
+    tables = [build_step_table(DiffusionSchedule(), "epsilon", s, timesteps, eta=0.5) for s in [*solvers, "unipc"]]
     draw = torch.Generator().manual_seed(0)
-    x, output, previous, noise = torch.randn(4, len(tables), 4, 6, 6, generator=draw)
-    rows = gather_rows([(table, 1) for table in tables], torch.device("cpu"))
+    x, output, previous, noise, before = torch.randn(5, len(tables), 4, 6, 6, generator=draw)
+    rows = gather_rows([(table, 2) for table in tables], torch.device("cpu"))
     # a sample that draws none has its latents in the place of the noise, as the engine puts them
     placed = torch.where((rows[:, 6] != 0).view(-1, 1, 1, 1), noise, x)
-    batched = apply_step(rows, x, output, previous, placed)
+    batched = apply_step(rows, x, output, previous, placed, before)
+    assert tables[-1].e[2] != 0
     for n, table in enumerate(tables):
         one = slice(n, n + 1)
         alone = apply_step(
             rows[one],
             x[one],
             output[one],
-            previous[one] if table.c[1] else None,
-            noise[one] if table.d[1] else None,
+            previous[one] if table.c[2] else None,
+            noise[one] if table.d[2] else None,
+            before[one] if table.e[2] else None,
         )
         for mine, other in zip(batched, alone, strict=True):
             assert torch.equal(mine[one], other)
