@@ -334,7 +334,7 @@ def run_stock(pipeline: Any, family: str, prompts: list[str], **arguments: Any) 
 def stock_embeds(family: str, prompts: list[str]) -> Tensor:
     """Embeddings by the whole stock pipeline. It encodes the empty prompt of SDXL as the negative prompt."""
     pipeline, cpu = build_pipeline(family), torch.device("cpu")
-    if family == "stable_diffusion":
+    if family in ("stable_diffusion", "animatediff"):
         return pipeline.encode_prompt(prompts, cpu, 1, True, [""] * len(prompts))[0]
     if family == "sdxl":
         embeds, negative, *_ = pipeline.encode_prompt(prompts, device=cpu)
@@ -348,6 +348,6 @@ def stock_embeds(family: str, prompts: list[str]) -> Tensor:
     if family == "sana":
         _, (step,) = run_stock(pipeline, family, prompts, num_inference_steps=1, output_type="latent")
         return step.arguments["encoder_hidden_states"]
-    lengths = {"cogvideox": TEXT_TOKENS, "flux": 256}
+    lengths = {"cogvideox": TEXT_TOKENS, "flux": 256, "wan": 512}
     length = {"max_sequence_length": lengths[family]} if family in lengths else {}
     return pipeline.encode_prompt(prompts, device=cpu, **length)[0]
