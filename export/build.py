@@ -59,6 +59,11 @@ def build_artifacts(checkpoint: Checkpoint, plan: BuildPlan, folder: Path, annou
     Raises:
         ExportError: a component cannot be built, or the folder cannot be replaced.
     """
+    if checkpoint.recipe.frames is not None:
+        raise ExportError(
+            f"{checkpoint.recipe.name} makes clips of any of several lengths, and a compiled decoder has a fixed one; "
+            "serve it on torch, with --backend torch"
+        )
     _check_replaceable(folder)
     with _replacing(folder) as partial:
         interfaces: dict[str, Interface] = {}

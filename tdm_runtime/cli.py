@@ -1,4 +1,4 @@
-"""`tdm-generate`: make one picture file without a server."""
+"""`tdm-generate`: make one picture or clip without a server."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import cast, get_args
+from typing import get_args
 
 from tdm_runtime.backends import BACKENDS, PRECISIONS, TORCH_BACKENDS
 from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT, open_checkpoint
@@ -19,6 +19,7 @@ from tdm_runtime.checkpoint.stock.text_precision import TEXT_PRECISIONS, TextCon
 from tdm_runtime.errors import BackendError, CheckpointError, TDMError, shown
 from tdm_runtime.media.image_file import ImageFormat, describe_parameters, encode_image
 from tdm_runtime.media.receipt import Receipt, read_claims, receipt_of
+from tdm_runtime.media.video_file import ClipFormat, encode_frames
 from tdm_runtime.model.artifacts import BackendConfig
 from tdm_runtime.model.choice import load_checkpoint, load_model
 from tdm_runtime.model.decoder import Pixels
@@ -26,7 +27,10 @@ from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.params import MAX_SEED, DecoderName, SamplingParams, parse_size
 from tdm_runtime.pipeline import generate
 
-FORMATS = {".png": "png", ".webp": "webp", ".jpg": "jpeg", ".jpeg": "jpeg"}
+FORMATS: Mapping[str, ImageFormat] = {".png": "png", ".webp": "webp", ".jpg": "jpeg", ".jpeg": "jpeg"}
+SECOND_EXPERT = "transformer_2"
+"""Part that --lora may name: the second transformer of Wan 2.2."""
+CLIP_FORMATS: Mapping[str, ClipFormat] = {".mp4": "mp4", ".webp": "webp", ".gif": "gif", ".npy": "npy"}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -37,29 +41,36 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("give a prompt, or --verify with a file, and not both")
     if given.prompt == "-" or ((given.prompt or "").startswith("@") and Path(given.prompt[1:]).is_file()):
         parser.error(f"the prompt is {given.prompt!r}; neither files nor standard input are read, write the prompt out")
-    image_format = FORMATS.get(given.output.suffix.lower())
-    if image_format is None:
-        parser.error(f"the output {given.output} ends in none of {', '.join(FORMATS)}")
-    if not given.output.resolve().parent.is_dir():
-        parser.error(f"the folder of {given.output} does not exist")
+    output: Path | None = given.output
+    if output is not None and output.suffix.lower() not in {**FORMATS, **CLIP_FORMATS}:
+        parser.error(
+            f"the output {output} ends in none of {', '.join(FORMATS)}, or of {', '.join(CLIP_FORMATS)} for clips"
+        )
+    if output is not None and not output.resolve().parent.is_dir():
+        parser.error(f"the folder of {output} does not exist")
     try:
         if given.verify is not None:
             return verify(given.verify, given.checkpoint, given.lora, backend_config(given).text)
-        return make_picture(given, cast(ImageFormat, image_format))
+        return make_picture(given)
     except (TDMError, ValueError, OSError) as error:
         print(f"tdm-generate: {error}", file=sys.stderr)
         return 2
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="tdm-generate", description="Make a picture from a prompt.")
+    parser = argparse.ArgumentParser(prog="tdm-generate", description="Make a picture or a clip from a prompt.")
     parser.add_argument("prompt", nargs="?")
     parser.add_argument(
-        "-o", "--output", type=Path, default=Path("picture.png"), help="png, webp or jpeg (%(default)s)"
+        "-o",
+        "--output",
+        type=Path,
+        help="png, webp or jpeg (picture.png); of a clip mp4, webp, gif or npy, raw uint8 [F, H, W, 3] (clip.mp4)",
     )
     parser.add_argument("--seed", type=int, help="drawn when absent, and printed")
     parser.add_argument("--steps", type=int, help="num_inference_steps; the checkpoint's default when absent")
     parser.add_argument("--size", metavar="WxH", help="in pixels; the checkpoint's first native size when absent")
+    parser.add_argument("--frames", type=int, help="frames of a clip; the checkpoint's default when absent")
+    parser.add_argument("--fps", type=int, help="frames per second of a clip; the checkpoint's default when absent")
     parser.add_argument(
         "--guidance", type=float, help="guidance scale, for checkpoints that read one; the recipe's when absent"
     )
@@ -82,12 +93,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def make_picture(given: argparse.Namespace, image_format: ImageFormat) -> int:
-    """Make and write one picture. Returns the exit status."""
+def make_picture(given: argparse.Namespace) -> int:
+    """Make and write one picture or clip. Returns the exit status."""
     model = load_model(given.checkpoint, backend_config(given), adapters=given.lora)
     if model.choice:
         print(f"backend: {model.choice}", file=sys.stderr)
     recipe = model.recipe
+    output = given.output or Path("picture.png" if recipe.frames is None else "clip.mp4")
+    made, formats = ("pictures", FORMATS) if recipe.frames is None else ("clips", CLIP_FORMATS)
+    if output.suffix.lower() not in formats:
+        raise ValueError(f"the output is {output}; {recipe.name} makes {made}: {', '.join(formats)}")
     width, height = recipe.native_sizes[0] if given.size is None else parse_size(given.size)
     params = SamplingParams(
         prompt=given.prompt,
@@ -97,11 +112,16 @@ def make_picture(given: argparse.Namespace, image_format: ImageFormat) -> int:
         height=height,
         decoder=given.decoder,
         guidance_scale=given.guidance,
+        frames=recipe.default_frames if given.frames is None else given.frames,
+        fps=given.fps,
     )
     previews: dict[Path, Pixels] = {}
 
     def keep(step: int, pixels: Pixels) -> None:
-        previews[given.output.with_suffix(f".step{step}{given.output.suffix}")] = pixels
+        if recipe.frames is None:
+            previews[output.with_suffix(f".step{step}{output.suffix}")] = pixels
+        else:
+            previews[output.with_suffix(f".step{step}.png")] = pixels[0]
 
     started_s = time.monotonic()
     pixels = generate(model, params, keep if given.previews else None)
@@ -110,12 +130,16 @@ def make_picture(given: argparse.Namespace, image_format: ImageFormat) -> int:
     receipt = receipt_of(model, params, pixels, is_strict=True).to_json()  # made alone
     try:
         for file, preview in previews.items():
-            file.write_bytes(encode_image(preview, image_format, parameters=text))
-        given.output.write_bytes(encode_image(pixels, image_format, parameters=text, receipt=receipt))
+            file.write_bytes(encode_image(preview, FORMATS[file.suffix.lower()], parameters=text))
+        suffix = output.suffix.lower()
+        if recipe.fps is None:
+            output.write_bytes(encode_image(pixels, FORMATS[suffix], parameters=text, receipt=receipt))
+        else:
+            output.write_bytes(encode_frames(pixels, CLIP_FORMATS[suffix], params.fps or recipe.fps, text))
     except OSError as error:
-        raise OSError(f"{given.output} cannot be written: {error.strerror}") from None
-    made = f"{params.num_inference_steps} steps, seed {params.seed}, {elapsed_ms:.0f} ms on {model.backend}"
-    print(f"{given.output}: {made}")
+        raise OSError(f"{output} cannot be written: {error.strerror}") from None
+    done = f"{params.num_inference_steps} steps, seed {params.seed}, {elapsed_ms:.0f} ms on {model.backend}"
+    print(f"{output}: {done}")
     return 0
 
 
@@ -176,22 +200,25 @@ def add_lora_argument(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         type=_adapter,
-        metavar="FILE[:SCALE]",
-        help="LoRA that is merged into the weights, at scale 1 or another; may be given several times",
+        metavar="[PART=]FILE[:SCALE]",
+        help="LoRA that is merged into the weights, at scale 1 or another; may be given several times. "
+        f"{SECOND_EXPERT}= is the second expert of Wan 2.2",
     )
 
 
 def _adapter(text: str) -> Adapter:
+    part = SECOND_EXPERT if text.startswith(f"{SECOND_EXPERT}=") else ""
+    text = text.removeprefix(f"{part}=")
     path, colon, scale = text.rpartition(":")
     try:
         number = float(scale)
     except ValueError:
         path, colon = text, ""  # the colon belongs to the path
     if not colon:
-        return Adapter(str(Path(text).resolve()))
+        return Adapter(str(Path(text).resolve()), part=part)
     if not math.isfinite(number):
         raise argparse.ArgumentTypeError(f"the scale of {path} is {scale}; give a finite number, 1 is as trained")
-    return Adapter(str(Path(path).resolve()), number)
+    return Adapter(str(Path(path).resolve()), number, part)
 
 
 def add_backend_arguments(parser: argparse.ArgumentParser) -> None:

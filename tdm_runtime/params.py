@@ -1,4 +1,4 @@
-"""`SamplingParams`: the parameters of one picture. All their values are checked here."""
+"""`SamplingParams`: the parameters of one picture or clip. All their values are checked here."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import unicodedata
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from tdm_runtime.checkpoint.recipe import MAX_GUIDANCE_SCALE, Recipe
+from tdm_runtime.checkpoint.frame_rule import MAX_FRAMES
+from tdm_runtime.checkpoint.recipe import MAX_FPS, MAX_GUIDANCE_SCALE, Recipe
 from tdm_runtime.errors import InvalidRequestError, shown
 
 DecoderName = Literal["full", "tiny"]
@@ -21,7 +22,7 @@ MAX_SEED = 2**32 - 1
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """Parameters that determine one picture: the same values give the same picture.
+    """Parameters that determine one picture or clip: the same values give the same pixels.
 
     Raises:
         InvalidRequestError: naming the value, the limit and the remedy.
@@ -45,6 +46,10 @@ class SamplingParams:
     distilled into their weights."""
     lora_scale: float | None = None
     """Scale of the LoRA, for a model that is a LoRA on a base; None takes the one that it is served with."""
+    frames: int | None = None
+    """Number of frames of a clip; None for a picture."""
+    fps: int | None = None
+    """Frames per second at which a clip is shown, 1..120; None takes the recipe's. It changes no pixel."""
 
     def __post_init__(self) -> None:
         _check_prompt(self.prompt)
@@ -72,12 +77,17 @@ class SamplingParams:
                 f"lora_scale is {shown(self.lora_scale)}; it must be from {-MAX_LORA_SCALE:g} to {MAX_LORA_SCALE:g}",
                 param="lora_scale",
             )
+        for name, value, limit in (("frames", self.frames, MAX_FRAMES), ("fps", self.fps, MAX_FPS)):
+            if value is not None and not (type(value) is int and 1 <= value <= limit):
+                raise InvalidRequestError(
+                    f"{name} is {shown(value)}; it must be a whole number from 1 to {limit}", param=name
+                )
 
     def check_against(self, recipe: Recipe) -> None:
         """Check the values that depend on the checkpoint.
 
         Raises:
-            InvalidRequestError: a step count or size that the checkpoint was not trained for.
+            InvalidRequestError: a step count, size or number of frames that the checkpoint was not trained for.
         """
         steps = self.num_inference_steps
         if type(steps) is not int or steps not in recipe.timesteps:
@@ -86,6 +96,7 @@ class SamplingParams:
                 f"num_inference_steps is {shown(steps)}; {recipe.name} serves {counts}", param="num_inference_steps"
             )
         self._check_size(recipe)
+        self._check_frames(recipe)
         if self.guidance_scale is not None and recipe.guidance_scale is None:
             raise InvalidRequestError(
                 f"guidance_scale is {shown(self.guidance_scale)}; {recipe.name} has guidance distilled in "
@@ -115,6 +126,25 @@ class SamplingParams:
         raise InvalidRequestError(
             f"size is {shown(self.width)}x{shown(self.height)}; {recipe.name} makes {makes}", param="size"
         )
+
+    def _check_frames(self, recipe: Recipe) -> None:
+        rule = recipe.frames
+        if rule is None:
+            for name in ("frames", "fps"):
+                if (value := getattr(self, name)) is not None:
+                    raise InvalidRequestError(
+                        f"{name} is {value}; {recipe.name} makes pictures, not clips: leave it out", param=name
+                    )
+        elif self.frames is None:
+            raise InvalidRequestError(
+                f"frames is missing; {recipe.name} makes clips of {rule}, not pictures: take {rule.default}",
+                param="frames",
+            )
+        elif not rule.allows(self.frames):
+            raise InvalidRequestError(
+                f"frames is {self.frames}; {recipe.name} makes clips of {rule}: take {rule.nearest(self.frames)}",
+                param="frames",
+            )
 
 
 def _check_prompt(prompt: object) -> None:

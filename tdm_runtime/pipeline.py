@@ -11,11 +11,10 @@ from tdm_runtime.errors import NotFiniteError
 from tdm_runtime.model.decoder import Pixels
 from tdm_runtime.model.loaded_model import LoadedModel, denoise
 from tdm_runtime.params import SamplingParams
-from tdm_runtime.sampling.noise import SeedNoise
 from tdm_runtime.sampling.sampler import solve
 
 OnPreview = Callable[[int, Pixels], None]
-"""Called with the number of steps taken and a picture, uint8 [H, W, 3] or [F, H, W, 3]."""
+"""Called with the number of steps taken and a picture, uint8 [H, W, 3]; of a clip its first frame, [1, H, W, 3]."""
 
 
 @torch.inference_mode()
@@ -34,15 +33,16 @@ def generate(model: LoadedModel, params: SamplingParams, on_preview: OnPreview |
     device = model.denoiser.device
     prompt = model.conditioning(model.embedding(params), params)
     step_counts = torch.tensor([params.num_inference_steps], device=device)
-    noise = SeedNoise(params.seed, (1, *model.latent_shape(params)), params.noise_angle)
+    noise = model.noise(params)
 
     def predict(latents: Tensor, timesteps: Tensor) -> Tensor:
         return denoise([model], latents, timesteps, step_counts, prompt, [model.lora_factor(params)])
 
-    for steps_taken, step in enumerate(solve(table, noise.initial().to(device), predict, noise.of_step), start=1):
+    steps = solve(table, noise.initial()[None].to(device), predict, noise.of_step)
+    for steps_taken, step in enumerate(steps, start=1):
         latents, denoised = step
         if on_preview is not None and steps_taken < table.num_inference_steps:
-            on_preview(steps_taken, model.decoders[model.preview_decoder].decode(denoised)[0])
+            on_preview(steps_taken, model.decoders[model.preview_decoder].preview(denoised)[0])
     if not torch.isfinite(latents).all():
         raise NotFiniteError("the model produced NaN or infinity for this request; no picture was made")
     picture: Pixels = model.decoders[params.decoder].decode(latents)[0]

@@ -13,7 +13,13 @@ from tdm_runtime.checkpoint.folder import weight_hashes
 from tdm_runtime.checkpoint.lora.lora_file import read_lora
 from tdm_runtime.checkpoint.recipe import Recipe
 from tdm_runtime.checkpoint.stock.absent_recipes import ABSENT
-from tdm_runtime.checkpoint.stock.implied_recipe import guidance_scale, implied_recipe, native_size, size_rule
+from tdm_runtime.checkpoint.stock.implied_recipe import (
+    guidance_scale,
+    implied_recipe,
+    native_clip,
+    native_size,
+    size_rule,
+)
 from tdm_runtime.checkpoint.stock.pipeline_folder import family_of
 from tdm_runtime.checkpoint.stock.published_recipes import PUBLISHED, published_recipe
 from tdm_runtime.cli import add_lora_argument
@@ -72,7 +78,11 @@ def recipe_for(given: argparse.Namespace) -> Recipe:
     entry = published_recipe(given.recipe)
     if entry.family != family.name:
         raise RecipeError(f"recipe {entry.name} is for {entry.family}, and {given.folder} is of {family.name}")
-    recipe = entry.recipe(given.name or given.folder.resolve().name, native_size(family, given.folder))
+    recipe = entry.recipe(
+        given.name or given.folder.resolve().name,
+        native_size(family, given.folder),
+        clip=native_clip(family, given.folder),
+    )
     scale = 1.0 if entry.lora_scale is None else entry.lora_scale
     adapters = tuple(replace(one, scale=scale) if one.scale == 1.0 else one for one in given.lora)
     guidance = entry.guidance_scale if given.guidance is None else given.guidance

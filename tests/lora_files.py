@@ -47,7 +47,7 @@ def tiny_pipeline(family: str) -> Any:
 def components(pipeline: Any, family: str) -> dict[str, nn.Module]:
     """Return the modules that the stock pipeline loads LoRAs into."""
     names = getattr(pipeline, "_lora_loadable_modules", [FAMILIES[family].denoiser_folder])
-    return {name: getattr(pipeline, name) for name in names}
+    return {name: module for name in names if (module := getattr(pipeline, name)) is not None}
 
 
 def outputs(pipeline: Any, family: str) -> dict[str, Tensor]:
@@ -77,6 +77,9 @@ def draw_weights(pipeline: Any, family: str, seed: int, *, alpha: float | None =
         is_denoiser = component == FAMILIES[family].denoiser_folder
         layers = [(name, layer) for name, layer in module.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
         layers = [(n, layer) for n, layer in layers if is_denoiser or re.search(r"\.(\w_proj|out_proj|fc\d)$", n)]
+        layers = [
+            (n, layer) for n, layer in layers if not re.search(r"motion_modules.*proj_(in|out)$", n)
+        ]  # PEFT fails
         # Stock pipelines need all projections of a text encoder to tell the style of its names.
         for name, layer in [pair for n, pair in enumerate(layers) if n % 2 == seed % 2 or n == 0 or not is_denoiser]:
             shape = layer.weight.shape

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import torch
 
 from tdm_runtime.recipe_cli import main as tdm_recipe
-from tests.tiny_pipelines import build_pipeline
+from tests.tiny_models import TEXT_TOKENS, tiny_wan
+from tests.tiny_pipelines import build_pipeline, wan_vae
 
 SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 TRAILING = {**SD_BETAS, "timestep_spacing": "trailing"}
@@ -34,6 +36,36 @@ class Case:
     """Changes of the tiny denoiser's config."""
     without: tuple[str, ...] = ()
     """Parts that the pipeline lacks."""
+    parts: Callable[[], Mapping[str, Any]] = dict
+    """Further or other parts and settings of the pipeline."""
+    frames: tuple[int, ...] = ()
+    """Numbers of frames to make; empty for pictures."""
+
+
+def cogvideox(scheduler: Callable[..., Any], **settings: Any) -> Callable[[], Any]:
+    given = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return lambda: scheduler(**given, **settings)
+
+
+def second_expert() -> Mapping[str, Any]:
+    expert = tiny_wan()
+    draw = torch.Generator().manual_seed(1)
+    for parameter in expert.parameters():
+        parameter.data.mul_(1 + 0.5 * torch.randn(parameter.shape, generator=draw))
+    return {"transformer_2": expert, "boundary_ratio": 0.875}
+
+
+def wan_5b() -> Mapping[str, Any]:
+    vae = wan_vae(
+        is_residual=True, patch_size=2, in_channels=12, out_channels=12, scale_factor_spatial=16, decoder_base_dim=4
+    )
+    return {"vae": vae, "expand_timesteps": True}
+
+
+def unipc(flow_shift: float) -> Callable[[], Any]:
+    return lambda: diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=flow_shift
+    )
 
 
 def flow(**settings: Any) -> Callable[[], Any]:
@@ -42,6 +74,7 @@ def flow(**settings: Any) -> Callable[[], Any]:
 
 NO_GUIDANCE = {"guidance_scale": 1.0}
 NO_BINS = {"guidance_scale": 1.0, "use_resolution_binning": False}
+COGVIDEOX_TEXT = {"guidance_scale": 1.0, "max_sequence_length": TEXT_TOKENS}
 DYNAMIC = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15, "shift": 3.0}
 
 CASES = {
@@ -119,12 +152,48 @@ CASES = {
         steps=(1, 2, 4),
         options={"use_resolution_binning": False},
     ),
+    "CogVideoX-2B": Case(
+        "cogvideox", cogvideox(diffusers.CogVideoXDDIMScheduler), frames=(9, 17), options=COGVIDEOX_TEXT
+    ),
+    "CogVideoX-5B": Case(
+        "cogvideox",
+        cogvideox(diffusers.CogVideoXDPMScheduler, snr_shift_scale=1.0),
+        frames=(1, 9),
+        steps=(1, 4),
+        options=COGVIDEOX_TEXT,
+        changes={"use_rotary_positional_embeddings": True},
+    ),
+    "Wan 2.1": Case("wan", flow(shift=3.0), frames=(5, 9), options=NO_GUIDANCE),
+    "Wan 2.1, UniPC": Case("wan", unipc(3.0), steps=(2, 5), frames=(1, 13), options=NO_GUIDANCE),
+    "Wan 2.1, DPM-Solver++": Case(
+        "wan",
+        lambda: diffusers.DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
+        ),
+        frames=(5, 9),
+        options=NO_GUIDANCE,
+    ),
+    "Wan 2.2 A14B": Case("wan", flow(shift=5.0), steps=(1, 4), frames=(5, 9), options=NO_GUIDANCE, parts=second_expert),
+    "Wan 2.2 5B": Case("wan", unipc(5.0), steps=(4,), frames=(5, 9), options=NO_GUIDANCE, parts=wan_5b),
+    "AnimateDiff-Lightning": Case(
+        "animatediff",
+        lambda: diffusers.EulerDiscreteScheduler(**{**TRAILING, "beta_schedule": "linear"}),
+        frames=(4, 7),
+        options=NO_GUIDANCE,
+    ),
+    "AnimateLCM": Case(
+        "animatediff",
+        lambda: diffusers.LCMScheduler(**{**SD_BETAS, "beta_schedule": "linear"}),
+        frames=(1, 16),
+        options=NO_GUIDANCE,
+    ),
 }
 
 
 def stock_pipeline(case: Case) -> Any:
     """Return the whole stock pipeline of a case."""
     pipeline = build_pipeline(case.family, **case.changes)
+    pipeline = type(pipeline)(**{**pipeline.components, **case.parts()})
     pipeline.scheduler = case.scheduler()
     pipeline.register_modules(**dict.fromkeys(case.without))
     pipeline.set_progress_bar_config(disable=True)
@@ -149,3 +218,9 @@ def save_checkpoint(case: Case, folder: Path) -> Path:
     stock_pipeline(case).save_pretrained(folder)
     write_recipe(case, folder)
     return folder
+
+
+PICTURES = tuple(name for name, case in CASES.items() if not case.frames)
+"""Names of the cases that make pictures."""
+CLIPS = tuple(name for name, case in CASES.items() if case.frames)
+"""Names of the cases that make clips."""

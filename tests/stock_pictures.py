@@ -1,4 +1,4 @@
-"""Pictures of `tdm-generate` beside those of stock diffusers pipelines."""
+"""Pictures and clips of `tdm-generate` beside those of stock diffusers pipelines."""
 
 from __future__ import annotations
 
@@ -17,12 +17,17 @@ SEED = 7
 WIDTH, HEIGHT = 96, 64
 
 
+def run_generate(folder: Path, prompt: str, steps: int, *more: str) -> int:
+    """Run `tdm-generate` on torch in float32. Return its exit status."""
+    sizes = ["--seed", str(SEED), "--steps", str(steps), "--size", f"{WIDTH}x{HEIGHT}"]
+    backend = ["--backend", "torch", "--precision", "fp32", "--threads", "1"]
+    return tdm_generate(["--checkpoint", str(folder), prompt, *sizes, *backend, *more])
+
+
 def picture(folder: Path, prompt: str, steps: int, tmp_path: Path, *more: str) -> Any:
     """Return the picture of `tdm-generate` as floats in [0, 1]."""
     file = tmp_path / "picture.png"
-    sizes = ["--seed", str(SEED), "--steps", str(steps), "--size", f"{WIDTH}x{HEIGHT}"]
-    backend = ["--backend", "torch", "--precision", "fp32", "--threads", "1"]
-    assert tdm_generate(["--checkpoint", str(folder), prompt, *sizes, *backend, *more, "-o", str(file)]) == 0
+    assert run_generate(folder, prompt, steps, *more, "-o", str(file)) == 0
     return np.asarray(Image.open(file).convert("RGB")) / 255.0
 
 
@@ -31,6 +36,20 @@ def stock_picture(pipeline: Any, prompt: str, **arguments: Any) -> Any:
     noise = torch.Generator("cpu").manual_seed(SEED)
     call = {"prompt": prompt, "width": WIDTH, "height": HEIGHT, "generator": noise, "output_type": "np"}
     return pipeline(**call, **arguments).images[0]
+
+
+def clip(folder: Path, prompt: str, steps: int, frames: int, tmp_path: Path, *more: str) -> Any:
+    """Return the raw frames of `tdm-generate` as floats in [0, 1], [F, H, W, 3]."""
+    file = tmp_path / "clip.npy"
+    assert run_generate(folder, prompt, steps, "--frames", str(frames), *more, "-o", str(file)) == 0
+    return np.load(file) / 255.0
+
+
+def stock_clip(pipeline: Any, prompt: str, frames: int, **arguments: Any) -> Any:
+    """Return the clip of a stock pipeline as floats in [0, 1], [F, H, W, 3]."""
+    noise = torch.Generator("cpu").manual_seed(SEED)
+    call = {"prompt": prompt, "width": WIDTH, "height": HEIGHT, "generator": noise, "output_type": "np"}
+    return pipeline(num_frames=frames, **call, **arguments).frames[0]
 
 
 def psnr_db(ours: Any, theirs: Any) -> float:

@@ -20,6 +20,8 @@ from diffusers import (
     SanaTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
+    UNetMotionModel,
+    WanTransformer3DModel,
     ZImageTransformer2DModel,
 )
 from torch import Tensor
@@ -166,6 +168,36 @@ def tiny_sana(**changes: Any) -> SanaTransformer2DModel:
     return _seeded(SanaTransformer2DModel, config | changes)
 
 
+def tiny_wan(**changes: Any) -> WanTransformer3DModel:
+    """Return a transformer as in Wan 2.1."""
+    config = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "in_channels": 4,
+        "out_channels": 4,
+        "text_dim": TEXT_DIM,
+        "freq_dim": 16,
+        "ffn_dim": 16,
+        "num_layers": 2,
+        "rope_max_seq_len": 64,
+    }
+    return _seeded(WanTransformer3DModel, config | changes)
+
+
+def tiny_motion_unet(**changes: Any) -> UNetMotionModel:
+    """Return a UNet as in AnimateDiff."""
+    config = {name: value for name, value in _UNET.items() if name != "attention_head_dim"}
+    config |= {
+        "down_block_types": ("DownBlockMotion", "CrossAttnDownBlockMotion"),
+        "up_block_types": ("CrossAttnUpBlockMotion", "UpBlockMotion"),
+        "block_out_channels": (16, 24),
+        "num_attention_heads": 2,
+        "motion_num_attention_heads": 2,
+        "motion_max_seq_length": 24,
+    }
+    return _seeded(UNetMotionModel, config | changes)
+
+
 TINY_MODELS: Mapping[str, Callable[..., Any]] = {
     "stable_diffusion": tiny_unet,
     "sdxl": tiny_sdxl_unet,
@@ -176,6 +208,8 @@ TINY_MODELS: Mapping[str, Callable[..., Any]] = {
     "cogvideox": tiny_cogvideox,
     "z_image": tiny_z_image,
     "sana": tiny_sana,
+    "wan": tiny_wan,
+    "animatediff": tiny_motion_unet,
 }
 """Family -> tiny denoiser. A test fails if a registered family is missing here."""
 TINY_SHAPES: Mapping[str, tuple[int, ...]] = {
@@ -260,6 +294,16 @@ def call_sana(transformer: Any, x: Tensor, timesteps: Tensor, prompt: Conditioni
     return mixed / torch.sqrt(s**2 + (1 - s) ** 2)
 
 
+def call_wan(transformer: Any, x: Tensor, timesteps: Tensor, prompt: Conditioning) -> Tensor:
+    output: Tensor = transformer(x, timesteps, prompt.prompt_embeds).sample
+    return output
+
+
+def call_animatediff(unet: Any, x: Tensor, timesteps: Tensor, prompt: Conditioning) -> Tensor:
+    output: Tensor = unet(x, timesteps, prompt.prompt_embeds.repeat_interleave(x.shape[2], dim=0)).sample
+    return output
+
+
 STOCK_CALLS: Mapping[str, Callable[[Any, Tensor, Tensor, Conditioning], Tensor]] = {
     "stable_diffusion": call_sd,
     "sdxl": call_sdxl,
@@ -270,6 +314,8 @@ STOCK_CALLS: Mapping[str, Callable[[Any, Tensor, Tensor, Conditioning], Tensor]]
     "cogvideox": call_cogvideox,
     "z_image": call_z_image,
     "sana": call_sana,
+    "wan": call_wan,
+    "animatediff": call_animatediff,
 }
 """Family -> call of the bare model as its diffusers pipeline makes it, with an output shaped as the latents."""
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLCogVideoX, AutoencoderKLFlux2
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLCogVideoX, AutoencoderKLFlux2, AutoencoderKLWan
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from transformers import (
@@ -29,6 +29,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 from tdm_runtime.families import FAMILIES
@@ -50,6 +52,10 @@ SCHEDULERS: Mapping[str, Callable[[], Any]] = {
     "cogvideox": lambda: diffusers.CogVideoXDDIMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction"),
     "z_image": lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
     "sana": diffusers.SCMScheduler,
+    "wan": lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+    "animatediff": lambda: diffusers.EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="linear", timestep_spacing="trailing"
+    ),
 }
 
 
@@ -80,12 +86,12 @@ def clip_model(model_class: Any, width: int, projection_dim: int = POOLED_DIM) -
     return model_class(config).eval()
 
 
-def t5_parts() -> tuple[T5Tokenizer, T5EncoderModel]:
+def t5_parts(config_class: Any = T5Config, model_class: Any = T5EncoderModel) -> tuple[T5Tokenizer, Any]:
     specials = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
     tokenizer = T5Tokenizer(vocab=specials + [(letter, -3.0) for letter in string.ascii_lowercase], extra_ids=0)
-    config = T5Config(vocab_size=64, d_model=TEXT_DIM, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    config = config_class(vocab_size=64, d_model=TEXT_DIM, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
     torch.manual_seed(0)
-    return tokenizer, T5EncoderModel(config).eval()
+    return tokenizer, model_class(config).eval()
 
 
 CHAT_TEMPLATE = (
@@ -135,6 +141,16 @@ def two_clips() -> dict[str, Any]:
 def one_t5() -> dict[str, Any]:
     tokenizer, encoder = t5_parts()
     return {"tokenizer": tokenizer, "text_encoder": encoder}
+
+
+def one_umt5() -> dict[str, Any]:
+    tokenizer, encoder = t5_parts(UMT5Config, UMT5EncoderModel)
+    return {"tokenizer": tokenizer, "text_encoder": encoder}
+
+
+def a_clip_and_no_adapter() -> dict[str, Any]:
+    parts = {"tokenizer": clip_tokenizer(), "text_encoder": clip_model(CLIPTextModel, TEXT_DIM)}
+    return {**parts, "motion_adapter": None}
 
 
 def two_clips_and_a_t5() -> dict[str, Any]:
@@ -191,6 +207,8 @@ TEXT_PARTS: Mapping[str, Callable[[], dict[str, Any]]] = {
     "cogvideox": one_t5,
     "z_image": z_image_text,
     "sana": one_gemma2,
+    "wan": one_umt5,
+    "animatediff": a_clip_and_no_adapter,
 }
 """Family -> what its pipeline takes beside denoiser, VAE and scheduler, by folder."""
 
@@ -216,6 +234,13 @@ def cogvideox_vae() -> AutoencoderKLCogVideoX:
     )
 
 
+def wan_vae(**changes: Any) -> AutoencoderKLWan:
+    config: dict[str, Any] = {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 1}
+    config |= {"latents_mean": [-0.7, 0.1, 0.9, 0.0], "latents_std": [2.8, 1.4, 0.7, 1.9]}
+    torch.manual_seed(0)
+    return AutoencoderKLWan(**config | changes)
+
+
 def flux2_vae() -> AutoencoderKLFlux2:
     vae = AutoencoderKLFlux2(block_out_channels=(4, 4, 4, 4), norm_num_groups=2, latent_channels=4)
     draw = torch.Generator().manual_seed(0)
@@ -236,6 +261,7 @@ VAES: Mapping[str, Callable[[], Any]] = {
     "AutoencoderKLCogVideoX": cogvideox_vae,
     "AutoencoderKLFlux2": flux2_vae,
     "AutoencoderDC": dc_vae,
+    "AutoencoderKLWan": wan_vae,
 }
 """Class in diffusers -> a tiny VAE."""
 
@@ -308,7 +334,7 @@ def run_stock(pipeline: Any, family: str, prompts: list[str], **arguments: Any) 
 def stock_embeds(family: str, prompts: list[str]) -> Tensor:
     """Embeddings by the whole stock pipeline. It encodes the empty prompt of SDXL as the negative prompt."""
     pipeline, cpu = build_pipeline(family), torch.device("cpu")
-    if family == "stable_diffusion":
+    if family in ("stable_diffusion", "animatediff"):
         return pipeline.encode_prompt(prompts, cpu, 1, True, [""] * len(prompts))[0]
     if family == "sdxl":
         embeds, negative, *_ = pipeline.encode_prompt(prompts, device=cpu)
@@ -322,6 +348,6 @@ def stock_embeds(family: str, prompts: list[str]) -> Tensor:
     if family == "sana":
         _, (step,) = run_stock(pipeline, family, prompts, num_inference_steps=1, output_type="latent")
         return step.arguments["encoder_hidden_states"]
-    lengths = {"cogvideox": TEXT_TOKENS, "flux": 256}
+    lengths = {"cogvideox": TEXT_TOKENS, "flux": 256, "wan": 512}
     length = {"max_sequence_length": lengths[family]} if family in lengths else {}
     return pipeline.encode_prompt(prompts, device=cpu, **length)[0]

@@ -45,6 +45,7 @@ class TorchBackend:
         # In 16 bits channels last is several times faster than the default. 5-D weights of videos have no such order.
         if dtype != torch.float32 and all(weight.ndim < 5 for weight in module.parameters()):
             module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.module = module
         self._module: Callable[..., Tensor] = module
 
     @torch.inference_mode()

@@ -1,11 +1,16 @@
-"""sha256 of files, each computed once a start."""
+"""sha256 of files, each computed once a start, and as a recipe lists them."""
 
 from __future__ import annotations
 
 import hashlib
 import platform
+import re
+from collections.abc import Mapping
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from tdm_runtime.errors import RecipeError
 
 
 class FileHashes:
@@ -43,3 +48,20 @@ def _machine() -> str:
     """Return what tells this machine, since its last start, from others."""
     boot_id = Path("/proc/sys/kernel/random/boot_id")
     return f"{platform.node()} {boot_id.read_text(encoding='ascii').strip() if boot_id.is_file() else ''}"
+
+
+def parse_hashes(raw: Any) -> Mapping[str, str]:
+    """Read a recipe's `files`: weight file, relative to the checkpoint folder -> its sha256.
+
+    Raises:
+        RecipeError: a path leaves the folder, or a hash is none.
+    """
+    if not isinstance(raw, dict):
+        raise RecipeError(f"files must map weight files to their sha256, got {raw!r}")
+    for name, sha256 in raw.items():
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or "\\" in name or not path.name:
+            raise RecipeError(f"files names {name!r}; a path inside the checkpoint folder is allowed")
+        if not isinstance(sha256, str) or not re.fullmatch("[0-9a-f]{64}", sha256):
+            raise RecipeError(f"files says that the sha256 of {name!r} is {sha256!r}; it has 64 digits 0-9a-f")
+    return dict(raw)

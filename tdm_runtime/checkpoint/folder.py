@@ -85,7 +85,9 @@ class Checkpoint:
         recipe = (RECIPE_FILE,) if self._lists_all_files else ()
         names = {*known, *weight_files(base, self.family), *other_files(base, self.family), *recipe}
         lines = [f"{name} {known.get(name) or self.hashes.sha256(base / name)}" for name in sorted(names)]
-        return "\n".join([*lines, *(f"LoRA {lora.sha256} at {scale!r}" for lora, scale in self.loras)])
+        for (lora, scale), adapter in zip(self.loras, self.recipe.adapters, strict=True):
+            lines.append(f"LoRA {lora.sha256} at {scale!r}" + (f" of {adapter.part}" if adapter.part else ""))
+        return "\n".join(lines)
 
     @property
     def _lists_all_files(self) -> bool:
@@ -100,7 +102,19 @@ class Checkpoint:
     @cached_property
     def loras(self) -> tuple[tuple[LoraFile, float], ...]:
         """LoRAs that are merged into the weights, each with its scale."""
-        return tuple((read_lora(self.folder / one.file, self.family), one.scale) for one in self.recipe.adapters)
+        return tuple((self._lora(one), one.scale) for one in self.recipe.adapters)
+
+    def _lora(self, adapter: Adapter) -> LoraFile:
+        lora, first = read_lora(self.folder / adapter.file, self.family), self.family.denoiser_folder
+        if adapter.part in ("", first):
+            return lora
+        parts = self.family.denoiser_parts(read_json(self.base_folder / MODEL_INDEX))
+        if adapter.part not in parts:
+            raise CheckpointError(
+                f"the LoRA {adapter.file} is for {adapter.part!r}, which {self.base_folder} does not have; it has "
+                f"{', '.join(parts)}"
+            )
+        return replace(lora, layers={adapter.part: lora.layers.get(first, {})})
 
     def _merge_loras(self, modules: Mapping[str, nn.Module]) -> None:
         if self.loras:
@@ -108,17 +122,22 @@ class Checkpoint:
 
     def load_denoiser(self, dtype: torch.dtype = torch.float32) -> Denoiser:
         """Load the denoiser in its family's adapter, eval mode."""
-        import diffusers
-
-        model = self._load_model(self.family.denoiser_folder, getattr(diffusers, self.family.denoiser_class), dtype)
-        denoiser = self.family.adapter(model.eval())
+        index = read_json(self.base_folder / MODEL_INDEX)
+        denoiser = self.family.build_denoiser(lambda part: self._load_denoiser_part(part, index, dtype), index)
         if (self.base_folder / STEP_CONDITION_FILE).is_file():
             denoiser.load_step_condition(self._load(STEP_CONDITION_FILE, load_file))
-        self._merge_loras({self.family.denoiser_folder: denoiser})
+        self._merge_loras({self.family.denoiser_folder: denoiser, **denoiser.further_models})
         if self.recipe.guidance_scale is not None:
             denoiser.read_guidance()
         self._check_step_condition(denoiser.reads_step_count)
         return denoiser
+
+    def _load_denoiser_part(self, part: str, index: Mapping[str, Any], dtype: torch.dtype) -> Any:
+        import diffusers
+
+        name = str(index[part][-1])
+        known = self.family.denoiser_class if name == self.family.former_denoiser_class else name
+        return self._load_model(part, getattr(diffusers, known), dtype).eval()
 
     def check_shapes(self) -> None:
         """Check the shapes of weights whose hashes the recipe does not list, by the headers of their files.
@@ -321,9 +340,13 @@ def open_checkpoint(
     written = load_recipe(folder) if (folder / RECIPE_FILE).exists() else None
     base = folder if written is None else base_folder(folder, written)
     family = family_of(base)
-    if family.makes_clips:
-        raise CheckpointError(f"{base} is of {family.name}, which makes clips; this version serves pictures")
     recipe = recipe_of(folder, family) if written is None else written
+    if family.makes_clips != (recipe.frames is not None):
+        wants = "frames and fps" if family.makes_clips else "no frames"
+        raise RecipeError(
+            f"{folder / RECIPE_FILE}: frames is {recipe.frames}, but {base} is of {family.name}, whose recipe has "
+            f"{wants}; write it with `tdm-recipe`"
+        )
     recipe = replace(recipe, adapters=(*recipe.adapters, *adapters))
     check_files(base, family)
     listed = recipe.files if recipe.base is None else {}

@@ -28,7 +28,7 @@ def weight_files(folder: Path, family: Family) -> tuple[str, ...]:
     """Return the weight files of a folder, shards and their index too, relative to it. They may be missing."""
     texts = (part for part in family.text_encoders if _is_needed(folder, family, part))
     parts = [(part, TEXT_WEIGHTS) for part in texts]
-    parts += [(part, DIFFUSION_WEIGHTS) for part in (family.denoiser_folder, "vae", TINY_VAE)]
+    parts += [(part, DIFFUSION_WEIGHTS) for part in (*_denoiser_parts(folder, family), "vae", TINY_VAE)]
     there = (part for part in parts if part[0] != TINY_VAE or (folder / TINY_VAE).is_dir())
     condition = (STEP_CONDITION_FILE,) if (folder / STEP_CONDITION_FILE).is_file() else ()
     return (*(file for part, name in there for file in _with_shards(folder, part, name)), *condition)
@@ -39,7 +39,7 @@ def other_files(folder: Path, family: Family) -> tuple[str, ...]:
     texts = [part for part in family.text_encoders if _is_needed(folder, family, part)]
     tokenizers = [part for part in family.tokenizers if _is_needed(folder, family, part)]
     tiny = [TINY_VAE] if (folder / TINY_VAE).is_dir() else []
-    configs = (f"{part}/config.json" for part in (family.denoiser_folder, "vae", *texts, *tiny))
+    configs = (f"{part}/config.json" for part in (*_denoiser_parts(folder, family), "vae", *texts, *tiny))
     return (MODEL_INDEX, *configs, *(file for part in tokenizers for file in _tokenizer_files(folder, part)))
 
 
@@ -96,6 +96,10 @@ def _is_name(shard: object) -> bool:
 def _tokenizer_files(folder: Path, part: str) -> tuple[str, ...]:
     groups = (group for group in TOKENIZER_FILES if all((folder / part / name).is_file() for name in group))
     return tuple(f"{part}/{name}" for name in (*next(groups, TOKENIZER_FILES[0]), "tokenizer_config.json"))
+
+
+def _denoiser_parts(folder: Path, family: Family) -> tuple[str, ...]:
+    return family.denoiser_parts(read_json(folder / MODEL_INDEX))
 
 
 def _is_needed(folder: Path, family: Family, part: str) -> bool:

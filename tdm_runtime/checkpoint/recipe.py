@@ -6,14 +6,15 @@ A checkpoint whose recipe cannot be followed in every field is refused when it i
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal, get_args
 
+from tdm_runtime.checkpoint.file_hashes import parse_hashes
+from tdm_runtime.checkpoint.frame_rule import FrameRule, parse_frame_rule
 from tdm_runtime.checkpoint.size_rule import SizeRule, parse_size_rule
 from tdm_runtime.errors import RecipeError
 from tdm_runtime.sampling.schedule import (
@@ -38,6 +39,7 @@ RECIPE_FORMAT = 1
 StepConditionKind = Literal["none", "timestep_cond"]
 MAX_STEPS = 16
 MAX_GUIDANCE_SCALE = 100.0
+MAX_FPS = 120
 SCHEDULES: Mapping[str, type[NoiseSchedule]] = {
     "diffusion": DiffusionSchedule,
     "flow": FlowSchedule,
@@ -57,6 +59,8 @@ class Adapter:
     """File or folder of the LoRA, relative to the recipe's folder."""
     scale: float = 1.0
     """Multiplies the change of the weights; 1 is as trained."""
+    part: str = ""
+    """Folder of the denoiser that it changes, such as `transformer_2` of Wan 2.2; empty for the family's first."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,15 @@ class Recipe:
     """Guidance scale that the denoiser reads as an input; None where it reads none."""
     lora_scale: float | None = None
     """Default of a request's `lora_scale`, for a LoRA that is added at run time. No field of the file."""
+    frames: FrameRule | None = None
+    """Numbers of frames that clips may have; None for a model that makes pictures."""
+    fps: int | None = None
+    """Frames per second of a clip whose request names none; None for a model that makes pictures."""
+
+    @property
+    def default_frames(self) -> int | None:
+        """Frames of a clip whose request names none; None for a model that makes pictures."""
+        return None if self.frames is None else self.frames.default
 
     @property
     def step_counts(self) -> tuple[int, ...]:
@@ -159,6 +172,9 @@ class Recipe:
         for f in fields(self):
             if f.name in OPTIONAL_FIELDS - set(FIRST_FIELDS) and getattr(self, f.name) == _default(f.name):
                 del raw[f.name]
+        for adapter in raw.get("adapters", ()):
+            if not adapter["part"]:
+                del adapter["part"]
         kind = next(kind for kind, schedule in SCHEDULES.items() if isinstance(self.noise_schedule, schedule))
         raw["noise_schedule"] = {"kind": kind, **raw["noise_schedule"]}
         return json.dumps({"format": RECIPE_FORMAT, **raw}, indent=2) + "\n"
@@ -226,7 +242,7 @@ def parse_recipe(raw: Any) -> Recipe:
         native_sizes=_parse_sizes(raw["native_sizes"]),
         size_rule=None if raw.get("size_rule") is None else parse_size_rule(raw["size_rule"]),
         step_condition=_choice(raw, "step_condition", get_args(StepConditionKind), default="none"),
-        files=_parse_files(raw.get("files", {})),
+        files=parse_hashes(raw.get("files", {})),
         sigmas=_parse_lists(raw, "sigmas", of=timesteps, more=1),
         next_timesteps=_parse_lists(raw, "next_timesteps", of=timesteps),
         size_shift=_parse_size_shift(raw.get("size_shift")),
@@ -239,6 +255,8 @@ def parse_recipe(raw: Any) -> Recipe:
         guidance_scale=None
         if raw.get("guidance_scale") is None
         else _number(raw, "guidance_scale", 0.0, MAX_GUIDANCE_SCALE),
+        frames=None if raw.get("frames") is None else parse_frame_rule(raw["frames"]),
+        fps=raw.get("fps"),
     )
     _check_fit(recipe)
     if not _is_whole(recipe.default_steps) or recipe.default_steps not in recipe.timesteps:
@@ -250,7 +268,13 @@ def parse_recipe(raw: Any) -> Recipe:
 
 
 def _check_fit(recipe: Recipe) -> None:
-    """Check that no field is set that the others leave unread."""
+    """Check that no field is set that the others leave unread, and none is missing that they need."""
+    if (recipe.frames is None) != (recipe.fps is None):
+        raise RecipeError(
+            f"frames is {recipe.frames} and fps {recipe.fps!r}; clips need both, and pictures have neither"
+        )
+    if recipe.fps is not None and not (_is_whole(recipe.fps) and 1 <= recipe.fps <= MAX_FPS):
+        raise RecipeError(f"fps is {recipe.fps!r}; it must be a whole number from 1 to {MAX_FPS}")
     if recipe.size_shift is not None:
         if not isinstance(recipe.noise_schedule, FlowSchedule):
             raise RecipeError("size_shift is set, but noise_schedule is no flow; a size shifts flows only")
@@ -368,25 +392,20 @@ def _parse_sizes(raw: Any) -> tuple[tuple[int, int], ...]:
 
 
 def _parse_adapters(raw: Any) -> tuple[Adapter, ...]:
-    is_list = isinstance(raw, list) and all(isinstance(one, dict) and set(one) <= {"file", "scale"} for one in raw)
+    is_list = isinstance(raw, list) and all(
+        isinstance(one, dict) and set(one) <= {"file", "scale", "part"} for one in raw
+    )
     if not is_list:
-        raise RecipeError(f"adapters must be a list of objects with file and scale, got {raw!r}")
-    return tuple(Adapter(_text({"file": "", **one}, "file"), _finite(one.get("scale", 1.0), "scale")) for one in raw)
+        raise RecipeError(f"adapters must be a list of objects with file, scale and part, got {raw!r}")
+    if parts := [one["part"] for one in raw if not isinstance(one.get("part", ""), str)]:
+        raise RecipeError(f"part of an adapter must be a folder's name, got {parts[0]!r}")
+    return tuple(
+        Adapter(_text({"file": "", **one}, "file"), _finite(one.get("scale", 1.0), "scale"), one.get("part", ""))
+        for one in raw
+    )
 
 
 def _finite(value: Any, name: str) -> float:
     if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
         raise RecipeError(f"{name} of an adapter must be a finite number, got {value!r}")
     return float(value)
-
-
-def _parse_files(raw: Any) -> Mapping[str, str]:
-    if not isinstance(raw, dict):
-        raise RecipeError(f"files must map weight files to their sha256, got {raw!r}")
-    for name, sha256 in raw.items():
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or "\\" in name or not path.name:
-            raise RecipeError(f"files names {name!r}; a path inside the checkpoint folder is allowed")
-        if not isinstance(sha256, str) or not re.fullmatch("[0-9a-f]{64}", sha256):
-            raise RecipeError(f"files says that the sha256 of {name!r} is {sha256!r}; it has 64 digits 0-9a-f")
-    return dict(raw)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
+from tdm_runtime.checkpoint.frame_rule import FrameRule
 from tdm_runtime.checkpoint.recipe import Recipe
 from tdm_runtime.sampling.schedule import Array, NoiseSchedule
 from tdm_runtime.sampling.size_shift import SizeShift
@@ -34,14 +35,22 @@ class Sampling:
         default_steps: int,
         native_sizes: tuple[tuple[int, int], ...],
         guidance_scale: float | None = None,
+        clip: tuple[FrameRule, int] | None = None,
         files: Mapping[str, str] = {},
     ) -> Recipe:
-        """Return the recipe of a checkpoint that is sampled so."""
+        """Return the recipe of a checkpoint that is sampled so.
+
+        Args:
+            clip: frames and fps of a model that makes clips.
+        """
+        frames, fps = (None, None) if clip is None else clip
         return Recipe(
             name=name,
             default_steps=default_steps,
             native_sizes=native_sizes,
             guidance_scale=guidance_scale,
+            frames=frames,
+            fps=fps,
             files=files,
             **{f.name: getattr(self, f.name) for f in fields(self)},
         )

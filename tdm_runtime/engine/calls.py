@@ -16,7 +16,6 @@ from tdm_runtime.model.decoder import Pixels
 from tdm_runtime.model.loaded_model import denoise
 from tdm_runtime.model.text_encoder import stacked
 from tdm_runtime.params import DecoderName
-from tdm_runtime.sampling.noise import SeedNoise
 from tdm_runtime.sampling.sampler import StepRow, apply_step, gather_rows
 
 logger = logging.getLogger(__name__)
@@ -48,15 +47,21 @@ class ModelCalls:
         """Take one step of each sample; step counts and solvers may differ."""
         return self._isolated(self._stepped, samples)
 
-    def decode(self, samples: Sequence[Sample]) -> list[Pixels | TDMError]:
-        """Decode samples of one latent shape with one decoder."""
+    def decode(self, samples: Sequence[Sample]) -> list[Pixels | TDMError | None]:
+        """Decode samples of one latent shape with one decoder, or make the next call of a sample whose decode has more.
+
+        Returns:
+            Pixels; None for a sample whose decode goes on.
+        """
         name = samples[0].params.decoder
+        if samples[0].decodes_left > 1 or samples[0].decoding is not None:
+            return self._isolated(_decoded_further, samples)
         return self._isolated(lambda part: _decoded(part[0], name, [s.latents for s in part]), samples)
 
     def preview(self, sample: Sample) -> Pixels | TDMError:
-        """Decode the denoised estimate of a sample's latest step."""
-        name = sample.model.preview_decoder
-        return self._isolated(lambda part: _decoded(sample, name, [s.denoised for s in part]), [sample])[0]
+        """Decode the denoised estimate of a sample's latest step; of a clip its first frame."""
+        decoder = sample.model.decoders[sample.model.preview_decoder]
+        return self._isolated(lambda part: list(decoder.preview(_stacked([s.denoised for s in part]))), [sample])[0]
 
     def _isolated(
         self, call: Callable[[Sequence[Sample]], list[Result | TDMError]], samples: Sequence[Sample]
@@ -86,10 +91,10 @@ class ModelCalls:
     def _prepared(self, samples: Sequence[Sample]) -> list[TDMError | None]:
         self._encoded([sample for sample in samples if sample.prompt is None])
         for sample in samples:
-            sample.noise = SeedNoise(sample.params.seed, sample.denoise.kind.shape, sample.params.noise_angle)
+            sample.noise = sample.model.noise(sample.params)
             start = sample.table.initial_scale * sample.noise.initial()
             sample.latents = start.to(sample.model.denoiser.device)
-            sample.denoised = torch.zeros_like(sample.latents)
+            sample.denoised_before = sample.denoised = torch.zeros_like(sample.latents)
         return [None] * len(samples)
 
     @torch.inference_mode()
@@ -104,8 +109,11 @@ class ModelCalls:
         needs_previous = any(table.c[step_index] for table, step_index in steps)
         previous = _stacked([s.denoised for s in samples]) if needs_previous else None
         factors = [s.model.lora_factor(s.params) for s in samples]
+        needs_before = any(table.e[step_index] for table, step_index in steps)
+        before = _stacked([s.denoised_before for s in samples]) if needs_before else None
         model_output = denoise([s.model for s in samples], latents, rows[:, 0], step_counts, prompt, factors)
-        latents, denoised = apply_step(rows, latents, model_output, previous, _fresh_noise(samples, steps, device))
+        noise = _fresh_noise(samples, steps, device)
+        latents, denoised = apply_step(rows, latents, model_output, previous, noise, before)
         is_finite = torch.isfinite(latents.flatten(1).sum(1)).tolist()
         return [
             (latents[n], denoised[n])
@@ -115,8 +123,17 @@ class ModelCalls:
         ]
 
 
-def _decoded(sample: Sample, decoder: DecoderName, latents: Sequence[Tensor | None]) -> list[Pixels | TDMError]:
+def _decoded(sample: Sample, decoder: DecoderName, latents: Sequence[Tensor | None]) -> list[Pixels | TDMError | None]:
     return list(sample.model.decoders[decoder].decode(_stacked(latents)))
+
+
+def _decoded_further(samples: Sequence[Sample]) -> list[Pixels | TDMError | None]:
+    """Make the next call of decodes that take more than one."""
+    for sample in samples:
+        if sample.decoding is None:
+            assert sample.latents is not None
+            sample.decoding = sample.model.decoders[sample.params.decoder].steps(sample.latents)
+    return [next(sample.decoding) for sample in samples if sample.decoding is not None]
 
 
 def _fresh_noise(samples: Sequence[Sample], steps: Sequence[StepRow], device: torch.device) -> Tensor | None:

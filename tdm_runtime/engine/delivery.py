@@ -17,7 +17,7 @@ class Preview:
     params: SamplingParams
     """Parameters of the picture to come. A draft has the same parameters with one step."""
     pixels: Pixels
-    """uint8 [H, W, 3]."""
+    """uint8 [H, W, 3]; of a clip its first frame, [1, H, W, 3]. A draft of a clip is a clip."""
     num_steps_taken: int
     """Number of steps taken so far."""
     is_draft: bool

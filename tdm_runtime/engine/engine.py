@@ -30,6 +30,9 @@ from tdm_runtime.scheduling.scheduler import StepScheduler
 
 logger = logging.getLogger(__name__)
 
+Outcome = Stepped | Pixels | None | TDMError
+"""Of a sample's call: a step, the pixels, None for a decode that goes on, or why it failed."""
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -336,14 +339,14 @@ class DiffusionEngine:
             self._replies.answer(sample, error)
         return [sample for sample in batch if sample not in failed], ended_s - started_s
 
-    def _run(self, batch: list[Sample]) -> Sequence[Stepped | Pixels | TDMError]:
-        """Run the next call of samples of one lane: a denoiser step or a decode."""
+    def _run(self, batch: list[Sample]) -> Sequence[Outcome]:
+        """Run the next call of samples of one lane: a denoiser step, or a decode or its next part."""
         return self._calls.denoise(batch) if batch[0].steps_left else self._calls.decode(batch)
 
     def _advance(
         self,
         batch: list[Sample],
-        outcomes: Sequence[Stepped | Pixels | TDMError],
+        outcomes: Sequence[Outcome],
         began_s: float,
         prepared_s: float,
     ) -> None:
@@ -380,16 +383,17 @@ class DiffusionEngine:
             elif sample in shown:
                 self._show(sample)
 
-    def _note(self, sample: Sample, outcome: Stepped | Pixels | TDMError, started_s: float, ended_s: float) -> None:
+    def _note(self, sample: Sample, outcome: Outcome, started_s: float, ended_s: float) -> None:
         """Store a sample's new latents and the timings of its call."""
         began_s = max(started_s, sample.ready_s)
         sample.timings.wait(1e3 * (began_s - sample.ready_s))
         if sample.steps_left:
             sample.timings.steps_ms.append(1e3 * (ended_s - began_s))
         else:
-            sample.timings.decode_ms = 1e3 * (ended_s - began_s)
+            sample.timings.decode_ms += 1e3 * (ended_s - began_s)
         sample.ready_s = ended_s
         if isinstance(outcome, tuple):
+            sample.denoised_before = sample.denoised
             sample.latents, sample.denoised = outcome
 
     def _show(self, sample: Sample) -> None:

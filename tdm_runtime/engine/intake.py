@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from tdm_runtime.engine.delivery import Delivery
 from tdm_runtime.engine.sample import Sample
+from tdm_runtime.model.decoder import preview_shape
 from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.scheduling.cost_model import CostModel, Kind
@@ -53,15 +54,18 @@ class Intake:
         shape, order = model.latent_shape(params), next(self._order)
         open_steps = delivery.open_step_counts(params, model.recipe.step_counts)
         alone = order if delivery.strict and not model.is_batch_invariant else None
+        decodes = model.decoders[params.decoder].calls(shape)
+        cut = order if decodes.number > 1 else alone
         sample = Sample(
             denoise=Lane(call_kind(model, "denoise", shape), alone),
-            decode=Lane(call_kind(model, f"decode:{params.decoder}", shape), alone),
+            decode=Lane(call_kind(model, f"decode:{params.decoder}", decodes.shape), cut),
+            decodes_left=decodes.number,
             steps_left=params.num_inference_steps,
             urgency=(now_s, order),
             open_steps=open_steps,
             needs_text=model.text_encoder.expect(params.prompt, model.lora_factor(params)),
             text=call_kind(model, "text"),
-            preview=call_kind(model, f"decode:{model.preview_decoder}", shape),
+            preview=call_kind(model, f"decode:{model.preview_decoder}", preview_shape(shape)),
             previews_left=delivery.num_previews,
             model=model,
             params=params,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
@@ -81,9 +82,13 @@ class Sample(Work):
     """[C, H, W] or [C, F, H, W]; None until the first step is due."""
     denoised: Tensor | None = None
     """Denoised estimate of the previous step, same shape as latents."""
+    denoised_before: Tensor | None = None
+    """Denoised estimate of the step before that, same shape as latents."""
     noise: SeedNoise | None = None
     """Noise of its seed; it draws when a step takes some. None until the first step is due."""
     prompt: PromptEmbedding | None = None
+    decoding: Iterator[Pixels | None] | None = None
+    """Its decode, once begun, where it takes more than one call."""
     conditioning: Conditioning | None = None
     """What the denoiser reads of prompt and size; None until the first step is due."""
     timings: Timings = field(default_factory=Timings)

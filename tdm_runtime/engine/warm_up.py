@@ -71,9 +71,9 @@ def _pictures(model: LoadedModel) -> Iterator[tuple[SamplingParams, Delivery]]:
     """Return the pictures of a warm-up, those of the fewest steps first."""
     recipe = model.recipe
     for steps, decoder, (width, height) in itertools.product(recipe.step_counts, model.decoders, recipe.native_sizes):
-        yield SamplingParams(PROMPT, 0, steps, width, height, decoder), Delivery()
+        yield SamplingParams(PROMPT, 0, steps, width, height, decoder, frames=recipe.default_frames), Delivery()
     width, height = recipe.native_sizes[0]
-    shown = SamplingParams(PROMPT, 0, recipe.step_counts[-1], width, height)
+    shown = SamplingParams(PROMPT, 0, recipe.step_counts[-1], width, height, frames=recipe.default_frames)
     yield shown, Delivery(on_preview=lambda preview: None, num_previews=1)
 
 
@@ -87,15 +87,18 @@ def _learn_costs(engine: DiffusionEngine, model: LoadedModel) -> None:
                 "%s is slow; sizes from %dx%d on are not measured before they are used", model.name, width, height
             )
             return
-        params = SamplingParams(PROMPT, 0, model.recipe.default_steps, width, height)
+        steps, frames = model.recipe.default_steps, model.recipe.default_frames
+        params = SamplingParams(PROMPT, 0, steps, width, height, frames=frames)
         shape = model.latent_shape(params)
         spent_s += _learn(engine, call_kind(model, "denoise", shape), _denoise(engine, model, params))
         for name, decoder in model.decoders.items():
-            kind = call_kind(model, f"decode:{name}", shape)
+            calls = decoder.calls(shape)
+            kind = call_kind(model, f"decode:{name}", calls.shape)
             if engine.call_seconds(kind):
                 continue  # a LoRA and its base share the decoder
-            latents = torch.zeros(engine.config.max_batch_size, *shape, device=model.denoiser.device)
-            spent_s += _learn(engine, kind, partial(_decode, decoder, latents))
+            most = engine.config.max_batch_size if calls.number == 1 else 1
+            latents = torch.zeros(most, *calls.shape, device=model.denoiser.device)
+            spent_s += _learn(engine, kind, partial(_decode, decoder, latents), most)
 
 
 def _encode(text_encoder: TextEncoder, numbers: Iterator[int], size: int) -> object:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tdm_runtime.errors import CheckpointError
+from tdm_runtime.families.animatediff import AnimateDiff
 from tdm_runtime.families.cogvideox import CogVideoX
 from tdm_runtime.families.conditioning import Conditioning
 from tdm_runtime.families.denoiser import Denoiser
@@ -18,6 +19,7 @@ from tdm_runtime.families.sana import Sana
 from tdm_runtime.families.sd3 import StableDiffusion3
 from tdm_runtime.families.sdxl import SDXL
 from tdm_runtime.families.stable_diffusion import StableDiffusion
+from tdm_runtime.families.wan import Wan
 from tdm_runtime.families.z_image import ZImage
 
 __all__ = [
@@ -46,6 +48,8 @@ FAMILIES: Mapping[str, Family] = {
         ZImage(),
         Sana(),
         CogVideoX(),
+        Wan(),
+        AnimateDiff(),
     )
 }
 """Name -> family."""

@@ -14,8 +14,8 @@ from tdm_runtime.backends.interface import Interface, TensorSpec
 from tdm_runtime.errors import CheckpointError
 from tdm_runtime.families.conditioning import Conditioning
 from tdm_runtime.families.denoiser import Denoiser, require_outputs
-from tdm_runtime.families.family import Family, TextEncoders
-from tdm_runtime.families.latent_space import DecoderModule, LatentGeometry
+from tdm_runtime.families.family import Family, NativeClip, TextEncoders
+from tdm_runtime.families.latent_space import ClipDecoderModule, LatentGeometry
 from tdm_runtime.families.positions import length, sines_1d, sines_2d
 
 if TYPE_CHECKING:
@@ -41,12 +41,16 @@ class CogVideoXDenoiser(Denoiser):
         Raises:
             CheckpointError: the model reads a fixed number of tokens, and another one was given.
         """
-        config = self.model.config
-        if not config.use_rotary_positional_embeddings and tokens != config.max_text_seq_length:
+        if self.fixed_tokens not in (None, tokens):
             raise CheckpointError(
-                f"tokens is {tokens!r}; without rotary embeddings CogVideoX reads exactly {config.max_text_seq_length}"
+                f"tokens is {tokens!r}; without rotary embeddings CogVideoX reads exactly {self.fixed_tokens}"
             )
         return super().interface(tokens)
+
+    @property
+    def fixed_tokens(self) -> int | None:
+        config = self.model.config
+        return None if config.use_rotary_positional_embeddings else int(config.max_text_seq_length)
 
     def predict(self, latents: Tensor, timesteps: Tensor, condition: Tensor | None, prompt: Conditioning) -> Tensor:
         """Call the transformer with latents [B, C, F, H, W]; attention_mask is unread, as in stock pipelines.
@@ -92,8 +96,21 @@ class CogVideoXDenoiser(Denoiser):
         return rotary
 
 
-class CogVideoXDecoder(DecoderModule):
+class CogVideoXDecoder(ClipDecoderModule):
     """Latents of a clip -> the pixels of its frames."""
+
+    def parts(self, latent_frames: int) -> tuple[int, ...]:
+        """As `AutoencoderKLCogVideoX._decode` cuts: two latent frames each, and an odd one goes with the first two."""
+        size = self.vae.num_latent_frames_batch_size
+        count = max(latent_frames // size, 1)
+        return (latent_frames - (count - 1) * size, *(size,) * (count - 1))
+
+    def decode_part(self, latents: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        latents = self.to_vae(latents)
+        if self.vae.post_quant_conv is not None:
+            latents = self.vae.post_quant_conv(latents)
+        pixels, cache = self.vae.decoder(latents, conv_cache=cache)
+        return self.levels(pixels), cache
 
     def interface(self, latent_frames: int = 1) -> Interface:
         """Return what `forward` is called with.
@@ -122,22 +139,44 @@ class CogVideoX(Family):
     vae_classes = ("AutoencoderKLCogVideoX",)
     decoder = CogVideoXDecoder
 
+    def build_denoiser(self, load: Callable[[str], Any], index: Mapping[str, Any]) -> Denoiser:
+        """Return the denoiser of a folder to serve.
+
+        Raises:
+            CheckpointError: it is CogVideoX 1.5, whose pipeline adds latent frames and cuts them off again.
+        """
+        model = load(self.denoiser_folder)
+        if model.config.patch_size_t is not None:
+            raise CheckpointError(
+                f"patch_size_t is {model.config.patch_size_t}, as in CogVideoX 1.5, which this version does not serve; "
+                "use CogVideoX-2b or CogVideoX-5b"
+            )
+        return CogVideoXDenoiser(model)
+
     def geometry(self, denoiser: Mapping[str, Any], vae: Mapping[str, Any]) -> LatentGeometry:
+        """Return the rule. The VAE makes 8 k + 1 frames: of an even number of latent frames it makes 4 for each."""
+        ratio = int(vae.get("temporal_compression_ratio", 4))
         return replace(
             super().geometry(denoiser, vae),
-            temporal_compression=int(vae.get("temporal_compression_ratio", 4)),
+            temporal_compression=ratio,
             patch_size_t=int(denoiser.get("patch_size_t") or 1),
+            frame_step=1 if ratio == 1 else 2 * ratio,
+            draws_frames_first=True,
         )
 
+    def native_clip(self, denoiser: Mapping[str, Any]) -> NativeClip:
+        frames = int(denoiser.get("sample_frames", 49))
+        return NativeClip(frames, fps=8, max_frames=2 * frames - 1)
+
     def max_tokens(self, encoders: TextEncoders) -> int:
-        return 226
+        return int(encoders.denoiser_config.get("max_text_seq_length", 226))
 
     def encode_prompts(self, prompts: list[str], encoders: TextEncoders) -> Conditioning:
         embeds, _ = encoders.pipeline.encode_prompt(
             prompts,
             device=encoders.device,
             do_classifier_free_guidance=False,
-            max_sequence_length=encoders.denoiser_config.get("max_text_seq_length", 226),
+            max_sequence_length=self.max_tokens(encoders),
         )
         return Conditioning(embeds)
 

@@ -49,6 +49,16 @@ class Denoiser(nn.Module, ABC):
         return int(self.model.config[self.text_dim_name])
 
     @property
+    def further_models(self) -> Mapping[str, nn.Module]:
+        """Models beside the first, by the folders that they come from."""
+        return {}
+
+    @property
+    def fixed_tokens(self) -> int | None:
+        """Number of prompt tokens that the model reads, where it reads no other; None where it may differ."""
+        return None
+
+    @property
     def timestep_embedding(self) -> Any:
         """Embedding of the timestep that holds `cond_proj`; None there means no input for K."""
         return self.model.get_submodule(self.timestep_embedding_name)

@@ -8,7 +8,7 @@ most of the time of a start that otherwise needs compiled programs alone.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -45,6 +45,17 @@ class TextEncoders:
 
 
 @dataclass(frozen=True)
+class NativeClip:
+    """The clip that a stock pipeline makes by default."""
+
+    frames: int
+    fps: int
+    """Frames per second."""
+    max_frames: int
+    """Most frames that the model is asked for."""
+
+
+@dataclass(frozen=True)
 class Family(ABC):
     """One model architecture. Families hold no state; two of the same class are equal."""
 
@@ -63,6 +74,8 @@ class Family(ABC):
     """Name of the denoiser's class in diffusers. The class itself is imported only when it is loaded."""
     former_denoiser_class: ClassVar[str | None] = None
     """Name of that class in folders that were published before diffusers renamed it."""
+    other_denoiser_classes: ClassVar[tuple[str, ...]] = ()
+    """Further classes in that folder which `build_denoiser` makes the denoiser of."""
     adapter: ClassVar[type[Denoiser]]
     """Adapter that calls the denoiser."""
     lora_targets: ClassVar[tuple[str, ...]] = ATTENTION_PROJECTIONS
@@ -85,6 +98,31 @@ class Family(ABC):
     def is_denoiser(self, model: Any) -> bool:
         """Return whether a diffusers model is this family's denoiser."""
         return any(ancestor.__name__ == self.denoiser_class for ancestor in type(model).__mro__)
+
+    def denoiser_parts(self, index: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return the folders that the denoiser is made of.
+
+        Args:
+            index: content of model_index.json.
+        """
+        return (self.denoiser_folder,)
+
+    def build_denoiser(self, load: Callable[[str], Any], index: Mapping[str, Any]) -> Denoiser:
+        """Return the denoiser of a pipeline folder.
+
+        Args:
+            load: returns the model of a part of the folder, in eval mode.
+            index: content of model_index.json.
+        """
+        return self.adapter(load(self.denoiser_folder))
+
+    def native_clip(self, denoiser: Mapping[str, Any]) -> NativeClip | None:
+        """Return the clip that the stock pipeline makes by default; None for families that make pictures.
+
+        Args:
+            denoiser: content of its config.json.
+        """
+        return None
 
     def latent_channels(self, vae: Mapping[str, Any]) -> int | None:
         """Return the channels of the latents as the denoiser reads them, by the VAE's config; None if it lacks them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,10 @@ class LatentGeometry:
     """Frames per latent frame after the first, which stands for one frame. None for families that make pictures."""
     patch_size_t: int = 1
     """Latent frames per token."""
+    frame_step: int = 1
+    """A clip has 1 + frame_step k frames."""
+    draws_frames_first: bool = False
+    """Whether stock pipelines draw the noise of a clip as [F, C, H, W]."""
 
     @property
     def size_multiple(self) -> int:
@@ -115,8 +120,11 @@ class DecoderModule(nn.Module):
 
     def forward(self, latents: Tensor) -> Tensor:
         """Return uint8 [B, H, W, 3] for latents [B, C, h, w], or [B, frames, H, W, 3] for [B, C, F, h, w]."""
-        pixels = self.vae.decode(self.to_vae(latents), return_dict=False)[0].float()
-        levels: Tensor = (pixels.clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
+        return self.levels(self.vae.decode(self.to_vae(latents), return_dict=False)[0])
+
+    def levels(self, pixels: Tensor) -> Tensor:
+        """Return what the VAE decoded, [B, 3, ...] in [-1, 1], as uint8 [B, ..., 3]."""
+        levels: Tensor = (pixels.float().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
         return levels.movedim(1, -1).contiguous()
 
     def interface(self, latent_frames: int = 1) -> Interface:
@@ -126,3 +134,38 @@ class DecoderModule(nn.Module):
             (TensorSpec("latents", "float32", ("batch", channels, "height", "width")),),
             TensorSpec("pixels", "uint8", ("batch", "height_px", "width_px", 3)),
         )
+
+
+class ClipDecoderModule(DecoderModule):
+    """Decoder of clips that can stop between parts of a clip. The parts together are what `forward` gives at once."""
+
+    @abstractmethod
+    def parts(self, latent_frames: int) -> tuple[int, ...]:
+        """Return the latent frames of each part of a clip, in order."""
+
+    @abstractmethod
+    def decode_part(self, latents: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        """Decode the next part of a clip.
+
+        Args:
+            latents: of the part, [B, C, F, h, w].
+            cache: what the part before left; None for the first. It is not changed.
+
+        Returns:
+            Pixels, uint8 [B, frames, H, W, 3], and the cache for the next part.
+        """
+
+
+class ClipParts(nn.Module):
+    """Runs a decoder part by part, as a module with one input and one output. It keeps the cache between parts."""
+
+    def __init__(self, decoder: ClipDecoderModule) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.cache: Any = None
+        """What the part before left; None before the first part of a clip."""
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Return the pixels of the next part; see `ClipDecoderModule.decode_part`."""
+        pixels, self.cache = self.decoder.decode_part(latents, self.cache)
+        return pixels

@@ -49,7 +49,7 @@ def encode_image(
         # A quarter of the default's time for about its size.
         picture.save(stream, "PNG", pnginfo=chunks, compress_level=1, compress_type=zlib.Z_RLE)
         return stream.getvalue()
-    exif = b"" if parameters is None else _exif(parameters)
+    exif = b"" if parameters is None else exif_comment(parameters)
     if image_format == "webp":
         picture.save(stream, "WEBP", quality=compression, lossless=compression == 100, exif=exif)
     else:
@@ -57,7 +57,8 @@ def encode_image(
     return stream.getvalue()
 
 
-def _exif(comment: str) -> bytes:
+def exif_comment(comment: str) -> bytes:
+    """Return EXIF data with a text as its UserComment."""
     exif = Image.Exif()
     exif.get_ifd(EXIF_IFD)[EXIF_USER_COMMENT] = b"UNICODE\0" + comment.encode("utf-16-be")
     return exif.tobytes()
@@ -69,11 +70,13 @@ def describe_parameters(params: SamplingParams, recipe: Recipe, digest: str) -> 
     They read a value with a comma or colon in it as JSON does a string.
     """
     prompt = " ".join(params.prompt.split())
+    clip = "" if params.frames is None else f"Frames: {params.frames}, "
     guidance = next((scale for scale in (params.guidance_scale, recipe.guidance_scale) if scale is not None), 1)
     lora_scale = recipe.lora_scale if params.lora_scale is None else params.lora_scale
     lora = "" if lora_scale is None else f", LoRA scale: {lora_scale:g}"
     name = json.dumps(recipe.name, ensure_ascii=False) if re.search(r'[,:"\n]', recipe.name) else recipe.name
     return (
         f"{prompt}\nSteps: {params.num_inference_steps}, Sampler: {recipe.solver}, CFG scale: {guidance:g}, "
-        f"Seed: {params.seed}, Size: {params.width}x{params.height}, Model hash: {digest[:10]}, Model: {name}{lora}"
+        f"Seed: {params.seed}, Size: {params.width}x{params.height}, {clip}"
+        f"Model hash: {digest[:10]}, Model: {name}{lora}"
     )

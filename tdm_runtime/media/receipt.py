@@ -51,6 +51,8 @@ class Receipt:
     """See `SamplingParams`."""
     lora_scale: float | None = None
     """Scale of the LoRA that was added to the base at run time; None without one."""
+    frames: int | None = None
+    """Number of frames of a clip; None for a picture."""
 
     def to_params(self) -> SamplingParams:
         """Return the parameters that make the picture again.
@@ -68,6 +70,7 @@ class Receipt:
             noise_angle=self.noise_angle,
             guidance_scale=self.guidance_scale,
             lora_scale=self.lora_scale,
+            frames=self.frames,
         )
 
     def to_json(self) -> str:
@@ -99,6 +102,7 @@ def receipt_of(model: LoadedModel, params: SamplingParams, pixels: Pixels, is_st
         noise_angle=params.noise_angle,
         guidance_scale=params.guidance_scale,
         lora_scale=None if model.recipe.lora_scale is None else model.lora_factor(params),
+        frames=params.frames,
     )
 
 

@@ -1,14 +1,22 @@
-"""Frames to one MP4 file."""
+"""Files of clips: MP4, animated WebP and GIF, and raw frames."""
 
 from __future__ import annotations
 
+import io
+import itertools
 import tempfile
 from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
+from PIL import Image
+
+from tdm_runtime.media.image_file import exif_comment
 from tdm_runtime.model.decoder import Pixels
 
+ClipFormat = Literal["mp4", "webp", "gif", "npy"]
 CRF = 16
 """Constant rate factor of x264, 0..51. 16 shows no loss, at a tenth of the size of PNG files."""
 
@@ -53,3 +61,31 @@ def encode_clip(frames: Iterable[Pixels], fps: int, width: int, height: int, com
                 container.mux(track.encode(frame))
             container.mux(track.encode(None))
         return file.read_bytes()
+
+
+def encode_frames(frames: Pixels, clip_format: ClipFormat, fps: int, comment: str = "") -> bytes:
+    """Encode a clip.
+
+    Args:
+        frames: uint8 [F, H, W, 3].
+        clip_format: mp4 (see `encode_clip`), webp (lossless, plays for ever), gif (256 colours a frame, plays for ever)
+            or npy (the array itself, as numpy saves it; no fps).
+        fps: frames per second.
+        comment: text to embed; npy holds none.
+    """
+    if clip_format == "mp4":
+        return encode_clip(frames, fps, frames.shape[2], frames.shape[1], comment)
+    stream = io.BytesIO()
+    if clip_format == "npy":
+        np.save(stream, frames)
+        return stream.getvalue()
+    first, *others = (Image.fromarray(frame) for frame in frames)
+    unit_ms = 10 if clip_format == "gif" else 1
+    ends = [round(1000 * n / (fps * unit_ms)) for n in range(len(frames) + 1)]  # so that they add up to the whole
+    shown_ms = [unit_ms * (end - start) for start, end in itertools.pairwise(ends)]
+    animation = {"save_all": True, "append_images": others, "duration": shown_ms, "loop": 0}
+    if clip_format == "gif":
+        first.save(stream, "GIF", comment=comment.encode(), **animation)
+    else:
+        first.save(stream, "WEBP", lossless=True, exif=exif_comment(comment), **animation)
+    return stream.getvalue()

@@ -227,10 +227,14 @@ def _thread_counts(wanted: int | None, checkpoint: Checkpoint) -> list[int]:
 
 @torch.inference_mode()
 def picture_seconds(model: LoadedModel) -> float:
-    """Return the seconds of a picture at the default step count: its steps and its decode, without the text encoder."""
+    """Return the seconds of a picture at the default step count: its steps and its decode, without the text encoder.
+
+    A model that makes clips is measured with one frame.
+    """
     recipe = model.recipe
     width, height = recipe.native_sizes[0]
-    params = SamplingParams("warm-up", 0, recipe.default_steps, width, height)
+    frames = None if recipe.frames is None else 1
+    params = SamplingParams("warm-up", 0, recipe.default_steps, width, height, frames=frames)
     device = model.denoiser.device
     prompt = model.conditioning(model.embedding(params), params)
     latents = torch.zeros(1, *model.latent_shape(params), device=device)

@@ -68,6 +68,6 @@ def load_component(
             module = checkpoint.family.decoder(checkpoint.load_tiny_vae(dtype))
         case "denoiser":
             denoiser = checkpoint.load_denoiser(dtype)
-            tokens = checkpoint.load_tokenizer().max_tokens if checkpoint.has_clip_alone else "tokens"
-            return denoiser, denoiser.interface(tokens)
+            of_clip = checkpoint.load_tokenizer().max_tokens if checkpoint.has_clip_alone else None
+            return denoiser, denoiser.interface(of_clip or denoiser.fixed_tokens or "tokens")
     return module, module.interface()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,13 +13,26 @@ from torch import Tensor
 
 from tdm_runtime.backends import Backend
 from tdm_runtime.families import family_of_vae
+from tdm_runtime.families.latent_space import ClipParts, LatentGeometry
 
 Pixels = NDArray[np.uint8]
 
 MAX_CALL_PIXELS = 1024 * 1024
 """Of one decoder call. A KL autoencoder of full size holds about 6 GB of activations for as many in float32."""
+CLIP_CALL_PIXELS = 512 * 512
+"""Of all frames of one call that decodes a part of a clip: about a picture's, which other pictures wait for."""
+MAX_PART_PIXELS = 4 * 1024 * 1024
+"""Of all frames of one part. Stock pipelines decode 9 frames of 720x480 pixels at once; larger parts are tiled."""
 TILE_OVERLAP = 0.25
 """Share of a tile's side that it has in common with the next."""
+
+
+class Calls(NamedTuple):
+    """Calls that decoding one sample takes."""
+
+    number: int
+    shape: tuple[int, ...]
+    """Latents of about each call, [C, H, W] or [C, F, H, W]: calls of one shape cost the same."""
 
 
 class Decoder:
@@ -42,29 +55,155 @@ class Decoder:
         slices = [self.backend(part).cpu().numpy() for part in torch.split(latents, samples_a_call)]
         return slices[0] if len(slices) == 1 else np.concatenate(slices)
 
+    def calls(self, shape: tuple[int, ...]) -> Calls:
+        """Return the calls of a sample.
+
+        Args:
+            shape: of its latents, [C, H, W] or [C, F, H, W].
+        """
+        return Calls(1, shape)
+
+    def steps(self, latents: Tensor) -> Iterator[Pixels | None]:
+        """Decode one sample, latents [C, H, W] or [C, F, H, W], and stop after each of its `calls`.
+
+        Yields:
+            None after each call but the last; then the pixels.
+        """
+        yield self.decode(latents[None])[0]
+
+    def preview(self, latents: Tensor) -> Pixels:
+        """Return a look at samples [B, ...] that are not finished: the pictures, or the first frame of clips.
+
+        The frame is uint8 [B, 1, H, W, 3].
+        """
+        return self.decode(latents[:, :, :1] if latents.ndim == 5 else latents)
+
     def _tiled(self, latents: Tensor) -> Pixels:
         """Decode one sample, latents [C, h, w] or [C, F, h, w], in overlapping tiles that fade into each other."""
         num_latent_frames = math.prod(latents.shape[1:-2])
         side = max(1, int((self._max_call_latents / num_latent_frames) ** 0.5))
-        height, width = (size * self.downscale for size in latents.shape[-2:])
-        total: NDArray[np.float32] | None = None
-        weights = np.zeros((height, width, 1), dtype=np.float32)
-        for top in _tile_starts(latents.shape[-2], side):
-            for left in _tile_starts(latents.shape[-1], side):
-                tile = latents[None, ..., top : top + side, left : left + side].contiguous()
-                pixels = self.backend(tile)[0].cpu().numpy()
-                rows, columns = (
-                    slice(s * self.downscale, s * self.downscale + n)
-                    for s, n in zip((top, left), pixels.shape[-3:-1], strict=True)
-                )
-                fade = np.outer(_fade(rows, height), _fade(columns, width))[..., None]
-                if total is None:
-                    total = np.zeros((*pixels.shape[:-3], height, width, 3), dtype=np.float32)
-                total[..., rows, columns, :] += fade * pixels
-                weights[rows, columns] += fade
-        assert total is not None, "a picture has at least one tile"
-        blended: Pixels = (total / weights).round().astype(np.uint8)
+        blend = _Blend(*(size * self.downscale for size in latents.shape[-2:]))
+        for top, left in _tiles(latents.shape, side):
+            tile = latents[None, ..., top : top + side, left : left + side].contiguous()
+            blend.add(self.backend(tile)[0].cpu().numpy(), top * self.downscale, left * self.downscale)
+        return blend.pixels()
+
+
+class ClipDecoder(Decoder):
+    """Decoder of clips: whole parts of a clip a call, as its autoencoder allows, so that other calls come between.
+
+    Frames that are too large even for one part are tiled, and each tile goes through its parts.
+    """
+
+    def __init__(
+        self, backend: Backend, parts: ClipParts, geometry: LatentGeometry, call_pixels: int = CLIP_CALL_PIXELS
+    ) -> None:
+        """
+        Args:
+            backend: Runs `parts`.
+            call_pixels: Pixels of all frames of a call. A call has more only if one part does.
+        """
+        super().__init__(backend, geometry.spatial_compression)
+        self._parts = parts
+        self._latent_pixels = geometry.spatial_compression**2 * (geometry.temporal_compression or 1)
+        self._call_pixels = call_pixels
+
+    def calls(self, shape: tuple[int, ...]) -> Calls:
+        cut, side = len(self._cut(shape)), self._side(shape)
+        of_a_call = (shape[0], -(-shape[1] // cut), *(min(size, side) for size in shape[2:]))
+        return Calls(cut * sum(1 for _ in _tiles(shape, side)), of_a_call)
+
+    def decode(self, latents: Tensor) -> Pixels:
+        return np.stack([pixels for sample in latents for pixels in self.steps(sample) if pixels is not None])
+
+    def steps(self, latents: Tensor) -> Iterator[Pixels | None]:
+        side, cut = self._side(latents.shape), self._cut(latents.shape)
+        blend = _Blend(*(size * self.downscale for size in latents.shape[-2:]))
+        whole = None
+        tiles = list(_tiles(latents.shape, side))
+        for number, (top, left) in enumerate(tiles):
+            tile = latents[None, ..., top : top + side, left : left + side]
+            frames: list[Pixels] = []
+            cache: Any = None
+            for call, parts in enumerate(cut):
+                self._parts.cache = cache
+                frames += [self.backend(tile[:, :, part].contiguous())[0].cpu().numpy() for part in parts]
+                cache, self._parts.cache = self._parts.cache, None
+                if call + 1 < len(cut):
+                    yield None
+            whole = np.concatenate(frames)
+            if len(tiles) > 1:
+                blend.add(whole, top * self.downscale, left * self.downscale)
+            if number + 1 < len(tiles):
+                yield None
+        yield whole if len(tiles) == 1 else blend.pixels()
+
+    def _cut(self, shape: Sequence[int]) -> list[list[slice]]:
+        """Return the parts of each call, as slices of the latent frames."""
+        frame = math.prod(min(size, self._side(shape)) for size in shape[2:]) * self._latent_pixels
+        call_latents = self._call_pixels // frame
+        calls: list[list[slice]] = []
+        start = room = 0
+        for size in self._parts.decoder.parts(shape[1]):
+            if not calls or room < size:
+                calls.append([])
+                room = call_latents
+            calls[-1].append(slice(start, start + size))
+            start, room = start + size, room - size
+        return calls
+
+    def _side(self, shape: Sequence[int]) -> int:
+        """Return the most latents along each side of a tile."""
+        largest = max(self._parts.decoder.parts(shape[1]))
+        if largest * shape[-2] * shape[-1] * self._latent_pixels <= MAX_PART_PIXELS:
+            return max(shape[-2:])
+        return max(1, int((MAX_PART_PIXELS / (largest * self._latent_pixels)) ** 0.5))
+
+
+def preview_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of what `Decoder.preview` decodes of a sample: a picture, or the first latent frame."""
+    return (shape[0], 1, *shape[2:]) if len(shape) == 4 else shape
+
+
+class _Blend:
+    """Tiles that fade into each other."""
+
+    def __init__(self, height: int, width: int) -> None:
+        """Take the size of the whole, in pixels."""
+        self._size = height, width
+        self._total: NDArray[np.float32] | None = None
+        self._weights = np.zeros((height, width, 1), dtype=np.float32)
+
+    def add(self, pixels: Pixels, top: int, left: int) -> None:
+        """Add a tile, uint8 [..., H, W, 3], at its place in pixels."""
+        height, width = self._size
+        rows, columns = (slice(start, start + n) for start, n in zip((top, left), pixels.shape[-3:-1], strict=True))
+        fade = np.outer(_fade(rows, height), _fade(columns, width))[..., None]
+        if self._total is None:
+            self._total = np.zeros((*pixels.shape[:-3], height, width, 3), dtype=np.float32)
+        self._total[..., rows, columns, :] += fade * pixels
+        self._weights[rows, columns] += fade
+
+    def pixels(self) -> Pixels:
+        """Return the whole, uint8 [..., H, W, 3]."""
+        assert self._total is not None, "a picture has at least one tile"
+        blended: Pixels = (self._total / self._weights).round().astype(np.uint8)
         return blended
+
+
+def _tiles(shape: Sequence[int], side: int) -> Iterator[tuple[int, int]]:
+    """Yield where tiles begin, (top, left) in latents."""
+    for top in _tile_starts(shape[-2], side):
+        for left in _tile_starts(shape[-1], side):
+            yield top, left
+
+
+def decoder_on(backend: Backend, geometry: LatentGeometry) -> Decoder:
+    """Return the decoder that a backend runs: part by part, where its module can."""
+    module = getattr(backend, "module", None)
+    if isinstance(module, ClipParts):
+        return ClipDecoder(backend, module, geometry)
+    return Decoder(backend, geometry.spatial_compression)
 
 
 def torch_decoder(vae: Any, device: torch.device, threads: int | None = None) -> Decoder:

@@ -11,13 +11,15 @@ import torch
 from tdm_runtime.backends import TORCH_DTYPES, Backend, BackendName, Precision
 from tdm_runtime.backends.interface import ComponentName, Interface
 from tdm_runtime.backends.opening import open_file, open_module
+from tdm_runtime.backends.pytorch import TorchBackend
 from tdm_runtime.checkpoint.folder import Checkpoint
 from tdm_runtime.checkpoint.manifest import Build, Manifest, PictureParity, check_build
 from tdm_runtime.checkpoint.recipe import RECIPE_FILE
 from tdm_runtime.checkpoint.stock.text_precision import TextConfig
 from tdm_runtime.errors import ArtifactError, BackendError, RecipeError
+from tdm_runtime.families.latent_space import ClipDecoderModule, ClipParts
 from tdm_runtime.model.components import component_names, load_component
-from tdm_runtime.model.decoder import Decoder
+from tdm_runtime.model.decoder import Decoder, decoder_on
 from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.model.text_encoder import ClipEncoder, PipelineEncoder, TextEncoder
 from tdm_runtime.params import DecoderName
@@ -56,6 +58,8 @@ def load_with_torch(
         # A small decoder gets no OpenMP team. With a second team there are more workers than cores, they stop
         # spinning, and a step takes twice as long.
         team = 1 if threads and name.endswith("decoder") and not is_large else threads
+        if isinstance(module, ClipDecoderModule):  # Python keeps a cache between its calls
+            return TorchBackend(ClipParts(module), on, dtype, team), interface
         return open_module(backend, module, interface, on, dtype, team), interface
 
     return _assembled(checkpoint, f"{backend} {precision}", run, {}, on, text)
@@ -106,10 +110,9 @@ def _assembled(
     text: TextConfig,
 ) -> LoadedModel:
     names = component_names(checkpoint)
-    compression = checkpoint.geometry.spatial_compression
-    decoders: dict[DecoderName, Decoder] = {"full": Decoder(run("decoder")[0], compression)}
+    decoders: dict[DecoderName, Decoder] = {"full": decoder_on(run("decoder")[0], checkpoint.geometry)}
     if "tiny_decoder" in names:
-        decoders["tiny"] = Decoder(run("tiny_decoder")[0], compression)
+        decoders["tiny"] = decoder_on(run("tiny_decoder")[0], checkpoint.geometry)
     _check_sizes(checkpoint)
     denoiser, interface = run("denoiser")
     if "text_encoder" in names:

@@ -19,6 +19,8 @@ from tdm_runtime.families.latent_space import LatentGeometry
 from tdm_runtime.model.decoder import Decoder
 from tdm_runtime.model.text_encoder import PromptEmbedding, TextEncoder
 from tdm_runtime.params import DecoderName, SamplingParams
+from tdm_runtime.sampling.noise import SeedNoise
+from tdm_runtime.sampling.solvers import DRAWS_A_STEP
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,6 @@ class LoadedModel:
     """Parity of the pictures with torch float32, by step count K; empty where it was not measured."""
     recipe_source: str = ""
     """Where the recipe comes from: a file of the folder, or the scheduler that implies it."""
-    num_frames: int = 1
-    """Frames of a clip; 1 where the model makes pictures."""
     choice: str = ""
     """Why this backend was chosen; empty where the configuration named it."""
     base: str | None = None
@@ -59,7 +59,17 @@ class LoadedModel:
 
     def latent_shape(self, params: SamplingParams) -> tuple[int, ...]:
         """Shape of a request's latents: [C, H, W], of a clip [C, F, H, W]."""
-        return self.geometry.latent_shape(params.width, params.height, self.num_frames)
+        return self.geometry.latent_shape(params.width, params.height, params.frames or 1)
+
+    def noise(self, params: SamplingParams) -> SeedNoise:
+        """Return the noise of a request, in the shape of its latents."""
+        return SeedNoise(
+            params.seed,
+            self.latent_shape(params),
+            params.noise_angle,
+            frames_first=self.geometry.draws_frames_first,
+            draws_a_step=DRAWS_A_STEP.get(self.recipe.solver, 1),
+        )
 
     def lora_factor(self, params: SamplingParams) -> float:
         """Factor on what the model's LoRA adds: the scale of a request, or else of the LoRA; 1 without a LoRA."""

@@ -23,13 +23,26 @@ class SeedNoise:
     It holds a generator and no tensor. The same noise may be asked for again, as after a call that failed.
     """
 
-    def __init__(self, seed: int, shape: tuple[int, ...], angle: float = 0.0) -> None:
+    def __init__(
+        self,
+        seed: int,
+        shape: tuple[int, ...],
+        angle: float = 0.0,
+        *,
+        frames_first: bool = False,
+        draws_a_step: int = 1,
+    ) -> None:
         """
         Args:
             shape: Of each noise.
             angle: In radians.
+            frames_first: Whether the generator draws a clip [..., C, F, H, W] as [..., F, C, H, W].
+            draws_a_step: Draws of each step, of which the last is used but for step 0, which draws once: the noise of
+                step j is d_{draws_a_step j + 1}. CogVideoX's DPM solver draws twice.
         """
         self._seed, self._shape, self._angle = seed, shape, angle
+        self._frames_first, self._draws_a_step = frames_first, draws_a_step
+        self._drawn_shape = (*shape[:-4], shape[-3], shape[-4], *shape[-2:]) if frames_first else shape
         self._generator = torch.Generator()
         self._next_draw: int | None = None
         """Number of the draw that the generator makes next; None before it is seeded."""
@@ -44,7 +57,7 @@ class SeedNoise:
     def of_step(self, step_index: int) -> Tensor:
         """Return the fresh noise of a step."""
         if step_index > 0 or self._angle == 0.0:
-            return self._draw(step_index + 1)
+            return self._draw(self._draws_a_step * step_index + 1)
         first, second = self._draw(0), self._draw(1)
         return math.cos(self._angle) * second - math.sin(self._angle) * first
 
@@ -53,10 +66,10 @@ class SeedNoise:
             self._generator.manual_seed(self._seed)
             self._next_draw = 0
         while True:
-            drawn = torch.randn(self._shape, generator=self._generator, dtype=torch.float32)
+            drawn = torch.randn(self._drawn_shape, generator=self._generator, dtype=torch.float32)
             self._next_draw += 1
             if self._next_draw > number:
-                return drawn
+                return drawn.transpose(-4, -3).contiguous() if self._frames_first else drawn
 
 
 def initial_noise(seed: int, shape: tuple[int, ...], angle: float = 0.0) -> Tensor:

@@ -4,7 +4,7 @@ For a noise schedule, a solver and a list of timesteps everything a solver does 
 the first request. Row j of the table says
 
     denoised_j = p_j * x_j + q_j * model_output_j
-    x_{j+1}    = a_j * x_j + b_j * denoised_j + c_j * denoised_{j-1} + d_j * noise_j
+    x_{j+1}    = a_j * x_j + b_j * denoised_j + c_j * denoised_{j-1} + d_j * noise_j + e_j * denoised_{j-2}
 
 noise_j is fresh unit normal noise, a function of the request's seed and j (`sampling.noise`).
 So samples with different step counts, at different steps, even under different solvers, share one
@@ -36,7 +36,7 @@ PredictionType = Literal["epsilon", "v_prediction", "flow_prediction", "sample"]
 PREDICTION_TYPES: tuple[str, ...] = get_args(PredictionType)
 LCM_TIMESTEP_SCALING = 10.0
 """Default of `timestep_scaling` in LCM's boundary scalings."""
-COLUMNS = ("timesteps", "p", "q", "a", "b", "c", "d")
+COLUMNS = ("timesteps", "p", "q", "a", "b", "c", "d", "e")
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,14 @@ class StepTable:
     """denoised = p * latents + q * model_output."""
     q: Array
     a: Array
-    """next latents = a * latents + b * denoised + c * previous denoised + d * noise."""
+    """next latents = a * latents + b * denoised + c * previous denoised + d * noise + e * denoised before that."""
     b: Array
     c: Array
     """Zero in row 0, and in every row of a one-step solver."""
     d: Array
     """Zero in the last row, and in every row of a deterministic solver."""
+    e: Array
+    """Zero in rows 0 and 1 and the last, and in every row of a solver other than unipc."""
     initial_scale: float = 1.0
     """The sampler starts from unit noise times this factor."""
 
@@ -71,7 +73,7 @@ class StepTable:
 
     @cached_property
     def rows(self) -> NDArray[np.float32]:
-        """[K, 7]: timestep, p, q, a, b, c, d of each step, as samplers compute with them."""
+        """[K, 8]: timestep, p, q, a, b, c, d, e of each step, as samplers compute with them."""
         return np.stack([getattr(self, name) for name in COLUMNS], axis=1).astype(np.float32)
 
 
@@ -138,12 +140,12 @@ def build_step_table(
     with np.errstate(divide="ignore", invalid="ignore"):
         p, q = denoise_columns(prediction_type, current)
         q = output_sign * q
-        a, b, c, d = solver_columns(solver, current, following, middle)
+        a, b, c, d, e = solver_columns(solver, current, following, middle)
     if solver == "lcm":
         c_skip, c_out = boundary_scalings(timesteps, timestep_scaling)
         p, q = c_skip + c_out * p, c_out * q
     scale = float(current.sigmas[0]) if initial_scale == "sigma" else float(initial_scale)
-    return StepTable(timesteps.copy(), p, q, a, b, c, d, scale)
+    return StepTable(timesteps.copy(), p, q, a, b, c, d, e, scale)
 
 
 def _landings(schedule: NoiseSchedule, solver: Solver, timesteps: Array) -> Array:

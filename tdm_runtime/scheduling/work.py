@@ -28,15 +28,17 @@ class Lane(NamedTuple):
 
 @dataclass(eq=False, kw_only=True)
 class Work:
-    """A sample as the scheduler sees it: a prompt unless it is cached, denoiser steps, then a decode."""
+    """A sample as the scheduler sees it: a prompt unless it is cached, denoiser steps, then a decode in calls."""
 
     denoise: Lane
     """Lane of its denoiser steps."""
     decode: Lane
-    """Lane of its decode."""
+    """Lane of its decode's calls."""
     steps_left: int
     """Denoiser steps still to take."""
     urgency: Urgency
+    decodes_left: int = 1
+    """Calls of its decode still to make."""
     open_steps: tuple[int, ...] = ()
     """Step counts to choose from, ascending; empty once one is chosen. Until then `steps_left` is the first."""
     promised_s: float = NEVER_S
@@ -101,6 +103,7 @@ class Work:
             decode=self.decode,
             steps_left=self.steps_left,
             urgency=self.urgency,
+            decodes_left=self.decodes_left,
             promised_s=self.promised_s,
             needs_text=self.needs_text,
             text=self.text,
@@ -117,7 +120,8 @@ class Work:
             return False
         self.has_started = True
         if not self.steps_left:
-            return True
+            self.decodes_left -= 1
+            return not self.decodes_left
         self.previews_left -= self.is_shown
         self.steps_left -= 1
         self.unseen_steps = max(0, self.unseen_steps - 1)
@@ -131,11 +135,12 @@ class Work:
             for kind in (self.denoise.kind, self.decode.kind)
             if (size := costs.batch_size(kind, capacity))
         ]
-        return text_s + steps * shares_s[0] + shares_s[1]
+        return text_s + steps * shares_s[0] + self.decodes_left * shares_s[1]
 
     def seconds_left(self, costs: CostModel, size: int = 1) -> float:
         """Return the seconds until it is done, if each step is a call of `size` samples and nothing comes between."""
-        seconds = self.steps_left * costs.seconds(self.denoise.kind, size) + costs.seconds(self.decode.kind)
+        seconds = self.steps_left * costs.seconds(self.denoise.kind, size)
+        seconds += self.decodes_left * costs.seconds(self.decode.kind)
         if self.needs_text:
             seconds += costs.seconds(self.text)
         if self.previews_left:

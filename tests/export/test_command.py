@@ -21,6 +21,7 @@ from tdm_runtime.model.choice import CHOICE_FILE, load_model
 from tdm_runtime.model.decoder import Pixels
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.pipeline import generate
+from tests.stock_checkpoints import CASES, save_checkpoint
 
 Run = Callable[..., str]
 
@@ -223,3 +224,9 @@ def test_a_folder_with_other_files_is_never_replaced(
         assert message == f"{output} holds files that are not artifacts; choose another folder with --output"
     assert (tmp_path / "thesis.txt").read_text() == "a thesis"
     open_checkpoint(copy)
+
+
+def test_a_model_of_clips_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = save_checkpoint(CASES["AnimateDiff-Lightning"], tmp_path / "clips")
+    assert main([str(folder), "--backend", "openvino"]) != 0
+    assert "clips makes clips of any of several lengths" in capsys.readouterr().err

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -22,6 +23,7 @@ from tdm_runtime.model.decoder import Pixels
 from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.params import MAX_SEED, DecoderName, SamplingParams
 from tdm_runtime.pipeline import generate
+from tests.stock_checkpoints import CASES, save_checkpoint
 
 
 def command(checkpoint_folder: Path, output: Path, *more: str, prompt: str = "a red apple") -> list[str]:
@@ -67,6 +69,76 @@ def test_the_suffix_decides_the_format(checkpoint_folder: Path, tmp_path: Path, 
     with Image.open(output) as picture:
         assert picture.format == name
         assert b"S\0e\0e\0d\0:\0 \0007" in picture.getexif().get_ifd(EXIF_IFD)[EXIF_USER_COMMENT]
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint(CASES["AnimateDiff-Lightning"], tmp_path_factory.mktemp("clips"))
+
+
+def test_a_clip_is_written_as_raw_frames_and_in_every_format(clip_folder: Path, tmp_path: Path) -> None:
+    asked = ("--seed", "7", "--steps", "2", "--frames", "6", "--fps", "6", "--size", "64x48")
+    files = {suffix: tmp_path / f"clip{suffix}" for suffix in (".npy", ".mp4", ".webp", ".gif")}
+    for file in files.values():
+        assert main(command(clip_folder, file, *asked)) == 0
+    frames = np.load(files[".npy"])
+    assert frames.shape == (6, 48, 64, 3) and frames.dtype == np.uint8
+    params = SamplingParams("a red apple", 7, 2, 64, 48, frames=6)
+    np.testing.assert_array_equal(frames, generate(load_model(clip_folder, device="cpu"), params))
+    for suffix in (".webp", ".gif"):
+        with Image.open(files[suffix]) as animation:
+            assert (animation.n_frames, animation.size, animation.info["loop"]) == (6, (64, 48), 0)  # type: ignore[attr-defined]
+    with Image.open(files[".webp"]) as animation:
+        for number, frame in enumerate(frames):
+            animation.seek(number)
+            np.testing.assert_array_equal(np.asarray(animation.convert("RGB")), frame)
+    with av.open(str(files[".mp4"])) as container:
+        (track,) = container.streams
+        assert isinstance(track, av.VideoStream)
+        assert (track.average_rate, len(list(container.decode(track)))) == (6, 6)
+        assert "Frames: 6" in container.metadata["comment"]
+
+
+def test_a_clips_previews_are_pictures_of_its_first_frame(clip_folder: Path, tmp_path: Path) -> None:
+    asked = ("--seed", "7", "--steps", "2", "--frames", "3", "--size", "64x48", "--previews")
+    assert main(command(clip_folder, tmp_path / "clip.npy", *asked)) == 0
+    with Image.open(tmp_path / "clip.step1.png") as preview:
+        assert preview.size == (64, 48)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--frames", "25"), "frames is 25; .* makes clips of 1 to 24 frames: take 24"),
+        (("--frames", "0"), "frames is 0; it must be a whole number from 1 to 1025"),
+        (("--fps", "500"), "fps is 500; it must be a whole number from 1 to 120"),
+        (("-o", "clip.png"), r"the output is clip.png; .* makes clips: \.mp4, \.webp, \.gif, \.npy"),
+    ],
+)
+def test_what_a_clip_cannot_be_is_refused_with_value_and_limit(
+    clip_folder: Path, tmp_path: Path, more: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sentence = complaint(command(clip_folder, tmp_path / "clip.npy", "--size", "64x48", *more), capsys)
+    assert re.search(message, sentence)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--frames", "8"), "frames is 8; .* makes pictures, not clips: leave it out"),
+        (("--fps", "8"), "fps is 8; .* makes pictures"),
+        (("-o", "clip.mp4"), r"the output is clip.mp4; .* makes pictures: \.png, \.webp"),
+    ],
+)
+def test_a_model_of_pictures_makes_no_clip(
+    checkpoint_folder: Path,
+    tmp_path: Path,
+    more: tuple[str, ...],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert re.search(message, complaint(command(checkpoint_folder, tmp_path / "a.png", *more), capsys))
 
 
 def test_the_same_seed_makes_the_same_bytes_and_another_seed_does_not(checkpoint_folder: Path, tmp_path: Path) -> None:
@@ -115,7 +187,7 @@ def test_a_bad_value_is_refused_in_one_sentence(
     assert not output.exists()
 
 
-@pytest.mark.parametrize("name", ["apple.gif", "apple", "apple.png.txt"])
+@pytest.mark.parametrize("name", ["apple.bmp", "apple", "apple.png.txt"])
 def test_an_unknown_suffix_is_refused(
     checkpoint_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:

@@ -27,6 +27,7 @@ from tdm_runtime.checkpoint.folder import weight_hashes
 from tdm_runtime.checkpoint.folder_files import PICKLE_SUFFIXES, TINY_VAE
 from tdm_runtime.checkpoint.recipe import RECIPE_FILE, Adapter, Recipe
 from tdm_runtime.checkpoint.size_rule import SizeRule, rule_around
+from tdm_runtime.checkpoint.stock.implied_recipe import native_clip
 from tdm_runtime.checkpoint.stock.pipeline_folder import MODEL_INDEX, read_json
 from tdm_runtime.families import Denoiser, family_of_model
 from tdm_runtime.sampling.solvers import Solver
@@ -50,6 +51,7 @@ def save_model(distiller: Distiller, base_folder: Path, folder: Path, name: str)
         recipe,
         size_rule=_size_rule(denoiser, base_folder, config),
         guidance_scale=None if guidance is None else float(guidance[0]),
+        **_clip(denoiser, base_folder, config),
     )
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -107,6 +109,14 @@ def _size_rule(denoiser: Denoiser, base_folder: Path, config: DistillConfig) -> 
     vae = read_json(base_folder / "vae" / "config.json")
     geometry = family_of_model(denoiser.model).geometry(denoiser.model.config, vae)
     return rule_around(config.width, config.height, geometry.size_multiple)
+
+
+def _clip(denoiser: Denoiser, base_folder: Path, config: DistillConfig) -> dict[str, Any]:
+    """Return the fields of the recipe of a model that makes clips; none for pictures."""
+    if (clip := native_clip(family_of_model(denoiser.model), base_folder)) is None:
+        return {}
+    rule, fps = clip
+    return {"frames": replace(rule, default=rule.nearest(config.frames)), "fps": fps}
 
 
 def _link_or_copy(source: str, target: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,14 @@ def ddim_sampling(config: SchedulerConfig, request: ScheduleRequest) -> Sampling
         timesteps=lists_of(timesteps),
         next_timesteps=lists_of({k: v for k, v in landings.items() if not np.array_equal(v, by_default[k])}),
     )
+
+
+def stochastic_dpm_sampling(config: SchedulerConfig, request: ScheduleRequest) -> Sampling:
+    """Follow CogVideoXDPMScheduler, which lands where CogVideoXDDIMScheduler does."""
+    sampling = ddim_sampling(config, request)
+    if not config["set_alpha_to_one"]:
+        raise RecipeError("set_alpha_to_one of the CogVideoXDPMScheduler is False; this version follows True only")
+    return replace(sampling, solver="sde-dpmsolver++")
 
 
 def euler_sampling(config: SchedulerConfig, request: ScheduleRequest) -> Sampling:

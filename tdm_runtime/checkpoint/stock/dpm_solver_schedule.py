@@ -1,4 +1,4 @@
-"""Stock DPM-Solver++ 2M, on the betas of diffusion models and on flows."""
+"""Stock DPM-Solver++ 2M, on the betas of diffusion models and on flows, and UniPC on flows."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from tdm_runtime.sampling.solvers import Solver
 
 FEW_STEPS = 15
 """Below it, `lower_order_final` ends DPM-Solver++ in first order."""
+NOISE_KEPT_BACK = 1e-6
+"""UniPC starts a flow this far below sigma 1, where the logarithm of the signal is finite."""
+_CURVES = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 
 
 def dpm_solver_sampling(config: SchedulerConfig, request: ScheduleRequest) -> Sampling:
@@ -63,6 +66,32 @@ def _dpm_flow(config: SchedulerConfig, request: ScheduleRequest, solver: Solver)
         shifted = schedule.shifted(unshifted)[::-1]
         sigmas[k], timesteps[k] = _rounded(shifted), np.trunc(shifted[:-1] * total)
     return Sampling("flow_prediction", schedule, solver, lists_of(timesteps), sigmas=lists_of(sigmas))
+
+
+def unipc_sampling(config: SchedulerConfig, request: ScheduleRequest) -> Sampling:
+    """Follow UniPCMultistepScheduler on a flow, as Wan's folders have it."""
+    config.require("use_flow_sigmas", True)
+    config.require("prediction_type", "flow_prediction")
+    config.require("solver_type", "bh2", "midpoint", "heun", "logrho")
+    config.require("solver_order", 2, 3)
+    config.require("final_sigmas_type", "zero")
+    config.require("disable_corrector", [])
+    for setting, value in (("predict_x0", True), ("lower_order_final", True), ("solver_p", None)):
+        config.require(setting, value)
+    for setting in ("thresholding", *_CURVES, "use_dynamic_shifting"):
+        config.require(setting, False)
+    config.require("shift_terminal", None, 0)
+    schedule = FlowSchedule(float(config["flow_shift"]), config["num_train_timesteps"])
+    total = schedule.num_train_timesteps
+    timesteps, sigmas = {}, {}
+    for k in request.step_counts:
+        if config["solver_order"] == 3 and k > 4:
+            raise RecipeError(f"solver_order is 3, which {k} steps reach; this version follows 2: set it to 2")
+        shifted = schedule.shifted(np.linspace(1.0, 1.0 / total, k + 1)[:-1])
+        if abs(shifted[0] - 1.0) < NOISE_KEPT_BACK:
+            shifted[0] -= NOISE_KEPT_BACK
+        sigmas[k], timesteps[k] = _rounded(np.append(shifted, 0.0)), np.trunc(shifted * total)
+    return Sampling("flow_prediction", schedule, "unipc", lists_of(timesteps), sigmas=lists_of(sigmas))
 
 
 def _dpm_diffusion(config: SchedulerConfig, request: ScheduleRequest, solver: Solver) -> Sampling:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tdm_runtime.checkpoint.frame_rule import FrameRule
 from tdm_runtime.checkpoint.recipe import RECIPE_FILE, Recipe, load_recipe, parse_recipe
 from tdm_runtime.checkpoint.size_rule import SizeRule, rule_around
 from tdm_runtime.checkpoint.stock.pipeline_call import GUIDANCE_SCALES, PIPELINE_CALLS, ScheduleRequest
@@ -87,6 +88,7 @@ def implied_recipe(
             default if default is not None else max(sampling.timesteps),
             (native_size(family, folder),),
             scale,
+            native_clip(family, folder),
         )
         recipe = replace(recipe, size_rule=size_rule(family, folder))
         return parse_recipe(json.loads(recipe.to_json()))  # checks every field as a file's
@@ -107,6 +109,20 @@ def size_rule(family: Family, folder: Path) -> SizeRule:
         file = folder / family.denoiser_folder / "config.json"
         raise RecipeError(f"{file} lacks {error.args[0]}; restore the folder from its source") from None
     return rule_around(*native_size(family, folder), multiple)
+
+
+def native_clip(family: Family, folder: Path) -> tuple[FrameRule, int] | None:
+    """Return the rule for the frames of a folder's clips, and fps; None for a model that makes pictures."""
+    denoiser, vae = (read_json(folder / part / "config.json") for part in (family.denoiser_folder, "vae"))
+    clip = family.native_clip(denoiser)
+    if clip is None:
+        return None
+    step = family.geometry(denoiser, vae).frame_step
+
+    def allowed(frames: int) -> int:
+        return (frames - 1) // step * step + 1
+
+    return FrameRule(allowed(clip.frames), step, allowed(clip.max_frames)), clip.fps
 
 
 def native_size(family: Family, folder: Path) -> tuple[int, int]:

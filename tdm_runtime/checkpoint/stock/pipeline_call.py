@@ -54,6 +54,7 @@ PIPELINE_CALLS: Mapping[str, PipelineCall] = {
     "sana": PipelineCall(takes_timesteps=True, guidance_scale=4.5),
     "cogvideox": PipelineCall(takes_timesteps=True),
     "wan": PipelineCall(size=(832, 480)),
+    "animatediff": PipelineCall(),
 }
 """Family name -> call, read in diffusers 0.42."""
 GUIDANCE_SCALES: Mapping[str, float] = {"LatentConsistencyModelPipeline": 8.5}

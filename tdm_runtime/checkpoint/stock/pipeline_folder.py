@@ -60,7 +60,8 @@ def family_of(folder: Path) -> Family:
     if family is None:
         known = ", ".join(name for family in FAMILIES.values() for name in family.pipelines)
         raise CheckpointError(f"{folder} holds a {name}; this version knows {known}: use a folder of those")
-    part, names = family.denoiser_folder, (family.denoiser_class, family.former_denoiser_class)
+    part = family.denoiser_folder
+    names = (family.denoiser_class, family.former_denoiser_class, *family.other_denoiser_classes)
     if index.get(part) not in [["diffusers", name] for name in names]:
         raise CheckpointError(
             f"{file} says that {part} is {index.get(part)}; a {name} has a {family.denoiser_class}: "

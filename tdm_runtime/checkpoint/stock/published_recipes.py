@@ -7,18 +7,12 @@ follows as it does for a folder (`schedule`). `absent_recipes` says why others a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
 
-from tdm_runtime.checkpoint.recipe import Recipe
 from tdm_runtime.checkpoint.stock.absent_recipes import why_absent
-from tdm_runtime.checkpoint.stock.pipeline_call import ScheduleRequest
-from tdm_runtime.checkpoint.stock.schedule import sampling_of
-from tdm_runtime.checkpoint.stock.scheduler_config import SchedulerConfig
+from tdm_runtime.checkpoint.stock.published_clips import CLIP_RECIPES
+from tdm_runtime.checkpoint.stock.published_recipe import PublishedRecipe, Settings, flow_match_euler
 from tdm_runtime.errors import RecipeError
-
-Settings = Mapping[str, Any]
-Size = tuple[int, int]
 
 _SD_BETAS: Settings = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 _TRAILING: Settings = {**_SD_BETAS, "timestep_spacing": "trailing"}
@@ -35,10 +29,6 @@ _LCM: Settings = {**_SD_BETAS, "_class_name": "LCMScheduler"}
 _TCD: Settings = {**_SD_BETAS, "_class_name": "TCDScheduler"}
 
 
-def _flow(shift: float) -> Settings:
-    return {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": shift}
-
-
 def _dpm_flow(shift: float) -> Settings:
     return {
         "_class_name": "DPMSolverMultistepScheduler",
@@ -46,55 +36,6 @@ def _dpm_flow(shift: float) -> Settings:
         "use_flow_sigmas": True,
         "flow_shift": shift,
     }
-
-
-@dataclass(frozen=True)
-class PublishedRecipe:
-    """How a published checkpoint is sampled."""
-
-    name: str
-    family: str
-    """Name of the family."""
-    checkpoint: str
-    """Where it is published, on the Hugging Face hub."""
-    scheduler: Settings
-    """Scheduler config of the publisher's example."""
-    steps: tuple[int, ...]
-    default_steps: int
-    size: Size
-    """Default (width, height) in pixels."""
-    stated: str
-    """What the publisher's files or documentation state, as read; "" for nothing."""
-    inferred: str
-    """What was worked out, remembered, or read in the code of users: check it before you rely on it; "" for nothing."""
-    timesteps: tuple[float, ...] | None = None
-    """Argument `timesteps` of the example."""
-    sigmas: tuple[float, ...] | None = None
-    """Argument `sigmas` of the example."""
-    eta: float = 0.0
-    """Argument `eta` of the example, which TCD reads."""
-    guidance_scale: float | None = None
-    """Guidance scale that the denoiser reads."""
-    output_sign: Literal[1, -1] = 1
-    """See `Recipe.output_sign`."""
-    lora_scale: float | None = None
-    """Scale of the LoRA that the checkpoint is; None for whole weights."""
-
-    def recipe(self, name: str | None = None, size: Size | None = None, files: Mapping[str, str] = {}) -> Recipe:
-        """Return the recipe.
-
-        Args:
-            name: Name in requests; None is the entry's.
-            size: (width, height) in pixels; None is the entry's.
-            files: See `Recipe.files`.
-        """
-        steps = None if self.timesteps or self.sigmas else self.steps
-        request = ScheduleRequest.of(self.family, steps, self.timesteps, self.sigmas, self.eta)
-        sampling = sampling_of(SchedulerConfig.of(self.scheduler), request)
-        recipe = sampling.recipe(
-            name or self.name, self.default_steps, (size or self.size,), self.guidance_scale, dict(files)
-        )
-        return replace(recipe, output_sign=self.output_sign)
 
 
 SD, XL, LARGE = "stable_diffusion", "sdxl", (1024, 1024)
@@ -198,7 +139,7 @@ _Z_IMAGE = PublishedRecipe(
     name="z-image-turbo",
     family="z_image",
     checkpoint="Tongyi-MAI/Z-Image-Turbo",
-    scheduler=_flow(3.0),
+    scheduler=flow_match_euler(3.0),
     steps=(8,),
     default_steps=8,
     size=LARGE,
@@ -209,7 +150,7 @@ _SCHNELL = PublishedRecipe(
     name="flux.1-schnell",
     family="flux",
     checkpoint="black-forest-labs/FLUX.1-schnell",
-    scheduler=_flow(1.0),
+    scheduler=flow_match_euler(1.0),
     steps=(1, 2, 3, 4),
     default_steps=4,
     size=LARGE,
@@ -316,7 +257,7 @@ PUBLISHED: Mapping[str, PublishedRecipe] = {
             name="instaflow",
             family=SD,
             checkpoint="XCLiu/instaflow_0_9B_from_sd_1_5",
-            scheduler=_flow(1.0),
+            scheduler=flow_match_euler(1.0),
             steps=(1,),
             default_steps=1,
             size=SMALL,
@@ -360,7 +301,7 @@ PUBLISHED: Mapping[str, PublishedRecipe] = {
             name="sd3.5-large-turbo",
             family="sd3",
             checkpoint="stabilityai/stable-diffusion-3.5-large-turbo",
-            scheduler=_flow(3.0),
+            scheduler=flow_match_euler(3.0),
             steps=(4,),
             default_steps=4,
             size=LARGE,
@@ -379,6 +320,7 @@ PUBLISHED: Mapping[str, PublishedRecipe] = {
             stated="SCMScheduler, 2 steps with the intermediate angle 1.3, guidance 4.5 as an input of the model",
             inferred="",
         ),
+        *CLIP_RECIPES,
     )
 }
 """Name -> recipe."""

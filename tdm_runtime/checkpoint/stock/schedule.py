@@ -16,8 +16,9 @@ from tdm_runtime.checkpoint.stock.diffusion_schedule import (
     ddim_sampling,
     euler_ancestral_sampling,
     euler_sampling,
+    stochastic_dpm_sampling,
 )
-from tdm_runtime.checkpoint.stock.dpm_solver_schedule import dpm_solver_sampling
+from tdm_runtime.checkpoint.stock.dpm_solver_schedule import dpm_solver_sampling, unipc_sampling
 from tdm_runtime.checkpoint.stock.flow_schedule import flow_match_euler_sampling, scm_sampling
 from tdm_runtime.checkpoint.stock.pipeline_call import ScheduleRequest
 from tdm_runtime.checkpoint.stock.scheduler_config import SchedulerConfig
@@ -28,7 +29,9 @@ _SAMPLINGS: Mapping[str, Callable[[SchedulerConfig, ScheduleRequest], Sampling]]
     "CogVideoXDDIMScheduler": ddim_sampling,
     "EulerDiscreteScheduler": euler_sampling,
     "EulerAncestralDiscreteScheduler": euler_ancestral_sampling,
+    "CogVideoXDPMScheduler": stochastic_dpm_sampling,
     "DPMSolverMultistepScheduler": dpm_solver_sampling,
+    "UniPCMultistepScheduler": unipc_sampling,
     "LCMScheduler": consistency_sampling,
     "TCDScheduler": consistency_sampling,
     "FlowMatchEulerDiscreteScheduler": flow_match_euler_sampling,

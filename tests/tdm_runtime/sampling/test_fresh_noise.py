@@ -36,7 +36,7 @@ from tdm_runtime.sampling.schedule import (
     spaced_timesteps,
 )
 from tdm_runtime.sampling.solvers import Solver
-from tdm_runtime.sampling.step_table import PredictionType, StepTable, build_step_table
+from tdm_runtime.sampling.step_table import COLUMNS, PredictionType, StepTable, build_step_table
 from tests.tdm_runtime.sampling.test_step_table import assert_same_trajectory, noise_to_signal, with_schedule
 
 # diffusers calls np.array() on torch tensors
@@ -53,17 +53,17 @@ def pseudo_model(latents: Tensor, timestep: float) -> Tensor:
     return torch.tanh(0.6 * latents - 0.3 * latents.roll(1, -1) + np.cos(timestep / 300.0))
 
 
-def ours(table: StepTable) -> list[Array]:
+def ours(table: StepTable, draws_a_step: int = 1) -> list[Array]:
     """Return the start and the latents after every step, in float64."""
-    noise = SeedNoise(SEED, SHAPE)
-    x, previous = table.initial_scale * noise.initial().double(), torch.zeros(SHAPE, dtype=torch.float64)
+    noise = SeedNoise(SEED, SHAPE, draws_a_step=draws_a_step)
+    x = table.initial_scale * noise.initial().double()
+    before = previous = torch.zeros(SHAPE, dtype=torch.float64)
     trajectory = [x.numpy()]
-    for j, (t, p, q, a, b, c, d) in enumerate(
-        zip(table.timesteps, table.p, table.q, table.a, table.b, table.c, table.d, strict=True)
-    ):
+    columns = (getattr(table, name) for name in COLUMNS)
+    for j, (t, p, q, a, b, c, d, e) in enumerate(zip(*columns, strict=True)):
         denoised = p * x + q * pseudo_model(x, float(t))
-        x = a * x + b * denoised + c * previous + (d * noise.of_step(j).double() if d else 0.0)
-        previous = denoised
+        x = a * x + b * denoised + c * previous + (d * noise.of_step(j).double() if d else 0.0) + e * before
+        before, previous = previous, denoised
         trajectory.append(x.numpy())
     return trajectory
 
@@ -251,22 +251,24 @@ def test_solve_takes_the_noise_of_each_step(
 def test_a_batch_of_all_solvers_is_bit_equal_to_each_sample_alone() -> None:
     """One fused update serves samples that draw noise and samples that draw none."""
     timesteps = spaced_timesteps("trailing", 4)
-    solvers: list[Solver] = ["ddim", "renoise", "dpmsolver++", "tcd", "euler_ancestral", "lcm"]
-    tables = [build_step_table(DiffusionSchedule(), "epsilon", s, timesteps, eta=0.5) for s in solvers]
+    solvers: list[Solver] = ["ddim", "renoise", "dpmsolver++", "tcd", "euler_ancestral", "lcm", "sde-dpmsolver++"]
+    tables = [build_step_table(DiffusionSchedule(), "epsilon", s, timesteps, eta=0.5) for s in [*solvers, "unipc"]]
     draw = torch.Generator().manual_seed(0)
-    x, output, previous, noise = torch.randn(4, len(tables), 4, 6, 6, generator=draw)
-    rows = gather_rows([(table, 1) for table in tables], torch.device("cpu"))
+    x, output, previous, noise, before = torch.randn(5, len(tables), 4, 6, 6, generator=draw)
+    rows = gather_rows([(table, 2) for table in tables], torch.device("cpu"))
     # a sample that draws none has its latents in the place of the noise, as the engine puts them
     placed = torch.where((rows[:, 6] != 0).view(-1, 1, 1, 1), noise, x)
-    batched = apply_step(rows, x, output, previous, placed)
+    batched = apply_step(rows, x, output, previous, placed, before)
+    assert tables[-1].e[2] != 0
     for n, table in enumerate(tables):
         one = slice(n, n + 1)
         alone = apply_step(
             rows[one],
             x[one],
             output[one],
-            previous[one] if table.c[1] else None,
-            noise[one] if table.d[1] else None,
+            previous[one] if table.c[2] else None,
+            noise[one] if table.d[2] else None,
+            before[one] if table.e[2] else None,
         )
         for mine, other in zip(batched, alone, strict=True):
             assert torch.equal(mine[one], other)

@@ -61,6 +61,17 @@ def test_all_noises_of_a_request_are_unit_normal_and_independent_at_every_angle(
     torch.testing.assert_close(drawn @ drawn.T / drawn.shape[1], torch.eye(4), atol=0.04, rtol=0)
 
 
+def test_noise_of_clips_may_be_drawn_frame_by_frame_and_twice_a_step() -> None:
+    """CogVideoX draws [F, C, H, W], and its DPM solver draws twice in each step but the first."""
+    channels, frames, height, width = 4, 3, 6, 5
+    generator = torch.Generator().manual_seed(7)
+    draws = [torch.randn(frames, channels, height, width, generator=generator).transpose(0, 1) for _ in range(6)]
+    noise = SeedNoise(7, (channels, frames, height, width), frames_first=True, draws_a_step=2)
+    assert torch.equal(noise.initial(), draws[0])
+    for step_index in (0, 1, 2, 0):
+        assert torch.equal(noise.of_step(step_index), draws[2 * step_index + 1])
+
+
 def test_step_noises_turn_back_to_themselves_on_the_circle() -> None:
     for step_index in range(3):
         near = SeedNoise(7, SHAPE, 1e-6).of_step(step_index)

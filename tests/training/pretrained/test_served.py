@@ -27,7 +27,10 @@ from tdm_runtime.checkpoint.recipe import RECIPE_FILE, load_recipe
 from tdm_runtime.cli import main as tdm_generate
 from tdm_runtime.errors import CheckpointError, RecipeError
 from tdm_runtime.families import FAMILIES
+from tdm_runtime.model.choice import load_model
 from tdm_runtime.model.decoder import torch_decoder
+from tdm_runtime.params import SamplingParams
+from tdm_runtime.pipeline import generate
 from tdm_runtime.sampling.noise import SeedNoise
 from tests.tiny_pipelines import build_pipeline
 from tests.training.tiny_runs import LORA, NOISE, UNIFY
@@ -193,12 +196,15 @@ def test_a_second_run_in_a_folder_replaces_the_model(
 
 
 @pytest.mark.parametrize("kind", ["whole", "LoRA"])
-def test_a_student_of_clips_gets_its_folder_too_and_is_refused_by_name(
+def test_a_student_of_clips_is_served_with_the_frames_of_its_training(
     workplace: Callable[[str], tuple[Path, Path]], kind: str, tmp_path: Path
 ) -> None:
     model = train_backbone(tmp_path / "run", *workplace("cogvideox"), replace(KINDS[kind], frames=9))
-    with pytest.raises(CheckpointError, match="is of cogvideox, which makes clips; this version serves pictures"):
-        open_checkpoint(model)
+    recipe = open_checkpoint(model).recipe
+    assert recipe.frames is not None and recipe.frames.default == 9 and recipe.frames.step == 8
+    width, height = recipe.native_sizes[0]
+    params = SamplingParams("a fox", 1, recipe.default_steps, width, height, frames=9)
+    assert generate(load_model(model, device="cpu"), params).shape == (9, height, width, 3)
 
 
 # ---- pictures ------------------------------------------------------------------------------------

@@ -41,6 +41,12 @@ def test_a_recipe_is_read_as_it_was_written(name: str) -> None:
         ("sd3.5-large-turbo", 4, [1000, 857.692, 602.151, 8.929]),
         ("sana-sprint", 2, [1.5708, 1.3]),
         ("sana-sprint", 4, [1.5708, 1.1781, 0.7854, 0.3927]),
+        ("tdm-cogvideox-2b", 4, [999, 856, 665, 399]),
+        ("wan2.2-lightning", 4, [1000, 937.5, 833.333, 625]),
+        ("wan2.1-self-forcing", 4, [1000, 937.5, 833.333, 625]),
+        ("fastwan2.1-1.3b", 3, [1000, 757, 522]),
+        ("animatediff-lightning", 4, [999, 749, 499, 249]),
+        ("animatelcm", 4, [999, 759, 499, 259]),
     ],
 )
 def test_the_model_receives_the_timesteps_of_the_source(name: str, steps: int, timesteps: list[float]) -> None:
@@ -50,7 +56,7 @@ def test_the_model_receives_the_timesteps_of_the_source(name: str, steps: int, t
 
 def test_a_family_has_its_recipes_only() -> None:
     assert {entry.name for entry in published_for("sana")} == {"sana-sprint"}
-    assert published_for("cogvideox") == []
+    assert {entry.name for entry in published_for("cogvideox")} == {"tdm-cogvideox-2b"}
 
 
 def test_an_unknown_name_is_refused_with_those_that_exist() -> None:

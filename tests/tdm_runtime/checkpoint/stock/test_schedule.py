@@ -24,6 +24,7 @@ from tdm_runtime.checkpoint.stock.scheduler_config import DEFAULTS, SchedulerCon
 from tdm_runtime.errors import RecipeError
 from tdm_runtime.sampling.noise import SeedNoise
 from tdm_runtime.sampling.schedule import Array, DiffusionSchedule
+from tdm_runtime.sampling.solvers import DRAWS_A_STEP
 from tdm_runtime.sampling.step_table import StepTable
 from tests.tdm_runtime.sampling.test_fresh_noise import SEED, SHAPE, float32_draws, ours, pseudo_model
 
@@ -72,12 +73,17 @@ def stock_trajectory(scheduler: Any, recipe: Recipe, table: StepTable, **options
     ratios = scheduler.sigmas.numpy() if is_scaled else np.zeros(len(timesteps) + 1)
     alphas = 1.0 / np.sqrt(ratios**2 + 1.0)
     trajectory = [alphas[0] * x.numpy()]
+    former = None
     for n, t in enumerate(timesteps):
         latents = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
         output = pseudo_model(latents, float(table.timesteps[n]))
         at = int(t) if "DDIM" in type(scheduler).__name__ else t
         with float32_draws():
-            x = scheduler.step(output, at, x, **options, return_dict=False)[0].double()
+            if isinstance(scheduler, diffusers.CogVideoXDPMScheduler):
+                back = timesteps[n - 1] if n else None
+                x, former = scheduler.step(output, former, t, back, x, **options, return_dict=False)
+            else:
+                x = scheduler.step(output, at, x, **options, return_dict=False)[0].double()
         trajectory.append(alphas[n + 1] * x.numpy())
     return trajectory
 
@@ -97,7 +103,8 @@ def assert_recipe(scheduler: Any, family: str, folder: Path, steps: tuple[int, .
     for k in steps:
         scheduler.set_timesteps(k)
         table = recipe.step_table(k, 1024, 1024)
-        assert_same(ours(table), stock_trajectory(scheduler, recipe, table))
+        draws_a_step = DRAWS_A_STEP.get(recipe.solver, 1)
+        assert_same(ours(table, draws_a_step), stock_trajectory(scheduler, recipe, table))
     return recipe
 
 
@@ -130,6 +137,52 @@ def test_ddim_of_cogvideox(timestep_spacing: str, tmp_path: Path) -> None:
     )
     steps = STEP_COUNTS if timestep_spacing == "trailing" else STEP_COUNTS[1:]
     assert_recipe(scheduler, "cogvideox", tmp_path, steps)
+
+
+@pytest.mark.parametrize("rescale", [False, True])
+@every_spacing
+def test_stochastic_dpm_solver_of_cogvideox(timestep_spacing: str, rescale: bool, tmp_path: Path) -> None:
+    scheduler = diffusers.CogVideoXDPMScheduler(
+        timestep_spacing=timestep_spacing,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=rescale,
+        snr_shift_scale=1.0,
+    )
+    steps = STEP_COUNTS if timestep_spacing == "trailing" else STEP_COUNTS[1:]
+    recipe = assert_recipe(scheduler, "cogvideox", tmp_path, steps)
+    assert all(np.any(recipe.step_table(k, 64, 64).d) for k in steps if k > 1)
+
+
+def test_stochastic_dpm_solver_that_ends_before_the_clean_end_is_refused(tmp_path: Path) -> None:
+    scheduler = diffusers.CogVideoXDPMScheduler(set_alpha_to_one=False)
+    with pytest.raises(RecipeError, match="set_alpha_to_one of the CogVideoXDPMScheduler is False"):
+        recipe_for(scheduler, "cogvideox", tmp_path, steps=(4,))
+
+
+@pytest.mark.parametrize("flow_shift", [1.0, 3.0, 5.0])
+@pytest.mark.parametrize("solver_type", ["bh2", "midpoint"])
+def test_unipc_with_its_corrector(flow_shift: float, solver_type: str, tmp_path: Path) -> None:
+    scheduler = diffusers.UniPCMultistepScheduler(**FLOW, flow_shift=flow_shift, solver_type=solver_type)
+    recipe = assert_recipe(scheduler, "wan", tmp_path)
+    assert np.flatnonzero(recipe.step_table(5, 64, 64).e).tolist() == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"use_flow_sigmas": False, "prediction_type": "epsilon"}, "use_flow_sigmas"),
+        ({"solver_type": "bh1"}, "solver_type"),
+        ({"disable_corrector": [0]}, "disable_corrector"),
+        ({"final_sigmas_type": "sigma_min"}, "final_sigmas_type"),
+        ({"lower_order_final": False}, "lower_order_final"),
+        ({"solver_order": 3}, "solver_order is 3, which 5 steps reach"),
+    ],
+)
+def test_settings_of_unipc_that_cannot_be_followed_are_refused(
+    changes: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError, match=named):
+        recipe_for(diffusers.UniPCMultistepScheduler(**{**FLOW, **changes}), "wan", tmp_path, steps=(5,))
 
 
 @pytest.mark.parametrize("final_sigmas_type", ["zero", "sigma_min"])
@@ -347,7 +400,6 @@ REFUSALS: list[tuple[str, str, dict[str, Any], dict[str, Any], str]] = [
     # family, class, settings, arguments, part of the message
     ("sdxl", "HeunDiscreteScheduler", {}, {}, "_class_name is 'HeunDiscreteScheduler'"),
     ("stable_diffusion", "PNDMScheduler", {}, {}, "PNDMScheduler, which cannot be followed exactly: it calls"),
-    ("wan", "UniPCMultistepScheduler", {}, {}, "UniPCMultistepScheduler, which cannot be followed exactly: its corr"),
     ("sdxl", "DDIMScheduler", {}, {}, "clip_sample of the DDIMScheduler is True"),
     ("sdxl", "DDIMScheduler", {"clip_sample": False}, {"timesteps": (9, 5)}, "takes none, give steps"),
     ("sdxl", "EulerDiscreteScheduler", {"use_beta_sigmas": True}, {}, "use_beta_sigmas"),

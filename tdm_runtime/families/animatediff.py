@@ -1,0 +1,98 @@
+"""AnimateDiff, text to video: Stable Diffusion 1.5 whose UNet has motion modules between its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, ClassVar, final
+
+from torch import Tensor
+
+from tdm_runtime.backends.interface import Interface, TensorSpec
+from tdm_runtime.families.conditioning import Conditioning
+from tdm_runtime.families.denoiser import Denoiser
+from tdm_runtime.families.family import Family, NativeClip, TextEncoders
+from tdm_runtime.families.latent_space import ClipDecoderModule, LatentGeometry
+from tdm_runtime.families.stable_diffusion import StableDiffusion
+from tdm_runtime.families.unet import UNetDenoiser
+
+MOTION_ADAPTER = "motion_adapter"
+"""Folder of motion modules that are kept beside a UNet of pictures."""
+
+
+class MotionUNetDenoiser(UNetDenoiser):
+    """A UNet of pictures whose motion modules join the frames of a clip. Each frame reads the prompt."""
+
+    latent_axes = ("frames", "height", "width")
+
+    def predict(self, latents: Tensor, timesteps: Tensor, condition: Tensor | None, prompt: Conditioning) -> Tensor:
+        """Call the UNet with latents [B, C, F, H, W]."""
+        frames = latents.shape[2]
+        output: Tensor = self.model(
+            latents,
+            timesteps,
+            prompt.prompt_embeds.repeat_interleave(frames, dim=0),
+            timestep_cond=condition,
+            return_dict=False,
+        )[0]
+        return output
+
+
+class FrameDecoder(ClipDecoderModule):
+    """Latents of a clip -> the pixels of its frames, with a VAE of pictures."""
+
+    def parts(self, latent_frames: int) -> tuple[int, ...]:
+        return (1,) * latent_frames
+
+    def decode_part(self, latents: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        return self(latents), None
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Return uint8 [B, F, H, W, 3] for latents [B, C, F, h, w]."""
+        frames = latents.transpose(1, 2)
+        pixels = super().forward(frames.flatten(0, 1))
+        return pixels.reshape(*frames.shape[:2], *pixels.shape[1:])
+
+    def interface(self, latent_frames: int = 1) -> Interface:
+        latents = ("batch", self.vae.config.latent_channels, "frames", "height", "width")
+        return Interface(
+            (TensorSpec("latents", "float32", latents),),
+            TensorSpec("pixels", "uint8", ("batch", "frames", "height_px", "width_px", 3)),
+        )
+
+
+@final
+class AnimateDiff(Family):
+    """Family of `AnimateDiffPipeline`. Text encoder, VAE and LoRAs are those of Stable Diffusion."""
+
+    name = "animatediff"
+    pipelines = ("AnimateDiffPipeline",)
+    denoiser_folder = StableDiffusion.denoiser_folder
+    denoiser_class = "UNetMotionModel"
+    other_denoiser_classes: ClassVar = (StableDiffusion.denoiser_class,)
+    adapter = MotionUNetDenoiser
+    makes_clips = True
+    decoder = FrameDecoder
+
+    def denoiser_parts(self, index: Mapping[str, Any]) -> tuple[str, ...]:
+        parts = (self.denoiser_folder,)
+        return parts if index[self.denoiser_folder][-1] == self.denoiser_class else (*parts, MOTION_ADAPTER)
+
+    def build_denoiser(self, load: Callable[[str], Any], index: Mapping[str, Any]) -> Denoiser:
+        """Return the denoiser: a UNet that holds its motion modules, or a UNet of pictures with a motion adapter."""
+        unet = load(self.denoiser_folder)
+        if len(self.denoiser_parts(index)) == 1:
+            return MotionUNetDenoiser(unet)
+        from diffusers import UNetMotionModel
+
+        return MotionUNetDenoiser(UNetMotionModel.from_unet2d(unet, load(MOTION_ADAPTER)).eval())
+
+    def native_clip(self, denoiser: Mapping[str, Any]) -> NativeClip:
+        most = int(denoiser.get("motion_max_seq_length") or 32)
+        return NativeClip(min(16, most), fps=8, max_frames=most)
+
+    def geometry(self, denoiser: Mapping[str, Any], vae: Mapping[str, Any]) -> LatentGeometry:
+        return replace(super().geometry(denoiser, vae), temporal_compression=1)
+
+    def encode_prompts(self, prompts: list[str], encoders: TextEncoders) -> Conditioning:
+        return StableDiffusion().encode_prompts(prompts, encoders)
