@@ -27,14 +27,17 @@ def parse_body(body: bytes, kind: type[Body]) -> Body:
     return validate(raw, kind)
 
 
-def validate(raw: dict[str, Any], kind: type[Body]) -> Body:
+def validate(raw: dict[str, Any], kind: type[Body], is_text: bool = False) -> Body:
     """Check decoded fields.
+
+    Args:
+        is_text: whether every value is text, as in a CSV file; "4" is then a number where one is wanted.
 
     Raises:
         APIError: 400 naming the field, its value and the limit.
     """
     try:
-        return kind.model_validate(raw)
+        return kind.model_validate(raw, strict=False if is_text else None)
     except ValidationError as error:
         raise _from_validation(error, kind) from None
 
