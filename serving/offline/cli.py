@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 from serving.command.arguments import add_model_arguments
 from serving.command.checks import check_artifacts
+from serving.command.cli import prepare_environment
 from serving.config import ModelSource, ServerConfig
 from serving.images.safety import Safety
 from serving.offline.estimate import count, measure
@@ -22,7 +23,7 @@ from serving.offline.outputs import OutputKind
 from serving.offline.plan import Model, Planner, PlanOptions, find_models
 from serving.offline.progress import Progress
 from serving.offline.records import MANIFEST, Known, gather
-from serving.offline.run import RunOptions, finish, open_output, render_here
+from serving.offline.run import LOCAL, RayOptions, RunOptions, finish, open_output, render_here
 from serving.offline.storage import Storage
 from serving.schema.batch_line import REQUEST_FIELDS
 from serving.telemetry.logs import set_up_logging
@@ -34,6 +35,7 @@ from tdm_runtime.errors import TDMError
 SOME_FAILED, USAGE_ERROR, INTERRUPTED = 1, 2, 130
 MAX_LIVE = 192
 """Pictures in the engine at once: enough for full batches of several sizes."""
+CHUNK_PICTURES, SHARD_PICTURES = 64, 256
 EXAMPLES = """
 examples:
   tdm-render prompts.txt -o out                                  one prompt a line
@@ -60,7 +62,10 @@ def main(arguments: list[str] | None = None) -> int:
         if given.dry_run:
             return _estimate(config, models, options)
         return _render(given, config, models, options)
-    except (TDMError, ValueError, OSError, RuntimeError, ImportError) as error:
+    except ImportError as error:
+        print(f"tdm-render: {error}; pip install 'tdm-serve[render]' has Parquet and Ray Data", file=sys.stderr)
+        return USAGE_ERROR
+    except (TDMError, ValueError, OSError, RuntimeError) as error:
         print(f"tdm-render: {error}", file=sys.stderr)
         return USAGE_ERROR
     except KeyboardInterrupt:
@@ -132,7 +137,12 @@ def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TEMPLATE",
         help=f"names of pictures, such as '{{model}}/{{line:06d}}{{variant}}'; fields: {fields}",
     )
-    parser.add_argument("--shard-size", type=int, default=256, help="pictures in a shard or Parquet file (%(default)s)")
+    parser.add_argument(
+        "--shard-size",
+        type=int,
+        metavar="N",
+        help=f"pictures in a shard ({SHARD_PICTURES}), or in what a worker takes at once ({CHUNK_PICTURES})",
+    )
     parser.add_argument(
         "--grid", action="store_true", help="also write grid.png, a contact sheet of the first pictures"
     )
@@ -172,8 +182,11 @@ def _config(given: argparse.Namespace) -> ServerConfig:
 
 
 def _run_options(given: argparse.Namespace) -> RunOptions:
-    if given.shard_size < 1 or given.workers < 1:
-        raise ValueError(f"--shard-size is {given.shard_size} and --workers {given.workers}; both must be at least 1")
+    chunk_size = given.shard_size
+    if chunk_size is None:
+        chunk_size = CHUNK_PICTURES if given.format == "files" else SHARD_PICTURES
+    if chunk_size < 1 or given.workers < 1:
+        raise ValueError(f"--shard-size is {chunk_size} and --workers {given.workers}; both must be at least 1")
     if given.ray is not None and given.input == STDIN:
         raise ValueError("--ray reads the input in another process; save standard input to a file first")
     if given.name is not None:
@@ -185,7 +198,7 @@ def _run_options(given: argparse.Namespace) -> RunOptions:
         defaults=tuple(given.set),
         name=given.name,
         strict=given.strict,
-        chunk_size=given.shard_size,
+        chunk_size=chunk_size,
     )
     url = given.output if "://" in given.output else os.path.abspath(given.output)
     return RunOptions(plan, url, given.format, given.grid)
@@ -196,18 +209,14 @@ def _render(given: argparse.Namespace, config: ServerConfig, models: Mapping[str
     with storage.locked():
         _build(config)
         gather(storage)
-        if given.ray is None:
-            _render_here(config, models, options, progress)
-        else:
-            from serving.command.cli import prepare_environment
-
-            if given.ray == "local":
-                prepare_environment()
-            from serving.offline.on_ray import RayOptions, render_on_ray
-
-            cluster = RayOptions(given.ray, given.workers, given.gpus_per_worker)
-            render_on_ray(config, models, options, cluster, MAX_LIVE, progress)
-        progress.close()
+        try:
+            if given.ray is None:
+                _render_here(config, models, options, progress)
+            else:
+                cluster = RayOptions(given.ray, given.workers, given.gpus_per_worker)
+                _render_on_ray(config, models, options, cluster, progress)
+        finally:
+            progress.close()
         finish(options)
     print(_ending(progress, options), flush=True)
     return SOME_FAILED if progress.counts["failed"] else 0
@@ -221,6 +230,16 @@ def _render_here(config: ServerConfig, models: Mapping[str, Model], options: Run
         asyncio.run(render_here(chunks, images, options, MAX_LIVE, progress))
     finally:
         images.close()
+
+
+def _render_on_ray(
+    config: ServerConfig, models: Mapping[str, Model], options: RunOptions, cluster: RayOptions, progress: Progress
+) -> None:
+    if cluster.address == LOCAL:
+        prepare_environment()
+    from serving.offline.on_ray import render_on_ray
+
+    render_on_ray(config, models, options, cluster, MAX_LIVE, progress)
 
 
 def _estimate(config: ServerConfig, models: Mapping[str, Model], options: RunOptions) -> int:

@@ -13,7 +13,7 @@ import os
 import pickle
 import threading
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pyarrow
@@ -26,22 +26,8 @@ from serving.offline.chunk import ChunkRenderer, ChunkResult
 from serving.offline.plan import Model, Planner
 from serving.offline.progress import Progress
 from serving.offline.records import Known
-from serving.offline.run import OPEN_CHUNKS, RunOptions, open_output
+from serving.offline.run import LOCAL, OPEN_CHUNKS, RayOptions, RunOptions, open_output
 from serving.telemetry.logs import set_up_logging
-
-LOCAL = "local"
-"""Address of a cluster that is started on this machine, for this run."""
-
-
-@dataclass(frozen=True)
-class RayOptions:
-    """Where a run finds its workers."""
-
-    address: str
-    """Address of a Ray cluster, or `LOCAL`."""
-    workers: int = 1
-    """Number of engines."""
-    gpus_per_worker: float = 0.0
 
 
 class ChunkSource(Datasource):  # type: ignore[misc]  # Ray is not typed
@@ -97,7 +83,7 @@ def render_on_ray(
     """Make all chunks on a cluster.
 
     Raises:
-        Exception: what Ray raises if the input cannot be read or the output not be written.
+        RuntimeError: the input cannot be read, the output not be written, or the cluster not be used.
     """
     is_local = cluster.address == LOCAL
     if is_local:
@@ -108,8 +94,8 @@ def render_on_ray(
             config = replace(config, backend=replace(config.backend, threads=threads))
     else:
         where = {"address": cluster.address}
-    ray.init(logging_level=logging.WARNING, log_to_driver=True, **where)
     try:
+        ray.init(logging_level=logging.WARNING, log_to_driver=True, **where)
         context = DataContext.get_current()
         context.enable_progress_bars = False
         context.target_max_block_size = 1  # a block for each chunk, so that chunks spread over the workers
@@ -131,5 +117,8 @@ def render_on_ray(
             for outcome, number in result.counts.items():
                 progress.add(outcome, number)
             progress.fail(result.failures)
+    except (ray.exceptions.RayError, ConnectionError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise RuntimeError(f"the run on Ray ended: {reason[:400]}; start it again, it continues") from error
     finally:
         ray.shutdown()

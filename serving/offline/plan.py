@@ -41,7 +41,7 @@ class PlanOptions:
     """Template of names; None for `DEFAULT_TEMPLATE`, or `DEFAULT_TEMPLATE_OF_FILES` if there are several."""
     strict: bool = True
     """See `DeliveryOptions.strict`."""
-    chunk_size: int = 256
+    chunk_size: int = 64
     """Pictures in a chunk, which is what one worker makes at once, and one shard."""
 
 

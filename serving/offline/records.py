@@ -24,7 +24,7 @@ PARTS = f"{WORK}/parts"
 JOURNALS = f"{WORK}/journals"
 """Entries of unfinished chunks, a file each, as pictures were finished."""
 DONE = f"{WORK}/done.jsonl"
-"""Entries of earlier runs."""
+"""Entries of earlier runs that did not finish."""
 
 Fields = dict[str, Any]
 
@@ -67,15 +67,6 @@ def key_of(order: ImageOrder, digest: str) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def gather(storage: Storage) -> None:
-    """Put what an earlier run left into one file, `DONE`. A second call, or one after a kill, changes nothing."""
-    left = [*storage.names(PARTS), *storage.names(JOURNALS)]
-    if left:
-        storage.put(DONE, (line for name in [DONE, *left] for line in storage.lines(name)))
-        storage.drop(PARTS)
-        storage.drop(JOURNALS)
-
-
 def finished_entries(storage: Storage) -> Iterator[Entry]:
     """Yield the entries of the finished chunks of this run, in order."""
     for name in storage.names(PARTS):
@@ -107,10 +98,22 @@ class Known:
         found = self._database.execute("SELECT line FROM entries WHERE key = ?", (_digest(place, key),)).fetchone()
         return None if found is None else Entry(**json.loads(found[0]))
 
+    def lines(self) -> Iterator[bytes]:
+        """Yield all entries as lines."""
+        return (line for (line,) in self._database.execute("SELECT line FROM entries"))
+
     def take(self, kind: int, name: str) -> bool:
         """Take a name, of an id or a file. Return whether it was free."""
         row = (kind, hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:16])
         return self._database.execute("INSERT OR IGNORE INTO taken VALUES (?, ?)", row).rowcount == 1
+
+
+def gather(storage: Storage) -> None:
+    """Put what an unfinished run left into one file, `DONE`. A second call, or one after a kill, changes nothing."""
+    if storage.names(PARTS) or storage.names(JOURNALS):
+        storage.put(DONE, Known(storage).lines())
+        storage.drop(PARTS)
+        storage.drop(JOURNALS)
 
 
 def _digest(place: Fields, key: str) -> bytes:

@@ -15,7 +15,9 @@ from serving.offline.progress import Progress
 from serving.offline.records import MANIFEST, TIMES, finished_entries, to_line
 from serving.offline.storage import WORK, Storage
 
-OPEN_CHUNKS = 2
+LOCAL = "local"
+"""Address of a Ray cluster that is started on this machine, for this run."""
+OPEN_CHUNKS = 3
 """Chunks in work at once, so that the engine has full batches while one of them ends."""
 
 
@@ -29,6 +31,17 @@ class RunOptions:
     kind: OutputKind = "files"
     grid: bool = False
     """Whether to write a contact sheet."""
+
+
+@dataclass(frozen=True)
+class RayOptions:
+    """Where a run finds its workers."""
+
+    address: str
+    """Address of a Ray cluster, or `LOCAL`."""
+    workers: int = 1
+    """Number of engines."""
+    gpus_per_worker: float = 0.0
 
 
 def open_output(options: RunOptions) -> tuple[Storage, Output]:

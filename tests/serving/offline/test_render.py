@@ -9,6 +9,7 @@ import json
 import tarfile
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -17,7 +18,7 @@ from serving.offline.names import DEFAULT_TEMPLATE, NameTemplate, safe
 from tdm_runtime.model.choice import load_model
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.pipeline import generate
-from tests.serving.offline.conftest import Render, manifest, mixed_lines, write_lines
+from tests.serving.offline.conftest import Render, hashes, manifest, mixed_lines, write_lines
 
 
 def test_pictures_are_those_of_generate(render: Render, tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -100,6 +101,31 @@ def test_shards_hold_the_pictures_of_files(render: Render, tmp_path: Path) -> No
     assert [row["id"] for row in table] == list(files)
     assert {row["id"]: row["image"]["bytes"] for row in table} == members == files
     assert len({(out / "grid.png").read_bytes() for out in runs.values()}) == 1
+
+
+def test_urls_are_read_and_written_through_fsspec(render: Render, tmp_path: Path) -> None:
+    """A place where files neither grow nor are renamed, as an object store: same output, also the second time."""
+    store = fsspec.filesystem("memory")
+    source = write_lines(tmp_path / "in.jsonl", mixed_lines(5))
+    store.pipe("/in/a.jsonl", source.read_bytes())
+    for kind in ("files", "webdataset"):
+        options = ["--format", kind, "--shard-size", 2]
+        assert render(source, "-o", tmp_path / kind, *options) == 0
+        for _ in range(2):
+            assert render("memory://in/*.jsonl", "-o", f"memory://{kind}", *options) == 0
+            stored = {name.removeprefix(f"/{kind}/"): store.cat(name) for name in store.find(f"/{kind}")}
+            del stored["times.jsonl"]
+            assert {name: hashlib.sha256(content).hexdigest() for name, content in stored.items()} == hashes(
+                tmp_path / kind
+            )
+
+
+def test_standard_input_and_defaults(render: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a cat\n\na fox")))
+    settings = ["--set", "output_format=webp", "--set", "num_inference_steps=2", "--set", "size=24x16"]
+    assert render("-", "-o", tmp_path, *settings, "--name", "{prompt}-{steps}-{width}x{height}") == 0
+    assert [record["file"] for record in manifest(tmp_path)] == ["a_cat-2-24x16.webp", "a_fox-2-24x16.webp"]
+    assert Image.open(tmp_path / "a_fox-2-24x16.webp").size == (24, 16)
 
 
 def test_a_sweep_makes_a_matrix_with_one_seed_a_line(render: Render, tmp_path: Path) -> None:

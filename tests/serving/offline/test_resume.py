@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
+import re
 import signal
 import time
 from collections import Counter
@@ -19,20 +21,20 @@ NUMBER = 120
 SHARD = 24
 
 
-def num_pictures(folder: Path) -> int:
-    """Return the number of pictures that a run has finished so far."""
-    return sum(len(file.read_bytes().splitlines()) for file in folder.glob(".tdm-render/*s/*.jsonl"))
+def finished(folder: Path) -> set[bytes]:
+    """Return the keys of the pictures that an unfinished run has recorded."""
+    keys = set[bytes]()
+    for file in [*folder.glob(".tdm-render/*s/*.jsonl"), *folder.glob(".tdm-render/done.jsonl")]:
+        with contextlib.suppress(FileNotFoundError):  # the run has just moved on
+            keys.update(re.findall(rb'"key": "(\w+)".*\n', file.read_bytes()))
+    return keys
 
 
 def kill_after(folder: Path, checkpoint: Path, number: int, *arguments: object) -> None:
     """Start a run, and kill it when it has finished a number of pictures more."""
     running = start(checkpoint, *arguments)
-    before, deadline_s = None, time.monotonic() + 240
-    while running.poll() is None and time.monotonic() < deadline_s:
-        now = num_pictures(folder)
-        before = now if before is None or now < before else before  # the start of a run gathers what is there
-        if now - before >= number:
-            break
+    before, deadline_s = len(finished(folder)), time.monotonic() + 240
+    while running.poll() is None and time.monotonic() < deadline_s and len(finished(folder)) < before + number:
         time.sleep(0.002)
     os.kill(running.pid, signal.SIGKILL)
     assert running.wait() == -signal.SIGKILL, "the run ended before it was killed"
@@ -40,7 +42,7 @@ def kill_after(folder: Path, checkpoint: Path, number: int, *arguments: object) 
 
 @pytest.mark.parametrize("kind", ["files", "webdataset"])
 def test_killed_runs_continue_to_the_same_bytes(
-    render: Render, tiny_checkpoint: Path, tmp_path: Path, kind: str
+    render: Render, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
     source = write_lines(tmp_path / "in.jsonl", [*mixed_lines(NUMBER), {"prompt": ""}])
     options = ["--format", kind, "--shard-size", SHARD, "--grid"]
@@ -51,7 +53,11 @@ def test_killed_runs_continue_to_the_same_bytes(
         assert not (out / "manifest.jsonl").exists()
         for file in out.glob("*.png"):
             assert file.read_bytes().endswith(b"IEND\xaeB\x60\x82"), "a torn picture"
+    recorded, written = len(finished(out)), len(list(out.rglob("*.png")))
+    assert recorded >= max(10, written - 1), "pictures on the disk would be made again"
+    capsys.readouterr()
     assert render(source, "-o", out, *options) == 1
+    assert f"{recorded} kept" in capsys.readouterr().out
     assert hashes(out) == hashes(whole)
     counts = Counter(record["id"] for record in manifest(out))
     assert len(counts) == NUMBER + 1 and set(counts.values()) == {1}
@@ -118,7 +124,7 @@ def test_ray_gives_the_same_output_and_survives_a_lost_actor(
     victim, deadline_s = None, time.monotonic() + 240
     while victim is None and running.poll() is None and time.monotonic() < deadline_s:
         time.sleep(0.05)
-        if num_pictures(out) > 30:
+        if len(finished(out)) > 30:
             workers = [p for p in psutil.Process(running.pid).children(recursive=True) if "Worker" in p.name()]
             victim = next((p for p in workers if "MapWorker" in " ".join(p.cmdline())), None)
     assert victim is not None, running.communicate()[1][-3000:]
