@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import unicodedata
+import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -12,6 +12,8 @@ from tdm_runtime.errors import InvalidRequestError, shown
 
 DecoderName = Literal["full", "tiny"]
 MAX_PROMPT_CHARACTERS = 2000
+UNREADABLE = re.compile(r"[\x00\ud800-\udfff]")
+"""NUL and halves of surrogate pairs."""
 MAX_SEED = 2**32 - 1
 """torch's CPU generator reads 32 bits of a seed: a larger one would repeat a smaller one's picture."""
 
@@ -105,7 +107,7 @@ def _check_prompt(prompt: object) -> None:
         raise InvalidRequestError(
             f"prompt has {len(prompt)} characters; at most {MAX_PROMPT_CHARACTERS} are read, shorten it", param="prompt"
         )
-    if any(unicodedata.category(character) == "Cs" or character == "\0" for character in prompt):
+    if UNREADABLE.search(prompt):
         raise InvalidRequestError(
             "prompt holds a NUL or half a surrogate pair; send valid Unicode text", param="prompt"
         )
