@@ -14,7 +14,7 @@ from serving.errors import APIError, from_exception, made_when_free
 from serving.images.interface import Images
 from serving.offline.outputs import Output
 from serving.offline.plan import Chunk, Unit
-from serving.offline.records import JOURNALS, PARTS, Entry
+from serving.offline.records import FACTS, JOURNALS, PARTS, Entry
 from serving.offline.storage import Storage
 from serving.schema.answers import ImageAnswer
 from serving.schema.order import ImageOrder
@@ -176,10 +176,6 @@ class ChunkRenderer:
             await asyncio.to_thread(self._output.save, unit, image.content)
         record = unit.base() | {"status": "completed"} | self._output.place(chunk, unit) | facts
         return Entry(record, unit.place | {"finished_at": round(time.time(), 3)} | asdict(answer.timings))
-
-
-FACTS = {"bytes", "sha256", "seed", "num_inference_steps", "model", "key", "receipt", "warnings"}
-"""Fields of a record that do not depend on where the picture is in input and output."""
 
 
 def _failed(unit: Unit, failure: APIError | None = None) -> Entry:

@@ -37,7 +37,7 @@ def contact_sheet(entries: Iterator[Entry], output: Output) -> bytes | None:
         rows = [records[start : start + PER_ROW] for start in range(0, len(records), PER_ROW)]
     columns = max(map(len, rows))
     sizes = [picture.size for picture in pictures.values() if picture is not None] or [(MIN_SIDE, MIN_SIDE)]
-    side = max(MIN_SIDE, min(MAX_SIDE, max(map(max, sizes))))
+    side = max(MIN_SIDE, max(map(max, sizes)))
     cell, title = side + GAP, LABEL if titled else 0
     height = title + side + GAP + LABEL
     sheet = Image.new("RGB", (GAP + columns * cell, GAP + len(rows) * height), BACKGROUND)
@@ -49,7 +49,6 @@ def contact_sheet(entries: Iterator[Entry], output: Output) -> bytes | None:
         for x, record in enumerate(row):
             left, top = GAP + x * cell, GAP + y * height + title
             if (picture := pictures.get(_place(record))) is not None:
-                picture.thumbnail((side, side))
                 sheet.paste(picture, (left, top))
             draw.text((left, top + side + 1), _fitting(draw, font, _label(record), side), TEXT, font)
     stream = io.BytesIO()
@@ -62,7 +61,11 @@ def _place(record: Fields) -> tuple[str, int, str]:
 
 
 def _opened(content: bytes | None) -> Image.Image | None:
-    return None if content is None else Image.open(io.BytesIO(content)).convert("RGB")
+    if content is None:
+        return None
+    picture = Image.open(io.BytesIO(content)).convert("RGB")
+    picture.thumbnail((MAX_SIDE, MAX_SIDE))
+    return picture
 
 
 def _label(record: Fields) -> str:

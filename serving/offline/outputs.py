@@ -3,12 +3,14 @@ bytes: no date, owner or order of arrival is written."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import tarfile
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal, Protocol
+from itertools import groupby
+from typing import IO, Any, Literal, Protocol
 
 from serving.offline.plan import Chunk, Unit
 from serving.offline.records import Entry, Fields
@@ -118,8 +120,12 @@ class Shards:
         return [Entry(each.record | whole, each.times) if each.is_completed else each for each in entries]
 
     def pictures(self, records: Sequence[Fields]) -> Iterator[bytes | None]:
-        for record in records:
-            yield self._member(record["file"], record["member"])
+        for file, group in groupby(records, key=lambda record: str(record["file"])):
+            members = [record["member"] for record in group]
+            stream = self._storage.open(file)
+            with stream or contextlib.nullcontext():
+                found = {} if stream is None else self._found(stream, set(members))
+            yield from (found.get(member) for member in members)
 
     def _sha256(self, name: str) -> str | None:
         if (stream := self._storage.open(name)) is None:
@@ -136,7 +142,8 @@ class Shards:
     def _packed(self, records: Sequence[Fields]) -> Iterable[bytes]:
         raise NotImplementedError
 
-    def _member(self, file: str, member: str) -> bytes | None:
+    def _found(self, stream: IO[bytes], members: set[str]) -> dict[str, bytes]:
+        """Return members of a shard by name."""
         raise NotImplementedError
 
 
@@ -153,12 +160,10 @@ class WebDataset(Shards):
             yield _tar_member(f"{key}.json", json.dumps(record).encode())
         yield tarfile.NUL * (2 * tarfile.BLOCKSIZE)
 
-    def _member(self, file: str, member: str) -> bytes | None:
-        if (stream := self._storage.open(file)) is None:
-            return None
-        with stream, tarfile.open(fileobj=stream) as archive:
-            content = archive.extractfile(member)
-            return None if content is None else content.read()
+    def _found(self, stream: IO[bytes], members: set[str]) -> dict[str, bytes]:
+        with tarfile.open(fileobj=stream) as shard:
+            files = [(member.name, shard.extractfile(member)) for member in shard if member.name in members]
+            return {name: file.read() for name, file in files if file is not None}
 
 
 def _tar_member(name: str, content: bytes) -> bytes:
@@ -194,17 +199,11 @@ class Parquet(Shards):
         sizes = {name: receipt[name] for name in ("width", "height", "prompt")}
         return {"image": image, **same, **sizes, "receipt": json.dumps(receipt)}
 
-    def _member(self, file: str, member: str) -> bytes | None:
+    def _found(self, stream: IO[bytes], members: set[str]) -> dict[str, bytes]:
         import pyarrow.parquet
 
-        if (stream := self._storage.open(file)) is None:
-            return None
-        with stream:
-            for row in pyarrow.parquet.read_table(stream, columns=["image"]).column("image"):
-                if row["path"].as_py() == member:
-                    content: bytes = row["bytes"].as_py()
-                    return content
-        return None
+        images = pyarrow.parquet.read_table(stream, columns=["image"]).column("image")
+        return {image["path"].as_py(): image["bytes"].as_py() for image in images if image["path"].as_py() in members}
 
 
 def _parquet_schema(pyarrow: Any) -> Any:

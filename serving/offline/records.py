@@ -26,6 +26,9 @@ JOURNALS = f"{WORK}/journals"
 DONE = f"{WORK}/done.jsonl"
 """Entries of earlier runs that did not finish."""
 
+FACTS = {"bytes", "sha256", "seed", "num_inference_steps", "model", "key", "receipt", "warnings"}
+"""Fields of a finished picture's record that do not depend on where it is in input and output."""
+
 Fields = dict[str, Any]
 
 
@@ -90,7 +93,7 @@ class Known:
             self._keep(_entries_of(storage.lines(name)))
 
     def _keep(self, entries: Iterable[Entry]) -> None:
-        rows = ((_digest(e.record, e.record["key"]), e.to_line()) for e in entries if e.is_completed)
+        rows = ((_digest(entry.record, entry.record["key"]), entry.to_line()) for entry in entries)
         self._database.executemany("INSERT OR REPLACE INTO entries VALUES (?, ?)", rows)
 
     def find(self, place: Fields, key: str) -> Entry | None:
@@ -123,24 +126,21 @@ def _digest(place: Fields, key: str) -> bytes:
 
 
 def _entries_of_manifest(storage: Storage) -> Iterator[Entry]:
-    """Yield the entries of a finished run. Times that were lost or belong to another run are left out."""
+    """Yield the finished pictures of a finished run. Times that were lost or belong to another run are left out."""
     for record, times in zip_longest(storage.lines(MANIFEST), storage.lines(TIMES)):
-        if record is None:
-            return
-        try:
-            fields, seen = json.loads(record), json.loads(times or b"{}")
-            is_same = fields["id"] == seen.get("id")
-            if isinstance(fields["status"], str) and (fields["status"] != "completed" or fields["key"]):
-                yield Entry(fields, seen if is_same else {"id": fields["id"]})
-        except (ValueError, KeyError, TypeError, AttributeError):
-            continue  # not a line of ours: its picture is made again
+        if record is not None:
+            line = b'{"record": %s, "times": %s}' % (record.strip(), (times or b"{}").strip())
+            for entry in _entries_of([line]):
+                is_same = entry.times.get("id") == entry.record["id"]
+                yield entry if is_same else Entry(entry.record, {"id": entry.record["id"]})
 
 
 def _entries_of(lines: Iterable[bytes]) -> Iterator[Entry]:
+    """Yield the finished pictures of lines. Lines that a kill tore, or that are not ours, are left out."""
     for line in lines:
         try:
             entry = Entry(**json.loads(line))
-            if entry.is_completed and entry.record["key"]:
+            if entry.is_completed and entry.record.keys() >= FACTS | {"id"} and entry.record["receipt"]["backend"]:
                 yield entry
-        except (ValueError, KeyError, TypeError):
-            continue  # torn by a kill
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import fsspec
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
@@ -52,9 +54,6 @@ def test_pictures_are_those_of_generate(render: Render, tiny_checkpoint: Path, t
 
 
 def test_every_form_of_input_gives_the_same_pictures(render: Render, tmp_path: Path) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet  # noqa: F811
-
     rows = [{"prompt": 'a "red", big heart', "seed": 7}, {"prompt": "ein Fuß\u200d ❤", "seed": 8}]
     write_lines(tmp_path / "a.jsonl", rows)
     with (tmp_path / "b.csv").open("w", encoding="utf-8-sig", newline="") as stream:
@@ -82,7 +81,6 @@ def test_every_form_of_input_gives_the_same_pictures(render: Render, tmp_path: P
 
 def test_shards_hold_the_pictures_of_files(render: Render, tmp_path: Path) -> None:
     """WebDataset and Parquet: same bytes of each picture, beside its record, in the order of the input."""
-    parquet = pytest.importorskip("pyarrow.parquet")
     source = write_lines(tmp_path / "in.jsonl", mixed_lines(7))
     runs = {kind: tmp_path / kind for kind in ("files", "webdataset", "parquet")}
     for kind, out in runs.items():
@@ -97,7 +95,7 @@ def test_shards_hold_the_pictures_of_files(render: Render, tmp_path: Path) -> No
             members[record["id"]] = content.read()
         assert record["file_sha256"] == hashlib.sha256((runs["webdataset"] / record["file"]).read_bytes()).hexdigest()
     for shard_file in sorted(runs["parquet"].glob("*.parquet")):
-        table += parquet.read_table(shard_file).to_pylist()
+        table += pyarrow.parquet.read_table(shard_file).to_pylist()
     assert [row["id"] for row in table] == list(files)
     assert {row["id"]: row["image"]["bytes"] for row in table} == members == files
     assert len({(out / "grid.png").read_bytes() for out in runs.values()}) == 1
