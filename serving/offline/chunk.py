@@ -146,15 +146,14 @@ class ChunkRenderer:
         for tries_left in reversed(range(TRIES)):
             try:
                 answer = await made_when_free(lambda: self._images.generate(order))
-                return await self._saved(chunk, unit, answer)
-            except OSError:
-                raise
             except Exception as error:
                 failure = from_exception(error)
                 if not self._images.is_healthy:
                     raise RuntimeError("the engine has stopped; start the run again, it continues") from error
                 if failure.status < 500 or failure.headers.get("x-should-retry") == "false" or not tries_left:
                     return _failed(unit, failure)
+            else:
+                return await self._saved(chunk, unit, answer)
         raise AssertionError("the last try returns")
 
     async def _saved(self, chunk: Chunk, unit: Unit, answer: ImageAnswer) -> Entry:

@@ -165,7 +165,8 @@ class Planner:
         except (APIError, InvalidRequestError) as error:
             yield Unit(place_of(line_id, 0, sweep), line.number, line.source, failure=from_exception(error))
             return
-        delivery = DeliveryOptions(strict=self._options.strict or order.delivery.strict)
+        strict = self._options.strict or order.delivery.strict
+        delivery = DeliveryOptions(strict=strict, is_background=True)  # no client waits, so there is no time limit
         for index, params in enumerate(order.pictures):
             one = replace(order, pictures=(params,), delivery=delivery)
             unit = Unit(place_of(line_id, index, sweep), line.number, line.source, one)

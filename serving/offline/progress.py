@@ -71,7 +71,7 @@ class Progress:
     def summary(self) -> dict[str, Any]:
         """Return counts, speed and time left."""
         done, rate = sum(self.counts.values()), self.pictures_per_s
-        left_s = None if self._total is None or not rate else round((self._total - done) / rate, 1)
+        left_s = None if self._total is None or not rate else round(max(0, self._total - done) / rate, 1)
         shown: dict[str, Any] = {name: number for name, number in self.counts.items()}
         return shown | {"total": self._total, "pictures_per_s": round(rate, 2), "time_left_s": left_s}
 
