@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import io
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
-from typing import IO, Literal
+from dataclasses import asdict, dataclass, field, replace
+from typing import Literal
 
 from serving.errors import APIError, from_exception, made_when_free
 from serving.images.interface import Images
 from serving.offline.outputs import Output
 from serving.offline.plan import Chunk, Unit
-from serving.offline.records import FACTS, JOURNALS, PARTS, Entry
+from serving.offline.records import FACTS, JOURNALS, PARTS, Entry, entries_of
 from serving.offline.storage import Storage
 from serving.schema.answers import ImageAnswer
 from serving.schema.order import ImageOrder
@@ -73,6 +74,7 @@ class ChunkRenderer:
             RuntimeError: the engine has stopped.
         """
         result = ChunkResult(chunk.number, chunk.share)
+        chunk = await asyncio.to_thread(self._with_journal, chunk)
         is_sealed = all(map(self._may_be_kept, chunk.units)) and await asyncio.to_thread(self._output.is_sealed, chunk)
         entries: dict[int, Entry] = {}
 
@@ -114,10 +116,17 @@ class ChunkRenderer:
         self._storage.put(f"{PARTS}/{chunk.number:08d}.jsonl", (entry.to_line() for entry in entries))
         self._output.tidy(chunk)
 
+    def _with_journal(self, chunk: Chunk) -> Chunk:
+        """Return the chunk with the pictures that a lost worker of this run had finished."""
+        entries = entries_of(self._storage.lines(_journal_of(chunk)))
+        finished = {(entry.record.get("member", entry.record["file"]), entry.record["key"]): entry for entry in entries}
+        units = (replace(unit, known=finished.get((unit.name, unit.key), unit.known)) for unit in chunk.units)
+        return replace(chunk, units=tuple(units))
+
     @contextlib.contextmanager
-    def _journal(self, chunk: Chunk) -> Iterator[IO[bytes] | None]:
-        """Open the file that tells a later run what this one finished before it was killed."""
-        stream = self._storage.append_to(f"{JOURNALS}/{chunk.number:08d}.jsonl")
+    def _journal(self, chunk: Chunk) -> Iterator[io.FileIO | None]:
+        """Open the file that tells a later run, or another worker, what this one finished before it was killed."""
+        stream = self._storage.append_to(_journal_of(chunk))
         with stream or contextlib.nullcontext():
             yield stream
 
@@ -175,6 +184,10 @@ class ChunkRenderer:
             await asyncio.to_thread(self._output.save, unit, image.content)
         record = unit.base() | {"status": "completed"} | self._output.place(chunk, unit) | facts
         return Entry(record, unit.place | {"finished_at": round(time.time(), 3)} | asdict(answer.timings))
+
+
+def _journal_of(chunk: Chunk) -> str:
+    return f"{JOURNALS}/{chunk.number:08d}.jsonl"
 
 
 def _failed(unit: Unit, failure: APIError | None = None) -> Entry:

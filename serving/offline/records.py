@@ -90,7 +90,7 @@ class Known:
         self._database.execute("BEGIN")
         self._keep(_entries_of_manifest(storage))
         for name in [DONE, *storage.names(PARTS), *storage.names(JOURNALS)]:
-            self._keep(_entries_of(storage.lines(name)))
+            self._keep(entries_of(storage.lines(name)))
 
     def _keep(self, entries: Iterable[Entry]) -> None:
         rows = ((_digest(entry.record, entry.record["key"]), entry.to_line()) for entry in entries)
@@ -130,12 +130,12 @@ def _entries_of_manifest(storage: Storage) -> Iterator[Entry]:
     for record, times in zip_longest(storage.lines(MANIFEST), storage.lines(TIMES)):
         if record is not None:
             line = b'{"record": %s, "times": %s}' % (record.strip(), (times or b"{}").strip())
-            for entry in _entries_of([line]):
+            for entry in entries_of([line]):
                 is_same = entry.times.get("id") == entry.record["id"]
                 yield entry if is_same else Entry(entry.record, {"id": entry.record["id"]})
 
 
-def _entries_of(lines: Iterable[bytes]) -> Iterator[Entry]:
+def entries_of(lines: Iterable[bytes]) -> Iterator[Entry]:
     """Yield the finished pictures of lines. Lines that a kill tore, or that are not ours, are left out."""
     for line in lines:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import os
 import shutil
 import uuid
@@ -105,9 +106,14 @@ class Storage:
         elif self._fs.exists(path):
             self._fs.rm(path, recursive=True)
 
-    def append_to(self, name: str) -> IO[bytes] | None:
-        """Open a local file that grows line by line, empty at first. Return None where files cannot grow."""
-        return open(self._made_path(name), "wb", buffering=0) if self.is_local else None
+    def append_to(self, name: str) -> io.FileIO | None:
+        """Open a local file that grows line by line. Return None where files cannot grow."""
+        if not self.is_local:
+            return None
+        stream = io.FileIO(self._made_path(name), "ab")
+        if stream.tell():
+            stream.write(b"\n")  # ends a line that a kill tore
+        return stream
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
