@@ -154,16 +154,21 @@ class ChunkRenderer:
         """Make one picture and save it. A failure is an entry too."""
         for tries_left in reversed(range(TRIES)):
             try:
-                answer = await made_when_free(lambda: self._images.generate(order))
+                answer = await made_when_free(lambda: self._generated(order))
             except Exception as error:
                 failure = from_exception(error)
                 if not self._images.is_healthy:
-                    raise RuntimeError("the engine has stopped; start the run again, it continues") from error
+                    raise
                 if failure.status < 500 or failure.headers.get("x-should-retry") == "false" or not tries_left:
                     return _failed(unit, failure)
             else:
                 return await self._saved(chunk, unit, answer)
         raise AssertionError("the last try returns")
+
+    async def _generated(self, order: ImageOrder) -> ImageAnswer:
+        if not self._images.is_healthy:  # a stopped engine would be busy for ever
+            raise RuntimeError("the engine has stopped; start the run again, it continues")
+        return await self._images.generate(order)
 
     async def _saved(self, chunk: Chunk, unit: Unit, answer: ImageAnswer) -> Entry:
         (image,) = answer.images

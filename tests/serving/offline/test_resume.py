@@ -140,6 +140,9 @@ def test_a_chunk_of_a_lost_worker_keeps_what_was_finished(tiny_checkpoint: Path,
             journal.write_bytes(journal.read_bytes()[:-5])
     finally:
         images.close()
+    elsewhere = Storage(str(tmp_path / "elsewhere"))
+    with pytest.raises(RuntimeError, match="the engine has stopped"):
+        asyncio.run(ChunkRenderer(images, elsewhere, Files(elsewhere), 8).render(chunk))
     assert results[0] == {"made": 4, "kept": 0, "failed": 0}
     assert results[1:] == [{"made": 1, "kept": 3, "failed": 0}] * 2
 
