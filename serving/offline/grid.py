@@ -1,4 +1,7 @@
-"""Contact sheet: the first pictures of a run in one PNG file, a row for each line and a column for each variant."""
+"""Contact sheet: the first pictures of a run in one PNG file, a row for each line and a column for each variant.
+
+With two sweeps, a line has a row for each value of the first one.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ def contact_sheet(entries: Iterator[Entry], output: Output) -> bytes | None:
     if not made:
         return None
     pictures = dict(zip(map(_place, made), map(_opened, output.pictures(made)), strict=True))
-    rows = [list(group) for _, group in groupby(records, key=lambda record: record["id"])]
+    rows = [list(group) for _, group in groupby(records, key=_row)]
     titled = max(map(len, rows)) > 1
     if not titled:
         rows = [records[start : start + PER_ROW] for start in range(0, len(records), PER_ROW)]
@@ -44,13 +47,13 @@ def contact_sheet(entries: Iterator[Entry], output: Output) -> bytes | None:
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
     for y, row in enumerate(rows):
         if titled:
-            prompt = next((_prompt(record) for record in row if record["status"] == "completed"), "")
-            draw.text((GAP, GAP + y * height), _fitting(draw, font, prompt, columns * cell - GAP), TEXT, font)
+            title_of_row = _fitting(draw, font, _title(row), columns * cell - GAP)
+            draw.text((GAP, GAP + y * height), title_of_row, TEXT, font)
         for x, record in enumerate(row):
             left, top = GAP + x * cell, GAP + y * height + title
             if (picture := pictures.get(_place(record))) is not None:
                 sheet.paste(picture, (left, top))
-            draw.text((left, top + side + 1), _fitting(draw, font, _label(record), side), TEXT, font)
+            draw.text((left, top + side + 1), _fitting(draw, font, _label(record, titled), side), TEXT, font)
     stream = io.BytesIO()
     sheet.save(stream, "PNG")
     return stream.getvalue()
@@ -68,11 +71,27 @@ def _opened(content: bytes | None) -> Image.Image | None:
     return picture
 
 
-def _label(record: Fields) -> str:
+def _row(record: Fields) -> tuple[str, list[str]]:
+    """Return what the pictures of a row share: the line, and the values of all sweeps but the last."""
+    return record["id"], _swept(record)[:-1]
+
+
+def _swept(record: Fields) -> list[str]:
+    values = record.get("sweep", {}).items()
+    return [f"{name.replace('num_inference_steps', 'steps')}={value}" for name, value in values]
+
+
+def _title(row: list[Fields]) -> str:
+    prompts = [_prompt(record) for record in row if record["status"] == "completed"]
+    return ", ".join([*_swept(row[0])[:-1], *prompts[:1]])
+
+
+def _label(record: Fields, titled: bool) -> str:
     if record["status"] != "completed":
         return "failed"
-    swept = " ".join(f"{name}={value}" for name, value in record.get("sweep", {}).items())
-    return swept.replace("num_inference_steps", "steps") or _prompt(record)
+    if not titled:
+        return _prompt(record)
+    return (_swept(record) or [f"seed={record['seed']}"])[-1]
 
 
 def _prompt(record: Fields) -> str:
