@@ -16,6 +16,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
+from serving.offline.cli import main
 from serving.offline.names import DEFAULT_TEMPLATE, NameTemplate, safe
 from tdm_runtime.model.choice import load_model
 from tdm_runtime.params import SamplingParams
@@ -124,6 +125,19 @@ def test_standard_input_and_defaults(render: Render, tmp_path: Path, monkeypatch
     assert render("-", "-o", tmp_path, *settings, "--name", "{prompt}-{steps}-{width}x{height}") == 0
     assert [record["file"] for record in manifest(tmp_path)] == ["a_cat-2-24x16.webp", "a_fox-2-24x16.webp"]
     assert Image.open(tmp_path / "a_fox-2-24x16.webp").size == (24, 16)
+
+
+def test_lines_name_their_models(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """A line without a model gets the first."""
+    lines = [{"prompt": "a cat", "seed": 1}, {"prompt": "a cat", "seed": 1, "model": "second"}]
+    source, out = write_lines(tmp_path / "in.jsonl", lines), tmp_path / "out"
+    models = [part for name in ("first", "second") for part in ("--model", f"{name}={tiny_checkpoint}")]
+    backend = ["--backend", "torch", "--threads", "1", "--name", "{model}/{line}"]
+    assert main([str(source), "-o", str(out), *models, *backend]) == 0
+    first, second = manifest(out)
+    assert (first["file"], second["file"]) == ("first/1.png", "second/2.png")
+    assert (first["receipt"]["model"], second["receipt"]["model"]) == ("first", "second")
+    assert first["receipt"]["pixels_sha256"] == second["receipt"]["pixels_sha256"] and first["key"] != second["key"]
 
 
 def test_a_sweep_makes_a_matrix_with_one_seed_a_line(render: Render, tmp_path: Path) -> None:
