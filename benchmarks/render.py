@@ -5,8 +5,8 @@
     .venv/bin/python -m benchmarks.render memory
 
 `speed` runs all contenders one after the other in every round, so that changes in the machine's speed affect them
-alike. The first quarter of a contender's pictures is not counted: engines start and warm up in it. On a machine that
-others use too, the CPU time of a picture says more than pictures a second.
+alike. A contender's time is from the submission of its first picture to the end of its last one, without the start.
+Ask for many more pictures than the engine holds (192), so that its filling and emptying count little.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -86,85 +85,56 @@ def write_input(file: Path, number: int) -> Path:
     return file
 
 
-@dataclass(frozen=True)
-class Pace:
-    """Pictures of one contender in one round, after the first quarter."""
-
-    per_s: float
-    """Pictures a second."""
-    cpu_ms: float
-    """Time of all cores for one picture, in milliseconds."""
-
-
 def speed(given: argparse.Namespace, folder: Path) -> int:
     """Print pictures a second of every contender, and ratios to the engine in the same round."""
     source = write_input(folder / "in.jsonl", given.pictures)
     model = load_model(config=backend_config(given))
-    paces: dict[str, list[Pace]] = {name: [] for name in (ENGINE, FILES, LOOP, HERE, RAY) if name not in given.skip}
+    rates: dict[str, list[float]] = {name: [] for name in (ENGINE, FILES, LOOP, HERE, RAY) if name not in given.skip}
     for turn in range(given.rounds):
-        for name in paces:
-            paces[name].append(_pace(name, given, model, source, folder / f"out-{turn}-{len(name)}"))
-            print(f"{name}: {paces[name][-1]}", file=sys.stderr, flush=True)
-    print("| contender | pictures/s | of the engine (pixels) | of the engine (PNG) | CPU ms |\n|---|---|---|---|---|")
-    for name, seen in paces.items():
-        ratios = [_ratio(seen, paces.get(other)) for other in (ENGINE, FILES)]
-        cpu_ms = statistics.median(pace.cpu_ms for pace in seen)
-        print(f"| {name} | {', '.join(f'{p.per_s:.1f}' for p in seen)} | {' | '.join(ratios)} | {cpu_ms:.1f} |")
+        for name in rates:
+            rates[name].append(_rate(name, given, model, source, folder / f"out-{turn}-{len(name)}"))
+            print(f"{name}: {rates[name][-1]:.1f} pictures/s", file=sys.stderr, flush=True)
+    print("| contender | pictures/s | of the engine (pixels) | of the engine (PNG) |\n|---|---|---|---|")
+    for name, seen in rates.items():
+        ratios = [_ratio(seen, rates.get(other)) for other in (ENGINE, FILES)]
+        print(f"| {name} | {', '.join(f'{rate:.1f}' for rate in seen)} | {' | '.join(ratios)} |")
     return 0
 
 
-def _ratio(seen: list[Pace], reference: list[Pace] | None) -> str:
+def _ratio(seen: list[float], reference: list[float] | None) -> str:
     """Return the median over rounds of the ratio within a round."""
-    if not reference:
-        return ""
-    return f"{statistics.median(a.per_s / b.per_s for a, b in zip(seen, reference, strict=True)):.2f}"
+    return f"{statistics.median(a / b for a, b in zip(seen, reference, strict=True)):.2f}" if reference else ""
 
 
-def _pace(name: str, given: argparse.Namespace, model: LoadedModel, source: Path, out: Path) -> Pace:
+def _rate(name: str, given: argparse.Namespace, model: LoadedModel, source: Path, out: Path) -> float:
     if name in (HERE, RAY):
         more = ["--ray", "local", "--workers", "2"] if name == RAY else []
-        return _pace_of_run([*_command(given, source, out), *more], out, given.pictures)
+        subprocess.run([*_command(given, source, out), *more], check=True, stdout=sys.stderr, stderr=subprocess.DEVNULL)
+        return _rate_of_run(out)
     asked = requests(given.pictures if name != LOOP else max(20, given.pictures // 5))
     if name == LOOP:
-        return _pace_of(_as_png(params.prompt, generate(model, params)) for params in asked)
+        return _rate_of(_as_png(params.prompt, generate(model, params)) for params in asked)
     with DiffusionEngine(model, EngineConfig(max_live=LIVE)) as engine:
         warm_up(engine)
         made = _saturated(engine, asked)
-        return _pace_of(made if name == ENGINE else (_as_png(one.params.prompt, one.pixels) for one in made))
+        return _rate_of(made if name == ENGINE else (_as_png(one.params.prompt, one.pixels) for one in made))
 
 
 def _as_png(prompt: str, pixels: Pixels) -> bytes:
     return encode_image(pixels, "png", parameters=prompt)
 
 
-def _pace_of(made: Iterator[object]) -> Pace:
-    seen = [(time.monotonic(), time.process_time()) for _ in made]
-    first = len(seen) // 4
-    (began_s, cpu_began_s), (ended_s, cpu_ended_s) = seen[first], seen[-1]
-    number = len(seen) - 1 - first
-    return Pace(number / (ended_s - began_s), 1e3 * (cpu_ended_s - cpu_began_s) / number)
+def _rate_of(made: Iterator[object]) -> float:
+    began_s = time.monotonic()
+    number = sum(1 for _ in made)
+    return number / (time.monotonic() - began_s)
 
 
-def _pace_of_run(command: list[str], out: Path, number: int) -> Pace:
-    """Watch the files and the CPU time of a run and all its processes."""
-    marks: list[tuple[int, float, float]] = []
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:
-        while running.poll() is None:
-            count = sum(name.endswith(".png") for name in os.listdir(out)) if out.is_dir() else 0
-            if count >= number // 4 and (not marks or count > marks[-1][0]):
-                marks.append((count, time.monotonic(), _cpu_s(running.pid)))
-            time.sleep(SAMPLE_S)
-    assert running.returncode == 0 and marks[-1][0] == number, f"the run ended with {running.returncode}"
-    (first, began_s, cpu_began_s), (last, ended_s, cpu_ended_s) = marks[0], marks[-1]
-    return Pace((last - first) / (ended_s - began_s), 1e3 * (cpu_ended_s - cpu_began_s) / (last - first))
-
-
-def _cpu_s(pid: int) -> float:
-    total = 0.0
-    for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            total += sum(process.cpu_times()[:2])
-    return total
+def _rate_of_run(out: Path) -> float:
+    times = [json.loads(line) for line in (out / "times.jsonl").read_bytes().splitlines()]
+    began_s = min(one["finished_at"] - 1e-3 * one["total_ms"] for one in times)
+    ended_s = max(one["finished_at"] for one in times)
+    return float(len(times) / (ended_s - began_s))
 
 
 def _saturated(engine: DiffusionEngine, asked: list[SamplingParams]) -> Iterator[Picture]:
