@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from fastapi.responses import JSONResponse
 
@@ -12,6 +14,9 @@ from tdm_runtime.errors import DeadlineError, GenerationError, InvalidRequestErr
 
 CLIENT_CLOSED_REQUEST = 499
 """Status in logs and metrics of a request whose client left before its answer."""
+MAX_RETRY_S = 2.0
+"""Longest wait of background work before it asks a busy server again, in seconds."""
+Made = TypeVar("Made")
 
 
 @dataclass
@@ -64,6 +69,17 @@ def retry_after_s(error: Exception) -> float | None:
     """Return the seconds after which to retry a busy or stopping server; None for other errors."""
     answer = from_exception(error)
     return float(answer.headers.get("retry-after", 1)) if answer.status in (429, 503) else None
+
+
+async def made_when_free(make: Callable[[], Awaitable[Made]]) -> Made:
+    """Return what `make` returns. While the server is busy or stopping, wait and call it again."""
+    while True:
+        try:
+            return await make()
+        except Exception as error:
+            if (wait_s := retry_after_s(error)) is None:
+                raise
+            await asyncio.sleep(min(wait_s, MAX_RETRY_S))
 
 
 def from_exception(error: Exception) -> APIError:

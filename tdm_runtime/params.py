@@ -16,6 +16,8 @@ DecoderName = Literal["full", "tiny"]
 MAX_PROMPT_CHARACTERS = 2000
 MAX_LORA_SCALE = 4.0
 """Largest scale of a LoRA, either way; as far as LoRAs that are sliders go."""
+UNREADABLE = re.compile(r"[\x00\ud800-\udfff]")
+"""NUL and halves of surrogate pairs."""
 MAX_SEED = 2**32 - 1
 """torch's CPU generator reads 32 bits of a seed: a larger one would repeat a smaller one's picture."""
 
@@ -154,7 +156,7 @@ def _check_prompt(prompt: object) -> None:
         raise InvalidRequestError(
             f"prompt has {len(prompt)} characters; at most {MAX_PROMPT_CHARACTERS} are read, shorten it", param="prompt"
         )
-    if any(unicodedata.category(character) == "Cs" or character == "\0" for character in prompt):
+    if UNREADABLE.search(prompt):
         raise InvalidRequestError(
             "prompt holds a NUL or half a surrogate pair; send valid Unicode text", param="prompt"
         )

@@ -18,6 +18,9 @@ def parse_arguments(arguments: list[str] | None = None) -> ServerConfig:
     """Read the command line. Exits with status 2 on a mistake."""
     parser = argparse.ArgumentParser(prog="tdm-serve", description="Serve a few-step diffusion checkpoint over HTTP.")
     add_model_arguments(parser)
+    parser.add_argument(
+        "--lora-folder", type=Path, help="folder of LoRAs, served by name; files may change while the server runs"
+    )
     add_front_arguments(parser)
     add_service_arguments(parser)
     add_backend_arguments(parser)
@@ -81,9 +84,6 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         type=lora_source,
         metavar="NAME=PATH[:SCALE][@MODEL]",
         help="a LoRA in the format of diffusers, kohya or PEFT, and its name in requests; may be given several times",
-    )
-    parser.add_argument(
-        "--lora-folder", type=Path, help="folder of LoRAs, served by name; files may change while the server runs"
     )
 
 

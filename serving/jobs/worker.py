@@ -9,7 +9,7 @@ import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from serving.errors import from_exception, retry_after_s
+from serving.errors import from_exception, made_when_free
 from serving.jobs.artifacts import ArtifactStore
 from serving.jobs.job import FinishedPart, Job, JobKind, LeaseLostError, Part
 from serving.jobs.store import JobStore
@@ -24,7 +24,6 @@ MAX_IN_FLIGHT = 8
 POLL_S = 1.0
 """Time between two looks for jobs that other servers accepted or lost, in seconds."""
 SWEEP_S = 60.0
-MAX_RETRY_S = 2.0
 
 
 class Renderer(Protocol):
@@ -189,14 +188,7 @@ class JobWorker:
             await asyncio.gather(*making, return_exceptions=True)
 
     async def _make_part(self, job: Job, renderer: Renderer, part: Part) -> None:
-        while True:
-            try:
-                made = await renderer.make(job, part)
-                break
-            except Exception as error:
-                if (wait_s := retry_after_s(error)) is None:
-                    raise
-                await asyncio.sleep(min(wait_s, MAX_RETRY_S))
+        made = await made_when_free(lambda: renderer.make(job, part))
         await asyncio.to_thread(self._store.save, job, made)
 
     async def _sweep(self) -> None:

@@ -238,14 +238,20 @@ def order_from_body(
     return request.to_order(recipe_of(request.model), default_seed)
 
 
-def order_from_fields(fields: dict[str, Any], recipe_of: RecipeOf) -> ImageOrder:
+def order_from_fields(
+    fields: dict[str, Any], recipe_of: RecipeOf, default_seed: int | None = None, is_text: bool = False
+) -> ImageOrder:
     """Read decoded fields, named as in the JSON body.
+
+    Args:
+        default_seed: seed of a request that has none. None draws one.
+        is_text: see `validate`.
 
     Raises:
         InvalidRequestError, APIError: the request cannot be served as it is.
     """
-    request = validate(fields, ImageRequest)
-    return request.to_order(recipe_of(request.model))
+    request = validate(fields, ImageRequest, is_text)
+    return request.to_order(recipe_of(request.model), default_seed)
 
 
 class GeneratedImage(BaseModel):

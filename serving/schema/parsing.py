@@ -28,15 +28,18 @@ def parse_body(body: bytes, kind: type[Body]) -> Body:
     return validate(raw, kind)
 
 
-def validate(raw: dict[str, Any], kind: type[Body]) -> Body:
+def validate(raw: dict[str, Any], kind: type[Body], is_text: bool = False) -> Body:
     """Check decoded fields. null means that a field is absent, as clients send what was not set.
+
+    Args:
+        is_text: whether every value is text, as in a CSV file; "4" is then a number where one is wanted.
 
     Raises:
         APIError: 400 naming the field, its value and the limit.
     """
     try:
         known = {name: value for name, value in raw.items() if value is not None or name not in kind.model_fields}
-        return kind.model_validate(known)
+        return kind.model_validate(known, strict=False if is_text else None)
     except ValidationError as error:
         raise _from_validation(error, kind) from None
 

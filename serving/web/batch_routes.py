@@ -9,7 +9,8 @@ from fastapi import FastAPI, Query, Request
 
 from serving.fronts.services import Services
 from serving.jobs.job import JobRequest
-from serving.web.batch_schema import MAX_BATCH_BYTES, Batch, BatchLine, BatchList, BatchRequest, read_batch, to_batch
+from serving.schema.batch_line import BatchLine
+from serving.web.batch_schema import MAX_BATCH_BYTES, Batch, BatchList, BatchRequest, read_batch, to_batch
 from serving.web.body import check_media_type, read_bytes
 from serving.web.documentation import documented_body
 from serving.web.file_routes import base_url

@@ -9,30 +9,15 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from serving.errors import APIError, invalid
 from serving.jobs.job import Job
-from serving.schema.image_request import ImageRequest, RecipeOf, order_from_fields
-from serving.schema.parsing import nullable, parse_body, parse_json, validate
+from serving.schema.batch_line import BatchLine, background_order, read_batch_line
+from serving.schema.image_request import RecipeOf
+from serving.schema.parsing import nullable, parse_body
 from tdm_runtime.errors import InvalidRequestError
 
 MAX_REQUESTS = 1000
 MAX_BATCH_BYTES = 8 * 2**20
 MAX_NAMED = 5
 """Most bad requests that an error message names."""
-
-
-class BatchLine(BaseModel):
-    """One request of a batch."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=nullable)
-
-    custom_id: str = Field(
-        min_length=1, max_length=64, description="The client's own name of the request; unique in a batch."
-    )
-    method: Literal["POST"] = "POST"
-    url: Literal["/v1/images/generations"] = "/v1/images/generations"
-    body: dict[str, Any] = Field(
-        description="Body of POST /v1/images/generations, without stream and latency_budget_ms.",
-        json_schema_extra=ImageRequest.model_json_schema(),
-    )
 
 
 class BatchRequest(BaseModel):
@@ -99,20 +84,13 @@ def read_batch(body: bytes, is_lines: bool, recipe_of: RecipeOf, max_live: int) 
 
 def _read_line(line: Any, recipe_of: RecipeOf, max_live: int, known: set[str]) -> tuple[dict[str, Any], float]:
     """Return a request with its seed, and its cost."""
-    raw = parse_json(line) if isinstance(line, bytes) else line
-    if not isinstance(raw, dict):
-        raise invalid(f"it is a JSON {type(raw).__name__}; send an object", None, "invalid_json")
-    read = validate(raw, BatchLine)
+    read = read_batch_line(line)
     if read.custom_id in known:
         raise invalid(
             f"custom_id {read.custom_id!r} appears twice; give each request its own", "custom_id", "invalid_value"
         )
     known.add(read.custom_id)
-    order = order_from_fields(read.body, recipe_of)
-    waits = {"stream": order.delivery.is_streamed, "latency_budget_ms": order.delivery.latency_budget_ms is not None}
-    for field, is_asked in waits.items():
-        if is_asked:
-            raise invalid(f"{field} has no use in the background; leave it out of a batch", field, "invalid_value")
+    order = background_order(read.body, recipe_of)
     if (n := len(order.pictures)) > max_live:
         raise invalid(f"n is {n}; this server has at most {max_live} pictures at once", "n", "invalid_value")
     body = read.body | {"seed": order.pictures[0].seed, "model": order.model}

@@ -137,11 +137,12 @@ def test_a_budgeted_picture_goes_between_the_parts_of_a_clips_decode(
     pictures, params = load_model(tiny_checkpoint, device="cpu"), long_clip(seed=1, steps=2)
     engine = DiffusionEngine(pictures, costs=SlowClips())
     clip = engine.submit(params, model=wan_model)
-    for _ in range(2 + 2):  # both steps and the first two of five parts
+    for _ in range(1 + 2 + 2):  # the prompt, both steps and the first two of five parts
         engine.step()
     picture = engine.submit(SamplingParams("a red apple", 2, 1, 16, 16), Delivery(latency_budget_ms=60_000.0))
-    engine.step()
-    engine.step()
+    for _ in range(3):  # prompt, step and decode
+        assert not picture.done()
+        engine.step()
     assert picture.done() and not clip.done()
     engine.step()
     engine.step()
