@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -281,12 +281,17 @@ class DiffusionEngine:
     def _schedule(self, now_s: float) -> list[Sample]:
         with self._wake:
             abandoned = [sample for sample in self._scheduler.live() if sample.is_abandoned]
-            for sample in abandoned:
+        self._fail({sample: CancelledError("cancelled by the caller") for sample in abandoned})
+        with self._wake:
+            return self._scheduler.schedule(now_s)
+
+    def _fail(self, failed: Mapping[Sample, TDMError]) -> None:
+        """Remove samples and answer each with its error."""
+        with self._wake:
+            for sample in failed:
                 self._scheduler.remove(sample)
-            batch = self._scheduler.schedule(now_s)
-        for sample in abandoned:
-            self._replies.answer(sample, CancelledError("cancelled by the caller"))
-        return batch
+        for sample, error in failed.items():
+            self._replies.answer(sample, error)
 
     def _encode(self, batch: list[Sample], began_s: float) -> None:
         """Encode prompts in one call. Live samples with the same prompt need it no more."""
@@ -294,7 +299,7 @@ class DiffusionEngine:
         free_s = self._free_s
         self._free_s = ended_s = time.monotonic()
         failed = {s: error for s, error in zip(batch, outcomes, strict=True) if error is not None}
-        prompts = {(sample.model.text_encoder, sample.params.prompt) for sample in batch}
+        prompts = {sample.prompt_key for sample in batch}
         with self._wake:
             kind, is_calm = batch[0].text, self._scheduler.is_calm(began_s)
             self._scheduler.end_call()
@@ -305,12 +310,9 @@ class DiffusionEngine:
                     sample.timings.text_ms = 1e3 * (ended_s - began_s)
                     sample.ready_s = ended_s
                     sample.advance()
-                elif (sample.model.text_encoder, sample.params.prompt) in prompts:
+                elif sample.prompt_key in prompts:
                     sample.needs_text = False
-            for sample in failed:
-                self._scheduler.remove(sample)
-        for sample, error in failed.items():
-            self._replies.answer(sample, error)
+        self._fail(failed)
 
     def _prepare(self, batch: list[Sample]) -> tuple[list[Sample], float]:
         """Draw the noise of samples that take their first step, and look up the prompts of those that were cached.
@@ -332,11 +334,7 @@ class DiffusionEngine:
             sample.timings.text_ms += 1e3 * (ended_s - started_s)
             sample.ready_s = ended_s
         failed = {s: error for s, error in zip(newcomers, outcomes, strict=True) if error is not None}
-        with self._wake:
-            for sample in failed:
-                self._scheduler.remove(sample)
-        for sample, error in failed.items():
-            self._replies.answer(sample, error)
+        self._fail(failed)
         return [sample for sample in batch if sample not in failed], ended_s - started_s
 
     def _run(self, batch: list[Sample]) -> Sequence[Outcome]:
