@@ -255,7 +255,9 @@ class TestDecoders:
         module = decoder()
         self.assert_pixels(export(module, module.interface(), tmp_path / "decoder.onnx"))
 
-    @pytest.mark.parametrize(("decoder", "frames"), [(_video_decoder, 3), (_wan_decoder, 2)])
+    @pytest.mark.parametrize(
+        ("decoder", "frames"), [(_video_decoder, 3), pytest.param(_wan_decoder, 2, marks=pytest.mark.slow)]
+    )
     def test_frames_equal_torch(self, decoder: Callable[[], DecoderModule], frames: int, tmp_path: Path) -> None:
         torch.manual_seed(0)
         module = decoder()

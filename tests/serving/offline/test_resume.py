@@ -51,7 +51,7 @@ def kill_after(folder: Path, checkpoint: Path, number: int, *arguments: object) 
     assert running.wait() == -signal.SIGKILL, "the run ended before it was killed"
 
 
-@pytest.mark.parametrize("kind", ["files", "webdataset"])
+@pytest.mark.parametrize("kind", ["files", pytest.param("webdataset", marks=pytest.mark.slow)])
 def test_killed_runs_continue_to_the_same_bytes(
     render: Render, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
@@ -147,6 +147,7 @@ def test_a_chunk_of_a_lost_worker_keeps_what_was_finished(tiny_checkpoint: Path,
     assert results[1:] == [{"made": 1, "kept": 3, "failed": 0}] * 2
 
 
+@pytest.mark.slow
 def test_ray_gives_the_same_output_and_survives_a_lost_actor(
     render: Render, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
