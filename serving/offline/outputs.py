@@ -8,6 +8,7 @@ import hashlib
 import json
 import tarfile
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import IO, Any, Literal, Protocol
@@ -77,7 +78,7 @@ class Files:
         return (self._storage.get(record["file"]) for record in records)
 
 
-class Shards:
+class Shards(ABC):
     """A file for each chunk. Until it is sealed, each picture is a file of its own in the folder of the run."""
 
     suffix: str
@@ -139,12 +140,13 @@ class Shards:
             raise OSError(f"{PICTURES}/{record['member']} was deleted while the run needed it; start the run again")
         return content
 
+    @abstractmethod
     def _packed(self, records: Sequence[Fields]) -> Iterable[bytes]:
-        raise NotImplementedError
+        """Return the bytes of a shard, in parts."""
 
+    @abstractmethod
     def _found(self, stream: IO[bytes], members: set[str]) -> dict[str, bytes]:
         """Return members of a shard by name."""
-        raise NotImplementedError
 
 
 class WebDataset(Shards):

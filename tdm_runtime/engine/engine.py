@@ -287,6 +287,8 @@ class DiffusionEngine:
 
     def _fail(self, failed: Mapping[Sample, TDMError]) -> None:
         """Remove samples and answer each with its error."""
+        if not failed:
+            return
         with self._wake:
             for sample in failed:
                 self._scheduler.remove(sample)

@@ -12,7 +12,7 @@ from tdm_runtime.engine.delivery import Delivery
 from tdm_runtime.families.conditioning import Conditioning
 from tdm_runtime.model.decoder import Pixels
 from tdm_runtime.model.loaded_model import LoadedModel
-from tdm_runtime.model.text_encoder import PromptEmbedding, TextEncoder
+from tdm_runtime.model.text_encoder import PromptEmbedding, PromptKey, TextEncoder
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.sampling.noise import SeedNoise
 from tdm_runtime.sampling.step_table import StepTable
@@ -100,9 +100,10 @@ class Sample(Work):
         return self.model.recipe.step_table(params.num_inference_steps, params.width, params.height)
 
     @property
-    def prompt_key(self) -> tuple[TextEncoder, str, float]:
-        """Text encoder, prompt and scale of the LoRA: samples that agree in all share an embedding."""
-        return self.model.text_encoder, self.params.prompt, self.model.lora_factor(self.params)
+    def prompt_key(self) -> tuple[TextEncoder, PromptKey]:
+        """What its embedding depends on: samples of one key share it."""
+        encoder = self.model.text_encoder
+        return encoder, encoder.key(self.params.prompt, self.model.lora_factor(self.params))
 
     @property
     def step_index(self) -> int:

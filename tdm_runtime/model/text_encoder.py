@@ -117,8 +117,7 @@ class PipelineEncoder:
 
     def module(self, component: str) -> Any:
         """Return a text encoder of transformers by its folder; None if the checkpoint came without it."""
-        found = getattr(self._encoders.pipeline, component)
-        return found
+        return getattr(self._encoders.pipeline, component)
 
     def tokenize(self, prompt: str) -> TokenizedPrompt:
         return TokenizedPrompt(prompt, len(self._tokenizer(prompt, verbose=False)["input_ids"]))
@@ -154,7 +153,7 @@ def _padded(prompt: Conditioning, tokens: int) -> Conditioning:
     return Conditioning(functional.pad(embeds, (0, 0, 0, missing)), pooled, functional.pad(mask, (0, missing)), *rest)
 
 
-_Key = tuple[str, float]
+PromptKey = tuple[str, float]
 """A prompt, and the factor on what the LoRA of the encoder adds."""
 
 
@@ -166,16 +165,16 @@ class TextEncoder:
 
     def __init__(self, encoder: PromptEncoder, cache_size: int = 1024, reads_lora_factor: bool = False) -> None:
         self.encoder = encoder
-        self._cache: OrderedDict[_Key, PromptEmbedding] = OrderedDict()
+        self._cache: OrderedDict[PromptKey, PromptEmbedding] = OrderedDict()
         self._cache_size = cache_size
         self._reads_lora_factor = reads_lora_factor
-        self._expected: OrderedDict[_Key, TokenizedPrompt] = OrderedDict()
+        self._expected: OrderedDict[PromptKey, TokenizedPrompt] = OrderedDict()
         self.cache_hits = 0
         self.cache_misses = 0
 
     def expect(self, prompt: str, lora_factor: float = 1.0) -> bool:
         """Tokenize a prompt that will be encoded soon. Returns False where its embedding is cached."""
-        key = self._key(prompt, lora_factor)
+        key = self.key(prompt, lora_factor)
         if key in self._cache:
             return False
         self._expected[key] = self._tokenize(key)
@@ -193,7 +192,7 @@ class TextEncoder:
         Args:
             lora_factors: one of each prompt; 1 each where left out.
         """
-        keys = [self._key(*each) for each in zip(prompts, lora_factors or [1.0] * len(prompts), strict=True)]
+        keys = [self.key(*each) for each in zip(prompts, lora_factors or [1.0] * len(prompts), strict=True)]
         found = {key: known for key in keys if (known := self._cache.get(key)) is not None}
         missing = list(dict.fromkeys(key for key in keys if key not in found))
         self.cache_hits += len(keys) - len(missing)
@@ -210,9 +209,10 @@ class TextEncoder:
             self._cache.popitem(last=False)
         return [found[key] for key in keys]
 
-    def _key(self, prompt: str, lora_factor: float) -> _Key:
+    def key(self, prompt: str, lora_factor: float = 1.0) -> PromptKey:
+        """Return what an embedding depends on: prompts of one key share it."""
         return prompt, lora_factor if self._reads_lora_factor else 1.0
 
-    def _tokenize(self, key: _Key) -> TokenizedPrompt:
+    def _tokenize(self, key: PromptKey) -> TokenizedPrompt:
         prompt, lora_factor = key
         return replace(self.encoder.tokenize(prompt), lora_factor=lora_factor)
