@@ -76,17 +76,18 @@ def _pixels(part: FinishedPart) -> Pixels:
 
 
 def _spritesheet(parts: Iterator[FinishedPart], num_parts: int) -> bytes:
-    """Return a picture of evenly spaced frames, row by row."""
-    shown = {num_parts * place // SHEET_SIDE**2: place for place in range(SHEET_SIDE**2)}
+    """Return a picture of evenly spaced frames, row by row. A short clip repeats frames; no place stays empty."""
     sheet: Pixels | None = None
     for part in parts:
-        if (place := shown.get(part.position)) is None:
+        places = [place for place in range(SHEET_SIDE**2) if num_parts * place // SHEET_SIDE**2 == part.position]
+        if not places:
             continue
         pixels = _pixels(part)
         height, width, _ = pixels.shape
         if sheet is None:
             sheet = np.zeros((SHEET_SIDE * height, SHEET_SIDE * width, 3), np.uint8)
-        top, left = place // SHEET_SIDE * height, place % SHEET_SIDE * width
-        sheet[top : top + height, left : left + width] = pixels
+        for place in places:
+            top, left = place // SHEET_SIDE * height, place % SHEET_SIDE * width
+            sheet[top : top + height, left : left + width] = pixels
     assert sheet is not None, "a clip has frames"
     return encode_image(sheet, "png")

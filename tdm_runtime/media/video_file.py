@@ -29,7 +29,8 @@ LIMITED_RANGE = 1
 def encode_clip(frames: Iterable[Pixels], fps: int, width: int, height: int, comment: str = "") -> bytes:
     """Encode a clip as H.264 in MP4, yuv420p. The index comes first, so that players start before the end arrives.
 
-    The same frames give the same bytes: one thread, no date in the file.
+    The same frames give the same bytes: one thread, no date in the file, and no AVX-512, because x264's look-ahead
+    with it reads memory that nothing has written (x264 core 165, seen with B-frames and mbtree).
 
     Args:
         frames: uint8 [H, W, 3] each, or one array [F, H, W, 3]; read one by one.
@@ -38,6 +39,7 @@ def encode_clip(frames: Iterable[Pixels], fps: int, width: int, height: int, com
         comment: text to embed.
     """
     import av  # FFmpeg's libraries: heavy, and only clips need them
+    import torch
 
     if width % 2 or height % 2:
         raise ValueError(f"frames are {width}x{height} pixels; H.264 in yuv420p needs even sides")
@@ -48,6 +50,8 @@ def encode_clip(frames: Iterable[Pixels], fps: int, width: int, height: int, com
             if comment:
                 container.metadata["comment"] = comment
             settings = {"crf": str(CRF), "preset": "medium", "threads": "1"}
+            if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
+                settings["x264-params"] = "asm=avx2"
             track = container.add_stream("libx264", rate=fps, options=settings)
             track.width, track.height, track.pix_fmt = width, height, "yuv420p"
             context = track.codec_context  # without these fields players guess the colours by the size

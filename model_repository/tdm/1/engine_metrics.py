@@ -37,12 +37,14 @@ class EngineMetrics:
             pb_utils.Logger.log_warn(f"no metrics of the engine: {error}")
             self._families = {}
         self._metrics = {name: found.Metric(labels=dict(labels)) for name, found in self._families.items()}
+        self._shown = dict.fromkeys(self._metrics, 0)
+        """Their values. Asking Triton for them, or setting what has not changed, costs a message to the server."""
 
     def update(self) -> None:
         """Bring the metrics up to date."""
         with self._lock:
             for name, metric in self._metrics.items():
-                if name == LIVE:
-                    metric.set(self._engine.num_live)
-                else:
-                    metric.increment(getattr(self._engine.stats, COUNTERS[name][0]) - metric.value())
+                value = self._engine.num_live if name == LIVE else getattr(self._engine.stats, COUNTERS[name][0])
+                if change := value - self._shown[name]:
+                    metric.increment(change)
+                    self._shown[name] = value

@@ -22,8 +22,8 @@ from tdm_runtime import CancelledError, Delivery, InvalidRequestError, Overloade
 from tdm_runtime.media.image_file import describe_parameters, encode_image
 from tdm_runtime.media.receipt import receipt_of
 
-CANCEL_POLL_S = 0.01
-"""Seconds between two looks at which clients have left. Triton tells of it only when asked."""
+POLL_S = 0.01
+"""Seconds between two looks at which clients have left, and at the engine's counts. Triton tells only when asked."""
 MAX_ENCODERS = 2
 """Threads that encode and send pictures."""
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
@@ -48,7 +48,7 @@ class TritonPythonModel:
         """Pictures in the making, each with the sender of its request."""
         self._wake = threading.Condition()
         self._is_closing = False
-        self._watch = threading.Thread(target=self._watch_cancellations, name="cancellations", daemon=True)
+        self._watch = threading.Thread(target=self._watch_requests, name="requests", daemon=True)
         self._watch.start()
 
     def execute(self, requests: list[Any]) -> None:
@@ -58,6 +58,7 @@ class TritonPythonModel:
             try:
                 self._submit(request, sender)
             except Exception as error:
+                self._metrics.update()
                 _refuse(sender, error, _is_from_model(request))
 
     def finalize(self) -> None:
@@ -101,6 +102,7 @@ class TritonPythonModel:
         """Send the picture, or why there is none."""
         with self._wake:
             del self._live[done]
+        self._metrics.update()  # first, so that whoever has the answer finds it counted
         try:
             if done.cancelled():
                 raise CancelledError("the client cancelled the request")
@@ -109,7 +111,6 @@ class TritonPythonModel:
             sender.send(self._answer(order, picture), flags=FINAL)
         except Exception as error:
             _refuse(sender, error, is_from_model)
-        self._metrics.update()
 
     def _answer(self, order: Order, picture: Picture) -> Any:
         model, params = self._engine.model, picture.params
@@ -117,12 +118,15 @@ class TritonPythonModel:
         steps, about = params.num_inference_steps, describe_parameters(params, model.recipe, model.digest)
         return _response(order, picture.pixels, steps, False, picture.predicted_ms, about, receipt)
 
-    def _watch_cancellations(self) -> None:
+    def _watch_requests(self) -> None:
+        """Cancel what clients have left. Show the engine's counts: it counts a cancelled picture at its next call."""
         while True:
+            is_busy = self._engine.num_live > 0
+            self._metrics.update()
             with self._wake:
                 if self._is_closing:
                     return
-                self._wake.wait(CANCEL_POLL_S if self._live else None)
+                self._wake.wait(POLL_S if self._live or is_busy else None)
                 # Under the lock: asking a sender whose last response is on its way crashes the server.
                 left = [future for future, sender in self._live.items() if sender.is_cancelled()]
             for future in left:
