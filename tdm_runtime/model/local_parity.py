@@ -128,8 +128,9 @@ class LocalParity:
             build.name,
             self._folder,
         )
-        model = load_build(self._checkpoint, manifest, build, self._folder, text=self._text)
         with ThreadPoolExecutor(1) as passing:  # torch's OpenMP workers end with this thread
+            passing.submit(lambda: self._reference).result()  # made before the build is loaded: both may not fit
+            model = load_build(self._checkpoint, manifest, build, self._folder, text=self._text)
             pictures = passing.submit(lambda: picture_parity(self._reference, model)).result()
         self._keep(KeptParity(build.name, here, pictures), name)
         return pictures
