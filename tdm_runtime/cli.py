@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         "--verify",
         type=Path,
         metavar="RECEIPT",
-        help="make the picture of a receipt again, on the backend it names, and compare: a PNG with metadata, "
+        help="make the picture of a receipt again, on the backend it names, and compare: a PNG or MP4 with metadata, "
         "a receipt in JSON or a server's answer",
     )
     add_backend_arguments(parser)
@@ -135,7 +135,8 @@ def make_picture(given: argparse.Namespace) -> int:
         if recipe.fps is None:
             output.write_bytes(encode_image(pixels, FORMATS[suffix], parameters=text, receipt=receipt))
         else:
-            output.write_bytes(encode_frames(pixels, CLIP_FORMATS[suffix], params.fps or recipe.fps, text))
+            comment = f"{text}\n{receipt}"
+            output.write_bytes(encode_frames(pixels, CLIP_FORMATS[suffix], params.fps or recipe.fps, comment))
     except OSError as error:
         raise OSError(f"{output} cannot be written: {error.strerror}") from None
     done = f"{params.num_inference_steps} steps, seed {params.seed}, {elapsed_ms:.0f} ms on {model.backend}"

@@ -58,12 +58,6 @@ def check_models(config: ServerConfig) -> list[Checkpoint]:
         CheckpointError: a checkpoint or a LoRA cannot be served, or two have one name.
     """
     checkpoints = [open_checkpoint(source.folder, config.file_hashes) for source in config.models]
-    for checkpoint in checkpoints:
-        if checkpoint.recipe.frames is not None:
-            raise CheckpointError(
-                f"{checkpoint.folder} is of {checkpoint.family.name}, which makes clips; this server offers pictures: "
-                "use `tdm-generate` or the library for clips"
-            )
     opened = zip(config.models, checkpoints, strict=True)
     names = [source.name or checkpoint.recipe.name for source, checkpoint in opened]
     bases = dict(zip(names, checkpoints, strict=True))

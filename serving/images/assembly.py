@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from typing import cast, get_args
 
 from serving.schema.answers import ImageTimings, InputTokenDetails, MadeImage, PartialAnswer, Usage
 from serving.schema.order import ImageEncoding, ImageOrder
 from tdm_runtime.engine.delivery import Preview
 from tdm_runtime.engine.sample import Picture, Timings
-from tdm_runtime.media.image_file import describe_parameters, encode_image
+from tdm_runtime.media.image_file import ImageFormat, describe_parameters, encode_image
 from tdm_runtime.media.receipt import receipt_of
+from tdm_runtime.media.video_file import ClipFormat, encode_frames
 from tdm_runtime.model.decoder import Pixels
 from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.model.text_encoder import PromptEmbedding
@@ -29,18 +31,22 @@ def to_images(model: LoadedModel, pictures: Sequence[Picture], encoding: ImageEn
             text = describe_parameters(params, model.recipe, model.digest)
             embedded = {"parameters": text, "receipt": receipt.to_json()}
         pixels = picture.pixels
-        content = pixels.tobytes() if encoding.pixels_only else _encoded(pixels, encoding, embedded)
+        content = pixels.tobytes() if encoding.pixels_only else _file(model, picture, encoding, embedded)
         images.append(MadeImage(content, params.seed, params.num_inference_steps, picture.is_cached, receipt))
     return images
 
 
 def to_partial(preview: Preview, index: int, encoding: ImageEncoding) -> PartialAnswer:
-    """Return a draft or preview as a file."""
+    """Return a draft or preview as a file; of a clip the first frame."""
+    output_format: ImageFormat = "png"
+    if encoding.output_format in get_args(ImageFormat):
+        output_format = cast(ImageFormat, encoding.output_format)
+    first = preview.pixels if preview.params.frames is None else preview.pixels[0]
     return PartialAnswer(
-        content=_encoded(preview.pixels, encoding, {}),
+        content=encode_image(first, output_format, compression=encoding.compression),
         index=index,
         created=int(time.time()),
-        output_format=encoding.output_format,
+        output_format=output_format,
         width=preview.params.width,
         height=preview.params.height,
         is_draft=preview.is_draft,
@@ -73,14 +79,25 @@ def to_timings(slowest: Timings, waited_ms: float, encode_ms: float, total_ms: f
     )
 
 
-def _encoded(pixels: Pixels, encoding: ImageEncoding, embedded: Mapping[str, str]) -> bytes:
-    return encode_image(pixels, encoding.output_format, compression=encoding.compression, **embedded)
+def frames_of(picture: Picture) -> Sequence[Pixels]:
+    """Return the frames of a clip, or the picture alone."""
+    return [picture.pixels] if picture.params.frames is None else list(picture.pixels)
+
+
+def _file(model: LoadedModel, picture: Picture, encoding: ImageEncoding, embedded: Mapping[str, str]) -> bytes:
+    if picture.params.frames is None:
+        output_format = cast(ImageFormat, encoding.output_format)
+        return encode_image(picture.pixels, output_format, compression=encoding.compression, **embedded)
+    fps = picture.params.fps or model.recipe.fps
+    assert fps is not None, "recipes of clips have fps"
+    return encode_frames(picture.pixels, cast(ClipFormat, encoding.output_format), fps, "\n".join(embedded.values()))
 
 
 def encoding_kind(order: ImageOrder) -> Kind:
     """Return the kind under which the engine learns how long files of this format and size take to encode."""
     first = order.pictures[0]
-    return Kind(f"encode:{order.encoding.output_format}", (first.height, first.width))
+    shape = (first.height, first.width) if first.frames is None else (first.frames, first.height, first.width)
+    return Kind(f"encode:{order.encoding.output_format}", shape)
 
 
 def to_warnings(prompt: PromptEmbedding) -> list[str]:

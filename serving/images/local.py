@@ -19,7 +19,7 @@ import torch
 
 from serving.arrival import since_arrival_s
 from serving.config import ServerConfig
-from serving.images.assembly import encoding_kind, to_images, to_partial, to_timings, to_usage, to_warnings
+from serving.images.assembly import encoding_kind, frames_of, to_images, to_partial, to_timings, to_usage, to_warnings
 from serving.images.catalog import Catalog, Served, load_base
 from serving.schema.answers import ImageAnswer, PartialAnswer
 from serving.schema.models import ModelCard
@@ -33,6 +33,7 @@ from tdm_runtime.engine.engine import DiffusionEngine
 from tdm_runtime.engine.sample import Picture
 from tdm_runtime.engine.warm_up import PROMPT
 from tdm_runtime.media.image_file import ImageFormat
+from tdm_runtime.media.video_file import encode_frames
 from tdm_runtime.model.choice import least_seconds
 from tdm_runtime.model.decoder import Pixels
 from tdm_runtime.model.loaded_model import LoadedModel
@@ -97,8 +98,14 @@ class ImageService:
     def _learn_calm_costs(self, model: LoadedModel) -> None:
         """Measure encoding and hand-over before the first request: what load teaches about them fades to this.
 
-        One picture is made. Those of other sizes are stretched from it, because encoding takes as long.
+        One picture is made. Those of other sizes are stretched from it, because encoding takes as long. What files of
+        clips take is learned from requests.
         """
+        hand_over = partial(self.engine.run_on_thread, lambda: None)
+        self.engine.observe(HAND_OVER, 1, least_seconds(hand_over, CALM_CALLS))
+        if model.recipe.fps is not None:
+            encode_frames(np.zeros((1, 16, 16, 3), np.uint8), "mp4", model.recipe.fps)  # loads FFmpeg's libraries
+            return
         made: Picture | None = None
         for (width, height), output_format in itertools.product(model.recipe.native_sizes, get_args(ImageFormat)):
             params = SamplingParams(PROMPT, 0, model.recipe.step_counts[0], width, height)
@@ -109,8 +116,6 @@ class ImageService:
             picture = replace(made, params=params, pixels=_stretched(made.pixels, width, height))
             encode = partial(to_images, model, [picture], order.encoding)
             self.engine.observe(encoding_kind(order), 1, least_seconds(encode, CALM_CALLS))
-        hand_over = partial(self.engine.run_on_thread, lambda: None)
-        self.engine.observe(HAND_OVER, 1, least_seconds(hand_over, CALM_CALLS))
 
     @property
     def is_healthy(self) -> bool:
@@ -185,9 +190,10 @@ class ImageService:
     async def _events(
         self, submitted: Submitted, previews: asyncio.Queue[Preview | None]
     ) -> AsyncIterator[PartialAnswer | ImageAnswer]:
+        limit_s = None if submitted.order.delivery.is_background else self.config.request_timeout_s
         try:
             index = 0
-            while (preview := await asyncio.wait_for(previews.get(), self.config.request_timeout_s)) is not None:
+            while (preview := await asyncio.wait_for(previews.get(), limit_s)) is not None:
                 yield await asyncio.to_thread(self._partial, preview, index, submitted.order)
                 index += 1
             yield await self._finish(submitted)
@@ -245,8 +251,8 @@ class ImageService:
         made_s = submitted.submitted_s + 1e-3 * max(picture.timings.total_ms for picture in pictures)
         self.engine.observe(HAND_OVER, 1, max(0.0, handed_s - made_s))
         if self._safety.is_on:
-            for picture in pictures:
-                await asyncio.to_thread(self._safety.check_picture, picture.pixels)
+            for pixels in itertools.chain.from_iterable(map(frames_of, pictures)):
+                await asyncio.to_thread(self._safety.check_picture, pixels)
         encoding_s = time.monotonic()
         if sum(picture.pixels.size for picture in pictures) <= SMALL_PIXELS:
             images = to_images(model, pictures, order.encoding)
@@ -298,6 +304,8 @@ def _card(served: Served) -> ModelCard:
         recipe=model.recipe_source,
         sizes=[f"{width}x{height}" for width, height in recipe.native_sizes],
         size_rule=recipe.size_rule,
+        frames=recipe.frames,
+        fps=recipe.fps,
         step_counts=list(recipe.step_counts),
         default_steps=recipe.default_steps,
         decoders=list(model.decoders),

@@ -24,6 +24,7 @@ MEDIA_TYPES = {
     "png": "image/png",
     "webp": "image/webp",
     "jpeg": "image/jpeg",
+    "gif": "image/gif",
     "mp4": "video/mp4",
     "jsonl": "application/jsonl",
 }

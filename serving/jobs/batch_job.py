@@ -12,7 +12,8 @@ from serving.errors import from_exception, retry_after_s
 from serving.images.interface import Images
 from serving.jobs.artifacts import ArtifactStore
 from serving.jobs.job import FinishedPart, Job, Part
-from serving.schema.image_request import order_from_fields, to_fields
+from serving.schema.image_request import order_from_fields
+from serving.schema.image_response import to_fields
 
 
 class BatchRenderer:

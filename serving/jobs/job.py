@@ -46,7 +46,7 @@ class Job:
     num_failed: int
     request: dict[str, Any]
     result: dict[str, Any]
-    """Result of a completed job; empty for others."""
+    """Result of a completed job. Of one in the making, how far its current part is: `progress`, 0 to 1; or empty."""
     error_code: str | None
     error_message: str | None
     created_at: float

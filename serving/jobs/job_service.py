@@ -31,7 +31,7 @@ class JobService:
         self._store = open_store(config)
         self._limits = JobLimits()
         self._renderers: dict[JobKind, Renderer] = {
-            "video": VideoRenderer(images, artifacts, keep_s),
+            "video": VideoRenderer(images, artifacts, keep_s, self._store.report),
             "batch": BatchRenderer(images, artifacts, keep_s),
         }
         self._worker = JobWorker(
@@ -93,7 +93,8 @@ class JobService:
         """
         job = await asyncio.to_thread(self._store.delete, kind, owner, job_id)
         self._worker.drop(job.id)
-        await asyncio.to_thread(self._renderers[kind].discard, job.result)
+        if job.status == "completed":
+            await asyncio.to_thread(self._renderers[kind].discard, job.result)
 
 
 def open_store(config: ServerConfig) -> JobStore:

@@ -232,12 +232,23 @@ class JobStore:
                 "lease_until": time.time() + self.lease_s,
                 "num_done": jobs.c.num_done + 1,
                 "num_failed": jobs.c.num_failed + int(part.is_failed),
+                "result": None,
             }
             self._change(connection, job, changes)
             place = sql.and_(parts.c.job_id == job.id, parts.c.position == part.position, parts.c.content.is_(None))
             kept = sql.update(parts).where(place).values(content=part.content, is_failed=part.is_failed)
             if connection.execute(kept).rowcount != 1:
                 raise LeaseLostError(job.id)
+
+    def report(self, job: Job, progress: float) -> None:
+        """Keep how far the current part is, 0 to 1, and renew the lease.
+
+        Raises:
+            LeaseLostError: the worker has lost the job.
+        """
+        known = {"lease_until": time.time() + self.lease_s, "result": json.dumps({"progress": progress})}
+        with self._writing() as connection:
+            self._change(connection, job, known)
 
     def complete(self, job: Job, result: dict[str, Any]) -> None:
         """End a job with its result.

@@ -18,7 +18,7 @@ from serving.schema.batch_line import background_order, read_request_line
 from serving.schema.order import DeliveryOptions, ImageOrder
 from tdm_runtime.checkpoint.file_hashes import file_sha256
 from tdm_runtime.checkpoint.recipe import Recipe
-from tdm_runtime.errors import InvalidRequestError
+from tdm_runtime.errors import CheckpointError, InvalidRequestError
 from tdm_runtime.params import MAX_SEED
 
 IDS, NAMES = 0, 1
@@ -96,6 +96,11 @@ def find_models(config: ServerConfig) -> dict[str, Model]:
     """
     models: dict[str, Model] = {}
     for source, checkpoint in zip(config.models, check_models(config), strict=True):
+        if checkpoint.recipe.frames is not None:
+            raise CheckpointError(
+                f"{checkpoint.folder} is of {checkpoint.family.name}, which makes clips; tdm-render makes pictures: "
+                "use tdm-generate, or tdm-serve and /v1/videos"
+            )
         name = source.name or checkpoint.recipe.name
         models[name] = Model(replace(checkpoint.recipe, name=name), checkpoint.digest)
     first = next(iter(models))

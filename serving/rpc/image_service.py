@@ -16,9 +16,9 @@ from serving.rpc.calls import budgeted, current_call
 from serving.rpc.protos import images_pb2 as pb
 from serving.schema.answers import ImageAnswer, PartialAnswer
 from serving.schema.image_request import order_from_fields
-from tdm_runtime.media.image_file import ImageFormat
+from serving.schema.order import FileFormat
 
-FORMATS: dict[ImageFormat, pb.OutputFormat] = {
+FORMATS: dict[FileFormat, pb.OutputFormat] = {
     "png": pb.OUTPUT_FORMAT_PNG,
     "webp": pb.OUTPUT_FORMAT_WEBP,
     "jpeg": pb.OUTPUT_FORMAT_JPEG,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from serving.schema.order import FileFormat
 from tdm_runtime.media.image_file import ImageFormat
 from tdm_runtime.media.receipt import Receipt
 
@@ -43,7 +44,7 @@ class MadeImage:
     """One picture."""
 
     content: bytes
-    """An image file; with `ImageEncoding.pixels_only`, uint8 [H, W, 3], row by row."""
+    """A file of a picture or clip; with `ImageEncoding.pixels_only`, uint8 [H, W, 3] or [F, H, W, 3], row by row."""
     seed: int
     num_inference_steps: int
     """Number of steps that were taken."""
@@ -61,7 +62,7 @@ class ImageAnswer:
     """Unix seconds."""
     model: str
     images: list[MadeImage]
-    output_format: ImageFormat
+    output_format: FileFormat
     width: int
     height: int
     usage: Usage

@@ -1,8 +1,7 @@
-"""Request and response of POST /v1/images/generations."""
+"""Request of POST /v1/images/generations."""
 
 from __future__ import annotations
 
-import base64
 import re
 import secrets
 from collections.abc import Callable, Iterator, Sequence
@@ -12,13 +11,11 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from serving.errors import invalid
-from serving.schema.answers import ImageAnswer, ImageTimings, PartialAnswer, Usage
 from serving.schema.hints import prompt_warnings
 from serving.schema.order import DeliveryOptions, ImageEncoding, ImageOrder, ResponseFormat
 from serving.schema.parsing import nullable, parse_body, validate
 from tdm_runtime.checkpoint.recipe import MAX_GUIDANCE_SCALE, Recipe
 from tdm_runtime.media.image_file import ImageFormat
-from tdm_runtime.media.receipt import Receipt
 from tdm_runtime.params import MAX_LORA_SCALE, MAX_PROMPT_CHARACTERS, MAX_SEED, DecoderName, SamplingParams
 
 MAX_PICTURES = 10
@@ -123,12 +120,15 @@ class ImageRequest(BaseModel):
             raise invalid(message, "output_format", "invalid_value")
         return self
 
-    def to_order(self, recipe: Recipe, default_seed: int | None = None) -> ImageOrder:
+    def to_order(
+        self, recipe: Recipe, default_seed: int | None = None, frames: int | None = None, fps: int | None = None
+    ) -> ImageOrder:
         """Check the request against its model and draw its seed.
 
         Args:
             recipe: recipe of the model that the request names.
             default_seed: seed of a request that has none. None draws one.
+            frames, fps: of a clip; None for a picture.
 
         Raises:
             InvalidRequestError, APIError: a value is outside its limits, or fields contradict each other.
@@ -136,7 +136,10 @@ class ImageRequest(BaseModel):
         if self.negative_prompt:
             message = f"negative_prompt needs guidance, which {recipe.name} has distilled in; leave it out"
             raise invalid(message, "negative_prompt", "invalid_value")
-        pictures = self._pictures(recipe, default_seed)
+        if recipe.frames is not None and frames is None:
+            message = f"model is {recipe.name!r}, which makes clips; send the request to /v1/videos"
+            raise invalid(message, "model", "invalid_value")
+        pictures = self._pictures(recipe, default_seed, frames, fps)
         encoding = ImageEncoding(self.output_format, self.output_compression, self.metadata, self.response_format)
         return ImageOrder(recipe.name, pictures, self._delivery(recipe), encoding, tuple(self._warnings()))
 
@@ -156,7 +159,9 @@ class ImageRequest(BaseModel):
         """Return the guidance scale. 0 and 1 both mean none, which a model without an input for it always does."""
         return None if recipe.guidance_scale is None and self.guidance_scale in (0.0, 1.0) else self.guidance_scale
 
-    def _pictures(self, recipe: Recipe, default_seed: int | None) -> tuple[SamplingParams, ...]:
+    def _pictures(
+        self, recipe: Recipe, default_seed: int | None, frames: int | None, fps: int | None
+    ) -> tuple[SamplingParams, ...]:
         width, height = self._size(recipe)
         seed = default_seed if self.seed is None else self.seed
         if seed is None:
@@ -173,6 +178,8 @@ class ImageRequest(BaseModel):
             self.decoder,
             guidance_scale=self._guidance(recipe),
             lora_scale=self.lora_scale,
+            frames=frames,
+            fps=fps,
         )
         first.check_against(recipe)
         return tuple(replace(first, seed=(seed + n) % (MAX_SEED + 1)) for n in range(self.n))
@@ -252,149 +259,3 @@ def order_from_fields(
     """
     request = validate(fields, ImageRequest, is_text)
     return request.to_order(recipe_of(request.model), default_seed)
-
-
-class GeneratedImage(BaseModel):
-    """One picture."""
-
-    b64_json: str | None = None
-    url: str | None = None
-    """URL of the file, which needs no key; valid until `expires_at`."""
-    expires_at: int | None = None
-    """Time when the URL expires, Unix seconds."""
-    revised_prompt: str | None = None
-    """Always null: the server does not rewrite prompts."""
-    seed: int
-    num_inference_steps: int
-    """Number of steps that were taken."""
-    is_cached: bool
-    """Whether the picture was made for an earlier request."""
-    receipt: Receipt
-    """Everything that determines the picture; `tdm-generate --verify` makes it again."""
-
-
-class ImageResponse(BaseModel):
-    """Answer of POST /v1/images/generations."""
-
-    created: int
-    data: list[GeneratedImage]
-    model: str
-    output_format: ImageFormat
-    size: str
-    background: Literal["opaque"] = "opaque"
-    usage: Usage
-    timings: ImageTimings
-    predicted_ms: float
-    """Prediction of `timings.total_ms` when the first step was due."""
-    latency_budget_kept: bool | None
-    """Whether the answer was in time; None without a latency budget."""
-    warnings: list[str] = []
-
-
-class ImageEvent(BaseModel):
-    """Fields of every event of a stream."""
-
-    b64_json: str
-    created_at: int
-    size: str
-    quality: Literal["auto"] = "auto"
-    background: Literal["opaque"] = "opaque"
-    output_format: ImageFormat
-
-
-class PartialImage(ImageEvent):
-    """Event `image_generation.partial_image`."""
-
-    type: Literal["image_generation.partial_image"] = "image_generation.partial_image"
-    partial_image_index: int
-    is_draft: bool
-    """True for a picture of one step; False for what a step of the picture itself predicts."""
-    num_steps_taken: int
-
-
-class CompletedImage(ImageEvent):
-    """Event `image_generation.completed`, with the fields of `ImageResponse` and its picture."""
-
-    type: Literal["image_generation.completed"] = "image_generation.completed"
-    seed: int
-    num_inference_steps: int
-    is_cached: bool
-    receipt: Receipt
-    usage: Usage
-    model: str
-    timings: ImageTimings
-    predicted_ms: float
-    latency_budget_kept: bool | None
-    warnings: list[str]
-
-
-def to_base64(content: bytes) -> str:
-    return base64.b64encode(content).decode("ascii")
-
-
-def to_response(answer: ImageAnswer, urls: list[str] | None, expires_at: int | None = None) -> ImageResponse:
-    """Return an answer as the body of the HTTP response.
-
-    Args:
-        urls: URLs of the pictures, in their order. None puts the pictures into the body.
-        expires_at: time when the URLs expire, Unix seconds.
-    """
-    return ImageResponse(
-        created=answer.created,
-        data=[
-            GeneratedImage(
-                b64_json=to_base64(image.content) if urls is None else None,
-                url=None if urls is None else urls[n],
-                expires_at=expires_at,
-                seed=image.seed,
-                num_inference_steps=image.num_inference_steps,
-                is_cached=image.is_cached,
-                receipt=image.receipt,
-            )
-            for n, image in enumerate(answer.images)
-        ],
-        model=answer.model,
-        output_format=answer.output_format,
-        size=answer.size,
-        usage=answer.usage,
-        timings=answer.timings,
-        predicted_ms=answer.predicted_ms,
-        latency_budget_kept=answer.latency_budget_kept,
-        warnings=answer.warnings,
-    )
-
-
-def to_fields(answer: ImageAnswer, urls: list[str] | None, expires_at: int | None = None) -> dict[str, Any]:
-    """Return the fields of `to_response`, ready for `json.dumps`."""
-    return to_response(answer, urls, expires_at).model_dump()
-
-
-def to_event(answer: PartialAnswer | ImageAnswer) -> PartialImage | CompletedImage:
-    """Return a part of a stream as its event."""
-    if isinstance(answer, PartialAnswer):
-        return PartialImage(
-            b64_json=to_base64(answer.content),
-            created_at=answer.created,
-            size=f"{answer.width}x{answer.height}",
-            output_format=answer.output_format,
-            partial_image_index=answer.index,
-            is_draft=answer.is_draft,
-            num_steps_taken=answer.num_steps_taken,
-        )
-    (image,) = answer.images
-    return CompletedImage(
-        b64_json=to_base64(image.content),
-        created_at=answer.created,
-        size=answer.size,
-        output_format=answer.output_format,
-        seed=image.seed,
-        num_inference_steps=image.num_inference_steps,
-        is_cached=image.is_cached,
-        receipt=image.receipt,
-        usage=answer.usage,
-        model=answer.model,
-        timings=answer.timings,
-        predicted_ms=answer.predicted_ms,
-        latency_budget_kept=answer.latency_budget_kept,
-        warnings=answer.warnings,
-    )

@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
+from tdm_runtime.checkpoint.frame_rule import FrameRule
 from tdm_runtime.checkpoint.size_rule import SizeRule
 
 
@@ -26,6 +27,10 @@ class ModelCard:
     """Sizes that the model was trained at, "WxH"; the first is the default."""
     size_rule: SizeRule | None = None
     """Further sizes that it makes; None for no others."""
+    frames: FrameRule | None = None
+    """Numbers of frames of its clips; None for a model that makes pictures."""
+    fps: int | None = None
+    """Frames a second of its clips; None for a model that makes pictures."""
     step_counts: list[int]
     default_steps: int
     decoders: list[str]

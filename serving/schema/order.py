@@ -6,9 +6,12 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from tdm_runtime.media.image_file import ImageFormat
+from tdm_runtime.media.video_file import ClipFormat
 from tdm_runtime.params import SamplingParams
 
 ResponseFormat = Literal["b64_json", "url"]
+FileFormat = ImageFormat | ClipFormat
+"""Of pictures or clips; a WebP file holds either."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +37,9 @@ class DeliveryOptions:
 
 @dataclass(frozen=True)
 class ImageEncoding:
-    """How a finished picture is written."""
+    """How a finished picture or clip is written."""
 
-    output_format: ImageFormat = "png"
+    output_format: FileFormat = "png"
     compression: int = 100
     """Quality of jpeg and webp, 0 to 100."""
     metadata: bool = True
@@ -44,7 +47,7 @@ class ImageEncoding:
     response_format: ResponseFormat = "b64_json"
     """Whether the answer contains the picture or a URL of it."""
     pixels_only: bool = False
-    """Whether the content is bare pixels, uint8 [H, W, 3], in place of a file."""
+    """Whether the content is bare pixels, uint8 [H, W, 3] or [F, H, W, 3], in place of a file."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,11 @@ class ImageOrder:
 
     @property
     def cost(self) -> float:
-        """What the order takes of a quota, in megapixel-steps; with an open step count, the most it can take."""
-        return sum(one.width * one.height * one.num_inference_steps for one in self.pictures) / 1e6
+        """What the order takes of a quota, in megapixel-steps; with an open step count, the most it can take.
+
+        Each frame of a clip counts as a picture.
+        """
+        return sum(one.width * one.height * (one.frames or 1) * one.num_inference_steps for one in self.pictures) / 1e6
 
     def as_pixels(self) -> ImageOrder:
         """Return the same order, answered with bare pixels in place of files."""

@@ -1,21 +1,26 @@
 // Code for the copy buttons: the request, without the fields that only this page needs.
+import { routeOf } from "./server.js";
 
 export function asCurl(request, origin, hasKey) {
-  const { draft, partial_images, ...plain } = request;
+  const { draft, partial_images, ...rest } = request;
+  const plain = rest.num_frames === undefined ? rest : { ...rest, output_format: "mp4" };
   const body = JSON.stringify(plain).replaceAll("'", "'\\''"); // the shell's way to quote a quote
   const key = hasKey ? `  -H "Authorization: Bearer $TDM_API_KEY" \\\n` : "";
   const save = `import base64, json, sys
 answer = json.load(sys.stdin)
 if "error" in answer: sys.exit(answer["error"]["message"])
-open("picture.${plain.output_format}", "wb").write(base64.b64decode(answer["data"][0]["b64_json"]))`;
-  return `curl -sS ${origin}/v1/images/generations \\
+open("${nameOf(plain)}.${plain.output_format}", "wb").write(base64.b64decode(answer["data"][0]["b64_json"]))`;
+  return `curl -sS ${origin}${routeOf(plain)} \\
 ${key}  -H 'Content-Type: application/json' \\
   --data '${body}' \\
   | python3 -c '${save}'\n`;
 }
 
+const nameOf = ({ num_frames }) => (num_frames === undefined ? "picture" : "clip");
+
 // JSON strings and numbers are Python literals too.
 export function asPython(request, origin, hasKey) {
+  if (request.num_frames !== undefined) return clipAsPython(request, origin, hasKey);
   const { draft, partial_images, model, prompt, output_format, size, ...sampling } = request;
   const known = Object.entries({ model, prompt, output_format, size }).filter(([, value]) => value !== undefined);
   const lines = known.map(([name, value]) => `    ${name}=${JSON.stringify(value)},`);
@@ -31,6 +36,22 @@ ${lines.join("\n")}
 )
 with open("picture.${output_format}", "wb") as file:
     file.write(base64.b64decode(response.data[0].b64_json))\n`;
+}
+
+// The official client has no call that waits for a clip's answer. Its job of a clip has no latency budget.
+function clipAsPython(request, origin, hasKey) {
+  const { draft, partial_images, latency_budget_ms, output_format, model, prompt, size, num_inference_steps, ...sampling } = request;
+  const known = Object.entries({ model, prompt, size }).filter(([, value]) => value !== undefined);
+  const steps = num_inference_steps === "auto" ? {} : { num_inference_steps };
+  const extra = Object.entries({ ...sampling, ...steps }).map(([name, value]) => `"${name}": ${JSON.stringify(value)}`).join(", ");
+  return `${hasKey ? "import os\n\n" : ""}from openai import OpenAI
+
+client = OpenAI(base_url=${JSON.stringify(`${origin}/v1`)}, api_key=${hasKey ? 'os.environ["TDM_API_KEY"]' : '"unused"'})
+video = client.videos.create_and_poll(
+${known.map(([name, value]) => `    ${name}=${JSON.stringify(value)},`).join("\n")}
+    extra_body={${extra}},
+)
+client.videos.download_content(video.id).write_to_file("clip.mp4")\n`;
 }
 
 export async function copy(text) {

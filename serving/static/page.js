@@ -22,6 +22,16 @@ export function announce(text) {
   announceTimer = setTimeout(() => setText("status", text), ANNOUNCE_DELAY_MS);
 }
 
+// Resolves to the first frame of an animation, as a data URL.
+export async function stillOf(source) {
+  const image = new Image();
+  image.src = source;
+  await image.decode();
+  const canvas = Object.assign(document.createElement("canvas"), { width: image.naturalWidth, height: image.naturalHeight });
+  canvas.getContext("2d").drawImage(image, 0, 0);
+  return canvas.toDataURL();
+}
+
 export const duration = (ms) =>
   ms < 10_000 ? `${ms.toFixed(ms < 10 ? 1 : 0)} ms` : `${(ms / 1000).toFixed(1)} s`;
 export const countSteps = (count) => `${count} step${count === 1 ? "" : "s"}`;

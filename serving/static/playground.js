@@ -1,9 +1,9 @@
-// The playground: makes a picture from a prompt and shows the time of each stage.
+// The playground: makes a picture or a clip from a prompt and shows the time of each stage.
 // The fields of the form are the state of the settings. Each picture has the request that made it.
 import { asCurl, asPython, copy } from "./copies.js";
 import { showLatency } from "./latency.js";
-import { announce, byId, countSteps, element, duration, setText } from "./page.js";
-import { forgetKey, getKey, listModels, makePicture, readReadiness, setKey, sourceOf } from "./server.js";
+import { announce, byId, countSteps, element, duration, setText, stillOf } from "./page.js";
+import { fetchMp4, forgetKey, getKey, listModels, makePicture, readReadiness, setKey, sourceOf } from "./server.js";
 
 const DEBOUNCE_MS = 150;
 const HEALTH_PERIOD_MS = 5000;
@@ -12,7 +12,9 @@ const FEEDBACK_MS = 1500;
 const HISTORY_LENGTH = 48;
 const MAX_LINK_LENGTH = 2000;
 const PARTIAL_IMAGES = 3;
-const OUTPUT_FORMAT = "png"; // the only format that holds a receipt
+const OUTPUT_FORMAT = "png"; // the only format of pictures that holds a receipt
+const CLIP_FORMAT = "webp"; // loses nothing, and repeats without a player
+const wantsStills = matchMedia("(prefers-reduced-motion: reduce)");
 const EXAMPLES = [
   "a red heart left of a butterfly",
   "a small cat at the top on yellow",
@@ -61,6 +63,12 @@ function chooseModel(id) {
   byId("steps").replaceChildren(...[...model.step_counts, "auto"].map(stepsChoice));
   byId("size").replaceChildren(...model.sizes.map((size) => element("option", { value: size }, size)));
   byId("size-field").hidden = model.sizes.length < 2;
+  byId("frames-field").hidden = !model.frames;
+  byId("draft-field").hidden = Boolean(model.frames);
+  if (model.frames) {
+    const { step, max_frames } = model.frames;
+    Object.assign(byId("frames"), { min: 1, step, max: max_frames, value: model.frames.default });
+  }
   byId("compare").disabled = byId("compare").hidden = model.step_counts.length < 2;
   chooseSteps(model.default_steps);
 }
@@ -93,13 +101,14 @@ function currentRequest() {
     seed: Number(byId("seed").value), // the server checks the range
     num_inference_steps: steps === "auto" ? steps : Number(steps),
     ...(steps === "auto" && budget !== "" && { latency_budget_ms: Number(budget) }),
-    output_format: OUTPUT_FORMAT,
     partial_images: PARTIAL_IMAGES,
-    draft: byId("draft").checked,
+    ...(model.frames
+      ? { output_format: CLIP_FORMAT, num_frames: Number(byId("frames").value) || model.frames.default }
+      : { output_format: OUTPUT_FORMAT, draft: byId("draft").checked }),
   };
 }
 
-function applySettings({ model: id, prompt, size, seed, num_inference_steps, latency_budget_ms, draft }) {
+function applySettings({ model: id, prompt, size, seed, num_inference_steps, latency_budget_ms, num_frames, draft }) {
   if (id && id !== model.id && models.some((entry) => entry.id === id)) chooseModel(id);
   if (prompt !== undefined) byId("prompt").value = prompt;
   if (model.sizes.includes(size)) byId("size").value = size;
@@ -109,12 +118,13 @@ function applySettings({ model: id, prompt, size, seed, num_inference_steps, lat
   }
   byId("budget").value = latency_budget_ms ?? "";
   if (num_inference_steps !== undefined) chooseSteps(num_inference_steps);
+  if (model.frames && num_frames !== undefined) byId("frames").value = num_frames;
   if (draft !== undefined) byId("draft").checked = draft;
 }
 
 // ---- Links: the settings in the fragment, which browsers do not send to servers ----
 
-const LINKED = ["prompt", "seed", "num_inference_steps", "latency_budget_ms", "size", "model"];
+const LINKED = ["prompt", "seed", "num_inference_steps", "latency_budget_ms", "size", "num_frames", "model"];
 
 function linkOf(request) {
   const linked = LINKED.filter((name) => request[name] !== undefined && (name !== "model" || models.length > 1));
@@ -239,7 +249,7 @@ function show(picture) {
   showLatency(picture);
   const file = fileName(picture);
   Object.assign(byId("download"), { href: sourceOf(answer), download: file, ariaDisabled: "false" });
-  showReceipt(answer.receipt, file);
+  showReceipt(answer.receipt, isClip(answer) ? file.replace(/webp$/, "mp4") : file);
   for (const id of ["copy-curl", "copy-python", "copy-link"]) byId(id).disabled = false;
   history.replaceState(null, "", linkOf(request) || location.pathname);
   markShown();
@@ -247,11 +257,38 @@ function show(picture) {
 
 function display({ request, answer, previews }) {
   const last = answer ?? previews.at(-1);
-  Object.assign(byId("picture"), { src: sourceOf(last), alt: request.prompt, hidden: false });
+  Object.assign(byId("picture"), { alt: request.prompt, hidden: false });
+  showSource(last);
+  const length = answer && isClip(answer) ? ` · ${answer.num_frames} frames` : "";
   setText("facts", answer
-    ? `${answer.size} · ${countSteps(answer.num_inference_steps)} · seed ${answer.seed}`
+    ? `${answer.size}${length} · ${countSteps(answer.num_inference_steps)} · seed ${answer.seed}`
     : last.is_draft ? "draft, taking the steps" : `expected after step ${last.num_steps_taken}`);
   showFilmstrip(answer ? [...previews, answer] : previews);
+}
+
+const isClip = ({ num_frames }) => num_frames !== undefined;
+
+// Shows a picture, preview or clip. Where motion is unwelcome a clip stands still until it is played.
+async function showSource(event, isPlayed = !wantsStills.matches) {
+  const isStill = isClip(event) && !isPlayed;
+  byId("picture").src = sourceOf(event);
+  byId("play").hidden = !isStill;
+  byId("play").onclick = () => showSource(event, true);
+  if (!isStill) return;
+  const still = await stillOf(sourceOf(event));
+  if (byId("picture").src === sourceOf(event)) byId("picture").src = still;
+}
+
+async function downloadMp4(event) {
+  if (!shown || !isClip(shown.answer)) return; // the link itself has the picture
+  event.preventDefault();
+  try {
+    const url = URL.createObjectURL(await fetchMp4(shown.request, shown.answer.seed));
+    element("a", { href: url, download: fileName(shown).replace(/webp$/, "mp4") }).click();
+    setTimeout(() => URL.revokeObjectURL(url), FEEDBACK_MS);
+  } catch (error) {
+    showProblem(error, true);
+  }
 }
 
 const previewName = ({ is_draft, num_steps_taken }) => (is_draft ? "draft" : `step ${num_steps_taken}`);
@@ -259,11 +296,11 @@ const previewName = ({ is_draft, num_steps_taken }) => (is_draft ? "draft" : `st
 // Shows a button for each preview, and one for the picture itself.
 function showFilmstrip(events) {
   const buttons = events.map((event) => {
-    const name = event.is_draft === undefined ? "picture" : previewName(event);
+    const name = event.num_steps_taken === undefined ? (isClip(event) ? "clip" : "picture") : previewName(event);
     const button = element("button", { type: "button", ariaPressed: String(event === events.at(-1)) },
-      element("img", { src: sourceOf(event), alt: "" }), name);
+      smallImage(event, { alt: "" }), name);
     button.addEventListener("click", () => {
-      byId("picture").src = sourceOf(event);
+      showSource(event);
       for (const other of buttons) other.ariaPressed = String(other === button);
     });
     return button;
@@ -284,10 +321,18 @@ function fileName({ answer }) {
   return `${name || "picture"}-seed${answer.seed}-steps${answer.num_inference_steps}.${answer.output_format}`;
 }
 
+// Returns a small image of an event. One of a clip stands still, so that a page of them does not flicker.
+function smallImage(event, properties) {
+  const image = element("img", properties);
+  if (isClip(event)) stillOf(sourceOf(event)).then((still) => (image.src = still));
+  else image.src = sourceOf(event);
+  return image;
+}
+
 function thumbnail(picture, ...caption) {
   const { request, answer } = picture;
   const name = `${request.prompt}, ${countSteps(answer.num_inference_steps)}, seed ${answer.seed}`;
-  const image = element("img", { src: sourceOf(answer), alt: name, title: name });
+  const image = smallImage(answer, { alt: name, title: name });
   const button = element("button", { type: "button" }, image, ...caption);
   button.addEventListener("click", () => restore(picture));
   button.dataset.key = keyOf(picture);
@@ -412,6 +457,8 @@ function listen() {
   on("dice", "click", () => generate({ keepSeed: false }));
   on("size", "change", () => generate());
   on("draft", "change", () => generate());
+  on("frames", "change", () => generate());
+  on("download", "click", downloadMp4);
   on("model", "change", ({ target }) => {
     chooseModel(target.value);
     generate();

@@ -32,12 +32,14 @@ export async function readReadiness(timeoutMs) {
   }
 }
 
+export const routeOf = ({ num_frames }) => (num_frames === undefined ? "/v1/images/generations" : "/v1/videos/generations");
+
 // Resolves to {request, answer, previews, roundTripMs}; `answer` and `previews` are events of the stream.
 // After each preview, `onPreview` receives {request, previews}.
 export async function makePicture(request, signal, onPreview = () => {}) {
   const startedMs = performance.now();
   const previews = [];
-  const response = await ask("/v1/images/generations", {
+  const response = await ask(routeOf(request), {
     method: "POST",
     headers: { "Content-Type": "application/json" },
     body: JSON.stringify({ ...request, stream: true }),
@@ -46,15 +48,25 @@ export async function makePicture(request, signal, onPreview = () => {}) {
   for await (const { data } of readEvents(response.body)) {
     const event = JSON.parse(data);
     if (event.error) throw new ServerError(event.error.message, event.error);
-    if (event.type === "image_generation.completed") {
+    if (event.type.endsWith(".completed")) {
       return { request, answer: event, previews, roundTripMs: performance.now() - startedMs };
     }
-    if (event.type === "image_generation.partial_image") {
+    if (event.type.endsWith(".partial_image")) {
       previews.push(event);
       onPreview({ request, previews });
     }
   }
   throw new ServerError("The stream ended before the picture did.");
+}
+
+// Resolves to a clip as an MP4 file, which the server makes from the frames that it kept, or makes again.
+export async function fetchMp4({ stream, partial_images, ...request }, seed) {
+  const response = await ask(routeOf(request), {
+    method: "POST",
+    headers: { "Content-Type": "application/json", Accept: "video/mp4" },
+    body: JSON.stringify({ ...request, seed, output_format: "mp4" }),
+  });
+  return response.blob();
 }
 
 export const sourceOf = ({ output_format, b64_json }) => `data:image/${output_format};base64,${b64_json}`;

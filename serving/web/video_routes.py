@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Query, Request, Response
 
@@ -14,12 +14,15 @@ from serving.schema.parsing import parse_body, validate
 from serving.web.body import read_form, read_json
 from serving.web.documentation import documented_body
 from serving.web.file_routes import file_response
+from serving.web.generation import EVENT, FILE, Shapes, accepted_formats, default_seed, respond
 from serving.web.http_edge import caller_of
 from serving.web.job_routes import MAX_PAGE, check_decoder, create_job
+from serving.web.video_generation import VideoGenerationRequest, VideoResponse, to_event, to_response
 from serving.web.video_schema import (
     POLL_AFTER_MS,
     DeletedVideo,
     Video,
+    VideoFormat,
     VideoList,
     VideoRequest,
     VideoVariant,
@@ -29,6 +32,14 @@ from serving.web.video_schema import (
 )
 
 VIDEO_SCHEMA = VideoRequest.model_json_schema()
+MEDIA_TYPES: dict[str, VideoFormat] = {"video/mp4": "mp4", "image/webp": "webp", "image/gif": "gif"}
+CLIPS = Shapes(to_response, to_event)
+ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The clip; with `stream`, events; with `Accept: video/mp4`, image/webp or image/gif, a file.",
+        "content": {"text/event-stream": {"schema": EVENT}, **dict.fromkeys(MEDIA_TYPES, FILE)},
+    }
+}
 
 
 def add_video_routes(app: FastAPI, services: Services) -> None:
@@ -37,20 +48,36 @@ def add_video_routes(app: FastAPI, services: Services) -> None:
 
     @app.post("/v1/videos", openapi_extra=documented_body(json=VIDEO_SCHEMA, form=VIDEO_SCHEMA), response_model=Video)
     async def create_video(request: Request) -> Response:
-        """Start making a clip: pictures of an image model whose noise walks around a circle."""
+        """Start making a clip. A model that makes pictures walks around a circle of noise."""
         if request.headers.get("content-type", "").startswith("multipart/form-data"):
             wanted = validate(from_form(await read_form(request, config)), VideoRequest)
         else:
             wanted = parse_body(await read_json(request, config), VideoRequest)
-        order = wanted.to_order(services.images.recipe)
+        recipe = services.images.recipe(wanted.model)
+        order, (num_frames, fps) = wanted.to_order(recipe), wanted.length(recipe)
         (params,) = order.pictures
         check_decoder(params.decoder, services.images.model_card(order.model))
-        num_frames = wanted.num_seconds * wanted.fps
-        job_request = to_job_request(params, wanted)
-        asked = JobRequest("video", caller_of(request).name, order.model, job_request, frame_parts(num_frames))
+        parts = frame_parts(num_frames) if params.frames is None else [{}]
+        job_request = to_job_request(params, wanted, num_frames, fps)
+        asked = JobRequest("video", caller_of(request).name, order.model, job_request, parts)
         return _shown(
-            await create_job(request, services, asked, num_frames * order.cost, wanted.model_dump_json().encode())
+            await create_job(request, services, asked, len(parts) * order.cost, wanted.model_dump_json().encode())
         )
+
+    @app.post(
+        "/v1/videos/generations",
+        openapi_extra=documented_body(json=VideoGenerationRequest.model_json_schema()),
+        response_model=VideoResponse,
+        responses=ANSWERS,
+    )
+    async def generate_video(request: Request) -> Response:
+        """Make a short clip while the client waits."""
+        body = await read_json(request, config)
+        wanted = parse_body(body, VideoGenerationRequest)
+        if accepted := accepted_formats(request.headers.get("accept", "*/*"), MEDIA_TYPES):
+            wanted = wanted.as_file(accepted)
+        order = wanted.to_order(services.images.recipe(wanted.model), default_seed(request))
+        return await respond(request, services, body, order, CLIPS, as_file=bool(accepted))
 
     @app.get("/v1/videos")
     async def list_videos(

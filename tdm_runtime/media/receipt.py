@@ -16,6 +16,7 @@ from PIL import Image, UnidentifiedImageError
 
 from tdm_runtime.errors import InvalidRequestError
 from tdm_runtime.media.image_file import RECEIPT_CHUNK
+from tdm_runtime.media.video_file import mp4_comment
 from tdm_runtime.model.decoder import Pixels
 from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.params import DecoderName, SamplingParams
@@ -133,17 +134,22 @@ class Claim:
 
 
 def read_claims(file: Path) -> list[Claim]:
-    """Read the receipts of a file: a PNG with one inside, a receipt in JSON, or a server's answer.
+    """Read the receipts of a file: a PNG or MP4 with one inside, a receipt in JSON, or a server's answer.
 
     Raises:
         InvalidRequestError: the file holds no receipt.
         OSError: the file cannot be read.
     """
     content = file.read_bytes()
-    claims = _claims_of_png(content) if content.startswith(b"\x89PNG") else list(_claims_of_json(content))
+    if content.startswith(b"\x89PNG"):
+        claims = _claims_of_png(content)
+    elif content[4:8] == b"ftyp":
+        claims = list(_claims_of_json(mp4_comment(content).rpartition("\n")[2].encode()))
+    else:
+        claims = list(_claims_of_json(content))
     if not claims:
         raise InvalidRequestError(
-            f"{file} holds no receipt; give a PNG with metadata, a receipt in JSON or a server's answer"
+            f"{file} holds no receipt; give a PNG or MP4 with metadata, a receipt in JSON or a server's answer"
         )
     return claims
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import io
 import itertools
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from tdm_runtime.media.image_file import exif_comment
 from tdm_runtime.model.decoder import Pixels
@@ -65,6 +65,31 @@ def encode_clip(frames: Iterable[Pixels], fps: int, width: int, height: int, com
                 container.mux(track.encode(frame))
             container.mux(track.encode(None))
         return file.read_bytes()
+
+
+def read_frames(clip: bytes) -> Iterator[Pixels]:
+    """Yield the frames of an MP4, animated WebP or GIF file, uint8 [H, W, 3]."""
+    if clip[4:8] == b"ftyp":
+        import av
+
+        with av.open(io.BytesIO(clip), "r") as container:
+            for frame in container.decode(video=0):
+                yield frame.to_ndarray(format="rgb24").astype(np.uint8, copy=False)
+        return
+    with Image.open(io.BytesIO(clip)) as animation:
+        for shown in ImageSequence.Iterator(animation):
+            yield np.asarray(shown.convert("RGB"))
+
+
+def mp4_comment(clip: bytes) -> str:
+    """Return the comment of an MP4 file; "" if it has none or is damaged."""
+    import av
+
+    try:
+        with av.open(io.BytesIO(clip)) as container:
+            return container.metadata.get("comment", "")
+    except (av.FFmpegError, ValueError):
+        return ""
 
 
 def encode_frames(frames: Pixels, clip_format: ClipFormat, fps: int, comment: str = "") -> bytes:

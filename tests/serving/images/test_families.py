@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,59 +20,11 @@ from serving.rpc.protos import images_pb2 as pb
 from serving.rpc.protos import images_pb2_grpc
 from tdm_runtime.checkpoint.recipe import RECIPE_FILE
 from tdm_runtime.cli import main as tdm_generate
-from tdm_runtime.recipe_cli import main as tdm_recipe
-from tests.lora_files import draw_weights, write_diffusers
-from tests.serving.conftest import RunningServer, start_server
-from tests.stock_checkpoints import CASES, save_checkpoint, stock_pipeline
+from tests.serving.images.conftest import Served
 
 PROMPT = "a red fox beside a long green river"
 """Longer than the tiny CLIPs read, which stock pipelines would log."""
 NATIVE = "64x64"
-
-
-@dataclass(frozen=True)
-class Served:
-    """The server, and the folder of each of its models."""
-
-    running: RunningServer
-    folders: dict[str, Path]
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """An LCM without a recipe, SANA, FLUX.2, a folder that is only SDXL's recipe with a LoRA, and a LoRA on SDXL."""
-    root = tmp_path_factory.mktemp("families")
-    lcm, sana, flux2, sdxl = (
-        save_checkpoint(CASES[name], root / name.split()[0])
-        for name in ("SD 1.5, LCM", "SANA-Sprint", "FLUX.2 klein", "SDXL-Lightning")
-    )
-    (lcm / RECIPE_FILE).unlink()
-    recipe = json.loads((flux2 / RECIPE_FILE).read_text()) | {"native_sizes": [[64, 64]]}  # 1024x1024 takes seconds
-    (flux2 / RECIPE_FILE).write_text(json.dumps(recipe))
-    pipeline = stock_pipeline(CASES["SDXL-Lightning"])
-    lora = write_diffusers(pipeline, root / "lora", draw_weights(pipeline, "sdxl", 1))
-    merged = root / "merged"
-    merged.mkdir()
-    assert tdm_recipe([str(sdxl), "--steps", "1,2", "--lora", f"{lora}:0.5", "-o", str(merged / RECIPE_FILE)]) == 0
-    folders = {"lcm": lcm, "sana": sana, "flux2": flux2, "sdxl": sdxl, "merged": merged}
-    models = [part for name, folder in folders.items() for part in ("--model", f"{name}={folder}")]
-    arguments = [*models, "--lora", f"added={lora}:0.5@sdxl", "--backend", "torch", "--max-batch-size", "1"]
-    running = start_server(root / "log", *arguments, "--threads", "1")
-    yield Served(running, folders)
-    assert running.stop() == 0
-
-
-@pytest.fixture
-def http(served: Served) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=served.running.url, timeout=60) as client:
-        yield client
-
-
-@pytest.fixture
-def client(served: Served) -> Iterator[openai.OpenAI]:
-    url = f"{served.running.url}/v1"
-    with openai.OpenAI(base_url=url, api_key="unused", max_retries=0, _strict_response_validation=True) as client:
-        yield client
 
 
 @pytest.fixture
@@ -113,6 +63,8 @@ def test_the_cards_of_http_and_grpc_say_what_each_model_makes(
         "sdxl": "sdxl",
         "merged": "sdxl",
         "added": "sdxl",
+        "wan": "wan",
+        "animatediff": "animatediff",
     }
     assert {name: card["guidance_scale"] for name, card in cards.items() if card["guidance_scale"] is not None} == {
         "lcm": 7.5,
@@ -125,7 +77,8 @@ def test_the_cards_of_http_and_grpc_say_what_each_model_makes(
     assert list(messages) == list(cards)
     for name, card in cards.items():
         message = messages[name]
-        assert (message.family, message.recipe, message.sizes) == (card["family"], card["recipe"], [NATIVE])
+        sizes = ["64x32"] if name == "wan" else [NATIVE]
+        assert (message.family, message.recipe, message.sizes) == (card["family"], card["recipe"], sizes)
         assert {field: getattr(message.size_rule, field) for field in card["size_rule"]} == card["size_rule"]
         assert message.HasField("guidance_scale") == (card["guidance_scale"] is not None)
 

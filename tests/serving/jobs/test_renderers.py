@@ -22,6 +22,7 @@ from serving.jobs.store import JobStore
 from serving.jobs.video_job import VideoRenderer
 from serving.jobs.worker import Renderer
 from serving.telemetry.metrics import ServerMetrics
+from serving.web.video_schema import to_video
 from tdm_runtime.media.receipt import RECEIPT_CHUNK
 from tdm_runtime.model.artifacts import BackendConfig
 
@@ -85,7 +86,7 @@ def test_a_stored_batch_that_the_server_no_longer_accepts_names_the_field(images
 
 
 def test_a_stored_clip_makes_frames_with_their_receipts(images: ImageService, tmp_path: Path) -> None:
-    renderer = VideoRenderer(images, ArtifactStore(str(tmp_path / "files")), KEEP_S)
+    renderer = VideoRenderer(images, ArtifactStore(str(tmp_path / "files")), KEEP_S, lambda job, progress: None)
     request = JobRequest(
         "video",
         "anybody",
@@ -99,3 +100,24 @@ def test_a_stored_clip_makes_frames_with_their_receipts(images: ImageService, tm
     assert (picture.format, picture.size) == ("PNG", (16, 16))
     assert (receipt["seed"], receipt["noise_angle"], receipt["num_inference_steps"]) == (7, 0.5, 2)
     assert "a cat" in picture.info["parameters"]
+
+
+def test_the_progress_of_a_clip_follows_its_steps(tmp_path: Path) -> None:
+    sampling = SAMPLING | {"frames": 9}
+    clip = {"sampling": sampling, "seconds": 1, "fps": 8, "strict": False, "num_frames": 9, "output_format": "mp4"}
+    store = JobStore(f"sqlite:///{tmp_path / 'jobs.db'}", lease_s=30, keep_s=KEEP_S)
+    try:
+        created = store.create(JobRequest("video", "anybody", "wan", clip, [{}]), JobLimits(), lambda: None)
+        job = store.claim("worker", ["wan"])
+        assert job is not None
+        seen = []
+        for progress in (0.25, 0.5, 0.75):
+            store.report(job, progress)
+            seen.append(to_video(store.get("video", "anybody", created.id)).progress)
+        store.save(job, FinishedPart(0, b"clip", is_failed=False))
+        seen.append(to_video(store.get("video", "anybody", created.id)).progress)
+        store.complete(job, {"video": "id"})
+        seen.append(to_video(store.get("video", "anybody", created.id)).progress)
+    finally:
+        store.close()
+    assert seen == [24, 49, 74, 99, 100]
