@@ -157,6 +157,22 @@ _COGVIDEOX_VAE = {
     "scaling_factor": 1.15258426,
 }
 
+_SANA_SPRINT = {
+    "in_channels": 32,
+    "out_channels": 32,
+    "num_layers": 28,
+    "num_attention_heads": 36,
+    "attention_head_dim": 32,
+    "num_cross_attention_heads": 16,
+    "cross_attention_head_dim": 72,
+    "cross_attention_dim": 1152,
+    "caption_channels": 2304,
+    "mlp_ratio": 2.5,
+    "sample_size": 32,
+    "guidance_embeds": True,
+    "qk_norm": "rms_norm_across_heads",
+    "timestep_scale": 1000.0,
+}
 _LATENTS_512 = {"batch": 1, "height": 64, "width": 64}
 _LATENTS_1024 = {"batch": 1, "height": 128, "width": 128}
 _LATENTS_VIDEO = {"batch": 1, "frames": 13, "height": 60, "width": 90}
@@ -181,12 +197,15 @@ REAL_SIZES: Mapping[str, Mapping[ComponentName, RealSize]] = {
         "denoiser": RealSize("SD3Transformer2DModel", _SD3_MEDIUM, _LATENTS_512, 333),
         "decoder": RealSize("AutoencoderKL", _autoencoder_kl(1.5305, 1024) | _SD3_VAE, _LATENTS_512),
     },
+    "sana": {
+        "denoiser": RealSize("SanaTransformer2DModel", _SANA_SPRINT, {"batch": 1, "height": 32, "width": 32}, 300)
+    },
     "cogvideox-2b": {
         "denoiser": RealSize("CogVideoXTransformer3DModel", _COGVIDEOX_2B, _LATENTS_VIDEO, 226),
         "decoder": RealSize("AutoencoderKLCogVideoX", _COGVIDEOX_VAE, _LATENTS_VIDEO_CUT, note="9 of 49 frames"),
     },
 }
-"""Model -> component. PixArt is the model of 512 pixels. Text encoders that only torch runs are in `STOCK_TEXT`."""
+"""Model -> component. PixArt is the model of 512 pixels, SANA is Sprint 0.6B. Text encoders that only torch runs are in `STOCK_TEXT`."""
 
 _TEXT = {"batch": 1}
 

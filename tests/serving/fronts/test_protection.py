@@ -28,8 +28,9 @@ from serving.images.local import ImageService
 from serving.schema.image_request import order_from_fields
 from serving.telemetry.metrics import ServerMetrics
 from serving.web.app import build_app
+from serving.web.generation import accepted_formats
 from serving.web.http_edge import OPEN_PATHS
-from serving.web.image_routes import accepted_formats
+from serving.web.image_routes import MEDIA_TYPES
 from tdm_runtime.errors import DeadlineError
 from tdm_runtime.model.artifacts import BackendConfig
 from tdm_runtime.model.decoder import Pixels
@@ -327,7 +328,7 @@ def test_a_checker_that_cannot_be_made_is_refused_at_start(name: str) -> None:
     ],
 )
 def test_the_accept_header_chooses_the_format(accept: str, expected: list[str]) -> None:
-    assert accepted_formats(accept) == expected
+    assert accepted_formats(accept, MEDIA_TYPES) == expected
 
 
 def test_a_client_that_accepts_an_image_type_gets_the_picture_as_a_file(images: ImageService) -> None:
