@@ -205,7 +205,10 @@ REAL_SIZES: Mapping[str, Mapping[ComponentName, RealSize]] = {
         "decoder": RealSize("AutoencoderKLCogVideoX", _COGVIDEOX_VAE, _LATENTS_VIDEO_CUT, note="9 of 49 frames"),
     },
 }
-"""Model -> component. PixArt is the model of 512 pixels, SANA is Sprint 0.6B. Text encoders that only torch runs are in `STOCK_TEXT`."""
+"""Model -> component. PixArt is the model of 512 pixels, SANA is Sprint 0.6B.
+
+Text encoders that only torch runs are in `STOCK_TEXT`.
+"""
 
 _TEXT = {"batch": 1}
 
