@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import struct
 import subprocess
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +14,10 @@ import httpx
 import numpy as np
 import pytest
 
-from serving.config import ModelSource, ServerConfig
-from serving.fronts.access import APIKey, draw_key, hash_key, save_keys
-from serving.fronts.services import Services
-from serving.images.local import ImageService
 from serving.rpc.protos import open_inference_pb2 as pb
 from serving.rpc.protos import open_inference_pb2_grpc
 from serving.schema.inference import OutputTensor
-from serving.telemetry.metrics import ServerMetrics
 from serving.web import inference_schema
-from serving.web.app import build_app
-from tdm_runtime.model.artifacts import BackendConfig
 from tests.serving.conftest import RunningServer
 
 KSERVE = Path(__file__).resolve().parents[3] / "build" / "kserve" / "bin" / "python"
@@ -252,30 +243,6 @@ def test_health_and_metadata_equal_those_of_grpc(http: httpx.Client, inference: 
         assert http.post(f"{path}/infer", json=body(PROMPT_TENSOR)).status_code == 200
     for path in ("/v2/models/x", "/v2/models/x/ready", f"{MODEL}/versions/0", f"{MODEL}/versions/0/ready"):
         error_of(http.get(path), 404)
-
-
-def test_a_stopping_server_is_live_and_not_ready(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    key = draw_key()
-    save_keys(tmp_path / "keys.json", [APIKey("ada", hash_key(key))])
-    backend = BackendConfig("torch", threads=1, device="cpu")
-    config = ServerConfig(models=(ModelSource(tiny_checkpoint),), backend=backend, state_folder=tmp_path)
-    images = ImageService(config, ServerMetrics())
-    services = Services.start(replace(config, api_keys=tmp_path / "keys.json"), ServerMetrics(), images)
-
-    async def ask() -> None:
-        transport = httpx.ASGITransport(build_app(services), raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            assert (await client.get(f"{MODEL}/ready")).status_code == 401  # names are for owners of keys
-            services.is_draining = True
-            assert (await client.get("/v2/health/live")).json() == {"live": True}
-            for path in ("/v2/health/ready", f"{MODEL}/ready"):
-                answer = await client.get(path, headers={"authorization": f"Bearer {key}"})
-                assert "its engine is not running" in error_of(answer, 503)
-            answer = await client.post(INFER, json=body(PROMPT_TENSOR), headers={"authorization": f"Bearer {key}"})
-            assert "send the request to another" in error_of(answer, 503)
-
-    asyncio.run(ask())
-    services.close()
 
 
 # -- KServe's clients ------------------------------------------------------------------------------
