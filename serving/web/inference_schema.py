@@ -162,9 +162,9 @@ def _input_tensors(inputs: list[InferInput], binary: bytes) -> list[InputTensor]
         elements: bytes | list[Any] = each.data or []
         if size is not None:
             if each.data is not None:
-                raise refused(f"{each.name} has data beside {BINARY_SIZE}; send one of them", each.name)
+                raise refused(f"{shown(each.name)} has data beside {BINARY_SIZE}; send one of them", each.name)
             if type(size) is not int or not 0 <= size <= len(binary) - start:
-                message = f"{BINARY_SIZE} of {each.name} is {shown(size)}; {len(binary) - start} bytes are left"
+                message = f"{BINARY_SIZE} of {shown(each.name)} is {shown(size)}; {len(binary) - start} bytes are left"
                 raise refused(f"{message} after the JSON, whose length is the header {JSON_LENGTH}", each.name)
             elements = binary[start : start + size]
             start += size

@@ -208,6 +208,18 @@ def test_wrong_binary_tensor_data_is_named(
     assert reason in error_of(post_binary(http, body(binary("prompt", "BYTES", size)), raw, length))
 
 
+def test_text_that_is_no_unicode_comes_back_escaped(http: httpx.Client) -> None:
+    odd = "\ud800"
+    bad = body(binary(odd, "BYTES", -1), id=odd)
+    headers = {"content-type": "application/json"}
+    assert "ud800" in error_of(http.post(INFER, content=json.dumps(bad), headers=headers))
+    assert "ud800" in error_of(
+        http.post(INFER, content=json.dumps(body(PROMPT_TENSOR, model_name=odd)), headers=headers)
+    )
+    answer = http.post(INFER, content=json.dumps(body(PROMPT_TENSOR, id=odd)), headers=headers)
+    assert answer.json()["id"] == odd
+
+
 def test_other_refusals_have_their_status(http: httpx.Client) -> None:
     request = body(PROMPT_TENSOR)
     assert "this server has tdm-emoji" in error_of(http.post("/v2/models/x/infer", json=request), 404)
