@@ -17,6 +17,7 @@ SERVE_ARGS ?=
 TDM_CHECKPOINT ?=
 TRITON_ARGS ?=
 TRITON := build/triton
+KSERVE := build/kserve
 TEST_PROCESSES ?= 2
 TEST_ARGS ?=
 export RAY_USAGE_STATS_ENABLED = 0
@@ -30,7 +31,7 @@ triton: $(TRITON)/.installed
 	$(BIN)/tdm-export $(TDM_CHECKPOINT)
 	TDM_CHECKPOINT=$(TDM_CHECKPOINT) $(TRITON)/bin/python deploy/triton/start.py $(TRITON_ARGS)
 
-test: $(VENV)/.installed-dev $(TRITON)/.installed-dev
+test: $(VENV)/.installed-dev $(TRITON)/.installed-dev $(KSERVE)/.installed
 	$(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(TEST_ARGS)
 	$(TRITON)/bin/python -m pytest tests/model_repository
 
@@ -63,15 +64,28 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@
 
+# Lets an environment find the project's packages after its own.
+define find_project_after
+	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
+		> $$($(1)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/tdm.pth
+endef
+
 # tritonserver and its clients want older packages than the project, which this environment finds after its own.
 $(TRITON)/.installed: $(VENV)/.installed deploy/triton/requirements.txt
 	$(BIN)/python -m venv $(TRITON)
 	$(TRITON)/bin/pip install --quiet --disable-pip-version-check --requirement deploy/triton/requirements.txt
-	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
-		> $$($(TRITON)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/tdm.pth
+	$(call find_project_after,$(TRITON))
 	touch $@
 
 $(TRITON)/.installed-dev: $(TRITON)/.installed $(VENV)/.installed-dev
+	touch $@
+
+# KServe's client wants older packages than the project, too. pip installs only those that differ.
+$(KSERVE)/.installed: $(VENV)/.installed-dev deploy/kserve/requirements.txt
+	$(BIN)/python -m venv --without-pip $(KSERVE)
+	$(call find_project_after,$(KSERVE))
+	$(KSERVE)/bin/python -m pip install --quiet --disable-pip-version-check --no-warn-conflicts --no-compile \
+		--requirement deploy/kserve/requirements.txt
 	touch $@
 
 clean:

@@ -10,6 +10,7 @@ from serving.web.documentation import document
 from serving.web.file_routes import add_file_routes
 from serving.web.http_edge import add_edges
 from serving.web.image_routes import add_image_routes
+from serving.web.inference_routes import add_inference_routes
 from serving.web.operation_routes import add_operation_routes, add_playground
 from serving.web.video_routes import add_video_routes
 
@@ -25,6 +26,7 @@ def build_app(services: Services) -> FastAPI:
     add_file_routes(app, services)
     add_video_routes(app, services)
     add_batch_routes(app, services)
+    add_inference_routes(app, services)
     add_operation_routes(app, services)
     add_playground(app)
     add_edges(app, services)

@@ -9,8 +9,8 @@ from fastapi.openapi.utils import get_openapi
 
 from serving.fronts.idempotency import MAX_KEY_CHARACTERS
 from serving.fronts.services import Services
-from serving.web.error_schema import ErrorBody, ErrorDetail
-from serving.web.http_edge import OPEN_PATHS, OPEN_PREFIXES
+from serving.web.error_schema import ErrorBody, ErrorDetail, InferenceErrorBody
+from serving.web.http_edge import INFERENCE_PATH, OPEN_PATHS, OPEN_PREFIXES
 
 ERRORS = (
     "Refused or failed. `message` names the value, the limit and the remedy. With `x-should-retry: false` the same "
@@ -46,14 +46,16 @@ def _document(app: FastAPI, services: Services) -> dict[str, Any]:
     schemas["ErrorDetail"] = ErrorDetail.model_json_schema()
     schemas["ErrorBody"] = ErrorBody.model_json_schema(ref_template="#/components/schemas/{model}")
     schemas["ErrorBody"].pop("$defs", None)
+    schemas["InferenceErrorBody"] = InferenceErrorBody.model_json_schema()
     components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     for path, operations in spec["paths"].items():
+        error = "InferenceErrorBody" if INFERENCE_PATH.fullmatch(path) else "ErrorBody"
         for operation in operations.values():
             operation["responses"].pop("422", None)
             operation["responses"]["default"] = {
                 "description": ERRORS,
                 "headers": {"x-request-id": {"schema": {"type": "string"}}},
-                "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}},
+                "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{error}"}}},
             }
             is_open = path in OPEN_PATHS or path.startswith(OPEN_PREFIXES)
             operation["security"] = [{}] if is_open or services.config.api_keys is None else [{"key": []}]

@@ -1,4 +1,4 @@
-"""Body of every error response, for the OpenAPI document."""
+"""Bodies of error responses, for the OpenAPI document."""
 
 from __future__ import annotations
 
@@ -15,6 +15,12 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """Body of every error response."""
+    """Body of every error response, except those of the Open Inference Protocol."""
 
     error: ErrorDetail
+
+
+class InferenceErrorBody(BaseModel):
+    """Body of every error response of the Open Inference Protocol."""
+
+    error: str

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.arrival import arrive
-from serving.errors import CLIENT_CLOSED_REQUEST, invalid
+from serving.errors import CLIENT_CLOSED_REQUEST, APIError, invalid
 from serving.fronts.access import Caller
 from serving.fronts.edge import admit, note_code, note_departure, note_error, recorded
 from serving.fronts.services import Services
@@ -23,12 +25,14 @@ from tdm_runtime.errors import shown
 
 logger = logging.getLogger(__name__)
 
-OPEN_PATHS = ("/health", "/ready", "/")
+OPEN_PATHS = ("/health", "/ready", "/v2/health/live", "/v2/health/ready", "/")
 """Paths that need no key: health, readiness, and the page where the user enters the key."""
 OPEN_PREFIXES = ("/playground/static/", "/v1/files/")
 """Prefixes of paths that need no key. The names of files cannot be guessed."""
-STATUS_PATHS = ("/health", "/ready", "/metrics")
+STATUS_PATH = re.compile(r"/health|/ready|/metrics|/v2/health/(live|ready)|/v2/models/.+/ready")
 """Paths that are answered even while the server stops or has too many requests. Monitors ask often; no traces."""
+INFERENCE_PATH = re.compile(r"/v2(/.*)?", re.DOTALL)
+"""Paths of the Open Inference Protocol, whose errors have another shape."""
 SECURITY_HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -52,14 +56,15 @@ def add_edges(app: FastAPI, services: Services) -> None:
         answer = invalid(message, None, code, error.status_code)
         note_code(code, error.status_code)
         answer.headers |= dict(error.headers or {})
-        return answer.to_response()
+        return error_response(answer, request.url.path)
 
     @app.exception_handler(RequestValidationError)
     async def unread(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         param = str(first["loc"][-1])
         message = f"{param[:64]} is {shown(first.get('input'))}; {first['msg'][:1].lower()}{first['msg'][1:]}"
-        return note_error(invalid(message, param[:64], "invalid_value"), services, "-").to_response()
+        answer = note_error(invalid(message, param[:64], "invalid_value"), services, "-")
+        return error_response(answer, request.url.path)
 
 
 def caller_of(request: Request) -> Caller:
@@ -67,6 +72,18 @@ def caller_of(request: Request) -> Caller:
     caller = request.scope["caller"]
     assert isinstance(caller, Caller), "requests to open paths have no caller"
     return caller
+
+
+def is_status(path: str) -> bool:
+    """Return whether a path asks for the server's status."""
+    return STATUS_PATH.fullmatch(path) is not None
+
+
+def error_response(error: APIError, path: str) -> Response:
+    """Return an error in the shape that clients of the path read."""
+    if INFERENCE_PATH.fullmatch(path):
+        return JSONResponse({"error": error.message}, error.status, error.headers)
+    return error.to_response()
 
 
 class EdgeMiddleware:
@@ -88,7 +105,7 @@ class EdgeMiddleware:
             return
         headers = Headers(scope=scope)
         request_id, method = headers.get("x-request-id", "-")[:64], scope["method"]
-        with recorded(self.services, headers, request_id, method, method, scope["path"] in STATUS_PATHS):
+        with recorded(self.services, headers, request_id, method, method, is_status(scope["path"])):
             await self._answer(scope, receive, send, headers)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send, headers: Headers) -> None:
@@ -114,7 +131,7 @@ class EdgeMiddleware:
 
         try:
             self._admit(scope, headers)
-            if scope["path"] not in STATUS_PATHS:
+            if not is_status(scope["path"]):
                 await services.turnstile.passed()
             await self.app(scope, receive, send_with_headers)
         except asyncio.CancelledError:
@@ -125,7 +142,7 @@ class EdgeMiddleware:
             if status:  # the response has begun; its status cannot change
                 note_code("internal_error", 500)
                 raise
-            response = note_error(error, services, request_id).to_response()
+            response = error_response(note_error(error, services, request_id), scope["path"])
             await response(scope, receive, send_with_headers)
         finally:
             services.num_active -= 1
@@ -157,7 +174,7 @@ class EdgeMiddleware:
         """
         path = scope["path"]
         if path not in OPEN_PATHS and not path.startswith(OPEN_PREFIXES):
-            scope["caller"] = admit(self.services, headers.get("authorization"), path in STATUS_PATHS)
+            scope["caller"] = admit(self.services, headers.get("authorization"), is_status(path))
 
 
 def shown_request_id(headers: Headers) -> str:

@@ -382,7 +382,11 @@ def test_typed_and_raw_tensors_make_the_typed_services_picture(
 def test_only_requested_outputs_are_sent(inference: open_inference_pb2_grpc.GRPCInferenceServiceStub) -> None:
     wanted = open_inference_pb2.ModelInferRequest.InferRequestedOutputTensor
     auto = {"num_inference_steps": parameter("auto"), "min_inference_steps": parameter(2)}
-    answer = inference.ModelInfer(infer_request(PROMPT_TENSOR, outputs=[wanted(name="seed")], parameters=auto))
+    auto["binary_data_output"] = parameter(True)  # KServe's client sends what HTTP says about binary data here too
+    prompt = tensor("prompt", "BYTES", bytes_contents=[PROMPT.encode()])
+    prompt.parameters["binary_data_size"].int64_param = len(PROMPT)
+    seed = wanted(name="seed", parameters={"binary_data": parameter(True)})
+    answer = inference.ModelInfer(infer_request(prompt, outputs=[seed], parameters=auto))
     assert [output.name for output in answer.outputs] == ["seed"] and len(answer.raw_output_contents) == 1
     code, details, _ = refusal(lambda: inference.ModelInfer(infer_request(PROMPT_TENSOR, outputs=[wanted(name="x")])))
     assert code is Code.INVALID_ARGUMENT and "generated_image" in details
