@@ -71,6 +71,7 @@ def test_a_port_in_use_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"127.0.0.1:{port}" in refusal(capsys, "--port", str(port))
 
 
+@pytest.mark.slow  # half a minute: it tries to build artifacts, then starts a server
 def test_an_error_that_only_loading_finds_ends_the_command(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """A recipe that contradicts the weights can be neither built nor loaded. The command says so and ends."""
     folder = shutil.copytree(tiny_checkpoint, tmp_path / "contradiction")
