@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
@@ -35,14 +35,35 @@ EVENT = {
 Format = TypeVar("Format", bound=str)
 
 
+class Event(Protocol):
+    """An event of a stream, a Pydantic model."""
+
+    @property
+    def type(self) -> str:
+        """Its name."""
+
+    def model_dump_json(self) -> str: ...
+
+
 @dataclass(frozen=True)
 class Shapes:
     """The bodies of answers to one route."""
 
     to_response: Callable[[ImageAnswer, list[str] | None, int | None], BaseModel]
     """Takes the answer, and the URLs of its files with their time of expiry in Unix seconds, or None for both."""
-    to_event: Callable[[PartialAnswer | ImageAnswer], BaseModel]
-    """Returns an event of a stream, whose field `type` is its name."""
+    to_event: Callable[[PartialAnswer | ImageAnswer], Event]
+    """Returns an event of a stream."""
+
+
+def documented_answers(made: str, media_types: Mapping[str, str]) -> dict[int | str, dict[str, Any]]:
+    """Return what the OpenAPI document says of a generation's answers beside JSON.
+
+    Args:
+        made: what is made, and the files that an `Accept` header gets.
+        media_types: the media types of those files.
+    """
+    content = {"text/event-stream": {"schema": EVENT}, **dict.fromkeys(media_types, FILE)}
+    return {200: {"description": made, "content": content}}
 
 
 def default_seed(request: Request) -> int | None:
@@ -147,8 +168,8 @@ async def server_sent(
     """Yield events as text. An error after the first event becomes an event too."""
     try:
         async for part in parts:
-            event = shapes.to_event(part).model_dump(mode="json")
-            yield f"event: {event['type']}\ndata: {json.dumps(event)}\n\n"
+            event = shapes.to_event(part)
+            yield f"event: {event.type}\ndata: {event.model_dump_json()}\n\n"
     except Exception as error:
         answer = note_error(error, services, request_id)
         yield f"event: error\ndata: {json.dumps(answer.to_body())}\n\n"

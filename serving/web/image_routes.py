@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastapi import FastAPI, Request, Response
 
 from serving.fronts.services import Services
@@ -12,17 +10,14 @@ from serving.schema.image_response import ImageResponse, to_event, to_response
 from serving.schema.models import ModelCard, ModelList
 from serving.web.body import read_json
 from serving.web.documentation import documented_body
-from serving.web.generation import EVENT, FILE, Shapes, accepted_formats, default_seed, respond
+from serving.web.generation import Shapes, accepted_formats, default_seed, documented_answers, respond
 from tdm_runtime.media.image_file import ImageFormat
 
 MEDIA_TYPES: dict[str, ImageFormat] = {"image/png": "png", "image/webp": "webp", "image/jpeg": "jpeg"}
 PICTURES = Shapes(to_response, to_event)
-ANSWERS: dict[int | str, dict[str, Any]] = {
-    200: {
-        "description": "The pictures; with `stream`, events; with `Accept: image/png`, webp or jpeg, a file.",
-        "content": {"text/event-stream": {"schema": EVENT}, **dict.fromkeys(MEDIA_TYPES, FILE)},
-    }
-}
+ANSWERS = documented_answers(
+    "The pictures; with `stream`, events; with `Accept: image/png`, webp or jpeg, a file.", MEDIA_TYPES
+)
 
 
 def add_image_routes(app: FastAPI, services: Services) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from fastapi import FastAPI, Query, Request, Response
 
@@ -14,7 +14,7 @@ from serving.schema.parsing import parse_body, validate
 from serving.web.body import read_form, read_json
 from serving.web.documentation import documented_body
 from serving.web.file_routes import file_response
-from serving.web.generation import EVENT, FILE, Shapes, accepted_formats, default_seed, respond
+from serving.web.generation import Shapes, accepted_formats, default_seed, documented_answers, respond
 from serving.web.http_edge import caller_of
 from serving.web.job_routes import MAX_PAGE, check_decoder, create_job
 from serving.web.video_generation import VideoGenerationRequest, VideoResponse, to_event, to_response
@@ -34,12 +34,9 @@ from serving.web.video_schema import (
 VIDEO_SCHEMA = VideoRequest.model_json_schema()
 MEDIA_TYPES: dict[str, VideoFormat] = {"video/mp4": "mp4", "image/webp": "webp", "image/gif": "gif"}
 CLIPS = Shapes(to_response, to_event)
-ANSWERS: dict[int | str, dict[str, Any]] = {
-    200: {
-        "description": "The clip; with `stream`, events; with `Accept: video/mp4`, image/webp or image/gif, a file.",
-        "content": {"text/event-stream": {"schema": EVENT}, **dict.fromkeys(MEDIA_TYPES, FILE)},
-    }
-}
+ANSWERS = documented_answers(
+    "The clip; with `stream`, events; with `Accept: video/mp4`, image/webp or image/gif, a file.", MEDIA_TYPES
+)
 
 
 def add_video_routes(app: FastAPI, services: Services) -> None:
