@@ -29,7 +29,7 @@ from export.accelerator_report import Report, Row, saved_report, table
 from export.architectures import REAL_SIZES, RealSize
 from export.onnx_export import export_onnx
 from export.real_sizes import module_of
-from export.tensorrt_build import TIMING_CACHE, build_plan, require_capability
+from export.tensorrt_build import TIMING_CACHE, build_plan, require_gpus
 from export.verify import component_parity
 from tdm_runtime.backends import TORCH_DTYPES, Backend, BackendName, Precision
 from tdm_runtime.backends.interface import ComponentName, Interface
@@ -178,10 +178,9 @@ def opened(way: Way, part: Part, title: str, device: torch.device, max_batch: in
         require_provider("cuda" if device.type == "cuda" else "cpu", device)
         return OnnxRuntimeBackend(_onnx(part, dtype, title, folder), part.interface, device)
     if way.backend == "tensorrt":
-        from tdm_runtime.backends.tensorrt import TensorRTBackend, import_tensorrt
+        from tdm_runtime.backends.tensorrt import TensorRTBackend
 
-        require_capability(way.precision, gpu_architecture())
-        import_tensorrt()
+        require_gpus(way.precision, ())
         sizes = {name: (size, size, size) for name, size in part.sizes.items() if name in part.interface.size_names}
         plan = folder / f"{title}.plan"
         onnx_file = _onnx(part, dtype, title, folder)

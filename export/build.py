@@ -43,6 +43,8 @@ class BuildPlan:
     """(backend, precision) pairs, with the best precision of each backend first."""
     calibration: tuple[str, ...] = CALIBRATION
     """Prompts whose pictures calibrate the ranges of int8 activations."""
+    gpus: tuple[str, ...] = ()
+    """Compute capabilities that TensorRT builds for, as "sm_86"; empty: this machine's."""
 
     def steps(self, checkpoint: Checkpoint) -> int:
         """Return the number of announcements that `build_artifacts` makes."""
@@ -65,6 +67,11 @@ def build_artifacts(checkpoint: Checkpoint, plan: BuildPlan, folder: Path, annou
             "serve it on torch, with --backend torch"
         )
     _check_replaceable(folder)
+    for backend, precision in plan.targets:
+        if backend == "tensorrt":  # before the first minutes of work
+            from export.tensorrt_build import require_gpus
+
+            require_gpus(precision, plan.gpus)
     with _replacing(folder) as partial:
         interfaces: dict[str, Interface] = {}
         onnx: dict[str, Mapping[str, str]] = {}
@@ -86,22 +93,23 @@ def build_artifacts(checkpoint: Checkpoint, plan: BuildPlan, folder: Path, annou
             builds=(),
         )
         for target in plan.targets:
-            build = _build(checkpoint, manifest, target, plan, partial, announce)
-            manifest = replace(manifest, builds=(*manifest.builds, build))
+            builds = _builds(checkpoint, manifest, target, plan, partial, announce)
+            manifest = replace(manifest, builds=(*manifest.builds, *builds))
         manifest.save(partial)
     return manifest
 
 
-def _build(
+def _builds(
     checkpoint: Checkpoint, manifest: Manifest, target: Target, plan: BuildPlan, folder: Path, announce: Announce
-) -> Build:
+) -> Sequence[Build]:
+    """Build one target; TensorRT gives a build for each GPU."""
     match target:
         case ("onnxruntime", "fp32"):
             components = {name: BuiltComponent(files) for name, files in manifest.onnx.items()}
             package = "onnxruntime-gpu" if installed(["onnxruntime-gpu"]) else "onnxruntime"
-            return Build("onnxruntime", "fp32", components, installed([package]))
+            return [Build("onnxruntime", "fp32", components, installed([package]))]
         case ("openvino", "bf16" | "fp32" as precision):
-            return Build("openvino", precision, _ir(manifest, folder, announce), installed(["openvino"]))
+            return [Build("openvino", precision, _ir(manifest, folder, announce), installed(["openvino"]))]
         case ("openvino", "int8"):
             components = dict(_ir(manifest, folder, announce))
             half = Build("openvino", "fp32", components, installed(["openvino"]))
@@ -111,11 +119,11 @@ def _build(
                 announce(f"{name}: int8")
                 write_int8_ir(folder / f"{name}.onnx", folder / f"{name}.int8.xml", calls[name], channels)
                 components[name] = BuiltComponent(_hashed(folder, f"{name}.int8.xml", f"{name}.int8.bin"))
-            return Build("openvino", "int8", components, installed(["openvino"]))
+            return [Build("openvino", "int8", components, installed(["openvino"]))]
         case ("tensorrt", precision):
             from export.tensorrt_build import build_tensorrt
 
-            return build_tensorrt(checkpoint, manifest, precision, folder, announce)
+            return build_tensorrt(checkpoint, manifest, precision, folder, announce, plan.gpus)
     backend, precision = target
     raise ExportError(f"{backend} has no {precision} build; `tdm-export --help` lists the builds")
 

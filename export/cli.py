@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from typing import get_args
 
 from tdm_runtime.backends import BackendName, Precision
 from tdm_runtime.backends.machine import gpu_architecture, installed
+from tdm_runtime.backends.tensorrt_library import PACKAGES
 from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT, Checkpoint, open_checkpoint
 from tdm_runtime.checkpoint.manifest import Manifest, default_artifacts, kernel_choice, load_manifest
 from tdm_runtime.errors import TDMError
@@ -41,13 +43,13 @@ def main(arguments: list[str] | None = None) -> int:
         folder = given.output.resolve() if given.output else default_artifacts(checkpoint)
         if given.verify:
             manifest = _verified(checkpoint, load_manifest(folder, checkpoint), folder, prompts)
-        elif not given.force and (known := _up_to_date(checkpoint, folder, targets)) is not None:
+        elif not given.force and (known := _up_to_date(checkpoint, folder, targets, given.gpu)) is not None:
             print(f"{folder} is up to date")
             if any(build.measured_on != kernel_choice(build) for build in known.builds):
                 print("its parity was measured on another CPU; `--verify` measures it on this one")
             manifest = known
         else:
-            manifest = _built(checkpoint, folder, _and_those_there(checkpoint, folder, targets), prompts)
+            manifest = _built(checkpoint, folder, *_and_those_there(checkpoint, folder, targets, given.gpu), prompts)
     except TDMError as error:
         print(f"tdm-export: {error}", file=sys.stderr)
         return USAGE_ERROR
@@ -70,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, help="artifacts folder (default: a cache where servers look)")
     parser.add_argument(
         "--backend",
-        default="tensorrt" if gpu_architecture() and installed(["tensorrt"]) else "openvino",
+        default="tensorrt" if gpu_architecture() and installed(PACKAGES) else "openvino",
         help=f"comma list of {', '.join(EXPORTED)} (%(default)s)",
     )
     parser.add_argument(
@@ -79,10 +81,23 @@ def build_parser() -> argparse.ArgumentParser:
         + "; ".join(f"{backend}: {', '.join(precisions)}" for backend, precisions in PRECISIONS.items())
         + " (the first of each backend)",
     )
+    parser.add_argument(
+        "--gpu",
+        type=_gpus,
+        default=(),
+        help="comma list of GPUs that TensorRT builds for, as sm_86,sm_89 (default: this machine's)",
+    )
     parser.add_argument("--verify", action="store_true", help="build nothing; measure the existing builds again")
     parser.add_argument("--prompts", type=Path, help="file with one prompt per line, instead of the built-in prompts")
     parser.add_argument("--force", action="store_true", help="build again even if everything is up to date")
     return parser
+
+
+def _gpus(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(text.split(",")))
+    if wrong := [name for name in names if not re.fullmatch(r"sm_\d{2,3}", name)]:
+        raise argparse.ArgumentTypeError(f"{', '.join(wrong)} is no compute capability; write sm_86, or sm_86,sm_89")
+    return names
 
 
 def _prompts(parser: argparse.ArgumentParser, file: Path) -> tuple[str, ...]:
@@ -111,27 +126,37 @@ def _targets(parser: argparse.ArgumentParser, backends: str, precisions: str | N
     return tuple(targets)
 
 
-def _and_those_there(checkpoint: Checkpoint, folder: Path, targets: Targets) -> Targets:
-    """Return the targets and those already in the folder, because the folder is replaced as a whole."""
+def _and_those_there(
+    checkpoint: Checkpoint, folder: Path, targets: Targets, gpus: tuple[str, ...]
+) -> tuple[Targets, tuple[str, ...]]:
+    """Return targets and GPUs, with those already in the folder, because the folder is replaced as a whole."""
     try:
-        there = {(build.backend, build.precision) for build in load_manifest(folder, checkpoint).builds}
+        builds = load_manifest(folder, checkpoint).builds
     except TDMError:
-        return targets
-    wanted = there | set(targets)
-    return tuple(
+        return targets, gpus
+    wanted = {(build.backend, build.precision) for build in builds} | set(targets)
+    every = tuple(
         (name, precision) for name in EXPORTED for precision in PRECISIONS[name] if (name, precision) in wanted
     )
+    return every, tuple(dict.fromkeys([*gpus, *(build.gpu for build in builds if build.gpu)]))
 
 
-def _up_to_date(checkpoint: Checkpoint, folder: Path, targets: Targets) -> Manifest | None:
-    """Return the existing manifest if it has every target, verified and for this machine; else None."""
+def _up_to_date(checkpoint: Checkpoint, folder: Path, targets: Targets, gpus: tuple[str, ...]) -> Manifest | None:
+    """Return the existing manifest if it has every target, verified and for this machine or these GPUs; else None."""
     from tdm_runtime.checkpoint.manifest import check_build
 
     try:
         manifest = load_manifest(folder, checkpoint)
         for backend, precision in targets:
             build = manifest.find(backend, precision)
-            if build is None or not build.pictures:
+            if build is None:
+                return None
+            if backend == "tensorrt" and gpus:
+                there = {one.gpu for one in manifest.builds if one.name == build.name}
+                if not there.issuperset(gpus) or installed(build.requires) != dict(build.requires):
+                    return None
+                continue
+            if not build.pictures:
                 return None
             check_build(manifest, build, folder, checkpoint)
     except TDMError:
@@ -139,10 +164,12 @@ def _up_to_date(checkpoint: Checkpoint, folder: Path, targets: Targets) -> Manif
     return manifest
 
 
-def _built(checkpoint: Checkpoint, folder: Path, targets: Targets, prompts: tuple[str, ...] | None) -> Manifest:
+def _built(
+    checkpoint: Checkpoint, folder: Path, targets: Targets, gpus: tuple[str, ...], prompts: tuple[str, ...] | None
+) -> Manifest:
     from export.build import BuildPlan, build_artifacts
 
-    plan = BuildPlan(targets)
+    plan = BuildPlan(targets, gpus=gpus)
     with _progress(plan.steps(checkpoint)) as announce:
         manifest = build_artifacts(checkpoint, plan, folder, announce)
     return _verified(checkpoint, manifest, folder, prompts)

@@ -1,8 +1,7 @@
-"""Build TensorRT plans from ONNX files. Plans are refittable, so that weights can be replaced without a rebuild.
+"""Build TensorRT plans from ONNX files. Where the library can, plans let their weights be replaced without a rebuild.
 
-Networks are strongly typed: a plan computes in the precision of the ONNX file.
-Not run yet: this was written against the API of TensorRT 10 and 11 (checked with the signatures of the 11.4 bindings)
-on a machine without a GPU. The code that prepares the ONNX files runs anywhere.
+Networks are strongly typed: a plan computes in the precision of the ONNX file. With tensorrt-rtx plans are built on any
+machine, as the tests do; with tensorrt on the GPU that runs them, which has not been tried yet.
 """
 
 from __future__ import annotations
@@ -10,7 +9,8 @@ from __future__ import annotations
 import gc
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from export.onnx_export import export_onnx
 from export.prompts import CALIBRATION
 from tdm_runtime.backends import TORCH_DTYPES, Precision
 from tdm_runtime.backends.interface import ComponentName, Interface
-from tdm_runtime.backends.machine import gpu_architecture, installed
-from tdm_runtime.backends.tensorrt import BuiltFor, Log, SizeRange, built_for_file, import_tensorrt
+from tdm_runtime.backends.machine import installed
+from tdm_runtime.backends.tensorrt import BuiltFor, SizeRange, built_for_file
+from tdm_runtime.backends.tensorrt_library import import_tensorrt, parser_errors
 from tdm_runtime.checkpoint.file_hashes import file_sha256
 from tdm_runtime.checkpoint.folder import Checkpoint
 from tdm_runtime.checkpoint.manifest import Build, BuiltComponent, Manifest, default_artifacts
@@ -36,38 +37,48 @@ TIMING_CACHE = "tensorrt-timing.cache"
 """File in the folder of all artifacts; its kernel times are shared by every build on this machine."""
 LEAST_CAPABILITY: Mapping[Precision, tuple[int, int]] = {"bf16": (8, 0), "fp8": (8, 9)}
 """Precision -> least compute capability. Other precisions run on every GPU that TensorRT supports."""
+MAX_ELEMENTS = 2**31 - 1
+"""Most elements of a tensor: TensorRT's convolutions count them with 32 bits."""
 
 
 def build_tensorrt(
-    checkpoint: Checkpoint, manifest: Manifest, precision: Precision, folder: Path, announce: Callable[[str], None]
-) -> Build:
-    """Build every component of a checkpoint whose float32 ONNX files are in `folder`.
+    checkpoint: Checkpoint,
+    manifest: Manifest,
+    precision: Precision,
+    folder: Path,
+    announce: Callable[[str], None],
+    gpus: Sequence[str] = (),
+) -> list[Build]:
+    """Build every component of a checkpoint whose float32 ONNX files are in `folder`. Returns a build for each GPU.
 
     Args:
         precision: at fp8 only the denoiser's matrix products are fp8, and everything else is fp16.
         announce: receives a description of each component's build.
+        gpus: compute capabilities to build for, as "sm_86"; by default this machine's.
 
     Raises:
-        BackendError: TensorRT or the GPU is missing, or the GPU does not support the precision.
+        BackendError: TensorRT or the GPU is missing, or a GPU does not support the precision.
         ExportError: a component cannot be built; the message names it and the reason.
     """
-    import_tensorrt()
-    gpu = gpu_architecture()
-    require_capability(precision, gpu)
+    library, gpus = import_tensorrt(), require_gpus(precision, gpus)
     timing_cache = default_artifacts(checkpoint).parent / TIMING_CACHE
     timing_cache.parent.mkdir(parents=True, exist_ok=True)
-    components: dict[str, BuiltComponent] = {}
+    components: dict[str, dict[str, BuiltComponent]] = {gpu: {} for gpu in gpus}
     profiles: dict[str, Mapping[str, SizeRange]] = {}
     for name in component_names(checkpoint):
         announce(f"{name}: ONNX to TensorRT {precision}")
-        interface, plan = manifest.interfaces[name], folder / f"{name}.{precision}.plan"
+        interface = manifest.interfaces[name]
         onnx_file = _onnx_in(precision, checkpoint, name, folder)
         sizes = size_ranges(interface, _latent_sizes(checkpoint, name), MAX_BATCH)
-        profiles[name] = build_plan(onnx_file, plan, interface, sizes, timing_cache=timing_cache).sizes
-        components[name] = BuiltComponent({file.name: file_sha256(file) for file in (plan, built_for_file(plan))})
+        for gpu in gpus:
+            plan = folder / f"{name}.{precision}.{gpu}.plan"
+            profiles[name] = build_plan(onnx_file, plan, interface, sizes, gpu=gpu, timing_cache=timing_cache).sizes
+            files = {file.name: file_sha256(file) for file in (plan, built_for_file(plan))}
+            components[gpu][name] = BuiltComponent(files)
         for left in folder.glob(f"{name}.{precision}.onnx*"):
             left.unlink()
-    return Build("tensorrt", precision, components, installed(["tensorrt"]), gpu, profiles)
+    requires = installed([library.package])
+    return [Build("tensorrt", precision, built, requires, gpu, profiles) for gpu, built in components.items()]
 
 
 def _onnx_in(precision: Precision, checkpoint: Checkpoint, name: ComponentName, folder: Path) -> Path:
@@ -119,43 +130,86 @@ def build_plan(
     interface: Interface,
     sizes: Mapping[str, SizeRange],
     *,
+    gpu: str | None = None,
     timing_cache: Path | None = None,
-    refittable: bool = True,
 ) -> BuiltFor:
-    """Build `plan` for this machine's GPU, and write its GPU, version and sizes beside it.
+    """Build `plan`, and write its GPU, version and sizes beside it.
 
     Args:
-        sizes: size name -> (least, best, greatest), for every size of the interface.
+        sizes: size name -> (least, best, greatest), for every size of the interface. The batch is made smaller where a
+            tensor would have more than `MAX_ELEMENTS`.
+        gpu: compute capability to build for, as "sm_86"; by default this machine's.
         timing_cache: file with kernel times of earlier builds; it is read if it exists, and updated. A second build
             takes a fraction of the first one's minutes.
-        refittable: allow weights to be replaced; costs a few per cent of speed.
 
     Raises:
         BackendError: TensorRT or the GPU is missing, or the GPU does not support the file's precision.
         ExportError: TensorRT cannot read the file or finds no plan for it.
     """
-    trt = import_tensorrt()
-    gpu, precision = gpu_architecture(), precision_of(onnx_file)
-    require_capability(precision, gpu)
-    assert gpu is not None
-    log = Log.of(trt)
+    library = import_tensorrt()
+    trt, precision = library.module, precision_of(onnx_file)
+    (gpu,) = require_gpus(precision, (gpu,) if gpu else ())
+    sizes = bounded_batch(onnx_file, sizes)
+    log = library.log()
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     _parse(trt, network, onnx_file, log)
     config = builder.create_builder_config()
-    if refittable:
+    if library.can_refit:
         config.set_flag(trt.BuilderFlag.REFIT)
     config.add_optimization_profile(_profile(builder, interface, sizes))
-    _read_timing_cache(config, timing_cache)
+    library.set_target(config, gpu, timing_cache)
     serialized = builder.build_serialized_network(network, config)
     if serialized is None:
         raise ExportError(f"TensorRT finds no plan for {onnx_file}: {log.last}")
     write_whole(plan, serialized)
-    if timing_cache is not None:
-        write_whole(timing_cache, config.get_timing_cache().serialize())
-    built_for = BuiltFor(trt.__version__, gpu, precision, sizes)
+    library.keep_timing(config, timing_cache)
+    built_for = BuiltFor(library.package, library.version, gpu, precision, sizes)
     built_for.save(plan)
     return built_for
+
+
+def bounded_batch(onnx_file: Path, sizes: Mapping[str, SizeRange]) -> Mapping[str, SizeRange]:
+    """Return the sizes with the largest batch, up to theirs, at which no tensor has more than `MAX_ELEMENTS`.
+
+    Raises:
+        ExportError: even one sample is too large; the message names the tensor.
+    """
+    greatest = {name: range_[2] for name, range_ in sizes.items()}
+    batch, largest = greatest.get("batch", 1), ""
+    for name, shape in tensor_shapes(onnx_file):
+        while batch and elements(shape, greatest | {"batch": batch}) > MAX_ELEMENTS:
+            batch, largest = batch - 1, name
+    if not batch:
+        raise ExportError(
+            f"{onnx_file}: {largest} has more than {MAX_ELEMENTS} elements at {greatest}; export smaller sizes, or let "
+            "the decoder make it in tiles"
+        )
+    if "batch" not in sizes:
+        return sizes
+    least, best, _ = sizes["batch"]
+    return {**sizes, "batch": (least, min(best, batch), batch)}
+
+
+def tensor_shapes(onnx_file: Path) -> Iterator[tuple[str, tuple[int | str, ...]]]:
+    """Yield name and shape of every tensor that a graph computes; a size may be an expression, as "8*height"."""
+    import onnx
+
+    graph = onnx.load(onnx_file, load_external_data=False).graph
+    for value in (*graph.input, *graph.value_info, *graph.output):
+        yield value.name, tuple(dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim)
+
+
+def elements(shape: Sequence[int | str], sizes: Mapping[str, int]) -> int:
+    """Return the number of elements of a shape, given the values of the names in its expressions."""
+    return math.prod(size if isinstance(size, int) else int(_expression(size).subs(sizes)) for size in shape)
+
+
+@cache
+def _expression(size: str) -> Any:
+    from sympy import sympify  # type: ignore[import-untyped]
+
+    return sympify(size)
 
 
 def precision_of(onnx_file: Path) -> Precision:
@@ -180,24 +234,24 @@ def precision_of(onnx_file: Path) -> Precision:
     return next((precision for precision, found in by_precision.items() if found & types), "fp32")
 
 
-def require_capability(precision: Precision, gpu: str | None) -> None:
-    """Check that a GPU supports a precision.
+def require_gpus(precision: Precision, named: Sequence[str]) -> tuple[str, ...]:
+    """Return the GPUs to build for: those named, or this machine's.
 
     Args:
-        gpu: compute capability, for example "sm_90"; None for a machine without a GPU.
+        named: compute capabilities, as "sm_90".
 
     Raises:
-        BackendError: the GPU does not support the precision; the message names one that it supports.
+        BackendError: TensorRT is missing or cannot build for one of them, or one does not support the precision.
     """
-    if gpu is None:
-        raise BackendError("a TensorRT plan must be built on the GPU that runs it, and torch finds no CUDA device here")
-    least = LEAST_CAPABILITY.get(precision, (0, 0))
-    capability = int(gpu[3:-1]), int(gpu[-1])
-    if capability < least:
-        raise BackendError(
-            f"this GPU is {gpu}; {precision} needs sm_{least[0]}{least[1]} or later: choose "
-            f"{'bf16 or fp16' if capability >= LEAST_CAPABILITY['bf16'] else 'fp16'}"
-        )
+    gpus, least = import_tensorrt().gpus(named), LEAST_CAPABILITY.get(precision, (0, 0))
+    for gpu in gpus:
+        capability = int(gpu[3:-1]), int(gpu[-1])
+        if capability < least:
+            raise BackendError(
+                f"the GPU is {gpu}; {precision} needs sm_{least[0]}{least[1]} or later: choose "
+                f"{'bf16 or fp16' if capability >= LEAST_CAPABILITY['bf16'] else 'fp16'}"
+            )
+    return gpus
 
 
 def _parse(trt: Any, network: Any, onnx_file: Path, log: Any) -> None:
@@ -217,8 +271,7 @@ def _parse(trt: Any, network: Any, onnx_file: Path, log: Any) -> None:
     finally:
         prepared.unlink()
     if not is_read:
-        errors = "; ".join(parser.get_error(n).desc() for n in range(parser.num_errors))
-        raise ExportError(f"TensorRT cannot read {onnx_file}: {errors or log.last}")
+        raise ExportError(f"TensorRT cannot read {onnx_file}: {parser_errors(parser) or log.last}")
 
 
 def cast_last(model: Any) -> None:
@@ -242,13 +295,3 @@ def _profile(builder: Any, interface: Interface, sizes: Mapping[str, SizeRange])
         shapes = [spec.resolve({name: of[which] for name, of in sizes.items()}) for which in range(3)]
         profile.set_shape(spec.name, *shapes)
     return profile
-
-
-def _read_timing_cache(config: Any, file: Path | None) -> None:
-    if file is None:
-        return
-    known = file.read_bytes() if file.is_file() else b""
-    if not config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False):
-        config.set_timing_cache(
-            config.create_timing_cache(b""), ignore_mismatch=False
-        )  # the cache is of another GPU or version

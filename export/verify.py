@@ -30,15 +30,22 @@ def verify(
     config: ParityConfig = ParityConfig(),
     announce: Callable[[str], None] = lambda what: None,
 ) -> Manifest:
-    """Measure every build against torch float32. Returns the manifest with the parities.
+    """Measure every build that runs here against torch float32. Returns the manifest with the parities.
+
+    Builds for other GPUs stay without figures; the machine that runs them measures them at its first start.
 
     Raises:
         ArtifactError, BackendError: a build cannot run here.
     """
+    if all(build.other_gpu for build in manifest.builds):
+        return manifest
     announce("pictures: torch fp32, the reference")
     reference = reference_pictures(checkpoint, config)
     builds = []
     for build in manifest.builds:
+        if build.other_gpu:
+            builds.append(build)
+            continue
         announce(f"pictures: {build.name}")
         pictures = picture_parity(reference, load_build(checkpoint, manifest, build, folder))
         builds.append(replace(build, pictures=pictures, measured_on=kernel_choice(build)))
@@ -64,6 +71,9 @@ def _with_component_parity(checkpoint: Checkpoint, manifest: Manifest, folder: P
     del module  # a build of the same size comes next
     builds = []
     for build in manifest.builds:
+        if build.other_gpu:
+            builds.append(build)
+            continue
         backend = component_backend(manifest, build, folder, name)
         parity = component_parity(expected, _called(backend, inputs.values()))
         components = build.components | {name: replace(build.components[name], parity=parity)}  # type: ignore[operator]
@@ -103,4 +113,7 @@ def parity_table(manifest: Manifest) -> str:
         for steps, found in build.pictures.items():
             numbers = f"{found.psnr_db:.1f} | {found.min_psnr_db:.1f} | {found.ssim:.4f}"
             lines.append(f"| {build.name} | {steps} | {numbers} |")
-    return "\n".join(lines)
+    not_run = [
+        f"{build.name} was built for {build.other_gpu} and not run" for build in manifest.builds if build.other_gpu
+    ]
+    return "\n".join([*lines, *([""] if not_run else []), *not_run])

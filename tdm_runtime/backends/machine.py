@@ -18,6 +18,7 @@ TOOLS = (
     "onnxruntime",
     "onnxruntime-gpu",
     "tensorrt",
+    "tensorrt-rtx",
 )
 """Packages whose version may change what is built."""
 

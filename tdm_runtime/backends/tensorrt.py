@@ -1,12 +1,10 @@
-"""TensorRT: plans that `tdm-export` built from ONNX files, for one GPU architecture and one TensorRT version.
+"""TensorRT: plans that `tdm-export` built from ONNX files, for one GPU architecture and version of a TensorRT library.
 
-Not run yet: written against the API of TensorRT 10 and 11 (checked with the signatures of the 11.4 bindings), on a
-machine without a GPU.
+No plan has run yet: tests build plans with tensorrt-rtx and load them without a GPU, which ends in the errors below.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +18,8 @@ from tdm_runtime.backends import Precision
 from tdm_runtime.backends.cuda_graphs import cuda_stream, side_stream
 from tdm_runtime.backends.interface import Interface
 from tdm_runtime.backends.machine import gpu_architecture
+from tdm_runtime.backends.tensorrt_library import Package, import_tensorrt, loaded_plan, parser_errors
 from tdm_runtime.errors import ArtifactError, BackendError
-
-logger = logging.getLogger(__name__)
 
 SizeRange = tuple[int, int, int]
 """Smallest, best and largest value of a size. Any value between runs; the best runs fastest."""
@@ -32,8 +29,10 @@ SizeRange = tuple[int, int, int]
 class BuiltFor:
     """Machine and sizes that a plan was built for, in a file beside it: a plan must be loaded before it tells them."""
 
-    tensorrt: str
-    """TensorRT version; a plan runs only on the version that built it."""
+    library: Package
+    """Library that built the plan; the other one cannot run it."""
+    version: str
+    """Version of the library; a plan runs only on the version that built it."""
     gpu: str
     """Compute capability, as "sm_90"."""
     precision: Precision
@@ -57,16 +56,16 @@ class BuiltFor:
             reason = str(error).splitlines()[0]
             raise ArtifactError(f"{built_for_file(plan)} cannot be read ({reason}); run `tdm-export` again") from None
 
-    def check_machine(self, plan: Path, tensorrt: str, gpu: str | None) -> None:
-        """Check that a plan was built for a TensorRT version and a GPU.
+    def check_machine(self, plan: Path, version: str, gpu: str | None) -> None:
+        """Check that a plan was built for a version of its library and for a GPU.
 
         Raises:
             ArtifactError: naming what it was built for, what is here and what to run.
         """
-        if (self.tensorrt, self.gpu) != (tensorrt, gpu):
+        if version != self.version or gpu != self.gpu:
             raise ArtifactError(
-                f"{plan} was built for {self.gpu} with TensorRT {self.tensorrt}; this machine has "
-                f"{gpu or 'no CUDA device'} with TensorRT {tensorrt}; run `tdm-export` again on this machine"
+                f"{plan} was built for {self.gpu} with {self.library} {self.version}; this machine has "
+                f"{gpu or 'no CUDA device'} with {self.library} {version}; run `tdm-export` again for this machine"
             )
 
     def check_sizes(self, plan: Path, sizes: Mapping[str, int]) -> None:
@@ -99,22 +98,20 @@ class TensorRTBackend:
     def __init__(self, file: Path, interface: Interface, device: torch.device) -> None:
         """
         Raises:
-            BackendError: TensorRT is not installed.
+            BackendError: the library that built the plan is not installed, or GPU memory is out.
             ArtifactError: the plan was built for another version or GPU, or is damaged.
         """
-        trt = import_tensorrt()
         self.device = device
         self._file = file
         self._interface = interface
         self._built_for = BuiltFor.load(file)
-        self._built_for.check_machine(file, trt.__version__, gpu_architecture())
+        self._library = import_tensorrt(self._built_for.library)
+        self._built_for.check_machine(file, self._library.version, gpu_architecture())
+        self._seen: set[tuple[tuple[int, ...], ...]] = set()
         with torch.cuda.device(device):
-            self._log = Log.of(trt)  # must outlive what was made with it
-            self._runtime = trt.Runtime(self._log)
-            self._plan = self._runtime.deserialize_cuda_engine(file.read_bytes())
-            if self._plan is None:
-                raise ArtifactError(f"TensorRT cannot load {file} ({self._log.last}); run `tdm-export` again")
-            self._context = self._plan.create_execution_context()
+            self._log = self._library.log()
+            self._plan = loaded_plan(self._library, file, self._log)
+            self._context, self._kernels = self._library.context(self._plan, file, self._log)
             self._stream = cuda_stream(device)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
@@ -138,7 +135,14 @@ class TensorRTBackend:
         output = torch.empty(shape, dtype=getattr(torch, spec.dtype), device=self.device)
         self._must(self._context.set_tensor_address(spec.name, output.data_ptr()))
         self._must(self._context.execute_async_v3(self._stream.cuda_stream))
+        self._keep_kernels(tuple(shapes))
         return output
+
+    def _keep_kernels(self, shapes: tuple[tuple[int, ...], ...]) -> None:
+        """Write the compiled kernels after the first call of each shape."""
+        if self._kernels is not None and shapes not in self._seen:
+            self._seen.add(shapes)
+            self._kernels.save()
 
     def refit(self, onnx_file: Path) -> None:
         """Take the weights of another ONNX file of the same graph, as after merging a LoRA. No call may run meanwhile.
@@ -148,31 +152,32 @@ class TensorRTBackend:
         """
         with torch.cuda.device(self.device):
             torch.cuda.synchronize()
-            refit(self._plan, onnx_file, self._log)
+            refit(self._library.module, self._plan, onnx_file, self._log)
 
     def _must(self, succeeded: bool) -> None:
         if not succeeded:
             raise BackendError(f"TensorRT cannot run {self._file}: {self._log.last}")
 
 
-def refit(plan: Any, onnx_file: Path, log: Any) -> None:
+def refit(trt: Any, plan: Any, onnx_file: Path, log: Any) -> None:
     """Replace all weights of a loaded plan by those of an ONNX file.
 
     Args:
-        plan: `tensorrt.ICudaEngine`.
-        log: of `Log.of`, that the plan was loaded with.
+        trt: module of the library that loaded the plan.
+        plan: `ICudaEngine`.
+        log: of `TensorRT.log`, that the plan was loaded with.
 
     Raises:
         ArtifactError: the plan is not refittable, or the file is of another graph.
     """
-    trt = import_tensorrt()
     if not plan.refittable:
-        raise ArtifactError(f"the plan {plan.name!r} is not refittable; build it with refittable=True")
+        raise ArtifactError(f"the plan {plan.name!r} keeps its weights: it was built without a GPU; build it on one")
     refitter = trt.Refitter(plan, log)
     parser = trt.OnnxParserRefitter(refitter, log)
     if not parser.refit_from_file(str(onnx_file)):
-        errors = "; ".join(parser.get_error(n).desc() for n in range(parser.num_errors))
-        raise ArtifactError(f"{onnx_file} does not fit the plan: {errors}; export it as the plan's own file was")
+        raise ArtifactError(
+            f"{onnx_file} does not fit the plan: {parser_errors(parser)}; export it as the plan's own file was"
+        )
     if missing := refitter.get_missing_weights():
         raise ArtifactError(f"{onnx_file} lacks {len(missing)} weights that go with others, as {missing[0]}")
     if not refitter.refit_cuda_engine():
@@ -187,40 +192,3 @@ def sizes_of(interface: Interface, shapes: Sequence[Sequence[int]]) -> dict[str,
         for name, size in zip(spec.shape, shape, strict=True)
         if isinstance(name, str)
     }
-
-
-def import_tensorrt() -> Any:
-    """The tensorrt package.
-
-    Raises:
-        BackendError: it is not installed, or its libraries cannot be loaded.
-    """
-    try:
-        import tensorrt
-    except (ImportError, OSError) as error:
-        raise BackendError(
-            f"tensorrt cannot be imported ({error}); `pip install tensorrt` on a machine with an NVIDIA GPU"
-        ) from None
-    return tensorrt
-
-
-class Log:
-    """Logger of TensorRT: passes warnings to our log and keeps the last error for messages."""
-
-    @staticmethod
-    def of(trt: Any) -> Any:
-        """Return a `tensorrt.ILogger`. Its base class exists only where the package is installed."""
-
-        class _Log(trt.ILogger):  # type: ignore[misc]
-            def __init__(self) -> None:
-                trt.ILogger.__init__(self)
-                self.last = "no error was reported"
-
-            def log(self, severity: Any, message: str) -> None:
-                if severity <= trt.ILogger.ERROR:
-                    self.last = message
-                    logger.error("%s", message)
-                elif severity == trt.ILogger.WARNING:
-                    logger.warning("%s", message)
-
-        return _Log()

@@ -84,6 +84,11 @@ class Build:
     def name(self) -> str:
         return f"{self.backend} {self.precision}"
 
+    @property
+    def other_gpu(self) -> str | None:
+        """The GPU that it was built for, if this machine has another or none; else None."""
+        return self.gpu if self.gpu != gpu_architecture() else None
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -107,11 +112,12 @@ class Manifest:
     format: int = MANIFEST_FORMAT
 
     def find(self, backend: BackendName, precision: Precision | None) -> Build | None:
-        """Return the build for a backend, or None. Without a precision it is the first, which is the backend's best."""
-        for build in self.builds:
-            if build.backend == backend and precision in (None, build.precision):
-                return build
-        return None
+        """Return the build for a backend, or None. Without a precision it is the first, which is the backend's best.
+
+        Of builds for several GPUs it is the one for this machine's, if there is one.
+        """
+        found = [build for build in self.builds if build.backend == backend and precision in (None, build.precision)]
+        return next((build for build in found if not build.other_gpu), next(iter(found), None))
 
     def save(self, folder: Path) -> None:
         """Write `folder/manifest.json` atomically."""
@@ -161,7 +167,7 @@ def check_build(manifest: Manifest, build: Build, folder: Path, checkpoint: Chec
         raise ArtifactError(
             f"{build.name} in {folder} was built for {wanted}; this machine has {found}; run `{remedy}`"
         )
-    if build.gpu is not None and build.gpu != gpu_architecture():
+    if build.other_gpu:
         raise ArtifactError(
             f"{build.name} in {folder} was built for {build.gpu} with {wanted}; this machine has "
             f"{gpu_architecture() or 'no CUDA device'}; run `{remedy}`"

@@ -168,6 +168,9 @@ def _measured(artifacts: Artifacts, config: BackendConfig, machine: str) -> Choi
     for backend, precision in _candidates(artifacts, config):
         build = manifest.find(backend, precision) if manifest else None
         name = f"{backend} {precision}"
+        if is_auto and build and build.other_gpu:
+            excluded[name] = f"it was built for {build.other_gpu}"
+            continue
         try:
             if is_auto and manifest and build and (why := _falls_short(artifacts.parity.of(manifest, build))):
                 excluded[name] = why
