@@ -82,12 +82,15 @@ def _parser() -> argparse.ArgumentParser:
 
     embed = commands.add_parser("embed", help="encode the prompts of a file once")
     embed.add_argument("--prompts", type=Path, required=True, help='JSONL file, {"prompt": ...} on each line')
-    encode = commands.add_parser("encode", help="encode a picture for each prompt, for methods that learn from data")
+    encode = commands.add_parser(
+        "encode", help="encode a picture or clip for each prompt, for methods that learn from data"
+    )
     encode.add_argument("--images", type=Path, required=True, help='folder, or JSONL file with "image" on each line')
     for command in (embed, encode):
         command.add_argument("--base", type=Path, required=True, help="diffusers folder of the base model")
         command.add_argument("--output", type=Path, required=True, help="folder of the embeddings")
         command.add_argument("--preset", choices=sorted(PRESETS), required=True, help="preset that sets the size")
+        command.add_argument("--config", type=Path, help="TOML file of the run, if it changes size or frames")
 
     finetune = commands.add_parser("finetune", help="fine-tune a teacher before its distillation (TDM-unify-SFT)")
     finetune.add_argument("--base", type=Path, required=True, help="diffusers folder of the teacher")
@@ -220,15 +223,15 @@ def _preset(given: argparse.Namespace) -> None:
 def _embed(given: argparse.Namespace) -> None:
     from training.pretrained.prompts import embed_prompts
 
-    preset = PRESETS[given.preset]
-    embed_prompts(given.base, given.prompts, given.output, preset.width, preset.height)
+    config = load_config(PRESETS[given.preset], given.config)
+    embed_prompts(given.base, given.prompts, given.output, config.width, config.height)
 
 
 def _encode(given: argparse.Namespace) -> None:
     from training.pretrained.latents import encode_latents
 
-    preset = PRESETS[given.preset]
-    encode_latents(given.base, given.images, given.output, preset.width, preset.height)
+    config = load_config(PRESETS[given.preset], given.config)
+    encode_latents(given.base, given.images, given.output, config.width, config.height, config.frames)
 
 
 def _finetune(given: argparse.Namespace) -> None:

@@ -94,5 +94,11 @@ class AnimateDiff(Family):
     def geometry(self, denoiser: Mapping[str, Any], vae: Mapping[str, Any]) -> LatentGeometry:
         return replace(super().geometry(denoiser, vae), temporal_compression=1)
 
+    def encode_pixels(self, vae: Any, pixels: Tensor) -> Tensor:
+        """Return the latents [B, C, F, h, w] of clips [B, 3, F, H, W], encoded frame by frame."""
+        frames = pixels.transpose(1, 2)
+        latents = super().encode_pixels(vae, frames.flatten(0, 1))
+        return latents.reshape(*frames.shape[:2], *latents.shape[1:]).transpose(1, 2)
+
     def encode_prompts(self, prompts: list[str], encoders: TextEncoders) -> Conditioning:
         return StableDiffusion().encode_prompts(prompts, encoders)

@@ -158,11 +158,11 @@ class Family(ABC):
         )
 
     def encode_pixels(self, vae: Any, pixels: Tensor) -> Tensor:
-        """Return the latents of pictures as the denoiser reads them: the mean of the VAE's distribution, scaled.
+        """Return latents as the denoiser reads them: the mean of the VAE's distribution, scaled.
 
         Args:
             vae: full VAE of the family.
-            pixels: [B, 3, H, W], in [-1, 1].
+            pixels: [B, 3, H, W] of pictures or [B, 3, F, H, W] of clips, in [-1, 1].
         """
         mean: Tensor = vae.encode(pixels).latent_dist.mode()
         return LatentScaling.of(vae.config).from_vae(mean)

@@ -58,6 +58,12 @@ class LatentGeometry:
             return (self.channels, *side)
         if frames < 1:
             raise ValueError(f"frames is {frames}; it must be at least 1")
+        if self.patch_size_t == 1 and (more := -(frames - 1) % self.frame_step):
+            least = frames + more - self.frame_step
+            raise ValueError(
+                f"frames is {frames}; {self.family} makes 1 + {self.frame_step} k frames: ask for {least} or "
+                f"{frames + more}"
+            )
         latent_frames = (frames - 1) // self.temporal_compression + 1
         if missing := -latent_frames % self.patch_size_t:
             raise ValueError(

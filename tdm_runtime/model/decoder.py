@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tdm_runtime.backends import Backend
-from tdm_runtime.families import family_of_vae
+from tdm_runtime.families import Family, family_of_vae
 from tdm_runtime.families.latent_space import ClipParts, LatentGeometry
 
 Pixels = NDArray[np.uint8]
@@ -206,15 +206,18 @@ def decoder_on(backend: Backend, geometry: LatentGeometry) -> Decoder:
     return Decoder(backend, geometry.spatial_compression)
 
 
-def torch_decoder(vae: Any, device: torch.device, threads: int | None = None) -> Decoder:
+def torch_decoder(vae: Any, device: torch.device, threads: int | None = None, family: Family | None = None) -> Decoder:
     """Return the decoder of a diffusers VAE that is in memory already, run by PyTorch in float32.
+
+    Args:
+        family: family of the model; None takes the first that has such a VAE, which for AutoencoderKL makes pictures.
 
     Raises:
         CheckpointError: it is the VAE of no family.
     """
     from tdm_runtime.backends.pytorch import TorchBackend
 
-    family = family_of_vae(vae)
+    family = family or family_of_vae(vae)
     backend = TorchBackend(family.decoder(vae), device, threads=threads)
     return Decoder(backend, family.spatial_compression(vae.config))
 

@@ -55,7 +55,7 @@ def test_a_printed_preset_has_every_setting_and_can_be_read_back(
     assert main(["preset", name]) == 0
     file = tmp_path / "shown.toml"
     file.write_text(capsys.readouterr().out)
-    assert load_config(PRESETS["cogvideox" if name != "cogvideox" else "sd3"], file) == PRESETS[name]
+    assert load_config(PRESETS["cogvideox-2b" if name != "cogvideox-2b" else "sd3"], file) == PRESETS[name]
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ Demo: flow shift 6, 1024 pixels, two adapters on one base, and the rank and alph
 diffusers: the guidance, which is its pipeline's default. Ours: the rest.
 """
 
-COGVIDEOX = DistillConfig(
+COGVIDEOX_2B = DistillConfig(
     steps=2_000,
     batch_size=8,
     accumulation=8,
@@ -120,6 +120,22 @@ COGVIDEOX = DistillConfig(
 
 Demo: the timesteps (even spacing makes worse video), size and frames, and a learning rate near 1e-4 for LoRA.
 diffusers: the guidance, which is its pipeline's default. Ours: the rest.
+The denoiser's 1.7 billion weights are 6.8 GB in float32. The activations of 17,550 tokens were not measured.
+"""
+
+WAN_1_3B = replace(
+    COGVIDEOX_2B,
+    timesteps={},
+    guidance_scale=5.0,
+    width=832,
+    height=480,
+    frames=81,
+    flow_shift=3.0,
+)
+"""4 steps on Wan 2.1 1.3B, LoRA, flow matching, 81 frames of 832x480. The paper has no numbers for it.
+
+diffusers: guidance, size, frames, and the shift for 480 lines. Ours: the rest, as for CogVideoX.
+The denoiser's 1.4 billion weights are 5.7 GB in float32. The activations of 32,760 tokens were not measured.
 """
 
 PRESETS: Mapping[str, DistillConfig] = {
@@ -131,7 +147,8 @@ PRESETS: Mapping[str, DistillConfig] = {
     "pixart": PIXART_512,
     "pixart-1024": PIXART_1024,
     "sd3": SD3,
-    "cogvideox": COGVIDEOX,
+    "cogvideox-2b": COGVIDEOX_2B,
+    "wan-1.3b": WAN_1_3B,
 }
 """Name on the command line -> preset."""
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 
-from tdm_runtime.checkpoint.stock.pipeline_folder import family_of
 from tdm_runtime.families import Denoiser
 from tdm_runtime.model.decoder import torch_decoder
 from tdm_runtime.sampling.schedule import FlowSchedule
@@ -79,14 +78,9 @@ def train_backbone(
 
 
 def sample_grid(folder: Path, base_folder: Path, distiller: Distiller) -> SampleGrid:
-    """Return a grid that draws pictures of the first prompts into `folder/samples`, decoded by the base's VAE.
-
-    Raises:
-        ConfigError: the base makes clips.
-    """
-    if family_of(base_folder).makes_clips:
-        raise ConfigError(f"grid_every is {distiller.config.grid_every} and {base_folder} makes clips; set it to 0")
-    decoder = torch_decoder(load_latent_encoder(base_folder, str(distiller.device)).vae, distiller.device)
+    """Return a grid that draws samples of the first prompts into `folder/samples`, decoded by the base's VAE."""
+    encoder = load_latent_encoder(base_folder, str(distiller.device))
+    decoder = torch_decoder(encoder.vae, distiller.device, family=encoder.family)
     conditioning = distiller.run.prompts.conditioning(range(GRID_PROMPTS)).to(distiller.device)
     return SampleGrid(folder / "samples", distiller, conditioning, decoder.decode)
 

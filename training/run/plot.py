@@ -17,6 +17,8 @@ from training.run.distill import Distiller
 from training.run.loop import LOG_FILE
 
 PLOT_FILE = "metrics.png"
+STRIP_FRAMES = 5
+"""Most frames of a clip in a grid, evenly from its first to its last."""
 NOT_CURVES = frozenset({"step", "stage"})
 
 
@@ -58,7 +60,8 @@ class SampleGrid:
         """Keep the prompts, and draw their noise.
 
         Args:
-            decode: Function from latents [B, C, H, W] to pictures, uint8 [B, H, W, 3].
+            decode: Function from latents [B, C, h, w] to pictures, uint8 [B, H, W, 3], or [B, C, F, h, w] to clips,
+                uint8 [B, frames, H, W, 3].
         """
         self.folder, self.distiller, self.conditioning, self.decode = folder, distiller, conditioning, decode
         shape = (len(conditioning), *distiller.run.latent_shape)
@@ -68,13 +71,22 @@ class SampleGrid:
         self.renoise = torch.randn(shape[0], rows, *shape[1:], generator=generator).to(distiller.device)
 
     def draw(self, done: int) -> Path:
-        """Write `folder/NNNNNN.png`: prompts down, K across."""
+        """Write `folder/NNNNNN.png`: prompts down, K across. A clip is a strip of some of its frames."""
         renoise = self.renoise if self.distiller.config.samples_with_noise else None
+        given = self.conditioning, renoise
         columns = [
-            np.concatenate(list(self.decode(self.distiller.sample(self.noise, k, self.conditioning, renoise))))
+            np.concatenate([_strip(one) for one in self.decode(self.distiller.sample(self.noise, k, *given))])
             for k in self.distiller.trajectories.step_counts
         ]
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / f"{done:06d}.png"
         Image.fromarray(np.concatenate(columns, axis=1)).save(file)
         return file
+
+
+def _strip(sample: Pixels) -> Pixels:
+    """Return a picture [H, W, 3] as it is; of a clip [frames, H, W, 3] at most `STRIP_FRAMES` frames, side by side."""
+    if sample.ndim == 3:
+        return sample
+    frames = sample[np.linspace(0, len(sample) - 1, min(len(sample), STRIP_FRAMES)).round().astype(int)]
+    return np.concatenate(list(frames), axis=1)

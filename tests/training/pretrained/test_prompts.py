@@ -285,7 +285,7 @@ def test_pictures_of_a_folder_are_paired_sorted_by_name(
     by_name = sorted(pictures)
     expected = reference_latents(folders("stable_diffusion"), [by_name[row] for row in source.rows(range(5))])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    with pytest.raises(PromptError, match=r"latents.json is of other pictures .* or remove latents.json"):
+    with pytest.raises(PromptError, match=r"latents.json is of other pictures, .* or remove latents.json"):
         encode_latents(folders("stable_diffusion"), prompt_file, folder, 64, 48, stored_type="fp32", device="cpu")
 
 
@@ -302,7 +302,7 @@ def test_pictures_that_do_not_pair_are_refused(
     ):
         encode_latents(base, prompt_file, folder, 64, 64)
     pictures[0].rename(tmp_path / "hidden")
-    with pytest.raises(PromptError, match="has 4 pictures for 5 prompts; give one for each prompt"):
+    with pytest.raises(PromptError, match=r"has 4 pictures \(.png, .*\) for 5 prompts; give one for each"):
         encode_latents(base, tmp_path, folder, 64, 48)
     with pytest.raises(
         PromptError, match=r"a red fox.png cannot be read as a picture .*; replace it or remove its prompt"
@@ -312,11 +312,6 @@ def test_pictures_that_do_not_pair_are_refused(
     bare.write_text('{"prompt": "a"}\n')
     with pytest.raises(PromptError, match=r'bare.jsonl, line 1 has no picture; add "image": "path"'):
         encode_latents(base, bare, folder, 64, 48)
-    video = tmp_path / "v"
-    embed(folders("cogvideox"), prompt_file, video)
-    (tmp_path / "hidden").rename(pictures[0])
-    with pytest.raises(PromptError, match="is of cogvideox, whose VAE takes clips"):
-        encode_latents(folders("cogvideox"), prompt_file, video, 64, 48)
 
 
 def test_a_picture_is_scaled_to_cover_the_size_and_cropped_at_the_centre(tmp_path: Path) -> None:
