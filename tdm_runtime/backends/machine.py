@@ -34,6 +34,14 @@ def installed(packages: Iterable[str]) -> dict[str, str]:
     return versions
 
 
+def gpu_name() -> str:
+    """Return the CUDA device's name and the CUDA version of its driver; "no CUDA device" without one."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    driver = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
+    return f"{torch.cuda.get_device_name()}, driver for CUDA {driver}"
+
+
 def gpu_architecture() -> str | None:
     """Return the compute capability of the CUDA device, such as "sm_90"; None without one."""
     if not torch.cuda.is_available():

@@ -10,7 +10,8 @@ from typing import Literal
 import torch
 
 from tdm_runtime.backends import TORCH_BACKENDS, TORCH_DTYPES, BackendName, Precision
-from tdm_runtime.backends.machine import gpu_architecture
+from tdm_runtime.backends.machine import gpu_architecture, installed
+from tdm_runtime.backends.tensorrt_library import PACKAGES
 from tdm_runtime.checkpoint.folder import Checkpoint
 from tdm_runtime.checkpoint.manifest import (
     MANIFEST_FILE,
@@ -86,7 +87,7 @@ class Artifacts:
         if config.backend in TORCH_BACKENDS or config.artifacts is not None:
             return False
         if config.backend == "auto":
-            return self.manifest is None and gpu_architecture() is None
+            return self.manifest is None and (gpu_architecture() is None or bool(installed(PACKAGES)))
         return self.manifest is None or self.manifest.find(config.backend, config.precision) is None
 
     def load(

@@ -15,12 +15,12 @@ from pathlib import Path
 import pydantic
 import torch
 
-from tdm_runtime.backends import BackendName, Precision
+from tdm_runtime.backends import TORCH_BACKENDS, BackendName, Precision
 from tdm_runtime.backends.cpu import cores, cpu_features
-from tdm_runtime.backends.machine import TOOLS, gpu_architecture, installed
+from tdm_runtime.backends.machine import TOOLS, gpu_architecture, gpu_name, installed
 from tdm_runtime.checkpoint.file_hashes import file_sha256
 from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT, Checkpoint, open_checkpoint
-from tdm_runtime.checkpoint.manifest import MANIFEST_FILE, PictureParity, export_command
+from tdm_runtime.checkpoint.manifest import MANIFEST_FILE, export_command
 from tdm_runtime.checkpoint.recipe import Adapter
 from tdm_runtime.errors import ArtifactError, BackendError
 from tdm_runtime.model.artifacts import Artifacts, BackendConfig
@@ -157,22 +157,18 @@ def _machine(artifacts: Artifacts, config: BackendConfig) -> str:
     versions = " ".join(f"{name} {version}" for name, version in installed(TOOLS).items())
     wanted = f"{config.backend} {config.precision} {config.threads} {config.device}"
     manifest = file_sha256(artifacts.folder / MANIFEST_FILE)[:12] if artifacts.manifest else None
-    processors = f"{cpu} ({' '.join(cpu_features())}), {cores()} cores, {gpu_architecture()}"
+    processors = f"{cpu} ({' '.join(cpu_features())}), {cores()} cores, {gpu_name()}"
     return f"{processors}, {versions}, {wanted}, manifest {manifest}"
 
 
 def _measured(artifacts: Artifacts, config: BackendConfig, machine: str) -> Choice:
     times: dict[Candidate, float] = {}
     excluded: dict[str, str] = {}
-    manifest, is_auto = artifacts.manifest, config.backend == "auto"
+    is_auto = config.backend == "auto"
     for backend, precision in _candidates(artifacts, config):
-        build = manifest.find(backend, precision) if manifest else None
         name = f"{backend} {precision}"
-        if is_auto and build and build.other_gpu:
-            excluded[name] = f"it was built for {build.other_gpu}"
-            continue
         try:
-            if is_auto and manifest and build and (why := _falls_short(artifacts.parity.of(manifest, build))):
+            if is_auto and (why := _falls_short(artifacts, backend, precision)):
                 excluded[name] = why
                 continue
             for threads in _thread_counts(config.threads, artifacts.checkpoint):
@@ -205,15 +201,27 @@ def _candidates(artifacts: Artifacts, config: BackendConfig) -> Iterator[tuple[B
         return
     on_torch: list[tuple[BackendName, Precision]] = [("torch", "fp32")]
     if gpu_architecture():
-        on_torch += [("torch", "bf16"), ("cuda-graphs", "fp32"), ("cuda-graphs", "bf16")]
+        on_torch += [("torch", "bf16"), ("torch-compiled", "bf16"), ("cuda-graphs", "fp32"), ("cuda-graphs", "bf16")]
     built = [(build.backend, build.precision) for build in artifacts.manifest.builds] if artifacts.manifest else []
     for backend, precision in itertools.chain(on_torch, built):
         if config.precision in (None, precision):
             yield backend, precision
 
 
-def _falls_short(pictures: Mapping[int, PictureParity]) -> str | None:
-    """Return why "auto" must not choose a build, or None if its pictures are close enough."""
+def _falls_short(artifacts: Artifacts, backend: BackendName, precision: Precision) -> str | None:
+    """Return why "auto" must not choose a candidate, or None if it runs here and its pictures are close enough."""
+    manifest = artifacts.manifest
+    if backend in TORCH_BACKENDS:
+        if precision == "fp32":
+            return None
+        pictures = artifacts.parity.of_torch(backend, precision)
+    else:
+        build = manifest.find(backend, precision) if manifest else None
+        if manifest is None or build is None:
+            return None  # loading says what to run
+        if build.other_gpu:
+            return f"it was built for {build.other_gpu}"
+        pictures = artifacts.parity.of(manifest, build)
     lowest = lowest_psnr_db(pictures)
     return f"its pictures reach {lowest:.1f} dB here, below {MIN_PSNR_DB:g} dB" if lowest < MIN_PSNR_DB else None
 

@@ -1,4 +1,4 @@
-"""Parity of builds on this machine: as exported, or measured again if the CPU has other features."""
+"""Parity of builds on this machine: as exported, or measured again if the CPU has other features or on a GPU."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,11 +14,14 @@ from pathlib import Path
 
 import pydantic
 
+from tdm_runtime.backends import BackendName, Precision
+from tdm_runtime.backends.machine import TOOLS, gpu_name, installed
 from tdm_runtime.checkpoint.folder import Checkpoint
 from tdm_runtime.checkpoint.manifest import Build, Manifest, PictureParity, kernel_choice, user_cache
 from tdm_runtime.checkpoint.stock.text_precision import TextConfig
 from tdm_runtime.errors import ArtifactError
-from tdm_runtime.model.load import load_build
+from tdm_runtime.model.load import load_build, load_with_torch
+from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.model.parity import (
     ParityConfig,
     Pictures,
@@ -40,9 +43,9 @@ class KeptParity:
     """Parity of one build, measured on CPUs with one set of features."""
 
     build: str
-    """`Build.name`."""
+    """What was measured, for people."""
     measured_on: tuple[str, ...]
-    """`kernel_choice` of the machine."""
+    """`kernel_choice` of the machine, or the name of its GPU."""
     pictures: Mapping[int, PictureParity]
     """Step count K -> parity."""
 
@@ -77,7 +80,27 @@ class LocalParity:
             return build.pictures
         name = f"parity-{self._key(build, here)}.json"
         if name not in self._found:
-            self._found[name] = self._read(name) or self._measure(manifest, build, here, name)
+            self._found[name] = self._read(name) or self._measure(
+                f"{build.name} in {self._folder}",
+                here,
+                name,
+                lambda: load_build(self._checkpoint, manifest, build, self._folder, text=self._text),
+            )
+        return self._found[name]
+
+    def of_torch(self, backend: BackendName, precision: Precision) -> Mapping[int, PictureParity]:
+        """Return the parity of one of torch's own backends on this machine's GPU. It is measured once and kept.
+
+        Raises:
+            BackendError: It cannot run here.
+        """
+        here, title = (gpu_name(),), f"{backend} {precision}"
+        what = json.dumps([self._checkpoint.fingerprint, title, installed(TOOLS), here])
+        name = f"parity-{hashlib.sha256(what.encode()).hexdigest()[:16]}.json"
+        if name not in self._found:
+            self._found[name] = self._read(name) or self._measure(
+                title, here, name, lambda: load_with_torch(self._checkpoint, backend, precision, text=self._text)
+            )
         return self._found[name]
 
     def checked(self, manifest: Manifest, build: Build) -> Mapping[int, PictureParity]:
@@ -121,18 +144,22 @@ class LocalParity:
         return None
 
     def _measure(
-        self, manifest: Manifest, build: Build, here: tuple[str, ...], name: str
+        self, title: str, here: tuple[str, ...], name: str, load: Callable[[], LoadedModel]
     ) -> Mapping[int, PictureParity]:
+        """Measure one backend.
+
+        Args:
+            title: what it is, for people.
+            name: file that keeps the result.
+        """
         logger.warning(
-            "%s in %s was not measured on a CPU like this one; comparing its pictures with torch fp32 once",
-            build.name,
-            self._folder,
+            "%s was not measured on a machine like this one; comparing its pictures with torch fp32 once", title
         )
         with ThreadPoolExecutor(1) as passing:  # torch's OpenMP workers end with this thread
             passing.submit(lambda: self._reference).result()  # made before the build is loaded: both may not fit
-            model = load_build(self._checkpoint, manifest, build, self._folder, text=self._text)
+            model = load()
             pictures = passing.submit(lambda: picture_parity(self._reference, model)).result()
-        self._keep(KeptParity(build.name, here, pictures), name)
+        self._keep(KeptParity(title, here, pictures), name)
         return pictures
 
     def _keep(self, parity: KeptParity, name: str) -> None:

@@ -20,6 +20,7 @@ from tdm_runtime.checkpoint.manifest import MANIFEST_FILE, PictureParity, defaul
 from tdm_runtime.errors import ArtifactError, BackendError
 from tdm_runtime.model.artifacts import Artifacts, BackendConfig
 from tdm_runtime.model.choice import CHOICE_FILE, MIN_PSNR_DB, load_model
+from tdm_runtime.model.local_parity import LocalParity
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.pipeline import generate
 
@@ -159,6 +160,41 @@ def test_auto_chooses_only_builds_of_the_requested_precision(
     assert load_model(tiny_checkpoint, auto(copy, "int8")).backend == "openvino int8"
     message = refusal(tiny_checkpoint, auto(copy, "fp8"))
     assert f"was not built at fp8; run `tdm-export {tiny_checkpoint} --output {copy} --precision fp8`" in message
+
+
+def test_on_a_gpu_auto_holds_torch_to_the_lowest_psnr_too(
+    tiny_checkpoint: Path, no_artifacts: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The GPU is only claimed here, so what needs one is left out with its reason."""
+    monkeypatch.setattr("tdm_runtime.model.choice.gpu_architecture", lambda: "sm_90")
+    poor: set[str] = {"torch-compiled"}
+    measured = []
+
+    def of_torch(self: LocalParity, backend: BackendName, precision: Precision) -> Mapping[int, PictureParity]:
+        measured.append(backend)
+        return parity(MIN_PSNR_DB - 1 if backend in poor else MIN_PSNR_DB)
+
+    monkeypatch.setattr(LocalParity, "of_torch", of_torch)
+    choice = load_model(tiny_checkpoint, BackendConfig("auto", threads=1)).choice
+    assert choice is not None and measured == ["torch", "torch-compiled", "cuda-graphs"]
+    assert re.search(r"^torch (fp32|bf16) with 1 thread", choice) and "torch bf16" in choice
+    assert "torch-compiled bf16 not considered: its pictures reach 34.0 dB here, below 35 dB" in choice
+    assert "cuda-graphs fp32 not considered: " in choice
+    poor.add("torch")
+    assert "torch bf16 not considered: its pictures reach 34.0 dB" in str(
+        load_model(tiny_checkpoint, BackendConfig("auto", threads=1)).choice
+    )
+
+
+def test_the_parity_of_torch_is_measured_once(tiny_checkpoint: Path, no_artifacts: None) -> None:
+    artifacts = Artifacts.find(open_checkpoint(tiny_checkpoint), BackendConfig("auto"))
+    found = artifacts.parity.of_torch("torch", "bf16")
+    assert set(found) == {1, 2, 3, 4} and all(20 < one.psnr_db < 99 for one in found.values())
+    kept = list(Path(artifacts.folder).glob("parity-*.json"))
+    assert len(kept) == 1
+    kept[0].write_text(kept[0].read_text().replace(f"{found[1].psnr_db!r}", "12.5"))
+    again = Artifacts.find(open_checkpoint(tiny_checkpoint), BackendConfig("auto")).parity.of_torch("torch", "bf16")
+    assert again[1].psnr_db == 12.5
 
 
 def test_auto_without_artifacts_chooses_torch(tiny_checkpoint: Path, no_artifacts: None) -> None:

@@ -104,7 +104,9 @@ def test_a_measured_parity_is_read_at_the_next_start(
     checkpoint: Checkpoint, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """After an edit of the kept file the model has the edited value, so nothing was measured."""
-    says = "openvino fp32 in %s was not measured on a CPU like this one; comparing its pictures with torch fp32 once"
+    says = (
+        "openvino fp32 in %s was not measured on a machine like this one; comparing its pictures with torch fp32 once"
+    )
     load(checkpoint, folder)
     assert [record.getMessage() for record in caplog.records] == [says % folder]
     (kept,) = kept_in(folder)
