@@ -1,4 +1,4 @@
-"""Time one picture at a time, text to PNG bytes, on this runtime's backends and on the stock diffusers pipeline.
+"""Time one picture or clip at a time, text to PNG or MP4 bytes, on our backends and on the stock diffusers pipeline.
 
     .venv/bin/tdm-export && .venv/bin/python -m benchmarks.backends
     .venv/bin/python -m benchmarks.backends FOLDER --contenders stock-fp32 stock-bf16 openvino:bf16
@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, cast
 from benchmarks.machine import machine
 from tdm_runtime.backends import BackendName, Precision
 from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT, Checkpoint, open_checkpoint
+from tdm_runtime.checkpoint.recipe import Recipe
 from tdm_runtime.checkpoint.stock.pipeline_folder import MODEL_INDEX, read_json, text_parts
 from tdm_runtime.params import DecoderName
 
@@ -36,8 +37,8 @@ STOCK = ("stock-fp32", "stock-bf16")
 SUBJECTS = ("apple", "cat", "rocket", "pizza", "penguin", "tree", "guitar", "house")
 COLOURS = ("red", "blue", "green", "yellow", "purple", "pink", "black", "white")
 
-MakePng = Callable[[str, int], bytes]
-"""(prompt, seed) -> one picture's PNG bytes."""
+MakeFile = Callable[[str, int], bytes]
+"""(prompt, seed) -> the bytes of one picture's PNG, or of one clip's MP4."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
         nargs="+",
         help=f"{', '.join(STOCK)}, or backend[:precision][:tiny]; default: both, torch:fp32, auto and auto:tiny",
     )
+    parser.add_argument("--frames", type=int, help="frames of a clip (default: the recipe's)")
     parser.add_argument("--steps", type=int, default=4, help="num_inference_steps (%(default)s)")
     parser.add_argument(
         "--pictures", type=int, default=40, help="pictures per round, after those for warm-up (%(default)s)"
@@ -94,6 +96,8 @@ def _in_a_process(name: str, given: argparse.Namespace) -> Run:
     command = [sys.executable, "-m", "benchmarks.backends", str(given.checkpoint), "--only", name]
     command += ["--steps", str(given.steps), "--pictures", str(given.pictures)]
     command += ["--warm-up", str(given.warm_up)]
+    if given.frames:
+        command += ["--frames", str(given.frames)]
     if given.artifacts:
         command += ["--artifacts", str(given.artifacts)]
     quiet = {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"}
@@ -113,9 +117,9 @@ def measure(name: str, given: argparse.Namespace) -> Run:
     pictures_ms, cpu_started_s = [], time.process_time()
     for seed in range(given.warm_up, given.warm_up + given.pictures):
         began_s = time.perf_counter()
-        png = make(next(texts), seed)
+        content = make(next(texts), seed)
         pictures_ms.append(1e3 * (time.perf_counter() - began_s))
-        assert png.startswith(b"\x89PNG")
+        assert content.startswith(b"\x89PNG") or content[4:8] == b"ftyp"
     cpu_s = (time.process_time() - cpu_started_s) / given.pictures
     peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return Run(first_s, pictures_ms, cpu_s, peak_kib / 2**20)
@@ -130,24 +134,32 @@ def prompts() -> Iterator[str]:
         number += 1
 
 
-def stock(given: argparse.Namespace, name: str) -> MakePng:
+def stock(given: argparse.Namespace, name: str) -> MakeFile:
     """Return a maker that uses the folder's own diffusers pipeline as its documentation shows it."""
     import torch
+
+    from tdm_runtime.media.video_file import encode_frames
 
     checkpoint = open_checkpoint(given.checkpoint)
     pipeline = stock_pipeline(checkpoint, torch.bfloat16 if name == "stock-bf16" else torch.float32)
     width, height = checkpoint.recipe.native_sizes[0]
     arguments = stock_arguments(checkpoint, given.steps)
+    frames, fps = clip_of(checkpoint.recipe, given)
+    if frames is not None:
+        arguments |= {"num_frames": frames, "output_type": "np"}
 
     def make(prompt: str, seed: int) -> bytes:
-        picture = pipeline(
+        made = pipeline(
             prompt,
             num_inference_steps=given.steps,
             width=width,
             height=height,
             generator=torch.Generator().manual_seed(seed),
             **arguments,
-        ).images[0]
+        )
+        if frames is not None:
+            return encode_frames((255 * made.frames[0]).round().astype("uint8"), "mp4", fps)
+        picture = made.images[0]
         stream = io.BytesIO()
         picture.save(stream, "PNG")
         return stream.getvalue()
@@ -170,7 +182,9 @@ def stock_arguments(checkpoint: Checkpoint, steps: int) -> dict[str, Any]:
     """Return the arguments with which a family's pipeline makes one call of the denoiser for each step."""
     recipe, family = checkpoint.recipe, checkpoint.family.name
     scale = 0.0 if recipe.guidance_scale is None else recipe.guidance_scale
-    if recipe.step_condition == "timestep_cond":
+    if checkpoint.family.makes_clips:
+        scale = 1.0  # their pipelines pass no K to the denoiser; more would be guidance
+    elif recipe.step_condition == "timestep_cond":
         scale = steps + 1.0  # passes K to the denoiser; there is no guidance
     arguments: dict[str, Any] = {"guidance_scale": scale}
     if family in ("pixart", "sana"):
@@ -182,9 +196,15 @@ def stock_arguments(checkpoint: Checkpoint, steps: int) -> dict[str, Any]:
     return arguments
 
 
-def ours(given: argparse.Namespace, name: str) -> MakePng:
-    """Return a maker that uses this runtime: `load_model`, `generate`, `encode_image`."""
+def clip_of(recipe: Recipe, given: argparse.Namespace) -> tuple[int | None, int]:
+    """Return frames and frames per second of each clip; None and 0 for a model of pictures."""
+    return (None if recipe.frames is None else given.frames or recipe.frames.default), recipe.fps or 0
+
+
+def ours(given: argparse.Namespace, name: str) -> MakeFile:
+    """Return a maker that uses this runtime: `load_model`, `generate`, `encode_image` or `encode_frames`."""
     from tdm_runtime.media.image_file import encode_image
+    from tdm_runtime.media.video_file import encode_frames
     from tdm_runtime.model.artifacts import BackendConfig
     from tdm_runtime.model.choice import load_model
     from tdm_runtime.params import SamplingParams
@@ -197,10 +217,12 @@ def ours(given: argparse.Namespace, name: str) -> MakePng:
     model = load_model(given.checkpoint, config)
     print(f"{name}: {model.choice or model.backend}", file=sys.stderr)
     width, height = model.recipe.native_sizes[0]
+    frames, fps = clip_of(model.recipe, given)
 
     def make(prompt: str, seed: int) -> bytes:
-        params = SamplingParams(prompt, seed, given.steps, width, height, decoder)
-        return encode_image(generate(model, params), "png")
+        params = SamplingParams(prompt, seed, given.steps, width, height, decoder, frames=frames)
+        pixels = generate(model, params)
+        return encode_image(pixels, "png") if frames is None else encode_frames(pixels, "mp4", fps)
 
     return make
 

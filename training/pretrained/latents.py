@@ -15,13 +15,14 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from PIL import Image, ImageOps, ImageSequence
+from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
 from tdm_runtime.checkpoint.stock.pipeline_folder import family_of
 from tdm_runtime.errors import CheckpointError
 from tdm_runtime.families import Family
+from tdm_runtime.media.video_file import read_frames
 from training.pretrained.prompts import (
     EmbeddingIndex,
     PromptError,
@@ -173,24 +174,14 @@ def read_clip(file: Path, width: int, height: int, frames: int) -> Tensor:
         PromptError: the clip cannot be read, or has fewer frames.
     """
     try:
-        shown = [ImageOps.fit(frame, (width, height), Image.Resampling.LANCZOS) for frame in _frames_of(file)]
+        pictures = map(Image.fromarray, read_frames(file.read_bytes()))
+        shown = [ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS) for picture in pictures]
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise PromptError(f"{file} cannot be read as a clip ({error}); replace it or remove its prompt") from None
     if len(shown) < frames:
         raise PromptError(f"{file} has {len(shown)} frames and {frames} are taken; replace it or remove its prompt")
     taken = [shown[round(n)] for n in np.linspace(0, len(shown) - 1, frames)]
     return torch.from_numpy(np.stack([np.array(frame) for frame in taken])).permute(3, 0, 1, 2).float() / 127.5 - 1
-
-
-def _frames_of(file: Path) -> list[Image.Image]:
-    """Return every frame of a clip: of a GIF or WebP by Pillow, of other files by FFmpeg."""
-    if file.suffix.lower() in (".gif", ".webp"):
-        with Image.open(file) as image:
-            return [frame.convert("RGB") for frame in ImageSequence.Iterator(image)]
-    import av
-
-    with av.open(str(file)) as container:
-        return [Image.fromarray(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
 
 
 def _encode_files(encoder: LatentEncoder, files: Sequence[Path], index: EmbeddingIndex, frames: int) -> Tensor:
