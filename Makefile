@@ -2,6 +2,7 @@
 # make triton  install everything and start tritonserver with the model repository on its usual ports of 127.0.0.1
 # make test    install everything and run the tests, in TEST_PROCESSES processes, then those of a real tritonserver
 # make check   check format, lint, types and import contracts
+# make gpu     run the tests and measurements that need a GPU, in 12 minutes; results are in build/gpu
 # make format  format the code and fix what ruff can fix
 # make protos  generate the modules of serving/rpc/protos again, after a change of its .proto files
 # make clean   delete the environment and build files
@@ -22,7 +23,7 @@ TEST_PROCESSES ?= 2
 TEST_ARGS ?=
 export RAY_USAGE_STATS_ENABLED = 0
 
-.PHONY: serve triton test check format protos clean
+.PHONY: serve triton test check gpu format protos clean
 
 serve: $(VENV)/.installed
 	$(BIN)/tdm-serve $(SERVE_ARGS)
@@ -41,6 +42,9 @@ check: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	MYPYPATH=model_repository/tdm/1 $(BIN)/mypy model_repository/tdm/1/*.py
 	$(BIN)/lint-imports
+
+gpu: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.gpu_run --output build/gpu
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .

@@ -75,7 +75,7 @@ def all_contenders(
 
 
 @contextmanager
-def running(contender: Contender, logs: Path) -> Iterator[str]:
+def running(contender: Contender, logs: Path, start_timeout_s: float = START_TIMEOUT_S) -> Iterator[str]:
     """Start a contender, yield its base URL, and always stop it at the end.
 
     Args:
@@ -100,14 +100,14 @@ def running(contender: Contender, logs: Path) -> Iterator[str]:
         )
     try:
         base_url = f"http://127.0.0.1:{port}"
-        _wait_until_ready(process, base_url + contender.ready_route, log)
+        _wait_until_ready(process, base_url + contender.ready_route, log, start_timeout_s)
         yield base_url
     finally:
         _stop(process)
 
 
-def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    deadline_s = time.monotonic() + START_TIMEOUT_S
+def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path, timeout_s: float) -> None:
+    deadline_s = time.monotonic() + timeout_s
     while time.monotonic() < deadline_s:
         if (status := process.poll()) is not None:
             lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it printed nothing"]
@@ -119,7 +119,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> 
         except OSError:  # not listening yet, or 503: not ready yet
             pass
         time.sleep(0.2)
-    raise NotRunError(f"it was not ready within {START_TIMEOUT_S:g} s")
+    raise NotRunError(f"it was not ready within {timeout_s:.0f} s")
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
