@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tdm_runtime.backends.interface import ComponentName
-
 
 @dataclass(frozen=True)
 class RealSize:
@@ -26,6 +24,8 @@ class RealSize:
     """L of the prompt embeddings that a denoiser reads; 0 for other components."""
     note: str = ""
     """How `sizes` differ from the published ones; empty if they do not."""
+    part: str = ""
+    """Name of a `PartKind`, for decoders of clips."""
 
     @property
     def small(self) -> Mapping[str, int]:
@@ -157,6 +157,17 @@ _COGVIDEOX_VAE = {
     "scaling_factor": 1.15258426,
 }
 
+_WAN_1_3B = {
+    "num_attention_heads": 12,
+    "attention_head_dim": 128,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 4096,
+    "freq_dim": 256,
+    "ffn_dim": 8960,
+    "num_layers": 30,
+}
+
 _SANA_SPRINT = {
     "in_channels": 32,
     "out_channels": 32,
@@ -176,9 +187,10 @@ _SANA_SPRINT = {
 _LATENTS_512 = {"batch": 1, "height": 64, "width": 64}
 _LATENTS_1024 = {"batch": 1, "height": 128, "width": 128}
 _LATENTS_VIDEO = {"batch": 1, "frames": 13, "height": 60, "width": 90}
-_LATENTS_VIDEO_CUT = {**_LATENTS_VIDEO, "frames": 3}
+_LATENTS_480P = {"batch": 1, "frames": 21, "height": 60, "width": 104}
+_LATENTS_480P_CUT = {**_LATENTS_480P, "frames": 5}
 
-REAL_SIZES: Mapping[str, Mapping[ComponentName, RealSize]] = {
+REAL_SIZES: Mapping[str, Mapping[str, RealSize]] = {
     "sd15": {
         "text_encoder": RealSize("CLIPTextModel", _clip_large(), {"batch": 1}),
         "denoiser": RealSize("UNet2DConditionModel", _SD15_UNET, _LATENTS_512, 77),
@@ -202,10 +214,20 @@ REAL_SIZES: Mapping[str, Mapping[ComponentName, RealSize]] = {
     },
     "cogvideox-2b": {
         "denoiser": RealSize("CogVideoXTransformer3DModel", _COGVIDEOX_2B, _LATENTS_VIDEO, 226),
-        "decoder": RealSize("AutoencoderKLCogVideoX", _COGVIDEOX_VAE, _LATENTS_VIDEO_CUT, note="9 of 49 frames"),
+        "decoder_first_3": RealSize(
+            "AutoencoderKLCogVideoX", _COGVIDEOX_VAE, _LATENTS_VIDEO, note="9 of 49 frames", part="first_3"
+        ),
+        "decoder_later_2": RealSize(
+            "AutoencoderKLCogVideoX", _COGVIDEOX_VAE, _LATENTS_VIDEO, note="8 of 49 frames", part="later_2"
+        ),
+    },
+    "wan-1.3b": {
+        "denoiser": RealSize("WanTransformer3DModel", _WAN_1_3B, _LATENTS_480P_CUT, 512, note="17 of 81 frames"),
+        "decoder_first_1": RealSize("AutoencoderKLWan", {}, _LATENTS_480P, note="1 of 81 frames", part="first_1"),
+        "decoder_later_1": RealSize("AutoencoderKLWan", {}, _LATENTS_480P, note="4 of 81 frames", part="later_1"),
     },
 }
-"""Model -> component. PixArt is the model of 512 pixels, SANA is Sprint 0.6B.
+"""Model -> program (`program_names`). PixArt is the model of 512 pixels, SANA is Sprint 0.6B.
 
 Text encoders that only torch runs are in `STOCK_TEXT`.
 """

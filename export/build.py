@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from export.errors import ExportError
 from export.onnx_export import OPSET, export_onnx
@@ -24,9 +24,11 @@ from tdm_runtime.backends.machine import TOOLS, installed
 from tdm_runtime.checkpoint.file_hashes import file_sha256
 from tdm_runtime.checkpoint.folder import Checkpoint
 from tdm_runtime.checkpoint.manifest import MANIFEST_FILE, Build, BuiltComponent, Manifest
-from tdm_runtime.model.components import component_names, load_component
+from tdm_runtime.families import Denoiser
+from tdm_runtime.model.components import component_names, load_programs, program_names
 from tdm_runtime.model.decoder import Decoder
 from tdm_runtime.model.load import component_backend, load_build
+from tdm_runtime.model.parity import compared_frames
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.pipeline import generate
 
@@ -51,8 +53,9 @@ class BuildPlan:
         backends = [backend for backend, _ in self.targets]
         # Each component goes to ONNX, to OpenVINO once for all precisions, and to TensorRT once per precision.
         rounds = 1 + ("openvino" in backends) + backends.count("tensorrt")
-        int8 = 3 if ("openvino", "int8") in self.targets else 0
-        return rounds * len(component_names(checkpoint)) + int8
+        programs = sum(len(program_names(checkpoint, name)) for name in component_names(checkpoint))
+        int8 = 1 + len(_quantised(checkpoint)) if ("openvino", "int8") in self.targets else 0
+        return rounds * programs + int8
 
 
 def build_artifacts(checkpoint: Checkpoint, plan: BuildPlan, folder: Path, announce: Announce) -> Manifest:
@@ -61,10 +64,10 @@ def build_artifacts(checkpoint: Checkpoint, plan: BuildPlan, folder: Path, annou
     Raises:
         ExportError: a component cannot be built, or the folder cannot be replaced.
     """
-    if checkpoint.recipe.frames is not None:
+    if checkpoint.family.makes_clips and any(backend == "tensorrt" for backend, _ in plan.targets):
         raise ExportError(
-            f"{checkpoint.recipe.name} makes clips of any of several lengths, and a compiled decoder has a fixed one; "
-            "serve it on torch, with --backend torch"
+            f"{checkpoint.recipe.name} makes clips, which TensorRT plans are not built for; "
+            "choose --backend openvino or onnxruntime"
         )
     _check_replaceable(folder)
     for backend, precision in plan.targets:
@@ -75,13 +78,16 @@ def build_artifacts(checkpoint: Checkpoint, plan: BuildPlan, folder: Path, annou
     with _replacing(folder) as partial:
         interfaces: dict[str, Interface] = {}
         onnx: dict[str, Mapping[str, str]] = {}
-        for name in component_names(checkpoint):
-            announce(f"{name}: PyTorch to ONNX")
-            module, interfaces[name] = load_component(checkpoint, name)
-            export_onnx(module, interfaces[name], partial / f"{name}.onnx", title=name)
-            del module
+        for component in component_names(checkpoint):
+            programs = load_programs(checkpoint, component)
+            for name, (module, interface) in programs.items():
+                _check_one_model(checkpoint, module)
+                announce(f"{name}: PyTorch to ONNX")
+                export_onnx(module, interface, partial / f"{name}.onnx", title=name)
+                interfaces[name] = interface
+                onnx[name] = _hashed(partial, f"{name}.onnx", f"{name}.onnx.data")
+            del programs, module
             gc.collect()  # only one component's weights are in memory at a time
-            onnx[name] = _hashed(partial, f"{name}.onnx", f"{name}.onnx.data")
         manifest = Manifest(
             checkpoint=checkpoint.recipe.name,
             fingerprint=checkpoint.fingerprint,
@@ -97,6 +103,19 @@ def build_artifacts(checkpoint: Checkpoint, plan: BuildPlan, folder: Path, annou
             manifest = replace(manifest, builds=(*manifest.builds, *builds))
         manifest.save(partial)
     return manifest
+
+
+def _check_one_model(checkpoint: Checkpoint, module: nn.Module) -> None:
+    """Check that every sample passes the same weights.
+
+    Raises:
+        ExportError: it is a denoiser of several experts.
+    """
+    if isinstance(module, Denoiser) and module.further_models:
+        raise ExportError(
+            f"{checkpoint.recipe.name} has a second expert, {', '.join(module.further_models)}, and each sample passes "
+            "one of them, which a compiled program cannot choose; serve it on torch, with --backend torch"
+        )
 
 
 def _builds(
@@ -115,7 +134,7 @@ def _builds(
             half = Build("openvino", "fp32", components, installed(["openvino"]))
             announce("pictures for int8 calibration")
             calls = component_calls(checkpoint, manifest, half, folder, plan.calibration)
-            for name, channels in (("denoiser", checkpoint.geometry.channels), ("decoder", 3)):
+            for name, channels in _quantised(checkpoint).items():
                 announce(f"{name}: int8")
                 write_int8_ir(folder / f"{name}.onnx", folder / f"{name}.int8.xml", calls[name], channels)
                 components[name] = BuiltComponent(_hashed(folder, f"{name}.int8.xml", f"{name}.int8.bin"))
@@ -128,8 +147,14 @@ def _builds(
     raise ExportError(f"{backend} has no {precision} build; `tdm-export --help` lists the builds")
 
 
+def _quantised(checkpoint: Checkpoint) -> Mapping[str, int]:
+    """Return the programs that an int8 build quantises, with their output channels. Decoders of clips stay float16."""
+    denoiser = {"denoiser": checkpoint.geometry.channels}
+    return denoiser if checkpoint.family.makes_clips else denoiser | {"decoder": 3}
+
+
 def _ir(manifest: Manifest, folder: Path, announce: Announce) -> Mapping[str, BuiltComponent]:
-    """Write the OpenVINO IR of every component, once for all precisions except int8."""
+    """Write the OpenVINO IR of every program, once for all precisions except int8."""
     components = {}
     for name in manifest.onnx:
         if not (folder / f"{name}.xml").is_file():
@@ -142,19 +167,20 @@ def _ir(manifest: Manifest, folder: Path, announce: Announce) -> Mapping[str, Bu
 def component_calls(
     checkpoint: Checkpoint, manifest: Manifest, build: Build, folder: Path, prompts: Sequence[str]
 ) -> Mapping[str, list[Inputs]]:
-    """Record the inputs of denoiser and decoder while they make one picture per prompt, cycling through all K."""
+    """Record the inputs of the quantised programs while they make one picture per prompt, cycling through all K."""
     model = load_build(checkpoint, manifest, build, folder)
     denoiser = _Recorder(model.denoiser, manifest.interfaces["denoiser"])
-    decoder = _Recorder(component_backend(manifest, build, folder, "decoder"), manifest.interfaces["decoder"])
-    recorded = replace(
-        model, denoiser=denoiser, decoders={"full": Decoder(decoder, checkpoint.geometry.spatial_compression)}
-    )
+    recorded, recorders = replace(model, denoiser=denoiser), {"denoiser": denoiser}
+    if "decoder" in _quantised(checkpoint):
+        decoder = _Recorder(component_backend(manifest, build, folder, "decoder"), manifest.interfaces["decoder"])
+        recorders["decoder"] = decoder
+        recorded = replace(recorded, decoders={"full": Decoder(decoder, checkpoint.geometry.spatial_compression)})
     recipe = model.recipe
     width, height = recipe.native_sizes[0]
     for seed, prompt in enumerate(prompts):
         steps = recipe.step_counts[seed % len(recipe.step_counts)]
-        generate(recorded, SamplingParams(prompt, seed, steps, width, height))
-    return {"denoiser": denoiser.calls, "decoder": decoder.calls}
+        generate(recorded, SamplingParams(prompt, seed, steps, width, height, frames=compared_frames(recipe)))
+    return {name: recorder.calls for name, recorder in recorders.items()}
 
 
 class _Recorder:

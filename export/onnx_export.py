@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 
 from export.errors import ExportError
 from export.traceable import traceable, translations
-from tdm_runtime.backends.interface import Interface, TensorSpec
+from tdm_runtime.backends.interface import Interface, TensorSpec, name_and_factor
 
 OPSET = 20
 EXAMPLE_SIZES: Mapping[str, int] = {"batch": 2, "height": 16, "width": 24, "frames": 3, "tokens": 24}
@@ -34,23 +34,28 @@ class _Positional(nn.Module):
         self._kept_float32 = interface.kept_float32
         self._dtype = dtype
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """Call the module. Inputs and output are float32, whatever `dtype` is."""
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Call the module. Inputs and outputs are float32, whatever `dtype` is."""
         self._tie_sizes(inputs)
         named = {spec.name: self._cast(tensor, spec) for spec, tensor in zip(self._specs, inputs, strict=True)}
-        output: Tensor = self.module(**named)
-        return output.float() if output.is_floating_point() else output
+        output: Tensor | tuple[Tensor, ...] = self.module(**named)
+        outputs = (output,) if isinstance(output, Tensor) else output
+        return tuple(tensor.float() if tensor.is_floating_point() else tensor for tensor in outputs)
 
     def _cast(self, tensor: Tensor, spec: TensorSpec) -> Tensor:
         return tensor.to(self._dtype) if spec.dtype == "float32" and spec.name not in self._kept_float32 else tensor
 
     def _tie_sizes(self, inputs: Sequence[Tensor]) -> None:
-        """Declare that sizes with the same name are equal, because torch.export gives every axis its own symbol."""
+        """Declare that sizes with the same name are equal, because torch.export gives every axis its own symbol.
+
+        A multiple of a size comes after that size.
+        """
         first: dict[str, int] = {}
         for tensor, spec in zip(inputs, self._specs, strict=True):
-            for axis, name in _named_axes(spec).items():
+            for axis, size_name in _named_axes(spec).items():
+                name, factor = name_and_factor(size_name)
                 size = tensor.shape[axis]
-                torch._check(size == first.setdefault(name, size))  # type: ignore[no-untyped-call]
+                torch._check(size == factor * first.setdefault(name, size))  # type: ignore[no-untyped-call]
 
 
 def export_onnx(
@@ -89,7 +94,7 @@ def export_onnx(
                 dynamo=True,
                 dynamic_shapes=(axes,),  # names of the axes in the file
                 input_names=[spec.name for spec in interface.inputs],
-                output_names=[interface.output.name],
+                output_names=[spec.name for spec in interface.outputs],
                 opset_version=OPSET,
                 custom_translation_table=translations(),
                 verbose=False,

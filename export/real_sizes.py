@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from export.architectures import REAL_SIZES, STOCK_TEXT, RealSize, random_model
 from export.onnx_export import export_onnx
 from export.openvino_build import write_ir
-from tdm_runtime.backends.interface import ComponentName, Interface
+from tdm_runtime.backends.interface import Interface
 from tdm_runtime.checkpoint.folder import (
     DEFAULT_CHECKPOINT,
     open_checkpoint,
@@ -38,6 +38,7 @@ from tdm_runtime.checkpoint.recipe import RECIPE_FILE, Recipe, load_recipe
 from tdm_runtime.checkpoint.stock.implied_recipe import implied_recipe
 from tdm_runtime.checkpoint.stock.pipeline_folder import MODEL_INDEX
 from tdm_runtime.families import FAMILIES, Family, decoder_for, denoiser_for
+from tdm_runtime.families.latent_space import ClipDecoderModule, ClipPart
 from tdm_runtime.model.components import TextEncoderModule
 
 Figures = dict[str, Any]
@@ -45,7 +46,7 @@ RESULTS_FILE = "results.jsonl"
 MAX_CALLS = 5
 MAX_CALLS_S = 120.0
 """Calls repeat until `MAX_CALLS` or this time is reached. The first call is left out unless it is the only one."""
-_PARTS: Mapping[ComponentName, str] = {"text_encoder": "text_encoder", "decoder": "vae", "tiny_decoder": TINY_VAE}
+_PARTS: Mapping[str, str] = {"text_encoder": "text_encoder", "decoder": "vae", "tiny_decoder": TINY_VAE}
 """Component -> folder; the denoiser's is named by its family."""
 
 
@@ -140,7 +141,10 @@ def module_of(component: RealSize) -> tuple[nn.Module, Interface]:
         return text_encoder, text_encoder.interface()
     if component.model_class.startswith("Autoencoder"):
         decoder = decoder_for(model)
-        return decoder, decoder.interface(component.sizes.get("frames", 1))
+        if not isinstance(decoder, ClipDecoderModule):
+            return decoder, decoder.interface()
+        part = ClipPart(decoder, next(kind for kind in decoder.kinds if kind.name == component.part))
+        return part, part.interface()
     denoiser = denoiser_for(model)
     if denoiser.condition_dim is None:
         denoiser.add_step_condition()
@@ -155,6 +159,8 @@ def _export(component: RealSize, folder: Path) -> Figures:
     named = {spec.name: tensor for spec, tensor in zip(interface.inputs, inputs, strict=True)}
     with torch.no_grad():
         expected = module(**named)
+    if component.part:
+        expected = expected[0]  # pixels, before the cache
     assert torch.isfinite(expected).all(), "random weights of this scale overflow"
     _save_arrays(folder / "small.npz", named | {"expected": expected})
     published = interface.random_inputs(component.sizes, torch.Generator().manual_seed(2))
@@ -267,7 +273,7 @@ def _peak_rss_bytes() -> int:
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 
 
-def measure(model: str, component: ComponentName, output: Path) -> Figures:
+def measure(model: str, component: str, output: Path) -> Figures:
     """Run all stages of one component, each in its own process.
 
     Raises:
@@ -358,7 +364,7 @@ def main(arguments: list[str] | None = None) -> int:
     if given.output is None:
         parser.error("give --output DIR or --checkpoint MODEL DIR")
     if given.stage:
-        model, component = given.models[0], cast(ComponentName, given.component)
+        model, component = given.models[0], given.component
         figures = STAGES[given.stage](REAL_SIZES[model][component], given.output / f"{model}-{component}")
         print(json.dumps(figures | {f"{given.stage}_peak_bytes": _peak_rss_bytes()}))
         return 0

@@ -25,7 +25,25 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         """PixArt squeezes its tokens, of which there are several: torch ignores that, ONNX refuses it."""
         return op.Squeeze(tensor, op.Constant(value_ints=[dim])) if tensor.shape[dim] == 1 else op.Identity(tensor)
 
-    return {torch.ops.aten.squeeze.dim: squeeze}
+    def repeat_interleave(tensor: Any, repeats: Any, dim: int | None = None, output_size: Any = None) -> Any:
+        """AnimateDiff repeats a row for each frame: of a number that changes, the exporter's own takes another axis."""
+        if dim is None:
+            tensor, dim = op.Reshape(tensor, op.Constant(value_ints=[-1])), 0
+        rank = len(tensor.shape)
+        axis = dim % rank
+        is_fixed = isinstance(repeats, int)
+        count = op.Constant(value_ints=[repeats]) if is_fixed else op.Reshape(repeats, op.Constant(value_ints=[-1]))
+        after = [op.Constant(value_ints=[1] * (rank - axis - 1))] if axis + 1 < rank else []
+        repeated = op.Expand(
+            op.Unsqueeze(tensor, op.Constant(value_ints=[axis + 1])),
+            op.Concat(op.Constant(value_ints=[1] * (axis + 1)), count, *after, axis=0),
+        )
+        joined = op.Constant(value_ints=[-1])
+        shape = op.Concat(op.Shape(tensor, start=0, end=axis), joined, op.Shape(tensor, start=axis + 1), axis=0)
+        return op.Reshape(repeated, shape)
+
+    aten = torch.ops.aten
+    return {aten.squeeze.dim: squeeze, aten.repeat_interleave.self_int: repeat_interleave}
 
 
 @contextmanager

@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 
 from tdm_runtime.backends import Backend
-from tdm_runtime.backends.interface import ComponentName
+from tdm_runtime.backends.interface import ComponentName, Interface
 from tdm_runtime.checkpoint.folder import Checkpoint
 from tdm_runtime.checkpoint.manifest import ComponentParity, Manifest, kernel_choice
-from tdm_runtime.model.components import load_component
+from tdm_runtime.model.components import component_names, load_programs, program_names
 from tdm_runtime.model.load import component_backend, load_build
-from tdm_runtime.model.parity import ParityConfig, picture_parity, reference_pictures
+from tdm_runtime.model.parity import ParityConfig, compared_frames, picture_parity, reference_pictures
 
 BATCH = 3
-"""Batch size of a component's comparison. It is not a power of two, so that padding and splitting are compared too."""
+"""Batch size of a component's comparison. It is not a power of two, so that padding and splitting are compared too.
+Clips are decoded one by one."""
 TOKENS = 77
 """Tokens of a prompt in that comparison, where a denoiser takes any number."""
 
@@ -50,24 +51,27 @@ def verify(
         pictures = picture_parity(reference, load_build(checkpoint, manifest, build, folder))
         builds.append(replace(build, pictures=pictures, measured_on=kernel_choice(build)))
     manifest = replace(manifest, builds=tuple(builds))
-    for name in manifest.interfaces:
-        announce(f"{name}: outputs")
-        manifest = _with_component_parity(checkpoint, manifest, folder, name)  # type: ignore[arg-type]
+    for component in component_names(checkpoint):
+        for name in program_names(checkpoint, component):
+            if name in manifest.interfaces:
+                announce(f"{name}: outputs")
+                manifest = _with_parity(checkpoint, manifest, folder, component, name)
     return manifest
 
 
 @torch.inference_mode()
-def _with_component_parity(checkpoint: Checkpoint, manifest: Manifest, folder: Path, name: ComponentName) -> Manifest:
-    """Measure one component of every build on the same inputs. Returns the manifest with its parities."""
-    module, interface = load_component(checkpoint, name)
-    width, height = checkpoint.recipe.native_sizes[0]
-    _, latent_height, latent_width = checkpoint.geometry.latent_shape(width, height)
-    sizes = {"batch": BATCH, "height": latent_height, "width": latent_width, "tokens": TOKENS}
-    drawn = interface.random_inputs(sizes, torch.Generator().manual_seed(1))
-    inputs = {spec.name: tensor for spec, tensor in zip(interface.inputs, drawn, strict=True)}
-    if "timesteps" in inputs:
-        inputs["timesteps"] = _timesteps(checkpoint)
+def _with_parity(
+    checkpoint: Checkpoint, manifest: Manifest, folder: Path, component: ComponentName, name: str
+) -> Manifest:
+    """Measure one program of every build on the same inputs. Returns the manifest with its parities.
+
+    Of several outputs the first is compared: pixels, which a decoder of clips makes beside its cache.
+    """
+    module, interface = load_programs(checkpoint, component)[name]
+    inputs = _inputs(checkpoint, interface, batch=BATCH if name == component else 1)
     expected = module(**inputs)
+    if not isinstance(expected, Tensor):
+        expected = expected[0]
     del module  # a build of the same size comes next
     builds = []
     for build in manifest.builds:
@@ -79,6 +83,19 @@ def _with_component_parity(checkpoint: Checkpoint, manifest: Manifest, folder: P
         components = build.components | {name: replace(build.components[name], parity=parity)}  # type: ignore[operator]
         builds.append(replace(build, components=components))
     return replace(manifest, builds=tuple(builds))
+
+
+def _inputs(checkpoint: Checkpoint, interface: Interface, batch: int) -> dict[str, Tensor]:
+    """Return random inputs of the native size, by name."""
+    recipe = checkpoint.recipe
+    width, height = recipe.native_sizes[0]
+    _, *axes = checkpoint.geometry.latent_shape(width, height, compared_frames(recipe) or 1)
+    sizes = {"batch": batch, "height": axes[-2], "width": axes[-1], "frames": axes[0], "tokens": TOKENS}
+    drawn = interface.random_inputs(sizes, torch.Generator().manual_seed(1))
+    inputs = {spec.name: tensor for spec, tensor in zip(interface.inputs, drawn, strict=True)}
+    if "timesteps" in inputs:
+        inputs["timesteps"] = _timesteps(checkpoint)
+    return inputs
 
 
 def _timesteps(checkpoint: Checkpoint) -> Tensor:
@@ -105,7 +122,7 @@ def parity_table(manifest: Manifest) -> str:
     for build in manifest.builds:
         for name, component in build.components.items():
             if component.parity is not None:
-                unit = " levels" if name.endswith("decoder") else ""
+                unit = " levels" if "decoder" in name else ""
                 parity = component.parity
                 lines.append(f"| {build.name} | {name} | {parity.relative_l2:.1e} | {parity.max_abs:.2g}{unit} |")
     lines += ["", "| backend | K | PSNR, dB | lowest, dB | SSIM |", "|---|---|---|---|---|"]

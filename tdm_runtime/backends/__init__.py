@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Literal, Protocol, get_args
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -32,3 +32,12 @@ class Backend(Protocol):
     """Whether a sample's output has the same bits at every batch size."""
 
     def __call__(self, *inputs: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
+class ManyOutputs(Backend, Protocol):
+    """A backend that also runs programs with further outputs (`Interface.further_outputs`)."""
+
+    def outputs(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Return every output. The inputs are one call, so their batch is not cut."""
+        ...

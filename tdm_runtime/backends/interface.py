@@ -1,7 +1,8 @@
-"""`Interface`: the tensors that a component is called with and the one that it returns."""
+"""`Interface`: the tensors that a component is called with and those that it returns."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -20,24 +21,44 @@ class TensorSpec:
     name: str
     dtype: DType
     shape: tuple[int | str, ...]
-    """Sizes of the axes. A number is fixed; a named size ("batch", "height", ...) may change from call to call."""
+    """Sizes of the axes. A number is fixed; a named size ("batch", "height", ...) may change from call to call.
+    "height_x2" is twice "height"."""
 
     def resolve(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Return the shape with its named sizes filled in."""
-        return tuple(size if isinstance(size, int) else sizes[size] for size in self.shape)
+        named = [(size, 1) if isinstance(size, int) else name_and_factor(size) for size in self.shape]
+        return tuple(factor * (size if isinstance(size, int) else sizes[size]) for size, factor in named)
+
+
+def multiple_of(name: str, factor: int) -> str:
+    """Return the name of a size that is always `factor` times another one."""
+    return name if factor == 1 else f"{name}_x{factor}"
+
+
+def name_and_factor(size: str) -> tuple[str, int]:
+    """Return the name of the size that `size` is a multiple of, and the factor; the reverse of `multiple_of`."""
+    found = re.fullmatch(r"(.+)_x(\d+)", size)
+    return (found[1], int(found[2])) if found else (size, 1)
 
 
 @dataclass(frozen=True)
 class Interface:
-    """Inputs and output of a component. The first axis of every tensor is the batch."""
+    """Inputs and outputs of a component. The first axis of every tensor is the batch."""
 
     inputs: tuple[TensorSpec, ...]
     output: TensorSpec
+    further_outputs: tuple[TensorSpec, ...] = ()
+    """Outputs after the first: what a decoder of clips keeps for its next part."""
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """All outputs, in order."""
+        return (self.output, *self.further_outputs)
 
     @property
     def size_names(self) -> tuple[str, ...]:
         """Names of the sizes that may change from call to call, each once."""
-        names = [size for spec in self.inputs for size in spec.shape if isinstance(size, str)]
+        names = [name_and_factor(size)[0] for spec in self.inputs for size in spec.shape if isinstance(size, str)]
         return tuple(dict.fromkeys(names))
 
     @property

@@ -70,36 +70,46 @@ class OnnxRuntimeBackend:
         require_used(provider, self._session.get_providers())
         _check_names(file, self._session, interface)
         self._run_options = _run_options()
-        self._output_shapes: dict[tuple[tuple[int, ...], ...], tuple[int, ...]] = {}
+        self._output_shapes: dict[tuple[tuple[int, ...], ...], list[tuple[int, ...]]] = {}
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         if self._stream is None:
+            return self._run(inputs)[0]
+        with side_stream(self._stream):
+            return in_buckets(lambda part: self._run(part)[0], inputs, MAX_PADDING)
+
+    def outputs(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Return every output; the inputs are one call."""
+        if self._stream is None:
             return self._run(inputs)
         with side_stream(self._stream):
-            return in_buckets(self._run, inputs, MAX_PADDING)
+            return self._run(inputs)
 
-    def _run(self, inputs: Sequence[Tensor]) -> Tensor:
+    def _run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         inputs = [tensor.contiguous() for tensor in inputs]  # the name keeps copies alive for the call
         binding = self._session.io_binding()
         for spec, tensor in zip(self._interface.inputs, inputs, strict=True):
             assert tensor.dtype == getattr(torch, spec.dtype), f"{spec.name} is {tensor.dtype}, not {spec.dtype}"
             binding.bind_input(spec.name, *self._place, np.dtype(spec.dtype), tuple(tensor.shape), tensor.data_ptr())
         shapes = tuple(tuple(tensor.shape) for tensor in inputs)
-        if (shape := self._output_shapes.get(shapes)) is None:
+        if (output_shapes := self._output_shapes.get(shapes)) is None:
             return self._first_run(binding, shapes)
-        spec = self._interface.output
-        output = torch.empty(shape, dtype=getattr(torch, spec.dtype), device=self.device)
-        binding.bind_output(spec.name, *self._place, np.dtype(spec.dtype), shape, output.data_ptr())
+        outputs = []
+        for spec, shape in zip(self._interface.outputs, output_shapes, strict=True):
+            output = torch.empty(shape, dtype=getattr(torch, spec.dtype), device=self.device)
+            binding.bind_output(spec.name, *self._place, np.dtype(spec.dtype), shape, output.data_ptr())
+            outputs.append(output)
         self._session.run_with_iobinding(binding, self._run_options)
-        return output
+        return tuple(outputs)
 
-    def _first_run(self, binding: Any, shapes: tuple[tuple[int, ...], ...]) -> Tensor:
-        """Run with an output that ONNX Runtime allocates, and keep its shape for later calls."""
-        binding.bind_output(self._interface.output.name, *self._place)
+    def _first_run(self, binding: Any, shapes: tuple[tuple[int, ...], ...]) -> tuple[Tensor, ...]:
+        """Run with outputs that ONNX Runtime allocates, and keep their shapes for later calls."""
+        for spec in self._interface.outputs:
+            binding.bind_output(spec.name, *self._place)
         self._session.run_with_iobinding(binding, self._run_options)
-        output: Tensor = from_dlpack(binding.get_outputs()[0]).clone()
-        self._output_shapes[shapes] = tuple(output.shape)
-        return output
+        outputs = tuple(from_dlpack(output).clone() for output in binding.get_outputs())
+        self._output_shapes[shapes] = [tuple(output.shape) for output in outputs]
+        return outputs
 
     @property
     def _place(self) -> tuple[str, int]:
@@ -206,10 +216,10 @@ def _opened(file: Path, options: Any, providers: list[Any]) -> Any:
 
 
 def _check_names(file: Path, session: Any, interface: Interface) -> None:
-    wanted = ([spec.name for spec in interface.inputs], [interface.output.name])
+    wanted = ([spec.name for spec in interface.inputs], [spec.name for spec in interface.outputs])
     found = ([value.name for value in session.get_inputs()], [value.name for value in session.get_outputs()])
     if (sorted(found[0]), found[1]) != (sorted(wanted[0]), wanted[1]):
         raise ArtifactError(
             f"{file} takes {', '.join(found[0])} and gives {', '.join(found[1])}, the component takes "
-            f"{', '.join(wanted[0])} and gives {wanted[1][0]}; run `tdm-export` again"
+            f"{', '.join(wanted[0])} and gives {', '.join(wanted[1])}; run `tdm-export` again"
         )

@@ -31,7 +31,7 @@ def open_file(
         case "openvino":
             from tdm_runtime.backends.openvino import OpenVINOBackend
 
-            return OpenVINOBackend(file, precision, threads)
+            return OpenVINOBackend(file, precision, threads, len(interface.outputs))
         case "onnxruntime":
             from tdm_runtime.backends.onnxruntime import OnnxRuntimeBackend
 

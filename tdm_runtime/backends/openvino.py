@@ -38,12 +38,13 @@ class OpenVINOBackend:
     device = torch.device("cpu")
     is_batch_invariant = True
 
-    def __init__(self, file: Path, precision: Precision, threads: int | None = None) -> None:
+    def __init__(self, file: Path, precision: Precision, threads: int | None = None, num_outputs: int = 1) -> None:
         """
         Args:
             file: IR or ONNX file; weights of an IR lie beside it.
             precision: Precision of the arithmetic. In int8 files layers that are not quantised use `precision_hint`.
             threads: CPU threads of a call; None uses all cores.
+            num_outputs: Outputs of the interface; those after them in the file are not read.
 
         Raises:
             BackendError: The file cannot be opened, or the CPU lacks the precision.
@@ -56,19 +57,27 @@ class OpenVINOBackend:
             "INFERENCE_PRECISION_HINT": precision_hint(precision, has_bf16(), has_amx_int8()),
             **({"INFERENCE_NUM_THREADS": threads} if threads else {}),
         }
+        self._num_outputs = num_outputs
         self._programs: OrderedDict[tuple[tuple[int, ...], ...], _Program] = OrderedDict()
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        return in_buckets(self._run, inputs, MAX_PADDING, 1 if self._is_large else MAX_BATCH_BUCKET)
+        def run(part: Sequence[Tensor]) -> Tensor:
+            return self._run(part, 1)[0]
 
-    def _run(self, inputs: Sequence[Tensor]) -> Tensor:
+        return in_buckets(run, inputs, MAX_PADDING, 1 if self._is_large else MAX_BATCH_BUCKET)
+
+    def outputs(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Return every output; the inputs are one call."""
+        return self._run(inputs, self._num_outputs)
+
+    def _run(self, inputs: Sequence[Tensor], num_outputs: int) -> tuple[Tensor, ...]:
         shapes = tuple(tuple(tensor.shape) for tensor in inputs)
         if shapes not in self._programs:
             if self._is_large and len(self._programs) == LARGE_PROGRAMS:
                 self._programs.popitem(last=False)
             self._programs[shapes] = self._compiled(shapes)
         self._programs.move_to_end(shapes)
-        return self._programs[shapes](inputs)
+        return self._programs[shapes](inputs, num_outputs)
 
     def _compiled(self, shapes: tuple[tuple[int, ...], ...]) -> _Program:
         model = self._model.clone()
@@ -86,13 +95,14 @@ class _Program:
         self._request = request
         # NumPy arrays, because torch forbids writing to an inference-mode tensor outside inference mode.
         self._inputs = [tensor.data for tensor in request.input_tensors]
-        self._output = request.output_tensors[0].data
+        self._outputs = [tensor.data for tensor in request.output_tensors]
 
-    def __call__(self, inputs: Sequence[Tensor]) -> Tensor:
+    def __call__(self, inputs: Sequence[Tensor], num_outputs: int) -> tuple[Tensor, ...]:
         for own, given in zip(self._inputs, inputs, strict=True):
             np.copyto(own, given.numpy())
         self._request.infer(share_outputs=True)
-        return torch.from_numpy(self._output.copy())  # the next call overwrites it
+        # Copies, because the next call overwrites them.
+        return tuple(torch.from_numpy(output.copy()) for output in self._outputs[:num_outputs])
 
 
 def has_bf16() -> bool:

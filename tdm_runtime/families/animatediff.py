@@ -8,11 +8,10 @@ from typing import Any, ClassVar, final
 
 from torch import Tensor
 
-from tdm_runtime.backends.interface import Interface, TensorSpec
 from tdm_runtime.families.conditioning import Conditioning
 from tdm_runtime.families.denoiser import Denoiser
 from tdm_runtime.families.family import Family, NativeClip, TextEncoders
-from tdm_runtime.families.latent_space import ClipDecoderModule, LatentGeometry
+from tdm_runtime.families.latent_space import Cache, ClipDecoderModule, LatentGeometry, PartKind
 from tdm_runtime.families.stable_diffusion import StableDiffusion
 from tdm_runtime.families.unet import UNetDenoiser
 
@@ -41,10 +40,13 @@ class MotionUNetDenoiser(UNetDenoiser):
 class FrameDecoder(ClipDecoderModule):
     """Latents of a clip -> the pixels of its frames, with a VAE of pictures."""
 
-    def parts(self, latent_frames: int) -> tuple[int, ...]:
+    kinds = (PartKind(1, is_first=True, leaves_cache=False),)
+
+    @classmethod
+    def parts(cls, latent_frames: int) -> tuple[int, ...]:
         return (1,) * latent_frames
 
-    def decode_part(self, latents: Tensor, cache: Any) -> tuple[Tensor, Any]:
+    def decode_part(self, latents: Tensor, cache: Cache | None) -> tuple[Tensor, None]:
         return self(latents), None
 
     def forward(self, latents: Tensor) -> Tensor:
@@ -52,13 +54,6 @@ class FrameDecoder(ClipDecoderModule):
         frames = latents.transpose(1, 2)
         pixels = super().forward(frames.flatten(0, 1))
         return pixels.reshape(*frames.shape[:2], *pixels.shape[1:])
-
-    def interface(self, latent_frames: int = 1) -> Interface:
-        latents = ("batch", self.vae.config.latent_channels, "frames", "height", "width")
-        return Interface(
-            (TensorSpec("latents", "float32", latents),),
-            TensorSpec("pixels", "uint8", ("batch", "frames", "height_px", "width_px", 3)),
-        )
 
 
 @final

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import reduce
+from operator import getitem
 from types import MethodType
 from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from tdm_runtime.backends.interface import Interface, TensorSpec
+from tdm_runtime.backends.interface import Interface
 from tdm_runtime.errors import CheckpointError
 from tdm_runtime.families.conditioning import Conditioning
 from tdm_runtime.families.denoiser import Denoiser, require_outputs
 from tdm_runtime.families.family import Family, NativeClip, TextEncoders
-from tdm_runtime.families.latent_space import ClipDecoderModule, LatentGeometry
+from tdm_runtime.families.latent_space import Cache, ClipDecoderModule, LatentGeometry, PartKind
 from tdm_runtime.families.positions import length, sines_1d, sines_2d
 
 if TYPE_CHECKING:
@@ -99,32 +103,50 @@ class CogVideoXDenoiser(Denoiser):
 class CogVideoXDecoder(ClipDecoderModule):
     """Latents of a clip -> the pixels of its frames."""
 
-    def parts(self, latent_frames: int) -> tuple[int, ...]:
-        """As `AutoencoderKLCogVideoX._decode` cuts: two latent frames each, and an odd one goes with the first two."""
-        size = self.vae.num_latent_frames_batch_size
-        count = max(latent_frames // size, 1)
-        return (latent_frames - (count - 1) * size, *(size,) * (count - 1))
+    kinds = (
+        PartKind(1, is_first=True, leaves_cache=False),
+        PartKind(3, is_first=True),
+        PartKind(2, is_first=False),
+    )
 
-    def decode_part(self, latents: Tensor, cache: Any) -> tuple[Tensor, Any]:
+    @classmethod
+    def parts(cls, latent_frames: int) -> tuple[int, ...]:
+        """As `AutoencoderKLCogVideoX._decode` cuts: two latent frames each, and an odd one goes with the first two."""
+        count = max(latent_frames // PART_FRAMES, 1)
+        return (latent_frames - (count - 1) * PART_FRAMES, *(PART_FRAMES,) * (count - 1))
+
+    def decode_part(self, latents: Tensor, cache: Cache | None) -> tuple[Tensor, Cache]:
         latents = self.to_vae(latents)
         if self.vae.post_quant_conv is not None:
             latents = self.vae.post_quant_conv(latents)
-        pixels, cache = self.vae.decoder(latents, conv_cache=cache)
-        return self.levels(pixels), cache
+        names = self._cached_layers
+        tree = None if cache is None else _tree(dict(zip(names, cache, strict=True)))
+        pixels, left = self.vae.decoder(latents, conv_cache=tree)
+        return self.levels(pixels), tuple(reduce(getitem, name, left) for name in names)
 
-    def interface(self, latent_frames: int = 1) -> Interface:
-        """Return what `forward` is called with.
+    @property
+    def _cached_layers(self) -> list[tuple[str, ...]]:
+        """Names of the layers that read frames of the part before, as paths in the VAE's nested cache."""
+        return [
+            tuple(re.sub(r"s\.(\d+)", r"_\1", name).split("."))  # up_blocks.0.resnets.1.conv1 has up_block_0, resnet_1
+            for name, layer in self.vae.decoder.named_modules()
+            if getattr(layer, "time_kernel_size", 1) > 1
+        ]
 
-        Args:
-            latent_frames: F, which is fixed: the VAE goes through the latent frames in a Python loop, two at a time.
-        """
-        config = self.vae.config
-        ratio = config.temporal_compression_ratio
-        num_frames = (latent_frames - 1) * ratio + 1 if latent_frames % 2 else latent_frames * ratio
-        return Interface(
-            (TensorSpec("latents", "float32", ("batch", config.latent_channels, latent_frames, "height", "width")),),
-            TensorSpec("pixels", "uint8", ("batch", num_frames, "height_px", "width_px", 3)),
-        )
+
+PART_FRAMES = 2
+"""Latent frames that `AutoencoderKLCogVideoX` decodes together."""
+
+
+def _tree(leaves: Mapping[tuple[str, ...], Tensor]) -> dict[str, Any]:
+    """Return nested dicts of tensors by their paths."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        branch = tree
+        for name in path[:-1]:
+            branch = branch.setdefault(name, {})
+        branch[path[-1]] = leaf
+    return tree
 
 
 @final
@@ -183,6 +205,7 @@ class CogVideoX(Family):
     def replacement(self, part: nn.Module) -> tuple[str, Any] | None:
         from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXSafeConv3d
         from diffusers.models.embeddings import CogVideoXPatchEmbed
+        from diffusers.models.upsampling import CogVideoXUpsample3D
 
         if isinstance(part, CogVideoXPatchEmbed) and part.use_positional_embeddings:
             return "_get_positional_embeddings", MethodType(_joint_position_embedding, part)
@@ -190,7 +213,24 @@ class CogVideoX(Family):
             return "_rotary_embedding", MethodType(_traceable_rotary_embedding, part)
         if isinstance(part, CogVideoXSafeConv3d):  # splits a large input, for the same result
             return "forward", MethodType(nn.Conv3d.forward, part)
+        if isinstance(part, CogVideoXUpsample3D):
+            return "forward", MethodType(_upsampled, part)
         return None
+
+
+def _upsampled(self: Any, inputs: Tensor) -> Tensor:
+    """CogVideoXUpsample3D.forward [B, C, F, H, W] with whole numbers for sizes, which torch.export follows faster."""
+    frames = inputs.shape[2]
+    still = frames if not self.compress_time else 1 if frames == 1 else frames % 2
+    """Frames at the start that stay one frame each; the others become two."""
+    parts = [
+        functional.interpolate(part, size=(factor * part.shape[2], 2 * part.shape[3], 2 * part.shape[4]))
+        for part, factor in ((inputs[:, :, :still], 1), (inputs[:, :, still:], 2))
+        if part.shape[2]
+    ]
+    wide = torch.cat(parts, dim=2)
+    output: Tensor = self.conv(wide.transpose(1, 2).flatten(0, 1))
+    return output.reshape(inputs.shape[0], wide.shape[2], *output.shape[1:]).transpose(1, 2)
 
 
 def _joint_position_embedding(self: Any, height: int, width: int, num_frames: int, device: object = None) -> Tensor:

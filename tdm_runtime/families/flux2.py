@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from tdm_runtime.backends.interface import Interface, TensorSpec
 from tdm_runtime.errors import CheckpointError
 from tdm_runtime.families.conditioning import Conditioning
 from tdm_runtime.families.denoiser import Denoiser, PassedCondition, require_outputs
@@ -70,12 +69,9 @@ class Flux2Decoder(DecoderModule):
         mean, std = _batch_norm(self.vae, latents)
         return pixel_shuffle(latents * std + mean, PATCH_SIZE)
 
-    def interface(self, latent_frames: int = 1) -> Interface:
-        channels = self.vae.config.latent_channels * PATCH_SIZE**2
-        return Interface(
-            (TensorSpec("latents", "float32", ("batch", channels, "height", "width")),),
-            TensorSpec("pixels", "uint8", ("batch", "height_px", "width_px", 3)),
-        )
+    @property
+    def channels(self) -> int:
+        return super().channels * PATCH_SIZE**2
 
 
 @final

@@ -5,12 +5,12 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from tdm_runtime.backends.interface import Interface, TensorSpec
+from tdm_runtime.backends.interface import Interface, TensorSpec, multiple_of
 
 
 @dataclass(frozen=True)
@@ -133,24 +133,51 @@ class DecoderModule(nn.Module):
         levels: Tensor = (pixels.float().clamp(-1, 1) * 127.5 + 127.5).round().to(torch.uint8)
         return levels.movedim(1, -1).contiguous()
 
-    def interface(self, latent_frames: int = 1) -> Interface:
-        """Return what `forward` is called with. `latent_frames` is the F of clips; pictures have none."""
-        channels = self.vae.config.latent_channels
+    @property
+    def channels(self) -> int:
+        """Channels of the denoiser's latents."""
+        return int(self.vae.config.latent_channels)
+
+    def interface(self) -> Interface:
+        """Return what `forward` is called with."""
         return Interface(
-            (TensorSpec("latents", "float32", ("batch", channels, "height", "width")),),
+            (TensorSpec("latents", "float32", ("batch", self.channels, "height", "width")),),
             TensorSpec("pixels", "uint8", ("batch", "height_px", "width_px", 3)),
         )
+
+
+Cache = tuple[Tensor, ...]
+"""What a part of a clip leaves for the next one: the last inputs of causal convolutions, [B, C, F, h, w] each."""
+
+
+@dataclass(frozen=True)
+class PartKind:
+    """Parts of clips that one compiled program decodes."""
+
+    latent_frames: int
+    is_first: bool
+    leaves_cache: bool = True
+    """Whether a next part needs what this one leaves."""
+
+    @property
+    def name(self) -> str:
+        """Name in the files of artifacts."""
+        return f"{'first' if self.is_first else 'later'}_{self.latent_frames}"
 
 
 class ClipDecoderModule(DecoderModule):
     """Decoder of clips that can stop between parts of a clip. The parts together are what `forward` gives at once."""
 
+    kinds: ClassVar[tuple[PartKind, ...]]
+    """Kinds of the parts that clips are made of; a first part that leaves a cache comes before those that read it."""
+
+    @classmethod
     @abstractmethod
-    def parts(self, latent_frames: int) -> tuple[int, ...]:
+    def parts(cls, latent_frames: int) -> tuple[int, ...]:
         """Return the latent frames of each part of a clip, in order."""
 
     @abstractmethod
-    def decode_part(self, latents: Tensor, cache: Any) -> tuple[Tensor, Any]:
+    def decode_part(self, latents: Tensor, cache: Cache | None) -> tuple[Tensor, Cache | None]:
         """Decode the next part of a clip.
 
         Args:
@@ -158,8 +185,65 @@ class ClipDecoderModule(DecoderModule):
             cache: what the part before left; None for the first. It is not changed.
 
         Returns:
-            Pixels, uint8 [B, frames, H, W, 3], and the cache for the next part.
+            Pixels, uint8 [B, frames, H, W, 3], and the cache for the next part; None if no part needs any.
         """
+
+    def interface(self) -> Interface:
+        return Interface(
+            (TensorSpec("latents", "float32", ("batch", self.channels, "frames", "height", "width")),),
+            TensorSpec("pixels", "uint8", ("batch", "num_frames", "height_px", "width_px", 3)),
+        )
+
+
+class ClipPart(nn.Module):
+    """Decodes parts of one kind, as a module to compile: latents and cache in, pixels and the next cache out."""
+
+    def __init__(self, decoder: ClipDecoderModule, kind: PartKind) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.kind = kind
+
+    def forward(self, latents: Tensor, **cache: Tensor) -> tuple[Tensor, ...]:
+        """Return the pixels, then the cache for the next part; see `ClipDecoderModule.decode_part`."""
+        pixels, left = self.decoder.decode_part(latents, tuple(cache.values()) or None)
+        return (pixels, *(left or ())) if self.kind.leaves_cache else (pixels,)
+
+    def interface(self) -> Interface:
+        """Return what `forward` is called with."""
+        pixels, before, left = self._decode_a_latent()
+        latents = ("batch", self.decoder.channels, self.kind.latent_frames, "height", "width")
+        return Interface(
+            (TensorSpec("latents", "float32", latents), *_cache_specs("cache", before)),
+            TensorSpec("pixels", "uint8", ("batch", pixels.shape[1], "height_px", "width_px", 3)),
+            _cache_specs("next_cache", left if self.kind.leaves_cache else ()),
+        )
+
+    @torch.no_grad()
+    def _decode_a_latent(self) -> tuple[Tensor, Cache, Cache]:
+        """Decode one latent a frame, which shows the shapes: pixels, the cache before and the cache after."""
+
+        def latents(kind: PartKind) -> Tensor:
+            return torch.zeros(1, self.decoder.channels, kind.latent_frames, 1, 1)
+
+        before: Cache | None = None
+        if not self.kind.is_first:
+            first = next(kind for kind in self.decoder.kinds if kind.is_first and kind.leaves_cache)
+            _, before = self.decoder.decode_part(latents(first), None)
+        pixels, left = self.decoder.decode_part(latents(self.kind), before)
+        return pixels, before or (), left or ()
+
+
+def _cache_specs(name: str, cache: Cache) -> tuple[TensorSpec, ...]:
+    """Return the specs of a cache that was left by one latent a frame, so that its sides are factors."""
+    shapes = (tensor.shape for tensor in cache)
+    return tuple(
+        TensorSpec(
+            f"{name}_{number}",
+            "float32",
+            ("batch", channels, frames, multiple_of("height", height), multiple_of("width", width)),
+        )
+        for number, (_, channels, frames, height, width) in enumerate(shapes)
+    )
 
 
 class ClipParts(nn.Module):
@@ -168,7 +252,7 @@ class ClipParts(nn.Module):
     def __init__(self, decoder: ClipDecoderModule) -> None:
         super().__init__()
         self.decoder = decoder
-        self.cache: Any = None
+        self.cache: Cache | None = None
         """What the part before left; None before the first part of a clip."""
 
     def forward(self, latents: Tensor) -> Tensor:

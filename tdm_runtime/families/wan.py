@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from tdm_runtime.backends.interface import Interface, TensorSpec
 from tdm_runtime.errors import CheckpointError
 from tdm_runtime.families.conditioning import Conditioning
 from tdm_runtime.families.denoiser import Denoiser, PassedCondition, require_outputs
 from tdm_runtime.families.family import Family, NativeClip, TextEncoders
-from tdm_runtime.families.latent_space import ClipDecoderModule, LatentGeometry, LatentScaling
+from tdm_runtime.families.latent_space import Cache, ClipDecoderModule, LatentGeometry, LatentScaling, PartKind
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
@@ -90,27 +90,46 @@ class WanDecoder(ClipDecoderModule):
     def to_vae(self, latents: Tensor) -> Tensor:
         return _scaling(self.vae.config).to_vae(latents)
 
-    def parts(self, latent_frames: int) -> tuple[int, ...]:
+    kinds = (PartKind(1, is_first=True), PartKind(1, is_first=False))
+
+    @property
+    def channels(self) -> int:
+        return int(self.vae.config.z_dim)
+
+    @classmethod
+    def parts(cls, latent_frames: int) -> tuple[int, ...]:
         return (1,) * latent_frames
 
-    def decode_part(self, latents: Tensor, cache: Any) -> tuple[Tensor, Any]:
+    def decode_part(self, latents: Tensor, cache: Cache | None) -> tuple[Tensor, Cache]:
         from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 
-        features = [None] * self.vae._cached_conv_counts["decoder"] if cache is None else list(cache)
+        layers = self.vae._cached_conv_counts["decoder"]
+        features = [None] * layers if cache is None else [*cache, *[None] * (layers - len(cache))]
         latents = self.vae.post_quant_conv(self.to_vae(latents))
         pixels = self.vae.decoder(latents, feat_cache=features, feat_idx=[0], first_chunk=cache is None)
         if self.vae.config.patch_size is not None:
             pixels = unpatchify(pixels, patch_size=self.vae.config.patch_size)
-        return self.levels(pixels), features
+        return self.levels(pixels), _full_cache(features)
 
-    def interface(self, latent_frames: int = 1) -> Interface:
-        """Return what `forward` is called with. F is fixed: the VAE goes through the latent frames in a Python loop."""
-        config = self.vae.config
-        num_frames = (latent_frames - 1) * config.scale_factor_temporal + 1
-        return Interface(
-            (TensorSpec("latents", "float32", ("batch", config.z_dim, latent_frames, "height", "width")),),
-            TensorSpec("pixels", "uint8", ("batch", num_frames, "height_px", "width_px", 3)),
-        )
+
+CACHE_FRAMES = 2
+"""Frames that a convolution over three frames reads of the part before."""
+
+
+def _full_cache(features: Sequence[Tensor | str | None]) -> Cache:
+    """Return the cache with `CACHE_FRAMES` frames a layer, so that all later parts are alike.
+
+    After the first part it has one frame a layer, and "Rep" for a layer that first widens time in the second part. The
+    VAE pads both with zeros there. Layers without a cache come last and have None.
+    """
+    full: list[Tensor] = []
+    for feature in features:
+        if isinstance(feature, Tensor):
+            missing = CACHE_FRAMES - feature.shape[2]
+            full.append(functional.pad(feature, (0, 0, 0, 0, missing, 0)) if missing else feature)
+        elif feature is not None:
+            full.append(torch.zeros_like(full[-1]))  # the layer before has as many channels and the same size
+    return tuple(full)
 
 
 @final
@@ -161,6 +180,11 @@ class Wan(Family):
         mean: Tensor = vae.encode(pixels).latent_dist.mode()
         return _scaling(vae.config).from_vae(mean)
 
+    def replacement(self, part: nn.Module) -> tuple[str, Any] | None:
+        from diffusers.models.autoencoders.autoencoder_kl_wan import WanUpsample
+
+        return ("forward", _upsampled) if isinstance(part, WanUpsample) else None
+
     def max_tokens(self, encoders: TextEncoders) -> int:
         return 512
 
@@ -173,6 +197,12 @@ class Wan(Family):
             max_sequence_length=self.max_tokens(encoders),
         )
         return Conditioning(embeds)
+
+
+def _upsampled(pixels: Tensor) -> Tensor:
+    """WanUpsample.forward [B, C, H, W] with whole numbers for sizes, which torch.export follows faster."""
+    height, width = pixels.shape[2:]
+    return functional.interpolate(pixels, size=(2 * height, 2 * width), mode="nearest-exact")
 
 
 def _has_two_experts(index: Mapping[str, Any]) -> bool:

@@ -5,6 +5,7 @@ Backends run them and exporters compile them. An `Interface` states what goes in
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from tdm_runtime.backends.interface import ComponentName, Interface, TensorSpec
 from tdm_runtime.families import DecoderModule
+from tdm_runtime.families.latent_space import ClipDecoderModule, ClipPart
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel
@@ -45,6 +47,29 @@ def component_names(checkpoint: Checkpoint) -> tuple[ComponentName, ...]:
     text: tuple[ComponentName, ...] = ("text_encoder",) if checkpoint.has_clip_alone else ()
     tiny: tuple[ComponentName, ...] = ("tiny_decoder",) if checkpoint.has_tiny_vae else ()
     return (*text, "denoiser", "decoder", *tiny)
+
+
+def program_names(checkpoint: Checkpoint, name: ComponentName) -> tuple[str, ...]:
+    """Return the programs that a component is compiled to: one, or a decoder of clips one for each kind of part."""
+    decoder = checkpoint.family.decoder
+    if name.endswith("decoder") and issubclass(decoder, ClipDecoderModule):
+        return tuple(f"{name}_{kind.name}" for kind in decoder.kinds)
+    return (name,)
+
+
+def load_programs(
+    checkpoint: Checkpoint, name: ComponentName, dtype: torch.dtype = torch.float32
+) -> Mapping[str, tuple[nn.Module, Interface]]:
+    """Load one component as modules to compile, by `program_names`; they share their weights.
+
+    Raises:
+        CheckpointError: see `load_component`.
+    """
+    module, interface = load_component(checkpoint, name, dtype)
+    if not isinstance(module, ClipDecoderModule):
+        return {name: (module, interface)}
+    parts = [ClipPart(module, kind) for kind in module.kinds]
+    return {f"{name}_{part.kind.name}": (part, part.interface()) for part in parts}
 
 
 def load_component(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tdm_runtime.backends import Backend
+from tdm_runtime.backends import Backend, ManyOutputs
 from tdm_runtime.families import Family, family_of_vae
-from tdm_runtime.families.latent_space import ClipParts, LatentGeometry
+from tdm_runtime.families.latent_space import Cache, ClipDecoderModule, ClipParts, LatentGeometry, PartKind
 
 Pixels = NDArray[np.uint8]
 
@@ -89,6 +89,30 @@ class Decoder:
         return blend.pixels()
 
 
+class CompiledParts:
+    """Backend that runs a decoder of clips part by part, with a program for each kind of part.
+
+    As in `ClipParts`, `cache` is what the part before left, and None before the first part of a clip.
+    """
+
+    def __init__(self, decoder: type[ClipDecoderModule], programs: Mapping[PartKind, ManyOutputs]) -> None:
+        """Take the family's decoder, which says how clips are cut, and the program of each of its kinds."""
+        self.decoder = decoder
+        self.cache: Cache | None = None
+        first = next(iter(programs.values()))
+        self.device = first.device
+        self.is_batch_invariant = first.is_batch_invariant
+        self._programs = {(kind.latent_frames, kind.is_first): program for kind, program in programs.items()}
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """Return the pixels of the next part of a clip. The only input is its latents, [B, C, F, h, w]."""
+        (latents,) = inputs
+        program = self._programs[latents.shape[2], self.cache is None]
+        pixels, *left = program.outputs(latents, *(self.cache or ()))
+        self.cache = tuple(left) or None
+        return pixels
+
+
 class ClipDecoder(Decoder):
     """Decoder of clips: whole parts of a clip a call, as its autoencoder allows, so that other calls come between.
 
@@ -96,7 +120,11 @@ class ClipDecoder(Decoder):
     """
 
     def __init__(
-        self, backend: Backend, parts: ClipParts, geometry: LatentGeometry, call_pixels: int = CLIP_CALL_PIXELS
+        self,
+        backend: Backend,
+        parts: ClipParts | CompiledParts,
+        geometry: LatentGeometry,
+        call_pixels: int = CLIP_CALL_PIXELS,
     ) -> None:
         """
         Args:
@@ -109,9 +137,9 @@ class ClipDecoder(Decoder):
         self._call_pixels = call_pixels
 
     def calls(self, shape: tuple[int, ...]) -> Calls:
-        cut, side = len(self._cut(shape)), self._side(shape)
-        of_a_call = (shape[0], -(-shape[1] // cut), *(min(size, side) for size in shape[2:]))
-        return Calls(cut * sum(1 for _ in _tiles(shape, side)), of_a_call)
+        cut, side = self._cut(shape), self._side(shape)
+        of_the_first = (shape[0], cut[0][-1].stop, *(min(size, side) for size in shape[2:]))
+        return Calls(len(cut) * sum(1 for _ in _tiles(shape, side)), of_the_first)
 
     def decode(self, latents: Tensor) -> Pixels:
         return np.stack([pixels for sample in latents for pixels in self.steps(sample) if pixels is not None])
@@ -124,7 +152,7 @@ class ClipDecoder(Decoder):
         for number, (top, left) in enumerate(tiles):
             tile = latents[None, ..., top : top + side, left : left + side]
             frames: list[Pixels] = []
-            cache: Any = None
+            cache: Cache | None = None
             for call, parts in enumerate(cut):
                 self._parts.cache = cache
                 frames += [self.backend(tile[:, :, part].contiguous())[0].cpu().numpy() for part in parts]
@@ -200,9 +228,9 @@ def _tiles(shape: Sequence[int], side: int) -> Iterator[tuple[int, int]]:
 
 def decoder_on(backend: Backend, geometry: LatentGeometry) -> Decoder:
     """Return the decoder that a backend runs: part by part, where its module can."""
-    module = getattr(backend, "module", None)
-    if isinstance(module, ClipParts):
-        return ClipDecoder(backend, module, geometry)
+    parts = getattr(backend, "module", backend)
+    if isinstance(parts, ClipParts | CompiledParts):
+        return ClipDecoder(backend, parts, geometry)
     return Decoder(backend, geometry.spatial_compression)
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
 
-from tdm_runtime.backends import TORCH_DTYPES, Backend, BackendName, Precision
+from tdm_runtime.backends import TORCH_DTYPES, Backend, BackendName, ManyOutputs, Precision
 from tdm_runtime.backends.interface import ComponentName, Interface
 from tdm_runtime.backends.opening import open_file, open_module
 from tdm_runtime.backends.pytorch import TorchBackend
@@ -17,9 +17,9 @@ from tdm_runtime.checkpoint.manifest import Build, Manifest, PictureParity, chec
 from tdm_runtime.checkpoint.recipe import RECIPE_FILE
 from tdm_runtime.checkpoint.stock.text_precision import TextConfig
 from tdm_runtime.errors import ArtifactError, BackendError, RecipeError
-from tdm_runtime.families.latent_space import ClipDecoderModule, ClipParts
-from tdm_runtime.model.components import component_names, load_component
-from tdm_runtime.model.decoder import Decoder, decoder_on
+from tdm_runtime.families.latent_space import ClipDecoderModule, ClipParts, PartKind
+from tdm_runtime.model.components import component_names, load_component, program_names
+from tdm_runtime.model.decoder import CompiledParts, Decoder, decoder_on
 from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.model.text_encoder import ClipEncoder, PipelineEncoder, TextEncoder
 from tdm_runtime.params import DecoderName
@@ -82,23 +82,44 @@ def load_build(
     check_build(manifest, build, folder, checkpoint)
 
     def run(name: ComponentName) -> tuple[Backend, Interface]:
-        return component_backend(manifest, build, folder, name, threads), manifest.interfaces[name]
+        programs = {
+            program: component_backend(manifest, build, folder, program, threads)
+            for program in program_names(checkpoint, name)
+        }
+        interface = manifest.interfaces[next(iter(programs))]
+        decoder = checkpoint.family.decoder
+        if name.endswith("decoder") and issubclass(decoder, ClipDecoderModule):
+            return CompiledParts(decoder, _by_part(decoder, programs.values(), build)), interface
+        return programs[name], interface
 
     return _assembled(checkpoint, build.name, run, build.pictures, torch.device("cpu"), text)
 
 
-def component_backend(
-    manifest: Manifest, build: Build, folder: Path, name: ComponentName, threads: int | None = None
-) -> Backend:
-    """Load one component of a build whose files were checked before.
+def component_backend(manifest: Manifest, build: Build, folder: Path, name: str, threads: int | None = None) -> Backend:
+    """Load one program of a build whose files were checked before.
+
+    Args:
+        name: see `program_names`.
 
     Raises:
-        BackendError: The component was not built, or cannot run here.
+        BackendError: The program was not built, or cannot run here.
     """
     if name not in build.components:
         raise ArtifactError(f"{build.name} in {folder} has no {name}; run `tdm-export` again")
     file, interface = folder / build.components[name].file, manifest.interfaces[name]
     return open_file(build.backend, file, interface, build.precision, threads)
+
+
+def _by_part(
+    decoder: type[ClipDecoderModule], backends: Iterable[Backend], build: Build
+) -> Mapping[PartKind, ManyOutputs]:
+    """Return the programs of a decoder of clips, which are in the order of its kinds."""
+    programs = {}
+    for kind, backend in zip(decoder.kinds, backends, strict=True):
+        if not isinstance(backend, ManyOutputs):
+            raise ArtifactError(f"{build.backend} does not run decoders of clips; choose another backend")
+        programs[kind] = backend
+    return programs
 
 
 def _assembled(

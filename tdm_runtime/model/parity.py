@@ -12,6 +12,7 @@ import torch
 from tdm_runtime.backends import Precision
 from tdm_runtime.checkpoint.folder import Checkpoint
 from tdm_runtime.checkpoint.manifest import PictureParity
+from tdm_runtime.checkpoint.recipe import Recipe
 from tdm_runtime.checkpoint.stock.text_precision import TextConfig
 from tdm_runtime.model.decoder import Pixels
 from tdm_runtime.model.load import load_with_torch
@@ -48,6 +49,15 @@ class ParityConfig:
     """Seconds after which no further prompt is begun. At least one is compared."""
 
 
+def compared_frames(recipe: Recipe) -> int | None:
+    """Return the frames of the clips to compare: few, but enough for every kind of part of a decoder; None: pictures.
+
+    After two steps of the frame rule every compiled program of the decoder has run.
+    """
+    rule = recipe.frames
+    return None if rule is None else min(1 + 2 * rule.step, rule.max_frames)
+
+
 def reference_pictures(
     checkpoint: Checkpoint, config: ParityConfig = ParityConfig(), text: TextConfig = TextConfig()
 ) -> Pictures:
@@ -60,7 +70,10 @@ def reference_pictures(
     for seed, prompt in enumerate(config.prompts):
         if pictures and time.monotonic() - started_s > config.budget_s:
             break
-        requests = [SamplingParams(prompt, seed, steps, width, height) for steps in recipe.step_counts]
+        requests = [
+            SamplingParams(prompt, seed, steps, width, height, frames=compared_frames(recipe))
+            for steps in recipe.step_counts
+        ]
         pictures |= {request: generate(model, request) for request in requests}
     return pictures
 

@@ -25,8 +25,12 @@ def psnr_db(a: NDArray[Any], b: NDArray[Any], peak: float = 255.0) -> float:
 
 
 def ssim(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
-    """Return the mean structural similarity of two pictures, uint8 [H, W, 3] (Wang et al. 2004, sec. III-C)."""
-    x, y = (torch.from_numpy(p.astype(np.float64)).permute(2, 0, 1)[:, None] for p in (a, b))
+    """Return the mean structural similarity (Wang et al. 2004, sec. III-C).
+
+    Args:
+        a, b: uint8 [H, W, 3], or clips [F, H, W, 3], whose frames are compared one by one.
+    """
+    x, y = (torch.from_numpy(p.astype(np.float64)).movedim(-1, 0).flatten(0, -3)[:, None] for p in (a, b))
     offsets = torch.arange(11, dtype=torch.float64) - 5
     gaussian = torch.exp(-(offsets**2) / (2 * 1.5**2))
     window = torch.outer(gaussian, gaussian)[None, None] / gaussian.sum() ** 2

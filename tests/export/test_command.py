@@ -226,7 +226,16 @@ def test_a_folder_with_other_files_is_never_replaced(
     open_checkpoint(copy)
 
 
-def test_a_model_of_clips_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plans_of_models_of_clips_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = save_checkpoint(CASES["AnimateDiff-Lightning"], tmp_path / "clips")
-    assert main([str(folder), "--backend", "openvino"]) != 0
-    assert "clips makes clips of any of several lengths" in capsys.readouterr().err
+    message = refusal(capsys, str(folder), "--backend", "tensorrt")
+    assert (
+        message == "clips makes clips, which TensorRT plans are not built for; choose --backend openvino or onnxruntime"
+    )
+
+
+def test_a_model_of_two_experts_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = save_checkpoint(CASES["Wan 2.2 A14B"], tmp_path / "clips")
+    message = refusal(capsys, str(folder), "--backend", "openvino")
+    assert message.endswith("serve it on torch, with --backend torch") and "transformer_2" in message
+    assert not any(tmp_path.glob("*.partial*"))

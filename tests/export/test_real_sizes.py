@@ -42,7 +42,8 @@ SMALLER: dict[str, dict[str, Any]] = {
         ("sd3", "denoiser", 2_028_328_000),
         ("pixart", "denoiser", 610_856_096),
         ("cogvideox-2b", "denoiser", 1_693_783_872),
-        ("cogvideox-2b", "decoder", 215_583_907),
+        ("cogvideox-2b", "decoder_first_3", 215_583_907),
+        ("wan-1.3b", "denoiser", 1_418_996_800),
     ],
 )
 def test_architectures_have_the_published_parameters(model: str, component: Any, parameters: int) -> None:

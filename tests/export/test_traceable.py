@@ -13,7 +13,7 @@ import onnxruntime
 import openvino
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLCogVideoX, AutoencoderTiny
+from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -24,26 +24,41 @@ from tdm_runtime.backends.interface import Interface, TensorSpec
 from tdm_runtime.errors import CheckpointError
 from tdm_runtime.families import FAMILIES, DecoderModule, Denoiser, decoder_for, denoiser_for
 from tdm_runtime.model.components import TextEncoderModule
-from tests.tiny_models import TEXT_TOKENS, TINY_MODELS, tiny_cogvideox, tiny_flux, tiny_pixart
-from tests.tiny_pipelines import dc_vae, flux2_vae, wan_vae
+from tests.tiny_models import (
+    TEXT_TOKENS,
+    TINY_MODELS,
+    tiny_cogvideox,
+    tiny_flux,
+    tiny_motion_unet,
+    tiny_pixart,
+    tiny_wan,
+)
+from tests.tiny_pipelines import dc_vae, flux2_vae
 
 TOLERANCE = 1e-4
 """Largest distance to torch, as a share of the largest number: float32 summed in another order, through all layers."""
 VARIANTS: Mapping[str, Callable[[], Any]] = {
-    **{name: TINY_MODELS[name] for name in FAMILIES if name != "animatediff"},  # repeats its timestep for each frame
+    **{name: TINY_MODELS[name] for name in FAMILIES},
     "flux-dev": lambda: tiny_flux(guidance_embeds=True),
     "pixart": lambda: tiny_pixart(num_layers=1),
     "pixart-1024": lambda: tiny_pixart(num_layers=1, use_additional_conditions=True),
+    "wan": lambda: tiny_wan(num_layers=1),
+    "animatediff": lambda: tiny_motion_unet(
+        block_out_channels=(16,),
+        down_block_types=("CrossAttnDownBlockMotion",),
+        up_block_types=("CrossAttnUpBlockMotion",),
+    ),
+    "animatediff-levels": tiny_motion_unet,
     "cogvideox": lambda: tiny_cogvideox(num_layers=1),
     "cogvideox-5b": lambda: tiny_cogvideox(num_layers=1, use_rotary_positional_embeddings=True),
 }
-"""Every family that can be exported, and more variants of those whose published models need different replacements."""
+"""Every family, and more variants of those whose published models need different replacements."""
 OTHER_SIZES: tuple[Mapping[str, int], ...] = (
     {"batch": 3, "height": 10, "width": 14, "frames": 5, "tokens": 9},
     {"batch": 1, "height": 20, "width": 6, "frames": 1, "tokens": 3},
     {"batch": 2, "height": 8, "width": 8, "frames": 3, "tokens": TEXT_TOKENS},  # as the tiny models were trained
 )
-ODD_SIZES = ({"batch": 1, "height": 9, "width": 11, "tokens": 4},)
+ODD_SIZES = ({"batch": 1, "height": 9, "width": 11, "frames": 2, "tokens": 4},)
 """For models without patches. The others take multiples of their patch size only."""
 
 
@@ -102,13 +117,13 @@ def export(module: nn.Module, interface: Interface, file: Path, dtype: torch.dty
     return Exported(module, interface, file)
 
 
-OF_CLIPS = {"wan", "cogvideox", "cogvideox-5b"}
-"""`tdm-export` refuses them until their decoders can be exported; their replacements are tested in `TestTraceable`."""
+SLOW = {"cogvideox-5b", "animatediff-levels"}
+"""Variants beside another of the same family, whose replacements are tested in `TestTraceable` too."""
 
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(name, marks=pytest.mark.slow) if name in OF_CLIPS else name for name in VARIANTS],
+    params=[pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in VARIANTS],
 )
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """Each denoiser, exported once."""
@@ -237,53 +252,12 @@ def _dc_decoder() -> DecoderModule:
     return decoder_for(dc_vae())
 
 
-def _video_decoder() -> DecoderModule:
-    return decoder_for(
-        AutoencoderKLCogVideoX(
-            block_out_channels=(4, 4, 8),
-            down_block_types=("CogVideoXDownBlock3D",) * 3,
-            up_block_types=("CogVideoXUpBlock3D",) * 3,
-            latent_channels=4,
-            layers_per_block=1,
-            norm_num_groups=2,
-            scaling_factor=0.7,
-        )
-    )
-
-
-def _wan_decoder() -> DecoderModule:
-    return decoder_for(wan_vae())
-
-
 class TestDecoders:
     @pytest.mark.parametrize("decoder", [_kl_decoder, _tiny_decoder, _flux2_decoder, _dc_decoder])
     def test_pixels_equal_torch(self, decoder: Callable[[], DecoderModule], tmp_path: Path) -> None:
         torch.manual_seed(0)
         module = decoder()
         self.assert_pixels(export(module, module.interface(), tmp_path / "decoder.onnx"))
-
-    @pytest.mark.slow  # as for the denoisers of `OF_CLIPS`
-    @pytest.mark.parametrize(("decoder", "frames"), [(_video_decoder, 3), (_wan_decoder, 2)])
-    def test_frames_equal_torch(self, decoder: Callable[[], DecoderModule], frames: int, tmp_path: Path) -> None:
-        torch.manual_seed(0)
-        module = decoder()
-        exported = export(module, module.interface(frames), tmp_path / "decoder.onnx")
-        self.assert_pixels(exported)
-        program = openvino.Core().compile_model(
-            str(exported.file), "CPU", {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
-        )
-        (latents,) = exported.interface.random_inputs(OTHER_SIZES[0], torch.Generator().manual_seed(7))
-        expected = ask_torch(module, exported.interface, (latents,)).int()
-        assert (torch.from_numpy(program(latents.numpy())[0]).int() - expected).abs().max() <= 1
-
-    @pytest.mark.parametrize(("frames", "num_frames"), [(1, 1), (2, 8), (3, 9), (4, 16), (5, 17)])
-    def test_interface_of_a_video_states_its_frames(self, frames: int, num_frames: int) -> None:
-        module = _video_decoder()
-        interface = module.interface(frames)
-        pixels = ask_torch(module, interface, (torch.randn(1, 4, frames, 4, 6),))
-        assert pixels.dtype == torch.uint8
-        assert pixels.shape[:2] == (1, num_frames)
-        assert interface.output.shape == ("batch", num_frames, "height_px", "width_px", 3)
 
     @staticmethod
     def assert_pixels(decoder: Exported) -> None:
