@@ -18,8 +18,9 @@ from tdm_runtime.checkpoint.recipe import Adapter
 from tdm_runtime.checkpoint.stock.text_precision import TEXT_PRECISIONS, TextConfig
 from tdm_runtime.errors import BackendError, CheckpointError, TDMError, shown
 from tdm_runtime.media.image_file import ImageFormat, describe_parameters, encode_image
+from tdm_runtime.media.made_file import FileFormat, encode_made
 from tdm_runtime.media.receipt import Receipt, read_claims, receipt_of
-from tdm_runtime.media.video_file import ClipFormat, encode_frames
+from tdm_runtime.media.video_file import ClipFormat
 from tdm_runtime.model.artifacts import BackendConfig
 from tdm_runtime.model.choice import load_checkpoint, load_model
 from tdm_runtime.model.decoder import Pixels
@@ -30,7 +31,13 @@ from tdm_runtime.pipeline import generate
 FORMATS: Mapping[str, ImageFormat] = {".png": "png", ".webp": "webp", ".jpg": "jpeg", ".jpeg": "jpeg"}
 SECOND_EXPERT = "transformer_2"
 """Part that --lora may name: the second transformer of Wan 2.2."""
-CLIP_FORMATS: Mapping[str, ClipFormat] = {".mp4": "mp4", ".webp": "webp", ".gif": "gif", ".npy": "npy"}
+CLIP_FORMATS: Mapping[str, ClipFormat] = {
+    ".mp4": "mp4",
+    ".webm": "webm",
+    ".webp": "webp",
+    ".gif": "gif",
+    ".npy": "npy",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -64,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         "-o",
         "--output",
         type=Path,
-        help="png, webp or jpeg (picture.png); of a clip mp4, webp, gif or npy, raw uint8 [F, H, W, 3] (clip.mp4)",
+        help="png, webp or jpeg (picture.png); of a clip mp4, webm, webp, gif or npy, raw frames (clip.mp4)",
     )
     parser.add_argument("--seed", type=int, help="drawn when absent, and printed")
     parser.add_argument("--steps", type=int, help="num_inference_steps; the checkpoint's default when absent")
@@ -86,8 +93,8 @@ def _parser() -> argparse.ArgumentParser:
         "--verify",
         type=Path,
         metavar="RECEIPT",
-        help="make the picture of a receipt again, on the backend it names, and compare: a PNG or MP4 with metadata, "
-        "a receipt in JSON or a server's answer",
+        help="make the picture of a receipt again, on the backend it names, and compare: a PNG, MP4 or WebM with "
+        "metadata, a receipt in JSON or a server's answer",
     )
     add_backend_arguments(parser)
     return parser
@@ -100,7 +107,8 @@ def make_picture(given: argparse.Namespace) -> int:
         print(f"backend: {model.choice}", file=sys.stderr)
     recipe = model.recipe
     output = given.output or Path("picture.png" if recipe.frames is None else "clip.mp4")
-    made, formats = ("pictures", FORMATS) if recipe.frames is None else ("clips", CLIP_FORMATS)
+    made = "pictures" if recipe.frames is None else "clips"
+    formats: Mapping[str, FileFormat] = FORMATS if recipe.frames is None else CLIP_FORMATS
     if output.suffix.lower() not in formats:
         raise ValueError(f"the output is {output}; {recipe.name} makes {made}: {', '.join(formats)}")
     width, height = recipe.native_sizes[0] if given.size is None else parse_size(given.size)
@@ -127,16 +135,11 @@ def make_picture(given: argparse.Namespace) -> int:
     pixels = generate(model, params, keep if given.previews else None)
     elapsed_ms = 1e3 * (time.monotonic() - started_s)
     text = describe_parameters(params, recipe, model.digest)
-    receipt = receipt_of(model, params, pixels, is_strict=True).to_json()  # made alone
+    receipt = receipt_of(model, params, pixels, is_strict=True)  # made alone
     try:
         for file, preview in previews.items():
             file.write_bytes(encode_image(preview, FORMATS[file.suffix.lower()], parameters=text))
-        suffix = output.suffix.lower()
-        if recipe.fps is None:
-            output.write_bytes(encode_image(pixels, FORMATS[suffix], parameters=text, receipt=receipt))
-        else:
-            comment = f"{text}\n{receipt}"
-            output.write_bytes(encode_frames(pixels, CLIP_FORMATS[suffix], params.fps or recipe.fps, comment))
+        output.write_bytes(encode_made(model, params, pixels, formats[output.suffix.lower()], receipt=receipt))
     except OSError as error:
         raise OSError(f"{output} cannot be written: {error.strerror}") from None
     done = f"{params.num_inference_steps} steps, seed {params.seed}, {elapsed_ms:.0f} ms on {model.backend}"

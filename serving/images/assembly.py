@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import cast, get_args
 
 from serving.schema.answers import ImageTimings, InputTokenDetails, MadeImage, PartialAnswer, Usage
 from serving.schema.order import ImageEncoding, ImageOrder
 from tdm_runtime.engine.delivery import Preview
 from tdm_runtime.engine.sample import Picture, Timings
-from tdm_runtime.media.image_file import ImageFormat, describe_parameters, encode_image
+from tdm_runtime.media.image_file import ImageFormat, encode_image
+from tdm_runtime.media.made_file import encode_made, frames_of
 from tdm_runtime.media.receipt import receipt_of
-from tdm_runtime.media.video_file import ClipFormat, encode_frames
-from tdm_runtime.model.decoder import Pixels
 from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.model.text_encoder import PromptEmbedding
 from tdm_runtime.scheduling.cost_model import Kind
@@ -24,14 +23,13 @@ def to_images(model: LoadedModel, pictures: Sequence[Picture], encoding: ImageEn
     """Return the pictures as files, or as bare pixels, with seeds and receipts."""
     images = []
     for picture in pictures:
-        params = picture.params
-        receipt = receipt_of(model, params, picture.pixels, picture.is_strict)
-        embedded: dict[str, str] = {}
-        if encoding.metadata and not encoding.pixels_only:
-            text = describe_parameters(params, model.recipe, model.digest)
-            embedded = {"parameters": text, "receipt": receipt.to_json()}
-        pixels = picture.pixels
-        content = pixels.tobytes() if encoding.pixels_only else _file(model, picture, encoding, embedded)
+        params, pixels = picture.params, picture.pixels
+        receipt = receipt_of(model, params, pixels, picture.is_strict)
+        if encoding.pixels_only:
+            content = pixels.tobytes()
+        else:
+            written, quality = receipt if encoding.metadata else None, encoding.compression
+            content = encode_made(model, params, pixels, encoding.output_format, receipt=written, compression=quality)
         images.append(MadeImage(content, params.seed, params.num_inference_steps, picture.is_cached, receipt))
     return images
 
@@ -41,7 +39,7 @@ def to_partial(preview: Preview, index: int, encoding: ImageEncoding) -> Partial
     output_format: ImageFormat = "png"
     if encoding.output_format in get_args(ImageFormat):
         output_format = cast(ImageFormat, encoding.output_format)
-    first = preview.pixels if preview.params.frames is None else preview.pixels[0]
+    first, *_ = frames_of(preview.params, preview.pixels)
     return PartialAnswer(
         content=encode_image(first, output_format, compression=encoding.compression),
         index=index,
@@ -77,20 +75,6 @@ def to_timings(slowest: Timings, waited_ms: float, encode_ms: float, total_ms: f
         encode_ms=encode_ms,
         total_ms=total_ms,
     )
-
-
-def frames_of(picture: Picture) -> Sequence[Pixels]:
-    """Return the frames of a clip, or the picture alone."""
-    return [picture.pixels] if picture.params.frames is None else list(picture.pixels)
-
-
-def _file(model: LoadedModel, picture: Picture, encoding: ImageEncoding, embedded: Mapping[str, str]) -> bytes:
-    if picture.params.frames is None:
-        output_format = cast(ImageFormat, encoding.output_format)
-        return encode_image(picture.pixels, output_format, compression=encoding.compression, **embedded)
-    fps = picture.params.fps or model.recipe.fps
-    assert fps is not None, "recipes of clips have fps"
-    return encode_frames(picture.pixels, cast(ClipFormat, encoding.output_format), fps, "\n".join(embedded.values()))
 
 
 def encoding_kind(order: ImageOrder) -> Kind:

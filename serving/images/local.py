@@ -19,7 +19,7 @@ import torch
 
 from serving.arrival import since_arrival_s
 from serving.config import ServerConfig
-from serving.images.assembly import encoding_kind, frames_of, to_images, to_partial, to_timings, to_usage, to_warnings
+from serving.images.assembly import encoding_kind, to_images, to_partial, to_timings, to_usage, to_warnings
 from serving.images.catalog import Catalog, Served, load_base
 from serving.schema.answers import ImageAnswer, PartialAnswer
 from serving.schema.models import ModelCard
@@ -33,6 +33,7 @@ from tdm_runtime.engine.engine import DiffusionEngine
 from tdm_runtime.engine.sample import Picture
 from tdm_runtime.engine.warm_up import PROMPT
 from tdm_runtime.media.image_file import ImageFormat
+from tdm_runtime.media.made_file import frames_of
 from tdm_runtime.media.video_file import encode_frames
 from tdm_runtime.model.choice import least_seconds
 from tdm_runtime.model.decoder import Pixels
@@ -231,7 +232,8 @@ class ImageService:
         )
 
     def _partial(self, preview: Preview, index: int, order: ImageOrder) -> PartialAnswer:
-        self._safety.check_picture(preview.pixels)
+        for pixels in frames_of(preview.params, preview.pixels):
+            self._safety.check_picture(pixels)
         return to_partial(preview, index, order.encoding)
 
     async def _finish(self, submitted: Submitted) -> ImageAnswer:
@@ -251,8 +253,9 @@ class ImageService:
         made_s = submitted.submitted_s + 1e-3 * max(picture.timings.total_ms for picture in pictures)
         self.engine.observe(HAND_OVER, 1, max(0.0, handed_s - made_s))
         if self._safety.is_on:
-            for pixels in itertools.chain.from_iterable(map(frames_of, pictures)):
-                await asyncio.to_thread(self._safety.check_picture, pixels)
+            for picture in pictures:
+                for pixels in frames_of(picture.params, picture.pixels):
+                    await asyncio.to_thread(self._safety.check_picture, pixels)
         encoding_s = time.monotonic()
         if sum(picture.pixels.size for picture in pictures) <= SMALL_PIXELS:
             images = to_images(model, pictures, order.encoding)

@@ -26,6 +26,7 @@ MEDIA_TYPES = {
     "jpeg": "image/jpeg",
     "gif": "image/gif",
     "mp4": "video/mp4",
+    "webm": "video/webm",
     "jsonl": "application/jsonl",
 }
 """Media type of each extension of an id."""

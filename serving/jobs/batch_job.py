@@ -1,4 +1,4 @@
-"""Many image requests as one job."""
+"""Many requests of pictures and clips as one job."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from serving.errors import from_exception, retry_after_s
 from serving.images.interface import Images
 from serving.jobs.artifacts import ArtifactStore
 from serving.jobs.job import FinishedPart, Job, Part
-from serving.schema.image_request import order_from_fields
-from serving.schema.image_response import to_fields
+from serving.schema import image_response, video_response
+from serving.schema.batch_line import IMAGES, background_order
 
 
 class BatchRenderer:
@@ -50,13 +50,15 @@ class BatchRenderer:
         return FinishedPart(part.position, json.dumps(line).encode() + b"\n", is_failed=status != 200)
 
     async def _answer(self, job: Job, part: Part) -> Any:
-        order = order_from_fields(part.request["body"], self._images.recipe)
+        url = part.request.get("url", IMAGES)  # version 0.1 stored none
+        order = background_order(url, part.request["body"], self._images.recipe)
+        to_response = image_response.to_response if url == IMAGES else video_response.to_response
         answer = await self._images.generate(order.in_background())
         if order.encoding.response_format == "b64_json":
-            return to_fields(answer, urls=None)
+            return to_response(answer, None, None).model_dump()
         base_url = job.request["base_url"]
         published = await asyncio.to_thread(self._artifacts.publish, answer, base_url, self._keep_s)
-        return to_fields(answer, *published)
+        return to_response(answer, *published).model_dump()
 
     def finish(self, job: Job, parts: Callable[[], Iterator[FinishedPart]]) -> dict[str, Any]:
         """Write answers to one file and errors to another. Returns the ids of both; None for a file without lines."""

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast, get_args
 
 import numpy as np
 from PIL import Image
@@ -21,7 +21,7 @@ from serving.jobs.job import FinishedPart, Job, Part
 from serving.schema.answers import ImageAnswer
 from serving.schema.order import DeliveryOptions, ImageEncoding, ImageOrder
 from tdm_runtime.media.image_file import encode_image
-from tdm_runtime.media.video_file import ClipFormat, encode_clip, encode_frames, read_frames
+from tdm_runtime.media.video_file import ClipFormat, Container, encode_clip, encode_frames, read_frames
 from tdm_runtime.model.decoder import Pixels
 from tdm_runtime.params import SamplingParams
 
@@ -117,11 +117,12 @@ def _pixels(part: FinishedPart) -> Pixels:
 
 
 def _walk(frames: Iterator[Pixels], output_format: ClipFormat, fps: int, prompt: str) -> bytes:
-    """Return the file of a walk. MP4 needs one frame in memory at a time, the others need all."""
-    if output_format == "mp4":
+    """Return the file of a walk. MP4 and WebM need one frame in memory at a time, the others need all."""
+    if output_format in get_args(Container):
         first = next(frames)
         height, width, _ = first.shape
-        return encode_clip(itertools.chain([first], frames), fps, width, height, prompt)
+        container = cast(Container, output_format)
+        return encode_clip(itertools.chain([first], frames), fps, width, height, prompt, container)
     return encode_frames(np.stack(list(frames)), output_format, fps, prompt)
 
 

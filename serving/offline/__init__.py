@@ -1,1 +1,1 @@
-"""`tdm-render`: pictures of a file of prompts, without a server. A run that was killed continues where it stopped."""
+"""`tdm-render`: pictures and clips of a file of prompts, without a server. A killed run continues where it stopped."""

@@ -1,4 +1,4 @@
-"""Makes the pictures of a chunk with any `Images`, in this process or in a worker of Ray."""
+"""Makes the pictures and clips of a chunk with any `Images`, in this process or in a worker of Ray."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ TRIES = 2
 """Times that a picture is tried whose request is not at fault."""
 MAX_REPORTED = 20
 """Most failures of a chunk that are reported while the run goes on. All are in the manifest."""
+MAX_CLIPS = 8
+"""Most clips in the engine at once: each has latents and frames of several pictures."""
 SMALL_BYTES = 2**17
 """Largest local file that is written on the event loop; a thread would take longer."""
 
@@ -44,6 +46,18 @@ class ChunkResult:
     """The first ones, in words."""
 
 
+class Room:
+    """Bound on the orders in the engine at once."""
+
+    def __init__(self, num_in_flight: int) -> None:
+        self._pictures = asyncio.Semaphore(num_in_flight)
+        self._clips = asyncio.Semaphore(min(num_in_flight, MAX_CLIPS))
+
+    def of(self, order: ImageOrder) -> asyncio.Semaphore:
+        """Return the semaphore that an order must hold."""
+        return self._pictures if order.pictures[0].frames is None else self._clips
+
+
 class ChunkRenderer:
     """Makes chunks. Several may be made at once; their pictures share the engine's calls."""
 
@@ -57,12 +71,12 @@ class ChunkRenderer:
     ) -> None:
         """
         Args:
-            num_in_flight: most pictures in the engine at once.
+            num_in_flight: most pictures in the engine at once; of clips at most `MAX_CLIPS`.
         """
         self._images = images
         self._storage = storage
         self._output = output
-        self._room = asyncio.Semaphore(num_in_flight)
+        self._room = Room(num_in_flight)
         self._report = report
         self._backends = {card.id: card.backend for card in images.models()}
 
@@ -85,11 +99,11 @@ class ChunkRenderer:
             if outcome == "failed" and len(result.failures) < MAX_REPORTED:
                 result.failures.append(_in_words(chunk.units[position], entry))
 
-        async def make(position: int, unit: Unit, order: ImageOrder) -> None:
+        async def make(position: int, unit: Unit, order: ImageOrder, room: asyncio.Semaphore) -> None:
             try:
                 entry = await self._made(chunk, unit, order)
             finally:
-                self._room.release()
+                room.release()
             if journal is not None and entry.is_completed:
                 journal.write(entry.to_line())
             note(position, entry, "made" if entry.is_completed else "failed")
@@ -103,8 +117,9 @@ class ChunkRenderer:
                         elif (kept := await self._kept(chunk, unit, is_sealed)) is not None:
                             note(position, kept, "kept")
                         else:
-                            await self._room.acquire()
-                            tasks.create_task(make(position, unit, unit.order))
+                            room = self._room.of(unit.order)
+                            await room.acquire()
+                            tasks.create_task(make(position, unit, unit.order, room))
             except ExceptionGroup as group:
                 raise group.exceptions[0] from None
             await asyncio.to_thread(self._end, chunk, [entries[n] for n in range(len(chunk.units))], is_sealed)

@@ -1,9 +1,10 @@
-"""`tdm-render`: makes the pictures of a file of prompts."""
+"""`tdm-render`: makes the pictures and clips of a file of prompts."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import sys
@@ -19,12 +20,12 @@ from serving.offline.estimate import count, measure
 from serving.offline.lines import STDIN, InputFormat, find_sources
 from serving.offline.names import NUMBERS, TEXTS, NameTemplate
 from serving.offline.outputs import OutputKind
-from serving.offline.plan import Model, Planner, PlanOptions, find_models
+from serving.offline.plan import Model, Planner, PlanOptions, check_defaults, find_models
 from serving.offline.progress import Progress
 from serving.offline.records import MANIFEST, Known, gather
 from serving.offline.run import LOCAL, RayOptions, RunOptions, finish, open_output, render_here
 from serving.offline.storage import Storage
-from serving.schema.batch_line import REQUEST_FIELDS
+from serving.schema.batch_line import FIELDS
 from serving.telemetry.logs import set_up_logging
 from tdm_runtime.checkpoint.folder import open_checkpoint
 from tdm_runtime.cli import add_backend_arguments, backend_config
@@ -40,6 +41,7 @@ EXAMPLES = """
 examples:
   tdm-render prompts.txt -o out                                  one prompt a line
   tdm-render requests.jsonl -o out --name '{model}/{id}-{seed}'  any request field a line
+  tdm-render prompts.txt -o out --checkpoint WAN_FOLDER --set num_frames=33 --set output_format=webm
   tdm-render prompts.txt -o out --sweep num_inference_steps=1,2,4 --grid
   tdm-render 'sets/*.csv' -o s3://bucket/out --format webdataset --ray auto --workers 8
   generate-prompts | tdm-render - -o out --set size=64x64 --set num_inference_steps=2
@@ -59,6 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
         set_up_logging(config)
         Safety.load(config.blocked_words, config.safety_checker)
         models = find_models(config)
+        check_defaults(options.plan, models)
         if given.dry_run:
             return _estimate(config, models, options)
         return _render(given, config, models, options)
@@ -76,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tdm-render",
-        description="Make the pictures of a file of prompts.",
+        description="Make the pictures and clips of a file of prompts.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -150,8 +153,9 @@ def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _setting(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
-    if not equals or name not in REQUEST_FIELDS:
-        raise argparse.ArgumentTypeError(f"{text!r} is not FIELD=VALUE; fields are {', '.join(REQUEST_FIELDS)}")
+    known = dict.fromkeys(itertools.chain.from_iterable(FIELDS.values()))
+    if not equals or name not in known:
+        raise argparse.ArgumentTypeError(f"{text!r} is not FIELD=VALUE; fields are {', '.join(known)}")
     return name, _value(value)
 
 
@@ -205,7 +209,7 @@ def _run_options(given: argparse.Namespace) -> RunOptions:
 
 
 def _render(given: argparse.Namespace, config: ServerConfig, models: Mapping[str, Model], options: RunOptions) -> int:
-    storage, progress = Storage(options.url), Progress()
+    storage, progress = Storage(options.url), Progress(what=_what(models))
     with storage.locked():
         _build(config)
         gather(storage)
@@ -218,7 +222,7 @@ def _render(given: argparse.Namespace, config: ServerConfig, models: Mapping[str
         finally:
             progress.close()
         finish(options)
-    print(_ending(progress, options), flush=True)
+    print(_ending(progress, options, _what(models)), flush=True)
     return SOME_FAILED if progress.counts["failed"] else 0
 
 
@@ -244,7 +248,7 @@ def _render_on_ray(
 
 def _estimate(config: ServerConfig, models: Mapping[str, Model], options: RunOptions) -> int:
     storage, _ = open_output(options)
-    estimate = count(Planner(options.plan, models, Known(storage)).chunks())
+    estimate = count(Planner(options.plan, models, Known(storage)).chunks(), _what(models))
     if estimate.sample:
         _build(config)
         images = _engine(config)
@@ -268,11 +272,17 @@ def _engine(config: ServerConfig) -> Any:
     return ImageService(config, ServerMetrics())
 
 
-def _ending(progress: Progress, options: RunOptions) -> str:
+def _what(models: Mapping[str, Model]) -> str:
+    """Return the plural of what the models make."""
+    makes_clips = {model.recipe.frames is not None for model in models.values()}
+    return "pictures and clips" if len(makes_clips) > 1 else "clips" if True in makes_clips else "pictures"
+
+
+def _ending(progress: Progress, options: RunOptions, what: str) -> str:
     counts = progress.counts
     return (
-        f"{counts['made']} pictures made, {counts['kept']} kept, {counts['failed']} failed, "
-        f"{progress.pictures_per_s:.1f} pictures/s; {options.url}/{MANIFEST}"
+        f"{counts['made']} {what} made, {counts['kept']} kept, {counts['failed']} failed, "
+        f"{progress.pictures_per_s:.1f} {what}/s; {options.url}/{MANIFEST}"
     )
 
 

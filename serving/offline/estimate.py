@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from serving.images.interface import Images
+from serving.offline.chunk import Room
 from serving.offline.plan import Chunk, Unit
 from serving.schema.order import ImageOrder
 
@@ -22,6 +23,8 @@ SAMPLE_S = 10.0
 class Estimate:
     """What a run would do."""
 
+    what: str = "pictures"
+    """The plural of what is made."""
     num_pictures: int = 0
     """Pictures to make."""
     num_kept: int = 0
@@ -37,14 +40,14 @@ class Estimate:
         kept = f", {self.num_kept} of an earlier run are kept" if self.num_kept else ""
         failed = f", {self.num_failed} cannot be made" if self.num_failed else ""
         return (
-            f"{self.num_pictures} pictures to make{kept}{failed}; about {_in_words(self.seconds)} on this machine "
+            f"{self.num_pictures} {self.what} to make{kept}{failed}; about {_in_words(self.seconds)} on this machine "
             f"and {self.num_bytes / 1e6:.1f} MB"
         )
 
 
-def count(chunks: Iterator[Chunk]) -> Estimate:
+def count(chunks: Iterator[Chunk], what: str) -> Estimate:
     """Read and check all lines, and draw the sample, the same at each call."""
-    estimate, draw = Estimate(), random.Random(0)
+    estimate, draw = Estimate(what), random.Random(0)
     for chunk in chunks:
         for unit in chunk.units:
             if unit.order is None:
@@ -68,11 +71,11 @@ def _sample(estimate: Estimate, unit: Unit, draw: random.Random) -> None:
 
 async def measure(estimate: Estimate, images: Images, num_in_flight: int) -> None:
     """Make the sample and estimate time and bytes from it."""
-    room, began_s = asyncio.Semaphore(num_in_flight), time.monotonic()
+    room, began_s = Room(num_in_flight), time.monotonic()
     sizes: list[int] = []
 
     async def make(order: ImageOrder) -> None:
-        async with room:
+        async with room.of(order):
             if not sizes or time.monotonic() < began_s + SAMPLE_S:
                 try:
                     answer = await images.generate(order)

@@ -1,5 +1,6 @@
 """Contact sheet: the first pictures of a run in one PNG file, a row for each line and a column for each variant.
 
+A clip is shown by its first frame.
 With two sweeps, a line has a row for each value of the first one.
 """
 
@@ -14,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from serving.offline.outputs import Output
 from serving.offline.records import Entry, Fields
+from tdm_runtime.media.video_file import read_frames
 
 MAX_PICTURES = 400
 MAX_SIDE = 192
@@ -66,7 +68,7 @@ def _place(record: Fields) -> tuple[str, int, str]:
 def _opened(content: bytes | None) -> Image.Image | None:
     if content is None:
         return None
-    picture = Image.open(io.BytesIO(content)).convert("RGB")
+    picture = Image.fromarray(next(read_frames(content)))
     picture.thumbnail((MAX_SIDE, MAX_SIDE))
     return picture
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from serving.errors import APIError, invalid
 
-NUMBERS = ("line", "index", "seed", "steps", "width", "height")
+NUMBERS = ("line", "index", "seed", "steps", "width", "height", "frames")
 TEXTS = ("id", "source", "variant", "model", "prompt", "sweep")
 DEFAULT_TEMPLATE = "{line:08d}{variant}"
 DEFAULT_TEMPLATE_OF_FILES = "{source}-{line:08d}{variant}"

@@ -150,7 +150,7 @@ class Shards(ABC):
 
 
 class WebDataset(Shards):
-    """Tar files: KEY.png, KEY.txt with the prompt and KEY.json with the record, one after the other."""
+    """Tar files: KEY.png (or .mp4, ...), KEY.txt with the prompt and KEY.json with the record, one after the other."""
 
     suffix = "tar"
 
@@ -176,7 +176,8 @@ def _tar_member(name: str, content: bytes) -> bytes:
 
 
 class Parquet(Shards):
-    """Parquet files. Column `image` is {bytes, path}, as `datasets` reads pictures; the others are of the record."""
+    """Parquet files. Column `image` is {bytes, path}, as `datasets` reads pictures and, if it is told so, clips; the
+    others are of the record."""
 
     suffix = "parquet"
 

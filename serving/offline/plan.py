@@ -1,4 +1,4 @@
-"""From lines to chunks of pictures. Reads and checks; makes nothing, and gives the same chunks wherever it runs."""
+"""From lines to chunks of pictures and clips. Makes nothing, and gives the same chunks wherever it runs."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from serving.errors import APIError, from_exception, invalid, unknown_model
 from serving.offline.lines import Line, Source, read_lines
 from serving.offline.names import DEFAULT_TEMPLATE, DEFAULT_TEMPLATE_OF_FILES, NameTemplate, safe
 from serving.offline.records import Entry, Fields, Known, key_of, place_of
-from serving.schema.batch_line import background_order, read_request_line
+from serving.schema.batch_line import FIELDS, Endpoint, RequestLine, background_order, read_request_line, url_of
 from serving.schema.order import DeliveryOptions, ImageOrder
 from tdm_runtime.checkpoint.file_hashes import file_sha256
 from tdm_runtime.checkpoint.recipe import Recipe
-from tdm_runtime.errors import CheckpointError, InvalidRequestError
+from tdm_runtime.errors import InvalidRequestError
 from tdm_runtime.params import MAX_SEED
 
 IDS, NAMES = 0, 1
@@ -36,7 +36,7 @@ class PlanOptions:
     sweep: tuple[tuple[str, tuple[Any, ...]], ...] = ()
     """Field -> its values. Each line is made with every combination."""
     defaults: tuple[tuple[str, Any], ...] = ()
-    """Fields of lines that do not have them."""
+    """Fields of lines that do not have them. One that only clips have, or only pictures, is for those lines."""
     name: str | None = None
     """Template of names; None for `DEFAULT_TEMPLATE`, or `DEFAULT_TEMPLATE_OF_FILES` if there are several."""
     strict: bool = True
@@ -47,7 +47,7 @@ class PlanOptions:
 
 @dataclass(frozen=True)
 class Unit:
-    """One picture to make, or one failure to report."""
+    """One picture or clip to make, or one failure to report."""
 
     place: Fields
     """See `place_of`."""
@@ -87,6 +87,11 @@ class Model:
     recipe: Recipe
     digest: str
 
+    @property
+    def url(self) -> Endpoint:
+        """Where its requests belong, by what it makes."""
+        return url_of(self.recipe)
+
 
 def find_models(config: ServerConfig) -> dict[str, Model]:
     """Return the models of a configuration by name, the default first, without loading them.
@@ -96,11 +101,6 @@ def find_models(config: ServerConfig) -> dict[str, Model]:
     """
     models: dict[str, Model] = {}
     for source, checkpoint in zip(config.models, check_models(config), strict=True):
-        if checkpoint.recipe.frames is not None:
-            raise CheckpointError(
-                f"{checkpoint.folder} is of {checkpoint.family.name}, which makes clips; tdm-render makes pictures: "
-                "use tdm-generate, or tdm-serve and /v1/videos"
-            )
         name = source.name or checkpoint.recipe.name
         models[name] = Model(replace(checkpoint.recipe, name=name), checkpoint.digest)
     first = next(iter(models))
@@ -111,6 +111,17 @@ def find_models(config: ServerConfig) -> dict[str, Model]:
         digest = hashlib.sha256(facts.encode()).hexdigest()
         models[lora.name] = Model(replace(base.recipe, name=lora.name), digest)
     return models
+
+
+def check_defaults(options: PlanOptions, models: Mapping[str, Model]) -> None:
+    """
+    Raises:
+        ValueError: a default is of a field that no model reads.
+    """
+    fields = {name for model in models.values() for name in FIELDS[model.url]}
+    if unread := [name for name, _ in options.defaults if name not in fields]:
+        message = f"--set {unread[0]} has no use: {', '.join(models)} read {', '.join(sorted(fields))}"
+        raise ValueError(f"{message}; leave it out")
 
 
 class Planner:
@@ -160,13 +171,16 @@ class Planner:
         except APIError as error:
             yield Unit(place_of(line_id, 0, {}), line.number, line.source, failure=error)
             return
-        body = self._defaults | read.body
         for sweep in self._combinations:
-            yield from self._pictures(line, line_id, body, sweep)
+            yield from self._pictures(line, line_id, read, sweep)
 
-    def _pictures(self, line: Line, line_id: str, body: Fields, sweep: Fields) -> Iterator[Unit]:
+    def _pictures(self, line: Line, line_id: str, read: RequestLine, sweep: Fields) -> Iterator[Unit]:
         try:
-            order = background_order(body | sweep, self._recipe_of, self._seed_of(line_id), line.is_text)
+            name = (self._defaults | read.body | sweep).get("model")
+            url = read.url or url_of(self._recipe_of(name if isinstance(name, str) else None))
+            defaults = {name: value for name, value in self._defaults.items() if name in FIELDS[url]}
+            body = defaults | read.body | sweep
+            order = background_order(url, body, self._recipe_of, self._seed_of(line_id), line.is_text)
         except (APIError, InvalidRequestError) as error:
             yield Unit(place_of(line_id, 0, sweep), line.number, line.source, failure=from_exception(error))
             return
@@ -211,6 +225,7 @@ class Planner:
             "steps": params.num_inference_steps,
             "width": params.width,
             "height": params.height,
+            "frames": params.frames or 1,
         }
         texts = {
             "id": unit.place["id"],

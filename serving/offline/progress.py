@@ -21,8 +21,13 @@ MAX_FAILURES = 50
 class Progress:
     """Counts pictures and shows the counts."""
 
-    def __init__(self, stream: IO[str] | None = None) -> None:
+    def __init__(self, stream: IO[str] | None = None, what: str = "pictures") -> None:
+        """
+        Args:
+            what: the plural of what is made.
+        """
         self._stream = stream or sys.stderr
+        self._what = what
         self.counts: dict[Outcome, int] = {"made": 0, "kept": 0, "failed": 0}
         self._num_shown = 0
         self._total: int | None = None
@@ -33,7 +38,7 @@ class Progress:
         """Begin to show, and to count time."""
         self._began_s = self._shown_s = time.monotonic()
         if self._stream.isatty():
-            self._bar = tqdm(unit=" pictures", file=self._stream, dynamic_ncols=True)
+            self._bar = tqdm(unit=f" {self._what}", file=self._stream, dynamic_ncols=True)
 
     @property
     def pictures_per_s(self) -> float:

@@ -14,9 +14,10 @@ from serving.rpc.grpc_edge import Edge
 from serving.rpc.image_service import ImageServicer
 from serving.rpc.inference_service import InferenceServicer
 from serving.rpc.protos import images_pb2, images_pb2_grpc, open_inference_pb2, open_inference_pb2_grpc
+from serving.rpc.video_service import VideoServicer
 
 SERVICES = (
-    images_pb2.DESCRIPTOR.services_by_name["ImageService"].full_name,
+    *(service.full_name for service in images_pb2.DESCRIPTOR.services_by_name.values()),
     open_inference_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name,
 )
 HEALTH_S = 0.2
@@ -57,6 +58,7 @@ class GRPCFront:
         limits = LIMITS | {"grpc.max_receive_message_length": services.config.max_body_bytes}
         server = grpc.aio.server(interceptors=(Edge(services),), options=tuple(limits.items()))
         images_pb2_grpc.add_ImageServiceServicer_to_server(ImageServicer(services), server)
+        images_pb2_grpc.add_VideoServiceServicer_to_server(VideoServicer(services), server)
         open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(InferenceServicer(services), server)
         health_servicer = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(health_servicer, server)

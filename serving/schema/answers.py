@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from serving.schema.order import FileFormat
 from tdm_runtime.media.image_file import ImageFormat
+from tdm_runtime.media.made_file import FileFormat
 from tdm_runtime.media.receipt import Receipt
 
 

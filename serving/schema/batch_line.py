@@ -11,10 +11,18 @@ from serving.errors import invalid
 from serving.schema.image_request import ImageRequest, RecipeOf, order_from_fields
 from serving.schema.order import ImageOrder
 from serving.schema.parsing import nullable, parse_json, validate
+from serving.schema.video_request import VideoGenerationRequest, video_order_from_fields
+from tdm_runtime.checkpoint.recipe import Recipe
 from tdm_runtime.errors import shown
 
 MAX_ID_CHARACTERS = 64
-REQUEST_FIELDS = tuple(ImageRequest.model_fields)
+Endpoint = Literal["/v1/images/generations", "/v1/videos/generations"]
+IMAGES: Endpoint = "/v1/images/generations"
+VIDEOS: Endpoint = "/v1/videos/generations"
+FIELDS: dict[Endpoint, tuple[str, ...]] = {
+    IMAGES: tuple(ImageRequest.model_fields),
+    VIDEOS: tuple(VideoGenerationRequest.model_fields),
+}
 """Names of the fields of a request."""
 
 
@@ -29,10 +37,12 @@ class BatchLine(BaseModel):
         description="The client's own name of the request; unique in a batch.",
     )
     method: Literal["POST"] = "POST"
-    url: Literal["/v1/images/generations"] = "/v1/images/generations"
+    url: Endpoint = Field(IMAGES, description="Where the body could be posted, of a picture or of a clip.")
     body: dict[str, Any] = Field(
-        description="Body of POST /v1/images/generations, without stream and latency_budget_ms.",
-        json_schema_extra=ImageRequest.model_json_schema(),
+        description="Body of a request to the url, without stream and latency_budget_ms.",
+        json_schema_extra={
+            "anyOf": [kind.model_json_schema() for kind in (ImageRequest, VideoGenerationRequest)],
+        },
     )
 
 
@@ -42,17 +52,23 @@ class RequestLine:
 
     id: str | None
     """Name that the line gives itself; None for a line without one."""
+    url: Endpoint | None
+    """See `BatchLine`; None for fields alone, of a picture or clip as the model makes it."""
     body: dict[str, Any]
     """Fields of the request, unchecked."""
 
 
-def read_batch_line(line: bytes | Any) -> BatchLine:
+def read_batch_line(line: bytes | Any, default_url: Endpoint = IMAGES) -> BatchLine:
     """Read one request of a batch, as a line of JSON or as decoded fields.
+
+    Args:
+        default_url: url of a request that has none.
 
     Raises:
         APIError: 400 naming the mistake. The body is not checked yet, see `background_order`.
     """
-    return validate(_decoded_object(line), BatchLine)
+    raw = _decoded_object(line)
+    return validate(raw | {"url": default_url if raw.get("url") is None else raw["url"]}, BatchLine)
 
 
 def read_request_line(line: bytes | dict[str, Any]) -> RequestLine:
@@ -64,25 +80,31 @@ def read_request_line(line: bytes | dict[str, Any]) -> RequestLine:
     raw = _decoded_object(line)
     if "body" in raw:
         read = validate(raw, BatchLine)
-        return RequestLine(read.custom_id, read.body)
+        return RequestLine(read.custom_id, read.url, read.body)
     body = {name: value for name, value in raw.items() if name != "id"}
     if (given := raw.get("id")) is None:
-        return RequestLine(None, body)
+        return RequestLine(None, None, body)
     if isinstance(given, bool) or not isinstance(given, str | int) or not 1 <= len(str(given)) <= MAX_ID_CHARACTERS:
         message = f"id is {shown(given)}; give a text of 1 to {MAX_ID_CHARACTERS} characters, or leave it out"
         raise invalid(message, "id", "invalid_value")
-    return RequestLine(str(given), body)
+    return RequestLine(str(given), None, body)
+
+
+def url_of(recipe: Recipe) -> Endpoint:
+    """Return where requests of a model belong, by what it makes."""
+    return IMAGES if recipe.frames is None else VIDEOS
 
 
 def background_order(
-    body: dict[str, Any], recipe_of: RecipeOf, default_seed: int | None = None, is_text: bool = False
+    url: Endpoint, body: dict[str, Any], recipe_of: RecipeOf, default_seed: int | None = None, is_text: bool = False
 ) -> ImageOrder:
-    """Read the fields of a request that no client waits for. Arguments are those of `order_from_fields`.
+    """Read the fields of a request that no client waits for. Further arguments are those of `order_from_fields`.
 
     Raises:
         InvalidRequestError, APIError: the request cannot be served as it is.
     """
-    order = order_from_fields(body, recipe_of, default_seed, is_text)
+    read = order_from_fields if url == IMAGES else video_order_from_fields
+    order = read(body, recipe_of, default_seed, is_text)
     waits = {"stream": order.delivery.is_streamed, "latency_budget_ms": order.delivery.latency_budget_ms is not None}
     for field, is_asked in waits.items():
         if is_asked:

@@ -137,7 +137,8 @@ class ImageRequest(BaseModel):
             message = f"negative_prompt needs guidance, which {recipe.name} has distilled in; leave it out"
             raise invalid(message, "negative_prompt", "invalid_value")
         if recipe.frames is not None and frames is None:
-            message = f"model is {recipe.name!r}, which makes clips; send the request to /v1/videos"
+            message = f"model is {recipe.name!r}, which makes clips; send the request to /v1/videos/generations"
+            message += ", or over gRPC to VideoService"
             raise invalid(message, "model", "invalid_value")
         pictures = self._pictures(recipe, default_seed, frames, fps)
         encoding = ImageEncoding(self.output_format, self.output_compression, self.metadata, self.response_format)

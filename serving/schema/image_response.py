@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 from pydantic import BaseModel
 
@@ -125,11 +125,6 @@ def to_response(answer: ImageAnswer, urls: list[str] | None, expires_at: int | N
         latency_budget_kept=answer.latency_budget_kept,
         warnings=answer.warnings,
     )
-
-
-def to_fields(answer: ImageAnswer, urls: list[str] | None, expires_at: int | None = None) -> dict[str, Any]:
-    """Return the fields of `to_response`, ready for `json.dumps`."""
-    return to_response(answer, urls, expires_at).model_dump()
 
 
 def to_event(answer: PartialAnswer | ImageAnswer) -> PartialImage | CompletedImage:

@@ -5,13 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from tdm_runtime.media.image_file import ImageFormat
-from tdm_runtime.media.video_file import ClipFormat
+from tdm_runtime.media.made_file import FileFormat
 from tdm_runtime.params import SamplingParams
 
 ResponseFormat = Literal["b64_json", "url"]
-FileFormat = ImageFormat | ClipFormat
-"""Of pictures or clips; a WebP file holds either."""
 
 
 @dataclass(frozen=True)

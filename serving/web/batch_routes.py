@@ -1,4 +1,4 @@
-"""/v1/batches: many image requests as one job."""
+"""/v1/batches: many requests of pictures and clips as one job."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ def add_batch_routes(app: FastAPI, services: Services) -> None:
 
     @app.post("/v1/batches", openapi_extra=DOCUMENTED_BODY)
     async def create_batch(request: Request) -> Batch:
-        """Accept image requests, all or none, and answer them in the background."""
+        """Accept requests of pictures and clips, all or none, and answer them in the background."""
         is_lines = request.headers.get("content-type", "").split(";")[0].strip().lower() in JSON_LINES
         if not is_lines:
             check_media_type(request, "application/json")
         body = await read_bytes(request, services.config, MAX_BATCH_BYTES)
         batch = await asyncio.to_thread(read_batch, body, is_lines, services.images.recipe, max_live)
-        job_request = {"metadata": batch.metadata, "base_url": base_url(request, services.config)}
+        about = {"metadata": batch.metadata, "endpoint": batch.endpoint}
+        job_request = about | {"base_url": base_url(request, services.config)}
         asked = JobRequest("batch", caller_of(request).name, batch.model, job_request, batch.parts)
         return to_batch(await create_job(request, services, asked, batch.cost, body))
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from serving.errors import APIError, invalid
 from serving.jobs.job import Job
-from serving.schema.batch_line import BatchLine, background_order, read_batch_line
+from serving.schema.batch_line import IMAGES, BatchLine, Endpoint, background_order, read_batch_line
 from serving.schema.image_request import RecipeOf
 from serving.schema.parsing import nullable, parse_body
 from tdm_runtime.errors import InvalidRequestError
@@ -25,9 +25,9 @@ class BatchRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=nullable)
 
-    endpoint: Literal["/v1/images/generations"] = "/v1/images/generations"
+    endpoint: Endpoint = Field(IMAGES, description="The url of requests that have none.")
     requests: list[dict[str, Any]] = Field(
-        description=f"1..{MAX_REQUESTS} of {{custom_id, body}}.",
+        description=f"1..{MAX_REQUESTS} of {{custom_id, url, body}}.",
         json_schema_extra={"minItems": 1, "maxItems": MAX_REQUESTS, "items": BatchLine.model_json_schema()},
     )
     completion_window: Literal["24h"] = "24h"
@@ -41,10 +41,16 @@ class CheckedBatch:
     model: str
     """Model of its first request."""
     parts: list[dict[str, Any]]
-    """One {custom_id, body} a request. Each body has its seed, so that a second attempt makes the same pictures."""
+    """One {custom_id, url, body} a request. Each body has its seed, so that a second attempt makes the same."""
     cost: float
     """Sum of the costs of all requests, in megapixel-steps."""
     metadata: dict[str, str] | None
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """The url of its first request."""
+        url: Endpoint = self.parts[0]["url"]
+        return url
 
 
 def read_batch(body: bytes, is_lines: bool, recipe_of: RecipeOf, max_live: int) -> CheckedBatch:
@@ -57,12 +63,12 @@ def read_batch(body: bytes, is_lines: bool, recipe_of: RecipeOf, max_live: int) 
     Raises:
         APIError: 400 naming the first bad requests by their line, or by their number in `requests`, from 1.
     """
-    metadata = None
+    metadata, url = None, IMAGES
     if is_lines:
         lines: list[tuple[int, Any]] = [(n, line) for n, line in enumerate(body.split(b"\n"), 1) if line.strip()]
     else:
         batch = parse_body(body, BatchRequest)
-        lines, metadata = list(enumerate(batch.requests, 1)), batch.metadata
+        lines, metadata, url = list(enumerate(batch.requests, 1)), batch.metadata, batch.endpoint
     if not 1 <= len(lines) <= MAX_REQUESTS:
         raise invalid(f"the batch has {len(lines)} requests; send 1 to {MAX_REQUESTS}", "requests", "invalid_value")
     parts: list[dict[str, Any]] = []
@@ -70,7 +76,7 @@ def read_batch(body: bytes, is_lines: bool, recipe_of: RecipeOf, max_live: int) 
     cost, known = 0.0, set[str]()
     for number, line in lines:
         try:
-            part, line_cost = _read_line(line, recipe_of, max_live, known)
+            part, line_cost = _read_line(line, url, recipe_of, max_live, known)
         except (APIError, InvalidRequestError) as error:
             bad.append(f"{'line' if is_lines else 'request'} {number}: {error}")
             continue
@@ -82,19 +88,21 @@ def read_batch(body: bytes, is_lines: bool, recipe_of: RecipeOf, max_live: int) 
     return CheckedBatch(parts[0]["body"]["model"], parts, cost, metadata)
 
 
-def _read_line(line: Any, recipe_of: RecipeOf, max_live: int, known: set[str]) -> tuple[dict[str, Any], float]:
+def _read_line(
+    line: Any, url: Endpoint, recipe_of: RecipeOf, max_live: int, known: set[str]
+) -> tuple[dict[str, Any], float]:
     """Return a request with its seed, and its cost."""
-    read = read_batch_line(line)
+    read = read_batch_line(line, url)
     if read.custom_id in known:
         raise invalid(
             f"custom_id {read.custom_id!r} appears twice; give each request its own", "custom_id", "invalid_value"
         )
     known.add(read.custom_id)
-    order = background_order(read.body, recipe_of)
+    order = background_order(read.url, read.body, recipe_of)
     if (n := len(order.pictures)) > max_live:
         raise invalid(f"n is {n}; this server has at most {max_live} pictures at once", "n", "invalid_value")
     body = read.body | {"seed": order.pictures[0].seed, "model": order.model}
-    return {"custom_id": read.custom_id, "body": body}, order.cost
+    return {"custom_id": read.custom_id, "url": read.url, "body": body}, order.cost
 
 
 class BatchCounts(BaseModel):
@@ -126,7 +134,8 @@ class Batch(BaseModel):
 
     id: str
     object: Literal["batch"] = "batch"
-    endpoint: Literal["/v1/images/generations"] = "/v1/images/generations"
+    endpoint: Endpoint
+    """The url of its first request."""
     model: str
     completion_window: Literal["24h"] = "24h"
     input_file_id: str = ""
@@ -165,6 +174,7 @@ def to_batch(job: Job) -> Batch:
     error = job.error_code and BatchErrorItem(code=job.error_code, message=job.error_message or "")
     return Batch(
         id=job.id,
+        endpoint=job.request.get("endpoint", IMAGES),  # version 0.1 stored none
         model=job.model,
         status="in_progress" if job.status == "queued" else job.status,
         created_at=int(job.created_at),

@@ -132,7 +132,7 @@ async def respond(
 
 
 def file_response(answer: ImageAnswer) -> Response:
-    """Return the response that is one file. Headers, and the metadata of a PNG or MP4, contain what JSON would."""
+    """Return the response that is one file. Headers, and metadata of PNG, MP4 and WebM, contain what JSON would."""
     (image,) = answer.images
     headers = {
         "server-timing": server_timing(answer.timings),

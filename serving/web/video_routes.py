@@ -11,20 +11,19 @@ from serving.fronts.services import Services
 from serving.jobs.job import Job, JobRequest
 from serving.jobs.video_job import frame_parts
 from serving.schema.parsing import parse_body, validate
+from serving.schema.video_request import VideoFormat, VideoGenerationRequest, VideoRequest
+from serving.schema.video_response import VideoResponse, to_event, to_response
 from serving.web.body import read_form, read_json
 from serving.web.documentation import documented_body
 from serving.web.file_routes import file_response
 from serving.web.generation import Shapes, accepted_formats, default_seed, documented_answers, respond
 from serving.web.http_edge import caller_of
 from serving.web.job_routes import MAX_PAGE, check_decoder, create_job
-from serving.web.video_generation import VideoGenerationRequest, VideoResponse, to_event, to_response
 from serving.web.video_schema import (
     POLL_AFTER_MS,
     DeletedVideo,
     Video,
-    VideoFormat,
     VideoList,
-    VideoRequest,
     VideoVariant,
     from_form,
     to_job_request,
@@ -32,10 +31,16 @@ from serving.web.video_schema import (
 )
 
 VIDEO_SCHEMA = VideoRequest.model_json_schema()
-MEDIA_TYPES: dict[str, VideoFormat] = {"video/mp4": "mp4", "image/webp": "webp", "image/gif": "gif"}
+MEDIA_TYPES: dict[str, VideoFormat] = {
+    "video/mp4": "mp4",
+    "video/webm": "webm",
+    "image/webp": "webp",
+    "image/gif": "gif",
+}
 CLIPS = Shapes(to_response, to_event)
 ANSWERS = documented_answers(
-    "The clip; with `stream`, events; with `Accept: video/mp4`, image/webp or image/gif, a file.", MEDIA_TYPES
+    "The clip; with `stream`, events; with `Accept: video/mp4`, video/webm, image/webp or image/gif, a file.",
+    MEDIA_TYPES,
 )
 
 
@@ -50,13 +55,12 @@ def add_video_routes(app: FastAPI, services: Services) -> None:
             wanted = validate(from_form(await read_form(request, config)), VideoRequest)
         else:
             wanted = parse_body(await read_json(request, config), VideoRequest)
-        recipe = services.images.recipe(wanted.model)
-        order, (num_frames, fps) = wanted.to_order(recipe), wanted.length(recipe)
+        plan = wanted.plan(services.images.recipe(wanted.model))
+        order = plan.order
         (params,) = order.pictures
         check_decoder(params.decoder, services.images.model_card(order.model))
-        parts = frame_parts(num_frames) if params.frames is None else [{}]
-        job_request = to_job_request(params, wanted, num_frames, fps)
-        asked = JobRequest("video", caller_of(request).name, order.model, job_request, parts)
+        parts = frame_parts(plan.num_frames) if params.frames is None else [{}]
+        asked = JobRequest("video", caller_of(request).name, order.model, to_job_request(plan, wanted), parts)
         return _shown(
             await create_job(request, services, asked, len(parts) * order.cost, wanted.model_dump_json().encode())
         )
@@ -100,7 +104,7 @@ def add_video_routes(app: FastAPI, services: Services) -> None:
 
     @app.get("/v1/videos/{video_id}/content", response_class=Response)
     async def get_content(video_id: str, request: Request, variant: VideoVariant = "video") -> Response:
-        """Fetch a clip as MP4, its first frame or its spritesheet as PNG."""
+        """Fetch a clip in its format, its first frame or its spritesheet as PNG."""
         job = await services.jobs.get("video", caller_of(request).name, video_id)
         if job.status != "completed":
             message = f"video {job.id} is {job.status}; fetch it when it is completed"

@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 
 from tdm_runtime.errors import InvalidRequestError
 from tdm_runtime.media.image_file import RECEIPT_CHUNK
-from tdm_runtime.media.video_file import mp4_comment
+from tdm_runtime.media.video_file import is_video, read_receipt
 from tdm_runtime.model.decoder import Pixels
 from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.params import DecoderName, SamplingParams
@@ -134,7 +134,7 @@ class Claim:
 
 
 def read_claims(file: Path) -> list[Claim]:
-    """Read the receipts of a file: a PNG or MP4 with one inside, a receipt in JSON, or a server's answer.
+    """Read the receipts of a file: a PNG, MP4 or WebM with one inside, a receipt in JSON, or a server's answer.
 
     Raises:
         InvalidRequestError: the file holds no receipt.
@@ -143,13 +143,13 @@ def read_claims(file: Path) -> list[Claim]:
     content = file.read_bytes()
     if content.startswith(b"\x89PNG"):
         claims = _claims_of_png(content)
-    elif content[4:8] == b"ftyp":
-        claims = list(_claims_of_json(mp4_comment(content).rpartition("\n")[2].encode()))
+    elif is_video(content):
+        claims = list(_claims_of_json(read_receipt(content).encode()))
     else:
         claims = list(_claims_of_json(content))
     if not claims:
         raise InvalidRequestError(
-            f"{file} holds no receipt; give a PNG or MP4 with metadata, a receipt in JSON or a server's answer"
+            f"{file} holds no receipt; give a PNG, MP4 or WebM with metadata, a receipt in JSON or a server's answer"
         )
     return claims
 

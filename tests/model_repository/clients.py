@@ -20,6 +20,7 @@ TYPES: Mapping[str, tuple[str, Any]] = {
     "latency_budget_ms": ("FP32", np.float32),
     "size": ("BYTES", np.object_),
     "guidance_scale": ("FP32", np.float32),
+    "num_frames": ("INT32", np.int32),
     "output_format": ("BYTES", np.object_),
     "previews": ("BOOL", np.bool_),
     "strict": ("BOOL", np.bool_),
@@ -57,8 +58,9 @@ class Answer:
 class Stream:
     """One ModelStreamInfer call, which carries any number of requests."""
 
-    def __init__(self, client: Any) -> None:
+    def __init__(self, client: Any, model: str) -> None:
         self.client = client
+        self._model = model
         self._arrived: queue.Queue[tuple[Any, Any]] = queue.Queue()
         self._answers: dict[str, Answer] = {}
         client.start_stream(lambda result, error: self._arrived.put((result, error)))
@@ -66,7 +68,8 @@ class Stream:
     def send(self, fields: Mapping[str, Any], request_id: str = "only") -> None:
         """Send a request without waiting for its answer."""
         self._answers[request_id] = Answer()
-        self.client.async_stream_infer("tdm", tensors(fields), request_id=request_id, enable_empty_final_response=True)
+        inputs = tensors(fields)
+        self.client.async_stream_infer(self._model, inputs, request_id=request_id, enable_empty_final_response=True)
 
     def receive(self) -> dict[str, Answer]:
         """Wait for the last response to each request sent. Returns request id -> answer."""
@@ -90,30 +93,29 @@ def values_of(result: Any) -> dict[str, Any]:
     response = result.get_response()
     outputs = response["outputs"] if isinstance(response, dict) else response.outputs
     names = [output["name"] if isinstance(output, dict) else output.name for output in outputs]
-    return {
-        name: result.as_numpy(name) if name == "generated_image" else result.as_numpy(name).item() for name in names
-    }
+    found = {name: result.as_numpy(name) for name in names}
+    return {name: value if name.startswith("generated_") else value.item() for name, value in found.items()}
 
 
 @contextmanager
-def stream_to(address: str) -> Iterator[Stream]:
-    """Open a stream to the model."""
+def stream_to(address: str, model: str = "tdm") -> Iterator[Stream]:
+    """Open a stream to a model."""
     client = triton_grpc.InferenceServerClient(address)
     try:
-        yield Stream(client)
+        yield Stream(client, model)
     finally:
         client.stop_stream(cancel_requests=True)
         client.close()
 
 
-def ask(address: str, **fields: Any) -> Answer:
+def ask(address: str, model: str = "tdm", **fields: Any) -> Answer:
     """Send one request over a stream of its own."""
-    with stream_to(address) as stream:
+    with stream_to(address, model) as stream:
         stream.send(fields)
         return stream.receive()["only"]
 
 
-def ask_http(address: str, **fields: Any) -> dict[str, Any]:
-    """Send one request over HTTP to the model that does not stream. Returns its outputs."""
+def ask_http(address: str, model: str = "tdm_http", **fields: Any) -> dict[str, Any]:
+    """Send one request over HTTP to a model that does not stream. Returns its outputs."""
     with triton_http.InferenceServerClient(address) as client:
-        return values_of(client.infer("tdm_http", tensors(fields, triton_http)))
+        return values_of(client.infer(model, tensors(fields, triton_http)))

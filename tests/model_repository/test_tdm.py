@@ -92,7 +92,8 @@ BAD = {  # errors within a stream have a message and no status
     "latency_budget_ms": (-1.0, "latency_budget_ms is -1.0; it must be a positive number"),
     "size": ("17x16", "size is 17x16; tdm-emoji makes 16x16, 24x16"),
     "guidance_scale": (7.5, "guidance_scale is 7.5; tdm-emoji has guidance distilled in"),
-    "output_format": ("bmp", "output_format is 'bmp'; it must be raw, png, webp, jpeg"),
+    "output_format": ("mp4", "output_format is 'mp4'; tdm-emoji makes pictures: raw, png, webp, jpeg"),
+    "num_frames": (5, "num_frames is 5; tdm-emoji makes pictures, not clips: leave it out"),
     "previews": ([True, False], "previews has the shape [2]; it must be [1]"),
     "strict": ([True, False], "strict has the shape [2]; it must be [1]"),
 }

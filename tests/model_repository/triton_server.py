@@ -22,14 +22,19 @@ START_TIMEOUT_S = 300.0
 def copy_repository(folder: Path, parameters: Mapping[str, str], model: str = "tdm") -> Path:
     """Copy the model repository and set parameters of one of its models. Returns the copy's folder."""
     shutil.copytree(ROOT / "model_repository", folder, ignore=shutil.ignore_patterns("__pycache__"))
-    config = folder / model / "config.pbtxt"
+    set_parameters(folder / model, parameters)
+    return folder
+
+
+def set_parameters(model: Path, parameters: Mapping[str, str]) -> None:
+    """Set parameters of a model."""
+    config = model / "config.pbtxt"
     text = config.read_text()
     for name, value in parameters.items():
         line = rf'(key: "{name}", value: {{ string_value: ")[^"]*'
         text, found = re.subn(line, lambda match, value=value: match[1] + value, text)
         assert found == 1, name
     config.write_text(text)
-    return folder
 
 
 class TritonServer:
@@ -79,7 +84,7 @@ class TritonServer:
         }
 
     def read_metrics(self) -> dict[str, float]:
-        """Return the values of the engine's metrics, by name."""
+        """Return the values of the engine's metrics of the model `tdm`, by name."""
         with urllib.request.urlopen(f"http://{self.metrics}/metrics", timeout=10) as answer:
             lines = answer.read().decode().splitlines()
-        return {line.partition("{")[0]: float(line.rpartition(" ")[2]) for line in lines if line.startswith("tdm_")}
+        return {line.partition("{")[0]: float(line.rpartition(" ")[2]) for line in lines if 'model="tdm"' in line}

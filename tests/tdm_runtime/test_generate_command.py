@@ -78,7 +78,7 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_clip_is_written_as_raw_frames_and_in_every_format(clip_folder: Path, tmp_path: Path) -> None:
     asked = ("--seed", "7", "--steps", "2", "--frames", "6", "--fps", "6", "--size", "64x48")
-    files = {suffix: tmp_path / f"clip{suffix}" for suffix in (".npy", ".mp4", ".webp", ".gif")}
+    files = {suffix: tmp_path / f"clip{suffix}" for suffix in (".npy", ".mp4", ".webm", ".webp", ".gif")}
     for file in files.values():
         assert main(command(clip_folder, file, *asked)) == 0
     frames = np.load(files[".npy"])
@@ -92,11 +92,13 @@ def test_a_clip_is_written_as_raw_frames_and_in_every_format(clip_folder: Path, 
         for number, frame in enumerate(frames):
             animation.seek(number)
             np.testing.assert_array_equal(np.asarray(animation.convert("RGB")), frame)
-    with av.open(str(files[".mp4"])) as container:
-        (track,) = container.streams
-        assert isinstance(track, av.VideoStream)
-        assert (track.average_rate, len(list(container.decode(track)))) == (6, 6)
-        assert "Frames: 6" in container.metadata["comment"]
+    for suffix, tag in ((".mp4", "comment"), (".webm", "COMMENT")):
+        with av.open(str(files[suffix])) as container:
+            (track,) = container.streams
+            assert isinstance(track, av.VideoStream)
+            assert (track.average_rate, len(list(container.decode(track)))) == (6, 6)
+            assert "Frames: 6" in container.metadata[tag]
+    assert main(["--verify", str(files[".webm"]), "--checkpoint", str(clip_folder)]) == 0
 
 
 def test_a_clips_previews_are_pictures_of_its_first_frame(clip_folder: Path, tmp_path: Path) -> None:
@@ -112,7 +114,7 @@ def test_a_clips_previews_are_pictures_of_its_first_frame(clip_folder: Path, tmp
         (("--frames", "25"), "frames is 25; .* makes clips of 1 to 24 frames: take 24"),
         (("--frames", "0"), "frames is 0; it must be a whole number from 1 to 1025"),
         (("--fps", "500"), "fps is 500; it must be a whole number from 1 to 120"),
-        (("-o", "clip.png"), r"the output is clip.png; .* makes clips: \.mp4, \.webp, \.gif, \.npy"),
+        (("-o", "clip.png"), r"the output is clip.png; .* makes clips: \.mp4, \.webm, \.webp, \.gif, \.npy"),
     ],
 )
 def test_what_a_clip_cannot_be_is_refused_with_value_and_limit(

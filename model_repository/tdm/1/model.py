@@ -9,18 +9,30 @@ import json
 import math
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 from engine_metrics import EngineMetrics
-from order import Order, read_order
+from order import PICTURES, Order, read_order
 from settings import instance_gpu, load_safety, read_settings, start_engine
 
-from tdm_runtime import CancelledError, Delivery, InvalidRequestError, OverloadedError, Picture, Preview, TDMError
-from tdm_runtime.media.image_file import describe_parameters, encode_image
-from tdm_runtime.media.receipt import receipt_of
+from tdm_runtime import (
+    CancelledError,
+    Delivery,
+    InvalidRequestError,
+    OverloadedError,
+    Picture,
+    Preview,
+    SamplingParams,
+    TDMError,
+)
+from tdm_runtime.media.made_file import FileFormat, encode_made, frames_of
+from tdm_runtime.media.receipt import Receipt, receipt_of
+from tdm_runtime.model.decoder import Pixels
+from tdm_runtime.model.loaded_model import LoadedModel
 
 POLL_S = 0.01
 """Seconds between two looks at which clients have left, and at the engine's counts. Triton tells only when asked."""
@@ -92,11 +104,18 @@ class TritonPythonModel:
         future.add_done_callback(partial(self._senders.submit, finish))
 
     def _send_preview(self, order: Order, sender: Any, preview: Preview) -> None:
+        """Send a preview; of a clip its first frame, a picture."""
+        first, *_ = frames_of(preview.params, preview.pixels)
         try:
-            self._safety.check_picture(preview.pixels)
+            self._safety.check_picture(first)
         except InvalidRequestError:
             return  # the picture itself is checked too, and its error is the answer
-        sender.send(_response(order, preview.pixels, preview.num_steps_taken, is_preview=True))
+        shown_as = order.file_format
+        if shown_as is not None and shown_as not in PICTURES:
+            shown_as = "png"
+        params = replace(order.params, frames=None)
+        made = _pixels_or_file(self._engine.model, params, first, shown_as)
+        sender.send(_response(made, order.params.seed, preview.num_steps_taken, is_preview=True))
 
     def _finish(self, order: Order, sender: Any, is_from_model: bool, done: Future[Picture]) -> None:
         """Send the picture, or why there is none."""
@@ -107,16 +126,17 @@ class TritonPythonModel:
             if done.cancelled():
                 raise CancelledError("the client cancelled the request")
             picture = done.result()
-            self._safety.check_picture(picture.pixels)
+            for pixels in frames_of(picture.params, picture.pixels):
+                self._safety.check_picture(pixels)
             sender.send(self._answer(order, picture), flags=FINAL)
         except Exception as error:
             _refuse(sender, error, is_from_model)
 
     def _answer(self, order: Order, picture: Picture) -> Any:
         model, params = self._engine.model, picture.params
-        receipt = receipt_of(model, params, picture.pixels, picture.is_strict).to_json()
-        steps, about = params.num_inference_steps, describe_parameters(params, model.recipe, model.digest)
-        return _response(order, picture.pixels, steps, False, picture.predicted_ms, about, receipt)
+        receipt = receipt_of(model, params, picture.pixels, picture.is_strict)
+        made = _pixels_or_file(model, params, picture.pixels, order.file_format, receipt)
+        return _response(made, params.seed, params.num_inference_steps, False, picture.predicted_ms, receipt.to_json())
 
     def _watch_requests(self) -> None:
         """Cancel what clients have left. Show the engine's counts: it counts a cancelled picture at its next call."""
@@ -138,29 +158,33 @@ def _is_from_model(request: Any) -> bool:
     return '"is_from_model"' in request.parameters()
 
 
-def _response(
-    order: Order,
-    pixels: Any,
-    steps: int,
-    is_preview: bool,
-    predicted_ms: float = math.nan,
-    about: str | None = None,
-    receipt: str = "",
+def _pixels_or_file(
+    model: LoadedModel,
+    params: SamplingParams,
+    pixels: Pixels,
+    file_format: FileFormat | None,
+    receipt: Receipt | None = None,
 ) -> Any:
-    """Return a response with a picture, as pixels or as a file."""
-    if order.output_format == "raw":
-        picture = pb_utils.Tensor("generated_image", np.ascontiguousarray(pixels))
-    else:
-        content = encode_image(pixels, order.output_format, parameters=about, receipt=receipt or None)
-        picture = pb_utils.Tensor("encoded_image", np.array([content], dtype=np.object_))
+    """Return the output with a picture or clip."""
+    kind = "image" if params.frames is None else "clip"
+    if file_format is None:
+        return pb_utils.Tensor(f"generated_{kind}", np.ascontiguousarray(pixels))
+    content = encode_made(model, params, pixels, file_format, receipt=receipt)
+    return pb_utils.Tensor(f"encoded_{kind}", np.array([content], dtype=np.object_))
+
+
+def _response(
+    made: Any, seed: int, steps: int, is_preview: bool, predicted_ms: float = math.nan, receipt: str = ""
+) -> Any:
+    """Return a response with a picture or clip."""
     numbers = {
         "is_preview": np.array([is_preview]),
-        "seed": np.array([order.params.seed], np.uint64),
+        "seed": np.array([seed], np.uint64),
         "num_inference_steps": np.array([steps], np.int32),
         "predicted_ms": np.array([predicted_ms], np.float32),
         "receipt": np.array([receipt.encode()], dtype=np.object_),
     }
-    return pb_utils.InferenceResponse([picture, *(pb_utils.Tensor(name, value) for name, value in numbers.items())])
+    return pb_utils.InferenceResponse([made, *(pb_utils.Tensor(name, value) for name, value in numbers.items())])
 
 
 def _refuse(sender: Any, error: Exception, is_from_model: bool) -> None:

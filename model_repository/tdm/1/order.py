@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,15 +14,18 @@ from tdm_runtime import InvalidRequestError, SamplingParams
 from tdm_runtime.checkpoint.recipe import Recipe
 from tdm_runtime.errors import shown
 from tdm_runtime.media.image_file import ImageFormat
+from tdm_runtime.media.made_file import FileFormat
 from tdm_runtime.params import MAX_SEED, parse_size
 
-OutputFormat = Literal["raw"] | ImageFormat
-FORMATS: tuple[str, ...] = ("raw", *get_args(ImageFormat))
+PICTURES: tuple[FileFormat, ...] = get_args(ImageFormat)
+CLIPS: tuple[FileFormat, ...] = ("mp4", "webm", "webp", "gif")
+RAW = "raw"
+"""Output format of bare pixels."""
 
 
 @dataclass(frozen=True)
 class Order:
-    """One picture and how it is delivered."""
+    """One picture or clip and how it is delivered."""
 
     params: SamplingParams
     latency_budget_ms: float | None
@@ -33,7 +36,8 @@ class Order:
     """See `Delivery`."""
     num_previews: int
     """Number of steps to send a preview of."""
-    output_format: OutputFormat
+    file_format: FileFormat | None
+    """None for bare pixels."""
 
 
 def read_order(inputs: Mapping[str, NDArray[np.generic] | NDArray[np.object_]], recipe: Recipe) -> Order:
@@ -54,10 +58,6 @@ def read_order(inputs: Mapping[str, NDArray[np.generic] | NDArray[np.object_]], 
     if texts.get("negative_prompt"):
         message = f"negative_prompt needs guidance, which {recipe.name} has distilled in; leave it out"
         raise InvalidRequestError(message, param="negative_prompt")
-    output_format = texts.get("output_format", "raw")
-    if output_format not in FORMATS:
-        message = f"output_format is {shown(output_format)}; it must be {', '.join(FORMATS)}"
-        raise InvalidRequestError(message, param="output_format")
     steps = numbers.get("num_inference_steps", 0)
     size = texts.get("size", "auto")
     width, height = recipe.native_sizes[0] if size in ("", "auto") else parse_size(size)
@@ -68,6 +68,7 @@ def read_order(inputs: Mapping[str, NDArray[np.generic] | NDArray[np.object_]], 
         width=width,
         height=height,
         guidance_scale=numbers.get("guidance_scale"),
+        frames=_frames(numbers.get("num_frames"), recipe),
     )
     params.check_against(recipe)
     return Order(
@@ -76,8 +77,33 @@ def read_order(inputs: Mapping[str, NDArray[np.generic] | NDArray[np.object_]], 
         min_inference_steps=None if steps else recipe.step_counts[0],
         strict=bool(numbers.get("strict")),
         num_previews=params.num_inference_steps - 1 if numbers.get("previews") else 0,
-        output_format=output_format,  # type: ignore[arg-type]
+        file_format=_file_format(texts.get("output_format", RAW), recipe),
     )
+
+
+def _file_format(text: str, recipe: Recipe) -> FileFormat | None:
+    made, formats = ("pictures", PICTURES) if recipe.frames is None else ("clips", CLIPS)
+    if text == RAW:
+        return None
+    for file_format in formats:
+        if text == file_format:
+            return file_format
+    message = f"output_format is {shown(text)}; {recipe.name} makes {made}: {', '.join((RAW, *formats))}"
+    raise InvalidRequestError(message, param="output_format")
+
+
+def _frames(num_frames: int | None, recipe: Recipe) -> int | None:
+    """Return the frames of a clip, None for a picture. 0 takes the recipe's default, as with the steps."""
+    rule = recipe.frames
+    if rule is None and num_frames:
+        message = f"num_frames is {num_frames}; {recipe.name} makes pictures, not clips: leave it out"
+        raise InvalidRequestError(message, param="num_frames")
+    if rule is None or not num_frames:
+        return recipe.default_frames
+    if not rule.allows(num_frames):
+        message = f"num_frames is {num_frames}; {recipe.name} makes {rule}: take {rule.nearest(num_frames)}"
+        raise InvalidRequestError(message, param="num_frames")
+    return num_frames
 
 
 def _text(name: str, value: bytes) -> str:

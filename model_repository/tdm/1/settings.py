@@ -62,8 +62,6 @@ def start_engine(settings: argparse.Namespace, gpu: int | None) -> DiffusionEngi
     """
     device = settings.device or (None if gpu is None else f"cuda:{gpu}")
     model = load_model(settings.checkpoint, backend_config(settings), device, settings.lora)
-    if model.recipe.frames is not None:
-        raise ValueError(f"{settings.checkpoint} makes clips, and this model pictures; tdm-serve offers clips")
     engine = DiffusionEngine(model, EngineConfig(max_live=settings.max_live))
     engine.start()
     warm_up(engine)

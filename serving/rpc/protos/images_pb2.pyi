@@ -20,6 +20,9 @@ class OutputFormat(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     OUTPUT_FORMAT_WEBP: _ClassVar[OutputFormat]
     OUTPUT_FORMAT_JPEG: _ClassVar[OutputFormat]
     OUTPUT_FORMAT_PIXELS: _ClassVar[OutputFormat]
+    OUTPUT_FORMAT_MP4: _ClassVar[OutputFormat]
+    OUTPUT_FORMAT_WEBM: _ClassVar[OutputFormat]
+    OUTPUT_FORMAT_GIF: _ClassVar[OutputFormat]
 DECODER_UNSPECIFIED: Decoder
 DECODER_FULL: Decoder
 DECODER_TINY: Decoder
@@ -28,6 +31,9 @@ OUTPUT_FORMAT_PNG: OutputFormat
 OUTPUT_FORMAT_WEBP: OutputFormat
 OUTPUT_FORMAT_JPEG: OutputFormat
 OUTPUT_FORMAT_PIXELS: OutputFormat
+OUTPUT_FORMAT_MP4: OutputFormat
+OUTPUT_FORMAT_WEBM: OutputFormat
+OUTPUT_FORMAT_GIF: OutputFormat
 
 class GenerateRequest(_message.Message):
     __slots__ = ("prompt", "model", "n", "size", "seed", "num_inference_steps", "auto_steps", "latency_budget_ms", "strict", "decoder", "guidance_scale", "negative_prompt", "output_format", "output_compression", "metadata", "lora_scale")
@@ -74,6 +80,48 @@ class GenerateStreamRequest(_message.Message):
     partial_images: int
     draft: bool
     def __init__(self, picture: _Optional[_Union[GenerateRequest, _Mapping]] = ..., partial_images: _Optional[int] = ..., draft: _Optional[bool] = ...) -> None: ...
+
+class GenerateVideoRequest(_message.Message):
+    __slots__ = ("prompt", "model", "size", "num_frames", "seconds", "fps", "seed", "num_inference_steps", "auto_steps", "latency_budget_ms", "strict", "decoder", "guidance_scale", "lora_scale", "output_format")
+    PROMPT_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    NUM_FRAMES_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    FPS_FIELD_NUMBER: _ClassVar[int]
+    SEED_FIELD_NUMBER: _ClassVar[int]
+    NUM_INFERENCE_STEPS_FIELD_NUMBER: _ClassVar[int]
+    AUTO_STEPS_FIELD_NUMBER: _ClassVar[int]
+    LATENCY_BUDGET_MS_FIELD_NUMBER: _ClassVar[int]
+    STRICT_FIELD_NUMBER: _ClassVar[int]
+    DECODER_FIELD_NUMBER: _ClassVar[int]
+    GUIDANCE_SCALE_FIELD_NUMBER: _ClassVar[int]
+    LORA_SCALE_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_FORMAT_FIELD_NUMBER: _ClassVar[int]
+    prompt: str
+    model: str
+    size: Size
+    num_frames: int
+    seconds: int
+    fps: int
+    seed: int
+    num_inference_steps: int
+    auto_steps: AutoSteps
+    latency_budget_ms: float
+    strict: bool
+    decoder: Decoder
+    guidance_scale: float
+    lora_scale: float
+    output_format: OutputFormat
+    def __init__(self, prompt: _Optional[str] = ..., model: _Optional[str] = ..., size: _Optional[_Union[Size, _Mapping]] = ..., num_frames: _Optional[int] = ..., seconds: _Optional[int] = ..., fps: _Optional[int] = ..., seed: _Optional[int] = ..., num_inference_steps: _Optional[int] = ..., auto_steps: _Optional[_Union[AutoSteps, _Mapping]] = ..., latency_budget_ms: _Optional[float] = ..., strict: _Optional[bool] = ..., decoder: _Optional[_Union[Decoder, str]] = ..., guidance_scale: _Optional[float] = ..., lora_scale: _Optional[float] = ..., output_format: _Optional[_Union[OutputFormat, str]] = ...) -> None: ...
+
+class GenerateVideoStreamRequest(_message.Message):
+    __slots__ = ("video", "partial_images")
+    VIDEO_FIELD_NUMBER: _ClassVar[int]
+    PARTIAL_IMAGES_FIELD_NUMBER: _ClassVar[int]
+    video: GenerateVideoRequest
+    partial_images: int
+    def __init__(self, video: _Optional[_Union[GenerateVideoRequest, _Mapping]] = ..., partial_images: _Optional[int] = ...) -> None: ...
 
 class AutoSteps(_message.Message):
     __slots__ = ("min_inference_steps",)
@@ -127,6 +175,32 @@ class Image(_message.Message):
     receipt: Receipt
     def __init__(self, content: _Optional[bytes] = ..., seed: _Optional[int] = ..., num_inference_steps: _Optional[int] = ..., is_cached: _Optional[bool] = ..., receipt: _Optional[_Union[Receipt, _Mapping]] = ...) -> None: ...
 
+class GenerateVideoResponse(_message.Message):
+    __slots__ = ("created", "model", "video", "output_format", "size", "num_frames", "usage", "timings", "predicted_ms", "latency_budget_kept", "warnings")
+    CREATED_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    VIDEO_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_FORMAT_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    NUM_FRAMES_FIELD_NUMBER: _ClassVar[int]
+    USAGE_FIELD_NUMBER: _ClassVar[int]
+    TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_MS_FIELD_NUMBER: _ClassVar[int]
+    LATENCY_BUDGET_KEPT_FIELD_NUMBER: _ClassVar[int]
+    WARNINGS_FIELD_NUMBER: _ClassVar[int]
+    created: int
+    model: str
+    video: Image
+    output_format: OutputFormat
+    size: Size
+    num_frames: int
+    usage: Usage
+    timings: Timings
+    predicted_ms: float
+    latency_budget_kept: bool
+    warnings: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, created: _Optional[int] = ..., model: _Optional[str] = ..., video: _Optional[_Union[Image, _Mapping]] = ..., output_format: _Optional[_Union[OutputFormat, str]] = ..., size: _Optional[_Union[Size, _Mapping]] = ..., num_frames: _Optional[int] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., predicted_ms: _Optional[float] = ..., latency_budget_kept: _Optional[bool] = ..., warnings: _Optional[_Iterable[str]] = ...) -> None: ...
+
 class GenerateStreamResponse(_message.Message):
     __slots__ = ("partial_image", "completed")
     PARTIAL_IMAGE_FIELD_NUMBER: _ClassVar[int]
@@ -134,6 +208,14 @@ class GenerateStreamResponse(_message.Message):
     partial_image: PartialImage
     completed: GenerateResponse
     def __init__(self, partial_image: _Optional[_Union[PartialImage, _Mapping]] = ..., completed: _Optional[_Union[GenerateResponse, _Mapping]] = ...) -> None: ...
+
+class GenerateVideoStreamResponse(_message.Message):
+    __slots__ = ("partial_image", "completed")
+    PARTIAL_IMAGE_FIELD_NUMBER: _ClassVar[int]
+    COMPLETED_FIELD_NUMBER: _ClassVar[int]
+    partial_image: PartialImage
+    completed: GenerateVideoResponse
+    def __init__(self, partial_image: _Optional[_Union[PartialImage, _Mapping]] = ..., completed: _Optional[_Union[GenerateVideoResponse, _Mapping]] = ...) -> None: ...
 
 class PartialImage(_message.Message):
     __slots__ = ("content", "index", "created", "output_format", "size", "is_draft", "num_steps_taken")
@@ -180,7 +262,7 @@ class Timings(_message.Message):
     def __init__(self, queue_ms: _Optional[float] = ..., text_ms: _Optional[float] = ..., steps_ms: _Optional[_Iterable[float]] = ..., decode_ms: _Optional[float] = ..., encode_ms: _Optional[float] = ..., total_ms: _Optional[float] = ...) -> None: ...
 
 class Receipt(_message.Message):
-    __slots__ = ("model", "digest", "prompt", "seed", "num_inference_steps", "width", "height", "decoder", "backend", "bucket", "is_strict", "pixels_sha256", "guidance_scale", "lora_scale")
+    __slots__ = ("model", "digest", "prompt", "seed", "num_inference_steps", "width", "height", "decoder", "backend", "bucket", "is_strict", "pixels_sha256", "guidance_scale", "lora_scale", "frames")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
@@ -195,6 +277,7 @@ class Receipt(_message.Message):
     PIXELS_SHA256_FIELD_NUMBER: _ClassVar[int]
     GUIDANCE_SCALE_FIELD_NUMBER: _ClassVar[int]
     LORA_SCALE_FIELD_NUMBER: _ClassVar[int]
+    FRAMES_FIELD_NUMBER: _ClassVar[int]
     model: str
     digest: str
     prompt: str
@@ -209,7 +292,8 @@ class Receipt(_message.Message):
     pixels_sha256: str
     guidance_scale: float
     lora_scale: float
-    def __init__(self, model: _Optional[str] = ..., digest: _Optional[str] = ..., prompt: _Optional[str] = ..., seed: _Optional[int] = ..., num_inference_steps: _Optional[int] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., decoder: _Optional[str] = ..., backend: _Optional[str] = ..., bucket: _Optional[_Iterable[int]] = ..., is_strict: _Optional[bool] = ..., pixels_sha256: _Optional[str] = ..., guidance_scale: _Optional[float] = ..., lora_scale: _Optional[float] = ...) -> None: ...
+    frames: int
+    def __init__(self, model: _Optional[str] = ..., digest: _Optional[str] = ..., prompt: _Optional[str] = ..., seed: _Optional[int] = ..., num_inference_steps: _Optional[int] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., decoder: _Optional[str] = ..., backend: _Optional[str] = ..., bucket: _Optional[_Iterable[int]] = ..., is_strict: _Optional[bool] = ..., pixels_sha256: _Optional[str] = ..., guidance_scale: _Optional[float] = ..., lora_scale: _Optional[float] = ..., frames: _Optional[int] = ...) -> None: ...
 
 class ListModelsRequest(_message.Message):
     __slots__ = ()
@@ -222,7 +306,7 @@ class ListModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("id", "created", "sizes", "step_counts", "default_steps", "decoders", "backend", "parity_psnr_db", "digest", "family", "recipe", "size_rule", "guidance_scale", "lora_scale")
+    __slots__ = ("id", "created", "sizes", "step_counts", "default_steps", "decoders", "backend", "parity_psnr_db", "digest", "family", "recipe", "size_rule", "guidance_scale", "lora_scale", "frames", "fps")
     class ParityPsnrDbEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -244,6 +328,8 @@ class Model(_message.Message):
     SIZE_RULE_FIELD_NUMBER: _ClassVar[int]
     GUIDANCE_SCALE_FIELD_NUMBER: _ClassVar[int]
     LORA_SCALE_FIELD_NUMBER: _ClassVar[int]
+    FRAMES_FIELD_NUMBER: _ClassVar[int]
+    FPS_FIELD_NUMBER: _ClassVar[int]
     id: str
     created: int
     sizes: _containers.RepeatedScalarFieldContainer[str]
@@ -258,7 +344,19 @@ class Model(_message.Message):
     size_rule: SizeRule
     guidance_scale: float
     lora_scale: float
-    def __init__(self, id: _Optional[str] = ..., created: _Optional[int] = ..., sizes: _Optional[_Iterable[str]] = ..., step_counts: _Optional[_Iterable[int]] = ..., default_steps: _Optional[int] = ..., decoders: _Optional[_Iterable[str]] = ..., backend: _Optional[str] = ..., parity_psnr_db: _Optional[_Mapping[int, float]] = ..., digest: _Optional[str] = ..., family: _Optional[str] = ..., recipe: _Optional[str] = ..., size_rule: _Optional[_Union[SizeRule, _Mapping]] = ..., guidance_scale: _Optional[float] = ..., lora_scale: _Optional[float] = ...) -> None: ...
+    frames: FrameRule
+    fps: int
+    def __init__(self, id: _Optional[str] = ..., created: _Optional[int] = ..., sizes: _Optional[_Iterable[str]] = ..., step_counts: _Optional[_Iterable[int]] = ..., default_steps: _Optional[int] = ..., decoders: _Optional[_Iterable[str]] = ..., backend: _Optional[str] = ..., parity_psnr_db: _Optional[_Mapping[int, float]] = ..., digest: _Optional[str] = ..., family: _Optional[str] = ..., recipe: _Optional[str] = ..., size_rule: _Optional[_Union[SizeRule, _Mapping]] = ..., guidance_scale: _Optional[float] = ..., lora_scale: _Optional[float] = ..., frames: _Optional[_Union[FrameRule, _Mapping]] = ..., fps: _Optional[int] = ...) -> None: ...
+
+class FrameRule(_message.Message):
+    __slots__ = ("default", "step", "max_frames")
+    DEFAULT_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    MAX_FRAMES_FIELD_NUMBER: _ClassVar[int]
+    default: int
+    step: int
+    max_frames: int
+    def __init__(self, default: _Optional[int] = ..., step: _Optional[int] = ..., max_frames: _Optional[int] = ...) -> None: ...
 
 class SizeRule(_message.Message):
     __slots__ = ("multiple", "min_side", "max_side", "max_pixels")

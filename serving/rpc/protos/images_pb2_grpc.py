@@ -69,7 +69,8 @@ class ImageServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListModels(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """All models, those of clips too.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -174,6 +175,126 @@ class ImageService:
             '/tdm.images.v1.ImageService/ListModels',
             serving_dot_rpc_dot_protos_dot_images__pb2.ListModelsRequest.SerializeToString,
             serving_dot_rpc_dot_protos_dot_images__pb2.ListModelsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class VideoServiceStub:
+    """Of models that make clips.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Generate = channel.unary_unary(
+                '/tdm.images.v1.VideoService/Generate',
+                request_serializer=serving_dot_rpc_dot_protos_dot_images__pb2.GenerateVideoRequest.SerializeToString,
+                response_deserializer=serving_dot_rpc_dot_protos_dot_images__pb2.GenerateVideoResponse.FromString,
+                _registered_method=True)
+        self.GenerateStream = channel.unary_stream(
+                '/tdm.images.v1.VideoService/GenerateStream',
+                request_serializer=serving_dot_rpc_dot_protos_dot_images__pb2.GenerateVideoStreamRequest.SerializeToString,
+                response_deserializer=serving_dot_rpc_dot_protos_dot_images__pb2.GenerateVideoStreamResponse.FromString,
+                _registered_method=True)
+
+
+class VideoServiceServicer:
+    """Of models that make clips.
+    """
+
+    def Generate(self, request, context):
+        """Make a clip.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GenerateStream(self, request, context):
+        """Make a clip and show its first frame on the way: partial pictures, then `completed`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_VideoServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Generate': grpc.unary_unary_rpc_method_handler(
+                    servicer.Generate,
+                    request_deserializer=serving_dot_rpc_dot_protos_dot_images__pb2.GenerateVideoRequest.FromString,
+                    response_serializer=serving_dot_rpc_dot_protos_dot_images__pb2.GenerateVideoResponse.SerializeToString,
+            ),
+            'GenerateStream': grpc.unary_stream_rpc_method_handler(
+                    servicer.GenerateStream,
+                    request_deserializer=serving_dot_rpc_dot_protos_dot_images__pb2.GenerateVideoStreamRequest.FromString,
+                    response_serializer=serving_dot_rpc_dot_protos_dot_images__pb2.GenerateVideoStreamResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'tdm.images.v1.VideoService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('tdm.images.v1.VideoService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class VideoService:
+    """Of models that make clips.
+    """
+
+    @staticmethod
+    def Generate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tdm.images.v1.VideoService/Generate',
+            serving_dot_rpc_dot_protos_dot_images__pb2.GenerateVideoRequest.SerializeToString,
+            serving_dot_rpc_dot_protos_dot_images__pb2.GenerateVideoResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GenerateStream(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/tdm.images.v1.VideoService/GenerateStream',
+            serving_dot_rpc_dot_protos_dot_images__pb2.GenerateVideoStreamRequest.SerializeToString,
+            serving_dot_rpc_dot_protos_dot_images__pb2.GenerateVideoStreamResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -66,10 +66,13 @@ def test_a_clip_has_the_frames_of_the_library(served: Served, http: httpx.Client
     assert (answer["num_frames"], answer["size"], len(answer["timings"]["steps_ms"])) == (9, "32x64", 2)
 
 
-def test_a_clip_is_a_file_a_url_or_json(http: httpx.Client) -> None:
-    answer = http.post(GENERATIONS, json=CLIP | {"model": "wan"}, headers={"accept": "video/mp4"})
-    assert (answer.headers["content-type"], answer.headers["x-tdm-seed"]) == ("video/mp4", "7")
-    assert len(list(read_frames(answer.content))) == 9
+def test_a_clip_is_a_file_a_url_or_json(served: Served, http: httpx.Client, tmp_path: Path) -> None:
+    for name in ("mp4", "webm"):
+        answer = http.post(GENERATIONS, json=CLIP | {"model": "wan"}, headers={"accept": f"video/{name}"})
+        assert (answer.headers["content-type"], answer.headers["x-tdm-seed"]) == (f"video/{name}", "7")
+        assert len(list(read_frames(answer.content))) == 9
+    (tmp_path / "clip").write_bytes(answer.content)
+    assert tdm_generate(["--verify", str(tmp_path / "clip"), "--checkpoint", str(served.folders["wan"])]) == 0
     url = clip_of(http, model="wan", response_format="url")["data"][0]["url"]
     assert http.get(url).headers["content-type"] == "video/mp4"
     answer = http.post(GENERATIONS, json=CLIP | {"model": "wan", "stream": True}, headers={"accept": "video/mp4"})
@@ -84,6 +87,27 @@ def test_a_stream_shows_first_frames_and_then_the_clip(http: httpx.Client) -> No
     assert [event["num_steps_taken"] for event in events[:-1]] == [1, 2, 3]
     assert Image.open(io.BytesIO(base64.b64decode(events[0]["b64_json"]))).size == (64, 64)
     assert len(list(read_frames(base64.b64decode(events[-1]["b64_json"])))) == events[-1]["num_frames"] == 16
+
+
+def test_a_batch_mixes_pictures_and_clips(http: httpx.Client, client: openai.OpenAI) -> None:
+    """Each line is answered as a request to its url is."""
+    clip = CLIP | {"model": "wan", "output_format": "webp", "strict": True}
+    lines = [
+        {"custom_id": "clip", "url": GENERATIONS, "body": clip},
+        {"custom_id": "picture", "url": "/v1/images/generations", "body": {"prompt": PROMPT, "model": "lcm"}},
+        {"custom_id": "file", "body": clip | {"response_format": "url", "num_frames": 5}},
+    ]
+    wrong = http.post("/v1/batches", json={"requests": [lines[0] | {"url": "/v1/images/generations"}]})
+    assert "which makes clips; send the request to /v1/videos/generations" in wrong.json()["error"]["message"]
+    batch: Any = http.post("/v1/batches", json={"endpoint": GENERATIONS, "requests": lines}).json()
+    while batch["status"] == "in_progress":
+        batch = http.get(f"/v1/batches/{batch['id']}").json()
+    assert (batch["endpoint"], batch["request_counts"]["completed"]) == (GENERATIONS, 3)
+    output = client.files.content(batch["output_file_id"]).text.splitlines()
+    first, picture, file = (json.loads(line)["response"]["body"] for line in output)
+    assert first["num_frames"] == 9 and "num_frames" not in picture
+    assert first["data"][0]["b64_json"] == clip_of(http, **clip)["data"][0]["b64_json"]
+    assert len(list(read_frames(http.get(file["data"][0]["url"]).content))) == 5
 
 
 def test_steps_are_chosen_by_budget(http: httpx.Client) -> None:
@@ -106,7 +130,7 @@ def test_steps_are_chosen_by_budget(http: httpx.Client) -> None:
         ("/v1/videos", {"model": "wan", "fps": 31}, "fps", "less than or equal to 30"),
         ("/v1/videos", {"model": "wan", "decoder": "tiny"}, "decoder", "wan has full"),
         (GENERATIONS, {"model": "wan", "prompt": ["a", "b"]}, "prompt", "valid string"),
-        (GENERATIONS, {"model": "wan", "output_format": "png"}, "output_format", "'mp4', 'webp' or 'gif'"),
+        (GENERATIONS, {"model": "wan", "output_format": "png"}, "output_format", "'mp4', 'webm', 'webp' or 'gif'"),
     ],
 )
 def test_what_cannot_be_made_is_refused_by_name(

@@ -197,7 +197,7 @@ def test_a_run_that_cannot_be_made_is_refused(
 @pytest.mark.parametrize("value", ["../../etc/passwd", "/abs", ".hidden", "a\0b", "x" * 5000, "\ud800", "", "Ünï ❤"])
 def test_no_value_leaves_the_folder(value: str) -> None:
     assert not set("./\\\0:") & set(safe(value))
-    numbers = dict.fromkeys(("line", "index", "seed", "steps", "width", "height"), 1)
+    numbers = dict.fromkeys(("line", "index", "seed", "steps", "width", "height", "frames"), 1)
     texts = dict.fromkeys(("id", "source", "variant", "model", "prompt", "sweep"), value)
     assert NameTemplate("{model}x/{id}x").path(numbers, texts).count("/") == 1
     assert NameTemplate(DEFAULT_TEMPLATE).path(numbers, texts).startswith("00000001")

@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from PIL import Image
+from pydantic import BaseModel
 
 from benchmarks.cli import main as tdm_bench
 from serving.command.cli import main as tdm_serve
@@ -36,6 +37,7 @@ from serving.rpc.protos import images_pb2 as pb
 from serving.rpc.protos import images_pb2_grpc, open_inference_pb2, open_inference_pb2_grpc
 from serving.rpc.statuses import printable
 from serving.schema.image_request import ImageRequest
+from serving.schema.video_request import VideoGenerationRequest
 from serving.telemetry.metrics import ServerMetrics
 from tdm_runtime.model.artifacts import BackendConfig
 from tests.ports import free_port
@@ -150,12 +152,18 @@ def test_the_models_equal_those_of_http(images: images_pb2_grpc.ImageServiceStub
     assert {str(steps): psnr for steps, psnr in model.parity_psnr_db.items()} == card["parity_psnr_db"]
 
 
-def test_the_schema_has_every_field_of_http() -> None:
+@pytest.mark.parametrize(
+    ("messages", "schema"),
+    [
+        ((pb.GenerateRequest, pb.GenerateStreamRequest), ImageRequest),
+        ((pb.GenerateVideoRequest, pb.GenerateVideoStreamRequest), VideoGenerationRequest),
+    ],
+)
+def test_the_schema_has_every_field_of_http(messages: tuple[Any, ...], schema: type[BaseModel]) -> None:
     http_only = {"response_format", "stream", "background"}
     http_only |= {"user", "quality", "style", "moderation", "safety_identifier"}  # accepted and unused
-    messages = (pb.GenerateRequest, pb.GenerateStreamRequest, pb.AutoSteps)
-    fields = {name for message in messages for name in message.DESCRIPTOR.fields_by_name}
-    assert fields - {"auto_steps", "picture"} == set(ImageRequest.model_fields) - http_only
+    fields = {name for message in (*messages, pb.AutoSteps) for name in message.DESCRIPTOR.fields_by_name}
+    assert fields - {"auto_steps", "picture", "video"} == set(schema.model_fields) - http_only
 
 
 # -- deadlines and leaving -------------------------------------------------------------------------
