@@ -10,6 +10,11 @@ import torch
 from PIL import Image
 
 from tdm_runtime.cli import main as tdm_generate
+from tdm_runtime.model.artifacts import BackendConfig
+from tdm_runtime.model.choice import load_model
+from tdm_runtime.model.loaded_model import LoadedModel
+from tdm_runtime.params import SamplingParams
+from tdm_runtime.pipeline import generate
 
 MIN_PSNR_DB = 50.0
 """Least similarity of pictures that count as equal. Equal pixels read 59 dB, because files hold whole levels."""
@@ -22,6 +27,16 @@ def run_generate(folder: Path, prompt: str, steps: int, *more: str) -> int:
     sizes = ["--seed", str(SEED), "--steps", str(steps), "--size", f"{WIDTH}x{HEIGHT}"]
     backend = ["--backend", "torch", "--precision", "fp32", "--threads", "1"]
     return tdm_generate(["--checkpoint", str(folder), prompt, *sizes, *backend, *more])
+
+
+def load_fp32(folder: Path) -> LoadedModel:
+    """Load a folder as `run_generate` does, for many pictures."""
+    return load_model(folder, BackendConfig("torch", "fp32", threads=1, device="cpu"))
+
+
+def made_by(model: LoadedModel, prompt: str, steps: int, frames: int | None = None) -> Any:
+    """Return the picture or clip of a loaded model as floats in [0, 1]. It is that of `picture` or `clip`."""
+    return generate(model, SamplingParams(prompt, SEED, steps, WIDTH, HEIGHT, frames=frames)) / 255.0
 
 
 def picture(folder: Path, prompt: str, steps: int, tmp_path: Path, *more: str) -> Any:

@@ -23,7 +23,18 @@ from tdm_runtime.families import FAMILIES
 from tdm_runtime.recipe_cli import main as tdm_recipe
 from tests.lora_files import draw_weights, write_diffusers, write_kohya, write_peft
 from tests.stock_checkpoints import CASES, CLIPS, PICTURES, Case, stock_pipeline, write_recipe
-from tests.stock_pictures import HEIGHT, MIN_PSNR_DB, WIDTH, clip, picture, psnr_db, stock_clip, stock_picture
+from tests.stock_pictures import (
+    HEIGHT,
+    MIN_PSNR_DB,
+    WIDTH,
+    clip,
+    load_fp32,
+    made_by,
+    picture,
+    psnr_db,
+    stock_clip,
+    stock_picture,
+)
 from tests.tiny_models import tiny_unet
 from tests.tiny_pipelines import build_pipeline
 
@@ -40,10 +51,12 @@ def test_the_picture_equals_that_of_the_stock_pipeline(name: str, tmp_path: Path
     pipeline, folder = stock_pipeline(case), tmp_path / "folder"
     pipeline.save_pretrained(folder)
     write_recipe(case, folder)
+    model = load_fp32(folder)
     for count in case.steps:
         for prompt in PROMPTS:
             theirs = picture_of_case(pipeline, case, prompt, count)
-            assert psnr_db(picture(folder, prompt, count, tmp_path), theirs) >= MIN_PSNR_DB, (count, prompt)
+            assert psnr_db(made_by(model, prompt, count), theirs) >= MIN_PSNR_DB, (count, prompt)
+    assert np.array_equal(picture(folder, prompt, count, tmp_path), made_by(model, prompt, count))
 
 
 @pytest.mark.parametrize("name", CLIPS)
@@ -52,12 +65,14 @@ def test_the_clip_equals_that_of_the_stock_pipeline(name: str, tmp_path: Path) -
     pipeline, folder = stock_pipeline(case), tmp_path / "folder"
     pipeline.save_pretrained(folder)
     write_recipe(case, folder)
+    model = load_fp32(folder)
     for count in case.steps:
         for frames, prompt in zip(case.frames, PROMPTS, strict=True):
             theirs = clip_of_case(pipeline, case, prompt, count, frames)
-            ours = clip(folder, prompt, count, frames, tmp_path)
+            ours = made_by(model, prompt, count, frames)
             assert ours.shape == (frames, HEIGHT, WIDTH, 3) and ours.std() > MIN_STD
             assert psnr_db(ours, theirs) >= MIN_CLIP_PSNR_DB, (count, frames)
+    assert np.array_equal(clip(folder, prompt, count, frames, tmp_path), ours)
 
 
 @pytest.mark.parametrize(

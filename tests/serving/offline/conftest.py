@@ -17,12 +17,17 @@ from serving.offline.cli import main
 from serving.offline.records import TIMES
 
 Render = Callable[..., int]
+ALONE = ("--backend", "torch", "--threads", "1", "--max-batch-size", "1")
 
 
 def command(checkpoint: Path, *arguments: object) -> list[str]:
-    """Return the arguments of a run, on the tiny checkpoint unless they name models. Torch needs no artifacts."""
+    """Return the arguments of a run, on the tiny checkpoint unless they name models.
+
+    Torch needs no artifacts and is quick at this size. Strict pictures on torch are made alone, so larger batches would
+    only lengthen the warm-up.
+    """
     tiny = [] if "--model" in arguments else ["--checkpoint", str(checkpoint)]
-    return [*map(str, arguments), *tiny, "--backend", "torch", "--threads", "1"]
+    return [*map(str, arguments), *tiny, *ALONE]
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from serving.offline.names import DEFAULT_TEMPLATE, NameTemplate, safe
 from tdm_runtime.model.choice import load_model
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.pipeline import generate
-from tests.serving.offline.conftest import Render, hashes, manifest, mixed_lines, write_lines
+from tests.serving.offline.conftest import ALONE, Render, hashes, manifest, mixed_lines, write_lines
 
 
 def test_pictures_are_those_of_generate(render: Render, tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -132,8 +132,7 @@ def test_lines_name_their_models(tiny_checkpoint: Path, tmp_path: Path) -> None:
     lines = [{"prompt": "a cat", "seed": 1}, {"prompt": "a cat", "seed": 1, "model": "second"}]
     source, out = write_lines(tmp_path / "in.jsonl", lines), tmp_path / "out"
     models = [part for name in ("first", "second") for part in ("--model", f"{name}={tiny_checkpoint}")]
-    backend = ["--backend", "torch", "--threads", "1", "--name", "{model}/{line}"]
-    assert main([str(source), "-o", str(out), *models, *backend]) == 0
+    assert main([str(source), "-o", str(out), *models, *ALONE, "--name", "{model}/{line}"]) == 0
     first, second = manifest(out)
     assert (first["file"], second["file"]) == ("first/1.png", "second/2.png")
     assert (first["receipt"]["model"], second["receipt"]["model"]) == ("first", "second")

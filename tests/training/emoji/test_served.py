@@ -7,14 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from transformers import CLIPTokenizer
 
 from tdm_runtime.model.choice import load_model
 from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.pipeline import generate
 from tdm_runtime.sampling.noise import initial_noise
-from training.emoji.data.glyphs import load_glyphs
-from training.emoji.data.text import build_text_encoder, train_tokenizer
+from training.emoji.data.text import build_text_encoder
 from training.emoji.stages.autoencoder import build_autoencoder
 from training.emoji.stages.publish import publish
 from training.emoji.stages.student import EMOJI, ScenePrompts, build_distiller
@@ -29,15 +29,14 @@ ROUNDING = 3
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Distiller, LoadedModel]:
-    """A distiller after ten iterations from a random teacher, and the model that the runtime loads from it."""
+def trained(tmp_path_factory: pytest.TempPathFactory, tokenizer: CLIPTokenizer) -> tuple[Distiller, LoadedModel]:
+    """A distiller after three iterations from a random teacher, and the model that the runtime loads from it."""
     run = tmp_path_factory.mktemp("run")
     torch.manual_seed(0)
-    tokenizer = train_tokenizer(load_glyphs())
     save_teacher(run / "teacher", build_unet(), build_text_encoder(tokenizer), tokenizer)
     build_autoencoder().save_pretrained(run / "decoder" / "vae")
-    distiller = build_distiller(replace(EMOJI, batch_size=4, steps=10, precision="fp32"), run / "teacher")
-    for step in range(10):
+    distiller = build_distiller(replace(EMOJI, batch_size=2, steps=3, precision="fp32"), run / "teacher")
+    for step in range(3):
         distiller.train_step(step, step_generator(0, "served", step))
     save_denoiser(distiller.average, run / "student")  # type: ignore[arg-type]
     publish(run / "checkpoint", run / "decoder", run / "teacher", run / "student")
@@ -55,7 +54,7 @@ def test_the_served_picture_is_the_trainers(trained: tuple[Distiller, LoadedMode
     assert np.abs(served.astype(int) - expected.astype(int)).max() <= ROUNDING
 
 
-def test_ten_iterations_change_the_student(trained: tuple[Distiller, LoadedModel]) -> None:
+def test_three_iterations_change_the_student(trained: tuple[Distiller, LoadedModel]) -> None:
     distiller, _ = trained
     prompts = distiller.run.prompts
     noise = initial_noise(SEED, (1, 4, 16, 16))

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import CLIPTokenizer
 
-from training.emoji.data.glyphs import load_glyphs
-from training.emoji.data.text import build_text_encoder, train_tokenizer
+from training.emoji.data.text import build_text_encoder
 from training.emoji.stages.student import EMOJI, build_distiller
 from training.emoji.stages.teacher import build_unet, save_teacher
 from training.methods.trajectory import advance, draw_places, roll_out, sample
@@ -19,10 +19,9 @@ CONFIG = replace(EMOJI, batch_size=6)
 
 
 @pytest.fixture(scope="module")
-def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def teacher_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: CLIPTokenizer) -> Path:
     folder = tmp_path_factory.mktemp("teacher")
     torch.manual_seed(0)
-    tokenizer = train_tokenizer(load_glyphs())
     save_teacher(folder, build_unet(), build_text_encoder(tokenizer), tokenizer)
     return folder
 
