@@ -64,11 +64,6 @@ def build_artifacts(checkpoint: Checkpoint, plan: BuildPlan, folder: Path, annou
     Raises:
         ExportError: a component cannot be built, or the folder cannot be replaced.
     """
-    if checkpoint.family.makes_clips and any(backend == "tensorrt" for backend, _ in plan.targets):
-        raise ExportError(
-            f"{checkpoint.recipe.name} makes clips, which TensorRT plans are not built for; "
-            "choose --backend openvino or onnxruntime"
-        )
     _check_replaceable(folder)
     for backend, precision in plan.targets:
         if backend == "tensorrt":  # before the first minutes of work

@@ -18,6 +18,7 @@ from torch import Tensor
 from tdm_runtime.backends import Backend
 from tdm_runtime.checkpoint.folder import Checkpoint
 from tdm_runtime.model.load import load_with_torch
+from tdm_runtime.model.parity import compared_frames
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.pipeline import generate
 
@@ -57,27 +58,28 @@ def write_fp8_onnx(onnx_file: Path, file: Path, calls: Sequence[Call]) -> None:
 def record_calls(checkpoint: Checkpoint, prompts: Sequence[str]) -> list[Call]:
     """Record the denoiser's inputs while torch makes one picture per prompt, cycling through all step counts."""
     model = load_with_torch(checkpoint)
-    recorder = _Recorder(model.denoiser)
+    recorder = _Recorder(model.denoiser, model.denoiser_inputs)
     recipe = model.recipe
     width, height = recipe.native_sizes[0]
     for seed, prompt in enumerate(prompts):
         steps = recipe.step_counts[seed % len(recipe.step_counts)]
-        generate(replace(model, denoiser=recorder), SamplingParams(prompt, seed, steps, width, height))
+        params = SamplingParams(prompt, seed, steps, width, height, frames=compared_frames(recipe))
+        generate(replace(model, denoiser=recorder), params)
     return recorder.calls
 
 
 class _Recorder:
     """Denoiser that records the inputs of its calls."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, names: Sequence[str]) -> None:
         self.device = backend.device
         self.is_batch_invariant = backend.is_batch_invariant
         self._backend = backend
+        self._names = names
         self.calls: list[Call] = []
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        names = ("latents", "timesteps", "step_counts", "prompt_embeds")
-        self.calls.append({name: tensor.cpu().numpy().copy() for name, tensor in zip(names, inputs, strict=True)})
+        self.calls.append({name: tensor.cpu().numpy().copy() for name, tensor in zip(self._names, inputs, strict=True)})
         return self._backend(*inputs)
 
 

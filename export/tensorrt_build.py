@@ -14,12 +14,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from export.errors import ExportError
 from export.fp8_onnx import record_calls, write_fp8_onnx
 from export.onnx_export import export_onnx
 from export.prompts import CALIBRATION
 from tdm_runtime.backends import TORCH_DTYPES, Precision
-from tdm_runtime.backends.interface import ComponentName, Interface
+from tdm_runtime.backends.interface import ComponentName, Interface, name_and_factor
 from tdm_runtime.backends.machine import installed
 from tdm_runtime.backends.tensorrt import BuiltFor, SizeRange, built_for_file
 from tdm_runtime.backends.tensorrt_library import import_tensorrt, parser_errors
@@ -27,7 +29,7 @@ from tdm_runtime.checkpoint.file_hashes import file_sha256
 from tdm_runtime.checkpoint.folder import Checkpoint
 from tdm_runtime.checkpoint.manifest import Build, BuiltComponent, Manifest, default_artifacts
 from tdm_runtime.errors import BackendError
-from tdm_runtime.model.components import component_names, load_component
+from tdm_runtime.model.components import component_names, load_programs, program_names
 from tdm_runtime.model.decoder import MAX_CALL_PIXELS
 from tdm_runtime.whole_file import write_whole
 
@@ -37,6 +39,8 @@ TIMING_CACHE = "tensorrt-timing.cache"
 """File in the folder of all artifacts; its kernel times are shared by every build on this machine."""
 LEAST_CAPABILITY: Mapping[Precision, tuple[int, int]] = {"bf16": (8, 0), "fp8": (8, 9)}
 """Precision -> least compute capability. Other precisions run on every GPU that TensorRT supports."""
+TOKENS: SizeRange = (1, 256, 1024)
+"""Tokens of a prompt, where a denoiser takes any number. Stock pipelines pass at most 77 of CLIP and 512 of T5."""
 MAX_ELEMENTS = 2**31 - 1
 """Most elements of a tensor: TensorRT's convolutions count them with 32 bits."""
 
@@ -65,41 +69,59 @@ def build_tensorrt(
     timing_cache.parent.mkdir(parents=True, exist_ok=True)
     components: dict[str, dict[str, BuiltComponent]] = {gpu: {} for gpu in gpus}
     profiles: dict[str, Mapping[str, SizeRange]] = {}
-    for name in component_names(checkpoint):
-        announce(f"{name}: ONNX to TensorRT {precision}")
-        interface = manifest.interfaces[name]
-        onnx_file = _onnx_in(precision, checkpoint, name, folder)
-        sizes = size_ranges(interface, _latent_sizes(checkpoint, name), MAX_BATCH)
-        for gpu in gpus:
-            plan = folder / f"{name}.{precision}.{gpu}.plan"
-            profiles[name] = build_plan(onnx_file, plan, interface, sizes, gpu=gpu, timing_cache=timing_cache).sizes
-            files = {file.name: file_sha256(file) for file in (plan, built_for_file(plan))}
-            components[gpu][name] = BuiltComponent(files)
-        for left in folder.glob(f"{name}.{precision}.onnx*"):
-            left.unlink()
+    for component in component_names(checkpoint):
+        latents = _latent_sizes(checkpoint, component)
+        for name, onnx_file in _onnx_in(precision, checkpoint, component, folder):
+            announce(f"{name}: ONNX to TensorRT {precision}")
+            interface = manifest.interfaces[name]
+            sizes = size_ranges(interface, latents, MAX_BATCH, _latent_frames(checkpoint))
+            for gpu in gpus:
+                plan = folder / f"{name}.{precision}.{gpu}.plan"
+                profiles[name] = build_plan(onnx_file, plan, interface, sizes, gpu=gpu, timing_cache=timing_cache).sizes
+                files = {file.name: file_sha256(file) for file in (plan, built_for_file(plan))}
+                components[gpu][name] = BuiltComponent(files)
+            for left in folder.glob(f"{name}.{precision}.onnx*"):
+                left.unlink()
     requires = installed([library.package])
     return [Build("tensorrt", precision, built, requires, gpu, profiles) for gpu, built in components.items()]
 
 
-def _onnx_in(precision: Precision, checkpoint: Checkpoint, name: ComponentName, folder: Path) -> Path:
-    """Return the component's ONNX file in a precision, and write it unless it is float32."""
-    if precision == "fp32":
-        return folder / f"{name}.onnx"
-    file = folder / f"{name}.{precision}.onnx"
-    module, interface = load_component(checkpoint, name)
-    export_onnx(module, interface, file, title=name, dtype=TORCH_DTYPES["fp16" if precision == "fp8" else precision])
+def _onnx_in(
+    precision: Precision, checkpoint: Checkpoint, component: ComponentName, folder: Path
+) -> Iterator[tuple[str, Path]]:
+    """Yield each program of a component with its ONNX file in a precision, which is written unless it is float32."""
+    dtype = TORCH_DTYPES["fp16" if precision == "fp8" else precision]
+    if component == "decoder":
+        dtype = checkpoint.decoder_dtype(dtype)
+    if dtype == torch.float32:
+        yield from ((name, folder / f"{name}.onnx") for name in program_names(checkpoint, component))
+        return
+    written = []
+    for name, (module, interface) in load_programs(checkpoint, component).items():
+        file = folder / f"{name}.{precision}.onnx"
+        export_onnx(module, interface, file, title=name, dtype=dtype)
+        written.append((name, file))
     del module
     gc.collect()  # free the weights, because TensorRT needs the memory next
-    if precision == "fp8" and name == "denoiser":
+    if precision == "fp8" and component == "denoiser":
         write_fp8_onnx(file, file, record_calls(checkpoint, CALIBRATION))
-    return file
+    yield from written
+
+
+def _latent_frames(checkpoint: Checkpoint) -> SizeRange:
+    """Return the latent frames of clips: of one frame, of the default number and of the most; 1 for pictures."""
+    if (frames := checkpoint.recipe.frames) is None:
+        return (1, 1, 1)
+    size = checkpoint.recipe.native_sizes[0]
+    default, most = (checkpoint.geometry.latent_shape(*size, n)[1] for n in (frames.default, frames.max_frames))
+    return (1, default, most)
 
 
 def _latent_sizes(checkpoint: Checkpoint, name: ComponentName) -> list[tuple[int, int]]:
     """Return (height, width) of every call, in latents; decoders of tiled pictures get the size of a tile."""
     geometry = checkpoint.geometry
     shapes = (geometry.latent_shape(width, height) for width, height in checkpoint.recipe.native_sizes)
-    sizes = [(height, width) for _, height, width in shapes]
+    sizes = [(shape[-2], shape[-1]) for shape in shapes]
     if not name.endswith("decoder"):
         return sizes
     side = math.isqrt(MAX_CALL_PIXELS // geometry.spatial_compression**2)
@@ -107,19 +129,22 @@ def _latent_sizes(checkpoint: Checkpoint, name: ComponentName) -> list[tuple[int
 
 
 def size_ranges(
-    interface: Interface, latent_sizes: Iterable[tuple[int, int]], max_batch: int
+    interface: Interface, latent_sizes: Iterable[tuple[int, int]], max_batch: int, frames: SizeRange = (1, 1, 1)
 ) -> Mapping[str, SizeRange]:
     """Return the range that a plan accepts, for each size that the interface names.
 
     Args:
         latent_sizes: (height, width) of pictures in latents; the plan is tuned for the first.
         max_batch: most samples of one call; the plan is tuned for this number.
+        frames: latent frames of clips.
     """
     heights, widths = zip(*latent_sizes, strict=True)
     ranges = {
         "batch": (1, max_batch, max_batch),
         "height": (min(heights), heights[0], max(heights)),
         "width": (min(widths), widths[0], max(widths)),
+        "frames": frames,
+        "tokens": TOKENS,
     }
     return {name: ranges[name] for name in interface.size_names}
 
@@ -209,7 +234,8 @@ def elements(shape: Sequence[int | str], sizes: Mapping[str, int]) -> int:
 def _expression(size: str) -> Any:
     from sympy import sympify  # type: ignore[import-untyped]
 
-    return sympify(size)
+    name, factor = name_and_factor(size)
+    return factor * sympify(name)
 
 
 def precision_of(onnx_file: Path) -> Precision:

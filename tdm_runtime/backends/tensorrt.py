@@ -118,10 +118,15 @@ class TensorRTBackend:
         most = self._built_for.sizes["batch"][2]
         with torch.cuda.device(self.device), side_stream(self._stream):
             starts = range(0, len(inputs[0]), most)
-            outputs = [self._run([tensor[start : start + most] for tensor in inputs]) for start in starts]
+            outputs = [self._run([tensor[start : start + most] for tensor in inputs])[0] for start in starts]
             return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def _run(self, inputs: Sequence[Tensor]) -> Tensor:
+    def outputs(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Return every output; the inputs are one call."""
+        with torch.cuda.device(self.device), side_stream(self._stream):
+            return self._run(inputs)
+
+    def _run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         inputs = [tensor.contiguous() for tensor in inputs]  # the name keeps copies alive for the call
         shapes = [tuple(tensor.shape) for tensor in inputs]
         self._built_for.check_sizes(self._file, sizes_of(self._interface, shapes))
@@ -129,14 +134,15 @@ class TensorRTBackend:
             assert tensor.dtype == getattr(torch, spec.dtype), f"{spec.name} is {tensor.dtype}, not {spec.dtype}"
             self._must(self._context.set_input_shape(spec.name, shape))
             self._must(self._context.set_tensor_address(spec.name, tensor.data_ptr()))
-        spec = self._interface.output
         self._must(not self._context.infer_shapes())
-        shape = tuple(self._context.get_tensor_shape(spec.name))
-        output = torch.empty(shape, dtype=getattr(torch, spec.dtype), device=self.device)
-        self._must(self._context.set_tensor_address(spec.name, output.data_ptr()))
+        outputs = []
+        for spec in self._interface.outputs:
+            shape = tuple(self._context.get_tensor_shape(spec.name))
+            outputs.append(torch.empty(shape, dtype=getattr(torch, spec.dtype), device=self.device))
+            self._must(self._context.set_tensor_address(spec.name, outputs[-1].data_ptr()))
         self._must(self._context.execute_async_v3(self._stream.cuda_stream))
         self._keep_kernels(tuple(shapes))
-        return output
+        return tuple(outputs)
 
     def _keep_kernels(self, shapes: tuple[tuple[int, ...], ...]) -> None:
         """Write the compiled kernels after the first call of each shape."""
@@ -190,5 +196,5 @@ def sizes_of(interface: Interface, shapes: Sequence[Sequence[int]]) -> dict[str,
         name: size
         for spec, shape in zip(interface.inputs, shapes, strict=True)
         for name, size in zip(spec.shape, shape, strict=True)
-        if isinstance(name, str)
+        if isinstance(name, str) and name in interface.size_names
     }

@@ -295,6 +295,10 @@ class Checkpoint:
         vae = self._load("vae", read_vae)
         return self._load(self.family.denoiser_folder, lambda folder: self.family.geometry(_read_config(folder), vae))
 
+    def decoder_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Return the type that the full decoder of a model of this type runs in."""
+        return self.family.decoder_dtype(self._load("vae", _read_config), dtype)
+
     def _config(self, part: str, key: str) -> Any:
         return self._load(part, lambda folder: _read_config(folder)[key])
 

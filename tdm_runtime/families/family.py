@@ -157,6 +157,13 @@ class Family(ABC):
             patch_size=int(denoiser.get("patch_size") or 1),
         )
 
+    def decoder_dtype(self, vae: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype:
+        """Return the type that the full decoder runs in, given its config and the type of the model.
+
+        It is the model's, unless numbers of the decoder leave the range of that type.
+        """
+        return dtype
+
     def encode_pixels(self, vae: Any, pixels: Tensor) -> Tensor:
         """Return latents as the denoiser reads them: the mean of the VAE's distribution, scaled.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -44,6 +44,10 @@ class SDXL(UNetFamily):
     tokenizers = ("tokenizer", "tokenizer_2")
     text_encoders = ("text_encoder", "text_encoder_2")
     _reads_picture_size = True
+
+    def decoder_dtype(self, vae: Mapping[str, Any], dtype: torch.dtype) -> torch.dtype:
+        """Return float32 for a float16 model whose VAE says `force_upcast`, as the stock pipeline decodes."""
+        return torch.float32 if dtype == torch.float16 and vae.get("force_upcast", True) else dtype
 
     def time_ids(self, width: int, height: int) -> tuple[float, ...]:
         """Return original size, crop and target size; the pipeline takes the size asked for as both."""

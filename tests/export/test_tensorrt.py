@@ -29,6 +29,7 @@ from export.tensorrt_build import (
     size_ranges,
     tensor_shapes,
 )
+from tdm_runtime.backends import TORCH_DTYPES, Precision
 from tdm_runtime.backends.interface import Interface, TensorSpec
 from tdm_runtime.backends.machine import gpu_architecture
 from tdm_runtime.backends.onnxruntime import OnnxRuntimeBackend
@@ -39,9 +40,12 @@ from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT, open_checkpoint
 from tdm_runtime.checkpoint.manifest import load_manifest
 from tdm_runtime.cli import main as tdm_generate
 from tdm_runtime.errors import ArtifactError, BackendError
-from tdm_runtime.families import DecoderModule
+from tdm_runtime.families import FAMILIES, DecoderModule
+from tdm_runtime.model.artifacts import BackendConfig
+from tdm_runtime.model.choice import load_model
 from tdm_runtime.model.components import load_component
 from tests.gpu.tiny_denoiser import relative_l2, tiny_denoiser
+from tests.stock_checkpoints import CASES, save_checkpoint
 from tests.tiny_pipelines import build_vae
 
 CPU = torch.device("cpu")
@@ -319,3 +323,20 @@ def test_fp8_rounds_products_and_stays_close_to_float32(tmp_path: Path) -> None:
         expected = TorchBackend(denoiser, CPU)(*(torch.from_numpy(array) for array in call.values()))
         actual = torch.from_numpy(session.run(None, dict(call))[0])
         assert 1e-3 < relative_l2(actual, expected) < 0.1
+
+
+def test_sdxls_decoder_stays_float32_in_float16_models(tmp_path: Path) -> None:
+    """Its VAE gives NaN in float16, so the stock pipeline casts it up where its config says so."""
+    sdxl, plain = FAMILIES["sdxl"], FAMILIES["stable_diffusion"]
+    assert sdxl.decoder_dtype({"force_upcast": True}, torch.float16) == torch.float32
+    assert sdxl.decoder_dtype({"force_upcast": False}, torch.float16) == torch.float16
+    assert sdxl.decoder_dtype({"force_upcast": True}, torch.bfloat16) == torch.bfloat16
+    assert plain.decoder_dtype({"force_upcast": True}, torch.float16) == torch.float16
+    folder = save_checkpoint(CASES["SDXL-Lightning"], tmp_path / "sdxl")
+    kinds: tuple[tuple[Precision, torch.dtype], ...] = (("fp16", torch.float32), ("bf16", torch.bfloat16))
+    for precision, expected in kinds:
+        model = load_model(folder, BackendConfig("torch", precision), device="cpu")
+        decoder, denoiser = model.decoders["full"].backend, model.denoiser
+        assert isinstance(decoder, TorchBackend) and isinstance(denoiser, TorchBackend)
+        assert next(decoder.module.parameters()).dtype == expected
+        assert next(denoiser.module.parameters()).dtype == TORCH_DTYPES[precision]

@@ -19,6 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from export.errors import ExportError
 from export.onnx_export import EXAMPLE_SIZES, export_onnx
+from export.tensorrt_build import build_plan, size_ranges
 from export.traceable import traceable
 from tdm_runtime.backends.interface import Interface, TensorSpec
 from tdm_runtime.errors import CheckpointError
@@ -147,6 +148,11 @@ class TestDenoisers:
         feed = {name: tensor.numpy() for name, tensor in named(exported.interface, inputs).items()}
         actual = torch.from_numpy(program(feed)[0])
         assert_close(actual, ask_torch(exported.module, exported.interface, inputs))
+
+    def test_tensorrt_builds_a_plan_of_it(self, exported: Exported, tmp_path: Path) -> None:
+        sizes = size_ranges(exported.interface, [(8, 8), (16, 24)], 4, frames=(1, 3, 5))
+        build_plan(exported.file, tmp_path / "plan", exported.interface, sizes, gpu="sm_89")
+        assert (tmp_path / "plan").stat().st_size > 10_000
 
     def test_every_sample_has_its_own_timestep_and_step_count(self, exported: Exported) -> None:
         inputs = exported.interface.random_inputs(OTHER_SIZES[0], torch.Generator().manual_seed(4))
