@@ -90,9 +90,11 @@ class Exported:
         return pixels
 
 
-@pytest.fixture(
-    scope="module", params=[pytest.param(name, marks=pytest.mark.slow) if name == "wan-5b" else name for name in VAES]
-)
+SLOW = {"cogvideox", "wan-5b"}
+"""Variants that take long to export. `tests/tdm_runtime/model/test_clip_decoder.py` runs their parts in torch."""
+
+
+@pytest.fixture(scope="module", params=[pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in VAES])
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
     return Exported(request.param, tmp_path_factory.mktemp(request.param))
 

@@ -27,6 +27,7 @@ from tests.export.test_families import MIN_PSNR_DB, PRECISION, small_vae
 from tests.stock_checkpoints import CASES, save_checkpoint
 from tests.tiny_models import tiny_cogvideox, tiny_wan
 
+pytestmark = pytest.mark.slow
 STEPS = 2
 SIZE = (48, 32)
 PARTS: Mapping[str, Callable[[], Mapping[str, Any]]] = {
@@ -38,13 +39,13 @@ PARTS: Mapping[str, Callable[[], Mapping[str, Any]]] = {
 PROGRAMS = {
     "Wan 2.1": ["denoiser", "decoder_first_1", "decoder_later_1"],
     "CogVideoX-2B": ["denoiser", "decoder_first_1", "decoder_first_3", "decoder_later_2"],
-    "AnimateDiff-Lightning": ["denoiser", "decoder_first_1"],
+    "AnimateDiff-Lightning": ["text_encoder", "denoiser", "decoder_first_1"],
 }
 FRAMES = {"Wan 2.1": 9, "CogVideoX-2B": 17, "AnimateDiff-Lightning": 3}
 """Case -> frames of a clip that every program decodes a part of."""
 
 
-@pytest.fixture(scope="module", params=["Wan 2.1", *(pytest.param(n, marks=pytest.mark.slow) for n in list(PARTS)[1:])])
+@pytest.fixture(scope="module", params=PARTS)
 def case(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name

@@ -118,8 +118,8 @@ def export(module: nn.Module, interface: Interface, file: Path, dtype: torch.dty
     return Exported(module, interface, file)
 
 
-SLOW = {"cogvideox-5b", "animatediff-levels"}
-"""Variants beside another of the same family, whose replacements are tested in `TestTraceable` too."""
+SLOW = {"cogvideox", "cogvideox-5b", "animatediff", "animatediff-levels"}
+"""Variants of clips that take long to export. Their replacements are tested in `TestTraceable`, and Wan is exported."""
 
 
 @pytest.fixture(
@@ -298,6 +298,25 @@ def test_text_encoder_equals_torch(tmp_path: Path) -> None:
     for batch in (2, 3, 1):
         inputs = encoder.interface.random_inputs({"batch": batch}, torch.Generator().manual_seed(8))
         assert_close(encoder.ask_onnxruntime(inputs), ask_torch(module, encoder.interface, inputs))
+
+
+def test_a_row_is_repeated_along_its_own_axis(tmp_path: Path) -> None:
+    """AnimateDiff repeats a prompt for each frame of its clip."""
+
+    class Repeats(nn.Module):
+        def forward(self, latents: Tensor, frames: Tensor) -> Tensor:
+            batch, count = frames.shape
+            rows = latents.repeat_interleave(count, dim=0, output_size=batch * count)
+            return rows.reshape(batch, count, 4)[:, -1] + frames.sum(1, keepdim=True)
+
+    interface = Interface(
+        (TensorSpec("latents", "float32", ("batch", 4)), TensorSpec("frames", "float32", ("batch", "frames"))),
+        TensorSpec("model_output", "float32", ("batch", 4)),
+    )
+    exported = export(Repeats(), interface, tmp_path / "repeats.onnx")
+    for frames in (3, 5, 1):
+        inputs = interface.random_inputs({"batch": 2, "frames": frames}, torch.Generator().manual_seed(6))
+        assert_close(exported.ask_onnxruntime(inputs), ask_torch(exported.module, interface, inputs))
 
 
 class TestDtypes:
