@@ -9,7 +9,7 @@ import os
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -25,9 +25,12 @@ from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT, open_checkpoint
 from tdm_runtime.checkpoint.manifest import default_artifacts
 from tdm_runtime.model.choice import load_model
 from tdm_runtime.model.loaded_model import LoadedModel
+from tdm_runtime.model.parity import PROMPTS
 from tests.serving.conftest import RunningServer, start_server
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
+TINY_PROMPTS = PROMPTS[:2]
+"""Prompts that the artifacts of the tiny checkpoint are verified with."""
 ONE_AT_A_TIME = {"benchmarks", "contracts", "deploy", "gpu", "serving"}
 """Folders of the tests that start servers, measure or need the GPU."""
 
@@ -107,7 +110,7 @@ def model(checkpoint_folder: Path) -> LoadedModel:
 @pytest.fixture(scope="session")
 def artifacts(checkpoint_folder: Path, cache_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Artifacts of the embedded checkpoint, in the folder where servers find them. Never write there."""
-    built = export_once(checkpoint_folder, "embedded-artifacts", tmp_path_factory)
+    built = export_once(checkpoint_folder, "embedded-artifacts", PROMPTS[:4], tmp_path_factory)
     return Path(shutil.copytree(built, default_artifacts(open_checkpoint(checkpoint_folder))))
 
 
@@ -120,7 +123,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_artifacts(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Artifacts of the tiny checkpoint, in a folder of their own. Never write there."""
-    built = export_once(tiny_checkpoint, "tiny-artifacts", tmp_path_factory)
+    built = export_once(tiny_checkpoint, "tiny-artifacts", TINY_PROMPTS, tmp_path_factory)
     return Path(shutil.copytree(built, tmp_path_factory.mktemp("tiny") / "artifacts"))
 
 
@@ -146,7 +149,7 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> Counter[Path]:
     return counts
 
 
-def export_once(checkpoint: Path, name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def export_once(checkpoint: Path, name: str, prompts: Sequence[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Build and verify all artifacts that run on this CPU, once for all processes of a run. Returns their folder."""
     precisions = "bf16,fp32,int8" if has_bf16() else "fp32,int8"
     command = [str(checkpoint), "--backend", "openvino,onnxruntime", "--precision", precisions]
@@ -155,5 +158,7 @@ def export_once(checkpoint: Path, name: str, tmp_path_factory: pytest.TempPathFa
         folder = folder.parent  # the folder of the run; each process has one below it
     with (folder / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        (folder / f"{name}.txt").write_text("\n".join(prompts))
+        command += ["--prompts", str(folder / f"{name}.txt")]
         assert tdm_export([*command, "--output", str(folder / name)]) == 0  # builds nothing the second time
     return folder / name

@@ -21,6 +21,7 @@ from tdm_runtime.model.choice import CHOICE_FILE, load_model
 from tdm_runtime.model.decoder import Pixels
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.pipeline import generate
+from tests.conftest import TINY_PROMPTS
 from tests.stock_checkpoints import CASES, save_checkpoint
 
 Run = Callable[..., str]
@@ -33,11 +34,13 @@ def folder(tiny_artifacts: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def run(tiny_checkpoint: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Function that runs the command on that folder and returns its output."""
+def run(tiny_checkpoint: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Function that runs the command on that folder, with the prompts of its artifacts, and returns its output."""
+    (tmp_path / "prompts.txt").write_text("\n".join(TINY_PROMPTS))
+    prompts = ["--prompts", str(tmp_path / "prompts.txt")]
 
     def succeed(*arguments: str) -> str:
-        assert main([str(tiny_checkpoint), "--output", str(folder), *arguments]) == 0
+        assert main([str(tiny_checkpoint), "--output", str(folder), *prompts, *arguments]) == 0
         printed = capsys.readouterr()
         for done, total in re.findall(r"\| (\d+)/(\d+) done in", printed.err):
             assert done == total, "the progress bar must be full at the end"
@@ -144,7 +147,7 @@ def test_a_damaged_artifact_is_built_again_with_all_earlier_builds(
         np.testing.assert_array_equal(
             picture(tiny_checkpoint, backend, folder), picture(tiny_checkpoint, backend, tiny_artifacts)
         )
-    assert [file.name for file in folder.parent.iterdir()] == [folder.name], "no temporary folder may be left"
+    assert [file.name for file in folder.parent.iterdir() if file.is_dir()] == [folder.name], "no temporary folder"
 
 
 # -- errors -------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from tdm_runtime.params import SamplingParams
 from tdm_runtime.pipeline import generate
 
 PROMPTS = ("a red apple", "two green trees on blue", "a fox")
-BATCH_SIZES = range(1, 10)
+BATCH_SIZES = (2, 3, 5, 7, 9)
 THREADS = 2
 TIMEOUT_S = 120.0
 PRECISIONS: tuple[Precision, ...] = ("bf16", "fp32", "int8")
@@ -64,7 +64,7 @@ def joined(calls: Sequence[tuple[Tensor, ...]]) -> list[Tensor]:
 
 
 def test_a_sample_is_bit_equal_in_a_batch_and_alone(built: LoadedModel) -> None:
-    """Batch sizes go up to 9, so that batches are padded and split. K and step are mixed."""
+    """A batch of 7 is padded, those of 5 and 9 are split. K and step are mixed."""
     calls = denoiser_calls(built)
     alone = [built.denoiser(*call)[0] for call in calls]
     assert not torch.equal(alone[0], alone[1])

@@ -244,7 +244,7 @@ def test_rotary_embeddings_of_cogvideox_equal_its_pipelines(sides: tuple[int, in
     assert torch.equal(output, expected.transpose(1, 2))
 
 
-@pytest.mark.parametrize("family", ["pixart", "stable_diffusion"])
+@pytest.mark.parametrize("family", [pytest.param("pixart", marks=pytest.mark.slow), "stable_diffusion"])
 @torch.no_grad()
 def test_a_compiled_denoiser_reads_every_k(family: str) -> None:
     denoiser = conditioned(family)

@@ -230,13 +230,12 @@ def test_the_requested_build_runs_and_has_its_parity(
 
 def test_every_backend_makes_the_same_picture(tiny_checkpoint: Path, tiny_artifacts: Path) -> None:
     reference = load_model(tiny_checkpoint, device="cpu")
-    for decoder in reference.decoders:
-        params = replace(PARAMS, decoder=decoder)
-        expected = generate(reference, params)
-        for backend in ("openvino", "onnxruntime"):
-            model = load_model(tiny_checkpoint, BackendConfig(backend, "fp32", artifacts=tiny_artifacts))
-            assert tuple(model.decoders) == tuple(reference.decoders) == ("full", "tiny")
-            assert np.abs(generate(model, params).astype(int) - expected).max() <= 1
+    for backend in ("openvino", "onnxruntime"):
+        model = load_model(tiny_checkpoint, BackendConfig(backend, "fp32", artifacts=tiny_artifacts))
+        assert tuple(model.decoders) == tuple(reference.decoders) == ("full", "tiny")
+        for decoder in reference.decoders:
+            params = replace(PARAMS, decoder=decoder)
+            assert np.abs(generate(model, params).astype(int) - generate(reference, params)).max() <= 1
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,11 @@ from training.run.loop import TrainingDivergedError
 from training.run.plot import PLOT_FILE
 
 KINDS = {"full": UNIFY, "lora": LORA}
+DIFFERENT = ("stable_diffusion", "sd3", "cogvideox")
+"""A UNet, a flow and a model of clips, for laws that hold by code which all families share."""
+SHARED_LAW = [
+    pytest.param(family, marks=() if family in DIFFERENT else pytest.mark.slow, id=family) for family in NOISE
+]
 TIMESTEPS = torch.tensor([980.0, 500.0, 60.0])
 
 
@@ -122,7 +127,7 @@ def test_every_setting_of_the_method_runs_and_moves_the_student(name: str) -> No
     assert distiller.sample(x, 4, tiny_conditioning("stable_diffusion", 1)).isfinite().all()
 
 
-@pytest.mark.parametrize("family", NOISE)
+@pytest.mark.parametrize("family", SHARED_LAW)
 def test_a_flow_or_a_video_takes_dpm_solver_and_reverse_intervals_too(family: str) -> None:
     (numbers,) = iterate(tiny_distiller(family, replace(UNIFY, solver="dpmsolver++", interval="reverse")), 1)
     assert all(math.isfinite(value) for value in numbers.values())
@@ -138,10 +143,9 @@ def test_a_discriminator_needs_a_unet_and_real_latents() -> None:
 @pytest.mark.parametrize(
     ("family", "kind", "parts"),
     [
-        ("stable_diffusion", "full", 1),
         ("stable_diffusion", "full", 2),
         ("stable_diffusion", "lora", 2),
-        *((family, "lora", 1) for family in NOISE),
+        *(pytest.param(*family.values, "lora", 1, marks=family.marks) for family in SHARED_LAW),
     ],
 )
 def test_gradient_checkpointing_changes_nothing(family: str, kind: str, parts: int) -> None:
@@ -230,7 +234,7 @@ def another_base(family: str) -> Denoiser:
     return denoiser
 
 
-@pytest.mark.parametrize("family", NOISE)
+@pytest.mark.parametrize("family", SHARED_LAW)
 def test_a_lora_fits_another_model_of_its_base(family: str, tmp_path: Path) -> None:
     """The mechanics of Table 2: the adapter was trained on one base and is applied to another."""
     config = replace(LORA, step_condition_for="none", step_counts=(4,))
@@ -318,7 +322,12 @@ TINY: dict[str, Any] = {
 
 
 @pytest.mark.parametrize(
-    "preset", [name for name in PRESETS if name not in ("sdxl-512", "sdxl-1024", "pixart-1024", "wan-1.3b")]
+    "preset",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in ("sd15-4step", "pixart") else ())
+        for name in PRESETS
+        if name not in ("sdxl-512", "sdxl-1024", "pixart-1024", "wan-1.3b")
+    ],
 )
 def test_a_preset_runs_from_folder_to_folder_and_a_second_run_trains_nothing_more(
     workplace: Callable[[str], tuple[Path, Path]], preset: str, tmp_path: Path

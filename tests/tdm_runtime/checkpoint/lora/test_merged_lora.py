@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,22 @@ STYLES: dict[str, Writer] = {
     "PEFT": write_peft,
 }
 UNETS = ("stable_diffusion", "sdxl")
+DIFFERENT = (*UNETS, "sd3", "wan")
+"""UNets, which have convolutions, and transformers of pictures and of clips, for laws that no family changes."""
+ALL_STYLES = [(family, style) for family in FAMILIES for style in STYLES]
+PEFT_KINDS = [
+    (family, kind)
+    for family in FAMILIES
+    for kind in ("use_dora", "use_rslora", "lora_bias")
+    # PixArt's class has no adapters, and FLUX.2's layers have no biases.
+    if family != "pixart" and (family, kind) != ("flux2", "lora_bias")
+]
+
+
+def quick_for(families: tuple[str, ...], case: tuple[str, str], names: tuple[str, ...] = ()) -> Any:
+    """Mark a case of another family as slow, unless its second part is one of `names`."""
+    is_quick = case[0] in families or case[1] in names
+    return pytest.param(*case, marks=() if is_quick else pytest.mark.slow)
 
 
 def merged_outputs(family: str, loras: list[tuple[Path, float]]) -> dict[str, Tensor]:
@@ -53,8 +70,13 @@ def merged_outputs(family: str, loras: list[tuple[Path, float]]) -> dict[str, Te
     return outputs(pipeline, family)
 
 
+@cache
+def plain_outputs(family: str) -> dict[str, Tensor]:
+    return outputs(tiny_pipeline(family), family)
+
+
 def assert_same(made: dict[str, Tensor], expected: dict[str, Tensor], family: str) -> None:
-    plain = outputs(tiny_pipeline(family), family)
+    plain = plain_outputs(family)
     for component, output in expected.items():
         size = output.norm()
         assert (output - plain[component]).norm() / size > 0.1, f"the LoRA hardly changes the {component}"
@@ -63,7 +85,10 @@ def assert_same(made: dict[str, Tensor], expected: dict[str, Tensor], family: st
 
 @pytest.mark.parametrize(
     ("family", "style"),
-    [*((family, style) for family in FAMILIES for style in STYLES), *((family, "Stability") for family in UNETS)],
+    [
+        *(quick_for(DIFFERENT, case, ("diffusers", "kohya")) for case in ALL_STYLES),
+        *((family, "Stability") for family in UNETS),
+    ],
 )
 def test_a_lora_in_any_style_equals_the_stock_pipeline(family: str, style: str, tmp_path: Path) -> None:
     pipeline = tiny_pipeline(family)
@@ -114,16 +139,7 @@ def write_adapter(family: str, folder: Path, seed: int, **settings: Any) -> Path
     return save_by_diffusers(pipeline, folder, {part: state}, {part: config})
 
 
-@pytest.mark.parametrize(
-    ("family", "kind"),
-    [
-        (family, kind)
-        for family in FAMILIES
-        for kind in ("use_dora", "use_rslora", "lora_bias")
-        # PixArt's class has no adapters, and FLUX.2's layers have no biases.
-        if family != "pixart" and (family, kind) != ("flux2", "lora_bias")
-    ],
-)
+@pytest.mark.parametrize(("family", "kind"), [quick_for(DIFFERENT, case) for case in PEFT_KINDS])
 def test_kinds_of_peft_equal_the_stock_pipeline(family: str, kind: str, tmp_path: Path) -> None:
     files = [write_adapter(family, tmp_path / str(seed), seed, **{kind: True}) for seed in range(2)]
     loras = list(zip(files, (0.5, 1.5), strict=True))
