@@ -8,7 +8,7 @@ from benchmarks.cli import main
 from benchmarks.soak import Bounds, Diary, Look, compare
 from tests.serving.conftest import RunningServer
 
-DURATION_S = 15
+DURATION_S = 10
 
 
 def looks(memory: list[float], threads: float = 9.0, files: float = 70.0) -> list[Look]:

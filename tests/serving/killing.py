@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from collections.abc import Callable
 
 import httpx
 import psutil
@@ -33,8 +34,14 @@ def kill(server: RunningServer, name: str) -> int:
     return len(found)
 
 
-def check_recovery(server: RunningServer, name: str, headers: dict[str, str]) -> None:
-    """Kill a process under load. Requests in flight may fail, none hangs, and the server answers again."""
+def check_recovery(
+    server: RunningServer, name: str, headers: dict[str, str], before: Callable[[], None] = lambda: None
+) -> None:
+    """Kill a process under load. Requests in flight may fail, none hangs, and the server answers again.
+
+    Args:
+        before: Called under load, just before the kill.
+    """
     stop, outcomes = threading.Event(), list[int | str]()
 
     def ask() -> None:
@@ -51,6 +58,7 @@ def check_recovery(server: RunningServer, name: str, headers: dict[str, str]) ->
     begun_s = time.monotonic()
     while outcomes.count(200) < 3 and time.monotonic() - begun_s < RECOVERY_S:
         time.sleep(0.1)
+    before()
     assert kill(server, name) == 1
     killed_s = time.monotonic()
     time.sleep(0.5)

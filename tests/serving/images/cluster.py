@@ -19,8 +19,8 @@ from serving.command.cli import prepare_environment
 from tests.serving.fronts.raw_http import conversations
 
 NUM_CLIENTS = 6
-LOAD_S = 7.0
-KILL_AFTER_S = 2.0
+LOAD_S = 6.0
+KILL_AFTER_S = 1.5
 
 
 def main(checkpoint: Path, port: int) -> None:
@@ -32,6 +32,7 @@ def main(checkpoint: Path, port: int) -> None:
 
     from serving.config import ModelSource, ServerConfig
     from serving.deployment import build_application, ray_logging
+    from tdm_runtime.engine.engine import EngineConfig
     from tdm_runtime.model.artifacts import BackendConfig
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
@@ -42,6 +43,7 @@ def main(checkpoint: Path, port: int) -> None:
         front="ray",
         min_replicas=2,
         max_replicas=2,
+        engine=EngineConfig(max_batch_size=4),  # a short warm-up
         backend=BackendConfig("torch", threads=1),
     )
     serve.start(
