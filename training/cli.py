@@ -3,6 +3,8 @@
 Embedded model:  tdm-train emoji                      every stage, from glyphs to a checkpoint to serve
                  tdm-train emoji teacher              one stage; a killed stage resumes exactly
                  tdm-train score | wrong-k | tiny-vae | grid | ablate     measurements
+Embedded clip model: tdm-train emoji-video [stage]    every stage or one, from the embedded picture model
+                 tdm-train score-video                scores of student and teacher, and a contact sheet
 Your own model:  tdm-train embed --base DIR --prompts FILE --output DIR
                  tdm-train distill --preset sd15 --base DIR --embeddings DIR --output DIR
                  tdm-train preset sd15                every setting with its value, as TOML
@@ -16,6 +18,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,12 +26,16 @@ from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT
 from tdm_runtime.checkpoint.folder_files import TINY_VAE
 from tdm_runtime.errors import TDMError
 from training.config import config_as_toml, load_config
+from training.methods.precision import fastest_precision
 from training.pretrained.presets import PRESETS
 from training.run.finetune import FinetuneConfig
 from training.run.loop import LoopConfig
 
 EMOJI_STAGES = ("autoencoder", "teacher", "decoder", "student", "tiny-autoencoder", "publish")
+VIDEO_STAGES = ("clips", "teacher", "student", "publish")
 DEFAULT_RUN = Path("runs/emoji")
+DEFAULT_VIDEO_RUN = Path("runs/emoji-video")
+VIDEO_CHECKPOINT = DEFAULT_CHECKPOINT.with_name("tdm-emoji-video")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -66,6 +73,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--run", type=Path, default=DEFAULT_RUN, help="working folder (%(default)s)")
         command.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT)
     commands.choices["grid"].add_argument("--output", type=Path, default=Path("grid.png"))
+
+    _add_video(commands)
 
     ablate = commands.add_parser("ablate", help="the paper's ablations on the emoji model")
     ablate.add_argument("--run", type=Path, default=DEFAULT_RUN)
@@ -109,6 +118,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     distil.add_argument("--output", type=Path, required=True, help="folder of the run; the result is model/ in it")
     return parser
+
+
+def _add_video(commands: Any) -> None:
+    video = commands.add_parser("emoji-video", help="make the embedded clip checkpoint, or run one of its stages")
+    video.add_argument("stage", nargs="?", choices=VIDEO_STAGES, help="stage to run; by default all in order")
+    video.add_argument("--steps", type=int, help="iterations, instead of the default of the stage")
+    video.add_argument("--seed", type=int, default=0)
+    video.add_argument("--pictures", type=Path, default=DEFAULT_CHECKPOINT, help="picture checkpoint to grow from")
+    score = commands.add_parser("score-video", help="table of scores of the clip checkpoint and its teacher")
+    score.add_argument("--clips", type=int, default=36, help="clips of either kind, seen and held out (%(default)s)")
+    score.add_argument("--sheet", type=Path, help="picture file for a contact sheet, instead of the table")
+    for command in (video, score):
+        command.add_argument("--run", type=Path, default=DEFAULT_VIDEO_RUN, help="working folder (%(default)s)")
+        command.add_argument("--checkpoint", type=Path, default=VIDEO_CHECKPOINT)
 
 
 def _emoji(given: argparse.Namespace) -> None:
@@ -171,6 +194,39 @@ def _publish(given: argparse.Namespace) -> None:
     )
 
 
+def _emoji_video(given: argparse.Namespace) -> None:
+    for stage in [given.stage] if given.stage else VIDEO_STAGES:
+        _EMOJI_VIDEO[stage](given)
+
+
+def _clips(given: argparse.Namespace) -> None:
+    from training.emoji_video.latents import encode_clips
+
+    encode_clips(given.run / "clips", given.pictures, seed=given.seed, precision=fastest_precision())
+
+
+def _video_teacher(given: argparse.Namespace) -> None:
+    from training.emoji_video.teacher import VideoTeacherConfig, train_video_teacher
+
+    config = VideoTeacherConfig()
+    config = replace(config, loop=_loop(config.loop, given), precision=fastest_precision())
+    train_video_teacher(given.run / "teacher", given.run / "clips", given.pictures, config)
+
+
+def _video_student(given: argparse.Namespace) -> None:
+    from training.emoji_video.student import EMOJI_VIDEO, train_video_student
+
+    steps = given.steps or EMOJI_VIDEO.steps
+    config = replace(EMOJI_VIDEO, seed=given.seed, steps=steps, precision=fastest_precision())
+    train_video_student(given.run / "student", given.run / "teacher", config)
+
+
+def _video_publish(given: argparse.Namespace) -> None:
+    from training.emoji_video.publish import publish_video
+
+    publish_video(given.checkpoint, given.pictures, given.run / "teacher", given.run / "student")
+
+
 def _loop(loop: LoopConfig, given: argparse.Namespace) -> LoopConfig:
     return replace(loop, seed=given.seed, steps=given.steps or loop.steps)
 
@@ -179,6 +235,15 @@ def _score(given: argparse.Namespace) -> None:
     from training.emoji.report.scores import print_scores
 
     print_scores(given.checkpoint, given.run)
+
+
+def _score_video(given: argparse.Namespace) -> None:
+    from training.emoji_video.report import draw_contact_sheet, print_video_scores
+
+    if given.sheet:
+        draw_contact_sheet(given.checkpoint, given.sheet)
+    else:
+        print_video_scores(given.checkpoint, given.run, given.clips, fastest_precision())
 
 
 def _wrong_k(given: argparse.Namespace) -> None:
@@ -257,9 +322,17 @@ _EMOJI: Mapping[str, Callable[[argparse.Namespace], None]] = {
     "tiny-autoencoder": _tiny_autoencoder,
     "publish": _publish,
 }
+_EMOJI_VIDEO: Mapping[str, Callable[[argparse.Namespace], None]] = {
+    "clips": _clips,
+    "teacher": _video_teacher,
+    "student": _video_student,
+    "publish": _video_publish,
+}
 _COMMANDS: Mapping[str, Callable[[argparse.Namespace], None]] = {
     "emoji": _emoji,
+    "emoji-video": _emoji_video,
     "score": _score,
+    "score-video": _score_video,
     "wrong-k": _wrong_k,
     "tiny-vae": _tiny_vae,
     "grid": _grid,

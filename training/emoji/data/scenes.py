@@ -140,7 +140,7 @@ def caption(scene: Scene, rng: random.Random | None = None) -> str:
         name = rng.choice(glyph.names) if rng is not None else glyph.name
         adjective = {"small": choose("small ", "little "), "normal": "", "big": choose("big ", "large ")}[size]
         phrase = adjective + name
-        return choose(f"{_article(phrase)} {phrase}", phrase)
+        return choose(f"{article(phrase)} {phrase}", phrase)
 
     if len(scene.glyphs) == 1:
         words = named(scene.glyphs[0], scene.size)
@@ -160,16 +160,23 @@ def caption(scene: Scene, rng: random.Random | None = None) -> str:
         else:
             relation = choose("below", "under")  # type: ignore[assignment]
         words = f"{first} {relation} {second}"
-    if scene.background == "white" and choose("unsaid", "unsaid", "said") == "unsaid":
+    return with_background(words, scene.background, rng)
+
+
+def with_background(words: str, background: str, rng: random.Random | None = None) -> str:
+    """Return a caption that also names the background. White, which no colour means too, is mostly left out."""
+    if background == "white" and (rng is None or rng.choice(("unsaid", "unsaid", "said")) == "unsaid"):
         return words
-    return choose(
-        f"{words} on {_article(scene.background)} {scene.background} background",
-        f"{words}, {scene.background} background",
-        f"{words} on {scene.background}",
+    wordings = (
+        f"{words} on {article(background)} {background} background",
+        f"{words}, {background} background",
+        f"{words} on {background}",
     )
+    return rng.choice(wordings) if rng is not None else wordings[0]
 
 
-def _article(phrase: str) -> str:
+def article(phrase: str) -> str:
+    """Return the indefinite article of a phrase."""
     return "an" if phrase[0] in "aeiou" and not phrase.startswith(("unicorn", "ufo")) else "a"
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, ModelMixin, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, ModelMixin, UNet2DConditionModel, UNetMotionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from tdm_runtime.checkpoint.folder import open_checkpoint, weight_hashes
@@ -16,11 +16,18 @@ from tdm_runtime.checkpoint.recipe import RECIPE_FILE, Recipe
 from tdm_runtime.sampling.schedule import DiffusionSchedule
 from training.emoji.stages.student import build_recipe
 
+CLIP_INDEX = {
+    "_class_name": "AnimateDiffPipeline",
+    "motion_adapter": [None, None],
+    "unet": ["diffusers", "UNetMotionModel"],
+}
+"""Entries of model_index.json that differ for a UNet which makes clips."""
+
 
 def write_checkpoint(
     folder: Path,
     recipe: Recipe,
-    unet: UNet2DConditionModel,
+    unet: UNet2DConditionModel | UNetMotionModel,
     vae: AutoencoderKL,
     text_encoder: CLIPTextModel,
     tokenizer: CLIPTokenizer,
@@ -44,7 +51,8 @@ def write_checkpoint(
     text_encoder.to(dtype).save_pretrained(folder / "text_encoder")
     tokenizer.save_pretrained(folder / "tokenizer")
     _diffusers_scheduler(recipe).save_pretrained(folder / "scheduler")
-    (folder / "model_index.json").write_text(json.dumps(_model_index(), indent=2) + "\n", encoding="utf-8")
+    index = _model_index() | (CLIP_INDEX if isinstance(unet, UNetMotionModel) else {})
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     hashes = weight_hashes(folder)
     if tiny_vae is None:  # one that the folder still holds from before is not listed, and so refused
         hashes = {name: sha256 for name, sha256 in hashes.items() if not name.startswith(f"{TINY_VAE}/")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from training.emoji.data.scenes import caption, sample_scene
 from training.emoji.data.text import build_text_encoder, tokenize, train_tokenizer
 from training.emoji.stages.autoencoder import SceneRenderer
 from training.methods.denoising import finetuning_loss
-from training.methods.precision import autocast
+from training.methods.precision import Precision, autocast
 from training.methods.roles import CleanEstimator
 from training.methods.trajectory import Coordinates
 from training.run.loop import LoopConfig, Trainable, descend, learning_rate_at, run_loop, set_learning_rate, update_ema
@@ -80,7 +81,7 @@ class LatentScenes:
         self.count = count
         file = folder / "latents.npy"
         if not file.is_file():
-            _encode_scenes(file, self.renderer, autoencoder, count)
+            encode_items(file, autoencoder, (count, 4, 16, 16), self.renderer.pixels)
         self._latents = np.load(file, mmap_mode="r")
         if len(self._latents) != count:
             raise ValueError(f"{file} holds {len(self._latents)} scenes instead of {count}; remove it to make it again")
@@ -93,15 +94,31 @@ class LatentScenes:
 
 
 @torch.no_grad()
-def _encode_scenes(file: Path, renderer: SceneRenderer, autoencoder: AutoencoderKL, count: int) -> None:
+def encode_items(
+    file: Path,
+    autoencoder: AutoencoderKL,
+    shape: tuple[int, ...],
+    pixels: Callable[[range], Tensor],
+    *,
+    chunk: int = 250,
+    precision: Precision = "bf16",
+) -> None:
+    """Write the latents of numbered items, float16 of unit spread. The file appears once it is whole.
+
+    Args:
+        shape: Shape of the array, items first. Latents of an item's pictures are stored in their order.
+        pixels: Function from numbers of items to their pictures, [B, 3, 64, 64] in [-1, 1].
+        chunk: Items of one call.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial.npy")
-    latents = open_memmap(partial, mode="w+", dtype=np.float16, shape=(count, 4, 16, 16))
-    for start in range(0, count, 250):
-        indices = range(start, min(start + 250, count))
-        with autocast():
-            posterior = autoencoder.encode(renderer.pixels(indices)).latent_dist
-        latents[indices.start : indices.stop] = (posterior.mode().float() * autoencoder.config.scaling_factor).numpy()
+    latents = open_memmap(partial, mode="w+", dtype=np.float16, shape=shape)
+    for start in range(0, len(latents), chunk):
+        items = range(start, min(start + chunk, len(latents)))
+        with autocast(precision=precision):
+            posterior = autoencoder.encode(pixels(items)).latent_dist
+        means = posterior.mode().float() * autoencoder.config.scaling_factor
+        latents[items.start : items.stop] = means.reshape(len(items), *shape[1:]).numpy()
     latents.flush()
     partial.rename(file)
 

@@ -1,0 +1,1 @@
+"""The embedded text-to-video model: moving emoji."""
