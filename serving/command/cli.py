@@ -96,7 +96,12 @@ def serve_until_signalled(config: ServerConfig) -> int:
     names = ", ".join(source.name or source.folder.name for source in config.models)
     start_logger.info("starting %s on %s:%d", names, config.host, config.port)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    ray.init(include_dashboard=False, logging_level=logging.WARNING, log_to_driver=True)
+    ray.init(
+        os.environ.get("RAY_ADDRESS", "local"),  # without an address Ray joins a cluster that may be gone
+        include_dashboard=False,
+        logging_level=logging.WARNING,
+        log_to_driver=True,
+    )
     # Ray sets its own handlers when it starts, so these come after.
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):

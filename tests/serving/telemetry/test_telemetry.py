@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import httpx
 import pytest
 
 from serving.fronts.access import APIKey, draw_key, hash_key, save_keys
-from tests.serving.conftest import start_server
+from tests.serving.conftest import RunningServer, start_server
 
 TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
 PROMPT = "a marker heart"
@@ -27,12 +28,25 @@ def key() -> str:
 
 @pytest.fixture(scope="module")
 def written(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, key: str) -> Iterator[Path]:
-    """Folder with the log and the traces of a server, from its start to its end."""
+    """Folder with the log and the traces of a server, from its start to its end.
+
+    Ray's folder names a cluster that is gone, as after a machine lost its power. The server must not wait for it.
+    """
     folder = tmp_path_factory.mktemp("telemetry")
     save_keys(folder / "keys", [APIKey("tester", hash_key(key))])
     files = ("--api-keys", str(folder / "keys"), "--trace-file", str(folder / "traces"))
     model = ("--checkpoint", str(tiny_checkpoint), "--backend", "torch", "--threads", "1", "--max-batch-size", "1")
-    server = start_server(folder / "log", *files, *model, "--log-format", "json", "--log-level", "info")
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(dir="/tmp") as short:  # sockets are there
+        patch.setenv("RAY_TMPDIR", short)
+        gone = Path(short, "ray", "ray_current_cluster")
+        gone.parent.mkdir()
+        gone.write_text("192.0.2.1:9")
+        server = start_server(folder / "log", *files, *model, "--log-format", "json", "--log-level", "info")
+        yield from requests_of(server, key, folder)
+
+
+def requests_of(server: RunningServer, key: str, folder: Path) -> Iterator[Path]:
+    """Send requests, stop the server and yield the folder."""
     with httpx.Client(base_url=server.url, timeout=60, headers={"authorization": f"Bearer {key}"}) as http:
         traced = {"traceparent": f"00-{TRACE_ID}-b7ad6b7169203331-01", "x-request-id": "request-1"}
         answer = http.post(ROUTE, json={"prompt": PROMPT, "n": 2, "num_inference_steps": 3}, headers=traced)
