@@ -229,14 +229,6 @@ def test_a_folder_with_other_files_is_never_replaced(
     open_checkpoint(copy)
 
 
-def test_plans_of_models_of_clips_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = save_checkpoint(CASES["AnimateDiff-Lightning"], tmp_path / "clips")
-    message = refusal(capsys, str(folder), "--backend", "tensorrt")
-    assert (
-        message == "clips makes clips, which TensorRT plans are not built for; choose --backend openvino or onnxruntime"
-    )
-
-
 def test_a_model_of_two_experts_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = save_checkpoint(CASES["Wan 2.2 A14B"], tmp_path / "clips")
     message = refusal(capsys, str(folder), "--backend", "openvino")

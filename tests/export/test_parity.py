@@ -91,7 +91,9 @@ def test_the_manifest_predicts_the_parity_of_another_picture(
         spread_db = build.pictures[steps].psnr_db - build.pictures[steps].min_psnr_db
         expected_db = build.pictures[steps].psnr_db
         if error > 0:
-            assert 10 * np.log10(255.0**2 / error) == pytest.approx(expected_db, abs=3 + 3 * spread_db)
+            # Above 80 dB single levels differ, of which a few prompts may have none.
+            psnr_db, expected_db = (min(db, 80.0) for db in (10 * np.log10(255.0**2 / error), expected_db))
+            assert psnr_db == pytest.approx(expected_db, abs=3 + 3 * spread_db)
 
 
 def test_the_int8_build_really_runs_in_int8(model: LoadedModel, artifacts: Path, checkpoint_folder: Path) -> None:

@@ -43,15 +43,16 @@ def test_a_clip_played_backwards_has_the_wrong_motion(scorer: ClipScorer) -> Non
     assert scorer.judge(scorer.renderer.render(clip)[::-1], clip).motion == "moving left"
 
 
-def test_a_wrong_background_and_flicker_show(scorer: ClipScorer) -> None:
+def test_a_wrong_background_and_flicker_show_and_grain_that_stays_does_not_count_as_flicker(scorer: ClipScorer) -> None:
     clip = Clip(video_glyphs()[1], "purple", "still")
     other = scorer.renderer.render(Clip(clip.glyph, "green", "still"))
     assert scorer.judge(other, clip).background == "green"
     moving = Clip(clip.glyph, "purple", "moving up")
     drawn = scorer.renderer.render(moving)
     noise = np.random.default_rng(0).normal(0, 20, drawn.shape)
-    flickering = (drawn + noise).clip(0, 255).astype(np.uint8)
+    flickering, grainy = ((drawn + n).clip(0, 255).astype(np.uint8) for n in (noise, noise[:1]))
     assert scorer.score([flickering], [moving]).unevenness > 1.2
+    assert scorer.score([grainy], [moving]).unevenness == pytest.approx(1.0, abs=0.1)
 
 
 def test_a_contact_sheet_has_clips_down_and_frames_across(scorer: ClipScorer) -> None:
