@@ -20,10 +20,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks.contenders import OURS, NotRunError, all_contenders, running
+from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT
 from tdm_runtime.whole_file import write_whole
 
 PARTS_FILE = "parts.json"
 PYTHON = (sys.executable, "-m")
+PICTURES = ("--checkpoint", str(DEFAULT_CHECKPOINT))
+"""Arguments of our server: the embedded checkpoint of pictures alone."""
 SERVER = "{server}"
 """Stands for the address of our server in a command; the server runs for the time of the part."""
 
@@ -96,7 +99,7 @@ def _run_part(part: Part, output: Path, limit_s: float) -> Result:
         with ExitStack() as stack:
             command = part.command
             if SERVER in command:
-                (ours,) = (one for one in all_contenders() if one.name == OURS)
+                (ours,) = (one for one in all_contenders(PICTURES) if one.name == OURS)
                 address = stack.enter_context(running(ours, output, limit_s))
                 command = tuple(address if word == SERVER else word for word in command)
             with log.open("wb") as stream:

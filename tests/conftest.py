@@ -131,7 +131,9 @@ def tiny_artifacts(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFacto
 def tdm_server(artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     """Server of the embedded checkpoint for all tests. At the end it must exit with 0 on SIGTERM."""
     assert artifacts.is_dir()
-    running = start_server(tmp_path_factory.mktemp("server") / "log", "--max-live", "32")
+    running = start_server(
+        tmp_path_factory.mktemp("server") / "log", "--checkpoint", str(DEFAULT_CHECKPOINT), "--max-live", "32"
+    )
     yield running
     assert running.stop() == 0, running.log.read_text()[-2000:]
 

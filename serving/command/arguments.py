@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import get_args
 
 from serving.config import FrontName, LogFormat, LoraSource, ModelSource, ServerConfig
-from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT
+from tdm_runtime.checkpoint.folder import CLIP_CHECKPOINT, DEFAULT_CHECKPOINT
 from tdm_runtime.cli import add_backend_arguments, backend_config
 from tdm_runtime.engine.engine import EngineConfig
 
@@ -31,7 +31,7 @@ def parse_arguments(arguments: list[str] | None = None) -> ServerConfig:
     given = parser.parse_args(arguments)
     try:
         return ServerConfig(
-            models=tuple(given.model) or (ModelSource(given.checkpoint.resolve()),),
+            models=model_sources(given, DEFAULT_CHECKPOINT, CLIP_CHECKPOINT),
             loras=tuple(given.lora),
             lora_folder=given.lora_folder and given.lora_folder.resolve(),
             host=given.host,
@@ -66,9 +66,9 @@ def parse_arguments(arguments: list[str] | None = None) -> ServerConfig:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of checkpoints and LoRAs."""
+    """Add the arguments of checkpoints and LoRAs. `model_sources` reads those of checkpoints."""
     models = parser.add_mutually_exclusive_group()
-    models.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT, help="checkpoint folder (%(default)s)")
+    models.add_argument("--checkpoint", type=Path, help="checkpoint folder (default: the embedded checkpoint)")
     models.add_argument(
         "--model",
         action="append",
@@ -85,6 +85,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=PATH[:SCALE][@MODEL]",
         help="a LoRA in the format of diffusers, kohya or PEFT, and its name in requests; may be given several times",
     )
+
+
+def model_sources(given: argparse.Namespace, *embedded: Path) -> tuple[ModelSource, ...]:
+    """Return the checkpoints that were named, or else the embedded ones."""
+    folders = (given.checkpoint,) if given.checkpoint else embedded
+    return tuple(given.model) or tuple(ModelSource(folder.resolve()) for folder in folders)
 
 
 def add_front_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
-from serving.command.arguments import add_model_arguments
+from serving.command.arguments import add_model_arguments, model_sources
 from serving.command.checks import check_artifacts
 from serving.command.cli import prepare_environment
-from serving.config import ModelSource, ServerConfig
+from serving.config import ServerConfig
 from serving.offline.estimate import count, measure
 from serving.offline.lines import STDIN, InputFormat, find_sources
 from serving.offline.names import NUMBERS, TEXTS, NameTemplate
@@ -27,7 +27,7 @@ from serving.offline.run import LOCAL, RayOptions, RunOptions, finish, open_outp
 from serving.offline.storage import Storage
 from serving.schema.batch_line import FIELDS
 from serving.telemetry.logs import set_up_logging
-from tdm_runtime.checkpoint.folder import open_checkpoint
+from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT, open_checkpoint
 from tdm_runtime.cli import add_backend_arguments, backend_config
 from tdm_runtime.engine.engine import EngineConfig
 from tdm_runtime.errors import TDMError
@@ -176,7 +176,7 @@ def _value(text: str) -> Any:
 
 def _config(given: argparse.Namespace) -> ServerConfig:
     return ServerConfig(
-        models=tuple(given.model) or (ModelSource(given.checkpoint.resolve()),),
+        models=model_sources(given, DEFAULT_CHECKPOINT),
         loras=tuple(given.lora),
         blocked_words=given.blocked_words and given.blocked_words.resolve(),
         safety_checker=given.safety_checker,

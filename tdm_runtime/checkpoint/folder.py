@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 Part = TypeVar("Part")
 
 DEFAULT_CHECKPOINT = Path(__file__).resolve().parents[2] / "checkpoints" / "tdm-emoji"
+CLIP_CHECKPOINT = DEFAULT_CHECKPOINT.with_name("tdm-emoji-video")
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,14 @@ import httpx
 import pytest
 
 from serving.command.keys import main as tdm_keys
+from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT
 from tests.serving.conftest import RunningServer, start_server
 from tests.serving.killing import check_recovery, kill, make_picture, processes
 from tests.serving.web.test_server import metric
 from tests.serving.web.test_videos import CLIP, frames_of, wait_for_clip
 
+PICTURES = ("--checkpoint", str(DEFAULT_CHECKPOINT))
+"""Arguments of servers of the embedded checkpoint of pictures alone."""
 LONG_CLIP = CLIP | {"seconds": 6, "fps": 12, "num_inference_steps": 4}
 NUM_FRAMES = 72
 NUM_REQUESTS, PICTURES_EACH = 6, 10
@@ -55,7 +58,7 @@ def own_server(artifacts: Path, folder: Path, keys: dict[str, str]) -> Iterator[
 
 def start_with_keys(folder: Path, log: str) -> RunningServer:
     """Start a server with keys. Small batches make its warm-up short, which every new replica repeats."""
-    return start_server(folder / log, "--api-keys", str(folder / "keys.json"), "--max-batch-size", "4")
+    return start_server(folder / log, *PICTURES, "--api-keys", str(folder / "keys.json"), "--max-batch-size", "4")
 
 
 def bearer(key: str) -> dict[str, str]:
@@ -149,7 +152,7 @@ def test_a_stopping_server_answers_accepted_requests_and_gives_its_jobs_back(
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_killed_proxy_of_ray_is_replaced_and_a_stop_answers_accepted_requests(tmp_path: Path) -> None:
-    server = start_server(tmp_path / "log", "--front", "ray")
+    server = start_server(tmp_path / "log", *PICTURES, "--front", "ray")
     answer = httpx.get(f"{server.url}/health", headers={"x-request-id": "abc-123"})
     assert answer.headers.get_list("x-request-id") == ["abc-123"]
     check_recovery(server, "ray::ProxyActor", {})

@@ -8,6 +8,7 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
 
+from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT
 from tests.serving.conftest import start_server
 from tests.serving.web.test_playground import CHROMIUM, FLAGS, make
 
@@ -35,7 +36,7 @@ def arrange(page: Page) -> None:
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
-        server = start_server(Path(folder) / "log")
+        server = start_server(Path(folder) / "log", "--checkpoint", str(DEFAULT_CHECKPOINT))
         try:
             browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
             page = browser.new_page(viewport=SIZE, reduced_motion="reduce")  # type: ignore[arg-type]
