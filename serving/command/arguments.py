@@ -29,9 +29,10 @@ def parse_arguments(arguments: list[str] | None = None) -> ServerConfig:
     )
     add_telemetry_arguments(parser)
     given = parser.parse_args(arguments)
+    embedded = (DEFAULT_CHECKPOINT,) if given.artifacts else (DEFAULT_CHECKPOINT, CLIP_CHECKPOINT)
     try:
         return ServerConfig(
-            models=model_sources(given, DEFAULT_CHECKPOINT, CLIP_CHECKPOINT),
+            models=model_sources(given, *embedded),
             loras=tuple(given.lora),
             lora_folder=given.lora_folder and given.lora_folder.resolve(),
             host=given.host,
