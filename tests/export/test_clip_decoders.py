@@ -90,7 +90,7 @@ class Exported:
         return pixels
 
 
-SLOW = {"cogvideox", "wan-5b"}
+SLOW = {"cogvideox", "wan", "wan-5b"}
 """Variants that take long to export. `tests/tdm_runtime/model/test_clip_decoder.py` runs their parts in torch."""
 
 

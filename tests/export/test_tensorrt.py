@@ -89,9 +89,9 @@ def test_every_component_of_the_embedded_checkpoint_is_built(artifacts: Path, tm
 
 @pytest.fixture(scope="module")
 def exported(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Artifacts of the tiny checkpoint for a GPU that is not here, at fp8: its denoiser is fp8, the rest is fp16."""
+    """Artifacts of the tiny checkpoint for GPUs that are not here."""
     folder = tmp_path_factory.mktemp("tensorrt") / "artifacts"
-    arguments = ["--output", str(folder), "--backend", "tensorrt", "--precision", "fp8", "--gpu", f"{GPU},sm_120"]
+    arguments = ["--output", str(folder), "--backend", "tensorrt", "--precision", "fp32", "--gpu", f"{GPU},sm_120"]
     assert tdm_export([str(tiny_checkpoint), *arguments]) == 0
     return folder
 
@@ -101,16 +101,19 @@ def test_tdm_export_builds_ahead_for_the_named_gpus(
 ) -> None:
     checkpoint = open_checkpoint(tiny_checkpoint)
     manifest = load_manifest(exported, checkpoint)
-    assert [(build.name, build.gpu) for build in manifest.builds] == [("tensorrt fp8", GPU), ("tensorrt fp8", "sm_120")]
+    assert [(build.name, build.gpu) for build in manifest.builds] == [
+        ("tensorrt fp32", GPU),
+        ("tensorrt fp32", "sm_120"),
+    ]
     for build in manifest.builds:
         assert not build.pictures and list(build.requires) == ["tensorrt-rtx"]
-        precisions = {name: BuiltFor.load(exported / part.file).precision for name, part in build.components.items()}
-        assert precisions == {"text_encoder": "fp16", "denoiser": "fp8", "decoder": "fp16", "tiny_decoder": "fp16"}
+        gpus = {name: BuiltFor.load(exported / part.file).gpu for name, part in build.components.items()}
+        assert gpus == dict.fromkeys(("text_encoder", "denoiser", "decoder", "tiny_decoder"), build.gpu)
     before = (exported / "manifest.json").stat().st_mtime_ns
-    arguments = ["--output", str(exported), "--backend", "tensorrt", "--precision", "fp8", "--gpu", GPU]
+    arguments = ["--output", str(exported), "--backend", "tensorrt", "--precision", "fp32", "--gpu", GPU]
     assert tdm_export([str(tiny_checkpoint), *arguments]) == 0
     printed = capsys.readouterr().out
-    assert f"{exported} is up to date" in printed and "tensorrt fp8 was built for sm_120 and not run" in printed
+    assert f"{exported} is up to date" in printed and "tensorrt fp32 was built for sm_120 and not run" in printed
     assert (exported / "manifest.json").stat().st_mtime_ns == before
 
 
@@ -323,6 +326,8 @@ def test_fp8_rounds_products_and_stays_close_to_float32(tmp_path: Path) -> None:
         expected = TorchBackend(denoiser, CPU)(*(torch.from_numpy(array) for array in call.values()))
         actual = torch.from_numpy(session.run(None, dict(call))[0])
         assert 1e-3 < relative_l2(actual, expected) < 0.1
+    sizes = size_ranges(interface, [(16, 16)], MAX_BATCH)
+    assert build_plan(file, tmp_path / "plan", interface, sizes, gpu=GPU).precision == "fp8"
 
 
 def test_sdxls_decoder_stays_float32_in_float16_models(tmp_path: Path) -> None:

@@ -325,6 +325,8 @@ class TestDtypes:
         before = {name: weight.clone() for name, weight in denoiser.state_dict().items()}
         half = export(denoiser, interface, tmp_path / "unet.onnx", torch.float16)
         assert half.weight_types() == {onnx.TensorProto.FLOAT16}
+        sizes = size_ranges(interface, [(8, 8), (16, 24)], 4)
+        assert build_plan(half.file, tmp_path / "plan", interface, sizes, gpu="sm_86").precision == "fp16"
         assert {value.type for value in half.session.get_outputs()} == {"tensor(float)"}
         types = {value.name: value.type for value in half.session.get_inputs()}
         assert types["latents"] == types["timesteps"] == types["prompt_embeds"] == "tensor(float)"
@@ -339,6 +341,9 @@ class TestDtypes:
         model = onnx.load(tmp_path / "decoder.onnx", load_external_data=False)
         kernels = {weight.data_type for weight in model.graph.initializer if len(weight.dims) == 4}
         assert kernels == {onnx.TensorProto.BFLOAT16}
+        sizes = size_ranges(module.interface(), [(8, 8), (16, 24)], 4)
+        plan = build_plan(tmp_path / "decoder.onnx", tmp_path / "plan", module.interface(), sizes, gpu="sm_86")
+        assert plan.precision == "bf16"
         assert model.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT
 
     def test_other_dtypes_are_refused(self, tmp_path: Path) -> None:

@@ -83,6 +83,7 @@ def test_compiled_equals_eager() -> None:
         assert relative_l2(compiled(*inputs), eager(*inputs)) < 1e-5
 
 
+@pytest.mark.slow
 def test_many_shapes_are_all_compiled() -> None:
     """There are more shapes than torch's own limit of 8. Each backend has its own count."""
     import torch._dynamo
