@@ -36,6 +36,8 @@ from tdm_runtime.model.loaded_model import LoadedModel
 
 POLL_S = 0.01
 """Seconds between two looks at which clients have left, and at the engine's counts. Triton tells only when asked."""
+STOP_S = 1.0
+"""Seconds to wait for the end of that look: a server that stops may leave a message about metrics unanswered."""
 MAX_ENCODERS = 2
 """Threads that encode and send pictures."""
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
@@ -74,13 +76,13 @@ class TritonPythonModel:
                 _refuse(sender, error, _is_from_model(request))
 
     def finalize(self) -> None:
-        """Finish the accepted pictures, then stop."""
-        self._engine.close()
-        self._senders.shutdown()
+        """Stop. Triton calls this after the last answer."""
         with self._wake:
             self._is_closing = True
             self._wake.notify()
-        self._watch.join()
+        self._watch.join(STOP_S)
+        self._engine.close()
+        self._senders.shutdown()
 
     def _submit(self, request: Any, sender: Any) -> None:
         order = read_order({tensor.name(): tensor.as_numpy() for tensor in request.inputs()}, self._engine.model.recipe)
@@ -142,7 +144,8 @@ class TritonPythonModel:
         """Cancel what clients have left. Show the engine's counts: it counts a cancelled picture at its next call."""
         while True:
             is_busy = self._engine.num_live > 0
-            self._metrics.update()
+            if not self._is_closing:
+                self._metrics.update()
             with self._wake:
                 if self._is_closing:
                     return
