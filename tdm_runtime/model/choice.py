@@ -240,11 +240,11 @@ def _thread_counts(wanted: int | None, checkpoint: Checkpoint) -> list[int]:
 def picture_seconds(model: LoadedModel) -> float:
     """Return the seconds of a picture at the default step count: its steps and its decode, without the text encoder.
 
-    A model that makes clips is measured with one frame.
+    A model that makes clips is measured with the fewest frames that move: one step of its rule after the first.
     """
     recipe = model.recipe
     width, height = recipe.native_sizes[0]
-    frames = None if recipe.frames is None else 1
+    frames = None if recipe.frames is None else min(1 + recipe.frames.step, recipe.frames.max_frames)
     params = SamplingParams("warm-up", 0, recipe.default_steps, width, height, frames=frames)
     device = model.denoiser.device
     prompt = model.conditioning(model.embedding(params), params)
