@@ -118,7 +118,7 @@ def export(module: nn.Module, interface: Interface, file: Path, dtype: torch.dty
     return Exported(module, interface, file)
 
 
-SLOW = {"cogvideox", "cogvideox-5b", "animatediff", "animatediff-levels"}
+SLOW = {"cogvideox", "cogvideox-5b", "animatediff", "animatediff-levels", "flux-dev", "pixart-1024"}
 """Variants of clips that take long to export. Their replacements are tested in `TestTraceable`, and Wan is exported."""
 
 
