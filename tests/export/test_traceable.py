@@ -119,7 +119,7 @@ def export(module: nn.Module, interface: Interface, file: Path, dtype: torch.dty
 
 
 SLOW = {"cogvideox", "cogvideox-5b", "animatediff", "animatediff-levels", "flux-dev", "pixart-1024"}
-"""Variants of clips, which take long to export, and of families that are exported anyway. `TestTraceable` covers all."""
+"""Variants of clips, which take long to export, and of families that are exported anyway; `TestTraceable` has all."""
 
 
 @pytest.fixture(
