@@ -9,16 +9,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from export.errors import ExportError
 from export.onnx_export import OPSET, export_onnx
-from export.openvino_build import Inputs, write_int8_ir, write_ir
+from export.openvino_build import write_int8_ir, write_ir
 from export.prompts import CALIBRATION
-from tdm_runtime.backends import Backend, BackendName, Precision
+from export.recorder import Call, Recorder, make_each
+from tdm_runtime.backends import BackendName, Precision
 from tdm_runtime.backends.interface import Interface
 from tdm_runtime.backends.machine import TOOLS, installed
 from tdm_runtime.checkpoint.file_hashes import file_sha256
@@ -28,9 +27,6 @@ from tdm_runtime.families import Denoiser
 from tdm_runtime.model.components import component_names, load_programs, program_names
 from tdm_runtime.model.decoder import Decoder
 from tdm_runtime.model.load import component_backend, load_build
-from tdm_runtime.model.parity import compared_frames
-from tdm_runtime.params import SamplingParams
-from tdm_runtime.pipeline import generate
 
 Target = tuple[BackendName, Precision]
 Announce = Callable[[str], None]
@@ -161,37 +157,18 @@ def _ir(manifest: Manifest, folder: Path, announce: Announce) -> Mapping[str, Bu
 
 def component_calls(
     checkpoint: Checkpoint, manifest: Manifest, build: Build, folder: Path, prompts: Sequence[str]
-) -> Mapping[str, list[Inputs]]:
+) -> Mapping[str, list[Call]]:
     """Record the inputs of the quantised programs while they make one picture per prompt, cycling through all K."""
     model = load_build(checkpoint, manifest, build, folder)
-    denoiser = _Recorder(model.denoiser, manifest.interfaces["denoiser"])
+    denoiser = Recorder(model.denoiser, model.denoiser_inputs)
     recorded, recorders = replace(model, denoiser=denoiser), {"denoiser": denoiser}
     if "decoder" in _quantised(checkpoint):
-        decoder = _Recorder(component_backend(manifest, build, folder, "decoder"), manifest.interfaces["decoder"])
+        names = [spec.name for spec in manifest.interfaces["decoder"].inputs]
+        decoder = Recorder(component_backend(manifest, build, folder, "decoder"), names)
         recorders["decoder"] = decoder
         recorded = replace(recorded, decoders={"full": Decoder(decoder, checkpoint.geometry.spatial_compression)})
-    recipe = model.recipe
-    width, height = recipe.native_sizes[0]
-    for seed, prompt in enumerate(prompts):
-        steps = recipe.step_counts[seed % len(recipe.step_counts)]
-        generate(recorded, SamplingParams(prompt, seed, steps, width, height, frames=compared_frames(recipe)))
+    make_each(recorded, prompts)
     return {name: recorder.calls for name, recorder in recorders.items()}
-
-
-class _Recorder:
-    """Backend that records the inputs of its calls."""
-
-    def __init__(self, backend: Backend, interface: Interface) -> None:
-        self.device = backend.device
-        self.is_batch_invariant = backend.is_batch_invariant
-        self._backend = backend
-        self._names = [spec.name for spec in interface.inputs]
-        self.calls: list[Inputs] = []
-
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        arrays: list[NDArray[Any]] = [tensor.clone().numpy() for tensor in inputs]
-        self.calls.append(dict(zip(self._names, arrays, strict=True)))
-        return self._backend(*inputs)
 
 
 def _hashed(folder: Path, *names: str) -> Mapping[str, str]:

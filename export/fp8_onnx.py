@@ -6,24 +6,16 @@ fp8 kernel. Convolutions, the products inside attention and the embeddings of ti
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from torch import Tensor
 
-from tdm_runtime.backends import Backend
+from export.recorder import Call, Recorder, make_each
 from tdm_runtime.checkpoint.folder import Checkpoint
 from tdm_runtime.model.load import load_with_torch
-from tdm_runtime.model.parity import compared_frames
-from tdm_runtime.params import SamplingParams
-from tdm_runtime.pipeline import generate
-
-Call = Mapping[str, NDArray[Any]]
-"""Input name -> array, for one denoiser call."""
 
 E4M3_MAX = 448.0
 
@@ -58,29 +50,9 @@ def write_fp8_onnx(onnx_file: Path, file: Path, calls: Sequence[Call]) -> None:
 def record_calls(checkpoint: Checkpoint, prompts: Sequence[str]) -> list[Call]:
     """Record the denoiser's inputs while torch makes one picture per prompt, cycling through all step counts."""
     model = load_with_torch(checkpoint)
-    recorder = _Recorder(model.denoiser, model.denoiser_inputs)
-    recipe = model.recipe
-    width, height = recipe.native_sizes[0]
-    for seed, prompt in enumerate(prompts):
-        steps = recipe.step_counts[seed % len(recipe.step_counts)]
-        params = SamplingParams(prompt, seed, steps, width, height, frames=compared_frames(recipe))
-        generate(replace(model, denoiser=recorder), params)
+    recorder = Recorder(model.denoiser, model.denoiser_inputs)
+    make_each(replace(model, denoiser=recorder), prompts)
     return recorder.calls
-
-
-class _Recorder:
-    """Denoiser that records the inputs of its calls."""
-
-    def __init__(self, backend: Backend, names: Sequence[str]) -> None:
-        self.device = backend.device
-        self.is_batch_invariant = backend.is_batch_invariant
-        self._backend = backend
-        self._names = names
-        self.calls: list[Call] = []
-
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        self.calls.append({name: tensor.cpu().numpy().copy() for name, tensor in zip(self._names, inputs, strict=True)})
-        return self._backend(*inputs)
 
 
 def _greatest_activations(onnx_file: Path, names: Sequence[str], calls: Sequence[Call]) -> dict[str, float]:

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from export.errors import ExportError
+from export.recorder import Call
 
 MIN_HALVED_ELEMENTS = 1024
 """Constants with fewer elements stay float32. Some are frequencies of sinusoids, whose errors grow 1000-fold."""
-
-Inputs = Mapping[str, NDArray[Any]]
-"""Input name -> array, for one call."""
 
 
 def write_ir(onnx: Path, file: Path) -> None:
@@ -29,7 +26,7 @@ def write_ir(onnx: Path, file: Path) -> None:
     _save(_read(onnx), file)
 
 
-def write_int8_ir(onnx: Path, file: Path, calibration: Sequence[Inputs], outputs: int) -> None:
+def write_int8_ir(onnx: Path, file: Path, calibration: Sequence[Call], outputs: int) -> None:
     """Write an IR whose matrix products and convolutions are int8, by NNCF's post-training quantisation.
 
     Args:

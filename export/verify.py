@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tdm_runtime.backends import Backend
-from tdm_runtime.backends.interface import ComponentName, Interface
+from tdm_runtime.backends.interface import Interface
 from tdm_runtime.checkpoint.folder import Checkpoint
 from tdm_runtime.checkpoint.manifest import ComponentParity, Manifest, kernel_choice
 from tdm_runtime.model.components import component_names, load_programs, program_names
@@ -52,27 +52,30 @@ def verify(
         builds.append(replace(build, pictures=pictures, measured_on=kernel_choice(build)))
     manifest = replace(manifest, builds=tuple(builds))
     for component in component_names(checkpoint):
-        for name in program_names(checkpoint, component):
-            if name in manifest.interfaces:
-                announce(f"{name}: outputs")
-                manifest = _with_parity(checkpoint, manifest, folder, component, name)
+        names = [name for name in program_names(checkpoint, component) if name in manifest.interfaces]
+        programs = dict(load_programs(checkpoint, component)) if names else {}
+        for name in names:
+            announce(f"{name}: outputs")
+            module, interface = programs.pop(name)
+            inputs = _inputs(checkpoint, interface, batch=BATCH if name == component else 1)
+            expected = _first_output(module, inputs)
+            del module  # a build of the same size comes next
+            manifest = _with_parity(manifest, folder, name, inputs, expected)
     return manifest
 
 
 @torch.inference_mode()
-def _with_parity(
-    checkpoint: Checkpoint, manifest: Manifest, folder: Path, component: ComponentName, name: str
-) -> Manifest:
-    """Measure one program of every build on the same inputs. Returns the manifest with its parities.
+def _first_output(module: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Return the output of a program; of several the pixels, which a decoder of clips makes beside its cache."""
+    output: Tensor | tuple[Tensor, ...] = module(**inputs)
+    return output if isinstance(output, Tensor) else output[0]
 
-    Of several outputs the first is compared: pixels, which a decoder of clips makes beside its cache.
-    """
-    module, interface = load_programs(checkpoint, component)[name]
-    inputs = _inputs(checkpoint, interface, batch=BATCH if name == component else 1)
-    expected = module(**inputs)
-    if not isinstance(expected, Tensor):
-        expected = expected[0]
-    del module  # a build of the same size comes next
+
+@torch.inference_mode()
+def _with_parity(
+    manifest: Manifest, folder: Path, name: str, inputs: Mapping[str, Tensor], expected: Tensor
+) -> Manifest:
+    """Measure one program of every build on the same inputs. Returns the manifest with its parities."""
     builds = []
     for build in manifest.builds:
         if build.other_gpu:
