@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -12,6 +12,8 @@ import grpc
 from serving.arrival import since_arrival_s
 from serving.errors import APIError
 from serving.fronts.access import Caller
+from serving.images.interface import Images
+from serving.schema.answers import ImageAnswer, PartialAnswer
 from serving.schema.image_request import MAX_BUDGET_MS
 from serving.schema.order import ImageOrder
 from tdm_runtime.errors import InvalidRequestError
@@ -72,6 +74,26 @@ def budgeted(order: ImageOrder) -> Iterator[ImageOrder]:
         if error.code != "latency_budget_too_small":
             raise
         raise _too_soon(str(error)) from None
+
+
+async def made(images: Images, order: ImageOrder) -> ImageAnswer:
+    """Make an order for the caller, who pays for it, within the call's deadline.
+
+    Raises:
+        APIError: see `budgeted`; and as `Images.generate`.
+    """
+    with budgeted(order) as within:
+        current_call().caller.spend(within.cost)
+        return await images.generate(within)
+
+
+async def streamed(images: Images, order: ImageOrder) -> AsyncIterator[PartialAnswer | ImageAnswer]:
+    """Make an order as `made` does, and yield its previews and then the answer."""
+    with budgeted(order) as within:
+        current_call().caller.spend(within.cost)
+        parts = await images.stream(within)
+    async for part in parts:
+        yield part
 
 
 def _too_soon(reason: str) -> APIError:

@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 
 from serving.fronts.services import Services
-from serving.rpc.calls import budgeted, current_call
+from serving.rpc.calls import made
 from serving.rpc.protos import open_inference_pb2 as pb
 from serving.schema.answers import ImageAnswer
 from serving.schema.image_request import order_from_fields
@@ -86,9 +86,8 @@ class InferenceServicer:
         check_version(self._services.images.model_card(request.model_name), request.model_version)
         names = wanted_outputs((output.name, output.parameters) for output in request.outputs)
         fields = fields_of(input_tensors(request), parameters_of(request)) | {"model": request.model_name}
-        with budgeted(order_from_fields(fields, self._services.images.recipe).as_pixels()) as order:
-            current_call().caller.spend(order.cost)
-            answer = await self._services.images.generate(order)
+        order = order_from_fields(fields, self._services.images.recipe).as_pixels()
+        answer = await made(self._services.images, order)
         return to_response(answer, names, request.id)
 
 

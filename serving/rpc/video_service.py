@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import grpc
 
 from serving.fronts.services import Services
-from serving.rpc.calls import budgeted, current_call
+from serving.rpc.calls import made, streamed
 from serving.rpc.messages import fields_of, how_made, stream_fields_of, to_image, to_partial, wants_pixels
 from serving.rpc.protos import images_pb2 as pb
 from serving.schema.answers import ImageAnswer, PartialAnswer
@@ -27,20 +27,14 @@ class VideoServicer:
         order = video_order_from_fields(fields_of(request), self._services.images.recipe)
         if as_pixels := wants_pixels(request):
             order = order.as_pixels()
-        with budgeted(order) as order:
-            current_call().caller.spend(order.cost)
-            answer = await self._services.images.generate(order)
-        return to_response(answer, as_pixels)
+        return to_response(await made(self._services.images, order), as_pixels)
 
     async def GenerateStream(
         self, request: pb.GenerateVideoStreamRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.GenerateVideoStreamResponse]:
         """Make a clip and send previews of its first frame."""
-        fields = stream_fields_of(request, request.video)
-        with budgeted(video_order_from_fields(fields, self._services.images.recipe)) as order:
-            current_call().caller.spend(order.cost)
-            parts = await self._services.images.stream(order)
-        async for part in parts:
+        order = video_order_from_fields(stream_fields_of(request, request.video), self._services.images.recipe)
+        async for part in streamed(self._services.images, order):
             yield to_event(part)
 
 
