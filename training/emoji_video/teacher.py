@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,14 +13,14 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from tdm_runtime.families.animatediff import MotionUNetDenoiser
 from tdm_runtime.families.conditioning import Conditioning
 from training.emoji.data.text import tokenize
-from training.emoji.stages.teacher import COORDINATES
+from training.emoji.stages.teacher import COORDINATES, save_teacher
 from training.emoji_video.clips import FRAMES, MOTIONS, REVERSED
 from training.emoji_video.latents import FRAME_SHAPE, LatentClips
 from training.emoji_video.motion_unet import build_motion_unet, frames_shown, motion_parameters
 from training.methods.denoising import DenoisingDraws, denoising_loss_at
 from training.methods.precision import Precision
 from training.methods.roles import CleanEstimator
-from training.run.loop import LoopConfig, Trainable, descend, learning_rate_at, run_loop, set_learning_rate, update_ema
+from training.run.loop import LoopConfig, learning_rate_at, set_learning_rate, train_averaged
 
 STAGE = "video-teacher"
 
@@ -92,12 +91,11 @@ def train_video_teacher(folder: Path, clips_folder: Path, checkpoint: Path, conf
     unet = build_motion_unet(UNet2DConditionModel.from_pretrained(checkpoint / "unet").float())
     model = CleanEstimator(MotionUNetDenoiser(unet), COORDINATES, config.precision)
     modules = {"unet": unet, "text_encoder": text_encoder}
-    averages = {name: copy.deepcopy(module).eval().requires_grad_(False) for name, module in modules.items()}
     unet.train()
     text_encoder.train()
     optimizer = _optimizer(config, unet, text_encoder)
 
-    def train_step(step: int, generator: torch.Generator) -> dict[str, float]:
+    def loss_at(step: int, generator: torch.Generator) -> Tensor:
         set_learning_rate(optimizer, learning_rate_at(step, config.loop.steps, config.learning_rate, warmup=30))
         numbers = draw_clips(config, step, len(clips), generator)
         frames = draw_frames(config, step, generator)
@@ -112,22 +110,10 @@ def train_video_teacher(folder: Path, clips_folder: Path, checkpoint: Path, conf
             torch.rand(config.batch_size, generator=generator) < config.caption_dropout,
         )
         with frames_shown(unet, frames):
-            loss = denoising_loss_at(model, latents, prompts, empty, draws)
-            norm = descend(optimizer, loss)
-        for name, module in modules.items():
-            update_ema(averages[name], module, step, config.ema_decay)
-        return {"loss": loss.item(), "grad_norm": norm}
+            return denoising_loss_at(model, latents, prompts, empty, draws)
 
-    run_loop(
-        folder,
-        STAGE,
-        config.loop,
-        Trainable(modules | {f"average_{name}": module for name, module in averages.items()}, {"adamw": optimizer}),
-        train_step,
-    )
-    averages["unet"].save_pretrained(folder / "unet")
-    averages["text_encoder"].save_pretrained(folder / "text_encoder")
-    tokenizer.save_pretrained(folder / "tokenizer")
+    averages = train_averaged(folder, STAGE, config.loop, modules, optimizer, loss_at, config.ema_decay)
+    save_teacher(folder, averages["unet"], averages["text_encoder"], tokenizer)
 
 
 def _optimizer(config: VideoTeacherConfig, unet: torch.nn.Module, text_encoder: torch.nn.Module) -> torch.optim.AdamW:

@@ -6,6 +6,7 @@ it is the weights, the optimizer and the step number.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -172,6 +173,35 @@ def update_ema(average: nn.Module, current: nn.Module, step: int, decay: float) 
     weight = 1.0 - min(decay, (1.0 + step) / (10.0 + step))
     for target, source in zip(average.parameters(), current.parameters(), strict=True):
         target.lerp_(source.to(target.dtype), weight)
+
+
+def train_averaged(
+    folder: Path,
+    stage: str,
+    config: LoopSettings,
+    modules: Mapping[str, nn.Module],
+    optimizer: torch.optim.Optimizer,
+    loss_at: Callable[[int, torch.Generator], Tensor],
+    ema_decay: float,
+) -> dict[str, nn.Module]:
+    """Train modules together, or resume. Returns the averages of their weights, by name.
+
+    Args:
+        loss_at: function from the step and its random numbers to the loss; it sets the learning rate.
+        ema_decay: decay of the averages, see `update_ema`.
+    """
+    averages = {name: copy.deepcopy(module).eval().requires_grad_(False) for name, module in modules.items()}
+
+    def train_step(step: int, generator: torch.Generator) -> dict[str, float]:
+        loss = loss_at(step, generator)
+        norm = descend(optimizer, loss)
+        for name, module in modules.items():
+            update_ema(averages[name], module, step, ema_decay)
+        return {"loss": loss.item(), "grad_norm": norm}
+
+    kept = {**modules, **{f"average_{name}": average for name, average in averages.items()}}
+    run_loop(folder, stage, config, Trainable(kept, {"adamw": optimizer}), train_step)
+    return averages
 
 
 def descend(optimizer: torch.optim.Optimizer, loss: Tensor, clip_norm: float = 1.0) -> float:

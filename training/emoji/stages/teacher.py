@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from training.methods.denoising import finetuning_loss
 from training.methods.precision import Precision, autocast
 from training.methods.roles import CleanEstimator
 from training.methods.trajectory import Coordinates
-from training.run.loop import LoopConfig, Trainable, descend, learning_rate_at, run_loop, set_learning_rate, update_ema
+from training.run.loop import LoopConfig, learning_rate_at, set_learning_rate, train_averaged
 
 STAGE = "teacher"
 SCHEDULE = DiffusionSchedule(beta_schedule="squaredcos_cap_v2")
@@ -132,29 +131,18 @@ def train_teacher(folder: Path, autoencoder_folder: Path, config: TeacherConfig)
     unet, text_encoder = build_unet(), build_text_encoder(tokenizer)
     model = CleanEstimator(UNetDenoiser(unet), COORDINATES)
     modules = {"unet": unet, "text_encoder": text_encoder}
-    averages = {name: copy.deepcopy(module).eval().requires_grad_(False) for name, module in modules.items()}
     parameters = [*unet.parameters(), *text_encoder.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-2)
 
-    def train_step(step: int, generator: torch.Generator) -> dict[str, float]:
+    def loss_at(step: int, generator: torch.Generator) -> Tensor:
         set_learning_rate(optimizer, learning_rate_at(step, config.loop.steps, config.learning_rate))
         indices = torch.randint(scenes.count, (config.batch_size,), generator=generator).tolist()
         latents, captions = scenes.batch(indices, caption_seed=step)
         with autocast():
             prompts, empty = (Conditioning(text_encoder(tokenize(tokenizer, c))[0]) for c in (captions, [""]))
-        loss = finetuning_loss(model, latents, prompts, empty, config.caption_dropout, generator)
-        norm = descend(optimizer, loss)
-        for name, module in modules.items():
-            update_ema(averages[name], module, step, config.ema_decay)
-        return {"loss": loss.item(), "grad_norm": norm}
+        return finetuning_loss(model, latents, prompts, empty, config.caption_dropout, generator)
 
-    run_loop(
-        folder,
-        STAGE,
-        config.loop,
-        Trainable(modules | {f"average_{name}": module for name, module in averages.items()}, {"adamw": optimizer}),
-        train_step,
-    )
+    averages = train_averaged(folder, STAGE, config.loop, modules, optimizer, loss_at, config.ema_decay)
     save_teacher(folder, averages["unet"], averages["text_encoder"], tokenizer)
 
 
