@@ -12,10 +12,9 @@ import torch
 from diffusers import AnimateDiffPipeline
 
 from tdm_runtime.checkpoint.file_hashes import file_sha256
-from tdm_runtime.checkpoint.folder import open_checkpoint
+from tdm_runtime.checkpoint.folder import CLIP_CHECKPOINT, open_checkpoint
 from tdm_runtime.model.choice import load_model
 from tdm_runtime.model.loaded_model import LoadedModel
-from training.cli import VIDEO_CHECKPOINT
 from training.emoji_video.clips import DIRECTIONS, FRAMES, caption
 from training.emoji_video.report import student_clip
 from training.emoji_video.score import ClipScorer, scoring_clips
@@ -30,7 +29,7 @@ BACKGROUND_FLOOR = 0.85
 
 @pytest.fixture(scope="module")
 def video_model() -> LoadedModel:
-    return load_model(VIDEO_CHECKPOINT)
+    return load_model(CLIP_CHECKPOINT)
 
 
 @pytest.mark.parametrize("steps", [1, 4])
@@ -46,10 +45,10 @@ def test_clips_show_the_motion_glyph_and_background_of_their_captions(video_mode
 
 
 def test_the_folder_is_small_and_its_hashes_and_recipe_match() -> None:
-    files = [file for file in VIDEO_CHECKPOINT.rglob("*") if file.is_file()]
+    files = [file for file in CLIP_CHECKPOINT.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) < MAX_FOLDER_BYTES
-    served, trained = open_checkpoint(VIDEO_CHECKPOINT).recipe, build_video_recipe()
-    assert all(file_sha256(VIDEO_CHECKPOINT / name) == sha for name, sha in served.files.items())
+    served, trained = open_checkpoint(CLIP_CHECKPOINT).recipe, build_video_recipe()
+    assert all(file_sha256(CLIP_CHECKPOINT / name) == sha for name, sha in served.files.items())
     assert (served.timesteps, served.noise_schedule, served.frames) == (
         trained.timesteps,
         trained.noise_schedule,
@@ -59,7 +58,7 @@ def test_the_folder_is_small_and_its_hashes_and_recipe_match() -> None:
 
 
 def test_a_stock_pipeline_opens_it() -> None:
-    pipeline = AnimateDiffPipeline.from_pretrained(VIDEO_CHECKPOINT, torch_dtype=torch.float32)
+    pipeline = AnimateDiffPipeline.from_pretrained(CLIP_CHECKPOINT, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     frames = pipeline(
         "a rocket moving right on a blue background",

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT
+from tdm_runtime.checkpoint.folder import CLIP_CHECKPOINT, DEFAULT_CHECKPOINT
 from tdm_runtime.checkpoint.folder_files import TINY_VAE
 from tdm_runtime.errors import TDMError
 from training.config import config_as_toml, load_config
@@ -35,7 +35,6 @@ EMOJI_STAGES = ("autoencoder", "teacher", "decoder", "student", "tiny-autoencode
 VIDEO_STAGES = ("clips", "teacher", "student", "publish")
 DEFAULT_RUN = Path("runs/emoji")
 DEFAULT_VIDEO_RUN = Path("runs/emoji-video")
-VIDEO_CHECKPOINT = DEFAULT_CHECKPOINT.with_name("tdm-emoji-video")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -131,7 +130,7 @@ def _add_video(commands: Any) -> None:
     score.add_argument("--sheet", type=Path, help="picture file for a contact sheet, instead of the table")
     for command in (video, score):
         command.add_argument("--run", type=Path, default=DEFAULT_VIDEO_RUN, help="working folder (%(default)s)")
-        command.add_argument("--checkpoint", type=Path, default=VIDEO_CHECKPOINT)
+        command.add_argument("--checkpoint", type=Path, default=CLIP_CHECKPOINT)
 
 
 def _emoji(given: argparse.Namespace) -> None:

@@ -192,9 +192,10 @@ def refit(trt: Any, plan: Any, onnx_file: Path, log: Any) -> None:
 
 def sizes_of(interface: Interface, shapes: Sequence[Sequence[int]]) -> dict[str, int]:
     """Return the value of each size that an interface names, from the input shapes of a call."""
+    named = interface.size_names
     return {
         name: size
         for spec, shape in zip(interface.inputs, shapes, strict=True)
         for name, size in zip(spec.shape, shape, strict=True)
-        if isinstance(name, str) and name in interface.size_names
+        if isinstance(name, str) and name in named
     }
