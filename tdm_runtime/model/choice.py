@@ -38,6 +38,15 @@ ROUNDS_S = 1.0
 """Seconds after which a measurement ends, even before `ROUNDS` calls."""
 FEW_THREADS_BELOW_S = 0.5
 """Seconds a picture. Only models faster than this are measured with fewer threads than cores too."""
+THREADS_BATCH = 8
+"""Most pictures in a call that compares thread counts. Threads matter most where many requests are in flight."""
+THREADS_CALL_S = 0.1
+"""Seconds that such a call may take. Slower models are compared with fewer pictures."""
+THREADS_S = 4.0
+"""Seconds after which this comparison ends."""
+FEW_THREADS_GAIN = 1.1
+"""How many times as fast a smaller thread count must be. Other work on the machine slows calls on all cores the most,
+and the choice is kept when that work has ended."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +69,7 @@ class Choice:
     machine: str
     chosen: Candidate
     picture_ms: Mapping[str, float]
-    """Candidate -> milliseconds of a picture (`picture_seconds`), with its best thread count."""
+    """Candidate -> milliseconds of a picture on all cores (`picture_seconds`); of the chosen one with its threads."""
     excluded: Mapping[str, str]
     """Candidate -> reason why it was not measured."""
 
@@ -162,20 +171,18 @@ def _machine(artifacts: Artifacts, config: BackendConfig) -> str:
 
 
 def _measured(artifacts: Artifacts, config: BackendConfig, machine: str) -> Choice:
-    times: dict[Candidate, float] = {}
+    times: dict[str, tuple[Candidate, float]] = {}
     excluded: dict[str, str] = {}
     is_auto = config.backend == "auto"
+    most_threads, *fewer = _thread_counts(config.threads, artifacts.checkpoint)
     for backend, precision in _candidates(artifacts, config):
         name = f"{backend} {precision}"
         try:
             if is_auto and (why := _falls_short(artifacts, backend, precision)):
                 excluded[name] = why
                 continue
-            for threads in _thread_counts(config.threads, artifacts.checkpoint):
-                model = artifacts.load(backend, precision, threads, config.device)
-                seconds = times[Candidate(backend, precision, threads)] = picture_seconds(model)
-                if seconds > FEW_THREADS_BELOW_S:
-                    break
+            model = artifacts.load(backend, precision, most_threads, config.device)
+            times[name] = (Candidate(backend, precision, most_threads), picture_seconds(model))
         except ArtifactError:
             raise
         except BackendError as error:
@@ -186,9 +193,35 @@ def _measured(artifacts: Artifacts, config: BackendConfig, machine: str) -> Choi
     if not times:
         reasons = "; ".join(f"{name}: {why}" for name, why in excluded.items())
         raise BackendError(f"no backend runs {artifacts.checkpoint.recipe.name} here: {reasons}")
-    best_first = sorted(times, key=lambda candidate: times[candidate])
-    picture_ms = {c.name: 1e3 * times[c] for c in reversed(best_first)}  # the best of a name comes last and stays
-    return Choice(machine, best_first[0], picture_ms, excluded)
+    name = min(times, key=lambda one: times[one][1])
+    chosen, seconds = times[name]
+    if fewer and seconds <= FEW_THREADS_BELOW_S:
+        chosen, seconds = _with_best_threads(artifacts, config.device, chosen, seconds, fewer)
+    picture_ms = {one: 1e3 * (seconds if one == name else times[one][1]) for one in times}
+    return Choice(machine, chosen, picture_ms, excluded)
+
+
+def _with_best_threads(
+    artifacts: Artifacts, device: str | None, chosen: Candidate, seconds: float, fewer: Sequence[int]
+) -> tuple[Candidate, float]:
+    """Compare thread counts by calls in turns, so that other work on the machine affects them alike.
+
+    Args:
+        seconds: of a picture on all cores.
+        fewer: thread counts below the candidate's.
+
+    Returns:
+        The candidate with the best count, and the seconds of one picture with it.
+    """
+    candidates = [chosen, *(replace(chosen, threads=threads) for threads in fewer)]
+    batch = max(1, min(THREADS_BATCH, int(THREADS_CALL_S / seconds)))
+    models = [artifacts.load(one.backend, one.precision, one.threads, device) for one in candidates]
+    all_cores_s, *fewer_s = least_seconds_of([_picture(model, batch) for model in models], ROUNDS, THREADS_S)
+    fewest_s = min(fewer_s)
+    if fewest_s * FEW_THREADS_GAIN > all_cores_s:
+        return chosen, seconds
+    best = 1 + fewer_s.index(fewest_s)
+    return candidates[best], picture_seconds(models[best])
 
 
 def _candidates(artifacts: Artifacts, config: BackendConfig) -> Iterator[tuple[BackendName, Precision]]:
@@ -236,25 +269,42 @@ def _thread_counts(wanted: int | None, checkpoint: Checkpoint) -> list[int]:
     return sorted({most, *(1 << n for n in range(most.bit_length()) if 1 << n <= most)}, reverse=True)
 
 
-@torch.inference_mode()
 def picture_seconds(model: LoadedModel) -> float:
     """Return the seconds of a picture at the default step count: its steps and its decode, without the text encoder.
 
     A model that makes clips is measured with the fewest frames that move: one step of its rule after the first.
     """
+    step, decode = _calls(model, 1)
+    return model.recipe.default_steps * least_seconds(step) + least_seconds(decode)
+
+
+def _picture(model: LoadedModel, batch: int) -> Callable[[], object]:
+    """Return a function that makes a batch of the pictures of `picture_seconds`."""
+    step, decode = _calls(model, batch)
+
+    def picture() -> None:
+        for _ in range(model.recipe.default_steps):
+            step()
+        decode()
+
+    return picture
+
+
+@torch.inference_mode()
+def _calls(model: LoadedModel, batch: int) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Return one step and the decode of a batch of the pictures of `picture_seconds`."""
     recipe = model.recipe
     width, height = recipe.native_sizes[0]
     frames = None if recipe.frames is None else min(1 + recipe.frames.step, recipe.frames.max_frames)
     params = SamplingParams("warm-up", 0, recipe.default_steps, width, height, frames=frames)
     device = model.denoiser.device
-    prompt = model.conditioning(model.embedding(params), params)
-    latents = torch.zeros(1, *model.latent_shape(params), device=device)
+    prompt = model.conditioning(model.embedding(params), params).expand(batch)
+    latents = torch.zeros(batch, *model.latent_shape(params), device=device)
     first_timestep = recipe.step_table(recipe.default_steps, width, height).timesteps[0]
-    timesteps = torch.full((1,), first_timestep, dtype=torch.float32).to(device)
-    step_counts = torch.tensor([recipe.default_steps], device=device)
-    step = partial(denoise, [model], latents, timesteps, step_counts, prompt)
-    decode = partial(model.decoders["full"].decode, latents)
-    return recipe.default_steps * least_seconds(step) + least_seconds(decode)
+    timesteps = torch.full((batch,), first_timestep, dtype=torch.float32).to(device)
+    step_counts = torch.full((batch,), recipe.default_steps, device=device)
+    step = partial(denoise, [model] * batch, latents, timesteps, step_counts, prompt)
+    return step, partial(model.decoders["full"].decode, latents)
 
 
 def least_seconds(call: Callable[[], object], rounds: int = ROUNDS) -> float:
@@ -263,14 +313,27 @@ def least_seconds(call: Callable[[], object], rounds: int = ROUNDS) -> float:
     Args:
         rounds: most calls that are measured.
     """
-    call()
-    fewest, ends_s = float("inf"), time.monotonic() + ROUNDS_S
-    for _ in range(rounds):
-        started_s = time.monotonic()
+    return least_seconds_of([call], rounds, ROUNDS_S)[0]
+
+
+@torch.inference_mode()
+def least_seconds_of(calls: Sequence[Callable[[], object]], rounds: int, limit_s: float) -> list[float]:
+    """Return the least seconds of each function. They are called in turns, after a first call that does not count.
+
+    Args:
+        rounds: most measured calls of each.
+        limit_s: seconds after which no further round begins.
+    """
+    for call in calls:
         call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        fewest = min(fewest, time.monotonic() - started_s)
+    fewest, ends_s = [float("inf")] * len(calls), time.monotonic() + limit_s
+    for _ in range(rounds):
+        for index, call in enumerate(calls):
+            started_s = time.monotonic()
+            call()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            fewest[index] = min(fewest[index], time.monotonic() - started_s)
         if time.monotonic() > ends_s:
             break
     return fewest

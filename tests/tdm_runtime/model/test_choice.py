@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -212,6 +212,26 @@ def test_threads_0_measures_only_the_requested_backend(tiny_checkpoint: Path, fo
     """It is measured with all cores and with fewer. Other backends are not."""
     model = load_model(tiny_checkpoint, BackendConfig("openvino", threads=0, artifacts=folder))
     assert re.fullmatch(r"openvino fp32 with \d+ threads?, \S+ ms a picture", model.choice)
+
+
+@pytest.mark.parametrize(("one_thread_s", "threads"), [(0.92, 2), (0.9, 1)])
+def test_fewer_threads_must_be_a_tenth_faster(
+    tiny_checkpoint: Path, one_build: Path, one_thread_s: float, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both counts make whole batches in turns. The clock is replaced, the calls are made."""
+    monkeypatch.setattr("tdm_runtime.model.choice.cores", lambda: 2)
+    compared = []
+
+    def seconds(calls: Sequence[Callable[[], object]], rounds: int, limit_s: float) -> list[float]:
+        for call in calls:
+            call()
+        compared.append(len(calls))
+        return [1.0, one_thread_s] if len(calls) == 2 else [0.01]
+
+    monkeypatch.setattr("tdm_runtime.model.choice.least_seconds_of", seconds)
+    choice = load_model(tiny_checkpoint, auto(one_build, threads=0)).choice
+    assert f" with {threads} thread" in choice
+    assert compared.count(2) == 1
 
 
 # -- by name ---------------------------------------------------------------------------------------
