@@ -7,6 +7,8 @@ tdm-bench offline                                       everything at once
 tdm-bench compare                                       this server and other servers
 tdm-bench backends                                      backends and the stock pipeline
 tdm-bench soak --duration-s 1800                        a long mixed load: does the server leak or fail?
+tdm-bench profile --output costs.json                   a model's cost table
+tdm-bench plan costs.json --load 0.6,1,1.5              how many replicas does a load need?
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from benchmarks import backends, compare, options, plots, soak
 from benchmarks.grpc_target import grpc_target
 from benchmarks.load import Recording, closed_loop, open_loop
 from benchmarks.machine import environment, environment_json
+from benchmarks.plan import command as plan
 from benchmarks.quality import quality_per_step_count
 from benchmarks.report import Figures, figures, stage_table, terminal_table, write_json
 from benchmarks.targets import EngineTarget, OpenAITarget, Target, http_session, running_engine, served_models
@@ -78,6 +81,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = build_parser()
     given = parser.parse_args(arguments)
     try:
+        if given.mode == "profile":
+            return plan.run_profile(given)
+        if given.mode == "plan":
+            return plan.run_plan(given)
         given.sizes = options.sizes_of(given)
         if given.mode == "server" and given.duration_s is not None:
             for rate in given.request_rate:
@@ -103,6 +110,12 @@ def build_parser() -> options.Parser:
         "backends", help="backends and the stock pipeline; see `tdm-bench backends --help`", add_help=False
     )
     modes.add_parser("soak", help="a long mixed load; see `tdm-bench soak --help`", add_help=False)
+    profile = modes.add_parser("profile", help="measure a model's cost table for `plan`")
+    plan.add_profile_arguments(profile)
+    planning = modes.add_parser("plan", help="simulate replicas that run the real scheduler over a cost table")
+    plan.add_plan_arguments(planning)
+    for mode in (profile, planning):
+        options.add_engine_arguments(mode)
     for mode in (latency, throughput, server, offline):
         options.add_target_arguments(mode)
         options.add_workload_arguments(mode, "1,4" if mode is latency else None)

@@ -13,10 +13,6 @@ from tdm_runtime.params import SamplingParams
 from tdm_runtime.scheduling.cost_model import CostModel, Kind
 from tdm_runtime.scheduling.work import Lane
 
-BACKGROUND_PATIENCE = 50.0
-"""Patience of background work, in patiences of other requests. Afterwards it is as urgent as new arrivals, so it is
-done in the end."""
-
 
 def call_kind(model: LoadedModel, stage: str, shape: tuple[int, ...] = ()) -> Kind:
     """Return the kind of a model's call. LoRAs of one base share their kinds.
@@ -80,20 +76,13 @@ class Intake:
         return sample
 
     def _set_deadlines(self, sample: Sample) -> None:
-        unloaded_s, budget_ms = sample.seconds_left(self._costs), sample.delivery.latency_budget_ms
-        patience = self._patience * (BACKGROUND_PATIENCE if sample.is_background else 1.0)
-        sample.unpromised_s = sample.submitted_s + patience * unloaded_s
-        if budget_ms is None:
-            deadline_s = sample.unpromised_s
-            sample.target_s = sample.submitted_s + self._auto_stretch * unloaded_s
-        else:
+        budget_ms = sample.delivery.latency_budget_ms
+        if budget_ms is not None:
             sample.elapsed_s = 1e-3 * sample.delivery.elapsed_ms
             sample.hand_over_s = 1e-3 * sample.delivery.hand_over_ms
             sample.encoding_s = 1e-3 * sample.delivery.encoding_ms
-            taken_s = sample.elapsed_s + sample.hand_over_s + sample.encoding_s
-            deadline_s = sample.submitted_s + 1e-3 * budget_ms - taken_s
-            sample.target_s = sample.promised_s = deadline_s
-        sample.urgency = (deadline_s, sample.urgency[1])
+        budget_s = None if budget_ms is None else 1e-3 * budget_ms
+        sample.set_deadlines(self._costs, sample.submitted_s, budget_s, self._patience, self._auto_stretch)
 
     def drafts(self, sample: Sample) -> list[Sample]:
         """Return the draft that a request asks for, if any. It has the deadline of its picture and goes before it."""

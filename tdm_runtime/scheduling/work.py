@@ -12,6 +12,9 @@ TEXT = Kind("text")
 NO_PREVIEW = Kind("")
 """Preview kind of samples without previews; it costs nothing."""
 NEVER_S = float("inf")
+BACKGROUND_PATIENCE = 50.0
+"""Patience of background work, in patiences of other work. Afterwards it is as urgent as new arrivals, so it is done in
+the end."""
 TOLERANCE_S = 1e-7
 """Lateness that counts as in time, because sums of seconds are not exact."""
 Urgency = tuple[float, int]
@@ -89,6 +92,26 @@ class Work:
         """Make this sample share no call."""
         order = self.urgency[1]
         self.denoise, self.decode = self.denoise._replace(alone=order), self.decode._replace(alone=order)
+
+    def set_deadlines(
+        self, costs: CostModel, submitted_s: float, budget_s: float | None, patience: float, auto_stretch: float
+    ) -> None:
+        """Set its promise, its target and its place in the order, with `steps_left` at the most steps.
+
+        Args:
+            submitted_s: Time of its submission, monotonic.
+            budget_s: Its latency budget; None sets no promise.
+            patience, auto_stretch: See `EngineConfig`.
+        """
+        unloaded_s = self.seconds_left(costs)
+        self.unpromised_s = submitted_s + patience * (BACKGROUND_PATIENCE if self.is_background else 1.0) * unloaded_s
+        if budget_s is None:
+            deadline_s = self.unpromised_s
+            self.target_s = submitted_s + auto_stretch * unloaded_s
+        else:
+            deadline_s = submitted_s + budget_s - (self.elapsed_s + self.hand_over_s + self.encoding_s)
+            self.target_s = self.promised_s = deadline_s
+        self.urgency = (deadline_s, self.urgency[1])
 
     def settle(self, steps: int) -> None:
         """Fix the step count, before the first step."""

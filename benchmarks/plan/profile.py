@@ -1,0 +1,94 @@
+"""Measures the cost table of a model that this machine runs."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+import statistics
+import time
+
+from benchmarks.load import Recording, closed_loop
+from benchmarks.machine import environment
+from benchmarks.plan.cost_table import CostTable, SizeCosts
+from benchmarks.targets import EngineTarget, OpenAITarget, Target, http_session
+from benchmarks.workload import Workload
+from tdm_runtime.engine.engine import DiffusionEngine
+from tdm_runtime.engine.intake import call_kind
+from tdm_runtime.media.image_file import encode_image
+from tdm_runtime.params import SamplingParams
+from tdm_runtime.scheduling.cost_model import CostModel, Kind
+
+LONE_REQUESTS = 20
+"""Requests, one at a time, whose median way outside the engine is `CostTable.front_s`."""
+
+
+def profile(engine: DiffusionEngine, seconds: float, base_url: str | None = None) -> CostTable:
+    """Measure a cost table: the warm-up's costs as they are after some seconds of load.
+
+    Args:
+        engine: A running, warmed-up engine.
+        seconds: Duration of a load of 1, then 4, then 16 requests in flight, of all step counts.
+        base_url: Server whose way to the client is measured too; None measures the way through this process.
+    """
+    model, recipe = engine.model, engine.model.recipe
+    workload = Workload(steps=recipe.step_counts, sizes=recipe.native_sizes, tag=f"profile {time.time_ns()}")
+    asyncio.run(_load(EngineTarget(engine), workload, seconds))
+    front_s = asyncio.run(_front_s(engine, base_url))
+    engine.costs.pass_time(time.monotonic())
+    sizes, deviations = {}, []
+    for width, height in recipe.native_sizes:
+        shape = model.latent_shape(SamplingParams("a red heart", 0, recipe.default_steps, width, height))
+        denoise = call_kind(model, "denoise", shape)
+        decode = call_kind(model, "decode:full", model.decoders["full"].calls(shape).shape)
+        most = engine.config.max_batch_size
+        sizes[f"{width}x{height}"] = SizeCosts(
+            _batches(engine.costs, denoise, most), _batches(engine.costs, decode, most)
+        )
+        deviations.append(engine.costs.deviation(denoise))
+    pixels = engine.submit(SamplingParams("a red heart", 0, recipe.default_steps, *recipe.native_sizes[0])).result()
+    began_s = time.perf_counter()
+    encode_image(pixels.pixels, "png")
+    encode_s = time.perf_counter() - began_s
+    return CostTable(
+        name=recipe.name,
+        machine=str(environment()),
+        source=f"measured with {model.backend}",
+        step_counts=recipe.step_counts,
+        sizes=sizes,
+        text_s=_batches(engine.costs, call_kind(model, "text"), engine.config.max_batch_size),
+        encode_s=encode_s,
+        front_s=front_s,
+        deviation=statistics.fmean(deviations),
+        default_steps=recipe.default_steps,
+    )
+
+
+async def _load(target: Target, workload: Workload, seconds: float) -> None:
+    for in_flight in (1, 4, 16):
+        await closed_loop(target, workload.requests(), in_flight, Recording(), seconds / 3)
+
+
+async def _front_s(engine: DiffusionEngine, base_url: str | None) -> float:
+    """Return the median seconds of lone requests outside the engine's stages."""
+    recording, workload = Recording(), Workload(steps=(1,), tag=f"way {time.time_ns()}")
+    requests = itertools.islice(workload.requests(), LONE_REQUESTS)
+    if base_url is None:
+        await closed_loop(EngineTarget(engine), requests, 1, recording)
+    else:
+        async with http_session() as session:
+            await closed_loop(OpenAITarget(session, base_url), requests, 1, recording)
+    outside_ms = [
+        sum(record.outcome.stages_ms.get(stage, 0.0) for stage in ("engine hand-over", "http"))
+        for record in recording.records
+        if record.is_completed
+    ]
+    if not outside_ms:
+        raise ConnectionError(f"{base_url} answered none of {LONE_REQUESTS} requests; start the server first")
+    return max(0.0, 1e-3 * statistics.median(outside_ms))
+
+
+def _batches(costs: CostModel, kind: Kind, most: int) -> dict[int, float]:
+    """Return the seconds of the batch sizes that help."""
+    largest = costs.batch_size(kind, most)
+    return {1 << n: costs.seconds(kind, 1 << n) for n in range(int(math.log2(largest)) + 1)}
