@@ -187,6 +187,8 @@ _SANA_SPRINT = {
 _LATENTS_512 = {"batch": 1, "height": 64, "width": 64}
 _LATENTS_1024 = {"batch": 1, "height": 128, "width": 128}
 _LATENTS_VIDEO = {"batch": 1, "frames": 13, "height": 60, "width": 90}
+_TILE = {"batch": 1, "frames": 13, "height": 36, "width": 36}
+"""Tile of a clip's decode on a CPU (`MAX_COMPILED_PART_PIXELS`)."""
 _LATENTS_480P = {"batch": 1, "frames": 21, "height": 60, "width": 104}
 _LATENTS_480P_CUT = {**_LATENTS_480P, "frames": 5}
 
@@ -215,10 +217,10 @@ REAL_SIZES: Mapping[str, Mapping[str, RealSize]] = {
     "cogvideox-2b": {
         "denoiser": RealSize("CogVideoXTransformer3DModel", _COGVIDEOX_2B, _LATENTS_VIDEO, 226),
         "decoder_first_3": RealSize(
-            "AutoencoderKLCogVideoX", _COGVIDEOX_VAE, _LATENTS_VIDEO, note="9 of 49 frames", part="first_3"
+            "AutoencoderKLCogVideoX", _COGVIDEOX_VAE, _TILE, note="9 of 49 frames, a tile", part="first_3"
         ),
         "decoder_later_2": RealSize(
-            "AutoencoderKLCogVideoX", _COGVIDEOX_VAE, _LATENTS_VIDEO, note="8 of 49 frames", part="later_2"
+            "AutoencoderKLCogVideoX", _COGVIDEOX_VAE, _TILE, note="8 of 49 frames, a tile", part="later_2"
         ),
     },
     "wan-1.3b": {

@@ -23,6 +23,8 @@ CLIP_CALL_PIXELS = 512 * 512
 """Of all frames of one call that decodes a part of a clip: about a picture's, which other pictures wait for."""
 MAX_PART_PIXELS = 4 * 1024 * 1024
 """Of all frames of one part. Stock pipelines decode 9 frames of 720x480 pixels at once; larger parts are tiled."""
+MAX_COMPILED_PART_PIXELS = 1024 * 1024
+"""The same for compiled parts on a CPU: OpenVINO allocates 31 GiB for CogVideoX's 9 frames of 720x480."""
 TILE_OVERLAP = 0.25
 """Share of a tile's side that it has in common with the next."""
 
@@ -135,6 +137,8 @@ class ClipDecoder(Decoder):
         self._parts = parts
         self._latent_pixels = geometry.spatial_compression**2 * (geometry.temporal_compression or 1)
         self._call_pixels = call_pixels
+        needs_most = isinstance(parts, CompiledParts) and backend.device.type == "cpu"
+        self._part_latents = (MAX_COMPILED_PART_PIXELS if needs_most else MAX_PART_PIXELS) // self._latent_pixels
 
     def calls(self, shape: tuple[int, ...]) -> Calls:
         cut, side = self._cut(shape), self._side(shape)
@@ -183,9 +187,9 @@ class ClipDecoder(Decoder):
     def _side(self, shape: Sequence[int]) -> int:
         """Return the most latents along each side of a tile."""
         largest = max(self._parts.decoder.parts(shape[1]))
-        if largest * shape[-2] * shape[-1] * self._latent_pixels <= MAX_PART_PIXELS:
+        if largest * shape[-2] * shape[-1] <= self._part_latents:
             return max(shape[-2:])
-        return max(1, int((MAX_PART_PIXELS / (largest * self._latent_pixels)) ** 0.5))
+        return max(1, int((self._part_latents / largest) ** 0.5))
 
 
 def preview_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
