@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
@@ -10,7 +11,14 @@ from typing import TypeVar
 
 from fastapi.responses import JSONResponse
 
-from tdm_runtime.errors import DeadlineError, GenerationError, InvalidRequestError, NotFiniteError, OverloadedError
+from tdm_runtime.errors import (
+    DeadlineError,
+    GenerationError,
+    InvalidRequestError,
+    NotFiniteError,
+    OverloadedError,
+    shown,
+)
 
 CLIENT_CLOSED_REQUEST = 499
 """Status in logs and metrics of a request whose client left before its answer."""
@@ -41,6 +49,11 @@ class APIError(Exception):
 
     def to_body(self) -> dict[str, dict[str, str | None]]:
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+
+def shown_json(value: object) -> str:
+    """Return a value of a request for a message: `shown`, with JSON's words for null, true and false."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else shown(value)
 
 
 def invalid(message: str, param: str | None, code: str, status: int = 400) -> APIError:

@@ -63,6 +63,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--burstiness", type=options.positive_float, default=1.0, help="1 = Poisson, below 1 = bursts")
     parser.add_argument("--duration-s", type=options.positive_float, default=60.0, help="simulated (%(default)s)")
     parser.add_argument("--num-inference-steps", type=options.step_list, default=("auto",), help="a mixture (auto)")
+    parser.add_argument("--min-inference-steps", type=options.positive_int, help="fewest steps of auto (1)")
     parser.add_argument("--width", type=options.int_list, default=(), help="pixels, a mixture (the table's first size)")
     parser.add_argument("--height", type=options.int_list, default=(), help="pixels, one for each --width")
     parser.add_argument("--latency-budget-ms", type=options.positive_float, help="of every request (the goodput limit)")
@@ -190,7 +191,8 @@ def _trace(given: argparse.Namespace, rate: float, tables: Sequence[CostTable]) 
     budget_ms = given.latency_budget_ms or _slo_ms(given, tables)
     if given.trace:
         return read_trace(given.trace, budget_ms)
-    workload = Workload(given.seed, given.num_inference_steps, options.sizes_of(given), budget_ms)
+    sizes, fewest = options.sizes_of(given), given.min_inference_steps
+    workload = Workload(given.seed, given.num_inference_steps, sizes, budget_ms, fewest)
     arrivals = arrivals_within(given.duration_s, rate, given.burstiness, given.seed)
     return Trace(arrivals, workload.requests())
 

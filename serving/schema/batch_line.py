@@ -7,13 +7,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from serving.errors import invalid
+from serving.errors import invalid, shown_json
 from serving.schema.image_request import ImageRequest, RecipeOf, order_from_fields
 from serving.schema.order import ImageOrder
 from serving.schema.parsing import nullable, parse_json, validate
 from serving.schema.video_request import VideoGenerationRequest, video_order_from_fields
 from tdm_runtime.checkpoint.recipe import Recipe
-from tdm_runtime.errors import shown
 
 MAX_ID_CHARACTERS = 64
 Endpoint = Literal["/v1/images/generations", "/v1/videos/generations"]
@@ -85,7 +84,7 @@ def read_request_line(line: bytes | dict[str, Any]) -> RequestLine:
     if (given := raw.get("id")) is None:
         return RequestLine(None, None, body)
     if isinstance(given, bool) or not isinstance(given, str | int) or not 1 <= len(str(given)) <= MAX_ID_CHARACTERS:
-        message = f"id is {shown(given)}; give a text of 1 to {MAX_ID_CHARACTERS} characters, or leave it out"
+        message = f"id is {shown_json(given)}; give a text of 1 to {MAX_ID_CHARACTERS} characters, or leave it out"
         raise invalid(message, "id", "invalid_value")
     return RequestLine(str(given), None, body)
 

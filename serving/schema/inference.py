@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from serving.errors import APIError, invalid
+from serving.errors import APIError, invalid, shown_json
 from serving.schema.answers import ImageAnswer
 from serving.schema.models import ModelCard
 from tdm_runtime.errors import shown
@@ -187,7 +187,7 @@ def _element(tensor: InputTensor) -> str | int:
             raise refused(f"{name} is not UTF-8 (byte {error.start}); encode it as UTF-8", name) from None
     wanted, kind = (str, "text") if tensor.datatype == "BYTES" else (int, "a whole number")
     if not isinstance(value, wanted) or isinstance(value, bool):
-        raise refused(f"the element of {name} is {shown(value)}; {tensor.datatype} needs {kind}", name)
+        raise refused(f"the element of {name} is {shown_json(value)}; {tensor.datatype} needs {kind}", name)
     return value
 
 

@@ -8,9 +8,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from serving.errors import APIError, invalid
+from serving.errors import APIError, invalid, shown_json
 from serving.schema.hints import FIELDS
-from tdm_runtime.errors import shown
 
 MAX_JSON_DEPTH = 16
 Body = TypeVar("Body", bound=BaseModel)
@@ -110,4 +109,4 @@ def _from_validation(error: ValidationError, kind: type[BaseModel]) -> APIError:
         return invalid(f"{param[:64]!r} is not a parameter; known are {known}", param[:64], "unknown_parameter")
     reasons = [first["msg"], *(other["msg"] for other in others if other["loc"][0] == param)]
     reason = " or ".join(reason[:1].lower() + reason[1:] for reason in reasons)
-    return invalid(f"{param} is {shown(first['input'])}; {reason}", param, "invalid_value")
+    return invalid(f"{param} is {shown_json(first['input'])}; {reason}", param, "invalid_value")

@@ -15,13 +15,12 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.arrival import arrive
-from serving.errors import CLIENT_CLOSED_REQUEST, APIError, invalid
+from serving.errors import CLIENT_CLOSED_REQUEST, APIError, invalid, shown_json
 from serving.fronts.access import Caller
 from serving.fronts.edge import admit, note_code, note_departure, note_error, recorded
 from serving.fronts.services import Services
 from serving.telemetry.metrics import OTHER
 from serving.telemetry.tracing import current_span
-from tdm_runtime.errors import shown
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +61,7 @@ def add_edges(app: FastAPI, services: Services) -> None:
     async def unread(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         param = str(first["loc"][-1])
-        message = f"{param[:64]} is {shown(first.get('input'))}; {first['msg'][:1].lower()}{first['msg'][1:]}"
+        message = f"{param[:64]} is {shown_json(first.get('input'))}; {first['msg'][:1].lower()}{first['msg'][1:]}"
         answer = note_error(invalid(message, param[:64], "invalid_value"), services, "-")
         return error_response(answer, request.url.path)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from serving.errors import invalid
+from serving.errors import invalid, shown_json
 from serving.schema.answers import ImageAnswer
 from serving.schema.inference import (
     BINARY,
@@ -142,7 +142,7 @@ def read_infer(body: bytes, model: str, json_length: str | None) -> InferRequest
 def _length(given: str, most: int) -> int:
     """Return the number of bytes of JSON."""
     if not (given.isascii() and given.isdigit() and len(given) < 10 and int(given) <= most):
-        message = f"{JSON_LENGTH} is {shown(given)}; send the number of bytes of JSON, 0 to {most} in this body"
+        message = f"{JSON_LENGTH} is {shown_json(given)}; send the number of bytes of JSON, 0 to {most} in this body"
         raise refused(message, JSON_LENGTH)
     return int(given)
 
@@ -150,7 +150,7 @@ def _length(given: str, most: int) -> int:
 def _flag(parameters: dict[str, Any], name: str, default: bool) -> bool:
     value = parameters.get(name, default)
     if not isinstance(value, bool):
-        raise refused(f"{name} is {shown(value)}; send true or false", name)
+        raise refused(f"{name} is {shown_json(value)}; send true or false", name)
     return value
 
 

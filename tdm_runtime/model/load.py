@@ -56,11 +56,11 @@ def load_with_torch(
     def run(name: ComponentName) -> tuple[Backend, Interface]:
         of_part = checkpoint.decoder_dtype(dtype) if name == "decoder" else dtype
         module, interface = load_component(checkpoint, name, of_part)
+        if isinstance(module, ClipDecoderModule):  # Python keeps a cache between its calls
+            return TorchBackend(ClipParts(module), on, of_part, threads), interface
         # A small decoder gets no OpenMP team. With a second team there are more workers than cores, they stop
         # spinning, and a step takes twice as long.
         team = 1 if threads and name.endswith("decoder") and not is_large else threads
-        if isinstance(module, ClipDecoderModule):  # Python keeps a cache between its calls
-            return TorchBackend(ClipParts(module), on, of_part, team), interface
         return open_module(backend, module, interface, on, of_part, team), interface
 
     return _assembled(checkpoint, f"{backend} {precision}", run, {}, on, text)

@@ -28,7 +28,7 @@ BAD_LINES: list[tuple[bytes, str]] = [
     (b'{"prompt": "a", "latency_budget_ms": 40}', "latency_budget_ms has no use"),
     (b'{"prompt": "a", "model": "../x"}', "does not exist"),
     (b'{"prompt": "a", "prompt": "b"}', "appears twice"),
-    (b'{"prompt": "a", "id": true}', "id is True"),
+    (b'{"prompt": "a", "id": true}', "id is true"),
     (b'{"prompt": "a", "id": "' + b"x" * 65 + b'"}', "id is"),
     (b'{"id": "once", "prompt": "a", "num_inference_steps": 1}', ""),
     (b'{"id": "once", "prompt": "b"}', "the id 'once' appears twice"),

@@ -172,7 +172,7 @@ def test_both_transports_refuse_with_the_same_words(
         (body(tensor("prompt", "BYTES", 5)), "5; BYTES needs text"),
         (body(tensor("prompt", "BYTES", ["a"])), "['a']; BYTES needs text"),
         (body(PROMPT_TENSOR, tensor("seed", "INT64", 7.5)), "7.5; INT64 needs a whole number"),
-        (body(PROMPT_TENSOR, tensor("seed", "INT64", True)), "True; INT64 needs a whole number"),
+        (body(PROMPT_TENSOR, tensor("seed", "INT64", True)), "true; INT64 needs a whole number"),
         (body(PROMPT_TENSOR, tensor("num_inference_steps", "INT32", "auto")), "'auto'; INT32 needs a whole number"),
         (body(PROMPT_TENSOR | {"parameters": {"binary_data_size": 0}}), "send one of them"),
         (body(BINARY_PROMPT), "0 bytes are left"),
