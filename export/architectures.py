@@ -187,8 +187,9 @@ _SANA_SPRINT = {
 _LATENTS_512 = {"batch": 1, "height": 64, "width": 64}
 _LATENTS_1024 = {"batch": 1, "height": 128, "width": 128}
 _LATENTS_VIDEO = {"batch": 1, "frames": 13, "height": 60, "width": 90}
-_TILE = {"batch": 1, "frames": 13, "height": 36, "width": 36}
-"""Tile of a clip's decode on a CPU (`MAX_COMPILED_PART_PIXELS`)."""
+_TILE = {"batch": 1, "frames": 13, "height": 26, "width": 26}
+_TILE_480P = {"batch": 1, "frames": 21, "height": 45, "width": 45}
+"""Tiles of a clip's decode on a CPU (`MAX_COMPILED_PART_PIXELS`)."""
 _LATENTS_480P = {"batch": 1, "frames": 21, "height": 60, "width": 104}
 _LATENTS_480P_CUT = {**_LATENTS_480P, "frames": 5}
 
@@ -226,7 +227,7 @@ REAL_SIZES: Mapping[str, Mapping[str, RealSize]] = {
     "wan-1.3b": {
         "denoiser": RealSize("WanTransformer3DModel", _WAN_1_3B, _LATENTS_480P_CUT, 512, note="17 of 81 frames"),
         "decoder_first_1": RealSize("AutoencoderKLWan", {}, _LATENTS_480P, note="1 of 81 frames", part="first_1"),
-        "decoder_later_1": RealSize("AutoencoderKLWan", {}, _LATENTS_480P, note="4 of 81 frames", part="later_1"),
+        "decoder_later_1": RealSize("AutoencoderKLWan", {}, _TILE_480P, note="4 of 81 frames, a tile", part="later_1"),
     },
 }
 """Model -> program (`program_names`). PixArt is the model of 512 pixels, SANA is Sprint 0.6B.

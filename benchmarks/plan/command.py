@@ -176,7 +176,9 @@ def _smallest(given: argparse.Namespace, tables: Sequence[CostTable], fleet: Fle
         share = figures(result.recording, _slo_ms(given, tables))["goodput_share"]
         return share is not None and share >= given.target
 
-    low, high = 0, 1
+    fewest = min(given.min_inference_steps or 1 if n == "auto" else n for n in given.num_inference_steps)
+    low = 0 if given.trace else int(given.target * rate / max(table.capacity(fewest) for table in tables))
+    high = low + 1
     while not reaches(high):
         low, high = high, 2 * high
         if high > MOST_REPLICAS:

@@ -96,11 +96,15 @@ class CostTable:
         model_s = self.text_s[1] + self.steps * costs.denoise_s[1] + costs.decode_s[1]
         return self.front_s + model_s + self.encode_s
 
-    def capacity(self) -> float:
-        """Return the pictures a second of one replica at the default size and steps, in batches of the best size."""
+    def capacity(self, steps: int | None = None) -> float:
+        """Return the pictures a second of one replica at the default size, in batches of the best size.
+
+        Args:
+            steps: of a picture; the default ones if None.
+        """
         costs = next(iter(self.sizes.values()))
         shares_s = [min(seconds / n for n, seconds in one.items()) for one in (costs.denoise_s, costs.decode_s)]
-        return 1 / (min(s / n for n, s in self.text_s.items()) + self.steps * shares_s[0] + shares_s[1])
+        return 1 / (min(s / n for n, s in self.text_s.items()) + (steps or self.steps) * shares_s[0] + shares_s[1])
 
     def calls(self) -> Iterator[tuple[Kind, BatchSeconds]]:
         """Yield each kind of call with its costs."""

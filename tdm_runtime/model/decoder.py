@@ -23,8 +23,9 @@ CLIP_CALL_PIXELS = 512 * 512
 """Of all frames of one call that decodes a part of a clip: about a picture's, which other pictures wait for."""
 MAX_PART_PIXELS = 4 * 1024 * 1024
 """Of all frames of one part. Stock pipelines decode 9 frames of 720x480 pixels at once; larger parts are tiled."""
-MAX_COMPILED_PART_PIXELS = 1024 * 1024
-"""The same for compiled parts on a CPU: OpenVINO allocates 31 GiB for CogVideoX's 9 frames of 720x480."""
+MAX_COMPILED_PART_PIXELS = 512 * 1024
+"""The same for compiled parts on a CPU: OpenVINO takes 31 GiB for CogVideoX's 9 frames of 720x480, and 9.7 GiB for one
+frame of 832x480 of Wan."""
 TILE_OVERLAP = 0.25
 """Share of a tile's side that it has in common with the next."""
 
