@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import itertools
 import json
 import math
 import sys
@@ -75,7 +74,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--most-replicas", type=options.positive_int, help="run an autoscaler up to this number")
     parser.add_argument("--target-ongoing", type=options.positive_float, default=4.0, help="of the autoscaler (4)")
     parser.add_argument("--start-s", type=options.positive_float, default=30.0, help="start of a replica (%(default)s)")
-    parser.add_argument("--failures-per-hour", type=float, default=0.0, help="of each replica (%(default)s)")
+    parser.add_argument("--failures-per-hour", type=options.positive_float, default=0.0, help="of each replica (none)")
     parser.add_argument("--policy", type=_one_of(get_args(Policy)), default=("joining",), help="a comma list (joining)")
     parser.add_argument("--route", type=_one_of(get_args(Route)), default=("least-work",), help="a comma list")
     parser.add_argument("--usd-per-hour", type=options.positive_float, help="price of one replica (the table's)")
@@ -108,8 +107,8 @@ def run_plan(given: argparse.Namespace) -> int:
     tables = [read_table(name) for name in given.costs]
     if given.shares is not None and len(given.shares) != len(tables):
         raise ValueError(f"--shares has {len(given.shares)} values for {len(tables)} tables; give one for each")
-    for table, size in itertools.product(tables, options.sizes_of(given)):
-        table.size(size)
+    for table in tables:
+        _check(given, table)
     results = []
     for fleet, rate in _cases(given, tables):
         trace = _trace(given, rate, tables)
@@ -131,6 +130,20 @@ def run_plan(given: argparse.Namespace) -> int:
         plot_goodput(file := given.plot / "plan.png", shares, _slo_ms(given, tables), "Simulated goodput")
         print(file)
     return 0
+
+
+def _check(given: argparse.Namespace, table: CostTable) -> None:
+    """Check that a table has the sizes and step counts that are asked for.
+
+    Raises:
+        ValueError: It has not.
+    """
+    for size in options.sizes_of(given):
+        table.size(size)
+    for steps in (*given.num_inference_steps, given.min_inference_steps or "auto"):
+        if steps != "auto" and steps not in table.step_counts:
+            counts = ", ".join(map(str, table.step_counts))
+            raise ValueError(f"{table.name} makes no pictures of {steps} steps; it makes them of {counts}")
 
 
 def _cases(given: argparse.Namespace, tables: Sequence[CostTable]) -> Iterator[tuple[Fleet, float]]:

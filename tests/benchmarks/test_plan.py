@@ -164,6 +164,24 @@ def test_an_unknown_table_names_the_known_ones(capsys: pytest.CaptureFixture[str
     assert "z-image-turbo-h100" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--num-inference-steps", "3"], "no pictures of 3 steps; it makes them of 1, 2, 4, 8"),
+        (["--min-inference-steps", "9"], "no pictures of 9 steps"),
+        (["--width", "64", "--height", "64"], "no costs of size 64x64; it has 1024x1024"),
+        (["--shares", "0.5,0.5"], "2 values for 1 tables"),
+        (["--route", "fastest"], "'fastest' is unknown"),
+    ],
+)
+def test_a_flag_that_does_not_fit_the_table_is_refused(
+    flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["plan", "z-image-turbo-h100", *flags])
+    assert message in capsys.readouterr().err
+
+
 def test_a_trace_is_replayed_in_order_of_arrival(tmp_path: Path) -> None:
     (tmp_path / "trace").write_text(
         '{"arrival_s": 2, "num_inference_steps": 1}\n{"arrival_s": 1, "size": "64x64", "latency_budget_ms": 80}\n'
