@@ -119,6 +119,8 @@ def _earlier(given: argparse.Namespace) -> Results:
 def _server_arguments(given: argparse.Namespace) -> list[str]:
     """Return the server arguments that match the engine in this process."""
     arguments = ["--checkpoint", str(given.checkpoint), "--backend", given.backend, "--threads", str(given.threads)]
+    if given.provider is not None:
+        arguments += ["--provider", given.provider]
     if given.precision is not None:
         arguments += ["--precision", given.precision]
     if given.artifacts is not None:

@@ -250,8 +250,8 @@ STOCK_TEXT: Mapping[str, Mapping[str, RealSize]] = {
 """Model -> folder -> text encoder that runs in its stock pipeline. SD3 comes without its T5."""
 
 
-def random_model(component: RealSize, seed: int = 0) -> nn.Module:
-    """Build a component with random weights that keep activations near 1; float32, eval mode.
+def random_model(component: RealSize, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Build a component with random weights that keep activations near 1; eval mode.
 
     The libraries' own random initialisation is skipped: it takes minutes for billions of weights.
     """
@@ -263,7 +263,7 @@ def random_model(component: RealSize, seed: int = 0) -> nn.Module:
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             drawn = _random_weight(parameter, is_scale=name == "weight", generator=generator)
-            setattr(module, name, nn.Parameter(drawn, requires_grad=False))
+            setattr(module, name, nn.Parameter(drawn.to(dtype), requires_grad=False))
     return model.eval()
 
 

@@ -133,9 +133,9 @@ def _copy_tokenizer(source: Path, target: Path, max_tokens: int) -> None:
     (target / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def module_of(component: RealSize) -> tuple[nn.Module, Interface]:
+def module_of(component: RealSize, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Interface]:
     """Return a component with random weights, and its interface. The step condition K has random weights too."""
-    model: Any = random_model(component)
+    model: Any = random_model(component, dtype=dtype)
     if component.model_class == "CLIPTextModel":
         text_encoder = TextEncoderModule(model)
         return text_encoder, text_encoder.interface()

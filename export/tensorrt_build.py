@@ -157,6 +157,7 @@ def build_plan(
     *,
     gpu: str | None = None,
     timing_cache: Path | None = None,
+    on_parsed: Callable[[], None] = lambda: None,
 ) -> BuiltFor:
     """Build `plan`, and write its GPU, version and sizes beside it.
 
@@ -166,6 +167,7 @@ def build_plan(
         gpu: compute capability to build for, as "sm_86"; by default this machine's.
         timing_cache: file with kernel times of earlier builds; it is read if it exists, and updated. A second build
             takes a fraction of the first one's minutes.
+        on_parsed: called when the file has been read, before the plan is built.
 
     Raises:
         BackendError: TensorRT or the GPU is missing, or the GPU does not support the file's precision.
@@ -179,6 +181,7 @@ def build_plan(
     builder = trt.Builder(log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     _parse(trt, network, onnx_file, log)
+    on_parsed()
     config = builder.create_builder_config()
     if library.can_refit:
         config.set_flag(trt.BuilderFlag.REFIT)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import get_args
 
-from tdm_runtime.backends import BACKENDS, PRECISIONS, TORCH_BACKENDS
+from tdm_runtime.backends import BACKENDS, PRECISIONS, PROVIDER_NAMES, TORCH_BACKENDS
 from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT, open_checkpoint
 from tdm_runtime.checkpoint.recipe import Adapter
 from tdm_runtime.checkpoint.stock.text_precision import TEXT_PRECISIONS, TextConfig
@@ -233,6 +233,11 @@ def add_backend_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="what runs the checkpoint; auto measures, once, and takes the fastest whose pictures stay (%(default)s)",
     )
+    parser.add_argument(
+        "--provider",
+        choices=PROVIDER_NAMES,
+        help="execution provider of onnxruntime; cuda beside a GPU, or else cpu by default",
+    )
     parser.add_argument("--precision", choices=PRECISIONS, help="of the backend; its own best by default")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads of a call, 0 = the fastest (%(default)s)")
     parser.add_argument("--artifacts", type=Path, help="folder that tdm-export wrote; its cache by default")
@@ -263,7 +268,15 @@ def backend_config(given: argparse.Namespace) -> BackendConfig:
     if artifacts is not None and given.backend in TORCH_BACKENDS:
         raise ValueError(f"--artifacts is {artifacts}; {given.backend} runs the checkpoint itself, leave it out")
     text = TextConfig(given.text_encoder_precision, given.text_encoder_device)
-    return BackendConfig(given.backend, given.precision, given.threads, artifacts, given.allow_fallback, text=text)
+    return BackendConfig(
+        given.backend,
+        given.precision,
+        given.threads,
+        artifacts,
+        given.allow_fallback,
+        text=text,
+        provider=given.provider,
+    )
 
 
 def _torch_device(text: str) -> str:

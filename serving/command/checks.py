@@ -16,6 +16,7 @@ from serving.jobs.artifacts import open_artifacts
 from serving.jobs.job_service import open_store
 from serving.telemetry.logs import start_logger
 from tdm_runtime.backends import TORCH_BACKENDS
+from tdm_runtime.backends.onnxruntime import provider_device, require_provider
 from tdm_runtime.checkpoint.folder import Checkpoint, open_checkpoint
 from tdm_runtime.checkpoint.lora.lora_file import read_lora
 from tdm_runtime.checkpoint.recipe import RECIPE_FILE
@@ -40,6 +41,8 @@ def check(config: ServerConfig) -> ExitStack:
     is_here = config.front == "direct"  # behind Ray's proxy, engines may be on other machines
     if is_here and not all(checkpoint.has_clip_alone for checkpoint in checkpoints):
         config.backend.text.on(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if is_here and config.backend.provider is not None:
+        require_provider(config.backend.provider, provider_device(config.backend.provider))
     if config.api_keys is not None:
         load_keys(config.api_keys)
     Safety.load(config.blocked_words, config.safety_checker)

@@ -10,10 +10,13 @@ from torch import Tensor
 
 BackendName = Literal["torch", "torch-compiled", "cuda-graphs", "onnxruntime", "openvino", "tensorrt"]
 Precision = Literal["fp32", "bf16", "fp16", "int8", "fp8"]
+Provider = Literal["cpu", "cuda", "tensorrt", "nv-tensorrt-rtx"]
+"""Execution provider of ONNX Runtime."""
 BACKENDS: tuple[BackendName, ...] = get_args(BackendName)
 TORCH_BACKENDS: tuple[BackendName, ...] = ("torch", "torch-compiled", "cuda-graphs")
 """Backends that run the modules of the checkpoint itself; the others run files that `tdm-export` built."""
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+PROVIDER_NAMES: tuple[Provider, ...] = get_args(Provider)
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # openvino and nncf report to Google Analytics when they are imported, unless they lack the module that does it.

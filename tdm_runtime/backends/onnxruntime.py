@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU, or on a GPU by its CUDA or TensorRT execution provider.
+"""ONNX Runtime on the CPU, or on a GPU by its CUDA, TensorRT or TensorRT for RTX execution provider.
 
 Tensors are bound in place: nothing is copied between torch and the session, nor from a GPU to the host.
 """
@@ -7,25 +7,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
+from tdm_runtime.backends import Provider
 from tdm_runtime.backends.buckets import in_buckets
 from tdm_runtime.backends.cpu import cores
 from tdm_runtime.backends.cuda_graphs import cuda_stream, side_stream
 from tdm_runtime.backends.interface import Interface
 from tdm_runtime.errors import ArtifactError, BackendError
 
-Provider = Literal["cpu", "cuda", "tensorrt"]
 PROVIDERS: Mapping[Provider, str] = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
+    "nv-tensorrt-rtx": "NvTensorRTRTXExecutionProvider",
 }
+PLUGIN = "onnxruntime-ep-nv-tensorrt-rtx-cu13"
+"""Package of nv-tensorrt-rtx, which any ONNX Runtime loads as a plugin. The other providers are built in."""
 MAX_PADDING = 0.5
 """Share of a batch that may be padding on a GPU, where cuDNN tries its algorithms for each new shape. 0 on the CPU."""
 
@@ -65,9 +68,8 @@ class OnnxRuntimeBackend:
         provider = provider or ("cuda" if device.type == "cuda" else "cpu")
         require_provider(provider, device)
         self._stream = cuda_stream(device) if device.type == "cuda" else None
-        providers = _provider_options(provider, file, self._stream)
-        self._session = _opened(file, _session_options(threads, prepack), providers)
-        require_used(provider, self._session.get_providers())
+        self._session = _opened(file, _session_options(threads, prepack), provider, self._stream)
+        require_used(provider, used_providers(self._session))
         _check_names(file, self._session, interface)
         self._run_options = _run_options()
         self._output_shapes: dict[tuple[tuple[int, ...], ...], list[tuple[int, ...]]] = {}
@@ -130,10 +132,13 @@ def require_provider(provider: Provider, device: torch.device) -> None:
             "onnxruntime is not installed; `pip install onnxruntime`, or onnxruntime-gpu beside an NVIDIA GPU"
         ) from None
     there = onnxruntime.get_available_providers()
-    if PROVIDERS[provider] not in there:
+    if provider == "nv-tensorrt-rtx":
+        plugin_devices()
+    elif PROVIDERS[provider] not in there:
         raise BackendError(
             f"onnxruntime {onnxruntime.__version__} was asked for {PROVIDERS[provider]} and is built with "
-            f"{', '.join(there)}; `pip uninstall onnxruntime` and `pip install onnxruntime-gpu`"
+            f"{', '.join(there)}; `pip uninstall onnxruntime` and `pip install onnxruntime-gpu`, or choose "
+            "--provider cpu"
         )
     if (provider != "cpu") != (device.type == "cuda"):
         raise BackendError(
@@ -144,6 +149,53 @@ def require_provider(provider: Provider, device: torch.device) -> None:
         raise BackendError(f"onnxruntime was asked for {device} and torch finds no CUDA device; choose the CPU")
 
 
+def provider_device(provider: Provider | None) -> torch.device:
+    """Return the device that a provider runs on. None stands for cuda if torch finds a GPU, or else for cpu."""
+    is_on_gpu = torch.cuda.is_available() if provider is None else provider != "cpu"
+    return torch.device("cuda" if is_on_gpu else "cpu")
+
+
+def plugin_devices() -> list[Any]:
+    """Return the GPUs that the plugin of nv-tensorrt-rtx found; its library is loaded once a process.
+
+    Raises:
+        BackendError: the plugin is not installed, cannot be loaded or finds no GPU.
+    """
+    import onnxruntime
+
+    name, remedy = PROVIDERS["nv-tensorrt-rtx"], "or choose --provider cpu"
+    try:
+        import onnxruntime_ep_nv_tensorrt_rtx as plugin
+    except ImportError:
+        raise BackendError(
+            f"onnxruntime was asked for {name} and its plugin is not installed; `pip install {PLUGIN}`, {remedy}"
+        ) from None
+
+    def found() -> list[Any]:
+        return [device for device in onnxruntime.get_ep_devices() if device.ep_name == name]
+
+    if not found():
+        try:
+            onnxruntime.register_execution_provider_library(name, plugin.get_library_path())
+        except Exception as error:  # its errors share no other base
+            raise BackendError(
+                f"onnxruntime was asked for {name} and cannot load its plugin ({' '.join(str(error).split())}); it "
+                f"needs an NVIDIA driver for CUDA 13, check with `nvidia-smi`, {remedy}"
+            ) from None
+    if not (devices := found()):
+        raise BackendError(
+            f"onnxruntime was asked for {name}, which finds no GPU that it runs on; it needs an RTX GPU of compute "
+            f"capability 8.0 or later, check with `nvidia-smi`, {remedy}"
+        )
+    return devices
+
+
+def used_providers(session: Any) -> list[str]:
+    """Return the providers that a session gave operators to, in the order of their priority."""
+    assigned = {part.ep_name for part in session.get_provider_graph_assignment_info()}
+    return [name for name in session.get_providers() if name in assigned]
+
+
 def require_used(provider: Provider, used: Sequence[str]) -> None:
     """Check the providers that a session really uses: it falls back silently where a library is missing.
 
@@ -152,10 +204,14 @@ def require_used(provider: Provider, used: Sequence[str]) -> None:
     """
     if PROVIDERS[provider] in used:
         return
+    fell_back = f"onnxruntime was asked for {PROVIDERS[provider]} and runs with {', '.join(used)}"
+    if provider == "nv-tensorrt-rtx":
+        raise BackendError(
+            f"{fell_back}: the plugin took no operator of this file; choose --provider cuda or --backend tensorrt"
+        )
     libraries = {"cpu": "", "cuda": "CUDA and cuDNN", "tensorrt": "TensorRT, CUDA and cuDNN"}[provider]
     raise BackendError(
-        f"onnxruntime was asked for {PROVIDERS[provider]} and runs with {', '.join(used)}: {libraries} could not be "
-        "loaded; install the versions that this onnxruntime-gpu was built for "
+        f"{fell_back}: {libraries} could not be loaded; install the versions that this onnxruntime-gpu was built for "
         "(`pip install onnxruntime-gpu[cuda,cudnn]`) or choose another backend"
     )
 
@@ -170,6 +226,7 @@ def _session_options(threads: int | None, prepack: bool) -> Any:
     options.log_severity_level = 3  # errors only: conditions that matter are raised
     # Waiting workers sleep: one that spins takes a core from the decoder, which works beside the denoiser.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")  # for `used_providers`
     if not prepack:
         options.add_session_config_entry("session.disable_prepacking", "1")
     return options
@@ -201,11 +258,34 @@ def _provider_options(provider: Provider, file: Path, stream: torch.cuda.Stream 
     return [(PROVIDERS["tensorrt"], on | caching), *on_cuda]
 
 
-def _opened(file: Path, options: Any, providers: list[Any]) -> Any:
+def _add_plugin(options: Any, file: Path, stream: torch.cuda.Stream) -> None:
+    """Add nv-tensorrt-rtx to the options of a session, with the GPU of the stream.
+
+    Raises:
+        BackendError: the plugin does not run on that GPU.
+    """
+    devices, index = plugin_devices(), stream.device.index
+    if index >= len(devices):
+        raise BackendError(
+            f"{PROVIDERS['nv-tensorrt-rtx']} was asked for on cuda:{index} and runs on {len(devices)} GPU(s); choose "
+            "another with CUDA_VISIBLE_DEVICES"
+        )
+    on = {"has_user_compute_stream": "1", "user_compute_stream": str(stream.cuda_stream)}
+    cache = {"nv_runtime_cache_path": str(file.parent / "nv_tensorrt_rtx_cache")}
+    options.add_provider_for_devices([devices[index]], on | cache)
+
+
+def _opened(file: Path, options: Any, provider: Provider, stream: torch.cuda.Stream | None) -> Any:
     import onnxruntime
 
-    if providers != [PROVIDERS["cpu"]]:
-        onnxruntime.preload_dlls()  # the CUDA and cuDNN that torch brought, or those installed beside it
+    providers: list[Any] | None = None
+    if provider == "nv-tensorrt-rtx":
+        assert stream is not None
+        _add_plugin(options, file, stream)
+    else:
+        providers = _provider_options(provider, file, stream)
+        if stream is not None:
+            onnxruntime.preload_dlls()  # the CUDA and cuDNN that torch brought, or those installed beside it
     try:
         return onnxruntime.InferenceSession(file, options, providers=providers, enable_fallback=False)
     except Exception as error:  # its errors share no other base

@@ -10,18 +10,24 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tdm_runtime.backends import Backend, BackendName, Precision
+from tdm_runtime.backends import Backend, BackendName, Precision, Provider
 from tdm_runtime.backends.interface import Interface
 from tdm_runtime.errors import ArtifactError
 
 
 def open_file(
-    backend: BackendName, file: Path, interface: Interface, precision: Precision, threads: int | None = None
+    backend: BackendName,
+    file: Path,
+    interface: Interface,
+    precision: Precision,
+    threads: int | None = None,
+    provider: Provider | None = None,
 ) -> Backend:
     """Open a file that `tdm-export` built.
 
     Args:
         threads: CPU threads of a call; None lets the backend choose.
+        provider: of onnxruntime; None is cuda if torch finds a GPU, or else cpu.
 
     Raises:
         ArtifactError: the file is damaged or was built for something else, or the backend runs no files.
@@ -33,10 +39,9 @@ def open_file(
 
             return OpenVINOBackend(file, precision, threads, len(interface.outputs))
         case "onnxruntime":
-            from tdm_runtime.backends.onnxruntime import OnnxRuntimeBackend
+            from tdm_runtime.backends.onnxruntime import OnnxRuntimeBackend, provider_device
 
-            on = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            return OnnxRuntimeBackend(file, interface, on, threads)
+            return OnnxRuntimeBackend(file, interface, provider_device(provider), threads, provider)
         case "tensorrt":
             from tdm_runtime.backends.tensorrt import TensorRTBackend
 

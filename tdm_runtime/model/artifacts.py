@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from tdm_runtime.backends import TORCH_BACKENDS, TORCH_DTYPES, BackendName, Precision
+from tdm_runtime.backends import TORCH_BACKENDS, TORCH_DTYPES, BackendName, Precision, Provider
 from tdm_runtime.backends.machine import gpu_architecture, installed
 from tdm_runtime.backends.tensorrt_library import PACKAGES
 from tdm_runtime.checkpoint.folder import Checkpoint
@@ -46,12 +46,19 @@ class BackendConfig:
     """torch device of the torch backends. None: CUDA if available, or else the CPU."""
     text: TextConfig = TextConfig()
     """Precision and device of the text encoders of stock pipelines."""
+    provider: Provider | None = None
+    """Execution provider of the backend onnxruntime. None: cuda if torch finds a GPU, or else cpu."""
 
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 0:
             raise ValueError(f"threads is {self.threads}; give a number of cores, or 0 to have it measured")
         if self.backend in TORCH_BACKENDS and self.precision not in (None, *TORCH_DTYPES):
             raise ValueError(f"{self.backend} does not run {self.precision}; choose {', '.join(TORCH_DTYPES)}")
+        if self.provider is not None and self.backend != "onnxruntime":
+            raise ValueError(
+                f"the provider is {self.provider} and the backend {self.backend}; only onnxruntime has providers: "
+                "choose --backend onnxruntime or leave --provider out"
+            )
 
 
 @dataclass(frozen=True)
@@ -64,11 +71,13 @@ class Artifacts:
     """Manifest of the folder; None if there is none, or if the backend needs none."""
     text: TextConfig = TextConfig()
     """Precision and device of the text encoders of stock pipelines."""
+    provider: Provider | None = None
+    """Execution provider of onnxruntime builds."""
 
     @cached_property
     def parity(self) -> LocalParity:
         """Parity of the builds' pictures on this machine."""
-        return LocalParity(self.checkpoint, self.folder, self.text)
+        return LocalParity(self.checkpoint, self.folder, self.text, self.provider)
 
     @classmethod
     def find(cls, checkpoint: Checkpoint, config: BackendConfig) -> Artifacts:
@@ -80,7 +89,8 @@ class Artifacts:
         folder = config.artifacts or default_artifacts(checkpoint)
         is_there = config.artifacts is not None or (folder / MANIFEST_FILE).is_file()
         is_read = config.backend not in TORCH_BACKENDS and is_there
-        return cls(checkpoint, folder, load_manifest(folder, checkpoint) if is_read else None, config.text)
+        manifest = load_manifest(folder, checkpoint) if is_read else None
+        return cls(checkpoint, folder, manifest, config.text, config.provider)
 
     def is_missing(self, config: BackendConfig) -> bool:
         """Whether this backend needs artifacts and the default folder has none for it."""
@@ -103,7 +113,7 @@ class Artifacts:
             on = torch.device(device) if device else None
             return load_with_torch(self.checkpoint, backend, precision or "fp32", on, threads, self.text)
         manifest, build = self.require(backend, precision)
-        return load_build(self.checkpoint, manifest, build, self.folder, threads, self.text)
+        return load_build(self.checkpoint, manifest, build, self.folder, threads, self.text, self.provider)
 
     def require(self, backend: BackendName, precision: Precision | None) -> tuple[Manifest, Build]:
         """Return the manifest and the build for a backend, with its parity on this machine.

@@ -164,7 +164,7 @@ def _machine(artifacts: Artifacts, config: BackendConfig) -> str:
         lines = cpuinfo.read_text(encoding="utf-8").splitlines()
         cpu = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), cpu)
     versions = " ".join(f"{name} {version}" for name, version in installed(TOOLS).items())
-    wanted = f"{config.backend} {config.precision} {config.threads} {config.device}"
+    wanted = f"{config.backend} {config.precision} {config.threads} {config.device} {config.provider}"
     manifest = file_sha256(artifacts.folder / MANIFEST_FILE)[:12] if artifacts.manifest else None
     processors = f"{cpu} ({' '.join(cpu_features())}), {cores()} cores, {gpu_name()}"
     return f"{processors}, {versions}, {wanted}, manifest {manifest}"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from tdm_runtime.backends import TORCH_DTYPES, Backend, BackendName, ManyOutputs, Precision
+from tdm_runtime.backends import TORCH_DTYPES, Backend, BackendName, ManyOutputs, Precision, Provider
 from tdm_runtime.backends.interface import ComponentName, Interface
 from tdm_runtime.backends.opening import open_file, open_module
 from tdm_runtime.backends.pytorch import TorchBackend
@@ -73,6 +73,7 @@ def load_build(
     folder: Path,
     threads: int | None = None,
     text: TextConfig = TextConfig(),
+    provider: Provider | None = None,
 ) -> LoadedModel:
     """Load compiled artifacts. The checkpoint's weights are not read.
 
@@ -84,7 +85,7 @@ def load_build(
 
     def run(name: ComponentName) -> tuple[Backend, Interface]:
         programs = {
-            program: component_backend(manifest, build, folder, program, threads)
+            program: component_backend(manifest, build, folder, program, threads, provider)
             for program in program_names(checkpoint, name)
         }
         interface = manifest.interfaces[next(iter(programs))]
@@ -96,11 +97,19 @@ def load_build(
     return _assembled(checkpoint, build.name, run, build.pictures, torch.device("cpu"), text)
 
 
-def component_backend(manifest: Manifest, build: Build, folder: Path, name: str, threads: int | None = None) -> Backend:
+def component_backend(
+    manifest: Manifest,
+    build: Build,
+    folder: Path,
+    name: str,
+    threads: int | None = None,
+    provider: Provider | None = None,
+) -> Backend:
     """Load one program of a build whose files were checked before.
 
     Args:
         name: see `program_names`.
+        provider: see `open_file`.
 
     Raises:
         BackendError: The program was not built, or cannot run here.
@@ -108,7 +117,7 @@ def component_backend(manifest: Manifest, build: Build, folder: Path, name: str,
     if name not in build.components:
         raise ArtifactError(f"{build.name} in {folder} has no {name}; run `tdm-export` again")
     file, interface = folder / build.components[name].file, manifest.interfaces[name]
-    return open_file(build.backend, file, interface, build.precision, threads)
+    return open_file(build.backend, file, interface, build.precision, threads, provider)
 
 
 def _by_part(

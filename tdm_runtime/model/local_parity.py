@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pydantic
 
-from tdm_runtime.backends import BackendName, Precision
+from tdm_runtime.backends import BackendName, Precision, Provider
 from tdm_runtime.backends.machine import TOOLS, gpu_name, installed
 from tdm_runtime.checkpoint.folder import Checkpoint
 from tdm_runtime.checkpoint.manifest import Build, Manifest, PictureParity, kernel_choice, user_cache
@@ -56,11 +56,19 @@ _ADAPTER = pydantic.TypeAdapter(KeptParity)
 class LocalParity:
     """Parity of a folder's builds on this machine."""
 
-    def __init__(self, checkpoint: Checkpoint, folder: Path, text: TextConfig = TextConfig()) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        folder: Path,
+        text: TextConfig = TextConfig(),
+        provider: Provider | None = None,
+    ) -> None:
         """
         Args:
             text: How text encoders of stock pipelines run on both sides, so that each is loaded once.
+            provider: Execution provider of onnxruntime builds; None is their default.
         """
+        self._provider = provider
         self._text = text
         self._checkpoint = checkpoint
         self._folder = folder
@@ -84,7 +92,9 @@ class LocalParity:
                 f"{build.name} in {self._folder}",
                 here,
                 name,
-                lambda: load_build(self._checkpoint, manifest, build, self._folder, text=self._text),
+                lambda: load_build(
+                    self._checkpoint, manifest, build, self._folder, text=self._text, provider=self._provider
+                ),
             )
         return self._found[name]
 
@@ -133,6 +143,7 @@ class LocalParity:
         """Return a hash of all that may change the pictures."""
         files = {name: dict(component.files) for name, component in build.components.items()}
         what = [self._checkpoint.fingerprint, build.name, files, dict(build.requires), here]
+        what += [self._provider] if self._provider else []
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
     def _read(self, name: str) -> Mapping[int, PictureParity] | None:

@@ -12,6 +12,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from tdm_runtime.checkpoint.recipe import RECIPE_FILE
@@ -312,6 +313,20 @@ def test_one_step_has_no_previews(tiny_checkpoint: Path, tmp_path: Path) -> None
     assert [file.name for file in tmp_path.iterdir()] == ["apple.png"]
 
 
+def test_a_provider_of_onnxruntime_runs_or_is_refused(
+    tiny_checkpoint: Path, tiny_artifacts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--backend", "onnxruntime", "--artifacts", str(tiny_artifacts), "--seed", "7", "--provider"]
+    assert main(command(tiny_checkpoint, tmp_path / "apple.png", *options, "cpu")) == 0
+    assert "onnxruntime fp32" in capsys.readouterr().out
+    if torch.cuda.is_available():
+        return
+    for provider, says in (("cuda", "CUDAExecutionProvider"), ("nv-tensorrt-rtx", "NvTensorRTRTXExecutionProvider")):
+        message = complaint(command(tiny_checkpoint, tmp_path / "pear.png", *options, provider), capsys)
+        assert f"asked for {says}" in message and "--provider cpu" in message
+    assert not (tmp_path / "pear.png").exists()
+
+
 def test_bad_backend_options_are_refused_in_one_sentence(
     tiny_checkpoint: Path, tiny_artifacts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -323,6 +338,11 @@ def test_bad_backend_options_are_refused_in_one_sentence(
         (artifacts, f"--artifacts is {tiny_artifacts}; torch runs the checkpoint itself"),
         (["--backend", "tensorrt", *artifacts], f"--output {tiny_artifacts} --backend tensorrt`"),
         (["--backend", "openvino", "--artifacts", str(tmp_path)], f"{tmp_path / 'manifest.json'} cannot be read"),
+        (["--backend", "onnxruntime", "--provider", "gpu"], "invalid choice: 'gpu' (choose from"),
+        (
+            ["--backend", "openvino", "--provider", "cuda"],
+            "only onnxruntime has providers: choose --backend onnxruntime",
+        ),
     ):
         assert says in complaint(command(tiny_checkpoint, tmp_path / "apple.png", *options), capsys)
     assert not (tmp_path / "apple.png").exists()

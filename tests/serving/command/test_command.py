@@ -154,6 +154,14 @@ def test_a_precision_that_the_backend_does_not_have_is_refused(
     assert message.splitlines()[-1].startswith("tdm-serve: the artifacts could not be built, see above")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="providers of a GPU may run here")
+def test_a_provider_that_cannot_run_here_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--port", str(free_port()), "--backend", "onnxruntime", "--allow-fallback", "--provider"]
+    for provider in ("cuda", "nv-tensorrt-rtx"):
+        message = refusal(capsys, *arguments, provider)
+        assert "onnxruntime" in message and "--provider cpu" in message
+
+
 def test_unusable_artifacts_are_accepted_only_with_allow_fallback(
     tiny_checkpoint: Path, tiny_artifacts: Path, tmp_path: Path
 ) -> None:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
 from export.onnx_export import export_onnx
+from tdm_runtime.backends import Provider
 from tdm_runtime.backends.interface import Interface
-from tdm_runtime.backends.onnxruntime import PROVIDERS, OnnxRuntimeBackend, Provider, require_provider, require_used
+from tdm_runtime.backends.onnxruntime import (
+    PROVIDERS,
+    OnnxRuntimeBackend,
+    require_provider,
+    require_used,
+    used_providers,
+)
 from tdm_runtime.backends.pytorch import TorchBackend
 from tdm_runtime.errors import ArtifactError, BackendError
 from tdm_runtime.families import DecoderModule
@@ -113,6 +122,33 @@ def test_a_provider_that_is_not_built_in_is_refused(folder: Path, interface: Int
         pytest.skip("this provider is built in")
     with pytest.raises(BackendError, match=r"was asked for \w+ and is built with .*; `pip uninstall onnxruntime`"):
         OnnxRuntimeBackend(folder / "denoiser.onnx", interface, CPU, provider=provider)
+
+
+@pytest.mark.skipif(find_spec("onnxruntime_ep_nv_tensorrt_rtx") is not None, reason="the plugin is installed")
+def test_a_plugin_that_is_not_installed_is_refused() -> None:
+    with pytest.raises(
+        BackendError, match=r"NvTensorRTRTX\w+ and its plugin is not installed; `pip install onnx.*-cu13`"
+    ):
+        require_provider("nv-tensorrt-rtx", torch.device("cuda"))
+
+
+def test_a_plugin_that_cannot_be_loaded_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As beside a missing driver: the real plugin then fails to load for lack of libcuda.so.1."""
+    (tmp_path / "onnxruntime_ep_nv_tensorrt_rtx.py").write_text("def get_library_path(): return '/absent/plugin.so'\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "onnxruntime_ep_nv_tensorrt_rtx", raising=False)
+    with pytest.raises(
+        BackendError, match=r"cannot load its plugin \(.*/absent/plugin.so.*\); it needs an NVIDIA driver"
+    ):
+        require_provider("nv-tensorrt-rtx", torch.device("cuda"))
+    monkeypatch.delitem(sys.modules, "onnxruntime_ep_nv_tensorrt_rtx")
+
+
+def test_the_providers_that_took_operators_are_those_that_are_checked(backend: OnnxRuntimeBackend) -> None:
+    """A provider that is listed and took nothing, as a plugin may, is no provider in use."""
+    assert used_providers(backend._session) == ["CPUExecutionProvider"]
+    with pytest.raises(BackendError, match=r"runs with CPUExecutionProvider: the plugin took no operator"):
+        require_used("nv-tensorrt-rtx", used_providers(backend._session))
 
 
 def test_a_provider_of_another_device_is_refused() -> None:
