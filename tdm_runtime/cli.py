@@ -29,6 +29,8 @@ from tdm_runtime.params import MAX_SEED, DecoderName, SamplingParams, parse_size
 from tdm_runtime.pipeline import generate
 
 FORMATS: Mapping[str, ImageFormat] = {".png": "png", ".webp": "webp", ".jpg": "jpeg", ".jpeg": "jpeg"}
+MAX_THREADS = 1024
+"""Most threads that a receipt may ask for."""
 SECOND_EXPERT = "transformer_2"
 """Part that --lora may name: the second transformer of Wan 2.2."""
 CLIP_FORMATS: Mapping[str, ClipFormat] = {
@@ -160,7 +162,10 @@ def verify(file: Path, checkpoint: Path, adapters: Sequence[Adapter] = (), text:
         backend, _, precision = receipt.backend.partition(" ")
         if backend not in BACKENDS or precision not in PRECISIONS:
             raise BackendError(f"the receipt's backend is {shown(receipt.backend)}; it must be one of {BACKENDS}")
-        config = BackendConfig(backend, precision, threads=0, text=text)
+        threads = 0 if receipt.threads is None else receipt.threads
+        if not 0 <= threads <= MAX_THREADS:
+            raise BackendError(f"the receipt's threads are {threads}; at most {MAX_THREADS} are started")
+        config = BackendConfig(backend, precision, threads, text=text)
         model = _model_of(receipt, checkpoint, config, adapters)
         if model.digest != receipt.digest:
             raise CheckpointError(

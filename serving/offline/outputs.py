@@ -176,8 +176,8 @@ def _tar_member(name: str, content: bytes) -> bytes:
 
 
 class Parquet(Shards):
-    """Parquet files. Column `image` is {bytes, path}, as `datasets` reads pictures and, if it is told so, clips; the
-    others are of the record."""
+    """Parquet files. Column `image` has a picture as {bytes, path}, `video` a clip, as `datasets` reads them; the other
+    one is null. Every file has both, so that all files of all runs have one schema. Other columns are of the record."""
 
     suffix = "parquet"
 
@@ -196,23 +196,25 @@ class Parquet(Shards):
                 yield part
 
     def _row(self, record: Fields) -> Fields:
-        image = {"bytes": self._saved(record), "path": record["member"]}
+        made = {"bytes": self._saved(record), "path": record["member"]}
         same = {name: record[name] for name in ("id", "line", "seed", "num_inference_steps", "model", "sha256")}
         receipt = record["receipt"]
         sizes = {name: receipt[name] for name in ("width", "height", "prompt")}
-        return {"image": image, **same, **sizes, "receipt": json.dumps(receipt)}
+        column = "image" if receipt["frames"] is None else "video"
+        return {column: made, **same, **sizes, "receipt": json.dumps(receipt)}
 
     def _found(self, stream: IO[bytes], members: set[str]) -> dict[str, bytes]:
         import pyarrow.parquet
 
-        images = pyarrow.parquet.read_table(stream, columns=["image"]).column("image")
-        return {image["path"].as_py(): image["bytes"].as_py() for image in images if image["path"].as_py() in members}
+        table = pyarrow.parquet.read_table(stream, columns=["image", "video"])
+        made = (cell for column in table.columns for cell in column if cell.is_valid)
+        return {cell["path"].as_py(): cell["bytes"].as_py() for cell in made if cell["path"].as_py() in members}
 
 
 def _parquet_schema(pyarrow: Any) -> Any:
     text, number = pyarrow.string(), pyarrow.int64()
-    image = pyarrow.struct([("bytes", pyarrow.binary()), ("path", text)])
-    names: list[tuple[str, Any]] = [("image", image), ("id", text), ("line", number), ("seed", number)]
+    made = pyarrow.struct([("bytes", pyarrow.binary()), ("path", text)])
+    names: list[tuple[str, Any]] = [("image", made), ("video", made), ("id", text), ("line", number), ("seed", number)]
     names += [("num_inference_steps", number), ("model", text), ("sha256", text), ("width", number), ("height", number)]
     return pyarrow.schema([*names, ("prompt", text), ("receipt", text)])
 

@@ -13,10 +13,7 @@ from serving.fronts.services import Services
 from serving.rpc.calls import made
 from serving.rpc.protos import open_inference_pb2 as pb
 from serving.schema.answers import ImageAnswer
-from serving.schema.image_request import order_from_fields
 from serving.schema.inference import (
-    INPUT_METADATA,
-    OUTPUT_METADATA,
     PLATFORM,
     SERVER,
     VERSION,
@@ -24,9 +21,11 @@ from serving.schema.inference import (
     answer_parameters,
     check_version,
     fields_of,
+    order_of,
     output_tensors,
     refused,
     server_version,
+    tensors_of,
     wanted_outputs,
 )
 
@@ -69,24 +68,28 @@ class InferenceServicer:
         self, request: pb.ModelMetadataRequest, context: grpc.aio.ServicerContext
     ) -> pb.ModelMetadataResponse:
         """Return a model's inputs and outputs."""
-        check_version(self._services.images.model_card(request.name), request.version)
+        card = self._services.images.model_card(request.name)
+        check_version(card, request.version)
+        inputs, outputs = tensors_of(card).described()
         tensor = pb.ModelMetadataResponse.TensorMetadata
         return pb.ModelMetadataResponse(
             name=request.name,
             versions=[VERSION],
             platform=PLATFORM,
-            inputs=[tensor(**vars(about)) for about in INPUT_METADATA],
-            outputs=[tensor(**vars(about)) for about in OUTPUT_METADATA],
+            inputs=[tensor(**vars(about)) for about in inputs],
+            outputs=[tensor(**vars(about)) for about in outputs],
         )
 
     async def ModelInfer(
         self, request: pb.ModelInferRequest, context: grpc.aio.ServicerContext
     ) -> pb.ModelInferResponse:
-        """Make a picture."""
-        check_version(self._services.images.model_card(request.model_name), request.model_version)
-        names = wanted_outputs((output.name, output.parameters) for output in request.outputs)
-        fields = fields_of(input_tensors(request), parameters_of(request)) | {"model": request.model_name}
-        order = order_from_fields(fields, self._services.images.recipe).as_pixels()
+        """Make a picture or clip."""
+        card = self._services.images.model_card(request.model_name)
+        check_version(card, request.model_version)
+        kind = tensors_of(card)
+        fields = fields_of(kind, input_tensors(request), parameters_of(request)) | {"model": request.model_name}
+        names = wanted_outputs(kind, ((output.name, output.parameters) for output in request.outputs), fields)
+        order = order_of(kind, fields, self._services.images.recipe)
         answer = await made(self._services.images, order)
         return to_response(answer, names, request.id)
 
@@ -122,7 +125,7 @@ def _input_tensor(tensor: pb.ModelInferRequest.InferInputTensor, raw: bytes | No
 
 
 def to_response(answer: ImageAnswer, names: list[str], call_id: str) -> pb.ModelInferResponse:
-    """Return a picture as tensors, with the other fields of HTTP as parameters."""
+    """Return a picture or clip as tensors, with the other fields of HTTP as parameters."""
     tensors = output_tensors(answer, names)
     tensor = pb.ModelInferResponse.InferOutputTensor
     return pb.ModelInferResponse(

@@ -1,6 +1,7 @@
-"""The Open Inference Protocol, version 2, for pictures: what HTTP and gRPC share.
+"""The Open Inference Protocol, version 2, for pictures and clips: what HTTP and gRPC share.
 
-A request makes one picture. Inputs are tensors of shape [1]; further fields of `ImageRequest` are parameters.
+A request makes one picture or clip. Inputs are tensors of shape [1]; further fields of `ImageRequest` or
+`VideoGenerationRequest` are parameters.
 """
 
 from __future__ import annotations
@@ -9,31 +10,46 @@ import importlib.metadata
 import struct
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from serving.errors import APIError, invalid, shown_json
 from serving.schema.answers import ImageAnswer
+from serving.schema.image_request import RecipeOf, order_from_fields
 from serving.schema.models import ModelCard
+from serving.schema.order import ImageOrder
+from serving.schema.video_request import VideoFormat, video_order_from_fields
 from tdm_runtime.errors import shown
 
 SERVER = "tdm-serve"
 PLATFORM = "tdm_diffusers"
 VERSION = "1"
 """Version of every model; another checkpoint is another model."""
-INPUTS = {
-    "prompt": ("BYTES",),
-    "negative_prompt": ("BYTES",),
-    "seed": ("INT64", "UINT64"),
-    "num_inference_steps": ("INT32", "INT64"),
-}
-"""Input -> its datatypes; a model's metadata names the first."""
-OUTPUTS = {"generated_image": "UINT8", "seed": "INT64", "num_inference_steps": "INT32"}
 LAYOUTS = {"INT32": "<i", "INT64": "<q", "UINT64": "<Q"}
-PARAMETERS = ("size", "num_inference_steps", "min_inference_steps", "latency_budget_ms", "strict", "decoder")
+RAW = "raw"
+"""Output format of bare frames."""
+CLIP_FORMATS = (RAW, *get_args(VideoFormat))
 BINARY_SIZE, BINARY, BINARY_OUTPUT = "binary_data_size", "binary_data", "binary_data_output"
 """Parameters of an input, of a wanted output and of a request about binary tensor data. gRPC, whose answers are binary,
 passes them over: KServe's client sends them there too."""
 LENGTH = struct.Struct("<I")
+
+
+@dataclass(frozen=True)
+class ModelTensors:
+    """What requests to a model and its answers consist of."""
+
+    made: str
+    """What one request makes."""
+    inputs: Mapping[str, tuple[str, ...]]
+    """Input -> its datatypes; the model's metadata names the first."""
+    outputs: Mapping[str, tuple[str, list[int]]]
+    """Output -> its datatype and shape; -1 is any size."""
+    parameters: tuple[str, ...]
+
+    def described(self) -> tuple[list[TensorMetadata], list[TensorMetadata]]:
+        """Return the metadata of inputs and outputs."""
+        inputs = [TensorMetadata(name, types[0], [1]) for name, types in self.inputs.items()]
+        return inputs, [TensorMetadata(name, *about) for name, about in self.outputs.items()]
 
 
 @dataclass(frozen=True)
@@ -77,11 +93,33 @@ class TensorMetadata:
     shape: list[int]
 
 
-INPUT_METADATA = [TensorMetadata(name, types[0], [1]) for name, types in INPUTS.items()]
-OUTPUT_METADATA = [
-    TensorMetadata(name, datatype, [-1, -1, 3] if name == "generated_image" else [1])
-    for name, datatype in OUTPUTS.items()
-]
+WHOLE = ("INT32", "INT64")
+NUMBERS: Mapping[str, tuple[str, list[int]]] = {"seed": ("INT64", [1]), "num_inference_steps": ("INT32", [1])}
+PICTURES = ModelTensors(
+    "picture",
+    {"prompt": ("BYTES",), "negative_prompt": ("BYTES",), "seed": ("INT64", "UINT64"), "num_inference_steps": WHOLE},
+    {"generated_image": ("UINT8", [-1, -1, 3]), **NUMBERS},
+    ("size", "num_inference_steps", "min_inference_steps", "latency_budget_ms", "strict", "decoder"),
+)
+CLIPS = ModelTensors(
+    "clip",
+    {
+        "prompt": ("BYTES",),
+        "seed": ("INT64", "UINT64"),
+        "num_inference_steps": WHOLE,
+        "num_frames": WHOLE,
+        "fps": WHOLE,
+        "output_format": ("BYTES",),
+    },
+    {"generated_clip": ("UINT8", [-1, -1, -1, 3]), "encoded_clip": ("BYTES", [1]), **NUMBERS},
+    (*PICTURES.parameters, "num_frames", "fps", "seconds", "output_format"),
+)
+"""An answer has either frames or a file, as `output_format` says; these are the tensors of Triton's model."""
+
+
+def tensors_of(card: ModelCard) -> ModelTensors:
+    """Return what requests to a model consist of."""
+    return PICTURES if card.frames is None else CLIPS
 
 
 def check_version(card: ModelCard, version: str) -> None:
@@ -106,43 +144,76 @@ def server_version() -> str:
 # -- requests --------------------------------------------------------------------------------------
 
 
-def fields_of(tensors: Iterable[InputTensor], parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return inputs and parameters under the names of `ImageRequest`.
+def fields_of(model: ModelTensors, tensors: Iterable[InputTensor], parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return inputs and parameters under the names of `ImageRequest` or `VideoGenerationRequest`.
 
     Raises:
         APIError: 400 naming the tensor or parameter, its value and the allowed values.
     """
     fields: dict[str, Any] = {}
     for tensor in tensors:
-        _check(tensor)
+        _check(model, tensor)
         _add(fields, tensor.name, _element(tensor))
     for name, value in parameters.items():
         if name == BINARY_OUTPUT:
             continue
-        if name not in PARAMETERS:
-            known = ", ".join(PARAMETERS)
+        if name not in model.parameters:
+            known = ", ".join(model.parameters)
             raise invalid(f"{shown(name)} is no parameter; known are {known}", name[:64], "unknown_parameter")
         _add(fields, name, value)
     return fields
 
 
-def wanted_outputs(outputs: Iterable[tuple[str, Collection[str]]]) -> list[str]:
-    """Return the names of the requested outputs; all if there are none.
+def order_of(model: ModelTensors, fields: dict[str, Any], recipe_of: RecipeOf) -> ImageOrder:
+    """Return the order of fields that `fields_of` has read; a picture, and a clip unless it wants a file, as pixels.
+
+    Raises:
+        InvalidRequestError, APIError: a value is outside its limits.
+    """
+    if model is PICTURES:
+        return order_from_fields(fields, recipe_of).as_pixels()
+    is_file = is_clip_file(fields)
+    fields = fields if is_file else {name: value for name, value in fields.items() if name != "output_format"}
+    order = video_order_from_fields(fields, recipe_of)
+    return order if is_file else order.as_pixels()
+
+
+def is_clip_file(fields: Mapping[str, Any]) -> bool:
+    """Return whether fields ask for a file and not for bare frames.
+
+    Raises:
+        APIError: 400, there is no such format.
+    """
+    asked = fields.get("output_format", RAW)
+    if asked not in CLIP_FORMATS:
+        raise refused(f"output_format is {shown(asked)}; a clip is {', '.join(CLIP_FORMATS)}", "output_format")
+    return bool(asked != RAW)
+
+
+def wanted_outputs(
+    model: ModelTensors, outputs: Iterable[tuple[str, Collection[str]]], fields: Mapping[str, Any]
+) -> list[str]:
+    """Return the names of the requested outputs; all that the request makes if there are none.
 
     Args:
         outputs: names of the outputs, each with the names of its parameters.
+        fields: fields of the request, of which a clip's output format decides between frames and file.
 
     Raises:
-        APIError: 400, an output or one of its parameters is unknown.
+        APIError: 400, an output or one of its parameters is unknown, or the request does not make it.
     """
+    absent = "" if model is PICTURES else "generated_clip" if is_clip_file(fields) else "encoded_clip"
     names: dict[str, None] = {}
     for name, parameters in outputs:
-        if name not in OUTPUTS:
-            known = ", ".join(OUTPUTS)
+        if name == absent:
+            message = f"{name} is not made with output_format {fields.get('output_format', RAW)}"
+            raise refused(f"{message}; {RAW} makes generated_clip, the other formats encoded_clip", "outputs")
+        if name not in model.outputs:
+            known = ", ".join(model.outputs)
             raise invalid(f"{shown(name)} is no output; known are {known}", "outputs", "unknown_parameter")
         _check_parameters(name, parameters, BINARY)
         names[name] = None
-    return list(names or OUTPUTS)
+    return list(names or [name for name in model.outputs if name != absent])
 
 
 def refused(message: str, param: str) -> APIError:
@@ -150,16 +221,16 @@ def refused(message: str, param: str) -> APIError:
     return invalid(message, param[:64], "invalid_value")
 
 
-def _check(tensor: InputTensor) -> None:
-    types = INPUTS.get(tensor.name)
+def _check(model: ModelTensors, tensor: InputTensor) -> None:
+    types = model.inputs.get(tensor.name)
     if types is None:
-        known = ", ".join(INPUTS)
+        known = ", ".join(model.inputs)
         raise invalid(f"{shown(tensor.name)} is no input; known are {known}", tensor.name[:64], "unknown_parameter")
     if tensor.datatype not in types:
         message = f"the datatype of {tensor.name} is {shown(tensor.datatype)}; send {' or '.join(types)}"
         raise refused(message, tensor.name)
     if list(tensor.shape) != [1]:
-        message = f"the shape of {tensor.name} is {shown(list(tensor.shape))}; it is [1], one picture a call"
+        message = f"the shape of {tensor.name} is {shown(list(tensor.shape))}; it is [1], one {model.made} a call"
         raise refused(message, tensor.name)
     _check_parameters(tensor.name, tensor.parameters, BINARY_SIZE)
 
@@ -214,14 +285,20 @@ def _add(fields: dict[str, Any], name: str, value: Any) -> None:
 
 
 def output_tensors(answer: ImageAnswer, names: Iterable[str]) -> list[OutputTensor]:
-    """Return a picture, made as bare pixels, and its numbers as the outputs that `names` has."""
-    (image,) = answer.images
-    made = {
-        "generated_image": ([answer.height, answer.width, 3], image.content),
-        "seed": ([1], struct.pack("<q", image.seed)),
-        "num_inference_steps": ([1], struct.pack("<i", image.num_inference_steps)),
+    """Return a picture or clip and its numbers as the outputs that `names` has.
+
+    The content is bare pixels, but for `encoded_clip` a file.
+    """
+    (made,) = answer.images
+    frame, frames = [answer.height, answer.width, 3], made.receipt.frames
+    outputs = {
+        "generated_image": ("UINT8", frame, made.content),
+        "generated_clip": ("UINT8", [frames or 1, *frame], made.content),
+        "encoded_clip": ("BYTES", [1], LENGTH.pack(len(made.content)) + made.content),
+        "seed": ("INT64", [1], struct.pack("<q", made.seed)),
+        "num_inference_steps": ("INT32", [1], struct.pack("<i", made.num_inference_steps)),
     }
-    return [OutputTensor(name, OUTPUTS[name], *made[name]) for name in names]
+    return [OutputTensor(name, *outputs[name]) for name in names]
 
 
 def answer_parameters(answer: ImageAnswer) -> dict[str, float | bool | str]:

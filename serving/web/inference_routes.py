@@ -13,16 +13,16 @@ from fastapi import FastAPI, Request, Response
 
 from serving.errors import not_ready
 from serving.fronts.services import Services
-from serving.schema.image_request import order_from_fields
 from serving.schema.inference import (
-    INPUT_METADATA,
-    OUTPUT_METADATA,
     PLATFORM,
     SERVER,
     VERSION,
+    ModelTensors,
     TensorMetadata,
     check_version,
+    order_of,
     server_version,
+    tensors_of,
 )
 from serving.web.body import check_media_type, read_bytes
 from serving.web.documentation import documented_body
@@ -76,17 +76,19 @@ class ModelMetadata:
     """Answer of GET /v2/models/{name}."""
 
     name: str
+    inputs: list[TensorMetadata]
+    outputs: list[TensorMetadata]
     versions: tuple[str, ...] = (VERSION,)
     platform: str = PLATFORM
-    inputs: list[TensorMetadata] = field(default_factory=lambda: INPUT_METADATA)
-    outputs: list[TensorMetadata] = field(default_factory=lambda: OUTPUT_METADATA)
 
 
 def add_inference_routes(app: FastAPI, services: Services) -> None:
     """Add the routes of the protocol."""
 
-    def check_model(request: Request, name: str) -> None:
-        check_version(services.images.model_card(name), request.path_params.get("version", ""))
+    def check_model(request: Request, name: str) -> ModelTensors:
+        card = services.images.model_card(name)
+        check_version(card, request.path_params.get("version", ""))
+        return tensors_of(card)
 
     def check_ready() -> None:
         if not services.is_ready:
@@ -112,8 +114,7 @@ def add_inference_routes(app: FastAPI, services: Services) -> None:
     @app.get(VERSION_OF_MODEL, include_in_schema=False)
     async def model_metadata(request: Request, name: str) -> ModelMetadata:
         """Return a model's inputs and outputs."""
-        check_model(request, name)
-        return ModelMetadata(name)
+        return ModelMetadata(name, *check_model(request, name).described())
 
     @app.get(f"{MODEL}/ready")
     @app.get(f"{VERSION_OF_MODEL}/ready", include_in_schema=False)
@@ -131,13 +132,13 @@ def add_inference_routes(app: FastAPI, services: Services) -> None:
     )
     @app.post(f"{VERSION_OF_MODEL}/infer", include_in_schema=False)
     async def infer(request: Request, name: str) -> Response:
-        """Make a picture from tensors."""
+        """Make a picture or clip from tensors."""
         caller, json_length = caller_of(request), request.headers.get(JSON_LENGTH)
         check_media_type(request, "application/json" if json_length is None else BINARY)
         body = await read_bytes(request, services.config)
-        check_model(request, name)
-        asked = read_infer(body, name, json_length)
-        order = order_from_fields(asked.fields, services.images.recipe).as_pixels()
+        kind = check_model(request, name)
+        asked = read_infer(body, name, json_length, kind)
+        order = order_of(kind, asked.fields, services.images.recipe)
         caller.spend(order.cost)
         answer = await services.images.generate(order)
         content, length = await asyncio.to_thread(to_body, answer, asked)

@@ -15,10 +15,11 @@ from serving.schema.inference import (
     BINARY,
     BINARY_OUTPUT,
     BINARY_SIZE,
-    INPUTS,
-    OUTPUTS,
+    CLIPS,
+    PICTURES,
     VERSION,
     InputTensor,
+    ModelTensors,
     OutputTensor,
     answer_parameters,
     fields_of,
@@ -41,9 +42,9 @@ class InferInput(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=nullable)
 
-    name: str = Field(json_schema_extra={"enum": [*INPUTS]})
+    name: str = Field(json_schema_extra={"enum": [*{**PICTURES.inputs, **CLIPS.inputs}]})
     datatype: str
-    shape: list[int] = Field(description="[1]: a request makes one picture.")
+    shape: list[int] = Field(description="[1]: a request makes one picture or clip.")
     parameters: dict[str, Any] = Field(
         default={}, description="`binary_data_size`: number of bytes of this input after the JSON, in place of `data`."
     )
@@ -55,7 +56,7 @@ class InferOutput(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=nullable)
 
-    name: str = Field(json_schema_extra={"enum": [*OUTPUTS]})
+    name: str = Field(json_schema_extra={"enum": [*{**PICTURES.outputs, **CLIPS.outputs}]})
     parameters: dict[str, Any] = Field(
         default={}, description="`binary_data`: whether its elements follow the JSON of the answer."
     )
@@ -69,10 +70,11 @@ class InferBody(BaseModel):
     id: str = Field("", description="Returned with the answer.")
     model_name: str | None = Field(None, description="The name in the path, as KServe's client repeats it.")
     parameters: dict[str, Any] = Field(
-        default={}, description="Fields of image requests; `binary_data_output` is the default of `binary_data`."
+        default={},
+        description="Fields of image or video requests; `binary_data_output` is the default of `binary_data`.",
     )
     inputs: list[dict[str, Any]] = Field(
-        description="Tensors: prompt and, optionally, negative_prompt, seed and num_inference_steps.",
+        description="Tensors: prompt and, optionally, others that the model's metadata names.",
         json_schema_extra={"minItems": 1, "items": InferInput.model_json_schema()},
     )
     outputs: list[dict[str, Any]] = Field(
@@ -110,16 +112,17 @@ class InferRequest:
 
     id: str
     fields: dict[str, Any]
-    """Fields of `ImageRequest`."""
+    """Fields of `ImageRequest` or `VideoGenerationRequest`."""
     outputs: list[str]
     binary_outputs: frozenset[str]
     """Outputs whose elements follow the JSON of the answer."""
 
 
-def read_infer(body: bytes, model: str, json_length: str | None) -> InferRequest:
+def read_infer(body: bytes, model: str, json_length: str | None, kind: ModelTensors) -> InferRequest:
     """Read the body of an inference request.
 
     Args:
+        kind: tensors of the model.
         json_length: header `JSON_LENGTH`; None if all of the body is JSON.
 
     Raises:
@@ -132,10 +135,13 @@ def read_infer(body: bytes, model: str, json_length: str | None) -> InferRequest
         raise refused(message, "model_name")
     tensors = _input_tensors([validate(each, InferInput) for each in read.inputs], body[end:])
     wanted = [validate(each, InferOutput) for each in read.outputs]
-    names = wanted_outputs((output.name, output.parameters) for output in wanted)
+    fields = fields_of(kind, tensors, read.parameters) | {"model": model}
+    names = wanted_outputs(kind, ((output.name, output.parameters) for output in wanted), fields)
     is_binary = dict.fromkeys(names, _flag(read.parameters, BINARY_OUTPUT, False))
     is_binary |= {each.name: _flag(each.parameters, BINARY, is_binary[each.name]) for each in wanted}
-    fields = fields_of(tensors, read.parameters) | {"model": model}
+    if not is_binary.get("encoded_clip", True):
+        message = f"encoded_clip is a file, which JSON cannot hold; ask for it with {BINARY} or {BINARY_OUTPUT} true"
+        raise refused(message, "outputs")
     return InferRequest(read.id, fields, names, frozenset(name for name in names if is_binary[name]))
 
 
@@ -178,7 +184,7 @@ def _input_tensors(inputs: list[InferInput], binary: bytes) -> list[InputTensor]
 def to_body(answer: ImageAnswer, asked: InferRequest) -> tuple[bytes, int | None]:
     """Return the body of an answer, and the length of its JSON if binary tensor data follows. May take a while.
 
-    A picture as JSON is 3 to 4 times as long as its pixels.
+    Pixels as JSON are 3 to 4 times as long as in binary.
     """
     outputs, binary = [], []
     for tensor in output_tensors(answer, asked.outputs):

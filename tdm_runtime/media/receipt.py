@@ -54,6 +54,9 @@ class Receipt:
     """Scale of the LoRA that was added to the base at run time; None without one."""
     frames: int | None = None
     """Number of frames of a clip; None for a picture."""
+    threads: int | None = None
+    """CPU threads of a call of the model, where the last bits depend on them: clips that torch makes on a CPU. None
+    elsewhere, if the caller decided, and in receipts that are older than this field."""
 
     def to_params(self) -> SamplingParams:
         """Return the parameters that make the picture again.
@@ -104,7 +107,13 @@ def receipt_of(model: LoadedModel, params: SamplingParams, pixels: Pixels, is_st
         guidance_scale=params.guidance_scale,
         lora_scale=None if model.recipe.lora_scale is None else model.lora_factor(params),
         frames=params.frames,
+        threads=model.threads if _depends_on_threads(model, params) else None,
     )
+
+
+def _depends_on_threads(model: LoadedModel, params: SamplingParams) -> bool:
+    """Whether the number of threads changes the last bits: torch splits the sums of a clip's layers by it."""
+    return params.frames is not None and model.backend.startswith("torch") and model.denoiser.device.type == "cpu"
 
 
 def pixels_sha256(pixels: Pixels) -> str:
@@ -123,7 +132,7 @@ class Claim:
         if pixels_sha256(made) == self.receipt.pixels_sha256:
             return None
         if self.receipt.is_strict:
-            return "its bits differ from the receipt's"
+            return f"its bits differ from the receipt's{self._doubt()}"
         if self.pixels is None:
             return (
                 "its bits differ from the receipt's, which promises no equal bits (is_strict is false); "
@@ -131,6 +140,13 @@ class Claim:
             )
         levels = int(np.abs(made.astype(int) - self.pixels).max())
         return f"it is {levels} levels of 255 away" if levels > TOLERANCE_LEVELS else None
+
+    def _doubt(self) -> str:
+        """Return why equal bits cannot be expected; empty if they can."""
+        receipt = self.receipt
+        if receipt.frames is not None and receipt.backend.startswith("torch") and receipt.threads is None:
+            return ", which names no number of threads: the last bits of a clip on a CPU depend on it"
+        return ""
 
 
 def read_claims(file: Path) -> list[Claim]:

@@ -63,7 +63,7 @@ def load_with_torch(
         team = 1 if threads and name.endswith("decoder") and not is_large else threads
         return open_module(backend, module, interface, on, of_part, team), interface
 
-    return _assembled(checkpoint, f"{backend} {precision}", run, {}, on, text)
+    return _assembled(checkpoint, f"{backend} {precision}", run, {}, on, text, threads)
 
 
 def load_build(
@@ -94,7 +94,7 @@ def load_build(
             return CompiledParts(decoder, _by_part(decoder, programs.values(), build)), interface
         return programs[name], interface
 
-    return _assembled(checkpoint, build.name, run, build.pictures, torch.device("cpu"), text)
+    return _assembled(checkpoint, build.name, run, build.pictures, torch.device("cpu"), text, threads)
 
 
 def component_backend(
@@ -139,6 +139,7 @@ def _assembled(
     parity: Mapping[int, PictureParity],
     device: torch.device,
     text: TextConfig,
+    threads: int | None,
 ) -> LoadedModel:
     names = component_names(checkpoint)
     decoders: dict[DecoderName, Decoder] = {"full": decoder_on(run("decoder")[0], checkpoint.geometry)}
@@ -162,6 +163,7 @@ def _assembled(
         geometry=checkpoint.geometry,
         parity=parity,
         recipe_source=checkpoint.recipe_source,
+        threads=threads,
     )
 
 

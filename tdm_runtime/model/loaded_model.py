@@ -45,6 +45,8 @@ class LoadedModel:
     """Parity of the pictures with torch float32, by step count K; empty where it was not measured."""
     recipe_source: str = ""
     """Where the recipe comes from: a file of the folder, or the scheduler that implies it."""
+    threads: int | None = None
+    """CPU threads of a denoiser call; None where the backend or the caller decides."""
     choice: str = ""
     """Why this backend was chosen; empty where the configuration named it."""
     base: str | None = None

@@ -21,6 +21,7 @@ TYPES: Mapping[str, tuple[str, Any]] = {
     "size": ("BYTES", np.object_),
     "guidance_scale": ("FP32", np.float32),
     "num_frames": ("INT32", np.int32),
+    "fps": ("INT32", np.int32),
     "output_format": ("BYTES", np.object_),
     "previews": ("BOOL", np.bool_),
     "strict": ("BOOL", np.bool_),

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -48,6 +49,19 @@ def test_clips_are_those_of_the_library_bit_for_bit(triton: TritonServer, model:
         assert made["encoded_clip"] == encode_made(model, params, wanted, name, receipt=receipt)  # type: ignore[arg-type]
 
 
+def test_fps_changes_the_file_and_no_pixel(triton: TritonServer, model: LoadedModel) -> None:
+    """0 takes the recipe's."""
+    for fps, shown in ((5, 5), (0, model.recipe.fps)):
+        made = ask(triton.grpc, "clips", **CLIP | {"fps": fps, "output_format": "mp4"}).picture
+        with av.open(io.BytesIO(made["encoded_clip"])) as container:
+            assert container.streams.video[0].average_rate == shown
+        assert made["receipt"] == ask(triton.grpc, "clips", **CLIP).picture["receipt"]
+    np.testing.assert_array_equal(
+        ask_http(triton.http, "clips_http", **CLIP, fps=5)["generated_clip"],
+        ask(triton.grpc, "clips", **CLIP).picture["generated_clip"],
+    )
+
+
 def test_previews_are_pictures_of_the_first_frame(triton: TritonServer) -> None:
     fields = CLIP | {"num_inference_steps": 0, "num_frames": 0, "previews": True, "output_format": "mp4"}
     *previews, clip = ask(triton.grpc, "clips", **fields).responses
@@ -62,6 +76,8 @@ def test_previews_are_pictures_of_the_first_frame(triton: TritonServer) -> None:
         ({"output_format": "png"}, "makes clips: raw, mp4, webm, webp, gif"),
         ({"num_frames": 25}, "makes 1 to 24 frames: take 24"),
         ({"num_frames": -1}, "makes 1 to 24 frames: take 1"),
+        ({"fps": 121}, "fps is 121; it must be a whole number from 1 to 120"),
+        ({"fps": -1}, "fps is -1; it must be a whole number from 1 to 120"),
         ({"size": "64x47"}, "size is 64x47"),
     ],
 )

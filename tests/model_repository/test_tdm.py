@@ -94,6 +94,7 @@ BAD = {  # errors within a stream have a message and no status
     "guidance_scale": (7.5, "guidance_scale is 7.5; tdm-emoji has guidance distilled in"),
     "output_format": ("mp4", "output_format is 'mp4'; tdm-emoji makes pictures: raw, png, webp, jpeg"),
     "num_frames": (5, "num_frames is 5; tdm-emoji makes pictures, not clips: leave it out"),
+    "fps": (5, "fps is 5; tdm-emoji makes pictures, not clips: leave it out"),
     "previews": ([True, False], "previews has the shape [2]; it must be [1]"),
     "strict": ([True, False], "strict has the shape [2]; it must be [1]"),
 }

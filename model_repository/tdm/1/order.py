@@ -69,6 +69,7 @@ def read_order(inputs: Mapping[str, NDArray[np.generic] | NDArray[np.object_]], 
         height=height,
         guidance_scale=numbers.get("guidance_scale"),
         frames=_frames(numbers.get("num_frames"), recipe),
+        fps=numbers.get("fps") or None,
     )
     params.check_against(recipe)
     return Order(

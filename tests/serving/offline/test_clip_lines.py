@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
@@ -88,6 +90,23 @@ def test_one_file_has_clips_and_pictures_of_several_models(
     assert render(source, "-o", out, *options) == 1
     assert "1 pictures and clips made, 5 kept, 3 failed" in capsys.readouterr().out
     assert hashes(out) == before
+
+
+def test_parquet_keeps_clips_and_pictures_in_columns_of_their_own(
+    render: Render, models: list[str], tmp_path: Path
+) -> None:
+    """In one file, and found again for the contact sheet."""
+    source = write_lines(tmp_path / "in.jsonl", clip_lines(5))
+    options = [*models, "--grid", "--shard-size", 3]
+    for kind in ("files", "parquet"):
+        assert render(source, "-o", tmp_path / kind, "--format", kind, *options) == 0
+    tables = [pyarrow.parquet.read_table(file) for file in sorted((tmp_path / "parquet").glob("*.parquet"))]
+    rows = pyarrow.concat_tables(tables).to_pylist()
+    assert [(row["image"] is None, row["video"] is None) for row in rows] == [(True, False)] * 4 + [(False, True)]
+    for row, record in zip(rows, manifest(tmp_path / "files"), strict=True):
+        assert (row["image"] or row["video"])["bytes"] == (tmp_path / "files" / record["file"]).read_bytes()
+    sheets = {(tmp_path / kind / "grid.png").read_bytes() for kind in ("files", "parquet")}
+    assert len(sheets) == 1
 
 
 def test_a_default_that_no_model_reads_is_refused(
