@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,12 @@ from serving.command.cli import main as tdm_serve
 from tdm_runtime.checkpoint.folder import open_checkpoint
 from tdm_runtime.cli import main as tdm_generate
 from tdm_runtime.errors import CheckpointError
+from tdm_runtime.model.choice import load_model
 from tdm_runtime.model.components import load_component
 from tdm_runtime.recipe_cli import main as tdm_recipe
 from tests.published_folders import edit_json
 from tests.stock_checkpoints import CASES, save_checkpoint
+from tests.tiny_models import tiny_cogvideox
 from tests.tiny_pipelines import build_pipeline
 
 TEXT_WEIGHTS = "text_encoder/model.safetensors"
@@ -159,3 +162,15 @@ def test_a_whole_folder_has_the_shapes_that_its_configs_describe(name: str, tmp_
     folder = save_checkpoint(CASES[name], tmp_path / "folder")
     edit_json(folder / "tdm_recipe.json", files={})
     open_checkpoint(folder).check_shapes()
+
+
+def test_cogvideox_1_5_is_refused_by_name(tmp_path: Path) -> None:
+    """Its stock pipeline adds latent frames and cuts them off again, which no recipe of ours does."""
+    transformer = tiny_cogvideox(patch_size_t=2, patch_bias=False, use_rotary_positional_embeddings=True)
+    folder = save_checkpoint(
+        replace(CASES["CogVideoX-2B"], parts=lambda: {"transformer": transformer}), tmp_path / "folder"
+    )
+    with pytest.raises(
+        CheckpointError, match=r"patch_size_t is 2, as in CogVideoX 1\.5.*use CogVideoX-2b or CogVideoX-5b"
+    ):
+        load_model(folder, device="cpu")
