@@ -54,7 +54,7 @@ def test_the_estimate_is_what_a_run_holds(config: object) -> None:
     modules = [getattr(roles, role).denoiser for role in ("teacher", "student", "fake")]
     held = {p: p.numel() for module in (*modules, distiller.average) for p in module.parameters()}
     held_bytes = 4 * sum(held.values())
-    trained = [p for role in ("student", "fake") for p in roles.module(role).parameters()]  # type: ignore[arg-type]
+    trained = [p for role in ("student", "fake") for p in roles.module(role).parameters()]
     held_bytes += 4 * sum(p.numel() for p in trained)  # gradients
     for optimizer in distiller.optimizers.values():
         for state in optimizer.state.values():
