@@ -1,7 +1,8 @@
 """`python -m benchmarks.gpu_run --output DIR --minutes 12` (`make gpu`): all that a machine with a GPU is wanted for.
 
-Tests first, then the models on every backend, then the server. Each part has a share of the time and is stopped at its
-end; results are written after each part, so a run that is cut short keeps them. Nothing is fetched from a network.
+Tests first, then the models on every backend, a clip, the server and training. Each part has a share of the time and is
+stopped at its end; results are written after each part, so a run that is cut short keeps them. Nothing is fetched from
+a network.
 `--device cpu --tiny` tries the parts on a machine without a GPU.
 """
 
@@ -61,6 +62,9 @@ def parts_of(output: Path, device: str, tiny: bool) -> tuple[Part, ...]:
     def models(name: str) -> tuple[str, ...]:
         return (*accelerator, *rounds, "--models", name, "--output", str(output / "accelerator"))
 
+    def figures(module: str) -> tuple[str, ...]:
+        return (*PYTHON, module, "--device", device, *(("--tiny",) if tiny else ()), "--output", str(output))
+
     bench = (*PYTHON, "benchmarks.cli")
     to_server = ("--base-url", SERVER)
     seconds = ("--duration-s", "3" if tiny else "15")
@@ -69,8 +73,10 @@ def parts_of(output: Path, device: str, tiny: bool) -> tuple[Part, ...]:
         Part("embedded", models("embedded"), 2),
         Part("sd15", models("sd15"), 2),
         Part("sdxl", models("sdxl"), 3),
+        Part("clip", figures("export.accelerator_clip"), 1),
         Part("throughput", (*bench, "throughput", "--max-concurrency", "1,4,16", *seconds, *to_server), 1.5),
         Part("goodput", (*bench, "server", "--request-rate", "20", "--goodput", "e2el:200", *seconds, *to_server), 1),
+        Part("training", figures("training.pretrained.iteration"), 1),
     )
 
 

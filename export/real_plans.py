@@ -141,7 +141,8 @@ def table(results: Iterable[Figures]) -> str:
     for one in results:
         start = f"| {one['model']} | {one['program']} "
         if "stopped" in one:
-            lines.append(f"{start}| {one.get('parameters', 0) / 1e6:.1f} | {one['gpu']} | stopped: {one['stopped']} |")
+            millions = one.get("parameters", 0) / 1e6
+            lines.append(f"{start}| {millions:.1f} | {one['gpu']} | stopped, {one['stopped']} | | | | | | |")
             continue
         lines.append(
             f"{start}| {one['parameters'] / 1e6:.1f} | {one['gpu']} | {one['max_batch']} | {one['export_s']:.0f} "

@@ -28,7 +28,7 @@ from tdm_runtime.checkpoint.folder_files import TINY_VAE
 from tdm_runtime.errors import TDMError
 from training.config import config_as_toml, load_config
 from training.methods.precision import fastest_precision
-from training.pretrained.presets import PRESETS
+from training.pretrained.presets import PRESETS, STATE_GB
 from training.run.finetune import FinetuneConfig
 from training.run.loop import LoopConfig
 
@@ -312,6 +312,7 @@ def _proof(given: argparse.Namespace) -> None:
 
 
 def _preset(given: argparse.Namespace) -> None:
+    print(f"# {STATE_GB[given.name]:g} GB of weights, gradients and optimizers on each GPU, before activations")
     print(config_as_toml(PRESETS[given.name]), end="")
 
 

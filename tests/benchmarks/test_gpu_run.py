@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.gpu_run import PARTS_FILE, Part, main, parts_of, run
 
@@ -43,9 +44,23 @@ def test_every_part_is_a_command_of_this_repository(tmp_path: Path) -> None:
 
 def test_a_part_that_is_not_there_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(["--output", str(tmp_path), "--parts", "video"])
+        main(["--output", str(tmp_path), "--parts", "pictures"])
     assert ended.value.code == 2
-    assert "there is no part video; the parts are tests, embedded, sd15" in capsys.readouterr().err
+    assert "there is no part pictures; the parts are tests, embedded, sd15" in capsys.readouterr().err
+
+
+def test_the_clip_and_the_training_write_their_figures(tmp_path: Path) -> None:
+    """Tiny and on the CPU; a clip has the frames of its latents, and an iteration trains both networks."""
+    if torch.cuda.is_available():
+        pytest.skip("training takes the GPU; `make gpu` runs it there")
+    device = ["--output", str(tmp_path), "--device", "cpu", "--tiny"]
+    assert main([*device, "--parts", "clip", "training", "--minutes", "10"]) == 0
+    clip = json.loads((tmp_path / "clip.json").read_text())
+    assert clip["pixels"] == [1, 9, 64, 64, 3] and clip["steps"] == 4
+    assert clip["step_s"] > 0 and clip["decode_s"] > 0
+    training = json.loads((tmp_path / "iteration.json").read_text())
+    assert training["iteration_s"] > 0 and (training["batch_size"], training["accumulation"]) == (2, 2)
+    assert training["losses"]["fake_norm"] > 0 and training["losses"]["student_norm"] > 0
 
 
 @pytest.mark.slow

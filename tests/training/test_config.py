@@ -105,7 +105,7 @@ def test_presets_have_the_numbers_of_the_papers_appendix_d() -> None:
         for name, config in PRESETS.items()
     }
     assert rates["sd15"] == rates["sd15-4step"] == (2e-6, 2e-5, 256, 3.5)
-    assert rates["sdxl-512"] == rates["sdxl-1024"] == (1e-6, 5e-6, 64, 8.0)
+    assert rates["sdxl-512"] == rates["sdxl-1024"] == (1e-4, 4e-4, 64, 8.0)  # LoRA; all weights: 1e-6, 5e-6
     assert rates["pixart"] == rates["pixart-1024"] == (2e-6, 2e-5, 32, 3.5)
     steps = {name: config.steps for name, config in PRESETS.items()}
     assert (steps["sd15"], steps["sd15-4step"], steps["pixart"]) == (20_000, 3_000, 500)
