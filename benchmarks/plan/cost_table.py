@@ -54,6 +54,8 @@ class CostTable:
     """Seconds of encoding a picture's file, beside the engine."""
     front_s: Seconds = 0.0
     """Seconds of a lone request outside the engine: HTTP, routing, hand-over."""
+    overhead_s: Seconds = 0.0
+    """Seconds that a picture takes from the calls of others: admission, noise, its file, a client on the same cores."""
     deviation: Seconds = 0.0
     """Mean absolute deviation of a call from its cost, as a share of it."""
     usd_per_hour: Seconds | None = None
@@ -104,7 +106,8 @@ class CostTable:
         """
         costs = next(iter(self.sizes.values()))
         shares_s = [min(seconds / n for n, seconds in one.items()) for one in (costs.denoise_s, costs.decode_s)]
-        return 1 / (min(s / n for n, s in self.text_s.items()) + (steps or self.steps) * shares_s[0] + shares_s[1])
+        text_s = min(seconds / n for n, seconds in self.text_s.items())
+        return 1 / (self.overhead_s + text_s + (steps or self.steps) * shares_s[0] + shares_s[1])
 
     def calls(self) -> Iterator[tuple[Kind, BatchSeconds]]:
         """Yield each kind of call with its costs."""

@@ -7,11 +7,12 @@ import itertools
 import math
 import statistics
 import time
+from dataclasses import replace
 
 from benchmarks.load import Recording, closed_loop
 from benchmarks.machine import environment
 from benchmarks.plan.cost_table import CostTable, SizeCosts
-from benchmarks.targets import EngineTarget, OpenAITarget, Target, http_session
+from benchmarks.targets import EngineTarget, OpenAITarget, http_session
 from benchmarks.workload import Workload
 from tdm_runtime.engine.engine import DiffusionEngine
 from tdm_runtime.engine.intake import call_kind
@@ -19,6 +20,7 @@ from tdm_runtime.media.image_file import encode_image
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.scheduling.cost_model import CostModel, Kind
 
+MOST_IN_FLIGHT = 16
 LONE_REQUESTS = 20
 """Requests, one at a time, whose median way outside the engine is `CostTable.front_s`."""
 
@@ -28,12 +30,15 @@ def profile(engine: DiffusionEngine, seconds: float, base_url: str | None = None
 
     Args:
         engine: A running, warmed-up engine.
-        seconds: Duration of a load of 1, then 4, then 16 requests in flight, of all step counts.
+        seconds: Duration of a load of 1, 4, then 16 requests in flight of all step counts, then 16 of the fewest steps.
         base_url: Server whose way to the client is measured too; None measures the way through this process.
     """
     model, recipe = engine.model, engine.model.recipe
     workload = Workload(steps=recipe.step_counts, sizes=recipe.native_sizes, tag=f"profile {time.time_ns()}")
-    asyncio.run(_load(EngineTarget(engine), workload, seconds))
+    for in_flight in (1, 4, MOST_IN_FLIGHT):
+        _pictures_per_second(engine, workload, in_flight, seconds / 4)
+    quickest = replace(workload, steps=recipe.step_counts[:1], sizes=recipe.native_sizes[:1])
+    rate = _pictures_per_second(engine, quickest, MOST_IN_FLIGHT, seconds / 4)
     front_s = asyncio.run(_front_s(engine, base_url))
     engine.costs.pass_time(time.monotonic())
     sizes, deviations = {}, []
@@ -50,7 +55,7 @@ def profile(engine: DiffusionEngine, seconds: float, base_url: str | None = None
     began_s = time.perf_counter()
     encode_image(pixels.pixels, "png")
     encode_s = time.perf_counter() - began_s
-    return CostTable(
+    table = CostTable(
         name=recipe.name,
         machine=str(environment()),
         source=f"measured with {model.backend}",
@@ -62,11 +67,13 @@ def profile(engine: DiffusionEngine, seconds: float, base_url: str | None = None
         deviation=statistics.fmean(deviations),
         default_steps=recipe.default_steps,
     )
+    return replace(table, overhead_s=max(0.0, 1 / rate - 1 / table.capacity(recipe.step_counts[0])))
 
 
-async def _load(target: Target, workload: Workload, seconds: float) -> None:
-    for in_flight in (1, 4, 16):
-        await closed_loop(target, workload.requests(), in_flight, Recording(), seconds / 3)
+def _pictures_per_second(engine: DiffusionEngine, workload: Workload, in_flight: int, seconds: float) -> float:
+    recording = Recording()
+    asyncio.run(closed_loop(EngineTarget(engine), workload.requests(), in_flight, recording, seconds))
+    return sum(record.is_completed for record in recording.records) / recording.duration_s
 
 
 async def _front_s(engine: DiffusionEngine, base_url: str | None) -> float:

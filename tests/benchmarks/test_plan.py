@@ -51,12 +51,14 @@ def test_a_lone_request_takes_the_sum_of_its_calls() -> None:
     assert TABLE.unloaded_s() == pytest.approx(LONE_S)
 
 
-def test_at_saturation_a_replica_makes_its_capacity() -> None:
+@pytest.mark.parametrize("overhead_s", [0.0, 0.02])
+def test_at_saturation_a_replica_makes_its_capacity(overhead_s: float) -> None:
     """Each picture takes its share of calls of the best size: 4 prompts, 4 steps, 2 decodes."""
-    assert TABLE.capacity() == pytest.approx(1 / (0.001 + 4 * 0.007 + 0.004))
+    table = replace(TABLE, overhead_s=overhead_s)
+    assert table.capacity() == pytest.approx(1 / (overhead_s + 0.001 + 4 * 0.007 + 0.004))
     fleet = Fleet(engine=EngineConfig(max_live=1000))
-    result = Simulation([TABLE], fleet).run([0.0] * 400, Workload(steps=(4,)).requests())
-    assert figures(result.recording)["request_throughput"] == pytest.approx(TABLE.capacity(), rel=0.03)
+    result = Simulation([table], fleet).run([0.0] * 400, Workload(steps=(4,)).requests())
+    assert figures(result.recording)["request_throughput"] == pytest.approx(table.capacity(), rel=0.03)
 
 
 def test_joining_answers_in_time_where_other_policies_do_not() -> None:
