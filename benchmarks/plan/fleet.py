@@ -250,17 +250,18 @@ class Simulation:
             if replica.is_stopping:
                 self._replicas.remove(replica)
             return
-        first_s = 0.0
+        overhead_s = 0.0
         for task in batch:
             if not task.needs_text and not task.has_started:
                 task.steps_taken = task.steps_left
-                first_s += task.asked.table.overhead_s
+                overhead_s += task.asked.table.overhead_s
         kind = batch[0].call_kind
         # The mean of |chance - 1| is the deviation, and that of chance is 1, while deviations are small.
         sigma = batch[0].asked.table.deviation * math.sqrt(math.pi / 2)
         chance = math.exp(self._rng.normal(0.0, sigma) - sigma**2 / 2)
-        seconds = self._truth.seconds(kind, len(batch)) * chance + first_s
-        self._at(now_s + seconds, partial(self._end_call, replica, now_s))
+        seconds = self._truth.seconds(kind, len(batch)) * chance
+        began_s = now_s + overhead_s
+        self._at(began_s + seconds, partial(self._end_call, replica, began_s))
 
     def _end_call(self, replica: _Replica, began_s: float, now_s: float) -> None:
         if replica.is_lost:
