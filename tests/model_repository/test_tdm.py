@@ -64,6 +64,18 @@ def test_previews_come_before_the_picture(triton: TritonServer) -> None:
     assert not np.array_equal(answer.responses[0]["generated_image"], answer.picture["generated_image"])
 
 
+def test_previews_of_requests_in_flight_together_keep_their_order(triton: TritonServer) -> None:
+    """Several threads encode and send them."""
+    fields = BODY | {"num_inference_steps": 4, "previews": True, "output_format": "webp"}
+    with stream_to(triton.grpc) as stream:
+        for n in range(48):
+            stream.send(fields | {"seed": n}, str(n))
+        answers = stream.receive()
+    for answer in answers.values():
+        assert [response["num_inference_steps"] for response in answer.responses] == [1, 2, 3, 4]
+        assert [response["is_preview"] for response in answer.responses] == [True, True, True, False]
+
+
 @pytest.mark.parametrize("image_format", ["png", "webp", "jpeg"])
 def test_a_file_holds_the_picture_and_its_parameters(
     triton: TritonServer, reference: LoadedModel, image_format: str

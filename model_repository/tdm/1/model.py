@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import math
 import threading
+from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -41,6 +43,37 @@ STOP_S = 1.0
 MAX_ENCODERS = 2
 """Threads that encode and send pictures."""
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+
+
+class Answers:
+    """Responses of one request. They are made and sent one after the other, in order, whichever thread does it."""
+
+    def __init__(self, senders: ThreadPoolExecutor) -> None:
+        self._senders = senders
+        self._lock = threading.Lock()
+        self._tasks: deque[Callable[[], None]] = deque()
+        self._is_running = False
+
+    def add(self, task: Callable[[], None]) -> None:
+        """Make and send a response after those added before."""
+        with self._lock:
+            self._tasks.append(task)
+            if self._is_running:
+                return
+            self._is_running = True
+        self._senders.submit(self._run)
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                if not self._tasks:
+                    self._is_running = False
+                    return
+                task = self._tasks.popleft()
+            try:
+                task()
+            except Exception as error:  # the responses after it are still owed
+                pb_utils.Logger.log_error(f"a response was not sent: {type(error).__name__}: {error}")
 
 
 class TritonPythonModel:
@@ -88,8 +121,10 @@ class TritonPythonModel:
         order = read_order({tensor.name(): tensor.as_numpy() for tensor in request.inputs()}, self._engine.model.recipe)
         self._safety.check_prompt(order.params.prompt)
 
+        answers = Answers(self._senders)
+
         def show(preview: Preview) -> None:
-            self._senders.submit(self._send_preview, order, sender, preview)
+            answers.add(partial(self._send_preview, order, sender, preview))
 
         delivery = Delivery(
             latency_budget_ms=order.latency_budget_ms,
@@ -103,7 +138,7 @@ class TritonPythonModel:
             self._live[future] = sender
             self._wake.notify()
         finish = partial(self._finish, order, sender, _is_from_model(request))
-        future.add_done_callback(partial(self._senders.submit, finish))
+        future.add_done_callback(lambda done: answers.add(partial(finish, done)))
 
     def _send_preview(self, order: Order, sender: Any, preview: Preview) -> None:
         """Send a preview; of a clip its first frame, a picture."""
