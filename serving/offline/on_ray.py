@@ -103,7 +103,11 @@ def render_on_ray(
             Worker,
             fn_constructor_args=(config, options, num_in_flight),
             batch_size=None,
-            compute=ActorPoolStrategy(size=cluster.workers, max_tasks_in_flight_per_actor=OPEN_CHUNKS),
+            compute=ActorPoolStrategy(
+                size=cluster.workers,
+                max_tasks_in_flight_per_actor=OPEN_CHUNKS,
+                enable_true_multi_threading=True,  # otherwise a chunk begins when the one before has ended
+            ),
             num_cpus=1,
             num_gpus=cluster.gpus_per_worker or None,
             ray_remote_args_fn=lambda: {"max_concurrency": OPEN_CHUNKS},

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tdm_runtime.backends import Precision
 from tdm_runtime.backends.buckets import MAX_BATCH_BUCKET, in_buckets
-from tdm_runtime.backends.cpu import cpu_features
+from tdm_runtime.backends.cpu import cores, cpu_features
 from tdm_runtime.errors import BackendError
 
 if TYPE_CHECKING:
@@ -54,6 +54,8 @@ class OpenVINOBackend:
         self._is_large = weights.is_file() and weights.stat().st_size > LARGE_BYTES
         self._config = {
             "PERFORMANCE_HINT": "LATENCY",
+            # Fewer threads than cores leave cores to other processes, which would pin theirs to the same first ones.
+            "ENABLE_CPU_PINNING": threads is None or threads >= cores(),
             "INFERENCE_PRECISION_HINT": precision_hint(precision, has_bf16(), has_amx_int8()),
             **({"INFERENCE_NUM_THREADS": threads} if threads else {}),
         }

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tdm_runtime.backends import Precision
+from tdm_runtime.backends import openvino as openvino_backend
 from tdm_runtime.backends.openvino import OpenVINOBackend, has_bf16, precision_hint
 from tdm_runtime.checkpoint.folder import open_checkpoint
 from tdm_runtime.engine.engine import DiffusionEngine, EngineConfig
@@ -154,6 +155,18 @@ def test_bf16_is_refused_on_a_cpu_without_it() -> None:
 def test_a_precision_that_openvino_does_not_run_on_cpus_is_refused(tiny_artifacts: Path, precision: Precision) -> None:
     with pytest.raises(BackendError, match=f"openvino does not run {precision} on a CPU; choose fp32, bf16 or int8"):
         OpenVINOBackend(tiny_artifacts / "denoiser.xml", precision)
+
+
+@pytest.mark.parametrize(("threads", "is_pinned"), [(1, False), (2, True), (None, True)])
+def test_threads_are_pinned_only_if_a_call_takes_all_cores(
+    tiny_artifacts: Path, threads: int | None, is_pinned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two processes of one thread each would otherwise share the first core."""
+    monkeypatch.setattr(openvino_backend, "cores", lambda: 2)
+    backend = OpenVINOBackend(tiny_artifacts / "decoder.xml", "fp32", threads)
+    backend(torch.zeros(1, 4, 2, 3))
+    (program,) = backend._programs.values()
+    assert program._request.get_compiled_model().get_property("ENABLE_CPU_PINNING") == is_pinned
 
 
 def test_an_unreadable_model_file_is_refused(tiny_artifacts: Path, tmp_path: Path) -> None:
