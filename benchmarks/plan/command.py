@@ -109,11 +109,7 @@ def run_plan(given: argparse.Namespace) -> int:
         raise ValueError(f"--shares has {len(given.shares)} values for {len(tables)} tables; give one for each")
     for table in tables:
         _check(given, table)
-    results = []
-    for fleet, rate in _cases(given, tables):
-        trace = _trace(given, rate, tables)
-        result = Simulation(tables, fleet, given.shares, given.seed).run(trace.arrivals, trace.requests)
-        results.append(_summary(given, tables, fleet, rate, result))
+    results = [_summary(given, tables, *case) for case in _cases(given, tables)]
     for table in tables:
         print(f"{table.name} on {table.machine} ({table.source})")
     print(f"goodput is within {_slo_ms(given, tables):.0f} ms\n")
@@ -146,8 +142,8 @@ def _check(given: argparse.Namespace, table: CostTable) -> None:
             raise ValueError(f"{table.name} makes no pictures of {steps} steps; it makes them of {counts}")
 
 
-def _cases(given: argparse.Namespace, tables: Sequence[CostTable]) -> Iterator[tuple[Fleet, float]]:
-    """Yield the fleets and the request rates to simulate; with --target the smallest fleet that reaches it."""
+def _cases(given: argparse.Namespace, tables: Sequence[CostTable]) -> Iterator[tuple[Fleet, float, Result]]:
+    """Simulate the fleets at the request rates; with --target yield the smallest fleet that reaches it."""
     for policy in given.policy:
         for route in given.route:
             fleet = Fleet(
@@ -159,10 +155,16 @@ def _cases(given: argparse.Namespace, tables: Sequence[CostTable]) -> Iterator[t
                 route=route,
             )
             for rate in _rates(given, tables, 1) if given.target else ():
-                yield _smallest(given, tables, fleet, rate), rate
+                yield _smallest(given, tables, fleet, rate)
             for replicas in () if given.target else given.replicas:
                 for rate in _rates(given, tables, replicas):
-                    yield replace(fleet, replicas=replicas), rate
+                    sized = replace(fleet, replicas=replicas)
+                    yield sized, rate, _simulated(given, tables, sized, rate)
+
+
+def _simulated(given: argparse.Namespace, tables: Sequence[CostTable], fleet: Fleet, rate: float) -> Result:
+    trace = _trace(given, rate, tables)
+    return Simulation(tables, fleet, given.shares, given.seed).run(trace.arrivals, trace.requests)
 
 
 def _rates(given: argparse.Namespace, tables: Sequence[CostTable], replicas: int) -> Sequence[float]:
@@ -175,17 +177,19 @@ def _rates(given: argparse.Namespace, tables: Sequence[CostTable], replicas: int
     return [load * replicas / mean_s for load in given.load]
 
 
-def _smallest(given: argparse.Namespace, tables: Sequence[CostTable], fleet: Fleet, rate: float) -> Fleet:
-    """Return the fleet with the fewest replicas whose share of goodput reaches the target.
+def _smallest(
+    given: argparse.Namespace, tables: Sequence[CostTable], fleet: Fleet, rate: float
+) -> tuple[Fleet, float, Result]:
+    """Return the fleet with the fewest replicas whose share of goodput reaches the target, the rate, and its result.
 
     Raises:
         ValueError: `MOST_REPLICAS` do not reach it.
     """
 
+    results: dict[int, Result] = {}
+
     def reaches(replicas: int) -> bool:
-        tried = replace(fleet, replicas=replicas)
-        trace = _trace(given, rate, tables)
-        result = Simulation(tables, tried, given.shares, given.seed).run(trace.arrivals, trace.requests)
+        results[replicas] = result = _simulated(given, tables, replace(fleet, replicas=replicas), rate)
         share = figures(result.recording, _slo_ms(given, tables))["goodput_share"]
         return share is not None and share >= given.target
 
@@ -199,7 +203,7 @@ def _smallest(given: argparse.Namespace, tables: Sequence[CostTable], fleet: Fle
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if reaches(middle) else (middle, high)
-    return replace(fleet, replicas=high)
+    return replace(fleet, replicas=high), rate, results[high]
 
 
 def _trace(given: argparse.Namespace, rate: float, tables: Sequence[CostTable]) -> Trace:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -60,7 +60,7 @@ class CostTable:
     """Mean absolute deviation of a call from its cost, as a share of it."""
     usd_per_hour: Seconds | None = None
     """Price of one replica; None if it is not known."""
-    default_steps: int = field(default=0)
+    default_steps: int = 0
     """Step count of requests that name none; 0 is the largest."""
 
     @property
