@@ -19,7 +19,7 @@ from training.methods.precision import Precision
 LATENTS_FILE = "latents.npy"
 FRAME_SHAPE = (4, 16, 16)
 """Latents of a frame, [C, H, W]."""
-CLIPS = 972
+CLIPS = 1944
 
 
 def encode_clips(

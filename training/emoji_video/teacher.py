@@ -29,7 +29,7 @@ STAGE = "video-teacher"
 class VideoTeacherConfig:
     """Settings of the clip teacher's training."""
 
-    loop: LoopConfig = LoopConfig(steps=1850, log_every=10)
+    loop: LoopConfig = LoopConfig(steps=2600, log_every=10)
     batch_size: int = 6
     frames: int = 3
     """Frames of a clip that an iteration trains on, before `whole_from`."""
@@ -43,6 +43,8 @@ class VideoTeacherConfig:
     high_noise_share: float = 0.65
     """Share of timesteps drawn from `high_noise_from` upwards. There a clip's motion is decided."""
     high_noise_from: int = 600
+    spinning_share: float = 0.3
+    """Share of clips that spin. A turned glyph is a new picture in each frame; other motions keep it upright."""
     one_way_until: float = 0.15
     """Share of the iterations before which `REVERSED` motions are left out. A motion and its reverse together have
     a mean without direction, from which training hardly moves; one of them alone shows the way of time."""
@@ -65,7 +67,9 @@ def draw_clips(config: VideoTeacherConfig, step: int, count: int, generator: tor
     """Draw the numbers of an iteration's clips, out of `count`."""
     is_one_way = step < config.one_way_until * config.loop.steps
     motions = [n for n, motion in enumerate(MOTIONS) if not (is_one_way and motion in REVERSED)]
-    chosen = torch.randint(len(motions), (config.batch_size,), generator=generator).tolist()
+    others = (1.0 - config.spinning_share) / (len(motions) - 1)
+    shares = torch.tensor([config.spinning_share if MOTIONS[m] == "spinning" else others for m in motions])
+    chosen = torch.multinomial(shares, config.batch_size, replacement=True, generator=generator).tolist()
     rounds = torch.randint(count // len(MOTIONS), (config.batch_size,), generator=generator).tolist()
     # Motions take turns in the stream of clips.
     return [a_round * len(MOTIONS) + motions[m] for a_round, m in zip(rounds, chosen, strict=True)]
