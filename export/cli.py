@@ -14,6 +14,7 @@ from typing import get_args
 
 from tdm_runtime.backends import BackendName, Precision
 from tdm_runtime.backends.machine import gpu_architecture, installed
+from tdm_runtime.backends.openvino import has_bf16
 from tdm_runtime.backends.tensorrt_library import PACKAGES
 from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT, Checkpoint, open_checkpoint
 from tdm_runtime.checkpoint.manifest import Manifest, default_artifacts, kernel_choice, load_manifest
@@ -79,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--precision",
         help="comma list of "
         + "; ".join(f"{backend}: {', '.join(precisions)}" for backend, precisions in PRECISIONS.items())
-        + " (the first of each backend)",
+        + " (default: the first of each backend; openvino: fp32 on a CPU without bf16)",
     )
     parser.add_argument(
         "--gpu",
@@ -119,11 +120,17 @@ def _targets(parser: argparse.ArgumentParser, backends: str, precisions: str | N
         if backend not in EXPORTED:
             parser.error(f"unknown backend {backend!r}; choose from {', '.join(EXPORTED)}")
         built = PRECISIONS[backend]
-        chosen = built[:1] if wanted is None else tuple(precision for precision in built if precision in wanted)
+        chosen = [precision for precision in built if precision in (wanted or [_default_precision(backend)])]
         if not chosen:
             parser.error(f"{backend} is built at {', '.join(built)}; --precision names none of them")
         targets += [(backend, precision) for precision in chosen]
     return tuple(targets)
+
+
+def _default_precision(backend: BackendName) -> Precision:
+    """Return the first precision of a backend, or fp32 on a CPU that does not compute in bfloat16."""
+    first = PRECISIONS[backend][0]
+    return "fp32" if backend == "openvino" and not has_bf16() else first
 
 
 def _and_those_there(

@@ -94,6 +94,11 @@ def test_a_second_run_builds_nothing_and_says_up_to_date(run: Run, folder: Path,
     assert state(folder) == before
 
 
+def test_a_cpu_without_bf16_gets_fp32_by_default(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("export.cli.has_bf16", lambda: False)
+    assert f"{folder} is up to date" in run()  # it holds openvino fp32, not bf16
+
+
 def test_parity_of_another_cpu_is_shown_as_such(run: Run, folder: Path, tiny_checkpoint: Path) -> None:
     says = "its parity was measured on another CPU; `--verify` measures it on this one"
     assert says not in run("--backend", "onnxruntime")
