@@ -211,6 +211,8 @@ def split_stages(timings: Mapping[str, Any], round_trip_ms: float, transport: st
     if "queue_ms" not in timings:
         return {}
     stages = {"queue": float(timings["queue_ms"]), "text": float(timings["text_ms"])}
+    if timings.get("image_ms"):
+        stages["image"] = float(timings["image_ms"])
     stages |= {f"step {n}": float(step_ms) for n, step_ms in enumerate(timings["steps_ms"], 1)}
     stages |= {"decode": float(timings["decode_ms"]), "encode": float(timings["encode_ms"])}
     total_ms = timings.get("total_ms")

@@ -48,14 +48,14 @@ class _Positional(nn.Module):
     def _tie_sizes(self, inputs: Sequence[Tensor]) -> None:
         """Declare that sizes with the same name are equal, because torch.export gives every axis its own symbol.
 
-        A multiple of a size comes after that size.
+        A multiple comes after its size, or declares that it is divisible.
         """
         first: dict[str, int] = {}
         for tensor, spec in zip(inputs, self._specs, strict=True):
             for axis, size_name in _named_axes(spec).items():
                 name, factor = name_and_factor(size_name)
                 size = tensor.shape[axis]
-                torch._check(size == factor * first.setdefault(name, size))  # type: ignore[no-untyped-call]
+                torch._check(size == factor * first.setdefault(name, size // factor))  # type: ignore[no-untyped-call]
 
 
 def export_onnx(

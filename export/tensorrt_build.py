@@ -91,7 +91,7 @@ def _onnx_in(
 ) -> Iterator[tuple[str, Path]]:
     """Yield each program of a component with its ONNX file in a precision, which is written unless it is float32."""
     dtype = TORCH_DTYPES["fp16" if precision == "fp8" else precision]
-    if component == "decoder":
+    if component in ("encoder", "decoder"):
         dtype = checkpoint.decoder_dtype(dtype)
     if dtype == torch.float32:
         yield from ((name, folder / f"{name}.onnx") for name in program_names(checkpoint, component))

@@ -98,6 +98,8 @@ class ServerConfig:
     body_timeout_s: float = 10.0
     """Time that a client has to send its body, in seconds."""
     max_body_bytes: int = 64 * 1024
+    max_picture_body_bytes: int = 16 * 1024 * 1024
+    """Most bytes of a request that brings pictures."""
     drain_timeout_s: float = 20.0
     """Time that accepted requests have to finish after SIGTERM, in seconds."""
     log_level: str = "warning"

@@ -14,9 +14,11 @@ from typing import get_args
 
 from tdm_runtime.backends import BACKENDS, PRECISIONS, PROVIDER_NAMES, TORCH_BACKENDS
 from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT, open_checkpoint
-from tdm_runtime.checkpoint.recipe import Adapter
+from tdm_runtime.checkpoint.recipe import Adapter, Recipe
 from tdm_runtime.checkpoint.stock.text_precision import TEXT_PRECISIONS, TextConfig
+from tdm_runtime.edit import Edit, default_strength
 from tdm_runtime.errors import BackendError, CheckpointError, TDMError, shown
+from tdm_runtime.media.given_picture import read_mask, read_picture, to_edit
 from tdm_runtime.media.image_file import ImageFormat, describe_parameters, encode_image
 from tdm_runtime.media.made_file import FileFormat, encode_made
 from tdm_runtime.media.receipt import Receipt, read_claims, receipt_of
@@ -57,9 +59,11 @@ def main(arguments: list[str] | None = None) -> int:
         )
     if output is not None and not output.resolve().parent.is_dir():
         parser.error(f"the folder of {output} does not exist")
+    if given.image is None and (given.mask or given.strength is not None):
+        parser.error("--mask and --strength are about --image, which is missing")
     try:
         if given.verify is not None:
-            return verify(given.verify, given.checkpoint, given.lora, backend_config(given).text)
+            return verify(given)
         return make_picture(given)
     except (TDMError, ValueError, OSError) as error:
         print(f"tdm-generate: {error}", file=sys.stderr)
@@ -89,6 +93,18 @@ def _parser() -> argparse.ArgumentParser:
         "--decoder", choices=get_args(DecoderName), default="full", help="tiny is cheaper (%(default)s)"
     )
     parser.add_argument(
+        "--image", type=Path, help="picture to edit; it is scaled to --size, by default the nearest size that is made"
+    )
+    parser.add_argument(
+        "--mask", type=Path, help="where --image changes: transparent there or, if it is opaque, white there"
+    )
+    parser.add_argument(
+        "--strength",
+        type=float,
+        help="how much of --image is made anew, above 0 to 1: of K steps the last ceil(K strength) run "
+        f"({default_strength(False)}, with --mask {default_strength(True)})",
+    )
+    parser.add_argument(
         "--previews", action="store_true", help="also write the picture that each step but the last expects"
     )
     parser.add_argument(
@@ -113,7 +129,7 @@ def make_picture(given: argparse.Namespace) -> int:
     formats: Mapping[str, FileFormat] = FORMATS if recipe.frames is None else CLIP_FORMATS
     if output.suffix.lower() not in formats:
         raise ValueError(f"the output is {output}; {recipe.name} makes {made}: {', '.join(formats)}")
-    width, height = recipe.native_sizes[0] if given.size is None else parse_size(given.size)
+    width, height = _size(given, recipe)
     params = SamplingParams(
         prompt=given.prompt,
         seed=secrets.randbelow(MAX_SEED + 1) if given.seed is None else given.seed,
@@ -124,6 +140,7 @@ def make_picture(given: argparse.Namespace) -> int:
         guidance_scale=given.guidance,
         frames=recipe.default_frames if given.frames is None else given.frames,
         fps=given.fps,
+        edit=_edit(given, width, height),
     )
     previews: dict[Path, Pixels] = {}
 
@@ -144,18 +161,20 @@ def make_picture(given: argparse.Namespace) -> int:
         output.write_bytes(encode_made(model, params, pixels, formats[output.suffix.lower()], receipt=receipt))
     except OSError as error:
         raise OSError(f"{output} cannot be written: {error.strerror}") from None
-    done = f"{params.num_inference_steps} steps, seed {params.seed}, {elapsed_ms:.0f} ms on {model.backend}"
+    steps = f"{params.num_steps} of {params.num_inference_steps}" if params.edit else f"{params.num_inference_steps}"
+    done = f"{steps} steps, seed {params.seed}, {elapsed_ms:.0f} ms on {model.backend}"
     print(f"{output}: {done}")
     return 0
 
 
-def verify(file: Path, checkpoint: Path, adapters: Sequence[Adapter] = (), text: TextConfig = TextConfig()) -> int:
+def verify(given: argparse.Namespace) -> int:
     """Make the pictures of a file's receipts again. Returns the exit status.
 
     Raises:
-        TDMError, OSError: the file holds no receipt, or the receipt names another checkpoint or a backend that
-            cannot run here.
+        TDMError, OSError: the file holds no receipt, or the receipt names another checkpoint, another given picture or
+            a backend that cannot run here.
     """
+    file, checkpoint, text = given.verify, given.checkpoint, backend_config(given).text
     status = 0
     for claim in read_claims(file):
         receipt = claim.receipt
@@ -166,17 +185,41 @@ def verify(file: Path, checkpoint: Path, adapters: Sequence[Adapter] = (), text:
         if not 0 <= threads <= MAX_THREADS:
             raise BackendError(f"the receipt's threads are {threads}; at most {MAX_THREADS} are started")
         config = BackendConfig(backend, precision, threads, text=text)
-        model = _model_of(receipt, checkpoint, config, adapters)
+        model = _model_of(receipt, checkpoint, config, given.lora)
         if model.digest != receipt.digest:
             raise CheckpointError(
                 f"the receipt is of {shown(receipt.model)} {receipt.digest[:12]} and {checkpoint} is "
                 f"{model.recipe.name} {model.digest[:12]}; name its folder with --checkpoint"
             )
-        problem = claim.check(generate(model, receipt.to_params()))
+        edit = _edit(given, receipt.width, receipt.height, receipt.strength)
+        problem = claim.check(generate(model, receipt.to_params(edit)))
         said = "reproduced" if problem is None else f"not reproduced: {problem}"
         print(f"{file}: seed {receipt.seed}, {receipt.num_inference_steps} steps on {receipt.backend}, {said}")
         status = status or int(problem is not None)
     return status
+
+
+def _size(given: argparse.Namespace, recipe: Recipe) -> tuple[int, int]:
+    """Return width and height in pixels: the size asked for, or of an edit the size nearest to the given picture."""
+    if given.size is not None:
+        return parse_size(given.size)
+    if given.image is None:
+        return recipe.native_sizes[0]
+    return recipe.nearest_size(*read_picture(given.image.read_bytes()).size)
+
+
+def _edit(given: argparse.Namespace, width: int, height: int, strength: float | None = None) -> Edit | None:
+    """Return the edit of --image, --mask and --strength in a size, in pixels; None without --image.
+
+    Args:
+        strength: of a receipt; None takes that of the command.
+    """
+    if given.image is None:
+        return None
+    mask = None if given.mask is None else read_mask(given.mask.read_bytes())
+    if strength is None:
+        strength = given.strength if given.strength is not None else default_strength(mask is not None)
+    return to_edit(read_picture(given.image.read_bytes()), strength, width, height, mask)
 
 
 def _model_of(receipt: Receipt, checkpoint: Path, config: BackendConfig, adapters: Sequence[Adapter]) -> LoadedModel:

@@ -10,6 +10,7 @@ from typing import Literal, get_args
 
 from tdm_runtime.checkpoint.frame_rule import MAX_FRAMES
 from tdm_runtime.checkpoint.recipe import MAX_FPS, MAX_GUIDANCE_SCALE, Recipe
+from tdm_runtime.edit import Edit
 from tdm_runtime.errors import InvalidRequestError, shown
 
 DecoderName = Literal["full", "tiny"]
@@ -52,6 +53,13 @@ class SamplingParams:
     """Number of frames of a clip; None for a picture."""
     fps: int | None = None
     """Frames per second at which a clip is shown, 1..120; None takes the recipe's. It changes no pixel."""
+    edit: Edit | None = None
+    """Picture to start from; None starts from noise alone."""
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that really run: an edit leaves out the first of `num_inference_steps`."""
+        return self.num_inference_steps if self.edit is None else self.edit.num_steps(self.num_inference_steps)
 
     def __post_init__(self) -> None:
         _check_prompt(self.prompt)
@@ -99,6 +107,7 @@ class SamplingParams:
             )
         self._check_size(recipe)
         self._check_frames(recipe)
+        self._check_edit(recipe)
         if self.guidance_scale is not None and recipe.guidance_scale is None:
             raise InvalidRequestError(
                 f"guidance_scale is {shown(self.guidance_scale)}; {recipe.name} has guidance distilled in "
@@ -146,6 +155,22 @@ class SamplingParams:
             raise InvalidRequestError(
                 f"frames is {self.frames}; {recipe.name} makes clips of {rule}: take {rule.nearest(self.frames)}",
                 param="frames",
+            )
+
+    def _check_edit(self, recipe: Recipe) -> None:
+        if self.edit is None:
+            return
+        if recipe.frames is not None:
+            raise InvalidRequestError(f"{recipe.name} makes clips and edits no picture; leave image out", param="image")
+        if self.noise_angle:
+            raise InvalidRequestError(
+                f"noise_angle is {self.noise_angle}; an edit starts from the noise at angle 0", param="noise_angle"
+            )
+        height, width, _ = self.edit.pixels.shape
+        if (width, height) != (self.width, self.height):
+            raise InvalidRequestError(
+                f"the given picture is {width}x{height}; scale it to the size to make, {self.width}x{self.height}",
+                param="image",
             )
 
 

@@ -29,16 +29,16 @@ def generate(model: LoadedModel, params: SamplingParams, on_preview: OnPreview |
         NotFiniteError: the model produced NaN or infinity.
     """
     model.check(params)
-    table = model.recipe.step_table(params.num_inference_steps, params.width, params.height)
+    table = model.step_table(params)
     device = model.denoiser.device
     prompt = model.conditioning(model.embedding(params), params)
     step_counts = torch.tensor([params.num_inference_steps], device=device)
-    noise = model.noise(params)
+    start = model.start(params)
 
     def predict(latents: Tensor, timesteps: Tensor) -> Tensor:
         return denoise([model], latents, timesteps, step_counts, prompt, [model.lora_factor(params)])
 
-    steps = solve(table, noise.initial()[None].to(device), predict, noise.of_step)
+    steps = solve(table, start.initial[None], predict, start.noise.of_step, start.known)
     for steps_taken, step in enumerate(steps, start=1):
         latents, denoised = step
         if on_preview is not None and steps_taken < table.num_inference_steps:
@@ -46,4 +46,4 @@ def generate(model: LoadedModel, params: SamplingParams, on_preview: OnPreview |
     if not torch.isfinite(latents).all():
         raise NotFiniteError("the model produced NaN or infinity for this request; no picture was made")
     picture: Pixels = model.decoders[params.decoder].decode(latents)[0]
-    return picture
+    return picture if params.edit is None else params.edit.blended(picture)

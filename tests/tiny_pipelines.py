@@ -213,13 +213,13 @@ TEXT_PARTS: Mapping[str, Callable[[], dict[str, Any]]] = {
 """Family -> what its pipeline takes beside denoiser, VAE and scheduler, by folder."""
 
 
-def kl_vae() -> AutoencoderKL:
+def kl_vae(latent_channels: int = 4) -> AutoencoderKL:
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         block_out_channels=(4, 4, 4, 4),
         norm_num_groups=2,
-        latent_channels=4,
+        latent_channels=latent_channels,
     )
 
 

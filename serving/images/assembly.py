@@ -30,7 +30,8 @@ def to_images(model: LoadedModel, pictures: Sequence[Picture], encoding: ImageEn
         else:
             written, quality = receipt if encoding.metadata else None, encoding.compression
             content = encode_made(model, params, pixels, encoding.output_format, receipt=written, compression=quality)
-        images.append(MadeImage(content, params.seed, params.num_inference_steps, picture.is_cached, receipt))
+        steps = params.num_inference_steps, params.num_steps
+        images.append(MadeImage(content, params.seed, *steps, picture.is_cached, receipt))
     return images
 
 
@@ -74,6 +75,7 @@ def to_timings(slowest: Timings, waited_ms: float, encode_ms: float, total_ms: f
         decode_ms=slowest.decode_ms,
         encode_ms=encode_ms,
         total_ms=total_ms,
+        image_ms=slowest.image_ms,
     )
 
 

@@ -61,7 +61,7 @@ def key_of(order: ImageOrder, digest: str) -> str:
     """Return the hash of all that determines a picture's file, but its backend, which the receipt names."""
     (params,), encoding = order.pictures, order.encoding
     facts = [
-        asdict(params),
+        {name: value for name, value in asdict(params).items() if name != "edit"},  # no line of a file edits
         order.model,
         digest,
         order.delivery.strict,

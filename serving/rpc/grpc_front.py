@@ -55,7 +55,7 @@ class GRPCFront:
         Raises:
             OSError: the server cannot listen on the address.
         """
-        limits = LIMITS | {"grpc.max_receive_message_length": services.config.max_body_bytes}
+        limits = LIMITS | {"grpc.max_receive_message_length": services.config.max_picture_body_bytes}
         server = grpc.aio.server(interceptors=(Edge(services),), options=tuple(limits.items()))
         images_pb2_grpc.add_ImageServiceServicer_to_server(ImageServicer(services), server)
         images_pb2_grpc.add_VideoServiceServicer_to_server(VideoServicer(services), server)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import asdict
+from typing import Any
 
 import grpc
 
@@ -12,7 +14,9 @@ from serving.rpc.calls import made, streamed
 from serving.rpc.messages import fields_of, filled, how_made, stream_fields_of, to_image, to_partial, wants_pixels
 from serving.rpc.protos import images_pb2 as pb
 from serving.schema.answers import ImageAnswer, PartialAnswer
+from serving.schema.edit_request import edit_order_from_fields
 from serving.schema.image_request import order_from_fields
+from serving.schema.order import ImageOrder
 
 
 class ImageServicer:
@@ -23,7 +27,7 @@ class ImageServicer:
 
     async def Generate(self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext) -> pb.GenerateResponse:
         """Make pictures."""
-        order = order_from_fields(fields_of(request), self._services.images.recipe)
+        order = await self._order(fields_of(request))
         if as_pixels := wants_pixels(request):
             order = order.as_pixels()
         return to_response(await made(self._services.images, order), as_pixels)
@@ -32,9 +36,16 @@ class ImageServicer:
         self, request: pb.GenerateStreamRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.GenerateStreamResponse]:
         """Make one picture and send previews of it."""
-        order = order_from_fields(stream_fields_of(request, request.picture), self._services.images.recipe)
+        order = await self._order(stream_fields_of(request, request.picture))
         async for part in streamed(self._services.images, order):
             yield to_event(part)
+
+    async def _order(self, fields: dict[str, Any]) -> ImageOrder:
+        """Read the fields of a request. A given picture takes long to decode, so others are answered meanwhile."""
+        recipe_of = self._services.images.recipe
+        if fields.keys() & {"image", "mask", "strength"}:
+            return await asyncio.to_thread(edit_order_from_fields, fields, recipe_of)
+        return order_from_fields(fields, recipe_of)
 
     async def ListModels(
         self, request: pb.ListModelsRequest, context: grpc.aio.ServicerContext

@@ -39,6 +39,9 @@ AS_THEY_ARE = (
     "num_frames",
     "seconds",
     "fps",
+    "image",
+    "mask",
+    "strength",
 )
 """Fields that HTTP and gRPC share, of pictures or clips. A message has either `num_inference_steps` or `auto_steps`."""
 
@@ -119,6 +122,7 @@ def to_image(image: MadeImage) -> pb.Image:
         seed=image.seed,
         num_inference_steps=image.num_inference_steps,
         is_cached=image.is_cached,
+        num_steps_taken=image.num_steps_taken,
         receipt=pb.Receipt(**filled(pb.Receipt, asdict(image.receipt))),
     )
 

@@ -37,6 +37,8 @@ class ImageTimings:
     decode_ms: float
     encode_ms: float
     total_ms: float
+    image_ms: float = 0.0
+    """Encoding the given picture of an edit."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class MadeImage:
     """A file of a picture or clip; with `ImageEncoding.pixels_only`, uint8 [H, W, 3] or [F, H, W, 3], row by row."""
     seed: int
     num_inference_steps: int
+    """Step count K. An edit takes the last of its steps; `num_steps_taken` says how many."""
+    num_steps_taken: int
     """Number of steps that were taken."""
     is_cached: bool
     """Whether the picture was made for an earlier request."""

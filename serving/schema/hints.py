@@ -20,6 +20,10 @@ FIELDS: Mapping[str, str] = {
     "num_images": "n",
     "num_images_per_prompt": "n",
     "batch_size": "n",
+    "images": "image, a file or its bytes in base64",
+    "init_image": "image, to /v1/images/edits",
+    "denoising_strength": "strength",
+    "image_strength": "strength",
 }
 """Field of another server -> the field meant."""
 _SYNTAX = {

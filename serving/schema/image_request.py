@@ -6,7 +6,7 @@ import re
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
@@ -15,6 +15,7 @@ from serving.schema.hints import prompt_warnings
 from serving.schema.order import DeliveryOptions, ImageEncoding, ImageOrder, ResponseFormat
 from serving.schema.parsing import nullable, parse_body, validate
 from tdm_runtime.checkpoint.recipe import MAX_GUIDANCE_SCALE, Recipe
+from tdm_runtime.edit import Edit
 from tdm_runtime.media.image_file import ImageFormat
 from tdm_runtime.params import MAX_LORA_SCALE, MAX_PROMPT_CHARACTERS, MAX_SEED, DecoderName, SamplingParams
 
@@ -97,7 +98,7 @@ class ImageRequest(BaseModel):
     safety_identifier: str | None = Field(None, max_length=256, description="Accepted and unused.")
     background: Literal["auto", "opaque"] | None = Field(None, description="Pictures are opaque.")
 
-    def as_file(self, formats: Sequence[ImageFormat]) -> ImageRequest:
+    def as_file(self, formats: Sequence[ImageFormat]) -> Self:
         """Return the same request, answered with the bytes of one file.
 
         Args:
@@ -142,9 +143,9 @@ class ImageRequest(BaseModel):
             raise invalid(message, "model", "invalid_value")
         pictures = self._pictures(recipe, default_seed, frames, fps)
         encoding = ImageEncoding(self.output_format, self.output_compression, self.metadata, self.response_format)
-        return ImageOrder(recipe.name, pictures, self._delivery(recipe), encoding, tuple(self._warnings()))
+        return ImageOrder(recipe.name, pictures, self._delivery(recipe), encoding, tuple(self._warnings(recipe)))
 
-    def _warnings(self) -> Iterator[str]:
+    def _warnings(self, recipe: Recipe) -> Iterator[str]:
         """Yield what the client should know: fields and words that change nothing, and seeds that wrap."""
         if self.quality not in (None, "auto", "standard"):
             yield f"quality {self.quality} changes nothing; num_inference_steps is the quality dial"
@@ -156,6 +157,10 @@ class ImageRequest(BaseModel):
             yield f"seed {self.seed} is less than n below the largest seed; the pictures after it go on from seed 0"
         yield from prompt_warnings(self.prompt)
 
+    def _edit(self, width: int, height: int) -> Edit | None:
+        """Return the picture to start from, in the size to make, in pixels; None starts from noise."""
+        return None
+
     def _guidance(self, recipe: Recipe) -> float | None:
         """Return the guidance scale. 0 and 1 both mean none, which a model without an input for it always does."""
         return None if recipe.guidance_scale is None and self.guidance_scale in (0.0, 1.0) else self.guidance_scale
@@ -164,6 +169,7 @@ class ImageRequest(BaseModel):
         self, recipe: Recipe, default_seed: int | None, frames: int | None, fps: int | None
     ) -> tuple[SamplingParams, ...]:
         width, height = self._size(recipe)
+        edit = self._edit(width, height)
         seed = default_seed if self.seed is None else self.seed
         if seed is None:
             seed = secrets.randbelow(MAX_SEED + 1)
@@ -181,6 +187,7 @@ class ImageRequest(BaseModel):
             lora_scale=self.lora_scale,
             frames=frames,
             fps=fps,
+            edit=edit,
         )
         first.check_against(recipe)
         return tuple(replace(first, seed=(seed + n) % (MAX_SEED + 1)) for n in range(self.n))

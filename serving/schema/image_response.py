@@ -24,6 +24,8 @@ class GeneratedImage(BaseModel):
     """Always null: the server does not rewrite prompts."""
     seed: int
     num_inference_steps: int
+    """Step count K. An edit takes the last of its steps; `num_steps_taken` says how many."""
+    num_steps_taken: int
     """Number of steps that were taken."""
     is_cached: bool
     """Whether the picture was made for an earlier request."""
@@ -76,6 +78,7 @@ class CompletedImage(ImageEvent):
     type: Literal["image_generation.completed"] = "image_generation.completed"
     seed: int
     num_inference_steps: int
+    num_steps_taken: int
     is_cached: bool
     receipt: Receipt
     usage: Usage
@@ -84,6 +87,18 @@ class CompletedImage(ImageEvent):
     predicted_ms: float
     latency_budget_kept: bool | None
     warnings: list[str]
+
+
+class PartialEdit(PartialImage):
+    """Event `image_edit.partial_image`."""
+
+    type: Literal["image_edit.partial_image"] = "image_edit.partial_image"  # type: ignore[assignment]
+
+
+class CompletedEdit(CompletedImage):
+    """Event `image_edit.completed`."""
+
+    type: Literal["image_edit.completed"] = "image_edit.completed"  # type: ignore[assignment]
 
 
 def to_base64(content: bytes) -> str:
@@ -104,6 +119,7 @@ def to_files(answer: ImageAnswer, urls: list[str] | None, expires_at: int | None
             expires_at=expires_at,
             seed=image.seed,
             num_inference_steps=image.num_inference_steps,
+            num_steps_taken=image.num_steps_taken,
             is_cached=image.is_cached,
             receipt=image.receipt,
         )
@@ -147,6 +163,7 @@ def to_event(answer: PartialAnswer | ImageAnswer) -> PartialImage | CompletedIma
         output_format=cast(ImageFormat, answer.output_format),
         seed=image.seed,
         num_inference_steps=image.num_inference_steps,
+        num_steps_taken=image.num_steps_taken,
         is_cached=image.is_cached,
         receipt=image.receipt,
         usage=answer.usage,
@@ -156,3 +173,10 @@ def to_event(answer: PartialAnswer | ImageAnswer) -> PartialImage | CompletedIma
         latency_budget_kept=answer.latency_budget_kept,
         warnings=answer.warnings,
     )
+
+
+def to_edit_event(answer: PartialAnswer | ImageAnswer) -> PartialEdit | CompletedEdit:
+    """Return a part of the stream of an edit as its event."""
+    event = to_event(answer)
+    kind = PartialEdit if isinstance(event, PartialImage) else CompletedEdit
+    return kind.model_validate(event.model_dump(exclude={"type"}))

@@ -66,7 +66,7 @@ class ImageOrder:
 
         Each frame of a clip counts as a picture.
         """
-        return sum(one.width * one.height * (one.frames or 1) * one.num_inference_steps for one in self.pictures) / 1e6
+        return sum(one.width * one.height * (one.frames or 1) * one.num_steps for one in self.pictures) / 1e6
 
     def as_pixels(self) -> ImageOrder:
         """Return the same order, answered with bare pixels in place of files."""

@@ -23,6 +23,7 @@ function stagesOf(timings, roundTripMs) {
   const stages = [
     ["queue", "queue", timings.queue_ms],
     ["text", "text", timings.text_ms],
+    ["image", "image", timings.image_ms],
     ...timings.steps_ms.map((ms, index) => [`step step-${index + 1}`, `step ${index + 1}`, ms]),
     ["decode", "decode", timings.decode_ms],
     ["encode", "encode", timings.encode_ms],

@@ -57,6 +57,7 @@ class ServerMetrics:
                 "tdm_queue_seconds", "Waiting for the denoiser, before the first step and between steps."
             ),
             "text_ms": self._seconds("tdm_text_encode_seconds", "Prompt to embeddings."),
+            "image_ms": self._seconds("tdm_given_picture_encode_seconds", "Given picture of an edit to latents."),
             "decode_ms": self._seconds("tdm_decode_seconds", "Latents to pixels."),
             "encode_ms": self._seconds("tdm_image_encode_seconds", "Pixels to a file."),
             "total_ms": self._seconds("tdm_e2e_seconds", "A whole request inside the server."),
@@ -71,7 +72,8 @@ class ServerMetrics:
     def observe_request(self, timings: ImageTimings, budget_kept: bool | None) -> None:
         """Count one answered request. `budget_kept` is None if it had no latency budget."""
         for name, histogram in self.stages.items():
-            histogram.observe(getattr(timings, name) / 1e3)
+            if name != "image_ms" or timings.image_ms:
+                histogram.observe(getattr(timings, name) / 1e3)
         self.denoise_seconds.observe(sum(timings.steps_ms) / 1e3)
         if budget_kept is not None:
             (self.budgets_kept if budget_kept else self.budgets_missed).inc()

@@ -100,6 +100,9 @@ def _stages(timings: Timings, encode_ms: float, total_ms: float) -> Iterator[tup
         yield "queue", 0.0, first_wait_ms, {}
         yield "text", first_wait_ms, timings.text_ms, {}
         at_ms = first_wait_ms + timings.text_ms
+        if timings.image_ms:
+            yield "image", at_ms, timings.image_ms, {}
+            at_ms += timings.image_ms
         for number, (wait_ms, step_ms) in enumerate(zip(step_waits_ms, timings.steps_ms, strict=True), 1):
             yield "denoise", at_ms + wait_ms, step_ms, {"tdm.step": number}
             at_ms += wait_ms + step_ms

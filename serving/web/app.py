@@ -7,6 +7,7 @@ from fastapi import FastAPI
 from serving.fronts.services import Services
 from serving.web.batch_routes import add_batch_routes
 from serving.web.documentation import document
+from serving.web.edit_routes import add_edit_routes
 from serving.web.file_routes import add_file_routes
 from serving.web.http_edge import add_edges
 from serving.web.image_routes import add_image_routes
@@ -23,6 +24,7 @@ def build_app(services: Services) -> FastAPI:
     """Return the ASGI application that serves a replica."""
     app = FastAPI(title="tdm-serve", version="1", description=DESCRIPTION, docs_url=None, redoc_url=None)
     add_image_routes(app, services)
+    add_edit_routes(app, services)
     add_file_routes(app, services)
     add_video_routes(app, services)
     add_batch_routes(app, services)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Collection
+from typing import Any, NamedTuple
 
 from fastapi import Request
 from starlette.formparsers import MultiPartException, MultiPartParser
@@ -15,23 +16,38 @@ from serving.errors import CLIENT_CLOSED_REQUEST, APIError, invalid
 MAX_FORM_FIELDS = 32
 
 
-async def read_json(request: Request, config: ServerConfig) -> bytes:
+class Form(NamedTuple):
+    """A multipart form."""
+
+    fields: dict[str, Any]
+    """Text of each field, or bytes of a file; several files of one name are a list."""
+    body: bytes
+    """Body of the request."""
+
+
+async def read_json(request: Request, config: ServerConfig, max_bytes: int | None = None) -> bytes:
     """Return the bytes of a JSON body.
+
+    Args:
+        max_bytes: see `read_bytes`.
 
     Raises:
         APIError: 408, 413 or 415.
     """
     check_media_type(request, "application/json")
-    return await read_bytes(request, config)
+    return await read_bytes(request, config, max_bytes)
 
 
-async def read_form(request: Request, config: ServerConfig) -> dict[str, str]:
-    """Return the text fields of a multipart form.
+async def read_form(request: Request, config: ServerConfig, files: Collection[str] = ()) -> Form:
+    """Return the fields of a multipart form.
+
+    Args:
+        files: names of the fields that may hold pictures. Clients also write them as "image[]".
 
     Raises:
         APIError: 400, 408, 413 or 415.
     """
-    body = await read_bytes(request, config)
+    body = await read_bytes(request, config, config.max_picture_body_bytes if files else None)
 
     async def parts() -> AsyncGenerator[bytes, None]:
         yield body
@@ -42,15 +58,26 @@ async def read_form(request: Request, config: ServerConfig) -> dict[str, str]:
         ).parse()
     except MultiPartException as error:
         raise invalid(f"the form cannot be read: {error.message}", None, "invalid_form") from None
-    found: dict[str, str] = {}
+    found: dict[str, str | bytes | list[bytes]] = {}
     for name, value in form.multi_items():
-        if name in found:
-            raise invalid(f"the field {name[:64]!r} appears twice; send it once", name[:64], "invalid_form")
-        if not isinstance(value, str):
+        if isinstance(value, str):
+            if name in found:
+                raise invalid(f"the field {name[:64]!r} appears twice; send it once", name[:64], "invalid_form")
+            found[name] = value
+            continue
+        if (bare := name.removesuffix("[]")) not in files:
             message = f"{name[:64]!r} is a file; no picture or clip is read here, leave it out"
             raise invalid(message, name[:64], "invalid_form")
-        found[name] = value
-    return found
+        content, known = await value.read(), found.get(bare)
+        found[bare] = content if known is None else [*_files(known, bare), content]
+    return Form(found, body)
+
+
+def _files(known: str | bytes | list[bytes], name: str) -> list[bytes]:
+    """Return the files of a field that were read before another one."""
+    if isinstance(known, str):
+        raise invalid(f"the field {name!r} is text and a file; send one of them", name, "invalid_form")
+    return known if isinstance(known, list) else [known]
 
 
 async def read_bytes(request: Request, config: ServerConfig, max_bytes: int | None = None) -> bytes:

@@ -140,6 +140,7 @@ def file_response(answer: ImageAnswer) -> Response:
         "x-tdm-model": answer.model,
         "x-tdm-seed": str(image.seed),
         "x-tdm-num-inference-steps": str(image.num_inference_steps),
+        "x-tdm-num-steps-taken": str(image.num_steps_taken),
         "x-tdm-predicted-ms": f"{answer.predicted_ms:.2f}",
         "x-tdm-warnings": "; ".join(answer.warnings),
     }
@@ -180,6 +181,7 @@ def server_timing(timings: ImageTimings) -> str:
     stages = {
         "queue": timings.queue_ms,
         "text": timings.text_ms,
+        **({"image": timings.image_ms} if timings.image_ms else {}),
         "denoise": sum(timings.steps_ms),
         "decode": timings.decode_ms,
         "encode": timings.encode_ms,

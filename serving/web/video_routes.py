@@ -52,7 +52,7 @@ def add_video_routes(app: FastAPI, services: Services) -> None:
     async def create_video(request: Request) -> Response:
         """Start making a clip. A model that makes pictures walks around a circle of noise."""
         if request.headers.get("content-type", "").startswith("multipart/form-data"):
-            wanted = validate(from_form(await read_form(request, config)), VideoRequest)
+            wanted = validate(from_form((await read_form(request, config)).fields), VideoRequest)
         else:
             wanted = parse_body(await read_json(request, config), VideoRequest)
         plan = wanted.plan(services.images.recipe(wanted.model))

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-ComponentName = Literal["text_encoder", "denoiser", "decoder", "tiny_decoder"]
+ComponentName = Literal["text_encoder", "encoder", "denoiser", "decoder", "tiny_decoder"]
 DType = Literal["float32", "int64", "uint8"]
 
 

@@ -23,7 +23,7 @@ from tdm_runtime.errors import ArtifactError
 from tdm_runtime.whole_file import write_whole
 
 MANIFEST_FILE = "manifest.json"
-MANIFEST_FORMAT = 1
+MANIFEST_FORMAT = 2
 """Format that this version reads and writes."""
 
 

@@ -6,6 +6,7 @@ A checkpoint whose recipe cannot be followed in every field is refused when it i
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -126,8 +127,18 @@ class Recipe:
         """Step counts the checkpoint serves, rising."""
         return tuple(sorted(self.timesteps))
 
-    def step_table(self, num_inference_steps: int, width: int, height: int) -> StepTable:
+    def nearest_size(self, width: int, height: int) -> tuple[int, int]:
+        """Return the (width, height) that the model makes and that is nearest to a size, in pixels, in shape first."""
+        if self.size_rule is not None:
+            return self.size_rule.nearest(width, height)
+        return min(self.native_sizes, key=lambda size: abs(math.log(size[0] / size[1] * height / width)))
+
+    def step_table(self, num_inference_steps: int, width: int, height: int, rows: int | None = None) -> StepTable:
         """Return the step table of a step count at a size in pixels. Tables are kept.
+
+        Args:
+            rows: 1..num_inference_steps. Steps that really run, the last ones, for a sampler that starts from a given
+                picture. It knows nothing of the steps before. None runs all.
 
         Raises:
             KeyError: the recipe does not have the step count.
@@ -135,19 +146,19 @@ class Recipe:
         """
         shift = self.size_shift
         mu = None if shift is None else shift.mu_of(num_inference_steps, width, height)
-        key = num_inference_steps, mu
+        key = num_inference_steps, mu, rows or num_inference_steps
         table = self._tables.get(key)
         if table is None:
             if len(self._tables) >= MAX_KEPT_TABLES:
                 self._tables.clear()
-            table = self._tables[key] = self._build_table(num_inference_steps, mu)
+            table = self._tables[key] = self._build_table(*key)
         return table
 
     @cached_property
-    def _tables(self) -> dict[tuple[int, float | None], StepTable]:
+    def _tables(self) -> dict[tuple[int, float | None, int], StepTable]:
         return {}
 
-    def _build_table(self, steps: int, mu: float | None) -> StepTable:
+    def _build_table(self, steps: int, mu: float | None, rows: int) -> StepTable:
         timesteps = as_array(self.timesteps[steps])
         if self.size_shift is not None and mu is not None and isinstance(self.noise_schedule, FlowSchedule):
             total = self.noise_schedule.num_train_timesteps
@@ -157,9 +168,9 @@ class Recipe:
             self.noise_schedule,
             self.prediction_type,
             self.solver,
-            timesteps,
-            next_timesteps=None if landings is None else as_array(landings),
-            sigmas=None if sigmas is None else as_array(sigmas),
+            timesteps[-rows:],
+            next_timesteps=None if landings is None else as_array(landings)[-rows:],
+            sigmas=None if sigmas is None else as_array(sigmas)[-rows - 1 :],
             initial_scale=self.initial_scale,
             eta=self.eta,
             timestep_scaling=self.timestep_scaling,

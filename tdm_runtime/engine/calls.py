@@ -39,8 +39,12 @@ class ModelCalls:
         """Encode the prompts of samples of one lane."""
         return self._isolated(self._encoded, samples)
 
+    def encode_pictures(self, samples: Sequence[Sample]) -> list[TDMError | None]:
+        """Encode the given pictures of samples of one lane. They stay in the cache of the encoder."""
+        return self._isolated(_pictures_encoded, samples)
+
     def prepare(self, samples: Sequence[Sample]) -> list[TDMError | None]:
-        """Draw the noise of samples of one lane, and take the prompts that are cached."""
+        """Draw the noise of samples of one lane, and take the prompts and pictures that are cached."""
         return self._isolated(self._prepared, samples)
 
     def denoise(self, samples: Sequence[Sample]) -> list[Stepped | TDMError]:
@@ -91,9 +95,9 @@ class ModelCalls:
     def _prepared(self, samples: Sequence[Sample]) -> list[TDMError | None]:
         self._encoded([sample for sample in samples if sample.prompt is None])
         for sample in samples:
-            sample.noise = sample.model.noise(sample.params)
-            start = sample.table.initial_scale * sample.noise.initial()
-            sample.latents = start.to(sample.model.denoiser.device)
+            start = sample.model.start(sample.params)
+            sample.noise, sample.known = start.noise, start.known
+            sample.latents = start.latents(sample.table)
             sample.denoised_before = sample.denoised = torch.zeros_like(sample.latents)
         return [None] * len(samples)
 
@@ -116,11 +120,19 @@ class ModelCalls:
         latents, denoised = apply_step(rows, latents, model_output, previous, noise, before)
         is_finite = torch.isfinite(latents.flatten(1).sum(1)).tolist()
         return [
-            (latents[n], denoised[n])
+            (sample.after_step(latents[n]), denoised[n])
             if is_finite[n]
             else NotFiniteError("the model produced NaN or infinity; no picture was made")
-            for n in range(len(samples))
+            for n, sample in enumerate(samples)
         ]
+
+
+@torch.inference_mode()
+def _pictures_encoded(samples: Sequence[Sample]) -> list[TDMError | None]:
+    encoder = samples[0].model.encoder  # samples of one lane share their base
+    assert encoder is not None
+    encoder.encode_all([sample.params.edit for sample in samples if sample.params.edit is not None])
+    return [None] * len(samples)
 
 
 def _decoded(sample: Sample, decoder: DecoderName, latents: Sequence[Tensor | None]) -> list[Pixels | TDMError | None]:

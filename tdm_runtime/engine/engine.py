@@ -247,6 +247,9 @@ class DiffusionEngine:
         if batch and batch[0].needs_text:
             self._encode(batch, began_s)
             return
+        if batch and batch[0].needs_image:
+            self._encode_pictures(batch, began_s)
+            return
         batch, prepared_s = self._prepare(batch)
         if batch:
             outcomes = self._run(batch)
@@ -314,6 +317,27 @@ class DiffusionEngine:
                     sample.advance()
                 elif sample.prompt_key in prompts:
                     sample.needs_text = False
+        self._fail(failed)
+
+    def _encode_pictures(self, batch: list[Sample], began_s: float) -> None:
+        """Encode the given pictures of edits in one call. Live samples with the same picture need it no more."""
+        outcomes = self._calls.encode_pictures(batch)
+        free_s = self._free_s
+        self._free_s = ended_s = time.monotonic()
+        failed = {s: error for s, error in zip(batch, outcomes, strict=True) if error is not None}
+        pictures = {sample.params.edit.picture_digest for sample in batch if sample.params.edit is not None}
+        with self._wake:
+            is_calm = self._scheduler.is_calm(began_s)
+            self._scheduler.end_call()
+            self.costs.observe(batch[0].image, len(pictures), ended_s - free_s, ended_s, is_calm)
+            for sample in batch:
+                sample.timings.wait_before(1e3 * (began_s - sample.ready_s))
+                sample.timings.image_ms = 1e3 * (ended_s - began_s)
+                sample.ready_s = ended_s
+            for sample in self._scheduler.live():
+                same_encoder = sample.model.encoder is batch[0].model.encoder
+                if same_encoder and sample.params.edit is not None and sample.params.edit.picture_digest in pictures:
+                    sample.needs_image = False
         self._fail(failed)
 
     def _prepare(self, batch: list[Sample]) -> tuple[list[Sample], float]:
@@ -405,13 +429,13 @@ class DiffusionEngine:
             self.costs.observe(sample.preview, 1, ended_s - started_s, ended_s, self._scheduler.is_calm(started_s))
         self._free_s += ended_s - started_s
         if not isinstance(pixels, TDMError):
-            self._replies.show(sample, Preview(sample.params, pixels, sample.step_index, is_draft=False))
+            self._replies.show(sample, Preview(sample.params, sample.shown(pixels), sample.step_index, is_draft=False))
 
     def _to_picture(self, sample: Sample, pixels: Pixels) -> Picture:
         assert sample.prompt is not None
         predicted_ms = 1e3 * (sample.predicted_s - sample.submitted_s)
         is_strict = sample.delivery.strict or sample.model.is_batch_invariant
-        return Picture(sample.params, pixels, sample.timings, sample.prompt, predicted_ms, is_strict)
+        return Picture(sample.params, sample.shown(pixels), sample.timings, sample.prompt, predicted_ms, is_strict)
 
     def _ask_for_fewer_than(self, size: int) -> None:
         """Halve the batch limit after a call of `size` samples did not fit into memory."""

@@ -23,7 +23,8 @@ def call_kind(model: LoadedModel, stage: str, shape: tuple[int, ...] = ()) -> Ki
     """
     if model.base is None:
         return Kind(stage, shape, model.name)
-    return Kind(stage, shape, model.base if stage.startswith("decode") else f"{model.base} with LoRAs")
+    is_shared = stage.startswith("decode") or stage == "encode_image"
+    return Kind(stage, shape, model.base if is_shared else f"{model.base} with LoRAs")
 
 
 class Intake:
@@ -48,7 +49,9 @@ class Intake:
         """
         model.check(params)
         shape, order = model.latent_shape(params), next(self._order)
-        open_steps = delivery.open_step_counts(params, model.recipe.step_counts)
+        open_counts = delivery.open_step_counts(params, model.recipe.step_counts)
+        edit, encoder = params.edit, model.encoder
+        open_steps = sorted({count if edit is None else edit.num_steps(count) for count in open_counts})
         alone = order if delivery.strict and not model.is_batch_invariant else None
         decodes = model.decoders[params.decoder].calls(shape)
         cut = order if decodes.number > 1 else alone
@@ -56,11 +59,14 @@ class Intake:
             denoise=Lane(call_kind(model, "denoise", shape), alone),
             decode=Lane(call_kind(model, f"decode:{params.decoder}", decodes.shape), cut),
             decodes_left=decodes.number,
-            steps_left=params.num_inference_steps,
+            steps_left=params.num_steps,
             urgency=(now_s, order),
-            open_steps=open_steps,
+            open_steps=tuple(open_steps),
+            open_counts=open_counts,
             needs_text=model.text_encoder.expect(params.prompt, model.lora_factor(params)),
             text=call_kind(model, "text"),
+            needs_image=edit is not None and encoder is not None and encoder.expect(edit),
+            image=call_kind(model, "encode_image", shape),
             preview=call_kind(model, f"decode:{model.preview_decoder}", preview_shape(shape)),
             previews_left=delivery.num_previews,
             model=model,

@@ -14,6 +14,7 @@ from tdm_runtime.model.decoder import Pixels
 from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.model.text_encoder import PromptEmbedding, PromptKey, TextEncoder
 from tdm_runtime.params import SamplingParams
+from tdm_runtime.sampling.known_picture import KnownPicture
 from tdm_runtime.sampling.noise import SeedNoise
 from tdm_runtime.sampling.step_table import StepTable
 from tdm_runtime.scheduling.work import Work
@@ -29,20 +30,27 @@ class Timings:
     queue_ms: float = 0.0
     """Time spent waiting: before the first call and between calls."""
     text_ms: float = 0.0
+    image_ms: float = 0.0
+    """Time of encoding a given picture."""
     steps_ms: list[float] = field(default_factory=list)
     decode_ms: float = 0.0
     waits_ms: list[float] = field(default_factory=list)
-    """Parts of `queue_ms`: the wait before the prompt, before each step and before decoding."""
+    """Parts of `queue_ms`: the wait before prompt and given picture, before each step and before decoding."""
 
     def wait(self, wait_ms: float) -> None:
         """Add one wait."""
         self.queue_ms += wait_ms
         self.waits_ms.append(wait_ms)
 
+    def wait_before(self, wait_ms: float) -> None:
+        """Add a wait before the given picture, which counts with that before the prompt."""
+        self.queue_ms += wait_ms
+        self.waits_ms = [sum(self.waits_ms) + wait_ms]
+
     @property
     def total_ms(self) -> float:
         """Time from submission to pixels."""
-        return self.queue_ms + self.text_ms + sum(self.steps_ms) + self.decode_ms
+        return self.queue_ms + self.text_ms + self.image_ms + sum(self.steps_ms) + self.decode_ms
 
 
 @dataclass(frozen=True)
@@ -76,6 +84,8 @@ class Sample(Work):
     ready_s: float
     """Time of submission, or end of its latest call; monotonic."""
     future: Future[Picture] = field(default_factory=Future)
+    open_counts: tuple[int, ...] = ()
+    """Step counts K to choose from, ascending; empty without a choice."""
     draft_of: Sample | None = None
     """The sample whose one-step draft this is; None for a picture."""
     latents: Tensor | None = None
@@ -86,6 +96,8 @@ class Sample(Work):
     """Denoised estimate of the step before that, same shape as latents."""
     noise: SeedNoise | None = None
     """Noise of its seed; it draws when a step takes some. None until the first step is due."""
+    known: KnownPicture | None = None
+    """Given picture of an edit, in latents; None until the first step is due."""
     prompt: PromptEmbedding | None = None
     decoding: Iterator[Pixels | None] | None = None
     """Its decode, once begun, where it takes more than one call."""
@@ -95,9 +107,8 @@ class Sample(Work):
 
     @property
     def table(self) -> StepTable:
-        """Step table of its step count and size."""
-        params = self.params
-        return self.model.recipe.step_table(params.num_inference_steps, params.width, params.height)
+        """Steps that it takes in all."""
+        return self.model.step_table(self.params)
 
     @property
     def prompt_key(self) -> tuple[TextEncoder, PromptKey]:
@@ -108,7 +119,7 @@ class Sample(Work):
     @property
     def step_index(self) -> int:
         """Index of the next step."""
-        return self.params.num_inference_steps - self.steps_left
+        return self.params.num_steps - self.steps_left
 
     @property
     def is_abandoned(self) -> bool:
@@ -116,5 +127,16 @@ class Sample(Work):
         return self.future.cancelled() or (self.draft_of is not None and self.draft_of.future.done())
 
     def settle(self, steps: int) -> None:
+        """Fix the number of steps that run. Of an edit's step counts K with this number, it takes the largest."""
         super().settle(steps)
-        self.params = replace(self.params, num_inference_steps=steps)
+        edit = self.params.edit
+        counts = [k for k in self.open_counts if (k if edit is None else edit.num_steps(k)) == steps]
+        self.params = replace(self.params, num_inference_steps=counts[-1])
+
+    def shown(self, pixels: Pixels) -> Pixels:
+        """Return decoded pixels, with those of a given picture where a mask keeps it."""
+        return pixels if self.params.edit is None else self.params.edit.blended(pixels)
+
+    def after_step(self, latents: Tensor) -> Tensor:
+        """Return the latents after its next step, with the given picture where a mask keeps it."""
+        return latents if self.known is None else self.known.after_step(latents, self.table, self.step_index)

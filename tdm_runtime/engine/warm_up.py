@@ -21,6 +21,7 @@ from tdm_runtime.engine.engine import DiffusionEngine
 from tdm_runtime.engine.intake import call_kind
 from tdm_runtime.families.conditioning import Conditioning
 from tdm_runtime.model.decoder import Decoder
+from tdm_runtime.model.encoder import PictureEncoder
 from tdm_runtime.model.loaded_model import LoadedModel, denoise
 from tdm_runtime.model.text_encoder import TextEncoder, stacked
 from tdm_runtime.params import SamplingParams
@@ -41,6 +42,8 @@ MODEL_S = 20.0
 """Seconds of measured calls of a model after which no further native size is measured."""
 PICTURES_S = 10.0
 """Seconds after which no further whole picture is made."""
+MOST_ENCODED = 4
+"""Most given pictures that share a call. Each further size is another program to compile at every start."""
 BOOKKEEPING_S = 3e-4
 """Approximate time that the engine adds to each call of the model, whatever its size."""
 PROMPT = "warm-up"
@@ -91,6 +94,11 @@ def _learn_costs(engine: DiffusionEngine, model: LoadedModel) -> None:
         params = SamplingParams(PROMPT, 0, steps, width, height, frames=frames)
         shape = model.latent_shape(params)
         spent_s += _learn(engine, call_kind(model, "denoise", shape), _denoise(engine, model, params))
+        encoded = call_kind(model, "encode_image", shape)
+        if model.encoder is not None and not engine.call_seconds(encoded):  # LoRAs share the encoder of their base
+            most = min(MOST_ENCODED, engine.config.max_batch_size) if model.encoder.shares_calls else 1
+            pixels = torch.zeros(most, 3, height, width, device=model.encoder.backend.device)
+            spent_s += _learn(engine, encoded, partial(_encode_pictures, model.encoder, pixels), most)
         for name, decoder in model.decoders.items():
             calls = decoder.calls(shape)
             kind = call_kind(model, f"decode:{name}", calls.shape)
@@ -104,6 +112,10 @@ def _learn_costs(engine: DiffusionEngine, model: LoadedModel) -> None:
 def _encode(text_encoder: TextEncoder, numbers: Iterator[int], size: int) -> object:
     """Encode prompts that are not in the cache."""
     return text_encoder.encode_all([f"{PROMPT} {size} {next(numbers)}" for _ in range(size)])
+
+
+def _encode_pictures(encoder: PictureEncoder, pixels: Tensor, size: int) -> object:
+    return encoder.encode(pixels[:size]).sum().item()
 
 
 def _decode(decoder: Decoder, latents: Tensor, size: int) -> object:

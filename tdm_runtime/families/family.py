@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tdm_runtime.errors import CheckpointError
 from tdm_runtime.families.conditioning import Conditioning
 from tdm_runtime.families.denoiser import Denoiser
-from tdm_runtime.families.latent_space import DecoderModule, LatentGeometry, LatentScaling
+from tdm_runtime.families.latent_space import DecoderModule, LatentGeometry, LatentScaling, encoded_by
 
 ATTENTION_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 """Attention layers by the end of their name, as diffusers' own LoRA training scripts choose them."""
@@ -171,8 +171,13 @@ class Family(ABC):
             vae: full VAE of the family.
             pixels: [B, 3, H, W] of pictures or [B, 3, F, H, W] of clips, in [-1, 1].
         """
-        mean: Tensor = vae.encode(pixels).latent_dist.mode()
-        return LatentScaling.of(vae.config).from_vae(mean)
+        return self.encode_distribution(vae, pixels)[0]
+
+    def encode_distribution(self, vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation of the latents of `encode_pixels`; 0 where the VAE has no distribution."""
+        mean, std = encoded_by(vae, pixels)
+        scaling = LatentScaling.of(vae.config)
+        return scaling.from_vae(mean), scaling.std_from_vae(std)
 
     def tokenizer(self, encoders: TextEncoders) -> Any:
         """Return the tokenizer of the text encoder that reads the most: the last one that the pipeline has."""

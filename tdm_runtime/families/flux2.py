@@ -14,7 +14,7 @@ from tdm_runtime.errors import CheckpointError
 from tdm_runtime.families.conditioning import Conditioning
 from tdm_runtime.families.denoiser import Denoiser, PassedCondition, require_outputs
 from tdm_runtime.families.family import ATTENTION_PROJECTIONS, Family, TextEncoders
-from tdm_runtime.families.latent_space import DecoderModule
+from tdm_runtime.families.latent_space import DecoderModule, encoded_by
 from tdm_runtime.families.positions import rotary_embedding
 
 if TYPE_CHECKING:
@@ -94,10 +94,10 @@ class Flux2(Family):
     def spatial_compression(self, vae: Mapping[str, Any]) -> int:
         return super().spatial_compression(vae) * PATCH_SIZE
 
-    def encode_pixels(self, vae: Any, pixels: Tensor) -> Tensor:
-        latents = pixel_unshuffle(vae.encode(pixels).latent_dist.mode(), PATCH_SIZE)
+    def encode_distribution(self, vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        latents, spread = (pixel_unshuffle(part, PATCH_SIZE) for part in encoded_by(vae, pixels))
         mean, std = _batch_norm(vae, latents)
-        return (latents - mean) / std
+        return (latents - mean) / std, spread / std
 
     def max_tokens(self, encoders: TextEncoders) -> int:
         return 512

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -106,10 +106,34 @@ class LatentScaling:
             return (latents - self.shift) * self.factor
         return (latents - _by_channel(self.mean, latents)) * self.factor / _by_channel(self.std, latents)
 
+    def std_from_vae(self, std: Tensor) -> Tensor:
+        """Return the standard deviation of what the VAE encoded, as the denoiser reads it."""
+        return std * self.factor / (_by_channel(self.std, std) if self.std else 1.0)
+
+
+def encoded_by(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of the VAE's latents of pictures; 0 where it has no distribution.
+
+    Args:
+        vae: a diffusers VAE.
+        pixels: [B, 3, H, W] in [-1, 1].
+    """
+    found = vae.encode(pixels)
+    if (distribution := getattr(found, "latent_dist", None)) is not None:
+        return distribution.mean, distribution.std
+    latents: Tensor = found.latent if hasattr(found, "latent") else found.latents
+    return latents, torch.zeros_like(latents)
+
 
 def _by_channel(values: tuple[float, ...], latents: Tensor) -> Tensor:
     """Return one number a channel, in the shape that multiplies latents [B, C, ...]."""
     return torch.tensor(values, dtype=latents.dtype, device=latents.device).view(-1, *(1,) * (latents.ndim - 2))
+
+
+class EncodesPictures(Protocol):
+    """A family, as `EncoderModule` calls it."""
+
+    def encode_distribution(self, vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 class DecoderModule(nn.Module):
@@ -143,6 +167,29 @@ class DecoderModule(nn.Module):
         return Interface(
             (TensorSpec("latents", "float32", ("batch", self.channels, "height", "width")),),
             TensorSpec("pixels", "uint8", ("batch", "height_px", "width_px", 3)),
+        )
+
+
+class EncoderModule(nn.Module):
+    """Pictures -> mean and standard deviation of their latents, as the denoiser reads them."""
+
+    def __init__(self, family: EncodesPictures, vae: Any, geometry: LatentGeometry) -> None:
+        """Take a diffusers VAE of a family that makes pictures."""
+        super().__init__()
+        self.vae = vae.eval()
+        self._family = family
+        self._geometry = geometry
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Return [B, 2C, h, w], the means then the standard deviations, for pixels [B, 3, H, W] in [-1, 1]."""
+        return torch.cat(self._family.encode_distribution(self.vae, pixels), dim=1)
+
+    def interface(self) -> Interface:
+        """Return what `forward` is called with."""
+        sides = [multiple_of(side, self._geometry.spatial_compression) for side in ("height", "width")]
+        return Interface(
+            (TensorSpec("pixels", "float32", ("batch", 3, *sides)),),
+            TensorSpec("latents", "float32", ("batch", 2 * self._geometry.channels, "height", "width")),
         )
 
 

@@ -20,7 +20,6 @@ from tdm_runtime.errors import CheckpointError
 from tdm_runtime.families.conditioning import Conditioning
 from tdm_runtime.families.denoiser import Denoiser, PassedCondition, require, require_outputs
 from tdm_runtime.families.family import Family, TextEncoders
-from tdm_runtime.families.latent_space import LatentScaling
 
 if TYPE_CHECKING:
     from diffusers import SanaTransformer2DModel
@@ -92,11 +91,6 @@ class Sana(Family):
                 "vae/config.json lacks encoder_block_out_channels; restore the folder from its source"
             )
         return int(2 ** (len(levels) - 1))
-
-    def encode_pixels(self, vae: Any, pixels: Tensor) -> Tensor:
-        """Return the latents of pictures as the denoiser reads them. AutoencoderDC has no distribution."""
-        latents: Tensor = vae.encode(pixels).latent
-        return LatentScaling.of(vae.config).from_vae(latents)
 
     def max_tokens(self, encoders: TextEncoders) -> int:
         return 300

@@ -74,9 +74,10 @@ def describe_parameters(params: SamplingParams, recipe: Recipe, digest: str) -> 
     guidance = next((scale for scale in (params.guidance_scale, recipe.guidance_scale) if scale is not None), 1)
     lora_scale = recipe.lora_scale if params.lora_scale is None else params.lora_scale
     lora = "" if lora_scale is None else f", LoRA scale: {lora_scale:g}"
+    edit = "" if params.edit is None else f", Denoising strength: {params.edit.strength:g}"
     name = json.dumps(recipe.name, ensure_ascii=False) if re.search(r'[,:"\n]', recipe.name) else recipe.name
     return (
         f"{prompt}\nSteps: {params.num_inference_steps}, Sampler: {recipe.solver}, CFG scale: {guidance:g}, "
         f"Seed: {params.seed}, Size: {params.width}x{params.height}, {clip}"
-        f"Model hash: {digest[:10]}, Model: {name}{lora}"
+        f"Model hash: {digest[:10]}, Model: {name}{lora}{edit}"
     )

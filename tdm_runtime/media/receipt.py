@@ -14,6 +14,7 @@ import numpy as np
 import pydantic
 from PIL import Image, UnidentifiedImageError
 
+from tdm_runtime.edit import Edit
 from tdm_runtime.errors import InvalidRequestError
 from tdm_runtime.media.image_file import RECEIPT_CHUNK
 from tdm_runtime.media.video_file import is_video, read_receipt
@@ -58,12 +59,26 @@ class Receipt:
     """CPU threads of a call of the model, where the last bits depend on them: clips that torch makes on a CPU. None
     elsewhere, if the caller decided, and in receipts that are older than this field."""
 
-    def to_params(self) -> SamplingParams:
+    strength: float | None = None
+    """See `Edit`; None for a picture that started from noise."""
+    edit_sha256: str | None = None
+    """`Edit.digest` of the given picture and its mask, in the size that was made."""
+
+    def to_params(self, edit: Edit | None = None) -> SamplingParams:
         """Return the parameters that make the picture again.
 
+        Args:
+            edit: Picture that the receipt's one started from.
+
         Raises:
-            InvalidRequestError: a value outside its limits.
+            InvalidRequestError: a value outside its limits, or the given picture is missing or another one.
         """
+        if self.edit_sha256 != (None if edit is None else edit.digest):
+            wanted = "starts from noise" if self.edit_sha256 is None else f"starts from {self.edit_sha256[:12]}"
+            given = "none was given" if edit is None else f"{edit.digest[:12]} was given"
+            raise InvalidRequestError(
+                f"the receipt's picture {wanted} and {given}; give its own picture and mask with --image and --mask"
+            )
         return SamplingParams(
             prompt=self.prompt,
             seed=self.seed,
@@ -75,6 +90,7 @@ class Receipt:
             guidance_scale=self.guidance_scale,
             lora_scale=self.lora_scale,
             frames=self.frames,
+            edit=edit,
         )
 
     def to_json(self) -> str:
@@ -108,6 +124,8 @@ def receipt_of(model: LoadedModel, params: SamplingParams, pixels: Pixels, is_st
         lora_scale=None if model.recipe.lora_scale is None else model.lora_factor(params),
         frames=params.frames,
         threads=model.threads if _depends_on_threads(model, params) else None,
+        strength=None if params.edit is None else params.edit.strength,
+        edit_sha256=None if params.edit is None else params.edit.digest,
     )
 
 

@@ -6,14 +6,14 @@ Backends run them and exporters compile them. An `Interface` states what goes in
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from tdm_runtime.backends.interface import ComponentName, Interface, TensorSpec
 from tdm_runtime.families import DecoderModule
-from tdm_runtime.families.latent_space import ClipDecoderModule, ClipPart
+from tdm_runtime.families.latent_space import ClipDecoderModule, ClipPart, EncoderModule
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel
@@ -45,8 +45,9 @@ class TextEncoderModule(nn.Module):
 def component_names(checkpoint: Checkpoint) -> tuple[ComponentName, ...]:
     """Return the components of a checkpoint that any backend runs, in the order that a picture passes through them."""
     text: tuple[ComponentName, ...] = ("text_encoder",) if checkpoint.has_clip_alone else ()
+    picture: tuple[ComponentName, ...] = () if checkpoint.family.makes_clips else ("encoder",)
     tiny: tuple[ComponentName, ...] = ("tiny_decoder",) if checkpoint.has_tiny_vae else ()
-    return (*text, "denoiser", "decoder", *tiny)
+    return (*text, *picture, "denoiser", "decoder", *tiny)
 
 
 def program_names(checkpoint: Checkpoint, name: ComponentName) -> tuple[str, ...]:
@@ -73,22 +74,25 @@ def load_programs(
 
 
 def load_component(
-    checkpoint: Checkpoint, name: ComponentName, dtype: torch.dtype = torch.float32
+    checkpoint: Checkpoint, name: ComponentName, dtype: torch.dtype = torch.float32, vae: Any = None
 ) -> tuple[nn.Module, Interface]:
     """Load one component's module in eval mode, and its interface.
 
     Args:
         dtype: of the weights. Where LoRAs are merged into them they are float32.
+        vae: the checkpoint's VAE, where it is in memory already.
 
     Raises:
         CheckpointError: the checkpoint has no such component, or it cannot be loaded.
     """
-    module: TextEncoderModule | DecoderModule
+    module: TextEncoderModule | EncoderModule | DecoderModule
     match name:
         case "text_encoder":
             module = TextEncoderModule(checkpoint.load_text_model(dtype))
+        case "encoder":
+            module = EncoderModule(checkpoint.family, vae or checkpoint.load_vae(dtype), checkpoint.geometry)
         case "decoder":
-            module = checkpoint.family.decoder(checkpoint.load_vae(dtype))
+            module = checkpoint.family.decoder(vae or checkpoint.load_vae(dtype))
         case "tiny_decoder":
             module = checkpoint.family.decoder(checkpoint.load_tiny_vae(dtype))
         case "denoiser":

@@ -20,6 +20,7 @@ from tdm_runtime.errors import ArtifactError, BackendError, RecipeError
 from tdm_runtime.families.latent_space import ClipDecoderModule, ClipParts, PartKind
 from tdm_runtime.model.components import component_names, load_component, program_names
 from tdm_runtime.model.decoder import CompiledParts, Decoder, decoder_on
+from tdm_runtime.model.encoder import PictureEncoder
 from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.model.text_encoder import ClipEncoder, PipelineEncoder, TextEncoder
 from tdm_runtime.params import DecoderName
@@ -52,15 +53,17 @@ def load_with_torch(
     on = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = TORCH_DTYPES[precision]
     is_large = makes_large_pictures(checkpoint)
+    of_vae = checkpoint.decoder_dtype(dtype)
+    vae = checkpoint.load_vae(of_vae)  # encoder and decoder share it
 
     def run(name: ComponentName) -> tuple[Backend, Interface]:
-        of_part = checkpoint.decoder_dtype(dtype) if name == "decoder" else dtype
-        module, interface = load_component(checkpoint, name, of_part)
+        of_part = of_vae if name in ("encoder", "decoder") else dtype
+        module, interface = load_component(checkpoint, name, of_part, vae)
         if isinstance(module, ClipDecoderModule):  # Python keeps a cache between its calls
             return TorchBackend(ClipParts(module), on, of_part, threads), interface
         # A small decoder gets no OpenMP team. With a second team there are more workers than cores, they stop
         # spinning, and a step takes twice as long.
-        team = 1 if threads and name.endswith("decoder") and not is_large else threads
+        team = 1 if threads and name.endswith("coder") and name != "text_encoder" and not is_large else threads
         return open_module(backend, module, interface, on, of_part, team), interface
 
     return _assembled(checkpoint, f"{backend} {precision}", run, {}, on, text, threads)
@@ -145,6 +148,7 @@ def _assembled(
     decoders: dict[DecoderName, Decoder] = {"full": decoder_on(run("decoder")[0], checkpoint.geometry)}
     if "tiny_decoder" in names:
         decoders["tiny"] = decoder_on(run("tiny_decoder")[0], checkpoint.geometry)
+    encoder = PictureEncoder(run("encoder")[0]) if "encoder" in names else None
     _check_sizes(checkpoint)
     denoiser, interface = run("denoiser")
     if "text_encoder" in names:
@@ -160,6 +164,7 @@ def _assembled(
         denoiser=denoiser,
         denoiser_inputs=tuple(spec.name for spec in interface.inputs),
         decoders=decoders,
+        encoder=encoder,
         geometry=checkpoint.geometry,
         parity=parity,
         recipe_source=checkpoint.recipe_source,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,10 +18,27 @@ from tdm_runtime.families.conditioning import Conditioning
 from tdm_runtime.families.family import Family
 from tdm_runtime.families.latent_space import LatentGeometry
 from tdm_runtime.model.decoder import Decoder
+from tdm_runtime.model.encoder import PictureEncoder
 from tdm_runtime.model.text_encoder import PromptEmbedding, TextEncoder
 from tdm_runtime.params import DecoderName, SamplingParams
+from tdm_runtime.sampling.known_picture import KnownPicture
 from tdm_runtime.sampling.noise import SeedNoise
 from tdm_runtime.sampling.solvers import DRAWS_A_STEP
+from tdm_runtime.sampling.step_table import StepTable
+
+
+class Start(NamedTuple):
+    """Where the sampling of a request starts."""
+
+    noise: SeedNoise
+    initial: Tensor
+    """Unit normal noise that the latents start from, [C, H, W] or [C, F, H, W]."""
+    known: KnownPicture | None = None
+    """Given picture of an edit."""
+
+    def latents(self, table: StepTable) -> Tensor:
+        """Return the latents that the first step takes."""
+        return table.initial_scale * self.initial if self.known is None else self.known.start(table)
 
 
 @dataclass(frozen=True)
@@ -39,6 +57,8 @@ class LoadedModel:
     """Names of the denoiser's inputs, in order."""
     decoders: Mapping[DecoderName, Decoder]
     """"full" and, where the checkpoint has one, "tiny"."""
+    encoder: PictureEncoder | None
+    """Encoder of given pictures; None for models that make clips."""
     geometry: LatentGeometry
     """Rule for the shape of the latents."""
     parity: Mapping[int, PictureParity]
@@ -63,14 +83,46 @@ class LoadedModel:
         """Shape of a request's latents: [C, H, W], of a clip [C, F, H, W]."""
         return self.geometry.latent_shape(params.width, params.height, params.frames or 1)
 
-    def noise(self, params: SamplingParams) -> SeedNoise:
-        """Return the noise of a request, in the shape of its latents."""
+    def noise(self, params: SamplingParams, first_draw: int = 0, step_draw: int = 1) -> SeedNoise:
+        """Return the noise of a request, in the shape of its latents. Draws are those of `SeedNoise`."""
         return SeedNoise(
             params.seed,
             self.latent_shape(params),
             params.noise_angle,
             frames_first=self.geometry.draws_frames_first,
             draws_a_step=DRAWS_A_STEP.get(self.recipe.solver, 1),
+            first_draw=first_draw,
+            step_draw=step_draw,
+        )
+
+    def start(self, params: SamplingParams) -> Start:
+        """Return where the sampling of a request starts, on the device of the denoiser.
+
+        The generator of an edit draws as stock pipelines draw: the picture's latents from their distribution, where the
+        autoencoder has one, then the initial latents. With a mask they also encode the picture without what the mask
+        covers, which no model here reads, before they draw the noise of the first step.
+        """
+        device, edit = self.denoiser.device, params.edit
+        if edit is None:
+            noise = self.noise(params)
+            return Start(noise, noise.initial().to(device))
+        assert self.encoder is not None, "models that make pictures have an encoder"
+        (encoded,) = self.encoder.encode_all([edit])
+        latents = encoded.mean.to(device)
+        if encoded.is_sampled:
+            latents = latents + encoded.std.to(device) * self.noise(params).initial().to(device)
+            noise = self.noise(params, 1, 1 if edit.mask is None else 2)
+        else:
+            noise = self.noise(params)
+        kept = edit.kept_latents(*latents.shape[-2:])
+        initial, is_start = noise.initial().to(device), edit.mask is None or edit.strength < 1.0
+        known = KnownPicture(latents, initial, None if kept is None else kept.to(device), is_start)
+        return Start(noise, initial, known)
+
+    def step_table(self, params: SamplingParams) -> StepTable:
+        """Return the steps that a request takes."""
+        return self.recipe.step_table(
+            params.num_inference_steps, params.width, params.height, None if params.edit is None else params.num_steps
         )
 
     def lora_factor(self, params: SamplingParams) -> float:

@@ -31,6 +31,8 @@ class SeedNoise:
         *,
         frames_first: bool = False,
         draws_a_step: int = 1,
+        first_draw: int = 0,
+        step_draw: int = 1,
     ) -> None:
         """
         Args:
@@ -42,6 +44,7 @@ class SeedNoise:
         """
         self._seed, self._shape, self._angle = seed, shape, angle
         self._frames_first, self._draws_a_step = frames_first, draws_a_step
+        self._first_draw, self._step_draw = first_draw, step_draw
         self._drawn_shape = (*shape[:-4], shape[-3], shape[-4], *shape[-2:]) if frames_first else shape
         self._generator = torch.Generator()
         self._next_draw: int | None = None
@@ -57,11 +60,12 @@ class SeedNoise:
     def of_step(self, step_index: int) -> Tensor:
         """Return the fresh noise of a step."""
         if step_index > 0 or self._angle == 0.0:
-            return self._draw(self._draws_a_step * step_index + 1)
+            return self._draw(self._draws_a_step * step_index + self._step_draw)
         first, second = self._draw(0), self._draw(1)
         return math.cos(self._angle) * second - math.sin(self._angle) * first
 
     def _draw(self, number: int) -> Tensor:
+        number += self._first_draw
         if self._next_draw is None or number < self._next_draw:
             self._generator.manual_seed(self._seed)
             self._next_draw = 0

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tdm_runtime.sampling.known_picture import KnownPicture
 from tdm_runtime.sampling.step_table import StepTable
 
 StepRow = tuple[StepTable, int]
@@ -58,6 +59,7 @@ def solve(
     noise: Tensor,
     predict: Callable[[Tensor, Tensor], Tensor],
     step_noise: Callable[[int], Tensor] | None = None,
+    known: KnownPicture | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Take all steps of one table, for a batch that shares it.
 
@@ -75,7 +77,7 @@ def solve(
     """
     if step_noise is None and np.any(table.d):
         raise ValueError("the table takes fresh noise at its steps; give step_noise, such as SeedNoise.of_step")
-    latents = table.initial_scale * noise
+    latents = table.initial_scale * noise if known is None else known.start(table)[None]
     before = denoised = torch.zeros_like(latents)
     for step_index in range(table.num_inference_steps):
         rows = gather_rows([(table, step_index)] * len(latents), latents.device)
@@ -85,4 +87,6 @@ def solve(
             fresh = step_noise(step_index).to(latents.device)
         oldest = before if table.e[step_index] else None
         before, (latents, denoised) = denoised, apply_step(rows, latents, model_output, denoised, fresh, oldest)
+        if known is not None:
+            latents = known.after_step(latents, table, step_index)
         yield latents, denoised

@@ -57,11 +57,15 @@ class StepTable:
     """Zero in the last row, and in every row of a deterministic solver."""
     e: Array
     """Zero in rows 0 and 1 and the last, and in every row of a solver other than unipc."""
+    alphas: Array
+    """Share of the picture in the latents that each step starts from: they are alpha x_0 + sigma noise."""
+    sigmas: Array
+    """Share of the noise in them."""
     initial_scale: float = 1.0
     """The sampler starts from unit noise times this factor."""
 
     def __post_init__(self) -> None:
-        for name in COLUMNS:
+        for name in (*COLUMNS, "alphas", "sigmas"):
             column = getattr(self, name)
             if not np.all(np.isfinite(column)):
                 raise RecipeError(f"column {name} of the step table is not finite: {column.tolist()}")
@@ -145,7 +149,7 @@ def build_step_table(
         c_skip, c_out = boundary_scalings(timesteps, timestep_scaling)
         p, q = c_skip + c_out * p, c_out * q
     scale = float(current.sigmas[0]) if initial_scale == "sigma" else float(initial_scale)
-    return StepTable(timesteps.copy(), p, q, a, b, c, d, e, scale)
+    return StepTable(timesteps.copy(), p, q, a, b, c, d, e, current.alphas.copy(), current.sigmas.copy(), scale)
 
 
 def _landings(schedule: NoiseSchedule, solver: Solver, timesteps: Array) -> Array:

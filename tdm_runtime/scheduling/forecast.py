@@ -20,9 +20,9 @@ Item = TypeVar("Item", bound=Work)
 def choose(ordered: Sequence[Item], costs: CostModel, capacity: int) -> list[Item]:
     """Return the samples of the next call: the most urgent one and, in order, as many of its lane as help.
 
-    Prompts come first: while samples of that batch need their text, the next call encodes as many as help, and the step
-    that they share follows. More urgent samples may come in between, so that a slow text encoder delays them by one
-    prompt at most.
+    Prompts come first, then given pictures: while samples of that batch need theirs, the next call encodes as many as
+    help, and the step that they share follows. More urgent samples may come in between, so that a slow text encoder
+    delays them by one prompt at most.
 
     If the most urgent sample is no background work, background work joins only while it hardly lengthens the call.
 
@@ -32,6 +32,8 @@ def choose(ordered: Sequence[Item], costs: CostModel, capacity: int) -> list[Ite
     batch = _mates(ordered, costs, capacity)
     if readers := [item for item in batch if item.needs_text]:
         return readers[: costs.batch_size(readers[0].text, min(capacity, len(readers)))]
+    if editors := [item for item in batch if item.needs_image]:
+        return editors[: costs.batch_size(editors[0].image, min(capacity, len(editors)))]
     return batch
 
 
@@ -55,7 +57,7 @@ def _mates(ordered: Sequence[Item], costs: CostModel, capacity: int) -> list[Ite
 def call_seconds(batch: Sequence[Work], costs: CostModel) -> float:
     """Return the seconds of one call, with the previews decoded after it."""
     seconds = costs.seconds(batch[0].call_kind, len(batch))
-    if batch[0].needs_text:
+    if not batch[0].is_prepared:
         return seconds
     return seconds + sum(costs.seconds(work.preview) for work in batch if work.is_shown)
 

@@ -284,13 +284,13 @@ class StepScheduler(Generic[Item]):
         self.end_call()
         self._give_up([item for item in self._live.values() if item.promised_s < now_s])
         batch = self._choice()
-        while unsettled := [item for item in batch if item.open_steps and not item.needs_text]:
+        while unsettled := [item for item in batch if item.open_steps and item.is_prepared]:
             for item in unsettled:
                 item.settle(self._most_steps(item, now_s))
             batch = self._choice()
         if not batch:
             return []
-        if not batch[0].needs_text:
+        if batch[0].is_prepared:
             self._predict([item for item in batch if not item.has_started], now_s)
             if not self._joining:
                 self._together.update(batch)

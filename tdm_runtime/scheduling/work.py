@@ -9,8 +9,8 @@ from tdm_runtime.scheduling.cost_model import CostModel, Kind
 
 TEXT = Kind("text")
 """Default kind of a text call. The engine gives each model its own."""
-NO_PREVIEW = Kind("")
-"""Preview kind of samples without previews; it costs nothing."""
+NO_CALL = Kind("")
+"""Kind of calls that are never made, such as the preview of a sample without previews; it costs nothing."""
 NEVER_S = float("inf")
 BACKGROUND_PATIENCE = 50.0
 """Patience of background work, in patiences of other work. Afterwards it is as urgent as new arrivals, so it is done in
@@ -31,7 +31,8 @@ class Lane(NamedTuple):
 
 @dataclass(eq=False, kw_only=True)
 class Work:
-    """A sample as the scheduler sees it: a prompt unless it is cached, denoiser steps, then a decode in calls."""
+    """A sample as the scheduler sees it: a prompt and a given picture unless they are cached, denoiser steps, then a
+    decode in calls."""
 
     denoise: Lane
     """Lane of its denoiser steps."""
@@ -60,7 +61,11 @@ class Work:
     """Whether its prompt must be encoded before its first step. That is a call of its own."""
     text: Kind = TEXT
     """Kind of that call."""
-    preview: Kind = NO_PREVIEW
+    needs_image: bool = False
+    """Whether a given picture must be encoded before its first step, after its prompt. That is a call of its own."""
+    image: Kind = NO_CALL
+    """Kind of that call."""
+    preview: Kind = NO_CALL
     """Kind of the preview call."""
     previews_left: int = 0
     """Previews still to show, one after each step but the last."""
@@ -81,7 +86,14 @@ class Work:
     @property
     def call_kind(self) -> Kind:
         """Kind of its next call."""
-        return self.text if self.needs_text else self.lane.kind
+        if self.needs_text:
+            return self.text
+        return self.image if self.needs_image else self.lane.kind
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether its next call is a step or a decode."""
+        return not (self.needs_text or self.needs_image)
 
     @property
     def is_shown(self) -> bool:
@@ -130,6 +142,8 @@ class Work:
             promised_s=self.promised_s,
             needs_text=self.needs_text,
             text=self.text,
+            needs_image=self.needs_image,
+            image=self.image,
             is_background=self.is_background,
             preview=self.preview,
             previews_left=self.previews_left,
@@ -140,6 +154,9 @@ class Work:
         """Move past its next call. Return True if that was its last."""
         if self.needs_text:
             self.needs_text = False
+            return False
+        if self.needs_image:
+            self.needs_image = False
             return False
         self.has_started = True
         if not self.steps_left:
@@ -152,20 +169,24 @@ class Work:
 
     def seconds_shared(self, costs: CostModel, steps: int, capacity: int) -> float:
         """Return its share of the machine's time with this many steps, in batches of the best size."""
-        text_s = costs.seconds(self.text) if self.needs_text else 0.0
+        before_s = self._seconds_before(costs)
         shares_s = [
             costs.seconds(kind, size) / size
             for kind in (self.denoise.kind, self.decode.kind)
             if (size := costs.batch_size(kind, capacity))
         ]
-        return text_s + steps * shares_s[0] + self.decodes_left * shares_s[1]
+        return before_s + steps * shares_s[0] + self.decodes_left * shares_s[1]
+
+    def _seconds_before(self, costs: CostModel) -> float:
+        """Return the seconds of the calls before its first step."""
+        seconds = costs.seconds(self.text) if self.needs_text else 0.0
+        return seconds + costs.seconds(self.image) if self.needs_image else seconds
 
     def seconds_left(self, costs: CostModel, size: int = 1) -> float:
         """Return the seconds until it is done, if each step is a call of `size` samples and nothing comes between."""
         seconds = self.steps_left * costs.seconds(self.denoise.kind, size)
         seconds += self.decodes_left * costs.seconds(self.decode.kind)
-        if self.needs_text:
-            seconds += costs.seconds(self.text)
+        seconds += self._seconds_before(costs)
         if self.previews_left:
             seconds += max(0, min(self.previews_left, self.steps_left - 1 - self.unseen_steps)) * costs.seconds(
                 self.preview

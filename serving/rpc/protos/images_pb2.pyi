@@ -36,7 +36,7 @@ OUTPUT_FORMAT_WEBM: OutputFormat
 OUTPUT_FORMAT_GIF: OutputFormat
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("prompt", "model", "n", "size", "seed", "num_inference_steps", "auto_steps", "latency_budget_ms", "strict", "decoder", "guidance_scale", "negative_prompt", "output_format", "output_compression", "metadata", "lora_scale")
+    __slots__ = ("prompt", "model", "n", "size", "seed", "num_inference_steps", "auto_steps", "latency_budget_ms", "strict", "decoder", "guidance_scale", "negative_prompt", "output_format", "output_compression", "metadata", "lora_scale", "image", "mask", "strength")
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     N_FIELD_NUMBER: _ClassVar[int]
@@ -53,6 +53,9 @@ class GenerateRequest(_message.Message):
     OUTPUT_COMPRESSION_FIELD_NUMBER: _ClassVar[int]
     METADATA_FIELD_NUMBER: _ClassVar[int]
     LORA_SCALE_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_FIELD_NUMBER: _ClassVar[int]
+    MASK_FIELD_NUMBER: _ClassVar[int]
+    STRENGTH_FIELD_NUMBER: _ClassVar[int]
     prompt: str
     model: str
     n: int
@@ -69,7 +72,10 @@ class GenerateRequest(_message.Message):
     output_compression: int
     metadata: bool
     lora_scale: float
-    def __init__(self, prompt: _Optional[str] = ..., model: _Optional[str] = ..., n: _Optional[int] = ..., size: _Optional[_Union[Size, _Mapping]] = ..., seed: _Optional[int] = ..., num_inference_steps: _Optional[int] = ..., auto_steps: _Optional[_Union[AutoSteps, _Mapping]] = ..., latency_budget_ms: _Optional[float] = ..., strict: _Optional[bool] = ..., decoder: _Optional[_Union[Decoder, str]] = ..., guidance_scale: _Optional[float] = ..., negative_prompt: _Optional[str] = ..., output_format: _Optional[_Union[OutputFormat, str]] = ..., output_compression: _Optional[int] = ..., metadata: _Optional[bool] = ..., lora_scale: _Optional[float] = ...) -> None: ...
+    image: bytes
+    mask: bytes
+    strength: float
+    def __init__(self, prompt: _Optional[str] = ..., model: _Optional[str] = ..., n: _Optional[int] = ..., size: _Optional[_Union[Size, _Mapping]] = ..., seed: _Optional[int] = ..., num_inference_steps: _Optional[int] = ..., auto_steps: _Optional[_Union[AutoSteps, _Mapping]] = ..., latency_budget_ms: _Optional[float] = ..., strict: _Optional[bool] = ..., decoder: _Optional[_Union[Decoder, str]] = ..., guidance_scale: _Optional[float] = ..., negative_prompt: _Optional[str] = ..., output_format: _Optional[_Union[OutputFormat, str]] = ..., output_compression: _Optional[int] = ..., metadata: _Optional[bool] = ..., lora_scale: _Optional[float] = ..., image: _Optional[bytes] = ..., mask: _Optional[bytes] = ..., strength: _Optional[float] = ...) -> None: ...
 
 class GenerateStreamRequest(_message.Message):
     __slots__ = ("picture", "partial_images", "draft")
@@ -162,18 +168,20 @@ class GenerateResponse(_message.Message):
     def __init__(self, created: _Optional[int] = ..., model: _Optional[str] = ..., images: _Optional[_Iterable[_Union[Image, _Mapping]]] = ..., output_format: _Optional[_Union[OutputFormat, str]] = ..., size: _Optional[_Union[Size, _Mapping]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., predicted_ms: _Optional[float] = ..., latency_budget_kept: _Optional[bool] = ..., warnings: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Image(_message.Message):
-    __slots__ = ("content", "seed", "num_inference_steps", "is_cached", "receipt")
+    __slots__ = ("content", "seed", "num_inference_steps", "is_cached", "receipt", "num_steps_taken")
     CONTENT_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     NUM_INFERENCE_STEPS_FIELD_NUMBER: _ClassVar[int]
     IS_CACHED_FIELD_NUMBER: _ClassVar[int]
     RECEIPT_FIELD_NUMBER: _ClassVar[int]
+    NUM_STEPS_TAKEN_FIELD_NUMBER: _ClassVar[int]
     content: bytes
     seed: int
     num_inference_steps: int
     is_cached: bool
     receipt: Receipt
-    def __init__(self, content: _Optional[bytes] = ..., seed: _Optional[int] = ..., num_inference_steps: _Optional[int] = ..., is_cached: _Optional[bool] = ..., receipt: _Optional[_Union[Receipt, _Mapping]] = ...) -> None: ...
+    num_steps_taken: int
+    def __init__(self, content: _Optional[bytes] = ..., seed: _Optional[int] = ..., num_inference_steps: _Optional[int] = ..., is_cached: _Optional[bool] = ..., receipt: _Optional[_Union[Receipt, _Mapping]] = ..., num_steps_taken: _Optional[int] = ...) -> None: ...
 
 class GenerateVideoResponse(_message.Message):
     __slots__ = ("created", "model", "video", "output_format", "size", "num_frames", "usage", "timings", "predicted_ms", "latency_budget_kept", "warnings")
@@ -246,23 +254,25 @@ class Usage(_message.Message):
     def __init__(self, input_tokens: _Optional[int] = ..., output_tokens: _Optional[int] = ..., total_tokens: _Optional[int] = ...) -> None: ...
 
 class Timings(_message.Message):
-    __slots__ = ("queue_ms", "text_ms", "steps_ms", "decode_ms", "encode_ms", "total_ms")
+    __slots__ = ("queue_ms", "text_ms", "steps_ms", "decode_ms", "encode_ms", "total_ms", "image_ms")
     QUEUE_MS_FIELD_NUMBER: _ClassVar[int]
     TEXT_MS_FIELD_NUMBER: _ClassVar[int]
     STEPS_MS_FIELD_NUMBER: _ClassVar[int]
     DECODE_MS_FIELD_NUMBER: _ClassVar[int]
     ENCODE_MS_FIELD_NUMBER: _ClassVar[int]
     TOTAL_MS_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_MS_FIELD_NUMBER: _ClassVar[int]
     queue_ms: float
     text_ms: float
     steps_ms: _containers.RepeatedScalarFieldContainer[float]
     decode_ms: float
     encode_ms: float
     total_ms: float
-    def __init__(self, queue_ms: _Optional[float] = ..., text_ms: _Optional[float] = ..., steps_ms: _Optional[_Iterable[float]] = ..., decode_ms: _Optional[float] = ..., encode_ms: _Optional[float] = ..., total_ms: _Optional[float] = ...) -> None: ...
+    image_ms: float
+    def __init__(self, queue_ms: _Optional[float] = ..., text_ms: _Optional[float] = ..., steps_ms: _Optional[_Iterable[float]] = ..., decode_ms: _Optional[float] = ..., encode_ms: _Optional[float] = ..., total_ms: _Optional[float] = ..., image_ms: _Optional[float] = ...) -> None: ...
 
 class Receipt(_message.Message):
-    __slots__ = ("model", "digest", "prompt", "seed", "num_inference_steps", "width", "height", "decoder", "backend", "bucket", "is_strict", "pixels_sha256", "guidance_scale", "lora_scale", "frames", "threads")
+    __slots__ = ("model", "digest", "prompt", "seed", "num_inference_steps", "width", "height", "decoder", "backend", "bucket", "is_strict", "pixels_sha256", "guidance_scale", "lora_scale", "frames", "threads", "strength", "edit_sha256")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
@@ -279,6 +289,8 @@ class Receipt(_message.Message):
     LORA_SCALE_FIELD_NUMBER: _ClassVar[int]
     FRAMES_FIELD_NUMBER: _ClassVar[int]
     THREADS_FIELD_NUMBER: _ClassVar[int]
+    STRENGTH_FIELD_NUMBER: _ClassVar[int]
+    EDIT_SHA256_FIELD_NUMBER: _ClassVar[int]
     model: str
     digest: str
     prompt: str
@@ -295,7 +307,9 @@ class Receipt(_message.Message):
     lora_scale: float
     frames: int
     threads: int
-    def __init__(self, model: _Optional[str] = ..., digest: _Optional[str] = ..., prompt: _Optional[str] = ..., seed: _Optional[int] = ..., num_inference_steps: _Optional[int] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., decoder: _Optional[str] = ..., backend: _Optional[str] = ..., bucket: _Optional[_Iterable[int]] = ..., is_strict: _Optional[bool] = ..., pixels_sha256: _Optional[str] = ..., guidance_scale: _Optional[float] = ..., lora_scale: _Optional[float] = ..., frames: _Optional[int] = ..., threads: _Optional[int] = ...) -> None: ...
+    strength: float
+    edit_sha256: str
+    def __init__(self, model: _Optional[str] = ..., digest: _Optional[str] = ..., prompt: _Optional[str] = ..., seed: _Optional[int] = ..., num_inference_steps: _Optional[int] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., decoder: _Optional[str] = ..., backend: _Optional[str] = ..., bucket: _Optional[_Iterable[int]] = ..., is_strict: _Optional[bool] = ..., pixels_sha256: _Optional[str] = ..., guidance_scale: _Optional[float] = ..., lora_scale: _Optional[float] = ..., frames: _Optional[int] = ..., threads: _Optional[int] = ..., strength: _Optional[float] = ..., edit_sha256: _Optional[str] = ...) -> None: ...
 
 class ListModelsRequest(_message.Message):
     __slots__ = ()

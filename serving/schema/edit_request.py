@@ -1,0 +1,117 @@
+"""Request of POST /v1/images/edits: a picture to change by a prompt."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any, Literal
+
+from PIL import Image
+from pydantic import Field
+
+from serving.errors import invalid
+from serving.schema.image_request import ImageRequest, RecipeOf
+from serving.schema.order import ImageOrder
+from serving.schema.parsing import parse_body, validate
+from tdm_runtime.checkpoint.recipe import Recipe
+from tdm_runtime.edit import Edit, default_strength
+from tdm_runtime.media.given_picture import distorts, has_transparency, read_mask, read_picture, to_edit
+from tdm_runtime.media.image_file import ImageFormat
+
+DATA_URL = re.compile(r"data:[\w.+/-]*(;[\w=-]+)*;base64,")
+ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
+
+
+class EditRequest(ImageRequest):
+    """Body of POST /v1/images/edits. Fields that a generation has too mean the same."""
+
+    image: str | bytes | list[str | bytes] = Field(
+        description="The picture: a file in a form; in JSON its bytes in base64, or a data URL. A list holds one."
+    )
+    mask: str | bytes | None = Field(
+        None, description="Where the picture changes: transparent there or, if it is opaque, white there."
+    )
+    strength: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="How much of the picture is made anew: of K steps the last ceil(K strength) run. "
+        f"{default_strength(False)}, or {default_strength(True)} with a mask, when absent.",
+    )
+    size: str = Field("auto", description='"WxH" from the model\'s sizes; "auto" is the one nearest to the picture\'s.')
+    input_fidelity: Literal["low", "high"] | None = Field(None, description="Accepted and unused, with a warning.")
+
+    @cached_property
+    def _content(self) -> bytes:
+        pictures = self.image if isinstance(self.image, list) else [self.image]
+        if len(pictures) != 1:
+            raise invalid(f"image holds {len(pictures)} pictures; one is edited, send one", "image", "invalid_value")
+        return _bytes_of(pictures[0], "image")
+
+    @cached_property
+    def _picture(self) -> Image.Image:
+        return read_picture(self._content)
+
+    def _size(self, recipe: Recipe) -> tuple[int, int]:
+        return recipe.nearest_size(*self._picture.size) if self.size == "auto" else super()._size(recipe)
+
+    def _edit(self, width: int, height: int) -> Edit:
+        mask = None if self.mask is None else read_mask(_bytes_of(self.mask, "mask"))
+        strength = default_strength(mask is not None) if self.strength is None else self.strength
+        return to_edit(self._picture, strength, width, height, mask)
+
+    def _warnings(self, recipe: Recipe) -> Iterator[str]:
+        yield from super()._warnings(recipe)
+        if self.input_fidelity is not None:
+            yield f"input_fidelity {self.input_fidelity} changes nothing; strength says how much is made anew"
+        width, height = self._size(recipe)
+        if distorts(self._picture, width, height):
+            yield (
+                f"the picture is {self._picture.width}x{self._picture.height}; scaling it to {width}x{height} changes "
+                "its shape, crop it first"
+            )
+        if self.mask is None and has_transparency(self._content):
+            yield "the picture's transparent parts were made white; send it as mask too to change only these"
+
+
+def edit_order_from_body(
+    body: bytes, recipe_of: RecipeOf, file_formats: Sequence[ImageFormat] = (), default_seed: int | None = None
+) -> ImageOrder:
+    """Read the JSON body of POST /v1/images/edits. Arguments and errors are those of `order_from_body`."""
+    return _to_order(parse_body(body, EditRequest), recipe_of, file_formats, default_seed)
+
+
+def edit_order_from_fields(
+    fields: dict[str, Any],
+    recipe_of: RecipeOf,
+    file_formats: Sequence[ImageFormat] = (),
+    default_seed: int | None = None,
+    is_text: bool = False,
+) -> ImageOrder:
+    """Read decoded fields, with files as bytes. Arguments and errors are those of `order_from_fields`."""
+    return _to_order(validate(fields, EditRequest, is_text), recipe_of, file_formats, default_seed)
+
+
+def _to_order(
+    request: EditRequest, recipe_of: RecipeOf, file_formats: Sequence[ImageFormat], default_seed: int | None
+) -> ImageOrder:
+    if file_formats:
+        request = request.as_file(file_formats)
+    return request.to_order(recipe_of(request.model), default_seed)
+
+
+def _bytes_of(given: str | bytes, param: str) -> bytes:
+    """Return the bytes of a file that came as such, in base64 or in a data URL."""
+    if isinstance(given, bytes):
+        return given
+    if found := DATA_URL.match(given):
+        given = given[found.end() :]
+    elif ADDRESS.match(given):
+        raise invalid(f"{param} is {given[:40]!r}; no address is fetched, send the bytes", param, "invalid_value")
+    try:
+        return base64.b64decode("".join(given.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise invalid(f"{param} is no base64: {error}; send the file's bytes", param, "invalid_value") from None
