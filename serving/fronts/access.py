@@ -6,6 +6,7 @@ requests without a key of that file. Without a key file, every caller is `ANYBOD
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import hmac
 import json
@@ -183,7 +184,9 @@ class Access:
             return ANYBODY
         self._look_again(self._file)
         scheme, _, key = (authorization or "").partition(" ")
-        if scheme.lower() != "bearer" or not key.strip():
+        if scheme.lower() == "basic":
+            key = _password(key)
+        if scheme.lower() not in ("bearer", "basic") or not key.strip():
             raise _unauthorized("this server needs an API key; send it as `Authorization: Bearer KEY`")
         given, found = hash_key(key.strip()), None
         for sha256, (_, caller) in self._callers.items():
@@ -214,6 +217,14 @@ class Access:
 def _stamp(file: Path) -> tuple[int, int]:
     found = file.stat()
     return found.st_mtime_ns, found.st_ino
+
+
+def _password(credentials: str) -> str:
+    """Return the password of Basic credentials, which some clients can send and no others; empty if there is none."""
+    try:
+        return base64.b64decode(credentials, validate=True).decode().partition(":")[2]
+    except ValueError:
+        return ""
 
 
 def _unauthorized(message: str) -> APIError:

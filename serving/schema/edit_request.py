@@ -49,7 +49,7 @@ class EditRequest(ImageRequest):
         pictures = self.image if isinstance(self.image, list) else [self.image]
         if len(pictures) != 1:
             raise invalid(f"image holds {len(pictures)} pictures; one is edited, send one", "image", "invalid_value")
-        return _bytes_of(pictures[0], "image")
+        return bytes_of(pictures[0], "image")
 
     @cached_property
     def _picture(self) -> Image.Image:
@@ -59,7 +59,7 @@ class EditRequest(ImageRequest):
         return recipe.nearest_size(*self._picture.size) if self.size == "auto" else super()._size(recipe)
 
     def _edit(self, width: int, height: int) -> Edit:
-        mask = None if self.mask is None else read_mask(_bytes_of(self.mask, "mask"))
+        mask = None if self.mask is None else read_mask(bytes_of(self.mask, "mask"))
         strength = default_strength(mask is not None) if self.strength is None else self.strength
         return to_edit(self._picture, strength, width, height, mask)
 
@@ -103,7 +103,7 @@ def _to_order(
     return request.to_order(recipe_of(request.model), default_seed)
 
 
-def _bytes_of(given: str | bytes, param: str) -> bytes:
+def bytes_of(given: str | bytes, param: str) -> bytes:
     """Return the bytes of a file that came as such, in base64 or in a data URL."""
     if isinstance(given, bytes):
         return given

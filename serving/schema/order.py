@@ -68,6 +68,10 @@ class ImageOrder:
         """
         return sum(one.width * one.height * (one.frames or 1) * one.num_steps for one in self.pictures) / 1e6
 
+    def warned(self, *warnings: str) -> ImageOrder:
+        """Return the same order with further warnings."""
+        return replace(self, warnings=(*self.warnings, *warnings))
+
     def as_pixels(self) -> ImageOrder:
         """Return the same order, answered with bare pixels in place of files."""
         return replace(self, encoding=replace(self.encoding, pixels_only=True))

@@ -14,6 +14,7 @@ from serving.web.image_routes import add_image_routes
 from serving.web.inference_routes import add_inference_routes
 from serving.web.operation_routes import add_operation_routes, add_playground
 from serving.web.video_routes import add_video_routes
+from serving.web.webui_routes import add_webui_routes
 
 DESCRIPTION = (
     "Pictures in 1 to 4 deterministic diffusion steps. Follows the OpenAI API; sampling fields follow diffusers."
@@ -27,6 +28,7 @@ def build_app(services: Services) -> FastAPI:
     add_edit_routes(app, services)
     add_file_routes(app, services)
     add_video_routes(app, services)
+    add_webui_routes(app, services)
     add_batch_routes(app, services)
     add_inference_routes(app, services)
     add_operation_routes(app, services)

@@ -50,6 +50,13 @@ def read_mask(content: bytes) -> Image.Image:
     return _read(content, "mask", _to_mask)
 
 
+def inverted_mask(mask: Image.Image) -> bytes:
+    """Return the file of a mask that changes what the given one keeps."""
+    stream = io.BytesIO()
+    ImageOps.invert(mask).save(stream, "PNG")
+    return stream.getvalue()
+
+
 def has_transparency(content: bytes) -> bool:
     """Return whether a picture that was read before has pixels that are not opaque."""
     return _read(content, "image", lambda picture: _least_alpha(picture) < 255)
