@@ -2,7 +2,8 @@
 import { routeOf } from "./server.js";
 
 export function asCurl(request, origin, hasKey) {
-  const { draft, partial_images, ...rest } = request;
+  const { draft, partial_images, image, ...rest } = request;
+  if (image !== undefined) return editAsCurl(rest, origin, hasKey);
   const plain = rest.num_frames === undefined ? rest : { ...rest, output_format: "mp4" };
   const body = JSON.stringify(plain).replaceAll("'", "'\\''"); // the shell's way to quote a quote
   const key = hasKey ? `  -H "Authorization: Bearer $TDM_API_KEY" \\\n` : "";
@@ -16,12 +17,24 @@ ${key}  -H 'Content-Type: application/json' \\
   | python3 -c '${save}'\n`;
 }
 
+const quoted = (text) => `'${String(text).replaceAll("'", "'\\''")}'`; // the shell's way to quote a quote
+
+// The picture to change is a file beside the command.
+function editAsCurl(fields, origin, hasKey) {
+  const key = hasKey ? `  -H "Authorization: Bearer $TDM_API_KEY" \\\n` : "";
+  const parts = Object.entries(fields).map(([name, value]) => `  --form-string ${quoted(`${name}=${value}`)} \\\n`);
+  return `curl -sS ${origin}/v1/images/edits -H 'Accept: image/png' \\
+${key}  -F image=@given.png \\
+${parts.join("")}  -o picture.png\n`;
+}
+
 const nameOf = ({ num_frames }) => (num_frames === undefined ? "picture" : "clip");
 
 // JSON strings and numbers are Python literals too.
 export function asPython(request, origin, hasKey) {
   if (request.num_frames !== undefined) return clipAsPython(request, origin, hasKey);
-  const { draft, partial_images, model, prompt, output_format, size, ...sampling } = request;
+  const { draft, partial_images, model, prompt, output_format, size, image, ...sampling } = request;
+  const [call, given] = image === undefined ? ["generate", ""] : ["edit", '    image=open("given.png", "rb"),\n'];
   const known = Object.entries({ model, prompt, output_format, size }).filter(([, value]) => value !== undefined);
   const lines = known.map(([name, value]) => `    ${name}=${JSON.stringify(value)},`);
   const extra = Object.entries(sampling).map(([name, value]) => `"${name}": ${JSON.stringify(value)}`).join(", ");
@@ -30,8 +43,8 @@ ${hasKey ? "import os\n" : ""}
 from openai import OpenAI
 
 client = OpenAI(base_url=${JSON.stringify(`${origin}/v1`)}, api_key=${hasKey ? 'os.environ["TDM_API_KEY"]' : '"unused"'})
-response = client.images.generate(
-${lines.join("\n")}
+response = client.images.${call}(
+${given}${lines.join("\n")}
     extra_body={${extra}},
 )
 with open("picture.${output_format}", "wb") as file:

@@ -2,13 +2,13 @@
 import { byId, element, duration, setText } from "./page.js";
 
 export function showLatency({ request, answer, roundTripMs }) {
-  const { timings, num_inference_steps, predicted_ms, latency_budget_kept, is_cached } = answer;
+  const { timings, predicted_ms, latency_budget_kept, is_cached } = answer;
   const budgetMs = request.latency_budget_ms;
   const how = is_cached ? " (cached)" : request.num_inference_steps === "auto" ? " (auto)" : "";
   setText("outcome-round-trip", duration(roundTripMs));
   setText("outcome-total", duration(timings.total_ms));
   setText("outcome-predicted", duration(predicted_ms));
-  setText("outcome-steps", `${num_inference_steps}${how}`);
+  setText("outcome-steps", `${timings.steps_ms.length}${how}`);
   byId("outcome-budget-tile").hidden = budgetMs === undefined;
   byId("outcome-budget-tile").dataset.kept = latency_budget_kept;
   setText("outcome-kept", latency_budget_kept ? "Budget kept" : "Budget missed");

@@ -1,6 +1,7 @@
 // The playground: makes a picture or a clip from a prompt and shows the time of each stage.
 // The fields of the form are the state of the settings. Each picture has the request that made it.
 import { asCurl, asPython, copy } from "./copies.js";
+import { closeDrawing, drawnFields, isDrawing, isStroke, openDrawing, restoreDrawing, watchDrawing } from "./drawing.js";
 import { showLatency } from "./latency.js";
 import { announce, byId, countSteps, element, duration, setText, stillOf } from "./page.js";
 import { fetchMp4, forgetKey, getKey, listModels, makePicture, readReadiness, setKey, sourceOf } from "./server.js";
@@ -38,6 +39,8 @@ let model = null; // the chosen entry of `models`; null until the server is read
 let shown = null; // the picture on display, as `makePicture` returned it
 let pictures = []; // the history, newest first
 let timer = 0; // timeout after which the next picture is made
+let isLive = false; // whether the picture follows a drawing
+let isChanged = false; // whether the drawing changed since the latest picture began
 let generation = new AbortController();
 let comparison = new AbortController();
 
@@ -64,7 +67,9 @@ function chooseModel(id) {
   byId("size").replaceChildren(...model.sizes.map((size) => element("option", { value: size }, size)));
   byId("size-field").hidden = model.sizes.length < 2;
   byId("frames-field").hidden = !model.frames;
-  byId("draft-field").hidden = Boolean(model.frames);
+  byId("draft-field").hidden = byId("draw").hidden = byId("edit").hidden = Boolean(model.frames);
+  byId("draw").disabled = false;
+  if (model.frames) closeDrawing();
   if (model.frames) {
     const { step, max_frames } = model.frames;
     Object.assign(byId("frames"), { min: 1, step, max: max_frames, value: model.frames.default });
@@ -101,10 +106,11 @@ function currentRequest() {
     seed: Number(byId("seed").value), // the server checks the range
     num_inference_steps: steps === "auto" ? steps : Number(steps),
     ...(steps === "auto" && budget !== "" && { latency_budget_ms: Number(budget) }),
-    partial_images: PARTIAL_IMAGES,
+    partial_images: isStroke() ? 0 : PARTIAL_IMAGES,
+    ...drawnFields(),
     ...(model.frames
       ? { output_format: CLIP_FORMAT, num_frames: Number(byId("frames").value) || model.frames.default }
-      : { output_format: OUTPUT_FORMAT, draft: byId("draft").checked }),
+      : { output_format: OUTPUT_FORMAT, draft: byId("draft").checked && !isStroke() }),
   };
 }
 
@@ -143,6 +149,20 @@ function generateSoon() {
   stopGenerating();
   timer = setTimeout(generate, DEBOUNCE_MS, { isTyped: true });
 }
+
+// Makes pictures one after the other while a drawing changes, each of its newest state.
+async function follow() {
+  isChanged = true;
+  if (isLive) return;
+  isLive = true;
+  while (isChanged) {
+    isChanged = false;
+    await generate({ isTyped: true });
+  }
+  isLive = false;
+}
+
+const sizeToDraw = () => (model.sizes.length > 1 ? byId("size").value : model.sizes[0]);
 
 function stopGenerating() {
   clearTimeout(timer);
@@ -250,7 +270,7 @@ function show(picture) {
   const file = fileName(picture);
   Object.assign(byId("download"), { href: sourceOf(answer), download: file, ariaDisabled: "false" });
   showReceipt(answer.receipt, isClip(answer) ? file.replace(/webp$/, "mp4") : file);
-  for (const id of ["copy-curl", "copy-python", "copy-link"]) byId(id).disabled = false;
+  for (const id of ["copy-curl", "copy-python", "copy-link", "edit"]) byId(id).disabled = false;
   history.replaceState(null, "", linkOf(request) || location.pathname);
   markShown();
 }
@@ -261,9 +281,15 @@ function display({ request, answer, previews }) {
   showSource(last);
   const length = answer && isClip(answer) ? ` · ${answer.num_frames} frames` : "";
   setText("facts", answer
-    ? `${answer.size}${length} · ${countSteps(answer.num_inference_steps)} · seed ${answer.seed}`
+    ? `${answer.size}${length} · ${stepsOf(answer)} · seed ${answer.seed}`
     : last.is_draft ? "draft, taking the steps" : `expected after step ${last.num_steps_taken}`);
   showFilmstrip(answer ? [...previews, answer] : previews);
+}
+
+// An edit takes the last of its steps only.
+function stepsOf({ num_inference_steps, num_steps_taken = num_inference_steps }) {
+  const all = countSteps(num_inference_steps);
+  return num_steps_taken < num_inference_steps ? `${num_steps_taken} of ${all}` : all;
 }
 
 const isClip = ({ num_frames }) => num_frames !== undefined;
@@ -296,7 +322,7 @@ const previewName = ({ is_draft, num_steps_taken }) => (is_draft ? "draft" : `st
 // Shows a button for each preview, and one for the picture itself.
 function showFilmstrip(events) {
   const buttons = events.map((event) => {
-    const name = event.num_steps_taken === undefined ? (isClip(event) ? "clip" : "picture") : previewName(event);
+    const name = event.receipt === undefined ? previewName(event) : isClip(event) ? "clip" : "picture";
     const button = element("button", { type: "button", ariaPressed: String(event === events.at(-1)) },
       smallImage(event, { alt: "" }), name);
     button.addEventListener("click", () => {
@@ -362,6 +388,7 @@ function restore(picture) {
   stopGenerating();
   showProblem(null);
   applySettings(picture.request);
+  restoreDrawing(picture.request);
   show(picture);
   announce("Restored prompt, steps and seed.");
 }
@@ -455,7 +482,10 @@ function listen() {
     generateSoon();
   });
   on("dice", "click", () => generate({ keepSeed: false }));
-  on("size", "change", () => generate());
+  on("size", "change", () => (isDrawing() ? openDrawing(sizeToDraw(), drawnFields().image) : generate()));
+  on("draw", "click", () => openDrawing(sizeToDraw()));
+  on("edit", "click", () => openDrawing(shown.answer.size, sourceOf(shown.answer)));
+  watchDrawing(follow);
   on("draft", "change", () => generate());
   on("frames", "change", () => generate());
   on("download", "click", downloadMp4);

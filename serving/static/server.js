@@ -32,7 +32,10 @@ export async function readReadiness(timeoutMs) {
   }
 }
 
-export const routeOf = ({ num_frames }) => (num_frames === undefined ? "/v1/images/generations" : "/v1/videos/generations");
+export function routeOf({ num_frames, image }) {
+  if (num_frames !== undefined) return "/v1/videos/generations";
+  return image === undefined ? "/v1/images/generations" : "/v1/images/edits";
+}
 
 // Resolves to {request, answer, previews, roundTripMs}; `answer` and `previews` are events of the stream.
 // After each preview, `onPreview` receives {request, previews}.

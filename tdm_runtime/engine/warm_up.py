@@ -84,6 +84,7 @@ def _learn_costs(engine: DiffusionEngine, model: LoadedModel) -> None:
     numbers, text = itertools.count(), call_kind(model, "text")
     most = None if model.text_encoder.encoder.shares_calls else 1
     spent_s = _learn(engine, text, partial(_encode, model.text_encoder, numbers), most)
+    spent_s += _learn_encoder(engine, model)
     for width, height in model.recipe.native_sizes:
         if spent_s > MODEL_S:
             logger.info(
@@ -94,11 +95,6 @@ def _learn_costs(engine: DiffusionEngine, model: LoadedModel) -> None:
         params = SamplingParams(PROMPT, 0, steps, width, height, frames=frames)
         shape = model.latent_shape(params)
         spent_s += _learn(engine, call_kind(model, "denoise", shape), _denoise(engine, model, params))
-        encoded = call_kind(model, "encode_image", shape)
-        if model.encoder is not None and not engine.call_seconds(encoded):  # LoRAs share the encoder of their base
-            most = min(MOST_ENCODED, engine.config.max_batch_size) if model.encoder.shares_calls else 1
-            pixels = torch.zeros(most, 3, height, width, device=model.encoder.backend.device)
-            spent_s += _learn(engine, encoded, partial(_encode_pictures, model.encoder, pixels), most)
         for name, decoder in model.decoders.items():
             calls = decoder.calls(shape)
             kind = call_kind(model, f"decode:{name}", calls.shape)
@@ -107,6 +103,20 @@ def _learn_costs(engine: DiffusionEngine, model: LoadedModel) -> None:
             most = engine.config.max_batch_size if calls.number == 1 else 1
             latents = torch.zeros(most, *calls.shape, device=model.denoiser.device)
             spent_s += _learn(engine, kind, partial(_decode, decoder, latents), most)
+
+
+def _learn_encoder(engine: DiffusionEngine, model: LoadedModel) -> float:
+    """Measure the encoder of given pictures at the first native size. Returns the seconds of the measured calls."""
+    if model.encoder is None:
+        return 0.0
+    width, height = model.recipe.native_sizes[0]
+    shape = model.latent_shape(SamplingParams(PROMPT, 0, model.recipe.default_steps, width, height))
+    kind = call_kind(model, "encode_image", shape)
+    if engine.call_seconds(kind):
+        return 0.0  # LoRAs share the encoder of their base
+    most = min(MOST_ENCODED, engine.config.max_batch_size) if model.encoder.shares_calls else 1
+    pixels = torch.zeros(most, 3, height, width, device=model.encoder.backend.device)
+    return _learn(engine, kind, partial(_encode_pictures, model.encoder, pixels), most)
 
 
 def _encode(text_encoder: TextEncoder, numbers: Iterator[int], size: int) -> object:

@@ -517,3 +517,61 @@ def luminance(colour: str) -> float:
     channels = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
     red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+# ---- Drawing ----
+
+EDITS = "**/v1/images/edits"
+
+
+def strengths(page: Page) -> Locator:
+    return page.get_by_role("group", name="How much is made anew")
+
+
+def test_a_picture_is_changed_by_another_prompt_and_closing_starts_from_noise_again(page: Page) -> None:
+    with page.expect_request(EDITS) as edit:
+        page.get_by_role("button", name="Edit", exact=True).click()
+    assert body_of(edit.value)["image"].startswith("data:image/png;base64,") and body_of(edit.value)["strength"] == 0.75
+    make(page, "a banana")
+    strengths(page).get_by_text("50 %").click()
+    expect(page.locator("#facts")).to_contain_text("2 of 4 steps")
+    expect(page.locator("#latency-legend")).to_contain_text("image")
+    expect(page.locator("#filmstrip button").last).to_have_text("picture")
+    body = asked_of(page, lambda: page.locator("#drawing-close").click())
+    assert "image" not in body and "strength" not in body
+    expect(page.locator("#drawing")).to_be_hidden()
+    page.keyboard.press("[")  # the picture before, with its drawing
+    expect(page.locator("#drawing")).to_be_visible()
+
+
+def test_the_picture_follows_a_stroke_and_undo_takes_it_back(page: Page) -> None:
+    page.get_by_role("button", name="Draw or open a picture").click()
+    canvas = page.locator("#canvas")
+    expect_picture(page, r"64x64 · 3 of 4 steps")
+    blank = canvas.evaluate("canvas => canvas.toDataURL()")
+    asked: list[dict[str, Any]] = []
+    page.on("request", lambda request: asked.append(body_of(request)) if "/edits" in request.url else None)
+    box = canvas.bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + 30, box["y"] + 30)
+    page.mouse.down()
+    while len(asked) < 3:  # pictures come while the pointer is down, one after the other
+        page.mouse.move(box["x"] + 40 + len(asked) * 20, box["y"] + 60, steps=5)
+    assert all(body["partial_images"] == 0 for body in asked), "previews would only delay the next picture"
+    page.mouse.up()
+    drawn = canvas.evaluate("canvas => canvas.toDataURL()")
+    expect(page.locator("#frame")).to_have_attribute("aria-busy", "false")
+    assert asked[-1]["image"] == drawn != blank
+    page.get_by_role("button", name="Undo").click()
+    assert canvas.evaluate("canvas => canvas.toDataURL()") == blank
+
+
+def test_a_file_is_opened_and_the_copied_commands_name_it(page: Page, tmp_path: Path) -> None:
+    Image.new("RGB", (200, 100), (0, 128, 0)).save(tmp_path / "green.png")
+    page.get_by_role("button", name="Draw or open a picture").click()
+    with page.expect_request(EDITS):
+        page.locator("#drawing-file").set_input_files(tmp_path / "green.png")
+    expect(page.locator("#receipt-fields")).to_contain_text("edit_sha256")
+    curl, python = copied(page, "copy-curl"), copied(page, "copy-python")
+    assert "/v1/images/edits" in curl and "-F image=@given.png" in curl and "base64" not in curl
+    assert 'client.images.edit(\n    image=open("given.png", "rb"),' in python

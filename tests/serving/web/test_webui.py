@@ -105,16 +105,7 @@ def test_the_model_is_set_by_its_title(http: httpx.Client) -> None:
 
 
 def test_lists_have_what_clients_read(http: httpx.Client) -> None:
-    lists = [
-        "samplers",
-        "schedulers",
-        "loras",
-        "upscalers",
-        "latent-upscale-modes",
-        "sd-vae",
-        "sd-modules",
-        "prompt-styles",
-    ]
+    lists = ["samplers", "schedulers", "loras", "upscalers", "latent-upscale-modes", "sd-vae", "sd-modules"]
     found = {name: http.get(f"/sdapi/v1/{name}").json() for name in lists}
     assert all(isinstance(entries, list) for entries in found.values())
     assert [sampler["name"] for sampler in found["samplers"]] == ["ddim"]
