@@ -31,6 +31,7 @@ def known_costs(gain: float = 0.5) -> CostModel:
         for size in range(1, 9):
             costs.observe(Kind("denoise", shape), size, step_s * (gain + (1 - gain) * size), 0.0)
             costs.observe(Kind("decode:full", shape), size, 0.7 * step_s * size, 0.0)
+            costs.observe(Kind("encode_image", shape), size, 0.4 * step_s * size, 0.0)
     costs.observe(TEXT, 1, 0.1, 0.0)
     return costs
 
@@ -60,6 +61,7 @@ def request(
     open_steps: tuple[int, ...] = (),
     due_s: float | None = None,
     alone: bool = False,
+    edits: bool = False,
 ) -> Request:
     kind, number = SHAPES[shape], order if alone else None
     promised_s = NEVER_S if budget_s is None else now_s + budget_s
@@ -75,6 +77,8 @@ def request(
         target_s=last_s if budget_s is None else promised_s,
         unpromised_s=last_s,
         needs_text=True,
+        needs_image=edits,
+        image=Kind("encode_image", kind),
         settled=0 if open_steps else steps,
     )
 
@@ -95,8 +99,8 @@ def run_call(scheduler: StepScheduler[Request], now_s: float, is_exact: bool = T
 
 
 def first_step(scheduler: StepScheduler[Request], now_s: float = 0.0) -> tuple[list[Request], float]:
-    """Encode prompts until a step is due. Return its samples, before they take it, and its start."""
-    while (batch := scheduler.schedule(now_s)) and batch[0].needs_text:
+    """Encode prompts and pictures until a step is due. Return its samples, before they take it, and its start."""
+    while (batch := scheduler.schedule(now_s)) and not batch[0].is_prepared:
         now_s += call_seconds(batch, scheduler.costs)
         scheduler.end_call()
         for item in batch:
@@ -126,8 +130,11 @@ class AnyTraffic(RuleBasedStateMachine):
         is_auto=st.booleans(),
         count=st.integers(1, 3),
         alone=st.booleans(),
+        edits=st.booleans(),
     )
-    def arrive(self, shape: int, steps: int, budget: float | None, is_auto: bool, count: int, alone: bool) -> None:
+    def arrive(
+        self, shape: int, steps: int, budget: float | None, is_auto: bool, count: int, alone: bool, edits: bool
+    ) -> None:
         open_steps = tuple(range(1, steps + 1)) if is_auto else ()
         budget_s = None if budget is None else budget * STEP_S[shape]
         items = []
@@ -141,6 +148,7 @@ class AnyTraffic(RuleBasedStateMachine):
                     budget_s=budget_s,
                     open_steps=open_steps,
                     alone=alone,
+                    edits=edits,
                 )
             )
             self.order += 1
@@ -166,6 +174,7 @@ class AnyTraffic(RuleBasedStateMachine):
     def call(self) -> None:
         live = {item.urgency: item for item in self.live}
         stages, readers = {item: item.lane for item in self.live}, {item for item in self.live if item.needs_text}
+        editors = {item for item in self.live if item.needs_image and not item.needs_text}
         batch, self.now_s = run_call(self.scheduler, self.now_s)
         assert len(batch) == len(set(batch)) <= self.scheduler.capacity
         assert set(batch) <= set(live.values())
@@ -177,12 +186,16 @@ class AnyTraffic(RuleBasedStateMachine):
         peers = sorted(
             (item for item in live.values() if stages[item] == stages[batch[0]]), key=lambda item: item.urgency
         )
-        if is_text := batch[0] in readers:
-            peers = [item for item in peers if item in readers]
-        assert is_text or most_urgent in batch, "the most urgent sample is in the batch"
+        is_step = batch[0] not in readers | editors
+        if not is_step:
+            alike = readers if batch[0] in readers else editors
+            peers = [item for item in peers if item in alike]
+        assert not is_step or most_urgent in batch, "the most urgent sample is in the batch"
         assert batch == peers[: len(batch)], "a less urgent sample of the lane went first"
-        assert is_text or not readers & set(batch), "a prompt is encoded before its first step"
-        assert is_text or all(not item.open_steps for item in batch), "a step count is fixed when the first step is due"
+        assert not is_step or not (readers | editors) & set(batch), (
+            "prompt and picture are encoded before its first step"
+        )
+        assert not is_step or all(not item.open_steps for item in batch), "a step count is fixed with the first step"
 
     @invariant()
     def live_samples_are_known_in_order_of_urgency(self) -> None:
@@ -193,12 +206,14 @@ class AnyTraffic(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):
             return
-        for _ in range(sum(len(item.open_steps) + item.steps_left + 2 for item in self.live) + 1):
+        for _ in range(sum(len(item.open_steps) + item.steps_left + 3 for item in self.live) + 1):
             self.call()
         assert not self.live
         for item in self.accepted:
             if item not in self.gone:
-                assert item.calls == ["text"] + ["denoise"] * item.settled + ["decode:full"]
+                before = ["text", "encode_image"] if "encode_image" in item.calls else ["text"]
+                assert item.calls == [*before, *["denoise"] * item.settled, "decode:full"]
+                assert not item.needs_image
 
 
 AnyTraffic.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
