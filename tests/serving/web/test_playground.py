@@ -533,7 +533,7 @@ def test_a_picture_is_changed_by_another_prompt_and_closing_starts_from_noise_ag
         page.get_by_role("button", name="Edit", exact=True).click()
     assert body_of(edit.value)["image"].startswith("data:image/png;base64,") and body_of(edit.value)["strength"] == 0.75
     make(page, "a banana")
-    strengths(page).get_by_text("50 %").click()
+    strengths(page).get_by_role("radio", name="50 %").check()
     expect(page.locator("#facts")).to_contain_text("2 of 4 steps")
     expect(page.locator("#latency-legend")).to_contain_text("image")
     expect(page.locator("#filmstrip button").last).to_have_text("picture")
