@@ -175,6 +175,7 @@ async def _measure(given: argparse.Namespace, session: Session) -> None:
         given.sizes,
         given.latency_budget_ms,
         given.min_inference_steps,
+        given.strength,
         tag=secrets.token_hex(2),  # a server that was measured before must not hit its text cache
     )
     async with _open_target(given, session) as target:

@@ -17,10 +17,11 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 
 from benchmarks.targets import TIMEOUT_S, Outcome, picture_fault, split_stages
 from benchmarks.workload import Request
+from tdm_runtime.media.image_file import encode_image
 
 SERVICE = "tdm.images.v1.ImageService"
 OPTIONS = (("grpc.max_receive_message_length", -1), ("grpc.enable_http_proxy", 0))
-STAGES = ("queue_ms", "text_ms", "steps_ms", "decode_ms", "encode_ms", "total_ms")
+STAGES = ("queue_ms", "text_ms", "image_ms", "steps_ms", "decode_ms", "encode_ms", "total_ms")
 
 
 class GRPCTarget:
@@ -60,7 +61,7 @@ class GRPCTarget:
     def _fields(self, request: Request) -> dict[str, Any]:
         steps = request.num_inference_steps
         is_auto = steps == "auto"
-        fields = {
+        fields: dict[str, Any] = {
             "prompt": request.prompt,
             "model": self._model,
             "size": None if request.size is None else dict(zip(("width", "height"), request.size, strict=True)),
@@ -68,7 +69,10 @@ class GRPCTarget:
             "num_inference_steps": None if is_auto else steps,
             "auto_steps": {"min_inference_steps": request.min_inference_steps} if is_auto else None,
             "latency_budget_ms": request.latency_budget_ms,
+            "strength": request.strength,
         }
+        if request.strength is not None:
+            fields["image"] = encode_image(request.given_pixels(), "png")
         return {name: value for name, value in fields.items() if value is not None}
 
 

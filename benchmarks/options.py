@@ -70,6 +70,9 @@ def add_workload_arguments(parser: argparse.ArgumentParser, default_steps: str |
     )
     parser.add_argument("--latency-budget-ms", type=positive_float, help="sent with every request")
     parser.add_argument("--min-inference-steps", type=positive_int, help="sent with every request")
+    parser.add_argument(
+        "--strength", type=positive_float, help="edit a given picture, another in each request, with this strength"
+    )
 
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,18 +15,21 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import aiohttp
+from PIL import Image
 
 from benchmarks.workload import Request, Size
 from tdm_runtime.engine.delivery import Delivery
 from tdm_runtime.engine.engine import DiffusionEngine, EngineConfig
 from tdm_runtime.engine.warm_up import warm_up
 from tdm_runtime.errors import OverloadedError, TDMError
+from tdm_runtime.media.given_picture import to_edit
 from tdm_runtime.media.image_file import encode_image
 from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.params import SamplingParams
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 ROUTE = "/v1/images/generations"
+EDIT_ROUTE = "/v1/images/edits"
 TIMEOUT_S = 60.0
 """A request without an answer after this time counts as failed."""
 KEEPALIVE_S = 2.0
@@ -109,7 +112,10 @@ class EngineTarget:
         elif steps == "auto":
             steps, fewest = max(recipe.step_counts), 1 if fewest is None else fewest
         width, height = request.size or recipe.native_sizes[0]
-        params = SamplingParams(request.prompt, request.seed, steps, width, height)
+        edit = None
+        if request.strength is not None:
+            edit = to_edit(Image.fromarray(request.given_pixels()), request.strength, width, height)
+        params = SamplingParams(request.prompt, request.seed, steps, width, height, edit=edit)
         return params, Delivery(latency_budget_ms=request.latency_budget_ms, min_inference_steps=fewest)
 
 
@@ -121,15 +127,15 @@ class OpenAITarget:
 
     def __init__(self, session: aiohttp.ClientSession, base_url: str, model: str | None = None) -> None:
         self._session = session
-        self._url = base_url.rstrip("/") + ROUTE
+        self._base_url = base_url.rstrip("/")
         self._model = model
 
     async def send(self, request: Request) -> Outcome:
         """Implement `Target.send`."""
-        body = self._body(request)
+        body, route = self._body(request), ROUTE if request.strength is None else EDIT_ROUTE
         sent_s = time.perf_counter()
         try:
-            async with self._session.post(self._url, json=body) as response:
+            async with self._session.post(self._base_url + route, json=body) as response:
                 raw = await response.read()
         except TimeoutError:
             return Outcome(time.perf_counter(), "timeout")
@@ -161,7 +167,10 @@ class OpenAITarget:
             "num_inference_steps": request.num_inference_steps,
             "latency_budget_ms": request.latency_budget_ms,
             "min_inference_steps": request.min_inference_steps,
+            "strength": request.strength,
         }
+        if request.strength is not None:
+            fields["image"] = base64.b64encode(encode_image(request.given_pixels(), "png")).decode()
         return {name: value for name, value in fields.items() if value is not None}
 
 

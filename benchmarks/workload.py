@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 Steps = int | Literal["auto"] | None
 """Step count, "auto" for the server's choice, or None to leave the field out."""
 Size = tuple[int, int]
 """(width, height) in pixels."""
+GIVEN_SIZE: Size = (64, 64)
+"""Size of a given picture whose request names no size."""
 
 SUBJECTS = ("red heart", "cat", "rocket", "pizza", "penguin", "butterfly", "tree", "guitar")
 BACKGROUNDS = ("white", "black", "gray", "red", "orange", "yellow", "green", "blue", "purple", "pink")
@@ -32,6 +35,13 @@ class Request:
     size: Size | None = None
     latency_budget_ms: float | None = None
     min_inference_steps: int | None = None
+    strength: float | None = None
+    """Strength of an edit of `given_pixels`; None starts from noise."""
+
+    def given_pixels(self) -> NDArray[np.uint8]:
+        """Return the picture that an edit changes, uint8 [H, W, 3]: noise of its seed, so that none occurs twice."""
+        width, height = self.size or GIVEN_SIZE
+        return np.random.default_rng(self.seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,8 @@ class Workload:
     """Each request draws one of these with equal probability."""
     latency_budget_ms: float | None = None
     min_inference_steps: int | None = None
+    strength: float | None = None
+    """Strength of edits; None makes pictures from noise."""
     tag: str = ""
     """Word added to every prompt; a fresh tag makes sure that no text cache is hit."""
 
@@ -66,7 +78,8 @@ class Workload:
             seed = int(generator.integers(MAX_SEED + 1))
             steps = self.steps[int(generator.random() * len(self.steps))]
             size = self.sizes[int(generator.random() * len(self.sizes))]
-            yield Request(self._prompt(number), seed, steps, size, self.latency_budget_ms, self.min_inference_steps)
+            limits = self.latency_budget_ms, self.min_inference_steps, self.strength
+            yield Request(self._prompt(number), seed, steps, size, *limits)
 
     def _prompt(self, number: int) -> str:
         subject = SUBJECTS[number % len(SUBJECTS)]

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 import pytest
 
@@ -169,3 +170,16 @@ def test_picture_fault_checks_format_and_size():
     header = b"\x89PNG\r\n\x1a\n" + bytes(8) + (16).to_bytes(4, "big") + (24).to_bytes(4, "big")
     assert picture_fault(header, (16, 24)) is None
     assert picture_fault(header, (24, 16)) == "wrong_size"
+
+
+def test_edits_start_from_another_picture_each_and_show_its_stage(engine: DiffusionEngine) -> None:
+    recording = Recording()
+    edits = replace(workload(4), strength=0.5)
+    first, second = itertools.islice(edits.requests(), 2)
+    assert first.given_pixels().shape[2] == 3
+    assert first.given_pixels().tobytes() != second.given_pixels().tobytes()
+    asyncio.run(closed_loop(EngineTarget(engine), itertools.islice(edits.requests(), 3), 1, recording))
+    assert len(recording.records) == 3
+    for record in recording.records:
+        assert record.outcome.stages_ms["image"] > 0
+        assert [name for name in record.outcome.stages_ms if name.startswith("step")] == ["step 1", "step 2"]

@@ -38,6 +38,7 @@ METRICS = {
     "tdm_text_cache_hits": ("counter", set()),
     "tdm_text_cache_misses": ("counter", set()),
     "tdm_text_encode_seconds": ("histogram", set()),
+    "tdm_given_picture_encode_seconds": ("histogram", set()),
     "tdm_threads": ("gauge", set()),
 }
 """Name -> type and labels. The samples of a counter end with `_total`."""
