@@ -14,9 +14,17 @@ from serving.errors import invalid
 from serving.schema.hints import prompt_warnings
 from serving.schema.order import DeliveryOptions, ImageEncoding, ImageOrder, ResponseFormat
 from serving.schema.parsing import nullable, parse_body, validate
+from serving.schema.prompt_tags import with_lora
 from tdm_runtime.checkpoint.recipe import MAX_GUIDANCE_SCALE, Recipe
 from tdm_runtime.media.image_file import ImageFormat
-from tdm_runtime.params import MAX_LORA_SCALE, MAX_PROMPT_CHARACTERS, MAX_SEED, DecoderName, SamplingParams
+from tdm_runtime.params import (
+    MAX_LORA_SCALE,
+    MAX_PROMPT_CHARACTERS,
+    MAX_SEED,
+    DecoderName,
+    PromptSyntax,
+    SamplingParams,
+)
 
 MAX_PICTURES = 10
 MAX_BUDGET_MS = 600_000.0
@@ -36,6 +44,9 @@ class ImageRequest(BaseModel):
     prompt: str = Field(
         description=f"What the picture shows, 1..{MAX_PROMPT_CHARACTERS} characters.",
         json_schema_extra=PROMPT_SCHEMA,
+    )
+    prompt_syntax: PromptSyntax = Field(
+        "plain", description="a1111 reads (word:1.3), [word], BREAK and <lora:name:0.8>, for models with CLIP."
     )
     model: str | None = Field(None, description="Model id from /v1/models; the served model by default.")
     n: int = Field(1, ge=1, le=MAX_PICTURES, description="Pictures; the i-th uses seed + i.")
@@ -154,7 +165,8 @@ class ImageRequest(BaseModel):
             yield "output_compression changes nothing in a png, which loses nothing; choose webp or jpeg"
         if self.seed is not None and self.seed + self.n - 1 > MAX_SEED:
             yield f"seed {self.seed} is less than n below the largest seed; the pictures after it go on from seed 0"
-        yield from prompt_warnings(self.prompt)
+        if self.prompt_syntax == "plain":
+            yield from prompt_warnings(self.prompt)
 
     def _guidance(self, recipe: Recipe) -> float | None:
         """Return the guidance scale. 0 and 1 both mean none, which a model without an input for it always does."""
@@ -181,6 +193,7 @@ class ImageRequest(BaseModel):
             lora_scale=self.lora_scale,
             frames=frames,
             fps=fps,
+            prompt_syntax=self.prompt_syntax,
         )
         first.check_against(recipe)
         return tuple(replace(first, seed=(seed + n) % (MAX_SEED + 1)) for n in range(self.n))
@@ -240,7 +253,7 @@ def order_from_body(
     Raises:
         InvalidRequestError, APIError: the request cannot be served as it is.
     """
-    request = parse_body(body, ImageRequest)
+    request = with_lora(parse_body(body, ImageRequest), recipe_of)
     if file_formats:
         request = request.as_file(file_formats)
     return request.to_order(recipe_of(request.model), default_seed)
@@ -258,5 +271,5 @@ def order_from_fields(
     Raises:
         InvalidRequestError, APIError: the request cannot be served as it is.
     """
-    request = validate(fields, ImageRequest, is_text)
+    request = with_lora(validate(fields, ImageRequest, is_text), recipe_of)
     return request.to_order(recipe_of(request.model), default_seed)

@@ -47,7 +47,7 @@ async def read_form(request: Request, config: ServerConfig) -> dict[str, str]:
         if name in found:
             raise invalid(f"the field {name[:64]!r} appears twice; send it once", name[:64], "invalid_form")
         if not isinstance(value, str):
-            message = f"{name[:64]!r} is a file; no picture or clip is read here, leave it out"
+            message = f"{name[:64]!r} is a file, which is not supported: no picture or clip is read here; leave it out"
             raise invalid(message, name[:64], "invalid_form")
         found[name] = value
     return found

@@ -49,7 +49,11 @@ class Intake:
         model.check(params)
         shape, order = model.latent_shape(params), next(self._order)
         open_steps = delivery.open_step_counts(params, model.recipe.step_counts)
-        alone = order if delivery.strict and not model.is_batch_invariant else None
+        key = model.prompt_key(params)
+        is_alone = delivery.strict and not model.is_batch_invariant
+        if key.max_chunks > 1:  # a prompt of another length cannot share a call
+            is_alone |= len(model.text_encoder.encoder.tokenize(key).chunks) > 1
+        alone = order if is_alone else None
         decodes = model.decoders[params.decoder].calls(shape)
         cut = order if decodes.number > 1 else alone
         sample = Sample(
@@ -59,7 +63,7 @@ class Intake:
             steps_left=params.num_inference_steps,
             urgency=(now_s, order),
             open_steps=open_steps,
-            needs_text=model.text_encoder.expect(params.prompt, model.lora_factor(params)),
+            needs_text=model.text_encoder.expect(key),
             text=call_kind(model, "text"),
             preview=call_kind(model, f"decode:{model.preview_decoder}", preview_shape(shape)),
             previews_left=delivery.num_previews,

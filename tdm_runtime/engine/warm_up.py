@@ -103,7 +103,7 @@ def _learn_costs(engine: DiffusionEngine, model: LoadedModel) -> None:
 
 def _encode(text_encoder: TextEncoder, numbers: Iterator[int], size: int) -> object:
     """Encode prompts that are not in the cache."""
-    return text_encoder.encode_all([f"{PROMPT} {size} {next(numbers)}" for _ in range(size)])
+    return text_encoder.encode_all([text_encoder.key(f"{PROMPT} {size} {next(numbers)}") for _ in range(size)])
 
 
 def _decode(decoder: Decoder, latents: Tensor, size: int) -> object:
