@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from serving.fronts.public_address import Network, parse_url
 from tdm_runtime.checkpoint.file_hashes import FileHashes
 from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT
 from tdm_runtime.engine.engine import EngineConfig
@@ -90,7 +91,10 @@ class ServerConfig:
     artifact_ttl_s: float = 24 * 3600.0
     """How long files and ended jobs are kept, in seconds."""
     public_url: str | None = None
-    """URL of this server for its clients, without a path. None takes the address that each request was sent to."""
+    """URL of this server for its clients. None takes the address that each request was sent to, or that a trusted proxy
+    states."""
+    trusted_proxies: tuple[Network, ...] = ()
+    """Proxies whose X-Forwarded-Proto, -Host and -Prefix, or Forwarded, are believed. Of others they are ignored."""
     max_open_requests: int = 1024
     """Most HTTP and gRPC requests open at once; more get 429. The engine has a limit of its own, `engine.max_live`."""
     request_timeout_s: float = 60.0
@@ -129,8 +133,8 @@ class ServerConfig:
         if not 60 <= self.artifact_ttl_s <= 366 * 24 * 3600:
             hours = self.artifact_ttl_s / 3600
             raise ValueError(f"--artifact-ttl-hours is {hours:g}; give 0.0167 (a minute) to 8784 (366 days)")
-        if self.public_url is not None and not self.public_url.startswith(("http://", "https://")):
-            raise ValueError(f"--public-url is {self.public_url[:80]!r}; it must begin with http:// or https://")
+        if self.public_url is not None:
+            parse_url(self.public_url)
         if self.max_open_requests < 1:
             raise ValueError(f"max_open_requests is {self.max_open_requests}; it must be at least 1")
         if self.otlp_endpoint is not None and not self.otlp_endpoint.startswith(("http://", "https://")):

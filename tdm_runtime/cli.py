@@ -27,7 +27,7 @@ from tdm_runtime.model.artifacts import BackendConfig
 from tdm_runtime.model.choice import load_checkpoint, load_model
 from tdm_runtime.model.decoder import Pixels
 from tdm_runtime.model.loaded_model import LoadedModel
-from tdm_runtime.params import MAX_SEED, DecoderName, SamplingParams, parse_size
+from tdm_runtime.params import MAX_SEED, DecoderName, PromptSyntax, SamplingParams, parse_size
 from tdm_runtime.pipeline import generate
 
 FORMATS: Mapping[str, ImageFormat] = {".png": "png", ".webp": "webp", ".jpg": "jpeg", ".jpeg": "jpeg"}
@@ -61,6 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"the folder of {output} does not exist")
     if given.image is None and (given.mask or given.strength is not None):
         parser.error("--mask and --strength are about --image, which is missing")
+    if output is not None and output.is_file() and not given.force:
+        parser.error(f"the output {output} exists; choose another name, or replace it with --force")
     try:
         if given.verify is not None:
             return verify(given)
@@ -79,8 +81,15 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         help="png, webp or jpeg (picture.png); of a clip mp4, webm, webp, gif or npy, raw frames (clip.mp4)",
     )
+    parser.add_argument("--force", action="store_true", help="replace the file of --output if it exists")
     parser.add_argument("--seed", type=int, help="drawn when absent, and printed")
     parser.add_argument("--steps", type=int, help="num_inference_steps; the checkpoint's default when absent")
+    parser.add_argument(
+        "--prompt-syntax",
+        choices=get_args(PromptSyntax),
+        default=SamplingParams.prompt_syntax,
+        help="a1111 reads weights such as (word:1.3) and [word], and BREAK, for CLIP text encoders (%(default)s)",
+    )
     parser.add_argument("--size", metavar="WxH", help="in pixels; the checkpoint's first native size when absent")
     parser.add_argument("--frames", type=int, help="frames of a clip; the checkpoint's default when absent")
     parser.add_argument("--fps", type=int, help="frames per second of a clip; the checkpoint's default when absent")
@@ -141,6 +150,7 @@ def make_picture(given: argparse.Namespace) -> int:
         frames=recipe.default_frames if given.frames is None else given.frames,
         fps=given.fps,
         edit=_edit(given, width, height),
+        prompt_syntax=given.prompt_syntax,
     )
     previews: dict[Path, Pixels] = {}
 

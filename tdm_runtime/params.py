@@ -14,6 +14,7 @@ from tdm_runtime.edit import Edit
 from tdm_runtime.errors import InvalidRequestError, shown
 
 DecoderName = Literal["full", "tiny"]
+PromptSyntax = Literal["plain", "a1111"]
 MAX_PROMPT_CHARACTERS = 2000
 MAX_LORA_SCALE = 4.0
 """Largest scale of a LoRA, either way; as far as LoRAs that are sliders go."""
@@ -53,6 +54,8 @@ class SamplingParams:
     """Number of frames of a clip; None for a picture."""
     fps: int | None = None
     """Frames per second at which a clip is shown, 1..120; None takes the recipe's. It changes no pixel."""
+    prompt_syntax: PromptSyntax = "plain"
+    """"a1111" reads weights and BREAK in the prompt (`families.prompt_weights`), for CLIP; "plain" reads words."""
     edit: Edit | None = None
     """Picture to start from; None starts from noise alone."""
 
@@ -71,6 +74,11 @@ class SamplingParams:
         if self.decoder not in get_args(DecoderName):
             raise InvalidRequestError(
                 f"decoder is {shown(self.decoder)}; it must be {' or '.join(get_args(DecoderName))}", param="decoder"
+            )
+        if self.prompt_syntax not in get_args(PromptSyntax):
+            raise InvalidRequestError(
+                f"prompt_syntax is {shown(self.prompt_syntax)}; it must be {' or '.join(get_args(PromptSyntax))}",
+                param="prompt_syntax",
             )
         if type(self.noise_angle) is not float or not 0.0 <= self.noise_angle < math.tau:
             raise InvalidRequestError(

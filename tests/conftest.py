@@ -132,7 +132,8 @@ def tdm_server(artifacts: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
     """Server of the embedded checkpoint for all tests. At the end it must exit with 0 on SIGTERM."""
     assert artifacts.is_dir()
     running = start_server(
-        tmp_path_factory.mktemp("server") / "log", "--checkpoint", str(DEFAULT_CHECKPOINT), "--max-live", "32"
+        tmp_path_factory.mktemp("server") / "log",
+        *("--checkpoint", str(DEFAULT_CHECKPOINT), "--max-live", "32", "--trusted-proxies", "127.0.0.1"),
     )
     yield running
     assert running.stop() == 0, running.log.read_text()[-2000:]

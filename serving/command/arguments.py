@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import os
 import re
 from pathlib import Path
 from typing import get_args
 
 from serving.config import FrontName, LogFormat, LoraSource, ModelSource, ServerConfig
+from serving.fronts.public_address import Network
 from tdm_runtime.checkpoint.folder import CLIP_CHECKPOINT, DEFAULT_CHECKPOINT
 from tdm_runtime.cli import add_backend_arguments, backend_config
 from tdm_runtime.engine.engine import EngineConfig
@@ -47,6 +49,7 @@ def parse_arguments(arguments: list[str] | None = None) -> ServerConfig:
             artifacts_url=given.artifacts_url,
             artifact_ttl_s=given.artifact_ttl_hours * 3600,
             public_url=given.public_url and given.public_url.rstrip("/"),
+            trusted_proxies=given.trusted_proxies,
             max_open_requests=given.max_open_requests,
             blocked_words=given.blocked_words and given.blocked_words.resolve(),
             safety_checker=given.safety_checker,
@@ -152,7 +155,17 @@ def add_service_arguments(parser: argparse.ArgumentParser) -> None:
         default=defaults.artifact_ttl_s / 3600,
         help="how long files and ended jobs are kept (%(default)s)",
     )
-    parser.add_argument("--public-url", help="URL of this server for clients, such as https://images.example.org")
+    parser.add_argument(
+        "--public-url",
+        help="URL of this server for clients, such as https://example.org/pictures, whatever proxies say",
+    )
+    parser.add_argument(
+        "--trusted-proxies",
+        type=networks,
+        default=defaults.trusted_proxies,
+        metavar="ADDRESS[,ADDRESS]",
+        help="addresses or networks of proxies whose X-Forwarded-Proto, -Host and -Prefix headers are believed",
+    )
     parser.add_argument(
         "--max-open-requests",
         type=int,
@@ -199,6 +212,18 @@ def lora_source(text: str) -> LoraSource:
         return LoraSource(name, Path(found["path"]).resolve(), float(found["scale"] or 1), base)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def networks(text: str) -> tuple[Network, ...]:
+    """Read addresses and networks, separated by commas."""
+    found = []
+    for part in text.split(","):
+        try:
+            found.append(ipaddress.ip_network(part.strip()))
+        except ValueError as error:
+            message = f"{part.strip()!r} is neither an address nor a network such as 10.0.0.0/8 ({error})"
+            raise argparse.ArgumentTypeError(message) from None
+    return tuple(found)
 
 
 def replica_range(text: str) -> tuple[int, int]:

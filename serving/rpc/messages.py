@@ -25,6 +25,7 @@ FORMATS: dict[FileFormat, pb.OutputFormat] = {
 DECODERS = {"full": pb.DECODER_FULL, "tiny": pb.DECODER_TINY}
 AS_THEY_ARE = (
     "prompt",
+    "prompt_syntax",
     "model",
     "n",
     "seed",

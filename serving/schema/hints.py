@@ -26,6 +26,8 @@ FIELDS: Mapping[str, str] = {
     "image_strength": "strength",
 }
 """Field of another server -> the field meant."""
+UNSUPPORTED: Mapping[str, str] = {"input_reference": "clips are made from the prompt alone"}
+"""Field of OpenAI's API that is not served -> why."""
 _SYNTAX = {
     "<lora:...>": re.compile(r"<lora:[^>]*>", re.IGNORECASE),
     "(word:1.3)": re.compile(r"\([^():]*[^():\d\s]\s*:\s*\d(?:\.\d+)?\s*\)"),
@@ -38,5 +40,6 @@ _SYNTAX = {
 def prompt_warnings(prompt: str) -> list[str]:
     """Return warnings about syntax that the model reads as plain words."""
     found = [name for name, pattern in _SYNTAX.items() if pattern.search(prompt)]
-    remedy = "name a LoRA by model and lora_scale" if "<lora:...>" in found else "leave it out"
+    remedy = "name a LoRA by model and lora_scale, or" if "<lora:...>" in found else "leave it out, or"
+    remedy += " send prompt_syntax a1111"
     return [f"the prompt has {' and '.join(found)}, which is read as plain words; {remedy}"] if found else []

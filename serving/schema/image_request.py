@@ -14,10 +14,18 @@ from serving.errors import invalid
 from serving.schema.hints import prompt_warnings
 from serving.schema.order import DeliveryOptions, ImageEncoding, ImageOrder, ResponseFormat
 from serving.schema.parsing import nullable, parse_body, validate
+from serving.schema.prompt_tags import with_lora
 from tdm_runtime.checkpoint.recipe import MAX_GUIDANCE_SCALE, Recipe
 from tdm_runtime.edit import Edit
 from tdm_runtime.media.image_file import ImageFormat
-from tdm_runtime.params import MAX_LORA_SCALE, MAX_PROMPT_CHARACTERS, MAX_SEED, DecoderName, SamplingParams
+from tdm_runtime.params import (
+    MAX_LORA_SCALE,
+    MAX_PROMPT_CHARACTERS,
+    MAX_SEED,
+    DecoderName,
+    PromptSyntax,
+    SamplingParams,
+)
 
 MAX_PICTURES = 10
 MAX_BUDGET_MS = 600_000.0
@@ -37,6 +45,9 @@ class ImageRequest(BaseModel):
     prompt: str = Field(
         description=f"What the picture shows, 1..{MAX_PROMPT_CHARACTERS} characters.",
         json_schema_extra=PROMPT_SCHEMA,
+    )
+    prompt_syntax: PromptSyntax = Field(
+        "plain", description="a1111 reads (word:1.3), [word], BREAK and <lora:name:0.8>, for models with CLIP."
     )
     model: str | None = Field(None, description="Model id from /v1/models; the served model by default.")
     n: int = Field(1, ge=1, le=MAX_PICTURES, description="Pictures; the i-th uses seed + i.")
@@ -155,7 +166,8 @@ class ImageRequest(BaseModel):
             yield "output_compression changes nothing in a png, which loses nothing; choose webp or jpeg"
         if self.seed is not None and self.seed + self.n - 1 > MAX_SEED:
             yield f"seed {self.seed} is less than n below the largest seed; the pictures after it go on from seed 0"
-        yield from prompt_warnings(self.prompt)
+        if self.prompt_syntax == "plain":
+            yield from prompt_warnings(self.prompt)
 
     def _edit(self, width: int, height: int) -> Edit | None:
         """Return the picture to start from, in the size to make, in pixels; None starts from noise."""
@@ -188,6 +200,7 @@ class ImageRequest(BaseModel):
             frames=frames,
             fps=fps,
             edit=edit,
+            prompt_syntax=self.prompt_syntax,
         )
         first.check_against(recipe)
         return tuple(replace(first, seed=(seed + n) % (MAX_SEED + 1)) for n in range(self.n))
@@ -247,7 +260,7 @@ def order_from_body(
     Raises:
         InvalidRequestError, APIError: the request cannot be served as it is.
     """
-    request = parse_body(body, ImageRequest)
+    request = with_lora(parse_body(body, ImageRequest), recipe_of)
     if file_formats:
         request = request.as_file(file_formats)
     return request.to_order(recipe_of(request.model), default_seed)
@@ -265,5 +278,5 @@ def order_from_fields(
     Raises:
         InvalidRequestError, APIError: the request cannot be served as it is.
     """
-    request = validate(fields, ImageRequest, is_text)
+    request = with_lora(validate(fields, ImageRequest, is_text), recipe_of)
     return request.to_order(recipe_of(request.model), default_seed)

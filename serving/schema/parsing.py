@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from serving.errors import APIError, invalid, shown_json
-from serving.schema.hints import FIELDS
+from serving.schema.hints import FIELDS, UNSUPPORTED
 
 MAX_JSON_DEPTH = 16
 Body = TypeVar("Body", bound=BaseModel)
@@ -105,6 +105,8 @@ def _from_validation(error: ValidationError, kind: type[BaseModel]) -> APIError:
     if first["type"] == "extra_forbidden":
         if (meant := FIELDS.get(param)) is not None and meant.partition(",")[0].split()[0] in kind.model_fields:
             return invalid(f"{param!r} is not a parameter; send {meant}", param, "unknown_parameter")
+        if (why := UNSUPPORTED.get(param)) is not None:
+            return invalid(f"{param!r} is not supported: {why}; leave it out", param, "unknown_parameter")
         known = ", ".join(kind.model_fields)
         return invalid(f"{param[:64]!r} is not a parameter; known are {known}", param[:64], "unknown_parameter")
     reasons = [first["msg"], *(other["msg"] for other in others if other["loc"][0] == param)]

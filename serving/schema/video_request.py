@@ -13,9 +13,10 @@ from serving.errors import invalid
 from serving.schema.image_request import MAX_BUDGET_MS, PROMPT_SCHEMA, SEED_SCHEMA, SIZE_SCHEMA, ImageRequest, RecipeOf
 from serving.schema.order import ImageOrder, ResponseFormat
 from serving.schema.parsing import nullable, validate
+from serving.schema.prompt_tags import with_lora
 from tdm_runtime.checkpoint.frame_rule import MAX_FRAMES, FrameRule
 from tdm_runtime.checkpoint.recipe import Recipe
-from tdm_runtime.params import MAX_PROMPT_CHARACTERS, MAX_SEED, DecoderName
+from tdm_runtime.params import MAX_PROMPT_CHARACTERS, MAX_SEED, DecoderName, PromptSyntax
 
 MAX_SECONDS = 12
 MAX_FPS = 30
@@ -42,6 +43,7 @@ class VideoRequest(BaseModel):
     prompt: str = Field(
         description=f"What the clip shows, 1..{MAX_PROMPT_CHARACTERS} characters.", json_schema_extra=PROMPT_SCHEMA
     )
+    prompt_syntax: PromptSyntax = Field("plain", description="As for pictures.")
     model: str | None = Field(None, description="Model id from /v1/models; the served model by default.")
     size: str = Field("auto", description='"WxH" from the model\'s sizes, or "auto".', json_schema_extra=SIZE_SCHEMA)
     seconds: str | int | None = Field(
@@ -171,7 +173,7 @@ def video_order_from_fields(
 
     Arguments and errors are those of `order_from_fields`.
     """
-    request = validate(fields, VideoGenerationRequest, is_text)
+    request = with_lora(validate(fields, VideoGenerationRequest, is_text), recipe_of)
     return request.to_order(recipe_of(request.model), default_seed)
 
 

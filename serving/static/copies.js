@@ -1,9 +1,9 @@
 // Code for the copy buttons: the request, without the fields that only this page needs.
 import { routeOf } from "./server.js";
 
-export function asCurl(request, origin, hasKey) {
+export function asCurl(request, server, hasKey) {
   const { draft, partial_images, image, ...rest } = request;
-  if (image !== undefined) return editAsCurl(rest, origin, hasKey);
+  if (image !== undefined) return editAsCurl(rest, server, hasKey);
   const plain = rest.num_frames === undefined ? rest : { ...rest, output_format: "mp4" };
   const body = JSON.stringify(plain).replaceAll("'", "'\\''"); // the shell's way to quote a quote
   const key = hasKey ? `  -H "Authorization: Bearer $TDM_API_KEY" \\\n` : "";
@@ -11,7 +11,7 @@ export function asCurl(request, origin, hasKey) {
 answer = json.load(sys.stdin)
 if "error" in answer: sys.exit(answer["error"]["message"])
 open("${nameOf(plain)}.${plain.output_format}", "wb").write(base64.b64decode(answer["data"][0]["b64_json"]))`;
-  return `curl -sS ${origin}${routeOf(plain)} \\
+  return `curl -sS ${server}${routeOf(plain)} \\
 ${key}  -H 'Content-Type: application/json' \\
   --data '${body}' \\
   | python3 -c '${save}'\n`;
@@ -31,8 +31,8 @@ ${parts.join("")}  -o picture.png\n`;
 const nameOf = ({ num_frames }) => (num_frames === undefined ? "picture" : "clip");
 
 // JSON strings and numbers are Python literals too.
-export function asPython(request, origin, hasKey) {
-  if (request.num_frames !== undefined) return clipAsPython(request, origin, hasKey);
+export function asPython(request, server, hasKey) {
+  if (request.num_frames !== undefined) return clipAsPython(request, server, hasKey);
   const { draft, partial_images, model, prompt, output_format, size, image, ...sampling } = request;
   const [call, given] = image === undefined ? ["generate", ""] : ["edit", '    image=open("given.png", "rb"),\n'];
   const known = Object.entries({ model, prompt, output_format, size }).filter(([, value]) => value !== undefined);
@@ -42,7 +42,7 @@ export function asPython(request, origin, hasKey) {
 ${hasKey ? "import os\n" : ""}
 from openai import OpenAI
 
-client = OpenAI(base_url=${JSON.stringify(`${origin}/v1`)}, api_key=${hasKey ? 'os.environ["TDM_API_KEY"]' : '"unused"'})
+client = OpenAI(base_url=${JSON.stringify(`${server}/v1`)}, api_key=${hasKey ? 'os.environ["TDM_API_KEY"]' : '"unused"'})
 response = client.images.${call}(
 ${given}${lines.join("\n")}
     extra_body={${extra}},
@@ -52,14 +52,14 @@ with open("picture.${output_format}", "wb") as file:
 }
 
 // The official client has no call that waits for a clip's answer. Its job of a clip has no latency budget.
-function clipAsPython(request, origin, hasKey) {
+function clipAsPython(request, server, hasKey) {
   const { draft, partial_images, latency_budget_ms, output_format, model, prompt, size, num_inference_steps, ...sampling } = request;
   const known = Object.entries({ model, prompt, size }).filter(([, value]) => value !== undefined);
   const steps = num_inference_steps === "auto" ? {} : { num_inference_steps };
   const extra = Object.entries({ ...sampling, ...steps }).map(([name, value]) => `"${name}": ${JSON.stringify(value)}`).join(", ");
   return `${hasKey ? "import os\n\n" : ""}from openai import OpenAI
 
-client = OpenAI(base_url=${JSON.stringify(`${origin}/v1`)}, api_key=${hasKey ? 'os.environ["TDM_API_KEY"]' : '"unused"'})
+client = OpenAI(base_url=${JSON.stringify(`${server}/v1`)}, api_key=${hasKey ? 'os.environ["TDM_API_KEY"]' : '"unused"'})
 video = client.videos.create_and_poll(
 ${known.map(([name, value]) => `    ${name}=${JSON.stringify(value)},`).join("\n")}
     extra_body={${extra}},

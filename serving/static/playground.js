@@ -4,7 +4,7 @@ import { asCurl, asPython, copy } from "./copies.js";
 import { closeDrawing, drawnFields, isDrawing, isStroke, openDrawing, restoreDrawing, watchDrawing } from "./drawing.js";
 import { showLatency } from "./latency.js";
 import { announce, byId, countSteps, element, duration, setText, stillOf } from "./page.js";
-import { fetchMp4, forgetKey, getKey, listModels, makePicture, readReadiness, setKey, sourceOf } from "./server.js";
+import { fetchMp4, forgetKey, getKey, listModels, makePicture, readReadiness, SERVER, setKey, sourceOf } from "./server.js";
 
 const DEBOUNCE_MS = 150;
 const HEALTH_PERIOD_MS = 5000;
@@ -505,8 +505,8 @@ function listen() {
     forgetKey();
     byId("forget-key").hidden = true;
   });
-  copyOnClick("copy-curl", () => asCurl(shown.request, location.origin, getKey() !== null));
-  copyOnClick("copy-python", () => asPython(shown.request, location.origin, getKey() !== null));
+  copyOnClick("copy-curl", () => asCurl(shown.request, SERVER, getKey() !== null));
+  copyOnClick("copy-python", () => asPython(shown.request, SERVER, getKey() !== null));
   copyOnClick("copy-link", () => location.href);
   document.addEventListener("keydown", pressShortcut);
   document.addEventListener("visibilitychange", checkHealth);

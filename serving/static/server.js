@@ -1,6 +1,8 @@
 // Client of the server's API: errors, streamed pictures and the API key.
 import { readEvents } from "./sse.js";
 
+// Address of the server, which may lie behind a proxy's path: this file is /playground/static/server.js.
+export const SERVER = new URL("../..", import.meta.url).href.replace(/\/$/, "");
 const KEY_NAME = "tdm-api-key";
 
 export const getKey = () => sessionStorage.getItem(KEY_NAME);
@@ -23,7 +25,7 @@ export async function listModels() {
 // Resolves to {health, live, max_live}. The counts are undefined if the server does not report them.
 export async function readReadiness(timeoutMs) {
   try {
-    const response = await fetch("/ready", { cache: "no-store", signal: AbortSignal.timeout(timeoutMs) });
+    const response = await fetch(`${SERVER}/ready`, { cache: "no-store", signal: AbortSignal.timeout(timeoutMs) });
     if (!response.ok) return { health: "not ready" };
     const { live, max_live } = await response.json();
     return { health: "ready", live, max_live };
@@ -77,7 +79,7 @@ export const sourceOf = ({ output_format, b64_json }) => `data:image/${output_fo
 async function ask(path, { headers = {}, ...options } = {}) {
   const key = getKey();
   if (key) headers = { ...headers, Authorization: `Bearer ${key}` };
-  const response = await fetch(path, { ...options, headers }).catch((error) => {
+  const response = await fetch(SERVER + path, { ...options, headers }).catch((error) => {
     throw error.name === "AbortError" ? error : new ServerError("The server cannot be reached.");
   });
   if (!response.ok) throw await readError(response);

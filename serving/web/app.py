@@ -13,6 +13,7 @@ from serving.web.http_edge import add_edges
 from serving.web.image_routes import add_image_routes
 from serving.web.inference_routes import add_inference_routes
 from serving.web.operation_routes import add_operation_routes, add_playground
+from serving.web.proxied import PublicAddresses
 from serving.web.video_routes import add_video_routes
 from serving.web.webui_routes import add_webui_routes
 
@@ -34,5 +35,6 @@ def build_app(services: Services) -> FastAPI:
     add_operation_routes(app, services)
     add_playground(app)
     add_edges(app, services)
+    app.add_middleware(PublicAddresses, config=services.config)  # the outermost
     document(app, services)
     return app

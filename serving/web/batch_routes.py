@@ -34,7 +34,7 @@ def add_batch_routes(app: FastAPI, services: Services) -> None:
         body = await read_bytes(request, services.config, MAX_BATCH_BYTES)
         batch = await asyncio.to_thread(read_batch, body, is_lines, services.images.recipe, max_live)
         about = {"metadata": batch.metadata, "endpoint": batch.endpoint}
-        job_request = about | {"base_url": base_url(request, services.config)}
+        job_request = about | {"base_url": base_url(request)}
         asked = JobRequest("batch", caller_of(request).name, batch.model, job_request, batch.parts)
         return to_batch(await create_job(request, services, asked, batch.cost, body))
 

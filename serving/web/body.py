@@ -66,7 +66,7 @@ async def read_form(request: Request, config: ServerConfig, files: Collection[st
             found[name] = value
             continue
         if (bare := name.removesuffix("[]")) not in files:
-            message = f"{name[:64]!r} is a file; no picture or clip is read here, leave it out"
+            message = f"{name[:64]!r} is a file, which is not supported: no picture or clip is read here; leave it out"
             raise invalid(message, name[:64], "invalid_form")
         content, known = await value.read(), found.get(bare)
         found[bare] = content if known is None else [*_files(known, bare), content]

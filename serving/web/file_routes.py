@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 
-from serving.config import ServerConfig
 from serving.errors import APIError
 from serving.fronts.services import Services
 from serving.jobs.artifacts import ArtifactStore
@@ -65,6 +64,6 @@ def _range(header: str, num_bytes: int) -> tuple[int, int] | None:
     return start, end
 
 
-def base_url(request: Request, config: ServerConfig) -> str:
+def base_url(request: Request) -> str:
     """Return the beginning of this server's URLs, as the client reaches it."""
-    return config.public_url or str(request.base_url).rstrip("/")
+    return str(request.base_url).rstrip("/")

@@ -154,7 +154,7 @@ async def json_response(
 ) -> Response:
     """Return the JSON response, with the files or with their URLs."""
     if order.encoding.response_format == "url":
-        base = base_url(request, services.config)
+        base = base_url(request)
         published = await asyncio.to_thread(services.artifacts.publish, answer, base, services.config.artifact_ttl_s)
         body = shapes.to_response(answer, *published).model_dump_json()
     else:

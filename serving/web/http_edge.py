@@ -21,6 +21,7 @@ from serving.fronts.edge import admit, note_code, note_departure, note_error, re
 from serving.fronts.services import Services
 from serving.telemetry.metrics import OTHER
 from serving.telemetry.tracing import current_span
+from serving.web.proxied import own_path
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ def add_edges(app: FastAPI, services: Services) -> None:
         answer = invalid(message, None, code, error.status_code)
         note_code(code, error.status_code)
         answer.headers |= dict(error.headers or {})
-        return error_response(answer, request.url.path)
+        return error_response(answer, own_path(request.scope))
 
     @app.exception_handler(RequestValidationError)
     async def unread(request: Request, error: RequestValidationError) -> Response:
@@ -63,7 +64,7 @@ def add_edges(app: FastAPI, services: Services) -> None:
         param = str(first["loc"][-1])
         message = f"{param[:64]} is {shown_json(first.get('input'))}; {first['msg'][:1].lower()}{first['msg'][1:]}"
         answer = note_error(invalid(message, param[:64], "invalid_value"), services, "-")
-        return error_response(answer, request.url.path)
+        return error_response(answer, own_path(request.scope))
 
 
 def caller_of(request: Request) -> Caller:
@@ -104,7 +105,7 @@ class EdgeMiddleware:
             return
         headers = Headers(scope=scope)
         request_id, method = headers.get("x-request-id", "-")[:64], scope["method"]
-        with recorded(self.services, headers, request_id, method, method, is_status(scope["path"])):
+        with recorded(self.services, headers, request_id, method, method, is_status(own_path(scope))):
             await self._answer(scope, receive, send, headers)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send, headers: Headers) -> None:
@@ -130,7 +131,7 @@ class EdgeMiddleware:
 
         try:
             self._admit(scope, headers)
-            if not is_status(scope["path"]):
+            if not is_status(own_path(scope)):
                 await services.turnstile.passed()
             await self.app(scope, receive, send_with_headers)
         except asyncio.CancelledError:
@@ -141,7 +142,7 @@ class EdgeMiddleware:
             if status:  # the response has begun; its status cannot change
                 note_code("internal_error", 500)
                 raise
-            response = error_response(note_error(error, services, request_id), scope["path"])
+            response = error_response(note_error(error, services, request_id), own_path(scope))
             await response(scope, receive, send_with_headers)
         finally:
             services.num_active -= 1
@@ -151,7 +152,7 @@ class EdgeMiddleware:
         """Count, log and trace the outcome of a request."""
         route = self._route(scope)
         self.services.metrics.observe_answer(method, route, status)
-        shown = repr(scope["path"][:80]) if route == OTHER else route  # a template shows no file names
+        shown = repr(own_path(scope)[:80]) if route == OTHER else route  # a template shows no file names
         fields = {"route": route, "status": status, "duration_ms": round(elapsed_ms, 2)}
         logger.info("%s %s %d %.1f ms %s", method, shown, status, elapsed_ms, request_id, extra=fields)
         if (span := current_span()) is not None:
@@ -160,7 +161,7 @@ class EdgeMiddleware:
 
     def _route(self, scope: Scope) -> str:
         """Return the template of the requested path."""
-        route = str(getattr(scope.get("route"), "path_format", scope["path"]))
+        route = str(getattr(scope.get("route"), "path_format", own_path(scope)))
         if route in self._routes:
             return route
         return next((mount for mount in self._mounts if route.startswith(mount.removesuffix(MOUNTED))), OTHER)
@@ -171,7 +172,7 @@ class EdgeMiddleware:
         Raises:
             APIError: 401, 429 or 503, see `admit`.
         """
-        path = scope["path"]
+        path = own_path(scope)
         if path not in OPEN_PATHS and not path.startswith(OPEN_PREFIXES):
             scope["caller"] = admit(self.services, headers.get("authorization"), is_status(path))
 

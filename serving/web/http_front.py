@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from array import array
 from asyncio import TimerHandle
 from typing import Any
@@ -153,9 +154,12 @@ class CancelForLeavers:
 def configure_ray_proxy() -> list[Middleware]:
     """Give Ray's proxy this module's HTTP. Called by Ray in its process, before the proxy listens.
 
+    Its uvicorn would believe forwarded headers of every local client; the application reads them (`web/proxied.py`).
+
     Returns:
         No middleware, which is what Ray asks for.
     """
+    os.environ["FORWARDED_ALLOW_IPS"] = ""
     HTTP_PROTOCOLS["auto"] = f"{__name__}:{BoundedHTTP.__name__}"
     return []
 

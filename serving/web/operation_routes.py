@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastapi import FastAPI, Response
-from fastapi.responses import FileResponse, PlainTextResponse
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import HTMLResponse, PlainTextResponse
 from fastapi.staticfiles import StaticFiles
 
 from serving.errors import not_ready
@@ -68,8 +68,11 @@ def add_playground(app: FastAPI) -> None:
     if missing := [name for name in STATIC_FILES if not (STATIC_FOLDER / name).is_file()]:
         raise FileNotFoundError(f"{STATIC_FOLDER} lacks {', '.join(missing)}; reinstall the package")
 
+    page = (STATIC_FOLDER / "index.html").read_text(encoding="utf-8")
+
     @app.get("/", include_in_schema=False)
-    async def playground() -> FileResponse:
-        return FileResponse(STATIC_FOLDER / "index.html")
+    async def playground(request: Request) -> HTMLResponse:
+        prefix = request.scope.get("root_path", "")  # a proxy may show the page at it without a slash at the end
+        return HTMLResponse(page.replace('="./', f'="{prefix}/') if prefix else page)
 
     app.mount("/playground/static", StaticFiles(directory=STATIC_FOLDER))

@@ -11,6 +11,7 @@ from serving.fronts.services import Services
 from serving.jobs.job import Job, JobRequest
 from serving.jobs.video_job import frame_parts
 from serving.schema.parsing import parse_body, validate
+from serving.schema.prompt_tags import with_lora
 from serving.schema.video_request import VideoFormat, VideoGenerationRequest, VideoRequest
 from serving.schema.video_response import VideoResponse, to_event, to_response
 from serving.web.body import read_form, read_json
@@ -55,6 +56,7 @@ def add_video_routes(app: FastAPI, services: Services) -> None:
             wanted = validate(from_form((await read_form(request, config)).fields), VideoRequest)
         else:
             wanted = parse_body(await read_json(request, config), VideoRequest)
+        wanted = with_lora(wanted, services.images.recipe)
         plan = wanted.plan(services.images.recipe(wanted.model))
         order = plan.order
         (params,) = order.pictures
@@ -74,7 +76,7 @@ def add_video_routes(app: FastAPI, services: Services) -> None:
     async def generate_video(request: Request) -> Response:
         """Make a short clip while the client waits."""
         body = await read_json(request, config)
-        wanted = parse_body(body, VideoGenerationRequest)
+        wanted = with_lora(parse_body(body, VideoGenerationRequest), services.images.recipe)
         if accepted := accepted_formats(request.headers.get("accept", "*/*"), MEDIA_TYPES):
             wanted = wanted.as_file(accepted)
         order = wanted.to_order(services.images.recipe(wanted.model), default_seed(request))

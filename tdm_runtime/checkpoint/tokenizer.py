@@ -17,6 +17,11 @@ class PromptTokenizer:
         self._end_id = end_id
         self._pad_id = pad_id
 
+    @property
+    def frame(self) -> tuple[int, int, int]:
+        """Ids of the start mark, of the end mark and of padding."""
+        return self._tokenizer.encode("").ids[0], self._end_id, self._pad_id
+
     @classmethod
     def load(cls, folder: Path) -> PromptTokenizer:
         """Read tokenizer.json and tokenizer_config.json; or vocab.json and merges.txt, by transformers.
@@ -41,6 +46,11 @@ class PromptTokenizer:
             return int(found)
 
         return cls(tokenizer, int(config["model_max_length"]), token_id("eos_token"), token_id("pad_token"))
+
+    def pieces(self, text: str) -> list[int]:
+        """Return the token ids of a text, without marks and padding."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
 
     def encode(self, prompt: str) -> tuple[list[int], int]:
         """Return exactly `max_tokens` token ids and the number of tokens that the whole prompt has."""

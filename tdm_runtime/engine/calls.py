@@ -85,8 +85,7 @@ class ModelCalls:
     def _encoded(self, samples: Sequence[Sample]) -> list[TDMError | None]:
         for text_encoder in {sample.model.text_encoder for sample in samples}:  # a LoRA may have its own
             readers = [sample for sample in samples if sample.model.text_encoder is text_encoder]
-            factors = [sample.model.lora_factor(sample.params) for sample in readers]
-            prompts = text_encoder.encode_all([sample.params.prompt for sample in readers], factors)
+            prompts = text_encoder.encode_all([sample.model.prompt_key(sample.params) for sample in readers])
             for sample, prompt in zip(readers, prompts, strict=True):
                 sample.prompt = prompt
                 sample.conditioning = sample.model.conditioning(prompt, sample.params)

@@ -52,7 +52,11 @@ class Intake:
         open_counts = delivery.open_step_counts(params, model.recipe.step_counts)
         edit, encoder = params.edit, model.encoder
         open_steps = sorted({count if edit is None else edit.num_steps(count) for count in open_counts})
-        alone = order if delivery.strict and not model.is_batch_invariant else None
+        key = model.prompt_key(params)
+        is_alone = delivery.strict and not model.is_batch_invariant
+        if key.max_chunks > 1:  # a prompt of another length cannot share a call
+            is_alone |= len(model.text_encoder.encoder.tokenize(key).chunks) > 1
+        alone = order if is_alone else None
         decodes = model.decoders[params.decoder].calls(shape)
         cut = order if decodes.number > 1 else alone
         sample = Sample(
@@ -63,7 +67,7 @@ class Intake:
             urgency=(now_s, order),
             open_steps=tuple(open_steps),
             open_counts=open_counts,
-            needs_text=model.text_encoder.expect(params.prompt, model.lora_factor(params)),
+            needs_text=model.text_encoder.expect(key),
             text=call_kind(model, "text"),
             needs_image=edit is not None and encoder is not None and encoder.expect(edit),
             image=call_kind(model, "encode_image", shape),

@@ -113,8 +113,7 @@ class Sample(Work):
     @property
     def prompt_key(self) -> tuple[TextEncoder, PromptKey]:
         """What its embedding depends on: samples of one key share it."""
-        encoder = self.model.text_encoder
-        return encoder, encoder.key(self.params.prompt, self.model.lora_factor(self.params))
+        return self.model.text_encoder, self.model.prompt_key(self.params)
 
     @property
     def step_index(self) -> int:

@@ -121,7 +121,7 @@ def _learn_encoder(engine: DiffusionEngine, model: LoadedModel) -> float:
 
 def _encode(text_encoder: TextEncoder, numbers: Iterator[int], size: int) -> object:
     """Encode prompts that are not in the cache."""
-    return text_encoder.encode_all([f"{PROMPT} {size} {next(numbers)}" for _ in range(size)])
+    return text_encoder.encode_all([text_encoder.key(f"{PROMPT} {size} {next(numbers)}") for _ in range(size)])
 
 
 def _encode_pictures(encoder: PictureEncoder, pixels: Tensor, size: int) -> object:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, final
 
@@ -12,6 +12,7 @@ from tdm_runtime.families.conditioning import Conditioning
 from tdm_runtime.families.denoiser import Denoiser
 from tdm_runtime.families.family import Family, NativeClip, TextEncoders
 from tdm_runtime.families.latent_space import Cache, ClipDecoderModule, LatentGeometry, PartKind
+from tdm_runtime.families.prompt_weights import Chunk
 from tdm_runtime.families.stable_diffusion import StableDiffusion
 from tdm_runtime.families.unet import UNetDenoiser
 
@@ -67,6 +68,7 @@ class AnimateDiff(Family):
     other_denoiser_classes: ClassVar = (StableDiffusion.denoiser_class,)
     adapter = MotionUNetDenoiser
     makes_clips = True
+    reads_weights = True
     decoder = FrameDecoder
 
     def denoiser_parts(self, index: Mapping[str, Any]) -> tuple[str, ...]:
@@ -97,3 +99,6 @@ class AnimateDiff(Family):
 
     def encode_prompts(self, prompts: list[str], encoders: TextEncoders) -> Conditioning:
         return StableDiffusion().encode_prompts(prompts, encoders)
+
+    def encode_chunks(self, chunks: Sequence[Chunk], encoders: TextEncoders) -> Conditioning:
+        return StableDiffusion().encode_chunks(chunks, encoders)

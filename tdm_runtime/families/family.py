@@ -8,7 +8,7 @@ most of the time of a start that otherwise needs compiled programs alone.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,6 +19,7 @@ from tdm_runtime.errors import CheckpointError
 from tdm_runtime.families.conditioning import Conditioning
 from tdm_runtime.families.denoiser import Denoiser
 from tdm_runtime.families.latent_space import DecoderModule, LatentGeometry, LatentScaling, encoded_by
+from tdm_runtime.families.prompt_weights import Chunk
 
 ATTENTION_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 """Attention layers by the end of their name, as diffusers' own LoRA training scripts choose them."""
@@ -87,6 +88,8 @@ class Family(ABC):
     """Folders of the text encoders, in order."""
     optional_text: ClassVar[tuple[str, ...]] = ()
     """Those of these folders that a pipeline may come without."""
+    reads_weights: ClassVar[bool] = False
+    """Whether words of a prompt can be weighted, as is usual for CLIP; then it has `encode_chunks`."""
 
     makes_clips: ClassVar[bool] = False
     """Whether a sample is a clip, with latents [C, F, H, W]. Otherwise it is a picture, with latents [C, H, W]."""
@@ -195,6 +198,10 @@ class Family(ABC):
     @abstractmethod
     def encode_prompts(self, prompts: list[str], encoders: TextEncoders) -> Conditioning:
         """Encode prompts as the stock pipeline does, without guidance; "" is the negative prompt."""
+
+    def encode_chunks(self, chunks: Sequence[Chunk], encoders: TextEncoders) -> Conditioning:
+        """Encode one prompt with weighted words. Only families that say `reads_weights` have it."""
+        raise NotImplementedError(f"{self.name} reads no weights")
 
     def replacement(self, part: nn.Module) -> tuple[str, Any] | None:
         """Return what torch.export needs replaced on a module: the attribute and its value; None for nothing.

@@ -12,7 +12,8 @@ from tdm_runtime.backends.interface import DType
 from tdm_runtime.families.conditioning import Conditioning
 from tdm_runtime.families.denoiser import require
 from tdm_runtime.families.family import TextEncoders
-from tdm_runtime.families.unet import UNetDenoiser, UNetFamily
+from tdm_runtime.families.prompt_weights import Chunk, weighted
+from tdm_runtime.families.unet import UNetDenoiser, UNetFamily, clip_states
 
 TIME_IDS = 6
 """Numbers of a picture's size and crop that the UNet reads."""
@@ -62,3 +63,10 @@ class SDXL(UNetFamily):
             embeds, pooled = embeds * is_given[:, None, None], pooled * is_given[:, None]
         time_ids = torch.tensor([self.time_ids(encoders.width, encoders.height)], device=device)
         return Conditioning(embeds, pooled, time_ids=time_ids.repeat(len(prompts), 1))
+
+    def encode_chunks(self, chunks: Sequence[Chunk], encoders: TextEncoders) -> Conditioning:
+        """Encode one prompt. Each encoder's states are weighted alone; the pooled ones are the first chunk's."""
+        first, second = (clip_states(encoders, number, chunks) for number in (0, 1))
+        embeds = torch.cat([weighted(states.hidden_states[-2], chunks) for states in (first, second)], dim=-1)
+        time_ids = torch.tensor([self.time_ids(encoders.width, encoders.height)], device=encoders.device)
+        return Conditioning(embeds, second[0][:1], time_ids=time_ids)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, final
 
 from tdm_runtime.families.conditioning import Conditioning
 from tdm_runtime.families.family import TextEncoders
-from tdm_runtime.families.unet import UNetDenoiser, UNetFamily
+from tdm_runtime.families.prompt_weights import Chunk, weighted
+from tdm_runtime.families.unet import UNetDenoiser, UNetFamily, clip_states
 
 
 @final
@@ -22,3 +24,6 @@ class StableDiffusion(UNetFamily):
     def encode_prompts(self, prompts: list[str], encoders: TextEncoders) -> Conditioning:
         embeds, _ = encoders.pipeline.encode_prompt(prompts, encoders.device, 1, do_classifier_free_guidance=False)
         return Conditioning(embeds)
+
+    def encode_chunks(self, chunks: Sequence[Chunk], encoders: TextEncoders) -> Conditioning:
+        return Conditioning(weighted(clip_states(encoders, 0, chunks)[0], chunks))

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from tdm_runtime.backends.interface import DType
 from tdm_runtime.families.conditioning import Conditioning
 from tdm_runtime.families.denoiser import Denoiser, require, require_outputs
-from tdm_runtime.families.family import Family
+from tdm_runtime.families.family import Family, TextEncoders
+from tdm_runtime.families.prompt_weights import Chunk
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -79,6 +81,7 @@ class UNetFamily(Family):
 
     denoiser_folder = "unet"
     denoiser_class = "UNet2DConditionModel"
+    reads_weights = True
 
     def is_denoiser(self, model: Any) -> bool:
         """Return whether a model is this family's UNet: only those of SDXL read the size of the picture."""
@@ -90,6 +93,19 @@ class UNetFamily(Family):
         from diffusers import UNet2DConditionModel
 
         return ("num_upsamplers", _MANY_UPSAMPLERS) if isinstance(part, UNet2DConditionModel) else None
+
+
+def clip_states(encoders: TextEncoders, number: int, chunks: Sequence[Chunk]) -> Any:
+    """Return what a CLIP of a stock pipeline makes of N chunks, with hidden states [N, L, D] of all layers.
+
+    Args:
+        number: 0 for the first text encoder, 1 for the second.
+    """
+    ending = "_2" if number else ""
+    tokenizer, encoder = (getattr(encoders.pipeline, part + ending) for part in ("tokenizer", "text_encoder"))
+    frame = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.model_max_length)
+    ids = torch.tensor([chunk.framed(*frame) for chunk in chunks], device=encoders.device)
+    return encoder(ids, output_hidden_states=True)
 
 
 def reads_picture_size(unet: Any) -> bool:

@@ -20,7 +20,7 @@ from tdm_runtime.media.image_file import RECEIPT_CHUNK
 from tdm_runtime.media.video_file import is_video, read_receipt
 from tdm_runtime.model.decoder import Pixels
 from tdm_runtime.model.loaded_model import LoadedModel
-from tdm_runtime.params import DecoderName, SamplingParams
+from tdm_runtime.params import DecoderName, PromptSyntax, SamplingParams
 
 TOLERANCE_LEVELS = 2
 """Largest difference, in levels of 255, between a picture of a batch and the same picture made alone, if not strict."""
@@ -58,6 +58,8 @@ class Receipt:
     threads: int | None = None
     """CPU threads of a call of the model, where the last bits depend on them: clips that torch makes on a CPU. None
     elsewhere, if the caller decided, and in receipts that are older than this field."""
+    prompt_syntax: PromptSyntax = "plain"
+    """See `SamplingParams`."""
 
     strength: float | None = None
     """See `Edit`; None for a picture that started from noise."""
@@ -91,6 +93,7 @@ class Receipt:
             lora_scale=self.lora_scale,
             frames=self.frames,
             edit=edit,
+            prompt_syntax=self.prompt_syntax,
         )
 
     def to_json(self) -> str:
@@ -123,6 +126,7 @@ def receipt_of(model: LoadedModel, params: SamplingParams, pixels: Pixels, is_st
         guidance_scale=params.guidance_scale,
         lora_scale=None if model.recipe.lora_scale is None else model.lora_factor(params),
         frames=params.frames,
+        prompt_syntax=params.prompt_syntax,
         threads=model.threads if _depends_on_threads(model, params) else None,
         strength=None if params.edit is None else params.edit.strength,
         edit_sha256=None if params.edit is None else params.edit.digest,

@@ -18,6 +18,7 @@ from tdm_runtime.checkpoint.recipe import RECIPE_FILE
 from tdm_runtime.checkpoint.stock.text_precision import TextConfig
 from tdm_runtime.errors import ArtifactError, BackendError, RecipeError
 from tdm_runtime.families.latent_space import ClipDecoderModule, ClipParts, PartKind
+from tdm_runtime.families.prompt_weights import MAX_CHUNKS
 from tdm_runtime.model.components import component_names, load_component, program_names
 from tdm_runtime.model.decoder import CompiledParts, Decoder, decoder_on
 from tdm_runtime.model.encoder import PictureEncoder
@@ -25,6 +26,8 @@ from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.model.text_encoder import ClipEncoder, PipelineEncoder, TextEncoder
 from tdm_runtime.params import DecoderName
 
+CLIP_TOKENS = 77
+"""Tokens that CLIP reads, marks included."""
 LARGE_PIXELS = 256 * 256
 """Pixels of a picture from which every component is fastest on all cores."""
 
@@ -169,7 +172,18 @@ def _assembled(
         parity=parity,
         recipe_source=checkpoint.recipe_source,
         threads=threads,
+        max_chunks=_max_chunks(checkpoint, backend, interface),
     )
+
+
+def _max_chunks(checkpoint: Checkpoint, backend: str, denoiser: Interface) -> int:
+    """Return how many chunks of a prompt the denoiser reads. torch runs any number, but a model that was trained with a
+    text encoder shorter than CLIP's own has never read more."""
+    (embeds,) = (spec for spec in denoiser.inputs if spec.name == "prompt_embeds")
+    takes_more = embeds.shape[1] == "tokens"
+    if not takes_more and checkpoint.has_clip_alone and backend.startswith("torch "):
+        takes_more = checkpoint.load_tokenizer().max_tokens >= CLIP_TOKENS
+    return MAX_CHUNKS if takes_more else 1
 
 
 def makes_large_pictures(checkpoint: Checkpoint) -> bool:

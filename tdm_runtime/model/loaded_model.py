@@ -17,9 +17,10 @@ from tdm_runtime.families.call import denoiser_arguments
 from tdm_runtime.families.conditioning import Conditioning
 from tdm_runtime.families.family import Family
 from tdm_runtime.families.latent_space import LatentGeometry
+from tdm_runtime.families.prompt_weights import BREAK
 from tdm_runtime.model.decoder import Decoder
 from tdm_runtime.model.encoder import PictureEncoder
-from tdm_runtime.model.text_encoder import PromptEmbedding, TextEncoder
+from tdm_runtime.model.text_encoder import PromptEmbedding, PromptKey, TextEncoder
 from tdm_runtime.params import DecoderName, SamplingParams
 from tdm_runtime.sampling.known_picture import KnownPicture
 from tdm_runtime.sampling.noise import SeedNoise
@@ -73,6 +74,8 @@ class LoadedModel:
     """Name of the base of a LoRA; None for a model of its own."""
     adapter: int | None = None
     """Number of a LoRA in the `AdapterBank` of its base; None for a model of its own."""
+    max_chunks: int = 1
+    """Most chunks of a prompt that the denoiser reads, see `families.prompt_weights`."""
 
     @property
     def name(self) -> str:
@@ -153,18 +156,38 @@ class LoadedModel:
 
     def embedding(self, params: SamplingParams) -> PromptEmbedding:
         """Return the embedding of a request's prompt, from the cache if it is there."""
-        return self.text_encoder.encode(params.prompt, self.lora_factor(params))
+        return self.text_encoder.encode_all([self.prompt_key(params)])[0]
+
+    def prompt_key(self, params: SamplingParams) -> PromptKey:
+        """Return what the embedding of a request's prompt depends on."""
+        return self.text_encoder.key(params.prompt, self.lora_factor(params), params.prompt_syntax, self.max_chunks)
 
     def check(self, params: SamplingParams) -> None:
         """Check that this model serves a request.
 
         Raises:
-            InvalidRequestError: a step count, size or decoder that it does not have.
+            InvalidRequestError: a step count, size, decoder or prompt syntax that it does not have.
         """
         params.check_against(self.recipe)
         if params.decoder not in self.decoders:
             raise InvalidRequestError(
                 f"decoder is {params.decoder!r}; {self.name} has {', '.join(self.decoders)}", param="decoder"
+            )
+        if params.prompt_syntax != "plain":
+            self._check_syntax(params)
+
+    def _check_syntax(self, params: SamplingParams) -> None:
+        if not self.family.reads_weights:
+            raise InvalidRequestError(
+                f"prompt_syntax is {params.prompt_syntax!r}; {self.name} is of the family {self.family.name}, whose "
+                "text encoders have no usual rule for weights: leave it out, and the prompt is read as plain words",
+                param="prompt_syntax",
+            )
+        if self.max_chunks == 1 and BREAK.search(params.prompt):
+            raise InvalidRequestError(
+                f"the prompt has BREAK, which needs a denoiser that reads more than one chunk of tokens; {self.name} "
+                f"on {self.backend} reads one: leave BREAK out",
+                param="prompt",
             )
 
 

@@ -31,6 +31,7 @@ from tdm_runtime.model.text_encoder import (
     PipelineEncoder,
     PromptEmbedding,
     PromptEncoder,
+    PromptKey,
     TextEncoder,
     TokenizedPrompt,
 )
@@ -194,7 +195,7 @@ class LoraTextEncoder:
         self._layers = layers
         self._number = number
 
-    def tokenize(self, prompt: str) -> TokenizedPrompt:
+    def tokenize(self, prompt: PromptKey) -> TokenizedPrompt:
         return self._encoder.tokenize(prompt)
 
     def encode(self, prompts: Sequence[TokenizedPrompt]) -> list[PromptEmbedding]:

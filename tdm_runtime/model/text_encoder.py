@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.nn import functional
@@ -15,6 +15,23 @@ from tdm_runtime.backends import Backend
 from tdm_runtime.checkpoint.tokenizer import PromptTokenizer
 from tdm_runtime.families.conditioning import Conditioning
 from tdm_runtime.families.family import Family, TextEncoders
+from tdm_runtime.families.prompt_weights import Chunk, chunks_of, weighted
+from tdm_runtime.params import PromptSyntax
+
+
+class PromptKey(NamedTuple):
+    """What an embedding depends on: prompts of one key share it."""
+
+    text: str
+    lora_factor: float = 1.0
+    """Factor on what the LoRA of the encoder adds."""
+    syntax: PromptSyntax = "plain"
+    max_chunks: int = 1
+    """Most chunks that the denoiser reads; only for a syntax with chunks."""
+
+
+MARKS = 2
+"""Tokens before and after those of a prompt, for CLIP."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +43,8 @@ class TokenizedPrompt:
     """Number of tokens of the whole prompt, start and end marks included."""
     ids: Sequence[int] = field(default=(), repr=False)
     """Token ids as the encoder reads them; empty where it tokenizes by itself."""
+    chunks: Sequence[Chunk] = field(default=(), repr=False)
+    """Tokens with weights, in place of `ids`; empty for a prompt that is read as plain words."""
     lora_factor: float = 1.0
     """Factor on what the LoRA of the encoder adds."""
 
@@ -57,8 +76,12 @@ class PromptEncoder(Protocol):
     def shares_calls(self) -> bool:
         """Whether several prompts take less time in one call than one after the other."""
 
-    def tokenize(self, prompt: str) -> TokenizedPrompt:
-        """Tokenize a prompt. Any thread may call it."""
+    def tokenize(self, prompt: PromptKey) -> TokenizedPrompt:
+        """Tokenize a prompt. Any thread may call it.
+
+        Raises:
+            InvalidRequestError: its syntax cannot be read.
+        """
 
     def encode(self, prompts: Sequence[TokenizedPrompt]) -> list[PromptEmbedding]:
         """Encode prompts in one call."""
@@ -79,15 +102,20 @@ class ClipEncoder:
     def shares_calls(self) -> bool:
         return self.backend.is_batch_invariant  # otherwise `TextEncoder` encodes one after the other
 
-    def tokenize(self, prompt: str) -> TokenizedPrompt:
-        ids, num_tokens = self._tokenizer.encode(prompt)
-        return TokenizedPrompt(prompt, num_tokens, ids)
+    def tokenize(self, prompt: PromptKey) -> TokenizedPrompt:
+        if prompt.syntax == "a1111":
+            return _weighted_prompt(prompt, self._tokenizer.pieces, self._tokenizer.max_tokens)
+        ids, num_tokens = self._tokenizer.encode(prompt.text)
+        return TokenizedPrompt(prompt.text, num_tokens, ids)
 
     def encode(self, prompts: Sequence[TokenizedPrompt]) -> list[PromptEmbedding]:
-        embeds = self.backend(torch.tensor([prompt.ids for prompt in prompts], device=self.backend.device))
+        most, frame = self._tokenizer.max_tokens, self._tokenizer.frame
+        rows = [[c.framed(*frame, most) for c in prompt.chunks] or [prompt.ids] for prompt in prompts]
+        ids = torch.tensor([row for of_prompt in rows for row in of_prompt], device=self.backend.device)
+        parts = self.backend(ids).split([len(of_prompt) for of_prompt in rows])
         return [
-            PromptEmbedding(Conditioning(embeds[n : n + 1]), prompt.num_tokens, self._tokenizer.max_tokens)
-            for n, prompt in enumerate(prompts)
+            PromptEmbedding(Conditioning(weighted(part, prompt.chunks)), prompt.num_tokens, most * len(part))
+            for prompt, part in zip(prompts, parts, strict=True)
         ]
 
 
@@ -119,16 +147,42 @@ class PipelineEncoder:
         """Return a text encoder of transformers by its folder; None if the checkpoint came without it."""
         return getattr(self._encoders.pipeline, component)
 
-    def tokenize(self, prompt: str) -> TokenizedPrompt:
-        return TokenizedPrompt(prompt, len(self._tokenizer(prompt, verbose=False)["input_ids"]))
+    def tokenize(self, prompt: PromptKey) -> TokenizedPrompt:
+        def pieces(text: str) -> list[int]:
+            ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            return ids
+
+        if prompt.syntax == "a1111":
+            return _weighted_prompt(prompt, pieces, self._max_tokens)
+        return TokenizedPrompt(prompt.text, len(self._tokenizer(prompt.text, verbose=False)["input_ids"]))
 
     @torch.inference_mode()
     def encode(self, prompts: Sequence[TokenizedPrompt]) -> list[PromptEmbedding]:
-        found = (self._family.encode_prompts([prompt.text], self._encoders) for prompt in prompts)
         return [
-            PromptEmbedding(conditioning.to(self._target).float(), prompt.num_tokens, self._max_tokens)
-            for prompt, conditioning in zip(prompts, found, strict=True)
+            PromptEmbedding(
+                self._encoded(prompt).to(self._target).float(),
+                prompt.num_tokens,
+                self._max_tokens * max(1, len(prompt.chunks)),
+            )
+            for prompt in prompts
         ]
+
+    def _encoded(self, prompt: TokenizedPrompt) -> Conditioning:
+        if prompt.chunks:
+            return self._family.encode_chunks(prompt.chunks, self._encoders)
+        return self._family.encode_prompts([prompt.text], self._encoders)
+
+
+def _weighted_prompt(prompt: PromptKey, tokenize: Callable[[str], Sequence[int]], max_tokens: int) -> TokenizedPrompt:
+    """Tokenize a prompt with weights. Further chunks than the denoiser reads are cut, as further tokens are.
+
+    Args:
+        max_tokens: tokens that the encoder reads at once, marks included.
+    """
+    chunks = chunks_of(prompt.text, tokenize, max_tokens - MARKS)
+    num_tokens = sum(len(chunk.ids) + MARKS for chunk in chunks[: prompt.max_chunks])
+    num_tokens += sum(len(chunk.ids) for chunk in chunks[prompt.max_chunks :])
+    return TokenizedPrompt(prompt.text, num_tokens, chunks=chunks[: prompt.max_chunks])
 
 
 def stacked(prompts: Sequence[Conditioning]) -> Conditioning:
@@ -153,15 +207,8 @@ def _padded(prompt: Conditioning, tokens: int) -> Conditioning:
     return Conditioning(functional.pad(embeds, (0, 0, 0, missing)), pooled, functional.pad(mask, (0, missing)), *rest)
 
 
-PromptKey = tuple[str, float]
-"""A prompt, and the factor on what the LoRA of the encoder adds."""
-
-
 class TextEncoder:
-    """Encodes prompts and caches the most recent. Only `expect` is thread-safe.
-
-    Methods take a prompt and a factor on what the LoRA of the encoder adds, which other encoders do not read.
-    """
+    """Encodes prompts and caches the most recent. Only `expect` is thread-safe."""
 
     def __init__(self, encoder: PromptEncoder, cache_size: int = 1024, reads_lora_factor: bool = False) -> None:
         self.encoder = encoder
@@ -172,9 +219,12 @@ class TextEncoder:
         self.cache_hits = 0
         self.cache_misses = 0
 
-    def expect(self, prompt: str, lora_factor: float = 1.0) -> bool:
-        """Tokenize a prompt that will be encoded soon. Returns False where its embedding is cached."""
-        key = self.key(prompt, lora_factor)
+    def expect(self, key: PromptKey) -> bool:
+        """Tokenize a prompt that will be encoded soon. Returns False where its embedding is cached.
+
+        Raises:
+            InvalidRequestError: its syntax cannot be read.
+        """
         if key in self._cache:
             return False
         self._expected[key] = self._tokenize(key)
@@ -182,17 +232,12 @@ class TextEncoder:
             self._expected.popitem(last=False)
         return True
 
-    def encode(self, prompt: str, lora_factor: float = 1.0) -> PromptEmbedding:
-        """Return the embedding of a prompt, from the cache if it is there."""
-        return self.encode_all([prompt], [lora_factor])[0]
+    def encode(self, prompt: str) -> PromptEmbedding:
+        """Return the embedding of a prompt of plain words, from the cache if it is there."""
+        return self.encode_all([PromptKey(prompt)])[0]
 
-    def encode_all(self, prompts: Sequence[str], lora_factors: Sequence[float] = ()) -> list[PromptEmbedding]:
-        """Return the embedding of each prompt. Uncached prompts share a call if the encoder is batch-invariant.
-
-        Args:
-            lora_factors: one of each prompt; 1 each where left out.
-        """
-        keys = [self.key(*each) for each in zip(prompts, lora_factors or [1.0] * len(prompts), strict=True)]
+    def encode_all(self, keys: Sequence[PromptKey]) -> list[PromptEmbedding]:
+        """Return the embedding of each prompt. Uncached prompts share a call if the encoder is batch-invariant."""
         found = {key: known for key in keys if (known := self._cache.get(key)) is not None}
         missing = list(dict.fromkeys(key for key in keys if key not in found))
         self.cache_hits += len(keys) - len(missing)
@@ -209,10 +254,12 @@ class TextEncoder:
             self._cache.popitem(last=False)
         return [found[key] for key in keys]
 
-    def key(self, prompt: str, lora_factor: float = 1.0) -> PromptKey:
-        """Return what an embedding depends on: prompts of one key share it."""
-        return prompt, lora_factor if self._reads_lora_factor else 1.0
+    def key(
+        self, prompt: str, lora_factor: float = 1.0, syntax: PromptSyntax = "plain", max_chunks: int = 1
+    ) -> PromptKey:
+        """Return the key of a prompt, without what its embedding does not depend on."""
+        factor = lora_factor if self._reads_lora_factor else 1.0
+        return PromptKey(prompt, factor, syntax, max_chunks if syntax == "a1111" else 1)
 
     def _tokenize(self, key: PromptKey) -> TokenizedPrompt:
-        prompt, lora_factor = key
-        return replace(self.encoder.tokenize(prompt), lora_factor=lora_factor)
+        return replace(self.encoder.tokenize(key), lora_factor=key.lora_factor)

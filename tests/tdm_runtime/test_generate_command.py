@@ -234,6 +234,19 @@ def test_an_output_folder_that_does_not_exist_is_refused(
     assert f"the folder of {output} does not exist" in complaint(command(checkpoint_folder, output), capsys)
 
 
+def test_an_existing_file_is_replaced_only_with_force(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "apple.png"
+    output.write_bytes(b"a picture of mine")
+    asked = command(tiny_checkpoint, output, "--steps", "1")
+    message = f"the output {output} exists; choose another name, or replace it with --force"
+    assert message in complaint(asked, capsys)
+    assert output.read_bytes() == b"a picture of mine"
+    assert main([*asked, "--force"]) == 0
+    assert output.read_bytes().startswith(b"\x89PNG")
+
+
 def test_an_output_that_cannot_be_written_is_refused(
     checkpoint_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

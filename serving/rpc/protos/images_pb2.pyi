@@ -36,7 +36,7 @@ OUTPUT_FORMAT_WEBM: OutputFormat
 OUTPUT_FORMAT_GIF: OutputFormat
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("prompt", "model", "n", "size", "seed", "num_inference_steps", "auto_steps", "latency_budget_ms", "strict", "decoder", "guidance_scale", "negative_prompt", "output_format", "output_compression", "metadata", "lora_scale", "image", "mask", "strength")
+    __slots__ = ("prompt", "model", "n", "size", "seed", "num_inference_steps", "auto_steps", "latency_budget_ms", "strict", "decoder", "guidance_scale", "negative_prompt", "output_format", "output_compression", "metadata", "lora_scale", "image", "mask", "strength", "prompt_syntax")
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     N_FIELD_NUMBER: _ClassVar[int]
@@ -56,6 +56,7 @@ class GenerateRequest(_message.Message):
     IMAGE_FIELD_NUMBER: _ClassVar[int]
     MASK_FIELD_NUMBER: _ClassVar[int]
     STRENGTH_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_SYNTAX_FIELD_NUMBER: _ClassVar[int]
     prompt: str
     model: str
     n: int
@@ -75,7 +76,8 @@ class GenerateRequest(_message.Message):
     image: bytes
     mask: bytes
     strength: float
-    def __init__(self, prompt: _Optional[str] = ..., model: _Optional[str] = ..., n: _Optional[int] = ..., size: _Optional[_Union[Size, _Mapping]] = ..., seed: _Optional[int] = ..., num_inference_steps: _Optional[int] = ..., auto_steps: _Optional[_Union[AutoSteps, _Mapping]] = ..., latency_budget_ms: _Optional[float] = ..., strict: _Optional[bool] = ..., decoder: _Optional[_Union[Decoder, str]] = ..., guidance_scale: _Optional[float] = ..., negative_prompt: _Optional[str] = ..., output_format: _Optional[_Union[OutputFormat, str]] = ..., output_compression: _Optional[int] = ..., metadata: _Optional[bool] = ..., lora_scale: _Optional[float] = ..., image: _Optional[bytes] = ..., mask: _Optional[bytes] = ..., strength: _Optional[float] = ...) -> None: ...
+    prompt_syntax: str
+    def __init__(self, prompt: _Optional[str] = ..., model: _Optional[str] = ..., n: _Optional[int] = ..., size: _Optional[_Union[Size, _Mapping]] = ..., seed: _Optional[int] = ..., num_inference_steps: _Optional[int] = ..., auto_steps: _Optional[_Union[AutoSteps, _Mapping]] = ..., latency_budget_ms: _Optional[float] = ..., strict: _Optional[bool] = ..., decoder: _Optional[_Union[Decoder, str]] = ..., guidance_scale: _Optional[float] = ..., negative_prompt: _Optional[str] = ..., output_format: _Optional[_Union[OutputFormat, str]] = ..., output_compression: _Optional[int] = ..., metadata: _Optional[bool] = ..., lora_scale: _Optional[float] = ..., image: _Optional[bytes] = ..., mask: _Optional[bytes] = ..., strength: _Optional[float] = ..., prompt_syntax: _Optional[str] = ...) -> None: ...
 
 class GenerateStreamRequest(_message.Message):
     __slots__ = ("picture", "partial_images", "draft")
@@ -88,7 +90,7 @@ class GenerateStreamRequest(_message.Message):
     def __init__(self, picture: _Optional[_Union[GenerateRequest, _Mapping]] = ..., partial_images: _Optional[int] = ..., draft: _Optional[bool] = ...) -> None: ...
 
 class GenerateVideoRequest(_message.Message):
-    __slots__ = ("prompt", "model", "size", "num_frames", "seconds", "fps", "seed", "num_inference_steps", "auto_steps", "latency_budget_ms", "strict", "decoder", "guidance_scale", "lora_scale", "output_format")
+    __slots__ = ("prompt", "model", "size", "num_frames", "seconds", "fps", "seed", "num_inference_steps", "auto_steps", "latency_budget_ms", "strict", "decoder", "guidance_scale", "lora_scale", "output_format", "prompt_syntax")
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -104,6 +106,7 @@ class GenerateVideoRequest(_message.Message):
     GUIDANCE_SCALE_FIELD_NUMBER: _ClassVar[int]
     LORA_SCALE_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_FORMAT_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_SYNTAX_FIELD_NUMBER: _ClassVar[int]
     prompt: str
     model: str
     size: Size
@@ -119,7 +122,8 @@ class GenerateVideoRequest(_message.Message):
     guidance_scale: float
     lora_scale: float
     output_format: OutputFormat
-    def __init__(self, prompt: _Optional[str] = ..., model: _Optional[str] = ..., size: _Optional[_Union[Size, _Mapping]] = ..., num_frames: _Optional[int] = ..., seconds: _Optional[int] = ..., fps: _Optional[int] = ..., seed: _Optional[int] = ..., num_inference_steps: _Optional[int] = ..., auto_steps: _Optional[_Union[AutoSteps, _Mapping]] = ..., latency_budget_ms: _Optional[float] = ..., strict: _Optional[bool] = ..., decoder: _Optional[_Union[Decoder, str]] = ..., guidance_scale: _Optional[float] = ..., lora_scale: _Optional[float] = ..., output_format: _Optional[_Union[OutputFormat, str]] = ...) -> None: ...
+    prompt_syntax: str
+    def __init__(self, prompt: _Optional[str] = ..., model: _Optional[str] = ..., size: _Optional[_Union[Size, _Mapping]] = ..., num_frames: _Optional[int] = ..., seconds: _Optional[int] = ..., fps: _Optional[int] = ..., seed: _Optional[int] = ..., num_inference_steps: _Optional[int] = ..., auto_steps: _Optional[_Union[AutoSteps, _Mapping]] = ..., latency_budget_ms: _Optional[float] = ..., strict: _Optional[bool] = ..., decoder: _Optional[_Union[Decoder, str]] = ..., guidance_scale: _Optional[float] = ..., lora_scale: _Optional[float] = ..., output_format: _Optional[_Union[OutputFormat, str]] = ..., prompt_syntax: _Optional[str] = ...) -> None: ...
 
 class GenerateVideoStreamRequest(_message.Message):
     __slots__ = ("video", "partial_images")
@@ -272,7 +276,7 @@ class Timings(_message.Message):
     def __init__(self, queue_ms: _Optional[float] = ..., text_ms: _Optional[float] = ..., steps_ms: _Optional[_Iterable[float]] = ..., decode_ms: _Optional[float] = ..., encode_ms: _Optional[float] = ..., total_ms: _Optional[float] = ..., image_ms: _Optional[float] = ...) -> None: ...
 
 class Receipt(_message.Message):
-    __slots__ = ("model", "digest", "prompt", "seed", "num_inference_steps", "width", "height", "decoder", "backend", "bucket", "is_strict", "pixels_sha256", "guidance_scale", "lora_scale", "frames", "threads", "strength", "edit_sha256")
+    __slots__ = ("model", "digest", "prompt", "seed", "num_inference_steps", "width", "height", "decoder", "backend", "bucket", "is_strict", "pixels_sha256", "guidance_scale", "lora_scale", "frames", "threads", "strength", "edit_sha256", "prompt_syntax")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
@@ -291,6 +295,7 @@ class Receipt(_message.Message):
     THREADS_FIELD_NUMBER: _ClassVar[int]
     STRENGTH_FIELD_NUMBER: _ClassVar[int]
     EDIT_SHA256_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_SYNTAX_FIELD_NUMBER: _ClassVar[int]
     model: str
     digest: str
     prompt: str
@@ -309,7 +314,8 @@ class Receipt(_message.Message):
     threads: int
     strength: float
     edit_sha256: str
-    def __init__(self, model: _Optional[str] = ..., digest: _Optional[str] = ..., prompt: _Optional[str] = ..., seed: _Optional[int] = ..., num_inference_steps: _Optional[int] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., decoder: _Optional[str] = ..., backend: _Optional[str] = ..., bucket: _Optional[_Iterable[int]] = ..., is_strict: _Optional[bool] = ..., pixels_sha256: _Optional[str] = ..., guidance_scale: _Optional[float] = ..., lora_scale: _Optional[float] = ..., frames: _Optional[int] = ..., threads: _Optional[int] = ..., strength: _Optional[float] = ..., edit_sha256: _Optional[str] = ...) -> None: ...
+    prompt_syntax: str
+    def __init__(self, model: _Optional[str] = ..., digest: _Optional[str] = ..., prompt: _Optional[str] = ..., seed: _Optional[int] = ..., num_inference_steps: _Optional[int] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., decoder: _Optional[str] = ..., backend: _Optional[str] = ..., bucket: _Optional[_Iterable[int]] = ..., is_strict: _Optional[bool] = ..., pixels_sha256: _Optional[str] = ..., guidance_scale: _Optional[float] = ..., lora_scale: _Optional[float] = ..., frames: _Optional[int] = ..., threads: _Optional[int] = ..., strength: _Optional[float] = ..., edit_sha256: _Optional[str] = ..., prompt_syntax: _Optional[str] = ...) -> None: ...
 
 class ListModelsRequest(_message.Message):
     __slots__ = ()

@@ -233,12 +233,27 @@ def test_a_client_that_leaves_a_stream_does_not_disturb_others(
     assert images.Generate(picture).images
 
 
+def test_weighted_words_make_the_picture_of_http(images: images_pb2_grpc.ImageServiceStub, http: httpx.Client) -> None:
+    """On the server's compiled text encoder. The receipt names the syntax."""
+    fields = {"prompt": "a (red:1.6) [heart]", "seed": 7, "strict": True}
+    made = images.Generate(pb.GenerateRequest(**fields, prompt_syntax="a1111")).images[0]
+    answer = http.post("/v1/images/generations", json=fields | {"prompt_syntax": "a1111"}).json()["data"][0]
+    assert made.receipt.prompt_syntax == answer["receipt"]["prompt_syntax"] == "a1111"
+    assert made.receipt.pixels_sha256 == answer["receipt"]["pixels_sha256"]
+    plain = images.Generate(pb.GenerateRequest(**fields)).images[0].receipt
+    assert plain.prompt_syntax == "plain" and plain.pixels_sha256 != made.receipt.pixels_sha256
+
+
 # -- refusals --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
+        ({"prompt_syntax": "compel"}, "prompt_syntax"),
+        ({"prompt_syntax": "a1111", "prompt": "a BREAK b"}, "prompt"),
+        ({"prompt_syntax": "a1111", "prompt": "a (b:99)"}, "prompt"),
+        ({"prompt_syntax": "a1111", "prompt": "a <lora:ink:1>"}, "prompt"),
         ({"prompt": ""}, "prompt"),
         ({"prompt": "a\0b"}, "prompt"),
         ({"prompt": "x" * 60_000}, "prompt"),

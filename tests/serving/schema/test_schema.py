@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import pickle
 import random
-from dataclasses import FrozenInstanceError, fields, is_dataclass
+from dataclasses import FrozenInstanceError, fields, is_dataclass, replace
 from typing import Any
 
 import pytest
 
-from serving.errors import APIError
+from serving.errors import APIError, unknown_model
 from serving.schema.image_request import MAX_PICTURES, ImageRequest, order_from_body, order_from_fields
 from serving.schema.order import DeliveryOptions, ImageEncoding, ImageOrder
 from serving.schema.parsing import parse_json
 from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT
-from tdm_runtime.checkpoint.recipe import load_recipe
+from tdm_runtime.checkpoint.recipe import Recipe, load_recipe
 from tdm_runtime.errors import InvalidRequestError
 from tdm_runtime.params import MAX_SEED
 
@@ -208,7 +208,7 @@ def test_null_means_absent_in_every_field() -> None:
         ({"output_compression": 50, "output_format": "webp"}, ""),
         ({"seed": MAX_SEED, "n": 2}, "the pictures after it go on from seed 0"),
         ({"seed": MAX_SEED}, ""),
-        ({"prompt": "(sharp:1.3) cat"}, r"has (word:1.3), which is read as plain words; leave it out"),
+        ({"prompt": "(sharp:1.3) cat"}, r"has (word:1.3), which is read as plain words; leave it out, or send"),
         ({"prompt": "cat <lora:ink:0.8> BREAK"}, "<lora:...> and BREAK, which is read as plain words; name a LoRA by"),
         ({"prompt": "a cat (a ragdoll, at 10:30)"}, ""),
     ],
@@ -219,7 +219,17 @@ def test_what_changes_nothing_is_accepted_and_named_in_a_warning(extra: dict[str
 
 
 @pytest.mark.parametrize(
-    ("field", "meant"), [("steps", "num_inference_steps"), ("cfg_scale", "guidance_scale"), ("width", "size, such as")]
+    ("field", "meant"),
+    [
+        ("steps", "num_inference_steps"),
+        ("step", "num_inference_steps"),
+        ("cfg_scale", "guidance_scale"),
+        ("width", "size, such as"),
+        ("height", "size, such as"),
+        ("rng_seed", "seed"),
+        ("mode", "num_inference_steps or latency_budget_ms"),
+        ("loras", "model, which names a LoRA"),
+    ],
 )
 def test_a_field_of_another_server_is_refused_with_the_one_meant(field: str, meant: str) -> None:
     with pytest.raises(APIError, match=rf"'{field}' is not a parameter; send {meant}"):
@@ -282,3 +292,58 @@ def test_an_order_with_auto_costs_the_most_steps() -> None:
     fields = {"prompt": "a cat", "num_inference_steps": "auto", "n": 3, "size": "64x64"}
     cost = order_from_fields(fields, lambda name: RECIPE).cost
     assert cost == pytest.approx(3 * 64 * 64 * RECIPE.step_counts[-1] / 1e6)
+
+
+# -- prompt syntax ---------------------------------------------------------------------------------
+
+
+def served(name: str | None) -> Recipe:
+    """Recipes of a server with the LoRA "ink" on its model."""
+    recipes = {None: RECIPE, RECIPE.name: RECIPE, "ink": replace(RECIPE, name="ink", lora_scale=1.0)}
+    if name not in recipes:
+        raise unknown_model(str(name), [RECIPE.name, "ink"])
+    return recipes[name]
+
+
+def weighted(prompt: str, **more: object) -> ImageOrder:
+    return order_from_fields({"prompt": prompt, "prompt_syntax": "a1111", **more}, served)
+
+
+def test_the_syntax_of_a_prompt_reaches_every_picture_and_gets_no_warning() -> None:
+    order = weighted("a (red:1.3) cat BREAK [small]", n=2)
+    assert {one.prompt_syntax for one in order.pictures} == {"a1111"} and order.warnings == ()
+    assert order.pictures[0].prompt == "a (red:1.3) cat BREAK [small]"
+    assert order_from_fields({"prompt": "a cat"}, served).pictures[0].prompt_syntax == "plain"
+
+
+@pytest.mark.parametrize(("tag", "scale"), [("<lora:ink:0.8>", 0.8), ("<lora:ink>", None), ("<LoRA:ink:-1>", -1.0)])
+def test_a_tag_in_a_prompt_chooses_the_served_lora(tag: str, scale: float | None) -> None:
+    for more in ({}, {"model": "ink"}):
+        order = weighted(f"a (red) cat {tag}", **more)
+        assert (order.model, order.pictures[0].lora_scale) == ("ink", scale)
+        assert order.pictures[0].prompt == "a (red) cat"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "more", "param", "message"),
+    [
+        (
+            "cat <lora:oil:1>",
+            {},
+            "prompt",
+            "the prompt names the LoRA 'oil': model 'oil' does not exist; this server has",
+        ),
+        ("cat <lora:ink:1> <lora:ink:2>", {}, "prompt", "2 tags <lora:...>; a picture takes one LoRA"),
+        (f"cat <lora:{RECIPE.name}:1>", {}, "prompt", "which is a model of its own here; name it by model"),
+        ("cat <lora:ink:big>", {}, "prompt", "the scale of a LoRA in the prompt is 'big'; write one number"),
+        ("cat <lora:ink:0.8:0.6>", {}, "prompt", "is '0.8:0.6'; write one number, as in <lora:name:0.8>"),
+        ("cat <lora:ink:9>", {}, "lora_scale", "lora_scale is 9.0; it must be from -4 to 4"),
+        ("cat <lora:ink:1>", {"lora_scale": 0.5}, "lora_scale", "lora_scale is 0.5 and the prompt has <lora:ink:1>"),
+        ("cat <lora:ink:1>", {"model": RECIPE.name}, "model", "the prompt names the LoRA 'ink', a model too; leave"),
+        ("<lora:ink:1>", {}, "prompt", "prompt is empty"),
+    ],
+)
+def test_a_tag_that_cannot_be_served_is_refused(prompt: str, more: dict[str, object], param: str, message: str) -> None:
+    with pytest.raises((APIError, InvalidRequestError)) as caught:
+        weighted(prompt, **more)
+    assert message in str(caught.value) and caught.value.param == param

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from tests.serving.conftest import RunningServer
+from tests.serving.web.reverse_proxy import reverse_proxy
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, BrowserContext, Locator, Page, Request, Route
@@ -51,7 +52,9 @@ def open_page(browser: Browser, server: RunningServer) -> Iterator[Open]:
     contexts: list[BrowserContext] = []
     complaints: list[str] = []
 
-    def open_page(fragment: str = "", prepare: Callable[[Page], object] = lambda page: None, **options: Any) -> Page:
+    def open_page(
+        fragment: str = "", prepare: Callable[[Page], object] = lambda page: None, url: str = "", **options: Any
+    ) -> Page:
         permissions = ["clipboard-read", "clipboard-write"]
         context = browser.new_context(permissions=permissions, reduced_motion="reduce", **options)
         contexts.append(context)
@@ -60,7 +63,7 @@ def open_page(browser: Browser, server: RunningServer) -> Iterator[Open]:
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
         prepare(page)
-        page.goto(f"{server.url}/{fragment}")
+        page.goto(url or f"{server.url}/{fragment}")
         return page
 
     yield open_page
@@ -480,6 +483,20 @@ def test_every_control_has_a_name(page: Page) -> None:
     named = [node for node in tree if not node["ignored"] and node["role"]["value"] in roles]
     assert {node["role"]["value"] for node in named} >= {"button", "combobox", "image", "link", "radio", "switch"}
     assert [node for node in named if not node.get("name", {}).get("value")] == []
+
+
+@pytest.mark.parametrize("end", ["/", ""])
+def test_the_page_works_behind_a_proxy_under_a_path(open_page: Open, server: RunningServer, end: str) -> None:
+    """With and without a slash at the end of its address; requests, links and copied code keep the path."""
+    with reverse_proxy(server.url) as url:
+        page = open_page(url=url + end)
+        expect_picture(page)
+        assert page.url.startswith(f"{url}{end}#prompt=")
+        expect(page.locator("#health")).to_have_text("ready")
+        for name, path in (("API schema", "/openapi.json"), ("Metrics", "/metrics")):
+            link = page.get_by_role("link", name=name).evaluate("link => link.href")
+            assert link == url + path
+        assert f"{url}/v1/images/generations" in copied(page, "copy-curl")
 
 
 def test_a_phone_scrolls_in_one_direction(open_page: Open) -> None:

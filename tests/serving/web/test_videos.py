@@ -238,6 +238,18 @@ def test_a_bad_form_is_refused(http: httpx.Client, content_type: str, body: byte
     assert answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("given", [b"a picture", "file-abc"])
+def test_an_input_reference_is_named_and_not_supported(http: httpx.Client, given: bytes | str) -> None:
+    """As a file, as `videos.create` sends it, and as text."""
+    if isinstance(given, bytes):
+        answer = http.post("/v1/videos", data={"prompt": "a fox"}, files={"input_reference": ("fox.png", given)})
+    else:
+        answer = http.post("/v1/videos", json={"prompt": "a fox", "input_reference": given})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, "input_reference")
+    assert "'input_reference' is" in error["message"] and "not supported" in error["message"]
+
+
 @pytest.mark.parametrize("video_id", ["video_x", "..%2f..", "x" * 2000, "batch_0", "%00", "video_x%27%20OR%201=1"])
 def test_an_unknown_clip_is_a_404(http: httpx.Client, video_id: str) -> None:
     for answer in (

@@ -26,7 +26,7 @@ from tdm_runtime.errors import GenerationError, InvalidRequestError, NotFiniteEr
 from tdm_runtime.model.choice import load_model
 from tdm_runtime.model.decoder import Decoder, Pixels
 from tdm_runtime.model.loaded_model import LoadedModel
-from tdm_runtime.model.text_encoder import PromptEmbedding, TextEncoder
+from tdm_runtime.model.text_encoder import PromptEmbedding, PromptKey, TextEncoder
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.pipeline import generate
 from tdm_runtime.sampling.noise import initial_noise
@@ -474,10 +474,10 @@ class FailingTextEncoder(TextEncoder):
         self.__dict__.update(encoder.__dict__)
         self._failing_prompt = prompt
 
-    def encode_all(self, prompts: Sequence[str], lora_factors: Sequence[float] = ()) -> list[PromptEmbedding]:
-        if self._failing_prompt in prompts:
+    def encode_all(self, keys: Sequence[PromptKey]) -> list[PromptEmbedding]:
+        if self._failing_prompt in [key.text for key in keys]:
             raise RuntimeError("Already borrowed")
-        return super().encode_all(prompts, lora_factors)
+        return super().encode_all(keys)
 
 
 def test_a_prompt_that_cannot_be_encoded_fails_only_its_request(model: LoadedModel, make_engine: MakeEngine) -> None:

@@ -231,7 +231,8 @@ def test_a_lora_changes_the_text_encoders_of_a_stock_pipeline_for_its_own_pictur
     torch.testing.assert_close(made.prompt_embeds, expected.prompt_embeds, rtol=1e-4, atol=1e-5)
     assert levels_apart(generate(lora, params), generate(merged_model, params)) <= 2
     assert levels_apart(generate(lora, params), before) > 5
-    uncached = base.text_encoder.encoder.encode([base.text_encoder.encoder.tokenize(params.prompt)])[0].conditioning
+    encoder = base.text_encoder.encoder
+    uncached = encoder.encode([encoder.tokenize(base.prompt_key(params))])[0].conditioning
     assert torch.equal(uncached.prompt_embeds, base.text_encoder.encode(params.prompt).conditioning.prompt_embeds)
 
 

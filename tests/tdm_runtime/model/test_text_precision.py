@@ -18,7 +18,7 @@ from tdm_runtime.model.artifacts import BackendConfig
 from tdm_runtime.model.choice import load_checkpoint
 from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.model.lora import LoraBase
-from tdm_runtime.model.text_encoder import PipelineEncoder
+from tdm_runtime.model.text_encoder import PipelineEncoder, PromptKey
 from tests.lora_files import draw_weights, write_diffusers
 from tests.stock_checkpoints import CASES, save_checkpoint, stock_pipeline
 from tests.stock_pictures import MIN_PSNR_DB, picture, psnr_db, stock_picture
@@ -96,7 +96,7 @@ def test_models_with_the_same_files_share_encoders_and_prompts(
     assert load(flux).text_encoder is not one.text_encoder, "without a common pool nothing is shared"
     assert f"{other} shares its prompts with {flux}" in caplog.text
     embeds(one)
-    assert not two.text_encoder.expect(PROMPT)
+    assert not two.text_encoder.expect(PromptKey(PROMPT))
     lower = load(flux, pool, TextConfig("bf16"))
     assert pipeline_of(lower).module("text_encoder_2") is not pipeline_of(one).module("text_encoder_2")
 
