@@ -16,6 +16,7 @@ from serving.errors import invalid
 from serving.schema.image_request import ImageRequest, RecipeOf
 from serving.schema.order import ImageOrder
 from serving.schema.parsing import parse_body, validate
+from serving.schema.prompt_tags import with_lora
 from tdm_runtime.checkpoint.recipe import Recipe
 from tdm_runtime.edit import Edit, default_strength
 from tdm_runtime.media.given_picture import distorts, has_transparency, read_mask, read_picture, to_edit
@@ -98,6 +99,7 @@ def edit_order_from_fields(
 def _to_order(
     request: EditRequest, recipe_of: RecipeOf, file_formats: Sequence[ImageFormat], default_seed: int | None
 ) -> ImageOrder:
+    request = with_lora(request, recipe_of)
     if file_formats:
         request = request.as_file(file_formats)
     return request.to_order(recipe_of(request.model), default_seed)

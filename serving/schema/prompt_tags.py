@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from serving.errors import APIError, invalid
 from tdm_runtime.families.prompt_weights import LORA_TAG
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from serving.schema.image_request import ImageRequest, RecipeOf
     from serving.schema.video_request import VideoRequest
 
-Request = TypeVar("Request", "ImageRequest", "VideoRequest")
+Request = TypeVar("Request", bound="ImageRequest | VideoRequest")
 
 
 def with_lora(request: Request, recipe_of: RecipeOf) -> Request:
     """Return the request with `model` and `lora_scale` in place of the tag in its prompt.
 
     Raises:
-        APIError: 400, the prompt has more than one tag, the server has no such LoRA, or other fields contradict the tag.
+        APIError: 400, the prompt has more than one tag, the server lacks the LoRA, or other fields contradict the tag.
     """
     tags = LORA_TAG.findall(request.prompt) if request.prompt_syntax == "a1111" else []
     if not tags:
@@ -44,7 +44,7 @@ def with_lora(request: Request, recipe_of: RecipeOf) -> Request:
             )
             raise invalid(message, "lora_scale", "invalid_value")
         changes["lora_scale"] = value
-    return request.model_copy(update=changes)
+    return cast("Request", request.model_copy(update=changes))
 
 
 def _number(scale: str) -> float:

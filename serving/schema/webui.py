@@ -15,12 +15,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from serving.errors import invalid
 from serving.schema.edit_request import EditRequest, bytes_of
-from serving.schema.image_request import MAX_PICTURES, ImageRequest
+from serving.schema.image_request import MAX_PICTURES, ImageRequest, RecipeOf
 from serving.schema.image_response import to_base64
 from serving.schema.order import ImageOrder
 from serving.schema.parsing import validate
-from tdm_runtime.checkpoint.recipe import Recipe
+from serving.schema.prompt_tags import with_lora
 from tdm_runtime.media.given_picture import inverted_mask, read_mask
+from tdm_runtime.params import PromptSyntax
 
 TITLE = re.compile(r"(.+?) \[[0-9a-f]{6,64}\]")
 """Title of a model: its name, and the start of its hash."""
@@ -50,14 +51,20 @@ class TextToImage(BaseModel):
         title = (self.override_settings or {}).get("sd_model_checkpoint")
         return named_by(title) if isinstance(title, str) and title else None
 
-    def to_order(self, recipe: Recipe) -> ImageOrder:
+    def to_order(self, model: str, recipe_of: RecipeOf, syntax: PromptSyntax) -> ImageOrder:
         """Return the order.
+
+        Args:
+            model: Model that makes it, unless the prompt names a LoRA.
+            syntax: How the prompt is read.
 
         Raises:
             InvalidRequestError, APIError: a value has no near one that could be served.
         """
-        warnings: list[str] = []
-        fields = {"prompt": self.prompt, "model": recipe.name, **self._given(recipe)}
+        recipe, warnings = recipe_of(model), list[str]()
+        fields: dict[str, Any] = {"prompt": self.prompt, "prompt_syntax": syntax, **self._given()}
+        if "<lora:" not in self.prompt:
+            fields["model"] = model
         fields["n"] = (self.batch_size or 1) * (self.n_iter or 1)
         if fields["n"] > MAX_PICTURES:
             message = f"batch_size x n_iter is {fields['n']}; at most {MAX_PICTURES} pictures are made at once"
@@ -74,13 +81,13 @@ class TextToImage(BaseModel):
             if size != (self.width, self.height):
                 warnings.append(f"the size is {self.width}x{self.height}; {recipe.name} made {size[0]}x{size[1]}")
         warnings += self._ignored()
-        order = validate(fields, self._kind()).to_order(recipe)
-        return order.warned(*warnings)
+        request = with_lora(validate(fields, self._kind()), recipe_of)
+        return request.to_order(recipe_of(request.model)).warned(*warnings)
 
     def _kind(self) -> type[ImageRequest]:
         return ImageRequest
 
-    def _given(self, recipe: Recipe) -> Mapping[str, Any]:
+    def _given(self) -> Mapping[str, Any]:
         """Return the fields of the given picture."""
         return {}
 
@@ -102,7 +109,7 @@ class ImageToImage(TextToImage):
     def _kind(self) -> type[ImageRequest]:
         return EditRequest
 
-    def _given(self, recipe: Recipe) -> Mapping[str, Any]:
+    def _given(self) -> Mapping[str, Any]:
         fields: dict[str, Any] = {"image": self.init_images, "strength": self.denoising_strength or 0.75}
         if self.mask:
             mask: str | bytes = self.mask

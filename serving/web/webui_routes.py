@@ -25,6 +25,8 @@ from serving.schema.webui import (
 from serving.web.body import read_json
 from serving.web.documentation import documented_body
 from serving.web.http_edge import caller_of
+from tdm_runtime.families import FAMILIES
+from tdm_runtime.params import PromptSyntax
 
 PREFIX = "/sdapi/v1"
 Wanted = TypeVar("Wanted", bound=TextToImage)
@@ -56,8 +58,9 @@ def add_webui_routes(app: FastAPI, services: Services) -> None:
         task = asyncio.current_task()
         assert task is not None
         wanted = parse_body(await read_json(request, config, config.max_picture_body_bytes), kind)
-        recipe = images.recipe(wanted.wanted_model or session.model)
-        order = await asyncio.to_thread(wanted.to_order, recipe)
+        card = images.model_card(wanted.wanted_model or session.model)
+        syntax: PromptSyntax = "a1111" if FAMILIES[card.family].reads_weights else "plain"
+        order = await asyncio.to_thread(wanted.to_order, card.id, images.recipe, syntax)
         caller_of(request).spend(order.cost)
         making = asyncio.create_task(images.generate(order))
         session.running.add(making)
@@ -75,7 +78,9 @@ def add_webui_routes(app: FastAPI, services: Services) -> None:
         contents = [image.content for image in made.images]
         seeds, digest = [image.seed for image in made.images], made.images[0].receipt.digest
         texts = [_parameters(content) for content in contents]
-        return generated(wanted, contents, info_of(order, seeds, digest, recipe.solver, texts, made.warnings))
+        return generated(
+            wanted, contents, info_of(order, seeds, digest, images.recipe(order.model).solver, texts, made.warnings)
+        )
 
     @app.post(f"{PREFIX}/txt2img", openapi_extra=documented_body(json=TextToImage.model_json_schema()))
     async def text_to_image(request: Request) -> Generated:

@@ -110,9 +110,9 @@ class ClipEncoder:
 
     def encode(self, prompts: Sequence[TokenizedPrompt]) -> list[PromptEmbedding]:
         most, frame = self._tokenizer.max_tokens, self._tokenizer.frame
-        rows = [[c.framed(*frame, most) for c in prompt.chunks] or [prompt.ids] for prompt in prompts]
+        rows = [[list(c.framed(*frame, most)) for c in prompt.chunks] or [list(prompt.ids)] for prompt in prompts]
         ids = torch.tensor([row for of_prompt in rows for row in of_prompt], device=self.backend.device)
-        parts = self.backend(ids).split([len(of_prompt) for of_prompt in rows])
+        parts = torch.split(self.backend(ids), [len(of_prompt) for of_prompt in rows])
         return [
             PromptEmbedding(Conditioning(weighted(part, prompt.chunks)), prompt.num_tokens, most * len(part))
             for prompt, part in zip(prompts, parts, strict=True)
