@@ -78,9 +78,8 @@ def add_webui_routes(app: FastAPI, services: Services) -> None:
         contents = [image.content for image in made.images]
         seeds, digest = [image.seed for image in made.images], made.images[0].receipt.digest
         texts = [_parameters(content) for content in contents]
-        return generated(
-            wanted, contents, info_of(order, seeds, digest, images.recipe(order.model).solver, texts, made.warnings)
-        )
+        info = info_of(order, seeds, digest, images.recipe(order.model).solver, texts, made.warnings)
+        return generated(wanted, contents, info)
 
     @app.post(f"{PREFIX}/txt2img", openapi_extra=documented_body(json=TextToImage.model_json_schema()))
     async def text_to_image(request: Request) -> Generated:
