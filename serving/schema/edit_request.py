@@ -15,7 +15,7 @@ from pydantic import Field
 from serving.errors import invalid
 from serving.schema.image_request import ImageRequest, RecipeOf
 from serving.schema.order import ImageOrder
-from serving.schema.parsing import parse_body, validate
+from serving.schema.parsing import parse_picture_body, validate
 from serving.schema.prompt_tags import with_lora
 from tdm_runtime.checkpoint.recipe import Recipe
 from tdm_runtime.edit import Edit, default_strength
@@ -82,7 +82,7 @@ def edit_order_from_body(
     body: bytes, recipe_of: RecipeOf, file_formats: Sequence[ImageFormat] = (), default_seed: int | None = None
 ) -> ImageOrder:
     """Read the JSON body of POST /v1/images/edits. Arguments and errors are those of `order_from_body`."""
-    return _to_order(parse_body(body, EditRequest), recipe_of, file_formats, default_seed)
+    return _to_order(parse_picture_body(body, EditRequest), recipe_of, file_formats, default_seed)
 
 
 def edit_order_from_fields(

@@ -12,7 +12,7 @@ from fastapi import FastAPI, Request
 from PIL import Image
 
 from serving.fronts.services import Services
-from serving.schema.parsing import parse_body
+from serving.schema.parsing import parse_body, parse_picture_body
 from serving.schema.webui import (
     Generated,
     ImageToImage,
@@ -57,7 +57,8 @@ def add_webui_routes(app: FastAPI, services: Services) -> None:
         session = session_of(request)
         task = asyncio.current_task()
         assert task is not None
-        wanted = parse_body(await read_json(request, config, config.max_picture_body_bytes), kind)
+        body = await read_json(request, config, config.max_picture_body_bytes)
+        wanted = await asyncio.to_thread(parse_picture_body, body, kind)
         card = images.model_card(wanted.wanted_model or session.model)
         syntax: PromptSyntax = "a1111" if FAMILIES[card.family].reads_weights else "plain"
         order = await asyncio.to_thread(wanted.to_order, card.id, images.recipe, syntax)
