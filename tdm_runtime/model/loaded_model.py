@@ -124,9 +124,7 @@ class LoadedModel:
 
     def step_table(self, params: SamplingParams) -> StepTable:
         """Return the steps that a request takes."""
-        return self.recipe.step_table(
-            params.num_inference_steps, params.width, params.height, None if params.edit is None else params.num_steps
-        )
+        return self.recipe.step_table(params.num_inference_steps, params.width, params.height, params.num_steps)
 
     def lora_factor(self, params: SamplingParams) -> float:
         """Factor on what the model's LoRA adds: the scale of a request, or else of the LoRA; 1 without a LoRA."""
