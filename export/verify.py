@@ -38,13 +38,13 @@ def verify(
     Raises:
         ArtifactError, BackendError: a build cannot run here.
     """
-    if all(build.other_gpu for build in manifest.builds):
+    if all(build.elsewhere for build in manifest.builds):
         return manifest
     announce("pictures: torch fp32, the reference")
     reference = reference_pictures(checkpoint, config)
     builds = []
     for build in manifest.builds:
-        if build.other_gpu:
+        if build.elsewhere:
             builds.append(build)
             continue
         announce(f"pictures: {build.name}")
@@ -78,7 +78,7 @@ def _with_parity(
     """Measure one program of every build on the same inputs. Returns the manifest with its parities."""
     builds = []
     for build in manifest.builds:
-        if build.other_gpu:
+        if build.elsewhere:
             builds.append(build)
             continue
         backend = component_backend(manifest, build, folder, name)
@@ -134,6 +134,6 @@ def parity_table(manifest: Manifest) -> str:
             numbers = f"{found.psnr_db:.1f} | {found.min_psnr_db:.1f} | {found.ssim:.4f}"
             lines.append(f"| {build.name} | {steps} | {numbers} |")
     not_run = [
-        f"{build.name} was built for {build.other_gpu} and not run" for build in manifest.builds if build.other_gpu
+        f"{build.name} was built for {build.elsewhere} and not run" for build in manifest.builds if build.elsewhere
     ]
     return "\n".join([*lines, *([""] if not_run else []), *not_run])

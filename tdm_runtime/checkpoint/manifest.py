@@ -17,6 +17,7 @@ from tdm_runtime.backends import BackendName, Precision
 from tdm_runtime.backends.cpu import cpu_features
 from tdm_runtime.backends.interface import Interface
 from tdm_runtime.backends.machine import TOOLS, gpu_architecture, installed
+from tdm_runtime.backends.openvino import has_bf16
 from tdm_runtime.checkpoint.file_hashes import file_sha256
 from tdm_runtime.checkpoint.folder import Checkpoint
 from tdm_runtime.errors import ArtifactError
@@ -85,9 +86,12 @@ class Build:
         return f"{self.backend} {self.precision}"
 
     @property
-    def other_gpu(self) -> str | None:
-        """The GPU that it was built for, if this machine has another or none; else None."""
-        return self.gpu if self.gpu != gpu_architecture() else None
+    def elsewhere(self) -> str | None:
+        """What it was built for, if this machine has it not: a GPU, or a CPU with bf16; else None."""
+        if self.gpu is not None:
+            return self.gpu if self.gpu != gpu_architecture() else None
+        needs_bf16 = self.backend == "openvino" and self.precision == "bf16"
+        return "a CPU with bf16" if needs_bf16 and not has_bf16() else None
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,7 @@ class Manifest:
         Of builds for several GPUs it is the one for this machine's, if there is one.
         """
         found = [build for build in self.builds if build.backend == backend and precision in (None, build.precision)]
-        return next((build for build in found if not build.other_gpu), next(iter(found), None))
+        return next((build for build in found if not build.elsewhere), next(iter(found), None))
 
     def save(self, folder: Path) -> None:
         """Write `folder/manifest.json` atomically."""
@@ -167,7 +171,7 @@ def check_build(manifest: Manifest, build: Build, folder: Path, checkpoint: Chec
         raise ArtifactError(
             f"{build.name} in {folder} was built for {wanted}; this machine has {found}; run `{remedy}`"
         )
-    if build.other_gpu:
+    if build.gpu and build.elsewhere:
         raise ArtifactError(
             f"{build.name} in {folder} was built for {build.gpu} with {wanted}; this machine has "
             f"{gpu_architecture() or 'no CUDA device'}; run `{remedy}`"

@@ -93,11 +93,13 @@ class Artifacts:
         return cls(checkpoint, folder, manifest, config.text, config.provider)
 
     def is_missing(self, config: BackendConfig) -> bool:
-        """Whether this backend needs artifacts and the default folder has none for it."""
+        """Whether this backend needs artifacts and the default folder has none that runs on this machine."""
         if config.backend in TORCH_BACKENDS or config.artifacts is not None:
             return False
         if config.backend == "auto":
-            return self.manifest is None and (gpu_architecture() is None or bool(installed(PACKAGES)))
+            builds = () if self.manifest is None else self.manifest.builds
+            is_built = any(not build.elsewhere for build in builds)
+            return not is_built and (gpu_architecture() is None or bool(installed(PACKAGES)))
         return self.manifest is None or self.manifest.find(config.backend, config.precision) is None
 
     def load(

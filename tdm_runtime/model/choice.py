@@ -252,8 +252,8 @@ def _falls_short(artifacts: Artifacts, backend: BackendName, precision: Precisio
         build = manifest.find(backend, precision) if manifest else None
         if manifest is None or build is None:
             return None  # loading says what to run
-        if build.other_gpu:
-            return f"it was built for {build.other_gpu}"
+        if build.elsewhere:
+            return f"it was built for {build.elsewhere}"
         pictures = artifacts.parity.of(manifest, build)
     lowest = lowest_psnr_db(pictures)
     return f"its pictures reach {lowest:.1f} dB here, below {MIN_PSNR_DB:g} dB" if lowest < MIN_PSNR_DB else None

@@ -222,6 +222,16 @@ def test_another_gpu_is_refused(checkpoint: Checkpoint, folder: Path, build: Bui
     assert export_command(checkpoint, folder) in message
 
 
+def test_a_cpu_without_bf16_takes_another_build(
+    checkpoint: Checkpoint, build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = replace(manifest_of(checkpoint, build), builds=(build, replace(build, precision="fp32")))
+    for has_bf16, elsewhere, best in ((True, None, "bf16"), (False, "a CPU with bf16", "fp32")):
+        monkeypatch.setattr("tdm_runtime.checkpoint.manifest.has_bf16", lambda has_bf16=has_bf16: has_bf16)
+        found = manifest.find("openvino", None)
+        assert build.elsewhere == elsewhere and found is not None and found.precision == best
+
+
 @pytest.mark.parametrize("name", ["denoiser.xml", "denoiser.bin"])
 @pytest.mark.parametrize("damage", ["a flipped bit", "cut short", "missing", "a folder"])
 def test_a_damaged_file_is_named(checkpoint: Checkpoint, folder: Path, build: Build, name: str, damage: str) -> None:

@@ -362,7 +362,9 @@ def test_cuda_graphs_without_a_gpu_are_refused(tiny_checkpoint: Path) -> None:
         load_model(tiny_checkpoint, BackendConfig("cuda-graphs"))
 
 
-def test_only_the_default_folder_can_miss_artifacts(tiny_checkpoint: Path, folder: Path, no_artifacts: None) -> None:
+def test_only_the_default_folder_can_miss_artifacts(
+    tiny_checkpoint: Path, folder: Path, no_artifacts: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`tdm-serve` builds missing artifacts, but not for torch and not in a folder that the user named."""
     checkpoint = open_checkpoint(tiny_checkpoint)
 
@@ -379,3 +381,9 @@ def test_only_the_default_folder_can_miss_artifacts(tiny_checkpoint: Path, folde
     assert not is_missing(BackendConfig("auto"))
     assert not is_missing(BackendConfig("openvino", "fp32"))
     assert is_missing(BackendConfig("openvino", "int8"))
+    manifest = load_manifest(default, checkpoint)
+    (build,) = (one for one in manifest.builds if one.name == "openvino fp32")
+    replace(manifest, builds=(replace(build, precision="bf16"),)).save(default)
+    for has_bf16 in (True, False):  # "auto" would otherwise run torch for ever on a CPU that cannot run the build
+        monkeypatch.setattr("tdm_runtime.checkpoint.manifest.has_bf16", lambda has_bf16=has_bf16: has_bf16)
+        assert is_missing(BackendConfig("auto")) == (not has_bf16 and not torch.cuda.is_available())
