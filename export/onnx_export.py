@@ -8,6 +8,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import sympy  # type: ignore[import-untyped]
 import torch
@@ -21,6 +22,8 @@ from tdm_runtime.backends.interface import Interface, TensorSpec, name_and_facto
 OPSET = 20
 EXAMPLE_SIZES: Mapping[str, int] = {"batch": 2, "height": 16, "width": 24, "frames": 3, "tokens": 24}
 """Sizes that a component is traced with. All differ, so that a size baked into the program is noticed."""
+MAX_MULTIPLIED = 4096
+"""Largest value of a size that is declared with a factor."""
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -48,7 +51,7 @@ class _Positional(nn.Module):
     def _tie_sizes(self, inputs: Sequence[Tensor]) -> None:
         """Declare that sizes with the same name are equal, because torch.export gives every axis its own symbol.
 
-        A multiple comes after its size, or declares that it is divisible.
+        A multiple comes after its size, or is divisible.
         """
         first: dict[str, int] = {}
         for tensor, spec in zip(inputs, self._specs, strict=True):
@@ -83,7 +86,7 @@ def export_onnx(
         raise ExportError(f"{title}: dtype is {dtype}; use one of {', '.join(map(str, DTYPES))}")
     inputs = interface.random_inputs(sizes, torch.Generator().manual_seed(0))
     axes = tuple(_named_axes(spec) for spec in interface.inputs)
-    dynamic = tuple(dict.fromkeys(names, torch.export.Dim.DYNAMIC) for names in axes)
+    dynamic = _dynamic_shapes(axes)
     try:
         with _quiet(), torch.no_grad(), traceable(module), _weights_in(module, dtype):
             wrapped = _Positional(module, interface, dtype).eval()
@@ -111,6 +114,26 @@ def export_onnx(
 def _named_axes(spec: TensorSpec) -> dict[int, str]:
     """Return axis -> name of the axes that may differ from call to call."""
     return {axis: size for axis, size in enumerate(spec.shape) if isinstance(size, str)}
+
+
+def _dynamic_shapes(axes: Sequence[Mapping[int, str]]) -> tuple[dict[int, Any], ...]:
+    """Return what torch.export reads about the axes of each input.
+
+    A size whose multiple comes before it, or alone, is declared with its factor. Otherwise nothing would say that the
+    multiple is divisible.
+    """
+    declared: dict[str, Any] = {}
+    for size_name in (size for names in axes for size in names.values()):
+        name, factor = name_and_factor(size_name)
+        if name not in declared:
+            declared[name] = torch.export.Dim.DYNAMIC if factor == 1 else torch.export.Dim(name, max=MAX_MULTIPLIED)
+    return tuple({axis: _dimension(size, declared) for axis, size in names.items()} for names in axes)
+
+
+def _dimension(size_name: str, declared: Mapping[str, Any]) -> Any:
+    name, factor = name_and_factor(size_name)
+    known = declared[name]
+    return torch.export.Dim.DYNAMIC if known is torch.export.Dim.DYNAMIC else factor * known
 
 
 def _check_sizes_are_free(program: ExportedProgram, interface: Interface) -> None:

@@ -78,7 +78,7 @@ CONVOLUTION = Interface(
 def test_every_component_of_the_embedded_checkpoint_is_built(artifacts: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(DEFAULT_CHECKPOINT)
     interfaces = load_manifest(artifacts, checkpoint).interfaces
-    assert list(interfaces) == ["text_encoder", "denoiser", "decoder", "tiny_decoder"]
+    assert list(interfaces) == ["text_encoder", "encoder", "denoiser", "decoder", "tiny_decoder"]
     for name, interface in interfaces.items():
         plan = tmp_path / f"{name}.plan"
         sizes = size_ranges(interface, [(16, 16)], MAX_BATCH)
