@@ -233,9 +233,7 @@ def test_a_client_that_leaves_a_stream_does_not_disturb_others(
     assert images.Generate(picture).images
 
 
-def test_weighted_words_make_the_picture_of_http(
-    images: images_pb2_grpc.ImageServiceStub, http: httpx.Client
-) -> None:
+def test_weighted_words_make_the_picture_of_http(images: images_pb2_grpc.ImageServiceStub, http: httpx.Client) -> None:
     """On the server's compiled text encoder. The receipt names the syntax."""
     fields = {"prompt": "a (red:1.6) [heart]", "seed": 7, "strict": True}
     made = images.Generate(pb.GenerateRequest(**fields, prompt_syntax="a1111")).images[0]
