@@ -112,7 +112,7 @@ class ClipEncoder:
     def encode(self, prompts: Sequence[TokenizedPrompt]) -> list[PromptEmbedding]:
         rows = [self._rows(prompt) for prompt in prompts]
         ids = torch.tensor([row for of_prompt in rows for row in of_prompt], device=self.backend.device)
-        parts = self.backend(ids).split([len(of_prompt) for of_prompt in rows])
+        parts = torch.split(self.backend(ids), [len(of_prompt) for of_prompt in rows])
         most = self._tokenizer.max_tokens
         return [
             PromptEmbedding(Conditioning(weighted(part, prompt.chunks)), prompt.num_tokens, most * len(part))
