@@ -63,7 +63,7 @@ def manifest(folder: Path) -> Manifest:
 def picture(folder: Path, backend: str, tmp_path: Path) -> NDArray[np.uint8]:
     """Return the picture that `tdm-generate` writes."""
     file = tmp_path / f"{backend}.png"
-    arguments = ["--checkpoint", str(folder), "--backend", backend, "--seed", "3", "-o", str(file)]
+    arguments = ["--checkpoint", str(folder), "--backend", backend, "--seed", "3", "--force", "-o", str(file)]
     assert tdm_generate(["Two cats on a hill", *arguments]) == 0
     pixels: NDArray[np.uint8] = np.asarray(Image.open(file).convert("RGB"))
     return pixels
