@@ -42,7 +42,7 @@ def made_by(model: LoadedModel, prompt: str, steps: int, frames: int | None = No
 def picture(folder: Path, prompt: str, steps: int, tmp_path: Path, *more: str) -> Any:
     """Return the picture of `tdm-generate` as floats in [0, 1]."""
     file = tmp_path / "picture.png"
-    assert run_generate(folder, prompt, steps, *more, "-o", str(file)) == 0
+    assert run_generate(folder, prompt, steps, *more, "--force", "-o", str(file)) == 0
     return np.asarray(Image.open(file).convert("RGB")) / 255.0
 
 
@@ -56,7 +56,7 @@ def stock_picture(pipeline: Any, prompt: str, **arguments: Any) -> Any:
 def clip(folder: Path, prompt: str, steps: int, frames: int, tmp_path: Path, *more: str) -> Any:
     """Return the raw frames of `tdm-generate` as floats in [0, 1], [F, H, W, 3]."""
     file = tmp_path / "clip.npy"
-    assert run_generate(folder, prompt, steps, "--frames", str(frames), *more, "-o", str(file)) == 0
+    assert run_generate(folder, prompt, steps, "--frames", str(frames), *more, "--force", "-o", str(file)) == 0
     return np.load(file) / 255.0
 
 

@@ -19,7 +19,7 @@ def with_lora(request: Request, recipe_of: RecipeOf) -> Request:
     """Return the request with `model` and `lora_scale` in place of the tag in its prompt.
 
     Raises:
-        APIError: 400, the prompt has more than one tag, the server lacks the LoRA, or other fields contradict the tag.
+        APIError: 400, more than one tag, no such LoRA on this server, or fields that contradict the tag.
     """
     tags = LORA_TAG.findall(request.prompt) if request.prompt_syntax == "a1111" else []
     if not tags:

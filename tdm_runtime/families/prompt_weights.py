@@ -25,7 +25,7 @@ ROUND, SQUARE = 1.1, 1 / 1.1
 MAX_WEIGHT = 10.0
 """Largest weight of a word, either way."""
 MAX_CHUNKS = 8
-"""Most chunks of a prompt, 600 tokens of CLIP."""
+"""Most chunks of a prompt on any model, 600 tokens of CLIP."""
 LORA_TAG = re.compile(r"<lora:([^:<>]+)(?::([^<>]*))?>", re.IGNORECASE)
 """`<lora:NAME:SCALE>`."""
 BREAK = re.compile(r"\s*\bBREAK\b\s*")
@@ -118,7 +118,7 @@ def chunks_of(prompt: str, tokenize: Callable[[str], Sequence[int]], room: int) 
         room: most tokens of a chunk.
 
     Raises:
-        InvalidRequestError: the prompt names a LoRA, has more than `MAX_CHUNKS` chunks, or a weight is too large.
+        InvalidRequestError: the prompt names a LoRA, or a weight is too large.
     """
     if (tag := LORA_TAG.search(prompt)) is not None:
         message = f"the prompt names the LoRA {tag[1][:64]!r}; take it out, and add the LoRA to the model (--lora FILE)"
@@ -132,9 +132,6 @@ def chunks_of(prompt: str, tokenize: Callable[[str], Sequence[int]], room: int) 
     if len(groups) > 1 and not groups[-1]:
         groups.pop()
     parts = [group[start : start + room] for group in groups for start in range(0, max(1, len(group)), room)]
-    if len(parts) > MAX_CHUNKS:
-        message = f"the prompt has {len(parts)} chunks of {room} tokens; at most {MAX_CHUNKS} are read, shorten it"
-        raise InvalidRequestError(message, param="prompt")
     return [Chunk(tuple(token for token, _ in part), tuple(weight for _, weight in part)) for part in parts]
 
 

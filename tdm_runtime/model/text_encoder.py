@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from tdm_runtime.backends import Backend
 from tdm_runtime.checkpoint.tokenizer import PromptTokenizer
+from tdm_runtime.errors import InvalidRequestError
 from tdm_runtime.families.conditioning import Conditioning
 from tdm_runtime.families.family import Family, TextEncoders
 from tdm_runtime.families.prompt_weights import Chunk, chunks_of, weighted
@@ -109,14 +110,20 @@ class ClipEncoder:
         return TokenizedPrompt(prompt.text, num_tokens, ids)
 
     def encode(self, prompts: Sequence[TokenizedPrompt]) -> list[PromptEmbedding]:
-        most, frame = self._tokenizer.max_tokens, self._tokenizer.frame
-        rows = [[list(c.framed(*frame, most)) for c in prompt.chunks] or [list(prompt.ids)] for prompt in prompts]
+        rows = [self._rows(prompt) for prompt in prompts]
         ids = torch.tensor([row for of_prompt in rows for row in of_prompt], device=self.backend.device)
         parts = torch.split(self.backend(ids), [len(of_prompt) for of_prompt in rows])
+        most = self._tokenizer.max_tokens
         return [
             PromptEmbedding(Conditioning(weighted(part, prompt.chunks)), prompt.num_tokens, most * len(part))
             for prompt, part in zip(prompts, parts, strict=True)
         ]
+
+    def _rows(self, prompt: TokenizedPrompt) -> list[Sequence[int]]:
+        """Return the token ids of each chunk, or of a prompt of plain words."""
+        if not prompt.chunks:
+            return [prompt.ids]
+        return [chunk.framed(*self._tokenizer.frame, self._tokenizer.max_tokens) for chunk in prompt.chunks]
 
 
 class PipelineEncoder:
@@ -174,12 +181,18 @@ class PipelineEncoder:
 
 
 def _weighted_prompt(prompt: PromptKey, tokenize: Callable[[str], Sequence[int]], max_tokens: int) -> TokenizedPrompt:
-    """Tokenize a prompt with weights. Further chunks than the denoiser reads are cut, as further tokens are.
+    """Tokenize a prompt with weights. Where the denoiser reads one chunk, further tokens are cut.
 
     Args:
         max_tokens: tokens that the encoder reads at once, marks included.
+
+    Raises:
+        InvalidRequestError: the syntax cannot be read, or a denoiser that reads several chunks gets too many.
     """
     chunks = chunks_of(prompt.text, tokenize, max_tokens - MARKS)
+    if 1 < prompt.max_chunks < len(chunks):
+        most = f"{prompt.max_chunks} of {max_tokens - MARKS} tokens are read"
+        raise InvalidRequestError(f"the prompt has {len(chunks)} chunks; at most {most}, shorten it", param="prompt")
     num_tokens = sum(len(chunk.ids) + MARKS for chunk in chunks[: prompt.max_chunks])
     num_tokens += sum(len(chunk.ids) for chunk in chunks[prompt.max_chunks :])
     return TokenizedPrompt(prompt.text, num_tokens, chunks=chunks[: prompt.max_chunks])

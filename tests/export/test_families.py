@@ -63,7 +63,7 @@ def manifest(folder: Path) -> Manifest:
 def picture(folder: Path, backend: str, tmp_path: Path) -> NDArray[np.uint8]:
     """Return the picture that `tdm-generate` writes."""
     file = tmp_path / f"{backend}.png"
-    arguments = ["--checkpoint", str(folder), "--backend", backend, "--seed", "3", "-o", str(file)]
+    arguments = ["--checkpoint", str(folder), "--backend", backend, "--seed", "3", "--force", "-o", str(file)]
     assert tdm_generate(["Two cats on a hill", *arguments]) == 0
     pixels: NDArray[np.uint8] = np.asarray(Image.open(file).convert("RGB"))
     return pixels
@@ -78,7 +78,7 @@ def test_tdm_generate_makes_the_picture_of_torch(folder: Path, tmp_path: Path) -
 
 def test_the_manifest_has_every_component_that_any_backend_runs(manifest: Manifest) -> None:
     (build,) = manifest.builds
-    assert list(build.components) == ["denoiser", "decoder"]
+    assert list(build.components) == ["encoder", "denoiser", "decoder"]
     assert all(parity.psnr_db >= MIN_PSNR_DB[PRECISION] for parity in build.pictures.values())
     for component in build.components.values():
         assert component.parity is not None and component.parity.relative_l2 < 0.05

@@ -136,7 +136,7 @@ def test_every_build_component_and_step_count_is_measured(tiny_checkpoint: Path,
     for build in manifest.builds:
         assert tuple(build.pictures) == recipe.step_counts
         assert build.measured_on == kernel_choice(build)
-        assert list(build.components) == ["text_encoder", "denoiser", "decoder", "tiny_decoder"]
+        assert list(build.components) == ["text_encoder", "encoder", "denoiser", "decoder", "tiny_decoder"]
         for component in build.components.values():
             assert component.parity is not None
         for found in build.pictures.values():

@@ -99,6 +99,17 @@ def test_the_error_of_an_unknown_model_lists_the_served_ones(service: ImageServi
     assert (caught.value.status, caught.value.code, caught.value.param) == (404, "model_not_found", "model")
 
 
+def test_a_tag_in_a_prompt_makes_the_picture_of_the_served_lora(service: ImageService) -> None:
+    fields = {"prompt": "a red heart", "seed": 7, "size": "16x16", "num_inference_steps": 2}
+    syntax = {"prompt_syntax": "a1111"}
+    tagged = order_from_fields(fields | syntax | {"prompt": "a red heart <lora:fixed:0.25>"}, service.recipe)
+    named = order_from_fields(fields | {"model": "fixed", "lora_scale": 0.25}, service.recipe)
+    one, other = (asyncio.run(service.generate(order.as_pixels())) for order in (tagged, named))
+    assert (one.model, one.images[0].content) == ("fixed", other.images[0].content)
+    with pytest.raises(APIError, match=r"names the LoRA 'gone': .* this server has first, second, fixed"):
+        order_from_fields(fields | syntax | {"prompt": "a red heart <lora:gone>"}, service.recipe)
+
+
 def test_a_lora_is_added_changed_and_removed_while_the_server_runs(service: ImageService) -> None:
     file = write_lora(lora_folder(service) / "guest.safetensors", 3)
     service.catalog.look_again()

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 
 from serving.errors import APIError, unknown_model
+from serving.schema.batch_line import background_order, read_batch_line
 from serving.schema.edit_request import edit_order_from_body
 from serving.schema.image_request import MAX_PICTURES, ImageRequest, order_from_body, order_from_fields
 from serving.schema.order import DeliveryOptions, ImageEncoding, ImageOrder
-from serving.schema.parsing import parse_json
+from serving.schema.parsing import parse_json, validate
+from serving.schema.video_request import VideoGenerationRequest, VideoRequest
 from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT
 from tdm_runtime.checkpoint.recipe import Recipe, load_recipe
 from tdm_runtime.errors import InvalidRequestError
@@ -198,6 +200,16 @@ def test_null_means_absent_in_every_field() -> None:
     assert all({"type": "null"} in properties[name]["anyOf"] for name in OPTIONAL)
 
 
+def test_null_means_absent_in_clips_and_in_lines_of_batches() -> None:
+    fields = {"prompt": "a fox"}
+    for kind in (VideoRequest, VideoGenerationRequest):
+        nulls = dict.fromkeys(set(kind.model_fields) - {"prompt"})
+        assert validate(nulls | fields, kind).model_dump() == validate(fields, kind).model_dump()
+    line = {"custom_id": "a", "method": None, "url": None, "body": dict.fromkeys(OPTIONAL) | fields}
+    read = read_batch_line(json.dumps(line).encode())
+    assert background_order(read.url, read.body, lambda _: RECIPE, 7) == order_from_fields(fields, lambda _: RECIPE, 7)
+
+
 @pytest.mark.parametrize(
     ("extra", "warning"),
     [
@@ -329,12 +341,7 @@ def test_a_tag_in_a_prompt_chooses_the_served_lora(tag: str, scale: float | None
 @pytest.mark.parametrize(
     ("prompt", "more", "param", "message"),
     [
-        (
-            "cat <lora:oil:1>",
-            {},
-            "prompt",
-            "the prompt names the LoRA 'oil': model 'oil' does not exist; this server has",
-        ),
+        ("cat <lora:oil:1>", {}, "prompt", "names the LoRA 'oil': model 'oil' does not exist; this server has"),
         ("cat <lora:ink:1> <lora:ink:2>", {}, "prompt", "2 tags <lora:...>; a picture takes one LoRA"),
         (f"cat <lora:{RECIPE.name}:1>", {}, "prompt", "which is a model of its own here; name it by model"),
         ("cat <lora:ink:big>", {}, "prompt", "the scale of a LoRA in the prompt is 'big'; write one number"),

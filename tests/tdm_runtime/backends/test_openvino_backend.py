@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tdm_runtime.backends import Precision
+from tdm_runtime.backends import BackendName, Precision
 from tdm_runtime.backends import openvino as openvino_backend
 from tdm_runtime.backends.openvino import OpenVINOBackend, has_bf16, precision_hint
 from tdm_runtime.checkpoint.folder import open_checkpoint
@@ -104,6 +104,19 @@ def test_every_native_size_equals_torch(tiny_checkpoint: Path, tiny_artifacts: P
         expected = generate(reference, params)
         assert expected.shape == (height, width, 3)
         assert np.abs(generate(built, params).astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
+def test_weighted_words_on_a_compiled_text_encoder_equal_torch(
+    backend: BackendName, tiny_checkpoint: Path, tiny_artifacts: Path
+) -> None:
+    width, height = open_checkpoint(tiny_checkpoint).recipe.native_sizes[0]
+    params = SamplingParams("a (red:1.5) [apple]", 3, 2, width, height, prompt_syntax="a1111")
+    torch_model = load_model(tiny_checkpoint, device="cpu")
+    built = load_model(tiny_checkpoint, BackendConfig(backend, "fp32", artifacts=tiny_artifacts))
+    found, expected = (model.embedding(params).conditioning.prompt_embeds for model in (built, torch_model))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    assert np.abs(generate(built, params).astype(int) - generate(torch_model, params)).max() <= 1
 
 
 def test_later_calls_do_not_overwrite_outputs_or_inputs(tiny_checkpoint: Path, tiny_artifacts: Path) -> None:

@@ -107,9 +107,7 @@ def test_break_and_a_full_chunk_begin_the_next(prompt: str, chunks: list[str]) -
     assert ["".join(map(chr, chunk.ids)) for chunk in chunks_of(prompt, letters, 4)] == chunks
 
 
-def test_too_many_chunks_and_loras_are_refused() -> None:
-    with pytest.raises(InvalidRequestError, match=f"has 9 chunks of 4 tokens; at most {MAX_CHUNKS} are read"):
-        chunks_of("a" * 33, letters, 4)
+def test_a_lora_in_the_prompt_of_a_model_without_a_server_is_refused() -> None:
     with pytest.raises(InvalidRequestError, match="names the LoRA 'ink'; take it out"):
         chunks_of("cat <lora:ink:0.8>", letters, 4)
 
@@ -181,6 +179,8 @@ def test_a_long_prompt_is_cut_where_the_denoiser_reads_one_chunk_and_read_where_
     assert cut.is_truncated and cut.conditioning.prompt_embeds.shape[1] == cut.max_tokens == 32
     whole = sdxl.embedding(weighted(sdxl, "abcdefghijklmnopq"))
     assert not whole.is_truncated and whole.conditioning.prompt_embeds.shape[1] == 24
+    with pytest.raises(InvalidRequestError, match=f"has 9 chunks; at most {MAX_CHUNKS} of 10 tokens are read"):
+        sdxl.embedding(weighted(sdxl, "a" + " BREAK a" * 8))
 
 
 # -- pictures --------------------------------------------------------------------------------------

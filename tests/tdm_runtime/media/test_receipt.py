@@ -51,6 +51,21 @@ def test_every_value_that_changes_a_picture_changes_its_hash(tiny_model: LoadedM
     assert len(hashes | {receipt.pixels_sha256}) == 5
 
 
+def test_a_picture_of_weighted_words_is_made_again_from_its_file(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, folder = tmp_path / "apple.png", ["--checkpoint", str(tiny_checkpoint)]
+    asked = ["a (red:1.5) apple", "-o", str(file), "--prompt-syntax", "a1111", "--seed", "7", "--steps", "2"]
+    assert main([*asked, *folder, "--backend", "torch", "--threads", "1"]) == 0
+    (claim,) = read_claims(file)
+    assert (claim.receipt.prompt, claim.receipt.prompt_syntax) == ("a (red:1.5) apple", "a1111")
+    assert main(["--verify", str(file), *folder]) == 0
+    older = tmp_path / "older.json"
+    older.write_text(replace(claim.receipt, prompt_syntax="plain").to_json())
+    assert main(["--verify", str(older), *folder]) == 1
+    assert "its bits differ" in capsys.readouterr().out
+
+
 def test_a_frame_of_a_clip_is_reproduced_at_its_noise_angle(tiny_model: LoadedModel) -> None:
     params = replace(PARAMS, noise_angle=2.5)
     frame = generate(tiny_model, params)

@@ -39,7 +39,8 @@ def pipeline_of(model: LoadedModel) -> Any:
 
 
 def embeds(model: LoadedModel, prompt: str = PROMPT) -> torch.Tensor:
-    return model.text_encoder.encode(prompt, model.recipe.lora_scale or 1.0).conditioning.prompt_embeds
+    key = model.text_encoder.key(prompt, model.recipe.lora_scale or 1.0)
+    return model.text_encoder.encode_all([key])[0].conditioning.prompt_embeds
 
 
 @pytest.fixture(scope="module")

@@ -244,7 +244,8 @@ def assert_served_as_trained(
 def picture(model: Path, steps: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
     """Return the picture of `tdm-generate`, uint8 [H, W, 3]."""
     file = tmp_path / "picture.png"
-    options = ["--seed", str(SEED), "--steps", str(steps), "--backend", "torch", "--precision", "fp32", "-o", str(file)]
+    options = ["--seed", str(SEED), "--steps", str(steps), "--backend", "torch", "--precision", "fp32"]
+    options += ["--force", "-o", str(file)]
     assert tdm_generate(["--checkpoint", str(model), PROMPT, *options]) == 0, capsys.readouterr().err
     return np.asarray(Image.open(file).convert("RGB"))
 
