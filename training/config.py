@@ -71,7 +71,8 @@ class DistillConfig:
     condition_lr_scale: float = 10.0
     """Factor on the learning rate of the zero-initialised projection of K. At 1 the projection is barely learned."""
     interval: Interval = "disjoint"
-    """Interval of tau. disjoint: (t_m, t_{m+1}] (Eq. 5). reverse: (t_m, T]. full: the middle 96% of (0, T] (DMD)."""
+    """Interval of tau. disjoint: (t_m, t_{m+1}] (Eq. 5). reverse: (t_m, T]. full: the middle 96% of (0, T] (DMD),
+    above t_m if noisy samples are matched."""
     min_tau_gap: int = 0
     """Timesteps between t_m and the least tau. Near t_m, real minus fake is mostly error."""
     solver: DeterministicSolver = "ddim"

@@ -96,10 +96,17 @@ def draw(
 
 
 def draw_tau(config: DistillConfig, coordinates: Coordinates, places: Places, generator: torch.Generator) -> Tensor:
-    """Draw tau of each sample, [B], uniform in the interval that the config names."""
+    """Draw tau of each sample, [B], uniform in the interval that the config names.
+
+    TDM that matches noisy samples diffuses them from t_m on, so no interval begins below t_m.
+    """
     last = torch.full_like(places.timestep, coordinates.schedule.max_timestep)
     if config.interval == "full":
-        return coordinates.draw_between(last * FULL_RANGE[0], last * FULL_RANGE[1], generator).round()
+        low, high = (last * FULL_RANGE[0]).ceil(), (last * FULL_RANGE[1]).floor()
+        if config.method == "tdm" and config.matching == "noisy":
+            low = torch.maximum(low, places.next_timestep)
+            high = torch.maximum(high, low + 1)
+        return coordinates.draw_between(low, high, generator)
     high = places.timestep if config.interval == "disjoint" else last
     low = torch.minimum(places.next_timestep + config.min_tau_gap, high - 1)
     return coordinates.draw_between(low, high, generator)
