@@ -27,7 +27,7 @@ from training.run.distill import Distiller, Run, distill
 from training.run.plot import plot_log
 
 EMOJI_VIDEO = DistillConfig(
-    steps=240,
+    steps=160,
     batch_size=6,
     guidance_scale=3.0,
     student_learning_rate=1e-4,
