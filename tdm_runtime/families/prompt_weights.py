@@ -22,6 +22,8 @@ from tdm_runtime.errors import InvalidRequestError
 
 ROUND, SQUARE = 1.1, 1 / 1.1
 """Weights of a pair of brackets."""
+NEGLIGIBLE = 1e-5
+"""Mean of hidden states that is rounding alone, in parts of their root mean square: such states are not scaled back."""
 MAX_WEIGHT = 10.0
 """Largest weight of a word, either way."""
 MAX_CHUNKS = 8
@@ -143,5 +145,7 @@ def weighted(embeds: Tensor, chunks: Sequence[Chunk]) -> Tensor:
             row[1 : 1 + len(chunk.weights)] = torch.tensor(chunk.weights)
         scaled = embeds.float() * weights[..., None].to(embeds.device)
         before, after = (states.mean((1, 2), keepdim=True) for states in (embeds.float(), scaled))
-        embeds = scaled * torch.where(after == 0, 1.0, before / after)
+        least = NEGLIGIBLE * scaled.square().mean((1, 2), keepdim=True).sqrt()
+        is_noise = torch.minimum(before.abs(), after.abs()) <= least  # their ratio would mean nothing
+        embeds = scaled * torch.where(is_noise, 1.0, before / after)
     return embeds.flatten(0, 1)[None]

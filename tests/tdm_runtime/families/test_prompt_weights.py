@@ -133,13 +133,13 @@ def scaled(tokenizer: CLIPTokenizer, model: Any, pairs: Pairs, layer: int | None
     return raised * (states.mean() / raised.mean())
 
 
-def test_weights_scale_hidden_states_and_keep_their_mean(tiny: LoadedModel, tiny_checkpoint: Path) -> None:
-    tokenizer = CLIPTokenizer.from_pretrained(tiny_checkpoint / "tokenizer")
-    text_model = CLIPTextModel.from_pretrained(tiny_checkpoint / "text_encoder").eval()
-    made = tiny.embedding(weighted(tiny, PROMPT))
+def test_weights_scale_hidden_states_and_keep_their_mean(model: LoadedModel, checkpoint_folder: Path) -> None:
+    tokenizer = CLIPTokenizer.from_pretrained(checkpoint_folder / "tokenizer")
+    text_model = CLIPTextModel.from_pretrained(checkpoint_folder / "text_encoder").eval()
+    made = model.embedding(weighted(model, PROMPT))
     expected = scaled(tokenizer, text_model, PAIRS)
     np.testing.assert_allclose(made.conditioning.prompt_embeds[0], expected, rtol=1e-4, atol=1e-5)
-    plain = tiny.embedding(weighted(tiny, PROMPT, prompt_syntax="plain")).conditioning.prompt_embeds
+    plain = model.embedding(weighted(model, PROMPT, prompt_syntax="plain")).conditioning.prompt_embeds
     assert np.abs(plain[0].numpy() - expected).max() > 0.1
 
 
