@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from serving.fronts.public_address import Network, parse_url
+from serving.public_address import Network, parse_url
 from tdm_runtime.checkpoint.file_hashes import FileHashes
 from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT
 from tdm_runtime.engine.engine import EngineConfig

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import get_args
 
 from serving.config import FrontName, LogFormat, LoraSource, ModelSource, ServerConfig
-from serving.fronts.public_address import Network
+from serving.public_address import Network
 from tdm_runtime.checkpoint.folder import CLIP_CHECKPOINT, DEFAULT_CHECKPOINT
 from tdm_runtime.cli import add_backend_arguments, backend_config
 from tdm_runtime.engine.engine import EngineConfig

@@ -6,7 +6,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serving.config import ServerConfig
-from serving.fronts.public_address import PublicAddress, forwarded_address, is_trusted, parse_url
+from serving.public_address import PublicAddress, forwarded_address, is_trusted, parse_url
 
 
 class PublicAddresses:
