@@ -307,7 +307,7 @@ def test_a_stream_is_refused_before_it_begins(images: images_pb2_grpc.ImageServi
         ("/grpc.health.v1.Health/Check", b"\x0a\x01x", Code.NOT_FOUND),
         ("/inference.GRPCInferenceService/RepositoryIndex", b"", Code.UNIMPLEMENTED),
         ("/nowhere", b"", Code.UNIMPLEMENTED),
-        ("/tdm.images.v1.ImageService/Generate", b"\x0a" + b"x" * 10 * 2**20, Code.RESOURCE_EXHAUSTED),
+        ("/tdm.images.v1.ImageService/Generate", b"\x0a" + b"x" * 17 * 2**20, Code.RESOURCE_EXHAUSTED),
     ],
 )
 def test_hostile_bytes_are_refused(channel: grpc.Channel, path: str, raw: bytes, code: grpc.StatusCode) -> None:
