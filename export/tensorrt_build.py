@@ -229,16 +229,28 @@ def tensor_shapes(onnx_file: Path) -> Iterator[tuple[str, tuple[int | str, ...]]
 
 
 def elements(shape: Sequence[int | str], sizes: Mapping[str, int]) -> int:
-    """Return the number of elements of a shape, given the values of the names in its expressions."""
-    return math.prod(size if isinstance(size, int) else int(_expression(size).subs(sizes)) for size in shape)
+    """Return the number of elements of a shape, given the values of the names in its expressions.
+
+    A name without a value, which torch.export gives to what an input has a multiple of, counts as the largest side.
+    """
+    largest = max((value for name, value in sizes.items() if name != "batch"), default=1)
+
+    def value(size: int | str) -> int:
+        if isinstance(size, int):
+            return size
+        found = _expression(size).subs(sizes)
+        return int(found.subs(dict.fromkeys(found.free_symbols, largest)))
+
+    return math.prod(map(value, shape))
 
 
 @cache
 def _expression(size: str) -> Any:
-    from sympy import sympify  # type: ignore[import-untyped]
+    from sympy import Symbol, sympify  # type: ignore[import-untyped]
 
-    name, factor = name_and_factor(size)
-    return factor * sympify(name)
+    expression = sympify(size)
+    named = {symbol: name_and_factor(symbol.name) for symbol in expression.free_symbols}
+    return expression.subs({symbol: factor * Symbol(name) for symbol, (name, factor) in named.items()})
 
 
 def precision_of(onnx_file: Path) -> Precision:

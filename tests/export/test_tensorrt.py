@@ -108,7 +108,7 @@ def test_tdm_export_builds_ahead_for_the_named_gpus(
     for build in manifest.builds:
         assert not build.pictures and list(build.requires) == ["tensorrt-rtx"]
         gpus = {name: BuiltFor.load(exported / part.file).gpu for name, part in build.components.items()}
-        assert gpus == dict.fromkeys(("text_encoder", "denoiser", "decoder", "tiny_decoder"), build.gpu)
+        assert gpus == dict.fromkeys(("text_encoder", "encoder", "denoiser", "decoder", "tiny_decoder"), build.gpu)
     before = (exported / "manifest.json").stat().st_mtime_ns
     arguments = ["--output", str(exported), "--backend", "tensorrt", "--precision", "fp32", "--gpu", GPU]
     assert tdm_export([str(tiny_checkpoint), *arguments]) == 0

@@ -36,7 +36,7 @@ from serving.rpc.grpc_front import GRPCFront
 from serving.rpc.protos import images_pb2 as pb
 from serving.rpc.protos import images_pb2_grpc, open_inference_pb2, open_inference_pb2_grpc
 from serving.rpc.statuses import printable
-from serving.schema.image_request import ImageRequest
+from serving.schema.edit_request import EditRequest
 from serving.schema.video_request import VideoGenerationRequest
 from serving.telemetry.metrics import ServerMetrics
 from tdm_runtime.model.artifacts import BackendConfig
@@ -155,13 +155,13 @@ def test_the_models_equal_those_of_http(images: images_pb2_grpc.ImageServiceStub
 @pytest.mark.parametrize(
     ("messages", "schema"),
     [
-        ((pb.GenerateRequest, pb.GenerateStreamRequest), ImageRequest),
+        ((pb.GenerateRequest, pb.GenerateStreamRequest), EditRequest),
         ((pb.GenerateVideoRequest, pb.GenerateVideoStreamRequest), VideoGenerationRequest),
     ],
 )
 def test_the_schema_has_every_field_of_http(messages: tuple[Any, ...], schema: type[BaseModel]) -> None:
     http_only = {"response_format", "stream", "background"}
-    http_only |= {"user", "quality", "style", "moderation", "safety_identifier"}  # accepted and unused
+    http_only |= {"user", "quality", "style", "moderation", "safety_identifier", "input_fidelity"}  # unused
     fields = {name for message in (*messages, pb.AutoSteps) for name in message.DESCRIPTOR.fields_by_name}
     assert fields - {"auto_steps", "picture", "video"} == set(schema.model_fields) - http_only
 

@@ -114,7 +114,10 @@ def test_a_backend_opens_the_first_file(checkpoint: Checkpoint, folder: Path, bu
     assert loaded.components["denoiser"].file == "denoiser.xml"
 
 
-def test_the_first_build_of_a_backend_is_its_best(checkpoint: Checkpoint, build: Build) -> None:
+def test_the_first_build_of_a_backend_is_its_best(
+    checkpoint: Checkpoint, build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tdm_runtime.checkpoint.manifest.has_bf16", lambda: True)
     half, whole = build, replace(build, precision="fp32")
     other = replace(build, backend="onnxruntime", precision="fp32")
     manifest = manifest_of(checkpoint, other, half, whole)

@@ -135,7 +135,7 @@ def scaled(tokenizer: CLIPTokenizer, model: Any, pairs: Pairs, layer: int | None
 
 def test_weights_scale_hidden_states_and_keep_their_mean(model: LoadedModel, checkpoint_folder: Path) -> None:
     tokenizer = CLIPTokenizer.from_pretrained(checkpoint_folder / "tokenizer")
-    text_model = CLIPTextModel.from_pretrained(checkpoint_folder / "text_encoder").eval()
+    text_model = CLIPTextModel.from_pretrained(checkpoint_folder / "text_encoder").float().eval()
     made = model.embedding(weighted(model, PROMPT))
     expected = scaled(tokenizer, text_model, PAIRS)
     np.testing.assert_allclose(made.conditioning.prompt_embeds[0], expected, rtol=1e-4, atol=1e-5)

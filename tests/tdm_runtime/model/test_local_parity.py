@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -235,7 +236,8 @@ def test_poor_pictures_are_refused_with_value_limit_and_remedy(
 
 
 def test_int8_by_name_has_a_lower_limit(checkpoint: Checkpoint, folder: Path) -> None:
-    load(checkpoint, folder, ("openvino", "int8"))
+    with contextlib.suppress(ArtifactError):  # what this CPU reaches does not matter
+        load(checkpoint, folder, ("openvino", "int8"))
     (kept,) = kept_in(folder)
     content = json.loads(kept.read_text())
     for lowest, floor in ((30.0, None), (29.96, "reach 30.0 dB on this CPU, below 30 dB"), (12.3, "reach 12.3 dB")):
