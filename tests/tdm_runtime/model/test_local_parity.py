@@ -240,6 +240,8 @@ def test_int8_by_name_has_a_lower_limit(checkpoint: Checkpoint, folder: Path) ->
         load(checkpoint, folder, ("openvino", "int8"))
     (kept,) = kept_in(folder)
     content = json.loads(kept.read_text())
+    for of_steps in content["pictures"].values():
+        of_steps["psnr_db"] = 99.0
     for lowest, floor in ((30.0, None), (29.96, "reach 30.0 dB on this CPU, below 30 dB"), (12.3, "reach 12.3 dB")):
         content["pictures"]["2"]["psnr_db"] = lowest
         kept.write_text(json.dumps(content))
