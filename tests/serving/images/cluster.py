@@ -5,6 +5,7 @@ It needs its own process, because Ray keeps global state.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -20,8 +21,10 @@ from serving.command.cli import prepare_environment
 from tests.serving.fronts.raw_http import conversations
 
 NUM_CLIENTS = 6
-LOAD_S = 6.0
-KILL_AFTER_S = 1.5
+ANSWERS_BEFORE = 2
+"""Answers that each client gets before a node is killed."""
+ANSWERS_AFTER = 5
+"""Answers that each client gets after it."""
 
 
 def main(checkpoint: Path, port: int) -> None:
@@ -70,12 +73,18 @@ def under_load(cluster: object, workers: list[object], url: str) -> dict[str, ob
     """Request pictures from several clients and kill a node meanwhile."""
     seen: Counter[str] = Counter()
     pictures: dict[int, set[str]] = {}
-    ends_s = time.monotonic() + LOAD_S
+    is_warm, is_killed = threading.Barrier(NUM_CLIENTS + 1, timeout=60), threading.Event()
 
     def ask(client_number: int) -> None:
-        seed = client_number
+        seed, left = client_number, ANSWERS_AFTER
         with httpx.Client(base_url=url, timeout=60) as client:
-            while time.monotonic() < ends_s:
+            for number in itertools.count():
+                if number == ANSWERS_BEFORE:
+                    is_warm.wait()
+                if is_killed.is_set():
+                    left -= 1
+                if left < 0:
+                    return
                 seed = (seed + NUM_CLIENTS) % 30
                 body = {"prompt": "a cat", "seed": seed, "n": 2, "num_inference_steps": 4}
                 answer = client.post("/v1/images/generations", json=body)
@@ -88,10 +97,12 @@ def under_load(cluster: object, workers: list[object], url: str) -> dict[str, ob
     clients = [threading.Thread(target=ask, args=(number,)) for number in range(NUM_CLIENTS)]
     for client in clients:
         client.start()
-    time.sleep(KILL_AFTER_S)
+    is_warm.wait()
+    time.sleep(0.5)  # all clients wait for answers of both replicas by now
     lost, processes = next((node, running) for node in workers if is_replica_in(running := processes_of(node)))
     for process in processes:  # at once, as when its machine stops; Ray alone lets them end a while later
         process.kill()
+    is_killed.set()
     cluster.remove_node(lost, allow_graceful=False)  # type: ignore[attr-defined]
     for client in clients:
         client.join()

@@ -184,7 +184,7 @@ def test_a_stream_shows_a_draft_and_the_steps(client: openai.OpenAI) -> None:
         )  # type: ignore[call-overload]
         parts = [(event.type, getattr(event, "num_steps_taken", None)) for event in stream]
         assert parts == [("image_generation.partial_image", n) for n in (1, 2, 3)] + [
-            ("image_generation.completed", None)
+            ("image_generation.completed", 4)
         ]
 
 
