@@ -244,11 +244,8 @@ class DiffusionEngine:
         """Make one call: schedule, run, advance."""
         began_s = time.monotonic()
         batch = self._schedule(began_s)
-        if batch and batch[0].needs_text:
+        if batch and not batch[0].is_prepared:
             self._encode(batch, began_s)
-            return
-        if batch and batch[0].needs_image:
-            self._encode_pictures(batch, began_s)
             return
         batch, prepared_s = self._prepare(batch)
         if batch:
@@ -299,44 +296,25 @@ class DiffusionEngine:
             self._replies.answer(sample, error)
 
     def _encode(self, batch: list[Sample], began_s: float) -> None:
-        """Encode prompts in one call. Live samples with the same prompt need it no more."""
-        outcomes = self._calls.encode(batch)
+        """Encode prompts or given pictures in one call. Live samples with the same ones need it no more."""
+        is_text, kind = batch[0].needs_text, batch[0].call_kind
+        outcomes = self._calls.encode(batch) if is_text else self._calls.encode_pictures(batch)
         free_s = self._free_s
         self._free_s = ended_s = time.monotonic()
         failed = {s: error for s, error in zip(batch, outcomes, strict=True) if error is not None}
-        prompts = {sample.prompt_key for sample in batch}
-        with self._wake:
-            kind, is_calm = batch[0].text, self._scheduler.is_calm(began_s)
-            self._scheduler.end_call()
-            self.costs.observe(kind, len(prompts), ended_s - free_s, ended_s, is_calm)
-            for sample in self._scheduler.live():
-                if sample in batch:
-                    sample.timings.wait(1e3 * (began_s - sample.ready_s))
-                    sample.timings.text_ms = 1e3 * (ended_s - began_s)
-                    sample.ready_s = ended_s
-                    sample.advance()
-                elif sample.prompt_key in prompts:
-                    sample.needs_text = False
-        self._fail(failed)
-
-    def _encode_pictures(self, batch: list[Sample], began_s: float) -> None:
-        """Encode the given pictures of edits in one call. Live samples with the same picture need it no more."""
-        outcomes = self._calls.encode_pictures(batch)
-        free_s = self._free_s
-        self._free_s = ended_s = time.monotonic()
-        failed = {s: error for s, error in zip(batch, outcomes, strict=True) if error is not None}
-        pictures = {sample.params.edit.picture_digest for sample in batch if sample.params.edit is not None}
+        encoded = {sample.prompt_key if is_text else sample.picture_key for sample in batch}
         with self._wake:
             is_calm = self._scheduler.is_calm(began_s)
             self._scheduler.end_call()
-            self.costs.observe(batch[0].image, len(pictures), ended_s - free_s, ended_s, is_calm)
-            for sample in batch:
-                sample.timings.wait_before(1e3 * (began_s - sample.ready_s))
-                sample.timings.image_ms = 1e3 * (ended_s - began_s)
-                sample.ready_s = ended_s
+            self.costs.observe(kind, len(encoded), ended_s - free_s, ended_s, is_calm)
             for sample in self._scheduler.live():
-                same_encoder = sample.model.encoder is batch[0].model.encoder
-                if same_encoder and sample.params.edit is not None and sample.params.edit.picture_digest in pictures:
+                if sample in batch:
+                    sample.timings.encoded(1e3 * (began_s - sample.ready_s), 1e3 * (ended_s - began_s), is_text)
+                    sample.ready_s = ended_s
+                    sample.advance()
+                elif is_text and sample.prompt_key in encoded:
+                    sample.needs_text = False
+                elif not is_text and sample.picture_key in encoded:
                     sample.needs_image = False
         self._fail(failed)
 

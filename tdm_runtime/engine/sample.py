@@ -11,6 +11,7 @@ from torch import Tensor
 from tdm_runtime.engine.delivery import Delivery
 from tdm_runtime.families.conditioning import Conditioning
 from tdm_runtime.model.decoder import Pixels
+from tdm_runtime.model.encoder import PictureEncoder
 from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.model.text_encoder import PromptEmbedding, PromptKey, TextEncoder
 from tdm_runtime.params import SamplingParams
@@ -42,10 +43,14 @@ class Timings:
         self.queue_ms += wait_ms
         self.waits_ms.append(wait_ms)
 
-    def wait_before(self, wait_ms: float) -> None:
-        """Add a wait before the given picture, which counts with that before the prompt."""
+    def encoded(self, wait_ms: float, call_ms: float, is_text: bool) -> None:
+        """Add the call that encoded the prompt or the given picture. Their waits count as one."""
         self.queue_ms += wait_ms
         self.waits_ms = [sum(self.waits_ms) + wait_ms]
+        if is_text:
+            self.text_ms = call_ms
+        else:
+            self.image_ms = call_ms
 
     @property
     def total_ms(self) -> float:
@@ -114,6 +119,12 @@ class Sample(Work):
     def prompt_key(self) -> tuple[TextEncoder, PromptKey]:
         """What its embedding depends on: samples of one key share it."""
         return self.model.text_encoder, self.model.prompt_key(self.params)
+
+    @property
+    def picture_key(self) -> tuple[PictureEncoder | None, str | None]:
+        """What the latents of its given picture depend on: edits of one key share them."""
+        edit = self.params.edit
+        return self.model.encoder, None if edit is None else edit.picture_digest
 
     @property
     def step_index(self) -> int:
