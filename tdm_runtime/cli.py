@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import get_args
 
+from PIL import Image
+
 from tdm_runtime.backends import BACKENDS, PRECISIONS, PROVIDER_NAMES, TORCH_BACKENDS
 from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT, open_checkpoint
 from tdm_runtime.checkpoint.recipe import Adapter, Recipe
@@ -138,7 +140,8 @@ def make_picture(given: argparse.Namespace) -> int:
     formats: Mapping[str, FileFormat] = FORMATS if recipe.frames is None else CLIP_FORMATS
     if output.suffix.lower() not in formats:
         raise ValueError(f"the output is {output}; {recipe.name} makes {made}: {', '.join(formats)}")
-    width, height = _size(given, recipe)
+    picture = None if given.image is None else read_picture(given.image.read_bytes())
+    width, height = _size(given, recipe, picture)
     params = SamplingParams(
         prompt=given.prompt,
         seed=secrets.randbelow(MAX_SEED + 1) if given.seed is None else given.seed,
@@ -149,7 +152,7 @@ def make_picture(given: argparse.Namespace) -> int:
         guidance_scale=given.guidance,
         frames=recipe.default_frames if given.frames is None else given.frames,
         fps=given.fps,
-        edit=_edit(given, width, height),
+        edit=_edit(given, picture, width, height),
         prompt_syntax=given.prompt_syntax,
     )
     previews: dict[Path, Pixels] = {}
@@ -185,6 +188,7 @@ def verify(given: argparse.Namespace) -> int:
             a backend that cannot run here.
     """
     file, checkpoint, text = given.verify, given.checkpoint, backend_config(given).text
+    picture = None if given.image is None else read_picture(given.image.read_bytes())
     status = 0
     for claim in read_claims(file):
         receipt = claim.receipt
@@ -201,7 +205,7 @@ def verify(given: argparse.Namespace) -> int:
                 f"the receipt is of {shown(receipt.model)} {receipt.digest[:12]} and {checkpoint} is "
                 f"{model.recipe.name} {model.digest[:12]}; name its folder with --checkpoint"
             )
-        edit = _edit(given, receipt.width, receipt.height, receipt.strength)
+        edit = _edit(given, picture, receipt.width, receipt.height, receipt.strength)
         problem = claim.check(generate(model, receipt.to_params(edit)))
         said = "reproduced" if problem is None else f"not reproduced: {problem}"
         print(f"{file}: seed {receipt.seed}, {receipt.num_inference_steps} steps on {receipt.backend}, {said}")
@@ -209,27 +213,28 @@ def verify(given: argparse.Namespace) -> int:
     return status
 
 
-def _size(given: argparse.Namespace, recipe: Recipe) -> tuple[int, int]:
+def _size(given: argparse.Namespace, recipe: Recipe, picture: Image.Image | None) -> tuple[int, int]:
     """Return width and height in pixels: the size asked for, or of an edit the size nearest to the given picture."""
     if given.size is not None:
         return parse_size(given.size)
-    if given.image is None:
-        return recipe.native_sizes[0]
-    return recipe.nearest_size(*read_picture(given.image.read_bytes()).size)
+    return recipe.native_sizes[0] if picture is None else recipe.nearest_size(*picture.size)
 
 
-def _edit(given: argparse.Namespace, width: int, height: int, strength: float | None = None) -> Edit | None:
+def _edit(
+    given: argparse.Namespace, picture: Image.Image | None, width: int, height: int, strength: float | None = None
+) -> Edit | None:
     """Return the edit of --image, --mask and --strength in a size, in pixels; None without --image.
 
     Args:
+        picture: that of --image.
         strength: of a receipt; None takes that of the command.
     """
-    if given.image is None:
+    if picture is None:
         return None
     mask = None if given.mask is None else read_mask(given.mask.read_bytes())
     if strength is None:
         strength = given.strength if given.strength is not None else default_strength(mask is not None)
-    return to_edit(read_picture(given.image.read_bytes()), strength, width, height, mask)
+    return to_edit(picture, strength, width, height, mask)
 
 
 def _model_of(receipt: Receipt, checkpoint: Path, config: BackendConfig, adapters: Sequence[Adapter]) -> LoadedModel:

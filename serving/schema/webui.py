@@ -20,6 +20,7 @@ from serving.schema.image_response import to_base64
 from serving.schema.order import ImageOrder
 from serving.schema.parsing import validate
 from serving.schema.prompt_tags import with_lora
+from tdm_runtime.families.prompt_weights import LORA_TAG
 from tdm_runtime.media.given_picture import inverted_mask, read_mask
 from tdm_runtime.params import PromptSyntax
 
@@ -63,7 +64,7 @@ class TextToImage(BaseModel):
         """
         recipe, warnings = recipe_of(model), list[str]()
         fields: dict[str, Any] = {"prompt": self.prompt, "prompt_syntax": syntax, **self._given()}
-        if "<lora:" not in self.prompt:
+        if syntax == "plain" or LORA_TAG.search(self.prompt) is None:
             fields["model"] = model
         fields["n"] = (self.batch_size or 1) * (self.n_iter or 1)
         if fields["n"] > MAX_PICTURES:
@@ -110,7 +111,7 @@ class ImageToImage(TextToImage):
         return EditRequest
 
     def _given(self) -> Mapping[str, Any]:
-        fields: dict[str, Any] = {"image": self.init_images, "strength": self.denoising_strength or 0.75}
+        fields: dict[str, Any] = {"image": self.init_images, "strength": self.denoising_strength}
         if self.mask:
             mask: str | bytes = self.mask
             if self.inpainting_mask_invert:

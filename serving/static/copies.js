@@ -5,7 +5,6 @@ export function asCurl(request, server, hasKey) {
   const { draft, partial_images, image, ...rest } = request;
   if (image !== undefined) return editAsCurl(rest, server, hasKey);
   const plain = rest.num_frames === undefined ? rest : { ...rest, output_format: "mp4" };
-  const body = JSON.stringify(plain).replaceAll("'", "'\\''"); // the shell's way to quote a quote
   const key = hasKey ? `  -H "Authorization: Bearer $TDM_API_KEY" \\\n` : "";
   const save = `import base64, json, sys
 answer = json.load(sys.stdin)
@@ -13,7 +12,7 @@ if "error" in answer: sys.exit(answer["error"]["message"])
 open("${nameOf(plain)}.${plain.output_format}", "wb").write(base64.b64decode(answer["data"][0]["b64_json"]))`;
   return `curl -sS ${server}${routeOf(plain)} \\
 ${key}  -H 'Content-Type: application/json' \\
-  --data '${body}' \\
+  --data ${quoted(JSON.stringify(plain))} \\
   | python3 -c '${save}'\n`;
 }
 

@@ -6,12 +6,13 @@ import asyncio
 import io
 import time
 from collections import defaultdict
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import FastAPI, Request
 from PIL import Image
 
 from serving.fronts.services import Services
+from serving.schema.models import ModelCard
 from serving.schema.parsing import parse_body, parse_picture_body
 from serving.schema.webui import (
     Generated,
@@ -29,7 +30,6 @@ from tdm_runtime.families import FAMILIES
 from tdm_runtime.params import PromptSyntax
 
 PREFIX = "/sdapi/v1"
-Wanted = TypeVar("Wanted", bound=TextToImage)
 
 
 class Session:
@@ -45,16 +45,31 @@ class Session:
         """Duration of the latest answer; 0 before the first."""
 
 
+class Sessions:
+    """The session of each key."""
+
+    def __init__(self) -> None:
+        self._by_key: defaultdict[str, Session] = defaultdict(Session)
+
+    def of(self, request: Request) -> Session:
+        """Return the session of a request's caller."""
+        return self._by_key[caller_of(request).name]
+
+
 def add_webui_routes(app: FastAPI, services: Services) -> None:
     """Add the routes. None of them is part of the OpenAPI document but the two that make pictures."""
-    config, images = services.config, services.images
-    sessions: defaultdict[str, Session] = defaultdict(Session)
+    sessions = Sessions()
+    _add_making(app, services, sessions)
+    _add_settings(app, services, sessions)
+    _add_lists(app, services)
 
-    def session_of(request: Request) -> Session:
-        return sessions[caller_of(request).name]
+
+def _add_making(app: FastAPI, services: Services, sessions: Sessions) -> None:
+    """Add the routes that make pictures, and those that watch and end them."""
+    config, images = services.config, services.images
 
     async def answer(request: Request, kind: type[TextToImage]) -> Generated:
-        session = session_of(request)
+        session = sessions.of(request)
         task = asyncio.current_task()
         assert task is not None
         body = await read_json(request, config, config.max_picture_body_bytes)
@@ -92,16 +107,44 @@ def add_webui_routes(app: FastAPI, services: Services) -> None:
         """Change a picture, as web UI's clients ask for it."""
         return await answer(request, ImageToImage)
 
+    @app.get(f"{PREFIX}/progress", include_in_schema=False)
+    async def progress(request: Request) -> dict[str, Any]:
+        session = sessions.of(request)
+        num_running = len(session.running)
+        elapsed_s = time.monotonic() - session.started_s if num_running else 0.0
+        share = min(0.99, elapsed_s / session.typical_s) if session.typical_s else 0.0
+        left_s = max(0.0, session.typical_s - elapsed_s) if num_running else 0.0
+        state = {"skipped": False, "interrupted": False, "job_count": num_running, "job_no": 0}
+        return {"progress": share, "eta_relative": left_s, "state": state, "current_image": None, "textinfo": None}
+
+    async def interrupt(request: Request) -> dict[str, Any]:
+        for making in sessions.of(request).running:
+            making.cancel()
+        return {}
+
+    for name in ("interrupt", "skip"):
+        app.post(f"{PREFIX}/{name}", include_in_schema=False)(interrupt)
+
+
+def _add_settings(app: FastAPI, services: Services, sessions: Sessions) -> None:
+    """Add the setting of the model."""
+    config, images = services.config, services.images
+
     @app.get(f"{PREFIX}/options", include_in_schema=False)
     async def options(request: Request) -> dict[str, Any]:
-        card = images.model_card(session_of(request).model)
+        card = images.model_card(sessions.of(request).model)
         return {"sd_model_checkpoint": _title(card), "sd_checkpoint_hash": card.digest, "samples_format": "png"}
 
     @app.post(f"{PREFIX}/options", include_in_schema=False)
     async def set_options(request: Request) -> None:
         wanted = parse_body(await read_json(request, config), Options).sd_model_checkpoint
         if wanted:
-            session_of(request).model = images.model_card(named_by(wanted)).id
+            sessions.of(request).model = images.model_card(named_by(wanted)).id
+
+
+def _add_lists(app: FastAPI, services: Services) -> None:
+    """Add the lists that clients read at their start."""
+    images = services.images
 
     @app.get(f"{PREFIX}/sd-models", include_in_schema=False)
     async def models() -> list[dict[str, Any]]:
@@ -146,26 +189,8 @@ def add_webui_routes(app: FastAPI, services: Services) -> None:
     async def embeddings() -> dict[str, Any]:
         return {"loaded": {}, "skipped": {}}
 
-    @app.get(f"{PREFIX}/progress", include_in_schema=False)
-    async def progress(request: Request) -> dict[str, Any]:
-        session = session_of(request)
-        num_running = len(session.running)
-        elapsed_s = time.monotonic() - session.started_s if num_running else 0.0
-        share = min(0.99, elapsed_s / session.typical_s) if session.typical_s else 0.0
-        left_s = max(0.0, session.typical_s - elapsed_s) if num_running else 0.0
-        state = {"skipped": False, "interrupted": False, "job_count": num_running, "job_no": 0}
-        return {"progress": share, "eta_relative": left_s, "state": state, "current_image": None, "textinfo": None}
 
-    async def interrupt(request: Request) -> dict[str, Any]:
-        for making in session_of(request).running:
-            making.cancel()
-        return {}
-
-    for name in ("interrupt", "skip"):
-        app.post(f"{PREFIX}/{name}", include_in_schema=False)(interrupt)
-
-
-def _title(card: Any) -> str:
+def _title(card: ModelCard) -> str:
     return f"{card.id} [{card.digest[:10]}]"
 
 

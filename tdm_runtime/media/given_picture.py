@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable
-from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -23,7 +22,6 @@ MAX_GIVEN_SIDE = 16384
 """Pixels of the longer side."""
 MAX_ASPECT_ERROR = 0.02
 """Largest change of the aspect ratio that needs no warning."""
-Read = TypeVar("Read")
 
 
 def read_picture(content: bytes) -> Image.Image:
@@ -59,7 +57,8 @@ def inverted_mask(mask: Image.Image) -> bytes:
 
 def has_transparency(content: bytes) -> bool:
     """Return whether a picture that was read before has pixels that are not opaque."""
-    return _read(content, "image", lambda picture: _least_alpha(picture) < 255)
+    with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
+        return _least_alpha(picture) < 255  # decodes only what may be transparent
 
 
 def to_edit(picture: Image.Image, strength: float, width: int, height: int, mask: Image.Image | None = None) -> Edit:
@@ -89,7 +88,7 @@ def distorts(picture: Image.Image, width: int, height: int) -> bool:
     return abs(math.log(picture.width / picture.height * height / width)) > MAX_ASPECT_ERROR
 
 
-def _read(content: bytes, param: str, convert: Callable[[Image.Image], Read]) -> Read:
+def _read(content: bytes, param: str, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as picture:
             width, height = picture.size
@@ -114,7 +113,7 @@ def _too_large(param: str, size: str) -> InvalidRequestError:
 
 def _to_rgb(picture: Image.Image) -> Image.Image:
     picture = _with_8_bits(picture)
-    if "A" not in picture.getbands() and "transparency" not in picture.info:
+    if not picture.has_transparency_data:
         return picture.convert("RGB")
     picture = picture.convert("RGBA")
     white = Image.new("RGBA", picture.size, "white")
@@ -129,7 +128,7 @@ def _to_mask(picture: Image.Image) -> Image.Image:
 
 
 def _least_alpha(picture: Image.Image) -> int:
-    if "A" not in picture.getbands() and "transparency" not in picture.info:
+    if not picture.has_transparency_data:
         return 255
     return int(np.asarray(picture.convert("RGBA").getchannel("A")).min())
 

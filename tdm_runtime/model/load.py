@@ -66,7 +66,7 @@ def load_with_torch(
             return TorchBackend(ClipParts(module), on, of_part, threads), interface
         # A small decoder gets no OpenMP team. With a second team there are more workers than cores, they stop
         # spinning, and a step takes twice as long.
-        team = 1 if threads and name.endswith("coder") and name != "text_encoder" and not is_large else threads
+        team = 1 if threads and name not in ("text_encoder", "denoiser") and not is_large else threads
         return open_module(backend, module, interface, on, of_part, team), interface
 
     return _assembled(checkpoint, f"{backend} {precision}", run, {}, on, text, threads)
