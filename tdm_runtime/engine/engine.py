@@ -309,7 +309,11 @@ class DiffusionEngine:
             self.costs.observe(kind, len(encoded), ended_s - free_s, ended_s, is_calm)
             for sample in self._scheduler.live():
                 if sample in batch:
-                    sample.timings.encoded(1e3 * (began_s - sample.ready_s), 1e3 * (ended_s - began_s), is_text)
+                    sample.timings.wait(1e3 * (began_s - sample.ready_s), before_steps=True)
+                    if is_text:
+                        sample.timings.text_ms = 1e3 * (ended_s - began_s)
+                    else:
+                        sample.timings.image_ms = 1e3 * (ended_s - began_s)
                     sample.ready_s = ended_s
                     sample.advance()
                 elif is_text and sample.prompt_key in encoded:
@@ -331,10 +335,7 @@ class DiffusionEngine:
         outcomes = self._calls.prepare(newcomers)
         ended_s = time.monotonic()
         for sample in newcomers:
-            if not sample.timings.waits_ms:
-                sample.timings.wait(1e3 * (started_s - sample.submitted_s))
-            else:
-                sample.timings.queue_ms += 1e3 * (started_s - sample.ready_s)
+            sample.timings.wait(1e3 * (started_s - sample.ready_s), before_steps=True)
             sample.timings.text_ms += 1e3 * (ended_s - started_s)
             sample.ready_s = ended_s
         failed = {s: error for s, error in zip(newcomers, outcomes, strict=True) if error is not None}

@@ -38,19 +38,12 @@ class Timings:
     waits_ms: list[float] = field(default_factory=list)
     """Parts of `queue_ms`: the wait before prompt and given picture, before each step and before decoding."""
 
-    def wait(self, wait_ms: float) -> None:
-        """Add one wait."""
+    def wait(self, wait_ms: float, *, before_steps: bool = False) -> None:
+        """Add a wait before the next step, before the decoder once all steps are taken, or before the first step."""
+        stage = 0 if before_steps else 1 + len(self.steps_ms)
+        self.waits_ms += [0.0] * (1 + stage - len(self.waits_ms))
+        self.waits_ms[stage] += wait_ms
         self.queue_ms += wait_ms
-        self.waits_ms.append(wait_ms)
-
-    def encoded(self, wait_ms: float, call_ms: float, is_text: bool) -> None:
-        """Add the call that encoded the prompt or the given picture. Their waits count as one."""
-        self.queue_ms += wait_ms
-        self.waits_ms = [sum(self.waits_ms) + wait_ms]
-        if is_text:
-            self.text_ms = call_ms
-        else:
-            self.image_ms = call_ms
 
     @property
     def total_ms(self) -> float:

@@ -183,9 +183,7 @@ def test_a_stream_shows_a_draft_and_the_steps(client: openai.OpenAI) -> None:
             model=name, prompt=PROMPT, size="96x32", stream=True, partial_images=3, extra_body={"draft": True}
         )  # type: ignore[call-overload]
         parts = [(event.type, getattr(event, "num_steps_taken", None)) for event in stream]
-        assert parts == [("image_generation.partial_image", n) for n in (1, 2, 3)] + [
-            ("image_generation.completed", 4)
-        ]
+        assert parts == [("image_generation.partial_image", n) for n in (1, 2, 3)] + [("image_generation.completed", 4)]
 
 
 def test_the_log_says_where_a_recipe_comes_from_and_holds_no_prompt(served: Served) -> None:

@@ -150,7 +150,7 @@ def test_a_budgeted_picture_goes_between_the_parts_of_a_clips_decode(
     engine.step()
     made = clip.result(0)
     assert np.array_equal(made.pixels, generate(wan_model, params))
-    assert len(made.timings.waits_ms) == 1 + 2 + 5
+    assert len(made.timings.waits_ms) == 1 + 2 + 1, "the waits of all parts of the decode are one, as traces expect"
     engine.close()
 
 
