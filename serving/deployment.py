@@ -47,7 +47,7 @@ async def start_http(config: ServerConfig, services: Services) -> Front:
     """Listen for HTTP."""
     from serving.web.app import build_app
 
-    return await HTTPFront.start(build_app(services), config.host, config.port)
+    return await HTTPFront.start(build_app(services), config.host, config.port, config.max_picture_body_bytes)
 
 
 async def start_grpc(config: ServerConfig, services: Services) -> list[Front]:

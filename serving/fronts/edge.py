@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 
 MAX_REQUEST_ID = 256
 """Length of a request id, in characters; a longer one is replaced."""
+MAX_READING = 32
+"""Most requests whose given pictures are read at once, which bounds the memory that they take."""
 
 
 def request_id_of(given: str) -> str:
@@ -61,6 +63,22 @@ def admit(services: Services, authorization: str | None, is_status: bool) -> Cal
     if services.num_active > (most := services.config.max_open_requests):
         raise too_many(f"{most} requests are open")
     return caller
+
+
+@contextmanager
+def reading_pictures(services: Services) -> Iterator[None]:
+    """Count a request while its given pictures are received and decoded.
+
+    Raises:
+        APIError: 429, too many are being read.
+    """
+    if services.num_reading >= MAX_READING:
+        raise too_many(f"{MAX_READING} pictures are being read")
+    services.num_reading += 1
+    try:
+        yield
+    finally:
+        services.num_reading -= 1
 
 
 def too_many(what: str) -> APIError:

@@ -32,6 +32,8 @@ class Services:
     """None if tracing is off."""
     num_active: int = 0
     """Number of requests of all fronts that are not yet answered."""
+    num_reading: int = 0
+    """Number of requests whose given pictures are being read, see `reading_pictures`."""
     is_draining: bool = False
 
     @classmethod

@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 
+from serving.fronts.edge import reading_pictures
 from serving.fronts.services import Services
 from serving.rpc.calls import made, streamed
 from serving.rpc.messages import fields_of, filled, how_made, stream_fields_of, to_image, to_partial, wants_pixels
@@ -44,7 +45,8 @@ class ImageServicer:
         """Read the fields of a request. A given picture takes long to decode, so others are answered meanwhile."""
         recipe_of = self._services.images.recipe
         if fields.keys() & {"image", "mask", "strength"}:
-            return await asyncio.to_thread(edit_order_from_fields, fields, recipe_of)
+            with reading_pictures(self._services):
+                return await asyncio.to_thread(edit_order_from_fields, fields, recipe_of)
         return order_from_fields(fields, recipe_of)
 
     async def ListModels(

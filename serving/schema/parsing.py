@@ -23,22 +23,28 @@ def parse_body(body: bytes, kind: type[Body]) -> Body:
     Raises:
         APIError: 400 naming the field, its value and the limit.
     """
-    raw = parse_json(body)
-    if not isinstance(raw, dict):
-        raise invalid(f"the body is a JSON {type(raw).__name__}; send an object", None, "invalid_json")
-    return validate(raw, kind)
+    return validate(_parse_object(body), kind)
 
 
 def parse_picture_body(body: bytes, kind: type[Body]) -> Body:
-    """Read the body of a request that brings pictures, each of which is one long string.
+    """Read the body of a request that brings pictures.
 
     Raises:
-        APIError: 400, see `parse_body`, or the body is large because of something else.
+        APIError: 400, see `parse_body` and `picture_fields`.
+    """
+    return validate(picture_fields(body), kind)
+
+
+def picture_fields(body: bytes) -> dict[str, Any]:
+    """Decode a body that may bring pictures, each of which is one long string.
+
+    Raises:
+        APIError: 400, the body is no JSON object or is large because of something else.
     """
     if (marks := sum(map(body.count, (b"{", b"[", b'"')))) > MAX_MARKS:
         message = f"the body has {marks} brackets and quotes; one that brings pictures has at most {MAX_MARKS}"
         raise invalid(message, None, "invalid_json")
-    return parse_body(body, kind)
+    return _parse_object(body)
 
 
 def validate(raw: dict[str, Any], kind: type[Body], is_text: bool = False) -> Body:
@@ -64,6 +70,13 @@ def nullable(schema: dict[str, Any]) -> None:
         if name not in schema.get("required", ()) and {"type": "null"} not in kinds:
             about = {key: field.pop(key) for key in ("title", "description", "default") if key in field}
             schema["properties"][name] = {"anyOf": [field, {"type": "null"}], **about}
+
+
+def _parse_object(body: bytes) -> dict[str, Any]:
+    raw = parse_json(body)
+    if not isinstance(raw, dict):
+        raise invalid(f"the body is a JSON {type(raw).__name__}; send an object", None, "invalid_json")
+    return raw
 
 
 def parse_json(body: bytes) -> Any:

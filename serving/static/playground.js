@@ -3,6 +3,7 @@
 import { asCurl, asPython, copy } from "./copies.js";
 import { closeDrawing, drawnFields, isDrawing, isStroke, openDrawing, restoreDrawing, watchDrawing } from "./drawing.js";
 import { showLatency } from "./latency.js";
+import { Live } from "./live.js";
 import { announce, byId, countSteps, element, duration, setText, stillOf } from "./page.js";
 import { fetchMp4, forgetKey, getKey, listModels, makePicture, readReadiness, SERVER, setKey, sourceOf } from "./server.js";
 
@@ -39,8 +40,9 @@ let model = null; // the chosen entry of `models`; null until the server is read
 let shown = null; // the picture on display, as `makePicture` returned it
 let pictures = []; // the history, newest first
 let timer = 0; // timeout after which the next picture is made
-let isLive = false; // whether the picture follows a drawing
-let isChanged = false; // whether the drawing changed since the latest picture began
+let isFollowing = false; // whether pictures follow a drawing one by one
+let isChanged = false; // whether the drawing changed since the latest of them began
+let isLiveServed = true; // false once no live connection could be opened
 let generation = new AbortController();
 let comparison = new AbortController();
 
@@ -150,16 +152,45 @@ function generateSoon() {
   timer = setTimeout(generate, DEBOUNCE_MS, { isTyped: true });
 }
 
-// Makes pictures one after the other while a drawing changes, each of its newest state.
-async function follow() {
+// Makes pictures of a drawing while it changes. They keep their seed, so that they do not flicker.
+function follow() {
+  if (!isDrawing()) {
+    live.close();
+    generate({ keepSeed: true, isTyped: true });
+  } else if (isLiveServed && model && byId("prompt").value.trim()) {
+    stopGenerating();
+    byId("frame").ariaBusy = "true";
+    live.send(currentRequest());
+  } else {
+    followOneByOne();
+  }
+}
+
+const live = new Live({
+  onPicture: (picture) => {
+    byId("frame").ariaBusy = String(live.isBusy());
+    finish(picture);
+  },
+  onPreview: display,
+  onError: (error) => {
+    byId("frame").ariaBusy = String(live.isBusy());
+    showProblem(error, true);
+  },
+  onUnavailable: () => {
+    isLiveServed = false;
+    followOneByOne();
+  },
+});
+
+async function followOneByOne() {
   isChanged = true;
-  if (isLive) return;
-  isLive = true;
+  if (isFollowing) return;
+  isFollowing = true;
   while (isChanged) {
     isChanged = false;
-    await generate({ isTyped: true });
+    await generate({ keepSeed: true, isTyped: true });
   }
-  isLive = false;
+  isFollowing = false;
 }
 
 const sizeToDraw = () => (model.sizes.length > 1 ? byId("size").value : model.sizes[0]);
@@ -178,12 +209,7 @@ async function generate({ keepSeed = byId("seed-lock").checked, isTyped = false,
   if (!keepSeed) rollSeed();
   byId("frame").ariaBusy = "true";
   try {
-    const picture = await makePicture(currentRequest(), mine.signal, display);
-    showProblem(null);
-    addToHistory(picture, isTyped);
-    show(picture);
-    announce(`Ready in ${duration(picture.roundTripMs)}, ${countSteps(picture.answer.num_inference_steps)}.`);
-    if (!byId("comparison").hidden) compareSteps();
+    finish(await makePicture(currentRequest(), mine.signal, display), isTyped);
   } catch (error) {
     if (mine !== generation) return;
     if (shown) display(shown); // replaces previews of the failed picture
@@ -191,6 +217,14 @@ async function generate({ keepSeed = byId("seed-lock").checked, isTyped = false,
   } finally {
     if (mine === generation) byId("frame").ariaBusy = "false";
   }
+}
+
+function finish(picture, isTyped = true) {
+  showProblem(null);
+  addToHistory(picture, isTyped);
+  show(picture);
+  announce(`Ready in ${duration(picture.roundTripMs)}, ${countSteps(picture.answer.num_inference_steps)}.`);
+  if (!byId("comparison").hidden) compareSteps();
 }
 
 async function compareSteps() {

@@ -12,6 +12,7 @@ from serving.web.file_routes import add_file_routes
 from serving.web.http_edge import add_edges
 from serving.web.image_routes import add_image_routes
 from serving.web.inference_routes import add_inference_routes
+from serving.web.live_routes import add_live_routes
 from serving.web.operation_routes import add_operation_routes, add_playground
 from serving.web.proxied import PublicAddresses
 from serving.web.video_routes import add_video_routes
@@ -27,6 +28,7 @@ def build_app(services: Services) -> FastAPI:
     app = FastAPI(title="tdm-serve", version="1", description=DESCRIPTION, docs_url=None, redoc_url=None)
     add_image_routes(app, services)
     add_edit_routes(app, services)
+    add_live_routes(app, services)
     add_file_routes(app, services)
     add_video_routes(app, services)
     add_webui_routes(app, services)

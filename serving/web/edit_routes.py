@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 
 from serving.errors import invalid
-from serving.fronts.edge import too_many
+from serving.fronts.edge import reading_pictures
 from serving.fronts.services import Services
 from serving.schema.edit_request import EditRequest, edit_order_from_body, edit_order_from_fields
 from serving.schema.image_response import ImageResponse, to_edit_event, to_response
@@ -22,14 +22,11 @@ from serving.web.image_routes import ANSWERS, MEDIA_TYPES
 
 PICTURES = Shapes(to_response, to_edit_event)
 FILES = ("image", "mask")
-MAX_READING = 32
-"""Most requests whose pictures are read at once, which bounds the memory that they take."""
 
 
 def add_edit_routes(app: FastAPI, services: Services) -> None:
     """Add the routes that take pictures."""
     config, schema = services.config, EditRequest.model_json_schema()
-    num_reading = 0
 
     @app.post(
         "/v1/images/edits",
@@ -39,14 +36,8 @@ def add_edit_routes(app: FastAPI, services: Services) -> None:
     )
     async def edit_image(request: Request) -> Response:
         """Change a picture by a prompt."""
-        nonlocal num_reading
-        if num_reading >= MAX_READING:
-            raise too_many(f"{MAX_READING} pictures are being read")
-        num_reading += 1
-        try:
+        with reading_pictures(services):
             order, fingerprint, is_file = await read_order(request)
-        finally:
-            num_reading -= 1
         return await respond(request, services, fingerprint, order, PICTURES, as_file=is_file)
 
     async def read_order(request: Request) -> tuple[ImageOrder, bytes, bool]:

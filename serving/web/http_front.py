@@ -25,6 +25,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from serving.fronts.address import bind
 from serving.fronts.edge import request_id_of
 
+LIVE_PATH = "/v1/images/live"
+"""The only path of a websocket; any other offer of one is passed over."""
 HEAD_TIMEOUT_S = 10.0
 """Longest time from a request's first byte to the end of its headers."""
 KEEP_ALIVE_S = 90
@@ -43,8 +45,11 @@ class HTTPFront:
         self._serving = serving
 
     @classmethod
-    async def start(cls, app: ASGIApp, host: str, port: int) -> HTTPFront:
+    async def start(cls, app: ASGIApp, host: str, port: int, max_message_bytes: int) -> HTTPFront:
         """Start to listen and answer.
+
+        Args:
+            max_message_bytes: largest message of a websocket.
 
         Raises:
             OSError: the server cannot listen on the address.
@@ -54,7 +59,9 @@ class HTTPFront:
         config = uvicorn.Config(
             RequestId(CancelForLeavers(app)),
             http=BoundedHTTP,
-            ws="none",
+            ws="websockets-sansio",
+            ws_max_size=max_message_bytes,
+            ws_per_message_deflate=False,  # pictures are compressed
             lifespan="off",
             log_config=None,
             access_log=False,
@@ -111,6 +118,9 @@ class CancelForLeavers:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":  # its application reads until the client leaves
+            await self.app(scope, receive, send)
+            return
         answering = asyncio.current_task()
         assert answering is not None, "ASGI servers run an application in a task"
         watching: asyncio.Task[Message] | None = None
@@ -165,7 +175,7 @@ def configure_ray_proxy() -> list[Middleware]:
 
 
 class DecliningParser(httptools.HttpRequestParser):
-    """Parser of a server that speaks one protocol: it reads on where a request offers another.
+    """Parser that reads on where a request offers another protocol that is not taken.
 
     By itself httptools takes such a request for complete at the end of its headers, and its body for the next
     request. Here the head is parsed a second time, without its `Upgrade`.
@@ -192,6 +202,8 @@ class DecliningParser(httptools.HttpRequestParser):
                 super().feed_data(rest)
                 return
             except httptools.HttpParserUpgrade as offer:
+                if self._protocol._should_upgrade():
+                    raise
                 rest = rest[offer.args[0] :]
                 head = self._protocol.head_without_upgrade()
                 self._start()  # `Connection: close` beside the offer would have ended it
@@ -234,8 +246,14 @@ class BoundedHTTP(HttpToolsProtocol):
         self._stop_head_timer()
         if self.parser.get_method() == b"CONNECT":
             raise ValueError("no tunnels")  # uvicorn answers with 400 and closes: a tunnel's bytes are no requests
-        if not self.parser.should_upgrade():
+        if not self.parser.should_upgrade() or self._should_upgrade():
             super().on_headers_complete()
+
+    def _should_upgrade(self) -> bool:
+        """Whether the request that is being read opens a websocket; uvicorn asks, too."""
+        path = self.url.partition(b"?")[0]
+        is_live = self.parser.get_method() == b"GET" and path.endswith(LIVE_PATH.encode())  # after a proxy's prefix
+        return is_live and super()._should_upgrade()
 
     def head_without_upgrade(self) -> bytes:
         """The head of the request that is being read, as if it offered no protocol."""

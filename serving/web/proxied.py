@@ -18,7 +18,7 @@ class PublicAddresses:
         self._fixed = None if config.public_url is None else parse_url(config.public_url)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
+        if scope["type"] in ("http", "websocket"):
             scope = moved(scope, self._address(scope))
         await self.app(scope, receive, send)
 

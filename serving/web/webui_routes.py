@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from PIL import Image
 
+from serving.fronts.edge import reading_pictures
 from serving.fronts.services import Services
 from serving.schema.models import ModelCard
 from serving.schema.parsing import parse_body, parse_picture_body
@@ -72,11 +73,12 @@ def _add_making(app: FastAPI, services: Services, sessions: Sessions) -> None:
         session = sessions.of(request)
         task = asyncio.current_task()
         assert task is not None
-        body = await read_json(request, config, config.max_picture_body_bytes)
-        wanted = await asyncio.to_thread(parse_picture_body, body, kind)
-        card = images.model_card(wanted.wanted_model or session.model)
-        syntax: PromptSyntax = "a1111" if FAMILIES[card.family].reads_weights else "plain"
-        order = await asyncio.to_thread(wanted.to_order, card.id, images.recipe, syntax)
+        with reading_pictures(services):
+            body = await read_json(request, config, config.max_picture_body_bytes)
+            wanted = await asyncio.to_thread(parse_picture_body, body, kind)
+            card = images.model_card(wanted.wanted_model or session.model)
+            syntax: PromptSyntax = "a1111" if FAMILIES[card.family].reads_weights else "plain"
+            order = await asyncio.to_thread(wanted.to_order, card.id, images.recipe, syntax)
         caller_of(request).spend(order.cost)
         making = asyncio.create_task(images.generate(order))
         session.running.add(making)

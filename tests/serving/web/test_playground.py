@@ -538,17 +538,25 @@ def luminance(colour: str) -> float:
 
 # ---- Drawing ----
 
-EDITS = "**/v1/images/edits"
+
+@pytest.fixture
+def live(page: Page) -> list[dict[str, Any]]:
+    """The messages that the page sends over its live connection."""
+    sent: list[dict[str, Any]] = []
+    page.on("websocket", lambda socket: socket.on("framesent", lambda text: sent.append(json.loads(text))))
+    return sent
 
 
 def strengths(page: Page) -> Locator:
     return page.get_by_role("group", name="How much is made anew")
 
 
-def test_a_picture_is_changed_by_another_prompt_and_closing_starts_from_noise_again(page: Page) -> None:
-    with page.expect_request(EDITS) as edit:
-        page.get_by_role("button", name="Edit", exact=True).click()
-    assert body_of(edit.value)["image"].startswith("data:image/png;base64,") and body_of(edit.value)["strength"] == 0.75
+def test_a_picture_is_changed_by_another_prompt_and_closing_starts_from_noise_again(
+    page: Page, live: list[dict[str, Any]]
+) -> None:
+    page.get_by_role("button", name="Edit", exact=True).click()
+    expect(page.locator("#facts")).to_contain_text("3 of 4 steps")
+    assert live[0]["image"].startswith("data:image/png;base64,") and live[0]["strength"] == 0.75
     make(page, "a banana")
     strengths(page).get_by_role("radio", name="50 %").check()
     expect(page.locator("#facts")).to_contain_text("2 of 4 steps")
@@ -561,33 +569,45 @@ def test_a_picture_is_changed_by_another_prompt_and_closing_starts_from_noise_ag
     expect(page.locator("#drawing")).to_be_visible()
 
 
-def test_the_picture_follows_a_stroke_and_undo_takes_it_back(page: Page) -> None:
+def test_the_picture_follows_a_stroke_and_undo_takes_it_back(page: Page, live: list[dict[str, Any]]) -> None:
     page.get_by_role("button", name="Draw or open a picture").click()
     canvas = page.locator("#canvas")
     expect_picture(page, r"64x64 · 3 of 4 steps")
     blank = canvas.evaluate("canvas => canvas.toDataURL()")
-    asked: list[dict[str, Any]] = []
-    page.on("request", lambda request: asked.append(body_of(request)) if "/edits" in request.url else None)
+    live.clear()
     box = canvas.bounding_box()
     assert box is not None
     page.mouse.move(box["x"] + 30, box["y"] + 30)
     page.mouse.down()
-    while len(asked) < 3:  # pictures come while the pointer is down, one after the other
-        page.mouse.move(box["x"] + 40 + len(asked) * 20, box["y"] + 60, steps=5)
-    assert all(body["partial_images"] == 0 for body in asked), "previews would only delay the next picture"
+    while len(live) < 3:
+        page.mouse.move(box["x"] + 40 + len(live) * 20, box["y"] + 60, steps=5)
+    assert all(body["partial_images"] == 0 for body in live), "previews would only delay the next picture"
+    expect(page.locator("#receipt-fields")).to_contain_text("edit_sha256")
     page.mouse.up()
     drawn = canvas.evaluate("canvas => canvas.toDataURL()")
     expect(page.locator("#frame")).to_have_attribute("aria-busy", "false")
-    assert asked[-1]["image"] == drawn != blank
+    assert live[-1]["image"] == drawn != blank and len({body["seed"] for body in live}) == 1
     page.get_by_role("button", name="Undo").click()
     assert canvas.evaluate("canvas => canvas.toDataURL()") == blank
+
+
+def test_a_drawing_is_followed_without_websockets_too(page: Page) -> None:
+    page.evaluate("""() => {
+        window.WebSocket = class extends EventTarget {
+            static OPEN = 1;
+            constructor() { super(); setTimeout(() => this.dispatchEvent(new Event("close"))); }
+            close() {}
+        };
+    }""")
+    with page.expect_request("**/v1/images/edits"):
+        page.get_by_role("button", name="Draw or open a picture").click()
+    expect(page.locator("#facts")).to_contain_text("3 of 4 steps")
 
 
 def test_a_file_is_opened_and_the_copied_commands_name_it(page: Page, tmp_path: Path) -> None:
     Image.new("RGB", (200, 100), (0, 128, 0)).save(tmp_path / "green.png")
     page.get_by_role("button", name="Draw or open a picture").click()
-    with page.expect_request(EDITS):
-        page.locator("#drawing-file").set_input_files(tmp_path / "green.png")
+    page.locator("#drawing-file").set_input_files(tmp_path / "green.png")
     expect(page.locator("#receipt-fields")).to_contain_text("edit_sha256")
     curl, python = copied(page, "copy-curl"), copied(page, "copy-python")
     assert "/v1/images/edits" in curl and "-F image=@given.png" in curl and "base64" not in curl
