@@ -6,9 +6,9 @@ import re
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue
 
 from serving.errors import invalid
 from serving.schema.hints import prompt_warnings
@@ -34,7 +34,9 @@ SIZE_PATTERN = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", re.ASCII)
 # Limits that are checked elsewhere, with better messages than Pydantic's. Here they document the schema.
 PROMPT_SCHEMA: dict[str, JsonValue] = {"minLength": 1, "maxLength": MAX_PROMPT_CHARACTERS, "pattern": r"\S"}
 SIZE_SCHEMA: dict[str, JsonValue] = {"pattern": f"^(auto|{SIZE_PATTERN.pattern})$"}
-SEED_SCHEMA: dict[str, JsonValue] = {"minimum": 0, "maximum": MAX_SEED}
+SEED_SCHEMA: dict[str, JsonValue] = {"minimum": -1, "maximum": MAX_SEED}
+Seed = Annotated[int | None, AfterValidator(lambda seed: None if seed == -1 else seed)]
+"""A seed, or None to draw one, for which many clients send -1."""
 
 
 class ImageRequest(BaseModel):
@@ -56,9 +58,9 @@ class ImageRequest(BaseModel):
         description='"WxH" from the model\'s sizes, or "auto".',
         json_schema_extra=SIZE_SCHEMA,
     )
-    seed: int | None = Field(
+    seed: Seed = Field(
         None,
-        description=f"0..{MAX_SEED}; drawn by the server when absent.",
+        description=f"0..{MAX_SEED}; drawn by the server when absent or -1.",
         json_schema_extra=SEED_SCHEMA,
     )
     num_inference_steps: int | Literal["auto"] | None = Field(

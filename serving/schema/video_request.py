@@ -10,7 +10,15 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field
 
 from serving.errors import invalid
-from serving.schema.image_request import MAX_BUDGET_MS, PROMPT_SCHEMA, SEED_SCHEMA, SIZE_SCHEMA, ImageRequest, RecipeOf
+from serving.schema.image_request import (
+    MAX_BUDGET_MS,
+    PROMPT_SCHEMA,
+    SEED_SCHEMA,
+    SIZE_SCHEMA,
+    ImageRequest,
+    RecipeOf,
+    Seed,
+)
 from serving.schema.order import ImageOrder, ResponseFormat
 from serving.schema.parsing import nullable, validate
 from serving.schema.prompt_tags import with_lora
@@ -54,8 +62,8 @@ class VideoRequest(BaseModel):
     )
     num_frames: int | None = Field(None, ge=1, le=MAX_FRAMES, description="In place of seconds: the exact length.")
     fps: int | None = Field(None, ge=1, le=MAX_FPS, description="Frames a second; by default the model's own.")
-    seed: int | None = Field(
-        None, description=f"0..{MAX_SEED}; drawn by the server when absent.", json_schema_extra=SEED_SCHEMA
+    seed: Seed = Field(
+        None, description=f"0..{MAX_SEED}; drawn by the server when absent or -1.", json_schema_extra=SEED_SCHEMA
     )
     num_inference_steps: int | None = Field(None, description="One of the model's step counts, for every frame.")
     decoder: DecoderName = Field("full", description="tiny decodes several times faster and a little softer.")

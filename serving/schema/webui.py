@@ -70,8 +70,7 @@ class TextToImage(BaseModel):
         if fields["n"] > MAX_PICTURES:
             message = f"batch_size x n_iter is {fields['n']}; at most {MAX_PICTURES} pictures are made at once"
             raise invalid(message, "batch_size", "invalid_value")
-        if self.seed is not None and self.seed != -1:
-            fields["seed"] = self.seed
+        fields["seed"] = self.seed
         wanted = recipe.default_steps if self.steps is None else self.steps
         steps = fields["num_inference_steps"] = min(recipe.step_counts, key=lambda count: abs(count - wanted))
         if steps != wanted:

@@ -62,7 +62,7 @@ BAD_REQUESTS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "a", "guidance_scale": 7.5}, "guidance_scale"),
     ({"prompt": "a", "guidance_scale": 1e308}, "guidance_scale"),
     ({"prompt": "a", "negative_prompt": "blurry"}, "negative_prompt"),
-    ({"prompt": "a", "seed": -1}, "seed"),
+    ({"prompt": "a", "seed": -2}, "seed"),
     ({"prompt": "a", "seed": MAX_SEED + 1}, "seed"),
     ({"prompt": "a", "seed": 2**53}, "seed"),
     ({"prompt": "a", "seed": 2**64}, "seed"),
@@ -281,6 +281,7 @@ def test_the_seed_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [params.seed for params in order.pictures] == [(drawn[0] + n) % (MAX_SEED + 1) for n in range(3)]
     assert order_from_body(b'{"prompt": "a", "seed": 5}', lambda name: RECIPE, default_seed=6).pictures[0].seed == 5
     assert order_from_body(b'{"prompt": "a"}', lambda name: RECIPE, default_seed=6).pictures[0].seed == 6
+    assert order_from_body(b'{"prompt": "a", "seed": -1}', lambda name: RECIPE, default_seed=6).pictures[0].seed == 6
     assert len(drawn) == 1
 
 
