@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -132,7 +133,7 @@ def test_an_interrupted_run_reports_its_results_so_far(server: SmallServer, caps
 def test_compare_writes_its_tables_between_the_markers(tiny_checkpoint: Path, tmp_path: Path):
     page = tmp_path / "page.md"
     page.write_text(f"# Page\n{BEGIN}\n{END}\nend\n")
-    command = ["compare", "--quick", "--checkpoint", str(tiny_checkpoint), *TORCH]
+    command = ["compare", "--quick", "--checkpoint", str(tiny_checkpoint), *TORCH, "--peers-python", sys.executable]
     command += ["--output", str(tmp_path / "out"), "--write-docs", str(page)]
     assert main([*command, "--only", "contenders", "overhead", "quality", "--contenders", "engine in process"]) == 0
     text = page.read_text()

@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.peers.environment import interpreter_in
 from benchmarks.peers.pipelines import Job, OneThread, StockPipeline, generate_batch, make_grouped
 from tdm_runtime.model.choice import load_model
 from tdm_runtime.params import SamplingParams
@@ -88,11 +88,15 @@ def test_one_thread_loads_and_runs_in_the_same_thread() -> None:
     assert threads[0] != threading.get_ident()
 
 
-@pytest.mark.parametrize(("peer", "requires"), [("fastapi_lock", "uvicorn"), ("litserve_batch", "litserve")])
-def test_a_peer_starts_answers_and_stops(peer: str, requires: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
-    pytest.importorskip(requires)
+@pytest.fixture(scope="module")
+def peers_python(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return interpreter_in(tmp_path_factory.mktemp("peers"))
+
+
+@pytest.mark.parametrize("peer", ["fastapi_lock", "litserve_batch", "bentoml_service"])
+def test_a_peer_starts_answers_and_stops(peer: str, peers_python: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
     port = free_port()
-    command = [sys.executable, "-m", f"benchmarks.peers.{peer}", "--port", str(port), "--backend", "stock-fp32"]
+    command = [peers_python, "-m", f"benchmarks.peers.{peer}", "--port", str(port), "--backend", "stock-fp32"]
     log = tmp_path / "log"
     with log.open("wb") as stream:
         process = subprocess.Popen(
