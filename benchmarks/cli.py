@@ -7,6 +7,7 @@ tdm-bench offline                                       everything at once
 tdm-bench compare                                       this server and other servers
 tdm-bench backends                                      backends and the stock pipeline
 tdm-bench live --strength 0.5                           pictures that follow a drawing
+tdm-bench start                                         time to the first picture, idle CPU, memory
 tdm-bench soak --duration-s 1800                        a long mixed load: does the server leak or fail?
 tdm-bench profile --output costs.json                   a model's cost table
 tdm-bench plan costs.json --load 0.6,1,1.5              how many replicas does a load need?
@@ -26,7 +27,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks import backends, compare, live, options, plots, soak
+from benchmarks import backends, compare, live, options, plots, soak, start
 from benchmarks.grpc_target import grpc_target
 from benchmarks.load import Recording, closed_loop, open_loop
 from benchmarks.machine import environment, environment_json
@@ -79,6 +80,8 @@ def main(arguments: list[str] | None = None) -> int:
             return compare.main(arguments[1:])
         case ["live"]:
             return live.main(arguments[1:])
+        case ["start"]:
+            return start.main(arguments[1:])
         case ["soak"]:
             return soak.main(arguments[1:])
     parser = build_parser()
@@ -113,6 +116,7 @@ def build_parser() -> options.Parser:
         "backends", help="backends and the stock pipeline; see `tdm-bench backends --help`", add_help=False
     )
     modes.add_parser("live", help="pictures that follow a drawing; see `tdm-bench live --help`", add_help=False)
+    modes.add_parser("start", help="cost of a start; see `tdm-bench start --help`", add_help=False)
     modes.add_parser("soak", help="a long mixed load; see `tdm-bench soak --help`", add_help=False)
     profile = modes.add_parser("profile", help="measure a model's cost table for `plan`")
     plan.add_profile_arguments(profile)
