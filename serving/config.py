@@ -12,6 +12,7 @@ from serving.public_address import Network, parse_url
 from tdm_runtime.checkpoint.file_hashes import FileHashes
 from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT
 from tdm_runtime.engine.engine import EngineConfig
+from tdm_runtime.media.provenance import ProvenanceConfig
 from tdm_runtime.model.artifacts import BackendConfig
 
 FrontName = Literal["direct", "ray"]
@@ -81,6 +82,8 @@ class ServerConfig:
     """File of words that prompts must not contain, one a line."""
     safety_checker: str | None = None
     """`MODULE:FACTORY` of a custom checker, see `tdm_runtime.safety.SafetyChecker`."""
+    provenance: ProvenanceConfig = ProvenanceConfig()
+    """What files and pixels say about their origin."""
     state_folder: Path = field(default_factory=default_state_folder)
     """Folder of jobs and files, unless `database_url` and `artifacts_url` name other places."""
     database_url: str | None = None

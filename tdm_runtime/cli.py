@@ -23,6 +23,7 @@ from tdm_runtime.errors import BackendError, CheckpointError, TDMError, shown
 from tdm_runtime.media.given_picture import read_mask, read_picture, to_edit
 from tdm_runtime.media.image_file import ImageFormat, describe_parameters, encode_image
 from tdm_runtime.media.made_file import FileFormat, encode_made
+from tdm_runtime.media.provenance import Provenance, ProvenanceConfig, ProvenanceKind
 from tdm_runtime.media.receipt import Receipt, read_claims, receipt_of
 from tdm_runtime.media.video_file import ClipFormat
 from tdm_runtime.model.artifacts import BackendConfig
@@ -125,12 +126,14 @@ def _parser() -> argparse.ArgumentParser:
         help="make the picture of a receipt again, on the backend it names, and compare: a PNG, MP4 or WebM with "
         "metadata, a receipt in JSON or a server's answer",
     )
+    add_provenance_arguments(parser)
     add_backend_arguments(parser)
     return parser
 
 
 def make_picture(given: argparse.Namespace) -> int:
     """Make and write one picture or clip. Returns the exit status."""
+    provenance = Provenance(provenance_config(given))
     model = load_model(given.checkpoint, backend_config(given), adapters=given.lora)
     if model.choice:
         print(f"backend: {model.choice}", file=sys.stderr)
@@ -164,19 +167,25 @@ def make_picture(given: argparse.Namespace) -> int:
             previews[output.with_suffix(f".step{step}.png")] = pixels[0]
 
     started_s = time.monotonic()
-    pixels = generate(model, params, keep if given.previews else None)
+    pixels = provenance.marked(generate(model, params, keep if given.previews else None))
     elapsed_ms = 1e3 * (time.monotonic() - started_s)
     text = describe_parameters(params, recipe, model.digest)
-    receipt = receipt_of(model, params, pixels, is_strict=True)  # made alone
+    watermark = provenance.watermark_of(width, height)
+    receipt = receipt_of(model, params, pixels, is_strict=True, watermark=watermark)  # made alone
+    file_format = formats[output.suffix.lower()]
     try:
         for file, preview in previews.items():
-            file.write_bytes(encode_image(preview, FORMATS[file.suffix.lower()], parameters=text))
-        output.write_bytes(encode_made(model, params, pixels, formats[output.suffix.lower()], receipt=receipt))
+            preview_format = FORMATS[file.suffix.lower()]
+            content = encode_image(provenance.marked(preview), preview_format, parameters=text)
+            file.write_bytes(provenance.signed(content, preview_format, params))
+        output.write_bytes(encode_made(model, params, pixels, file_format, receipt=receipt, provenance=provenance))
     except OSError as error:
         raise OSError(f"{output} cannot be written: {error.strerror}") from None
     steps = f"{params.num_steps} of {params.num_inference_steps}" if params.edit else f"{params.num_inference_steps}"
     done = f"{steps} steps, seed {params.seed}, {elapsed_ms:.0f} ms on {model.backend}"
     print(f"{output}: {done}")
+    for warning in provenance.warnings(width, height, file_format):
+        print(warning, file=sys.stderr)
     return 0
 
 
@@ -286,6 +295,41 @@ def _adapter(text: str) -> Adapter:
     if not math.isfinite(number):
         raise argparse.ArgumentTypeError(f"the scale of {path} is {scale}; give a finite number, 1 is as trained")
     return Adapter(str(Path(path).resolve()), number, part)
+
+
+def add_provenance_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of every command that writes files; `provenance_config` reads them."""
+    parser.add_argument(
+        "--provenance",
+        type=_provenance_kinds,
+        default=(),
+        metavar="c2pa,watermark",
+        help="say that a model made it: a signed C2PA manifest in files, an invisible watermark in pixels, or both",
+    )
+    parser.add_argument(
+        "--c2pa-cert", type=Path, metavar="FILE", help="certificates in PEM that sign manifests, the signer's first"
+    )
+    parser.add_argument("--c2pa-key", type=Path, metavar="FILE", help="private key in PEM of the first certificate")
+
+
+def provenance_config(given: argparse.Namespace) -> ProvenanceConfig:
+    """Return the provenance of parsed arguments.
+
+    Raises:
+        ValueError: see `ProvenanceConfig`.
+    """
+    cert, key = (file and file.resolve() for file in (given.c2pa_cert, given.c2pa_key))
+    return ProvenanceConfig(given.provenance, cert, key)
+
+
+def _provenance_kinds(text: str) -> tuple[ProvenanceKind, ...]:
+    known = get_args(ProvenanceKind)
+    kinds = [part.strip() for part in text.split(",")]
+    if not {*kinds} <= {*known}:
+        raise argparse.ArgumentTypeError(
+            f"{text[:64]!r} is not one or both of {', '.join(known)}, separated by a comma"
+        )
+    return tuple(kind for kind in known if kind in kinds)
 
 
 def add_backend_arguments(parser: argparse.ArgumentParser) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +15,8 @@ from training.emoji.stages.publish import write_checkpoint
 from training.emoji.stages.student import build_recipe
 
 
-def write_tiny_checkpoint(folder: Path) -> Path:
-    """Write a checkpoint for pictures of 16x16 and 24x16 with DPM-Solver++ 2M. Returns its folder."""
+def write_tiny_checkpoint(folder: Path, sizes: Sequence[tuple[int, int]] = ((16, 16), (24, 16))) -> Path:
+    """Write a checkpoint for pictures of some sizes, in pixels, with DPM-Solver++ 2M. Returns its folder."""
     tokenizer = CLIPTokenizer.from_pretrained(DEFAULT_CHECKPOINT / "tokenizer")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -53,6 +54,6 @@ def write_tiny_checkpoint(folder: Path) -> Path:
             num_encoder_blocks=(1, 1),
             num_decoder_blocks=(1, 1),
         )
-    recipe = replace(build_recipe(), solver="dpmsolver++", native_sizes=((16, 16), (24, 16)))
+    recipe = replace(build_recipe(), solver="dpmsolver++", native_sizes=tuple(sizes))
     write_checkpoint(folder, recipe, unet, vae, text_model, tokenizer, tiny_vae=tiny_vae)
     return folder

@@ -12,7 +12,7 @@ from typing import get_args
 from serving.config import FrontName, LogFormat, LoraSource, ModelSource, ServerConfig
 from serving.public_address import Network
 from tdm_runtime.checkpoint.folder import CLIP_CHECKPOINT, DEFAULT_CHECKPOINT
-from tdm_runtime.cli import add_backend_arguments, backend_config
+from tdm_runtime.cli import add_backend_arguments, add_provenance_arguments, backend_config, provenance_config
 from tdm_runtime.engine.engine import EngineConfig
 
 
@@ -25,6 +25,7 @@ def parse_arguments(arguments: list[str] | None = None) -> ServerConfig:
     )
     add_front_arguments(parser)
     add_service_arguments(parser)
+    add_provenance_arguments(parser)
     add_backend_arguments(parser)
     parser.add_argument(
         "--log-level", choices=["info", "warning", "error"], default=ServerConfig.log_level, help="(%(default)s)"
@@ -53,6 +54,7 @@ def parse_arguments(arguments: list[str] | None = None) -> ServerConfig:
             max_open_requests=given.max_open_requests,
             blocked_words=given.blocked_words and given.blocked_words.resolve(),
             safety_checker=given.safety_checker,
+            provenance=provenance_config(given),
             engine=EngineConfig(
                 max_batch_size=given.max_batch_size,
                 max_live=given.max_live,

@@ -22,6 +22,7 @@ from tdm_runtime.checkpoint.lora.lora_file import read_lora
 from tdm_runtime.checkpoint.recipe import RECIPE_FILE
 from tdm_runtime.checkpoint.stock.text_precision import TextConfig
 from tdm_runtime.errors import ArtifactError, CheckpointError
+from tdm_runtime.media.provenance import Provenance
 from tdm_runtime.model.artifacts import Artifacts, BackendConfig
 from tdm_runtime.safety import Safety
 
@@ -46,6 +47,7 @@ def check(config: ServerConfig) -> ExitStack:
     if config.api_keys is not None:
         load_keys(config.api_keys)
     Safety.load(config.blocked_words, config.safety_checker)
+    Provenance(config.provenance)
     check_state(config)
     with reserve_addresses(config) as held:
         for checkpoint in checkpoints:

@@ -13,36 +13,48 @@ from tdm_runtime.engine.delivery import Preview
 from tdm_runtime.engine.sample import Picture, Timings
 from tdm_runtime.media.image_file import ImageFormat, encode_image
 from tdm_runtime.media.made_file import encode_made, frames_of
+from tdm_runtime.media.provenance import Provenance
 from tdm_runtime.media.receipt import receipt_of
 from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.model.text_encoder import PromptEmbedding
 from tdm_runtime.scheduling.cost_model import Kind
 
 
-def to_images(model: LoadedModel, pictures: Sequence[Picture], encoding: ImageEncoding) -> list[MadeImage]:
+def to_images(
+    model: LoadedModel, pictures: Sequence[Picture], encoding: ImageEncoding, provenance: Provenance
+) -> list[MadeImage]:
     """Return the pictures as files, or as bare pixels, with seeds and receipts."""
     images = []
     for picture in pictures:
-        params, pixels = picture.params, picture.pixels
-        receipt = receipt_of(model, params, pixels, picture.is_strict)
+        params, pixels = picture.params, provenance.marked(picture.pixels)
+        watermark = provenance.watermark_of(params.width, params.height)
+        receipt = receipt_of(model, params, pixels, picture.is_strict, watermark)
         if encoding.pixels_only:
             content = pixels.tobytes()
         else:
-            written, quality = receipt if encoding.metadata else None, encoding.compression
-            content = encode_made(model, params, pixels, encoding.output_format, receipt=written, compression=quality)
+            content = encode_made(
+                model,
+                params,
+                pixels,
+                encoding.output_format,
+                receipt=receipt if encoding.metadata else None,
+                compression=encoding.compression,
+                provenance=provenance,
+            )
         steps = params.num_inference_steps, params.num_steps
         images.append(MadeImage(content, params.seed, *steps, picture.is_cached, receipt))
     return images
 
 
-def to_partial(preview: Preview, index: int, encoding: ImageEncoding) -> PartialAnswer:
+def to_partial(preview: Preview, index: int, encoding: ImageEncoding, provenance: Provenance) -> PartialAnswer:
     """Return a draft or preview as a file; of a clip the first frame."""
     output_format: ImageFormat = "png"
     if encoding.output_format in get_args(ImageFormat):
         output_format = cast(ImageFormat, encoding.output_format)
     first, *_ = frames_of(preview.params, preview.pixels)
+    content = encode_image(provenance.marked(first), output_format, compression=encoding.compression)
     return PartialAnswer(
-        content=encode_image(first, output_format, compression=encoding.compression),
+        content=provenance.signed(content, output_format, preview.params),
         index=index,
         created=int(time.time()),
         output_format=output_format,

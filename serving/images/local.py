@@ -34,6 +34,7 @@ from tdm_runtime.engine.sample import Picture
 from tdm_runtime.engine.warm_up import PROMPT
 from tdm_runtime.media.image_file import ImageFormat
 from tdm_runtime.media.made_file import frames_of
+from tdm_runtime.media.provenance import Provenance
 from tdm_runtime.media.video_file import encode_frames
 from tdm_runtime.model.choice import least_seconds
 from tdm_runtime.model.decoder import Pixels
@@ -82,6 +83,7 @@ class ImageService:
         sys.setswitchinterval(SWITCH_S)
         torch.set_num_threads(1)  # of this thread; only the engine's may have more, see loaded_model
         self._safety = Safety.load(config.blocked_words, config.safety_checker)
+        self._provenance = Provenance(config.provenance)
         texts = TextPool()
         bases = [load_base(source, config, texts) for source in config.models]
         self.engine = DiffusionEngine(bases[0].model, config.engine, metrics.observe_batch)
@@ -115,7 +117,7 @@ class ImageService:
                 continue  # models share their encoders of files
             made = made or self.engine.submit(params, model=model).result()
             picture = replace(made, params=params, pixels=_stretched(made.pixels, width, height))
-            encode = partial(to_images, model, [picture], order.encoding)
+            encode = partial(to_images, model, [picture], order.encoding, self._provenance)
             self.engine.observe(encoding_kind(order), 1, least_seconds(encode, CALM_CALLS))
 
     @property
@@ -234,7 +236,7 @@ class ImageService:
     def _partial(self, preview: Preview, index: int, order: ImageOrder) -> PartialAnswer:
         for pixels in frames_of(preview.params, preview.pixels):
             self._safety.check_picture(pixels)
-        return to_partial(preview, index, order.encoding)
+        return to_partial(preview, index, order.encoding, self._provenance)
 
     async def _finish(self, submitted: Submitted) -> ImageAnswer:
         """Wait for the pictures of a request and encode them."""
@@ -258,9 +260,9 @@ class ImageService:
                     await asyncio.to_thread(self._safety.check_picture, pixels)
         encoding_s = time.monotonic()
         if sum(picture.pixels.size for picture in pictures) <= SMALL_PIXELS:
-            images = to_images(model, pictures, order.encoding)
+            images = to_images(model, pictures, order.encoding, self._provenance)
         else:
-            images = await asyncio.to_thread(to_images, model, pictures, order.encoding)
+            images = await asyncio.to_thread(to_images, model, pictures, order.encoding, self._provenance)
         ended_s = time.monotonic()
         encode_ms, total_ms = 1e3 * (ended_s - encoding_s), 1e3 * (ended_s - submitted.arrived_s)
         if not order.encoding.pixels_only:
@@ -276,18 +278,20 @@ class ImageService:
             _trace(model, [picture.params for picture in pictures])
         for picture in pictures:
             self.metrics.steps_used.labels(picture.params.num_inference_steps).inc()
+        width, height, file_format = pictures[0].params.width, pictures[0].params.height, order.encoding.output_format
+        lacking = self._provenance.warnings(width, height, file_format)
         return ImageAnswer(
             created=int(time.time()),
             model=model.name,
             images=images,
-            output_format=order.encoding.output_format,
-            width=pictures[0].params.width,
-            height=pictures[0].params.height,
+            output_format=file_format,
+            width=width,
+            height=height,
             usage=to_usage(model, pictures),
             timings=timings,
             predicted_ms=max(picture.predicted_ms for picture in pictures) + waited_ms + encode_ms,
             latency_budget_kept=budget_kept,
-            warnings=[*order.warnings, *to_warnings(pictures[0].prompt)],
+            warnings=[*order.warnings, *to_warnings(pictures[0].prompt), *lacking],
         )
 
 

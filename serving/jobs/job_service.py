@@ -14,6 +14,7 @@ from serving.jobs.store import JobStore
 from serving.jobs.video_job import VideoRenderer
 from serving.jobs.worker import JobWorker, Renderer
 from serving.telemetry.metrics import ServerMetrics
+from tdm_runtime.media.provenance import Provenance
 
 LEASE_S = 10.0
 """Time after which a server loses a job whose lease it has not renewed, in seconds."""
@@ -27,11 +28,11 @@ class JobService:
         Raises:
             ValueError, OSError: the database cannot be used.
         """
-        keep_s = config.artifact_ttl_s
+        keep_s, provenance = config.artifact_ttl_s, Provenance(config.provenance)
         self._store = open_store(config)
         self._limits = JobLimits()
         self._renderers: dict[JobKind, Renderer] = {
-            "video": VideoRenderer(images, artifacts, keep_s, self._store.report),
+            "video": VideoRenderer(images, artifacts, keep_s, self._store.report, provenance),
             "batch": BatchRenderer(images, artifacts, keep_s),
         }
         self._worker = JobWorker(

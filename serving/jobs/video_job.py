@@ -21,6 +21,7 @@ from serving.jobs.job import FinishedPart, Job, Part
 from serving.schema.answers import ImageAnswer
 from serving.schema.order import DeliveryOptions, ImageEncoding, ImageOrder
 from tdm_runtime.media.image_file import encode_image
+from tdm_runtime.media.provenance import Provenance
 from tdm_runtime.media.video_file import ClipFormat, Container, encode_clip, encode_frames, read_frames
 from tdm_runtime.model.decoder import Pixels
 from tdm_runtime.params import SamplingParams
@@ -46,16 +47,23 @@ class VideoRenderer:
     """Makes clips. A part is a whole clip; of a walk it is one frame, whose noise is close to its neighbours' noise."""
 
     def __init__(
-        self, images: Images, artifacts: ArtifactStore, keep_s: float, report: Callable[[Job, float], None]
+        self,
+        images: Images,
+        artifacts: ArtifactStore,
+        keep_s: float,
+        report: Callable[[Job, float], None],
+        provenance: Provenance,
     ) -> None:
         """
         Args:
             report: Keeps how far a part is, 0 to 1. Blocks. See `JobStore.report`.
+            provenance: of the files that are put together here. Frames have its watermark already.
         """
         self._images = images
         self._artifacts = artifacts
         self._keep_s = keep_s
         self._report = report
+        self._provenance = provenance
 
     def num_pictures(self, part: Part) -> int:
         """Return 1: a part is one sample of the engine."""
@@ -92,19 +100,27 @@ class VideoRenderer:
     def finish(self, job: Job, parts: Callable[[], Iterator[FinishedPart]]) -> dict[str, Any]:
         """Write the clip, its first frame and its spritesheet to files. Returns their ids."""
         request, expires_at = request_of(job), int(time.time() + self._keep_s)
+        params = SamplingParams(**request["sampling"])
         first = next(parts()).content
-        if request["sampling"]["frames"] is not None:
-            clip, thumbnail = first, encode_image(next(read_frames(first)), "png")
+        if params.frames is not None:
+            clip, thumbnail = first, self._png(next(read_frames(first)), params)
             sheet = _spritesheet(read_frames(first), request["num_frames"])
         else:
-            frames, prompt = (_pixels(part) for part in parts()), request["sampling"]["prompt"]
-            clip = _walk(frames, request["output_format"], request["fps"], prompt)
+            frames = (_pixels(part) for part in parts())
+            clip = _walk(frames, request["output_format"], request["fps"], params.prompt)
+            clip = self._provenance.signed(clip, request["output_format"], params)
             thumbnail, sheet = first, _spritesheet((_pixels(part) for part in parts()), request["num_frames"])
         return {
             "video": self._artifacts.put(clip, request["output_format"], expires_at),
             "thumbnail": self._artifacts.put(thumbnail, "png", expires_at),
-            "spritesheet": self._artifacts.put(sheet, "png", expires_at),
+            "spritesheet": self._artifacts.put(self._png(sheet, params), "png", expires_at),
         }
+
+    def _png(self, pixels: Pixels, params: SamplingParams) -> bytes:
+        """Return the file of a picture that is made from frames."""
+        height, width, _ = pixels.shape
+        content = encode_image(self._provenance.marked(pixels), "png")
+        return self._provenance.signed(content, "png", replace(params, width=width, height=height))
 
     def discard(self, result: Mapping[str, Any]) -> None:
         for name in result.values():
@@ -126,7 +142,7 @@ def _walk(frames: Iterator[Pixels], output_format: ClipFormat, fps: int, prompt:
     return encode_frames(np.stack(list(frames)), output_format, fps, prompt)
 
 
-def _spritesheet(frames: Iterator[Pixels], num_frames: int) -> bytes:
+def _spritesheet(frames: Iterator[Pixels], num_frames: int) -> Pixels:
     """Return a picture of evenly spaced frames, row by row. A short clip repeats frames; no place stays empty."""
     sheet: Pixels | None = None
     for position, pixels in enumerate(frames):
@@ -140,4 +156,4 @@ def _spritesheet(frames: Iterator[Pixels], num_frames: int) -> bytes:
             top, left = place // SHEET_SIDE * height, place % SHEET_SIDE * width
             sheet[top : top + height, left : left + width] = pixels
     assert sheet is not None, "a clip has frames"
-    return encode_image(sheet, "png")
+    return sheet

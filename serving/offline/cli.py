@@ -28,9 +28,10 @@ from serving.offline.storage import Storage
 from serving.schema.batch_line import FIELDS
 from serving.telemetry.logs import set_up_logging
 from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT, open_checkpoint
-from tdm_runtime.cli import add_backend_arguments, backend_config
+from tdm_runtime.cli import add_backend_arguments, add_provenance_arguments, backend_config, provenance_config
 from tdm_runtime.engine.engine import EngineConfig
 from tdm_runtime.errors import TDMError
+from tdm_runtime.media.provenance import Provenance
 from tdm_runtime.safety import Safety
 
 SOME_FAILED, USAGE_ERROR, INTERRUPTED = 1, 2, 130
@@ -60,6 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
         config, options = _config(given), _run_options(given)
         set_up_logging(config)
         Safety.load(config.blocked_words, config.safety_checker)
+        Provenance(config.provenance)
         models = find_models(config)
         check_defaults(options.plan, models)
         if given.dry_run:
@@ -98,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-batch-size", type=int, default=EngineConfig.max_batch_size, help="(%(default)s)")
     parser.add_argument("--blocked-words", type=Path, help="file of words that prompts must not contain, one a line")
     parser.add_argument("--safety-checker", metavar="MODULE:FACTORY", help="see docs/security.md")
+    add_provenance_arguments(parser)
     return parser
 
 
@@ -180,6 +183,7 @@ def _config(given: argparse.Namespace) -> ServerConfig:
         loras=tuple(given.lora),
         blocked_words=given.blocked_words and given.blocked_words.resolve(),
         safety_checker=given.safety_checker,
+        provenance=provenance_config(given),
         engine=EngineConfig(max_batch_size=given.max_batch_size, max_live=MAX_LIVE),
         backend=backend_config(given),
     )

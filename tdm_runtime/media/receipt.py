@@ -18,6 +18,7 @@ from tdm_runtime.edit import Edit
 from tdm_runtime.errors import InvalidRequestError
 from tdm_runtime.media.image_file import RECEIPT_CHUNK
 from tdm_runtime.media.video_file import is_video, read_receipt
+from tdm_runtime.media.watermark import Watermark, with_watermark
 from tdm_runtime.model.decoder import Pixels
 from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.params import DecoderName, PromptSyntax, SamplingParams
@@ -46,7 +47,7 @@ class Receipt:
     is_strict: bool
     """Whether the picture has the same bits alone and in any batch, on this backend."""
     pixels_sha256: str
-    """sha256 of the pixels, uint8 [H, W, 3] or [F, H, W, 3], row by row."""
+    """sha256 of the pixels as they were delivered, uint8 [H, W, 3] or [F, H, W, 3], row by row."""
     noise_angle: float = 0.0
     """See `SamplingParams`; not 0 in the frames of a walk through the noise."""
     guidance_scale: float | None = None
@@ -65,6 +66,8 @@ class Receipt:
     """See `Edit`; None for a picture that started from noise."""
     edit_sha256: str | None = None
     """`Edit.digest` of the given picture and its mask, in the size that was made."""
+    watermark: Watermark | None = None
+    """Watermark that the pixels have; None without one."""
 
     def to_params(self, edit: Edit | None = None) -> SamplingParams:
         """Return the parameters that make the picture again.
@@ -103,11 +106,14 @@ class Receipt:
 _ADAPTER = pydantic.TypeAdapter(Receipt)
 
 
-def receipt_of(model: LoadedModel, params: SamplingParams, pixels: Pixels, is_strict: bool) -> Receipt:
+def receipt_of(
+    model: LoadedModel, params: SamplingParams, pixels: Pixels, is_strict: bool, watermark: Watermark | None = None
+) -> Receipt:
     """Return the receipt of a picture.
 
     Args:
-        is_strict: see `Receipt.is_strict`.
+        pixels: uint8 [H, W, 3] or [F, H, W, 3], with the watermark if there is one.
+        is_strict, watermark: see `Receipt`.
     """
     return Receipt(
         model=model.recipe.name,
@@ -130,6 +136,7 @@ def receipt_of(model: LoadedModel, params: SamplingParams, pixels: Pixels, is_st
         threads=model.threads if _depends_on_threads(model, params) else None,
         strength=None if params.edit is None else params.edit.strength,
         edit_sha256=None if params.edit is None else params.edit.digest,
+        watermark=watermark,
     )
 
 
@@ -150,11 +157,25 @@ class Claim:
     pixels: Pixels | None = None
 
     def check(self, made: Pixels) -> str | None:
-        """Return how a picture differs from the receipt; None if it agrees."""
+        """Return how a picture differs from the receipt; None if it agrees.
+
+        Args:
+            made: uint8 [H, W, 3] or [F, H, W, 3], without the watermark that the receipt's picture may have.
+
+        Raises:
+            ValueError: the receipt names a watermark, and its package is missing.
+        """
+        if self.receipt.watermark is not None:
+            made = with_watermark(made)
         if pixels_sha256(made) == self.receipt.pixels_sha256:
             return None
         if self.receipt.is_strict:
             return f"its bits differ from the receipt's{self._doubt()}"
+        if self.receipt.watermark is not None:
+            return (
+                "its bits differ from the receipt's, which promises no equal bits (is_strict is false), and a "
+                "watermark makes small differences large"
+            )
         if self.pixels is None:
             return (
                 "its bits differ from the receipt's, which promises no equal bits (is_strict is false); "

@@ -276,7 +276,7 @@ class Timings(_message.Message):
     def __init__(self, queue_ms: _Optional[float] = ..., text_ms: _Optional[float] = ..., steps_ms: _Optional[_Iterable[float]] = ..., decode_ms: _Optional[float] = ..., encode_ms: _Optional[float] = ..., total_ms: _Optional[float] = ..., image_ms: _Optional[float] = ...) -> None: ...
 
 class Receipt(_message.Message):
-    __slots__ = ("model", "digest", "prompt", "seed", "num_inference_steps", "width", "height", "decoder", "backend", "bucket", "is_strict", "pixels_sha256", "guidance_scale", "lora_scale", "frames", "threads", "strength", "edit_sha256", "prompt_syntax")
+    __slots__ = ("model", "digest", "prompt", "seed", "num_inference_steps", "width", "height", "decoder", "backend", "bucket", "is_strict", "pixels_sha256", "guidance_scale", "lora_scale", "frames", "threads", "strength", "edit_sha256", "prompt_syntax", "watermark")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
@@ -296,6 +296,7 @@ class Receipt(_message.Message):
     STRENGTH_FIELD_NUMBER: _ClassVar[int]
     EDIT_SHA256_FIELD_NUMBER: _ClassVar[int]
     PROMPT_SYNTAX_FIELD_NUMBER: _ClassVar[int]
+    WATERMARK_FIELD_NUMBER: _ClassVar[int]
     model: str
     digest: str
     prompt: str
@@ -315,7 +316,8 @@ class Receipt(_message.Message):
     strength: float
     edit_sha256: str
     prompt_syntax: str
-    def __init__(self, model: _Optional[str] = ..., digest: _Optional[str] = ..., prompt: _Optional[str] = ..., seed: _Optional[int] = ..., num_inference_steps: _Optional[int] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., decoder: _Optional[str] = ..., backend: _Optional[str] = ..., bucket: _Optional[_Iterable[int]] = ..., is_strict: _Optional[bool] = ..., pixels_sha256: _Optional[str] = ..., guidance_scale: _Optional[float] = ..., lora_scale: _Optional[float] = ..., frames: _Optional[int] = ..., threads: _Optional[int] = ..., strength: _Optional[float] = ..., edit_sha256: _Optional[str] = ..., prompt_syntax: _Optional[str] = ...) -> None: ...
+    watermark: str
+    def __init__(self, model: _Optional[str] = ..., digest: _Optional[str] = ..., prompt: _Optional[str] = ..., seed: _Optional[int] = ..., num_inference_steps: _Optional[int] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., decoder: _Optional[str] = ..., backend: _Optional[str] = ..., bucket: _Optional[_Iterable[int]] = ..., is_strict: _Optional[bool] = ..., pixels_sha256: _Optional[str] = ..., guidance_scale: _Optional[float] = ..., lora_scale: _Optional[float] = ..., frames: _Optional[int] = ..., threads: _Optional[int] = ..., strength: _Optional[float] = ..., edit_sha256: _Optional[str] = ..., prompt_syntax: _Optional[str] = ..., watermark: _Optional[str] = ...) -> None: ...
 
 class ListModelsRequest(_message.Message):
     __slots__ = ()

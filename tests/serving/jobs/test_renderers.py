@@ -23,6 +23,7 @@ from serving.jobs.video_job import VideoRenderer
 from serving.jobs.worker import Renderer
 from serving.telemetry.metrics import ServerMetrics
 from serving.web.video_schema import to_video
+from tdm_runtime.media.provenance import Provenance
 from tdm_runtime.media.receipt import RECEIPT_CHUNK
 from tdm_runtime.model.artifacts import BackendConfig
 
@@ -86,7 +87,8 @@ def test_a_stored_batch_that_the_server_no_longer_accepts_names_the_field(images
 
 
 def test_a_stored_clip_makes_frames_with_their_receipts(images: ImageService, tmp_path: Path) -> None:
-    renderer = VideoRenderer(images, ArtifactStore(str(tmp_path / "files")), KEEP_S, lambda job, progress: None)
+    artifacts = ArtifactStore(str(tmp_path / "files"))
+    renderer = VideoRenderer(images, artifacts, KEEP_S, lambda job, progress: None, Provenance())
     request = JobRequest(
         "video",
         "anybody",
