@@ -13,7 +13,7 @@ from serving.images.interface import Images
 from serving.jobs.artifacts import ArtifactStore
 from serving.jobs.job import FinishedPart, Job, Part
 from serving.schema import image_response, video_response
-from serving.schema.batch_line import IMAGES, background_order
+from serving.schema.batch_line import IMAGES, VIDEOS, background_order
 
 
 class BatchRenderer:
@@ -51,8 +51,8 @@ class BatchRenderer:
 
     async def _answer(self, job: Job, part: Part) -> Any:
         url = part.request.get("url", IMAGES)  # version 0.1 stored none
-        order = background_order(url, part.request["body"], self._images.recipe)
-        to_response = image_response.to_response if url == IMAGES else video_response.to_response
+        order = await asyncio.to_thread(background_order, url, part.request["body"], self._images.recipe)
+        to_response = video_response.to_response if url == VIDEOS else image_response.to_response
         answer = await self._images.generate(order.in_background())
         if order.encoding.response_format == "b64_json":
             return to_response(answer, None, None).model_dump()

@@ -11,10 +11,11 @@ from typing import Any
 from serving.command.checks import check_models
 from serving.config import ServerConfig
 from serving.errors import APIError, from_exception, invalid, unknown_model
+from serving.offline.given_pictures import Folder
 from serving.offline.lines import Line, Source, read_lines
 from serving.offline.names import DEFAULT_TEMPLATE, DEFAULT_TEMPLATE_OF_FILES, NameTemplate, safe
 from serving.offline.records import Entry, Fields, Known, key_of, place_of
-from serving.schema.batch_line import FIELDS, Endpoint, RequestLine, background_order, read_request_line, url_of
+from serving.schema.batch_line import FIELDS, RequestLine, background_order, read_request_line, url_of, urls_of
 from serving.schema.order import DeliveryOptions, ImageOrder
 from tdm_runtime.checkpoint.file_hashes import file_sha256
 from tdm_runtime.checkpoint.recipe import Recipe
@@ -88,9 +89,9 @@ class Model:
     digest: str
 
     @property
-    def url(self) -> Endpoint:
-        """Where its requests belong, by what it makes."""
-        return url_of(self.recipe)
+    def fields(self) -> set[str]:
+        """Names of the fields that its requests may have."""
+        return {name for url in urls_of(self.recipe) for name in FIELDS[url]}
 
 
 def find_models(config: ServerConfig) -> dict[str, Model]:
@@ -118,7 +119,7 @@ def check_defaults(options: PlanOptions, models: Mapping[str, Model]) -> None:
     Raises:
         ValueError: a default is of a field that no model reads.
     """
-    fields = {name for model in models.values() for name in FIELDS[model.url]}
+    fields = {name for model in models.values() for name in model.fields}
     if unread := [name for name, _ in options.defaults if name not in fields]:
         message = f"--set {unread[0]} has no use: {', '.join(models)} read {', '.join(sorted(fields))}"
         raise ValueError(f"{message}; leave it out")
@@ -134,6 +135,7 @@ class Planner:
         template = DEFAULT_TEMPLATE if len(options.sources) == 1 else DEFAULT_TEMPLATE_OF_FILES
         self._template = NameTemplate(options.name or template)
         self._defaults = dict(options.defaults)
+        self._folders = {source.name: Folder.of(source) for source in options.sources}
         names = [name for name, _ in options.sweep]
         values = itertools.product(*(values for _, values in options.sweep))
         self._combinations: list[Fields] = [dict(zip(names, row, strict=True)) for row in values]
@@ -176,10 +178,13 @@ class Planner:
 
     def _pictures(self, line: Line, line_id: str, read: RequestLine, sweep: Fields) -> Iterator[Unit]:
         try:
-            name = (self._defaults | read.body | sweep).get("model")
-            url = read.url or url_of(self._recipe_of(name if isinstance(name, str) else None))
+            given = self._defaults | read.body | sweep
+            name = given.get("model")
+            url = read.url or url_of(self._recipe_of(name if isinstance(name, str) else None), given)
             defaults = {name: value for name, value in self._defaults.items() if name in FIELDS[url]}
             body = defaults | read.body | sweep
+            if read.url is None:
+                body = self._folders[line.source].with_pictures(body)
             order = background_order(url, body, self._recipe_of, self._seed_of(line_id), line.is_text)
         except (APIError, InvalidRequestError) as error:
             yield Unit(place_of(line_id, 0, sweep), line.number, line.source, failure=from_exception(error))

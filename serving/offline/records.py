@@ -10,7 +10,7 @@ import hashlib
 import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from itertools import zip_longest
 from typing import Any
 
@@ -61,12 +61,14 @@ def key_of(order: ImageOrder, digest: str) -> str:
     """Return the hash of all that determines a picture's file, but its backend, which the receipt names."""
     (params,), encoding = order.pictures, order.encoding
     facts = [
-        {name: value for name, value in asdict(params).items() if name != "edit"},  # no line of a file edits
+        {one.name: getattr(params, one.name) for one in fields(params) if one.name != "edit"},
         order.model,
         digest,
         order.delivery.strict,
         [encoding.output_format, encoding.compression, encoding.metadata],
     ]
+    if params.edit is not None:
+        facts.append([params.edit.digest, params.edit.strength])
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from serving.errors import invalid, shown_json
+from serving.schema.edit_request import EditRequest, edit_order_from_fields
 from serving.schema.image_request import ImageRequest, RecipeOf, order_from_fields
 from serving.schema.order import ImageOrder
 from serving.schema.parsing import nullable, parse_json, validate
@@ -15,11 +17,13 @@ from serving.schema.video_request import VideoGenerationRequest, video_order_fro
 from tdm_runtime.checkpoint.recipe import Recipe
 
 MAX_ID_CHARACTERS = 64
-Endpoint = Literal["/v1/images/generations", "/v1/videos/generations"]
+Endpoint = Literal["/v1/images/generations", "/v1/images/edits", "/v1/videos/generations"]
 IMAGES: Endpoint = "/v1/images/generations"
+EDITS: Endpoint = "/v1/images/edits"
 VIDEOS: Endpoint = "/v1/videos/generations"
 FIELDS: dict[Endpoint, tuple[str, ...]] = {
     IMAGES: tuple(ImageRequest.model_fields),
+    EDITS: tuple(EditRequest.model_fields),
     VIDEOS: tuple(VideoGenerationRequest.model_fields),
 }
 """Names of the fields of a request."""
@@ -36,11 +40,11 @@ class BatchLine(BaseModel):
         description="The client's own name of the request; unique in a batch.",
     )
     method: Literal["POST"] = "POST"
-    url: Endpoint = Field(IMAGES, description="Where the body could be posted, of a picture or of a clip.")
+    url: Endpoint = Field(IMAGES, description="Where the body could be posted, of a picture, an edit or a clip.")
     body: dict[str, Any] = Field(
         description="Body of a request to the url, without stream and latency_budget_ms.",
         json_schema_extra={
-            "anyOf": [kind.model_json_schema() for kind in (ImageRequest, VideoGenerationRequest)],
+            "anyOf": [kind.model_json_schema() for kind in (ImageRequest, EditRequest, VideoGenerationRequest)],
         },
     )
 
@@ -52,7 +56,7 @@ class RequestLine:
     id: str | None
     """Name that the line gives itself; None for a line without one."""
     url: Endpoint | None
-    """See `BatchLine`; None for fields alone, of a picture or clip as the model makes it."""
+    """See `BatchLine`; None for fields alone."""
     body: dict[str, Any]
     """Fields of the request, unchecked."""
 
@@ -89,21 +93,32 @@ def read_request_line(line: bytes | dict[str, Any]) -> RequestLine:
     return RequestLine(str(given), None, body)
 
 
-def url_of(recipe: Recipe) -> Endpoint:
-    """Return where requests of a model belong, by what it makes."""
-    return IMAGES if recipe.frames is None else VIDEOS
+def urls_of(recipe: Recipe) -> tuple[Endpoint, ...]:
+    """Return where requests of a model may belong, by what it makes."""
+    return (IMAGES, EDITS) if recipe.frames is None else (VIDEOS,)
+
+
+def url_of(recipe: Recipe, fields: Collection[str]) -> Endpoint:
+    """Return where a request with these fields belongs: one with a picture is an edit."""
+    first, *others = urls_of(recipe)
+    return EDITS if EDITS in others and "image" in fields else first
 
 
 def background_order(
     url: Endpoint, body: dict[str, Any], recipe_of: RecipeOf, default_seed: int | None = None, is_text: bool = False
 ) -> ImageOrder:
-    """Read the fields of a request that no client waits for. Further arguments are those of `order_from_fields`.
+    """Read the fields of a request that no client waits for. Decoding the picture of an edit takes a while.
+
+    Further arguments are those of `order_from_fields`.
 
     Raises:
         InvalidRequestError, APIError: the request cannot be served as it is.
     """
-    read = order_from_fields if url == IMAGES else video_order_from_fields
-    order = read(body, recipe_of, default_seed, is_text)
+    if url == EDITS:
+        order = edit_order_from_fields(body, recipe_of, default_seed=default_seed, is_text=is_text)
+    else:
+        read = order_from_fields if url == IMAGES else video_order_from_fields
+        order = read(body, recipe_of, default_seed, is_text)
     waits = {"stream": order.delivery.is_streamed, "latency_budget_ms": order.delivery.latency_budget_ms is not None}
     for field, is_asked in waits.items():
         if is_asked:

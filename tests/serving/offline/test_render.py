@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import hashlib
 import io
@@ -18,6 +19,7 @@ from PIL import Image
 
 from serving.offline.cli import main
 from serving.offline.names import DEFAULT_TEMPLATE, NameTemplate, safe
+from tdm_runtime.edit import Edit
 from tdm_runtime.model.choice import load_model
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.pipeline import generate
@@ -52,6 +54,55 @@ def test_pictures_are_those_of_generate(render: Render, tiny_checkpoint: Path, t
     times = [json.loads(line) for line in (out / "times.jsonl").read_bytes().splitlines()]
     assert [one["id"] for one in times] == ["1", "1", "dog"] and all(one["total_ms"] > 0 for one in times)
     assert not (out / ".tdm-render").exists()
+
+
+def test_edits_are_those_of_generate(render: Render, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Lines name pictures from the folder of their file; a batch line holds them. A changed picture is edited anew."""
+    (tmp_path / "given").mkdir()
+    levels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    changes = np.zeros((16, 16), np.uint8)
+    changes[:, 8:] = 255
+    Image.fromarray(levels).save(tmp_path / "given" / "cat.png")
+    Image.fromarray(changes).save(tmp_path / "given" / "mask.png")
+    flat = {"prompt": "a dog", "seed": 3, "num_inference_steps": 4, "image": "cat.png"}
+    url = "/v1/images/edits"
+    body = flat | {"image": base64.b64encode((tmp_path / "given" / "cat.png").read_bytes()).decode()}
+    lines = [
+        flat | {"strength": 0.5},
+        flat | {"mask": "mask.png", "n": 2},
+        {"custom_id": "batch", "method": "POST", "url": url, "body": body},
+        {"prompt": "a dog", "seed": 3, "num_inference_steps": 4},
+    ]
+    source, out = write_lines(tmp_path / "given" / "in.jsonl", lines), tmp_path / "out"
+    options = [source, "-o", out, "--set", "strength=0.75"]
+    assert render(*options) == 0
+    model = load_model(tiny_checkpoint, device="cpu")
+    records, masked = manifest(out), Edit(levels, 0.75, changes)
+    edits = [Edit(levels, 0.5), masked, masked, Edit(levels, 0.75), None]
+    for record, edit in zip(records, edits, strict=True):
+        params = SamplingParams("a dog", record["seed"], 4, 16, 16, edit=edit)
+        assert np.array_equal(np.asarray(Image.open(out / record["file"])), generate(model, params))
+    (source.parent / "in.csv").write_text("prompt,image,mask,seed,num_inference_steps\na dog,cat.png,mask.png,3,4\n")
+    assert render(source.parent / "in.csv", "-o", tmp_path / "csv", "--set", "strength=0.75") == 0
+    assert manifest(tmp_path / "csv")[0]["key"] == records[1]["key"]
+    Image.fromarray(255 - levels).save(tmp_path / "given" / "cat.png")
+    assert render(*options) == 0
+    assert [new["key"] == old["key"] for new, old in zip(manifest(out), records, strict=True)] == [False] * 3 + [
+        True
+    ] * 2
+
+
+def test_a_line_whose_picture_cannot_be_read_fails_alone(render: Render, tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_text("no picture")
+    named = ["missing.png", "text.png", "https://example.org/a.png", ""]
+    lines = [{"prompt": "a dog", "image": image} for image in named] + [{"prompt": "a dog"}]
+    out = tmp_path / "out"
+    assert render(write_lines(tmp_path / "in.jsonl", lines), "-o", out) == 1
+    *failed, made = manifest(out)
+    assert made["status"] == "completed" and {record["error"]["param"] for record in failed} == {"image"}
+    messages = [record["error"]["message"] for record in failed]
+    assert "'missing.png' cannot be read: No such file" in messages[0] and "is no file of PNG" in messages[1]
+    assert all("give the path of a picture" in message for message in messages[2:])
 
 
 def test_every_form_of_input_gives_the_same_pictures(render: Render, tmp_path: Path) -> None:
