@@ -15,7 +15,7 @@ from serving.rpc.calls import made, streamed
 from serving.rpc.messages import fields_of, filled, how_made, stream_fields_of, to_image, to_partial, wants_pixels
 from serving.rpc.protos import images_pb2 as pb
 from serving.schema.answers import ImageAnswer, PartialAnswer
-from serving.schema.edit_request import edit_order_from_fields
+from serving.schema.edit_request import edit_order_from_fields, is_edit
 from serving.schema.image_request import order_from_fields
 from serving.schema.order import ImageOrder
 
@@ -44,7 +44,7 @@ class ImageServicer:
     async def _order(self, fields: dict[str, Any]) -> ImageOrder:
         """Read the fields of a request. A given picture takes long to decode, so others are answered meanwhile."""
         recipe_of = self._services.images.recipe
-        if fields.keys() & {"image", "mask", "strength"}:
+        if is_edit(fields):
             with reading_pictures(self._services):
                 return await asyncio.to_thread(edit_order_from_fields, fields, recipe_of)
         return order_from_fields(fields, recipe_of)

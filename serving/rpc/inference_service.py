@@ -5,14 +5,17 @@ Inputs are `contents` or `raw_input_contents`. `serving/schema/inference.py` has
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import grpc
 
+from serving.fronts.edge import reading_pictures
 from serving.fronts.services import Services
 from serving.rpc.calls import made
 from serving.rpc.protos import open_inference_pb2 as pb
 from serving.schema.answers import ImageAnswer
+from serving.schema.edit_request import is_edit
 from serving.schema.inference import (
     PLATFORM,
     SERVER,
@@ -89,7 +92,12 @@ class InferenceServicer:
         kind = tensors_of(card)
         fields = fields_of(kind, input_tensors(request), parameters_of(request)) | {"model": request.model_name}
         names = wanted_outputs(kind, ((output.name, output.parameters) for output in request.outputs), fields)
-        order = order_of(kind, fields, self._services.images.recipe)
+        recipe_of = self._services.images.recipe
+        if is_edit(fields):
+            with reading_pictures(self._services):
+                order = await asyncio.to_thread(order_of, kind, fields, recipe_of)
+        else:
+            order = order_of(kind, fields, recipe_of)
         answer = await made(self._services.images, order)
         return to_response(answer, names, request.id)
 

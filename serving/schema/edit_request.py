@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
@@ -24,6 +24,11 @@ from tdm_runtime.media.image_file import ImageFormat
 
 DATA_URL = re.compile(r"data:[\w.+/-]*(;[\w=-]+)*;base64,")
 ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
+
+
+def is_edit(fields: Collection[str]) -> bool:
+    """Return whether the fields of a request are about a given picture."""
+    return not {"image", "mask", "strength"}.isdisjoint(fields)
 
 
 class EditRequest(ImageRequest):

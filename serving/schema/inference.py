@@ -1,6 +1,6 @@
 """The Open Inference Protocol, version 2, for pictures and clips: what HTTP and gRPC share.
 
-A request makes one picture or clip. Inputs are tensors of shape [1]; further fields of `ImageRequest` or
+A request makes one picture or clip. Inputs are tensors of shape [1]; further fields of `ImageRequest`, `EditRequest` or
 `VideoGenerationRequest` are parameters.
 """
 
@@ -14,6 +14,7 @@ from typing import Any, get_args
 
 from serving.errors import APIError, invalid, shown_json
 from serving.schema.answers import ImageAnswer
+from serving.schema.edit_request import edit_order_from_fields, is_edit
 from serving.schema.image_request import RecipeOf, order_from_fields
 from serving.schema.models import ModelCard
 from serving.schema.order import ImageOrder
@@ -94,12 +95,29 @@ class TensorMetadata:
 
 
 WHOLE = ("INT32", "INT64")
+FILES = ("image", "mask")
+"""Inputs that are files; over HTTP in JSON, files in base64."""
 NUMBERS: Mapping[str, tuple[str, list[int]]] = {"seed": ("INT64", [1]), "num_inference_steps": ("INT32", [1])}
+PARAMETERS = (
+    "size",
+    "num_inference_steps",
+    "min_inference_steps",
+    "latency_budget_ms",
+    "strict",
+    "decoder",
+    "prompt_syntax",
+)
 PICTURES = ModelTensors(
     "picture",
-    {"prompt": ("BYTES",), "negative_prompt": ("BYTES",), "seed": ("INT64", "UINT64"), "num_inference_steps": WHOLE},
+    {
+        "prompt": ("BYTES",),
+        "negative_prompt": ("BYTES",),
+        "seed": ("INT64", "UINT64"),
+        "num_inference_steps": WHOLE,
+        **dict.fromkeys(FILES, ("BYTES",)),
+    },
     {"generated_image": ("UINT8", [-1, -1, 3]), **NUMBERS},
-    ("size", "num_inference_steps", "min_inference_steps", "latency_budget_ms", "strict", "decoder"),
+    (*PARAMETERS, "strength"),
 )
 CLIPS = ModelTensors(
     "clip",
@@ -112,7 +130,7 @@ CLIPS = ModelTensors(
         "output_format": ("BYTES",),
     },
     {"generated_clip": ("UINT8", [-1, -1, -1, 3]), "encoded_clip": ("BYTES", [1]), **NUMBERS},
-    (*PICTURES.parameters, "num_frames", "fps", "seconds", "output_format"),
+    (*PARAMETERS, "num_frames", "fps", "seconds", "output_format"),
 )
 """An answer has either frames or a file, as `output_format` says; these are the tensors of Triton's model."""
 
@@ -145,7 +163,7 @@ def server_version() -> str:
 
 
 def fields_of(model: ModelTensors, tensors: Iterable[InputTensor], parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return inputs and parameters under the names of `ImageRequest` or `VideoGenerationRequest`.
+    """Return inputs and parameters under the names of `ImageRequest`, `EditRequest` or `VideoGenerationRequest`.
 
     Raises:
         APIError: 400 naming the tensor or parameter, its value and the allowed values.
@@ -167,11 +185,14 @@ def fields_of(model: ModelTensors, tensors: Iterable[InputTensor], parameters: M
 def order_of(model: ModelTensors, fields: dict[str, Any], recipe_of: RecipeOf) -> ImageOrder:
     """Return the order of fields that `fields_of` has read; a picture, and a clip unless it wants a file, as pixels.
 
+    Decoding the picture of an edit takes a while, see `is_edit`.
+
     Raises:
         InvalidRequestError, APIError: a value is outside its limits.
     """
     if model is PICTURES:
-        return order_from_fields(fields, recipe_of).as_pixels()
+        read = edit_order_from_fields if is_edit(fields) else order_from_fields
+        return read(fields, recipe_of).as_pixels()
     is_file = is_clip_file(fields)
     fields = fields if is_file else {name: value for name, value in fields.items() if name != "output_format"}
     order = video_order_from_fields(fields, recipe_of)
@@ -241,8 +262,8 @@ def _check_parameters(name: str, parameters: Collection[str], known: str) -> Non
         raise refused(message, name)
 
 
-def _element(tensor: InputTensor) -> str | int:
-    """Return the one element of a tensor that has passed `_check`."""
+def _element(tensor: InputTensor) -> str | int | bytes:
+    """Return the one element of a tensor that has passed `_check`; of a file its bytes, or base64."""
     name, values = tensor.name, tensor.elements
     if isinstance(values, bytes):
         value: Any = _binary_element(name, tensor.datatype, values)
@@ -252,6 +273,8 @@ def _element(tensor: InputTensor) -> str | int:
         found = f"{len(values)} in {tensor.place}" if values else "none"
         raise refused(f"the elements of {name} are {found}; send one in {tensor.place}", name)
     if isinstance(value, bytes):
+        if name in FILES:
+            return value
         try:
             value = value.decode("utf-8")
         except UnicodeDecodeError as error:

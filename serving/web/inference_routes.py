@@ -12,7 +12,9 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 
 from serving.errors import not_ready
+from serving.fronts.edge import reading_pictures
 from serving.fronts.services import Services
+from serving.schema.edit_request import is_edit
 from serving.schema.inference import (
     PLATFORM,
     SERVER,
@@ -24,6 +26,7 @@ from serving.schema.inference import (
     server_version,
     tensors_of,
 )
+from serving.schema.order import ImageOrder
 from serving.web.body import check_media_type, read_bytes
 from serving.web.documentation import documented_body
 from serving.web.http_edge import caller_of
@@ -84,6 +87,7 @@ class ModelMetadata:
 
 def add_inference_routes(app: FastAPI, services: Services) -> None:
     """Add the routes of the protocol."""
+    config = services.config
 
     def check_model(request: Request, name: str) -> ModelTensors:
         card = services.images.model_card(name)
@@ -135,13 +139,25 @@ def add_inference_routes(app: FastAPI, services: Services) -> None:
         """Make a picture or clip from tensors."""
         caller, json_length = caller_of(request), request.headers.get(JSON_LENGTH)
         check_media_type(request, "application/json" if json_length is None else BINARY)
-        body = await read_bytes(request, services.config)
         kind = check_model(request, name)
-        asked = read_infer(body, name, json_length, kind)
-        order = order_of(kind, asked.fields, services.images.recipe)
+        length = request.headers.get("content-length")
+        if length is not None and int(length) <= config.max_body_bytes:
+            asked = read_infer(await read_bytes(request, config), name, json_length, kind)
+            order = await read_order(kind, asked.fields)
+        else:
+            with reading_pictures(services):
+                body = await read_bytes(request, config, config.max_picture_body_bytes)
+                asked = await asyncio.to_thread(read_infer, body, name, json_length, kind)
+                order = await read_order(kind, asked.fields)
         caller.spend(order.cost)
         answer = await services.images.generate(order)
-        content, length = await asyncio.to_thread(to_body, answer, asked)
-        if length is None:
+        content, json_end = await asyncio.to_thread(to_body, answer, asked)
+        if json_end is None:
             return Response(content, media_type="application/json")
-        return Response(content, media_type=BINARY, headers={JSON_LENGTH: str(length)})
+        return Response(content, media_type=BINARY, headers={JSON_LENGTH: str(json_end)})
+
+    async def read_order(kind: ModelTensors, fields: dict[str, Any]) -> ImageOrder:
+        """Return the order. A given picture takes long to decode, so others are answered meanwhile."""
+        if is_edit(fields):
+            return await asyncio.to_thread(order_of, kind, fields, services.images.recipe)
+        return order_of(kind, fields, services.images.recipe)

@@ -27,7 +27,7 @@ from serving.schema.inference import (
     refused,
     wanted_outputs,
 )
-from serving.schema.parsing import nullable, parse_body, validate
+from serving.schema.parsing import nullable, parse_picture_body, validate
 from tdm_runtime.errors import shown
 
 JSON_LENGTH = "inference-header-content-length"
@@ -48,7 +48,9 @@ class InferInput(BaseModel):
     parameters: dict[str, Any] = Field(
         default={}, description="`binary_data_size`: number of bytes of this input after the JSON, in place of `data`."
     )
-    data: list[Any] | None = Field(None, description="The element: text for BYTES, else a whole number.")
+    data: list[Any] | None = Field(
+        None, description="The element: text for BYTES, of a file base64; else a whole number."
+    )
 
 
 class InferOutput(BaseModel):
@@ -129,7 +131,7 @@ def read_infer(body: bytes, model: str, json_length: str | None, kind: ModelTens
         APIError: 400 naming the field, tensor or parameter, its value and the allowed values.
     """
     end = len(body) if json_length is None else _length(json_length, len(body))
-    read = parse_body(body[:end], InferBody)
+    read = parse_picture_body(body[:end], InferBody)
     if read.model_name not in (None, model):
         message = f"model_name is {shown(read.model_name)} and the path names {shown(model)}; send the same, or neither"
         raise refused(message, "model_name")

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 import time
 from typing import Any
 
 import httpx
-import numpy as np
 import openai
 import pytest
-from PIL import Image
 
 from serving.web.batch_schema import MAX_BATCH_BYTES, MAX_REQUESTS
 
@@ -23,10 +20,6 @@ TIMEOUT_S = 60.0
 def line(custom_id: str, **body: Any) -> dict[str, Any]:
     picture = {"prompt": "a red heart", "num_inference_steps": 1} | body
     return {"custom_id": custom_id, "method": "POST", "url": URL, "body": picture}
-
-
-def pixels(made: dict[str, Any]) -> bytes:
-    return Image.open(io.BytesIO(base64.b64decode(made["b64_json"]))).tobytes()
 
 
 def as_lines(lines: list[Any]) -> bytes:
@@ -172,26 +165,6 @@ def test_the_documented_bodies_have_the_fields_that_are_read(http: httpx.Client)
     video = paths["/v1/videos"]["post"]["requestBody"]["content"]
     assert "seconds" in video["multipart/form-data"]["schema"]["properties"]
     assert {"/v1/files/{file_id}", "/v1/videos/{video_id}/content", "/v1/batches/{batch_id}/cancel"} <= paths.keys()
-
-
-def test_a_batch_edits_pictures_as_a_direct_request_does(http: httpx.Client, client: openai.OpenAI) -> None:
-    picture = http.post(URL, json=line("a", seed=1)["body"]).json()["data"][0]["b64_json"]
-    mask = np.zeros((64, 64), np.uint8)
-    mask[:, 32:] = 255
-    stream = io.BytesIO()
-    Image.fromarray(mask).save(stream, "PNG")
-    edits = {"image": picture, "prompt": "a rocket", "num_inference_steps": 4, "seed": 2}
-    masked = edits | {"mask": base64.b64encode(stream.getvalue()).decode()}
-    lines = [line("made", seed=1), *(line("", **body) for body in (edits | {"strength": 0.5}, masked))]
-    for custom_id, each in zip(("softly", "masked"), lines[1:], strict=True):
-        each |= {"custom_id": custom_id, "url": EDITS}
-    batch = wait_for(client, post_lines(http, as_lines(lines)).json()["id"])
-    output = [json.loads(text)["response"] for text in client.files.content(batch.output_file_id).text.splitlines()]
-    assert [answer["status_code"] for answer in output] == [200] * 3
-    for answer, each in zip(output, lines, strict=True):
-        (made,), (alone,) = answer["body"]["data"], http.post(each["url"], json=each["body"]).json()["data"]
-        assert pixels(made) == pixels(alone)
-    assert [answer["body"]["data"][0]["num_steps_taken"] for answer in output] == [1, 2, 4]
 
 
 def test_a_batch_with_a_bad_picture_is_refused(http: httpx.Client) -> None:

@@ -225,7 +225,7 @@ def test_other_refusals_have_their_status(http: httpx.Client) -> None:
     assert "this server has tdm-emoji" in error_of(http.post("/v2/models/x/infer", json=request), 404)
     assert "tdm-emoji has 1" in error_of(http.post(f"{MODEL}/versions/2/infer", json=request), 404)
     assert "send application/json" in error_of(http.post(INFER, content=b"x", headers={"content-type": "a/b"}), 415)
-    assert "larger than 65536 bytes" in error_of(http.post(INFER, json=request | {"id": "x" * 70_000}), 413)
+    assert "larger than 16777216 bytes" in error_of(http.post(INFER, json=request | {"id": "x" * 17_000_000}), 413)
     assert "Method Not Allowed" in error_of(http.get(INFER), 405)
     assert "/openapi.json" in error_of(http.get("/v2/models"), 404)
     late = http.post(INFER, json=body(PROMPT_TENSOR, parameters={"latency_budget_ms": 0.01}))
