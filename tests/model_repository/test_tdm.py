@@ -16,6 +16,7 @@ import tritonclient.grpc as triton_grpc
 from PIL import Image
 
 from tdm_runtime import LoadedModel, SamplingParams, generate
+from tdm_runtime.edit import Edit
 from tests.model_repository.clients import Answer, ask, stream_to, tensors
 from tests.model_repository.conftest import WORD
 from tests.model_repository.triton_server import TritonServer
@@ -76,6 +77,33 @@ def test_previews_of_requests_in_flight_together_keep_their_order(triton: Triton
         assert [response["is_preview"] for response in answer.responses] == [True, True, True, False]
 
 
+def file_of(pixels: Any) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+LEVELS = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
+CHANGES = np.zeros((16, 24), np.uint8)
+CHANGES[:, 12:] = 255
+GIVEN, MASK = file_of(LEVELS), file_of(CHANGES)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_an_edit_of_weighted_words_has_the_bits_of_generate(
+    triton: TritonServer, reference: LoadedModel, masked: bool
+) -> None:
+    """The size is the one nearest to the given picture's."""
+    fields = {"prompt": "a (red:1.4) heart", "prompt_syntax": "a1111", "image": GIVEN, "strict": True, "previews": True}
+    fields |= {"mask": MASK} if masked else {"strength": 0.5}
+    answer = ask(triton.grpc, **BODY | fields | {"num_inference_steps": 4})
+    edit = Edit(LEVELS, 1.0, CHANGES) if masked else Edit(LEVELS, 0.5)
+    params = SamplingParams("a (red:1.4) heart", 7, 4, 24, 16, edit=edit, prompt_syntax="a1111")
+    assert np.array_equal(answer.picture["generated_image"], generate(reference, params))
+    assert len(answer.responses) == (4 if masked else 2)
+    assert json.loads(answer.picture["receipt"])["edit_sha256"] == edit.digest
+
+
 @pytest.mark.parametrize("image_format", ["png", "webp", "jpeg"])
 def test_a_file_holds_the_picture_and_its_parameters(
     triton: TritonServer, reference: LoadedModel, image_format: str
@@ -103,6 +131,10 @@ BAD = {  # errors within a stream have a message and no status
     "num_inference_steps": (9, "num_inference_steps is 9; tdm-emoji serves 1, 2, 3, 4"),
     "latency_budget_ms": (-1.0, "latency_budget_ms is -1.0; it must be a positive number"),
     "size": ("17x16", "size is 17x16; tdm-emoji makes 16x16, 24x16"),
+    "prompt_syntax": ("compel", "prompt_syntax is 'compel'; it must be plain or a1111"),
+    "image": (b"no picture", "image is no file of PNG"),
+    "mask": (MASK, "mask and strength are about image, which is missing"),
+    "strength": (0.5, "mask and strength are about image, which is missing"),
     "guidance_scale": (7.5, "guidance_scale is 7.5; tdm-emoji has guidance distilled in"),
     "output_format": ("mp4", "output_format is 'mp4'; tdm-emoji makes pictures: raw, png, webp, jpeg"),
     "num_frames": (5, "num_frames is 5; tdm-emoji makes pictures, not clips: leave it out"),

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 from engine_metrics import EngineMetrics
-from order import PICTURES, Order, read_order
+from order import FILES, PICTURES, Order, read_order
 from settings import instance_gpu, load_safety, read_settings, start_engine
 
 from tdm_runtime import (
@@ -41,7 +41,7 @@ POLL_S = 0.01
 STOP_S = 1.0
 """Seconds to wait for the end of that look: a server that stops may leave a message about metrics unanswered."""
 MAX_ENCODERS = 2
-"""Threads that encode and send pictures."""
+"""Threads that read given pictures, and encode and send made ones."""
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 
@@ -101,12 +101,11 @@ class TritonPythonModel:
     def execute(self, requests: list[Any]) -> None:
         """Submit requests to the engine. Answers come later."""
         for request in requests:
-            sender = request.get_response_sender()
-            try:
-                self._submit(request, sender)
-            except Exception as error:
-                self._metrics.update()
-                _refuse(sender, error, _is_from_model(request))
+            begin = partial(self._begin, request, request.get_response_sender())
+            if any(tensor.name() in FILES for tensor in request.inputs()):
+                self._senders.submit(begin)  # a given picture takes long to decode
+            else:
+                begin()
 
     def finalize(self) -> None:
         """Stop. Triton calls this after the last answer."""
@@ -116,6 +115,14 @@ class TritonPythonModel:
         self._watch.join(STOP_S)
         self._engine.close()
         self._senders.shutdown()
+
+    def _begin(self, request: Any, sender: Any) -> None:
+        """Submit a request, or send why it cannot be made."""
+        try:
+            self._submit(request, sender)
+        except Exception as error:
+            self._metrics.update()
+            _refuse(sender, error, _is_from_model(request))
 
     def _submit(self, request: Any, sender: Any) -> None:
         order = read_order({tensor.name(): tensor.as_numpy() for tensor in request.inputs()}, self._engine.model.recipe)

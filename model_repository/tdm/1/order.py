@@ -5,20 +5,25 @@ from __future__ import annotations
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import get_args
+from typing import cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from tdm_runtime import InvalidRequestError, SamplingParams
 from tdm_runtime.checkpoint.recipe import Recipe
+from tdm_runtime.edit import Edit, default_strength
 from tdm_runtime.errors import shown
+from tdm_runtime.media.given_picture import read_mask, read_picture, to_edit
 from tdm_runtime.media.image_file import ImageFormat
 from tdm_runtime.media.made_file import FileFormat
-from tdm_runtime.params import MAX_SEED, parse_size
+from tdm_runtime.params import MAX_SEED, PromptSyntax, parse_size
 
 PICTURES: tuple[FileFormat, ...] = get_args(ImageFormat)
 CLIPS: tuple[FileFormat, ...] = ("mp4", "webm", "webp", "gif")
+FILES = ("image", "mask")
+"""Inputs that are files."""
 RAW = "raw"
 """Output format of bare pixels."""
 
@@ -53,14 +58,16 @@ def read_order(inputs: Mapping[str, NDArray[np.generic] | NDArray[np.object_]], 
     for name, tensor in inputs.items():
         if tensor.shape != (1,):
             raise InvalidRequestError(f"{name} has the shape {list(tensor.shape)}; it must be [1]", param=name)
-    texts = {name: _text(name, tensor[0]) for name, tensor in inputs.items() if tensor.dtype == np.object_}
+    elements = {name: tensor[0] for name, tensor in inputs.items() if tensor.dtype == np.object_}
+    files = {name: elements.pop(name) for name in FILES if elements.get(name)}
+    texts = {name: _text(name, value) for name, value in elements.items()}
     numbers = {name: tensor[0].item() for name, tensor in inputs.items() if tensor.dtype != np.object_}
     if texts.get("negative_prompt"):
         message = f"negative_prompt needs guidance, which {recipe.name} has distilled in; leave it out"
         raise InvalidRequestError(message, param="negative_prompt")
     steps = numbers.get("num_inference_steps", 0)
-    size = texts.get("size", "auto")
-    width, height = recipe.native_sizes[0] if size in ("", "auto") else parse_size(size)
+    picture = read_picture(files["image"]) if "image" in files else None
+    width, height = _size(texts.get("size") or "auto", recipe, picture)
     params = SamplingParams(
         prompt=texts["prompt"],
         seed=numbers.get("seed", secrets.randbelow(MAX_SEED + 1)),
@@ -70,6 +77,8 @@ def read_order(inputs: Mapping[str, NDArray[np.generic] | NDArray[np.object_]], 
         guidance_scale=numbers.get("guidance_scale"),
         frames=_frames(numbers.get("num_frames"), recipe),
         fps=numbers.get("fps") or None,
+        edit=_edit(picture, files.get("mask"), numbers.get("strength"), width, height),
+        prompt_syntax=cast(PromptSyntax, texts.get("prompt_syntax") or SamplingParams.prompt_syntax),
     )
     params.check_against(recipe)
     return Order(
@@ -77,9 +86,28 @@ def read_order(inputs: Mapping[str, NDArray[np.generic] | NDArray[np.object_]], 
         latency_budget_ms=numbers.get("latency_budget_ms"),
         min_inference_steps=None if steps else recipe.step_counts[0],
         strict=bool(numbers.get("strict")),
-        num_previews=params.num_inference_steps - 1 if numbers.get("previews") else 0,
+        num_previews=params.num_steps - 1 if numbers.get("previews") else 0,
         file_format=_file_format(texts.get("output_format", RAW), recipe),
     )
+
+
+def _size(text: str, recipe: Recipe, picture: Image.Image | None) -> tuple[int, int]:
+    """Return width and height in pixels; "auto" is the size nearest to the given picture's."""
+    if text != "auto":
+        return parse_size(text)
+    return recipe.native_sizes[0] if picture is None else recipe.nearest_size(*picture.size)
+
+
+def _edit(
+    picture: Image.Image | None, mask_file: bytes | None, strength: float | None, width: int, height: int
+) -> Edit | None:
+    """Return the edit of a given picture in a size, in pixels; None without one."""
+    if picture is None:
+        if mask_file or strength is not None:
+            raise InvalidRequestError("mask and strength are about image, which is missing; send it", param="image")
+        return None
+    mask = None if mask_file is None else read_mask(mask_file)
+    return to_edit(picture, default_strength(mask is not None) if strength is None else strength, width, height, mask)
 
 
 def _file_format(text: str, recipe: Recipe) -> FileFormat | None:
