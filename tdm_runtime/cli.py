@@ -167,8 +167,9 @@ def make_picture(given: argparse.Namespace) -> int:
             previews[output.with_suffix(f".step{step}.png")] = pixels[0]
 
     started_s = time.monotonic()
-    pixels = provenance.marked(generate(model, params, keep if given.previews else None))
+    pixels = generate(model, params, keep if given.previews else None)
     elapsed_ms = 1e3 * (time.monotonic() - started_s)
+    pixels = provenance.marked(pixels)
     text = describe_parameters(params, recipe, model.digest)
     watermark = provenance.watermark_of(width, height)
     receipt = receipt_of(model, params, pixels, is_strict=True, watermark=watermark)  # made alone

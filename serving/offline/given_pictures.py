@@ -11,7 +11,8 @@ import fsspec
 from serving.errors import invalid, shown_json
 from serving.offline.lines import STDIN, Source
 
-FIELDS = ("image", "mask")
+FILES = ("image", "mask")
+"""Fields that name files."""
 MAX_BYTES = 2**26
 """Largest file that is read."""
 
@@ -34,7 +35,7 @@ class Folder:
         Raises:
             APIError: 400, a file cannot be read.
         """
-        return fields | {name: self._content(name, fields[name]) for name in FIELDS if fields.get(name) is not None}
+        return fields | {name: self._content(name, fields[name]) for name in FILES if fields.get(name) is not None}
 
     def _content(self, name: str, path: Any) -> bytes:
         if not isinstance(path, str) or not path or "://" in path:

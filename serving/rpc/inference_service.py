@@ -27,10 +27,10 @@ from serving.schema.inference import (
     order_of,
     output_tensors,
     refused,
-    server_version,
     tensors_of,
     wanted_outputs,
 )
+from tdm_runtime.version import package_version
 
 CONTENTS = {"BYTES": "bytes_contents", "INT32": "int_contents", "INT64": "int64_contents", "UINT64": "uint64_contents"}
 """Datatype -> the field of `InferTensorContents` with its values."""
@@ -58,7 +58,7 @@ class InferenceServicer:
         self, request: pb.ServerMetadataRequest, context: grpc.aio.ServicerContext
     ) -> pb.ServerMetadataResponse:
         """Return the server's name and version."""
-        return pb.ServerMetadataResponse(name=SERVER, version=server_version())
+        return pb.ServerMetadataResponse(name=SERVER, version=package_version())
 
     async def ModelReady(
         self, request: pb.ModelReadyRequest, context: grpc.aio.ServicerContext

@@ -6,7 +6,6 @@ A request makes one picture or clip. Inputs are tensors of shape [1]; further fi
 
 from __future__ import annotations
 
-import importlib.metadata
 import struct
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -149,14 +148,6 @@ def check_version(card: ModelCard, version: str) -> None:
     if version not in ("", VERSION):
         message = f"version is {shown(version)}; {card.id} has {VERSION}"
         raise invalid(message, "model_version", "model_not_found", 404)
-
-
-def server_version() -> str:
-    """Return the version of this package."""
-    try:
-        return importlib.metadata.version("tdm-serve")
-    except importlib.metadata.PackageNotFoundError:  # the package is not installed
-        return "unknown"
 
 
 # -- requests --------------------------------------------------------------------------------------

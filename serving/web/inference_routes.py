@@ -23,7 +23,6 @@ from serving.schema.inference import (
     TensorMetadata,
     check_version,
     order_of,
-    server_version,
     tensors_of,
 )
 from serving.schema.order import ImageOrder
@@ -31,6 +30,7 @@ from serving.web.body import check_media_type, read_bytes
 from serving.web.documentation import documented_body
 from serving.web.http_edge import caller_of
 from serving.web.inference_schema import JSON_LENGTH, InferBody, InferResponse, read_infer, to_body
+from tdm_runtime.version import package_version
 
 MODEL = "/v2/models/{name}"
 VERSION_OF_MODEL = MODEL + "/versions/{version}"
@@ -70,7 +70,7 @@ class ServerMetadata:
     """Answer of GET /v2."""
 
     name: str = SERVER
-    version: str = field(default_factory=server_version)
+    version: str = field(default_factory=package_version)
     extensions: tuple[str, ...] = ("binary_tensor_data",)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from tdm_runtime.media.receipt import Receipt
 from tdm_runtime.media.watermark import MIN_PIXELS, REMEDY, Watermark, open_encoder, watermark_of, with_watermark
 from tdm_runtime.model.decoder import Pixels
 from tdm_runtime.params import SamplingParams
+from tdm_runtime.version import package_version
 
 ProvenanceKind = Literal["c2pa", "watermark"]
 MIME_TYPES: Mapping[str, str] = {
@@ -31,6 +31,7 @@ RECEIPT_LABEL = "tdm-serve.receipt"
 SETTINGS = {"builder": {"thumbnail": {"enabled": False}}, "verify": {"verify_after_sign": False}}
 """Settings of the C2PA library. A thumbnail would take hundreds of kilobytes and most of the time."""
 CURVES = {"secp256r1": "es256", "secp384r1": "es384", "secp521r1": "es512"}
+"""Elliptic curve -> its signature algorithm, as the C2PA library names it."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Provenance:
 
 def _manifest(is_edit: bool = False, is_marked: bool = False, receipt: Receipt | None = None) -> dict[str, Any]:
     """Return a manifest as the C2PA library defines it in JSON."""
-    agent = {"name": "tdm-serve", "version": importlib.metadata.version("tdm-serve")}
+    agent = {"name": "tdm-serve", "version": package_version()}
     manifest: dict[str, Any] = {"claim_generator_info": [agent]}
     if is_edit:
         manifest["ingredients"] = [{"title": "given picture", "relationship": "parentOf", "label": "given"}]
