@@ -15,6 +15,7 @@ from tdm_runtime.cli import main
 from tdm_runtime.media.receipt import Claim, pixels_sha256, read_claims
 from tdm_runtime.media.watermark import MESSAGE, METHOD, with_watermark
 from tdm_runtime.model.decoder import Pixels
+from tests.stock_checkpoints import CASES, save_checkpoint
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
 pytest.importorskip("c2pa", exc_type=ImportError)
@@ -100,6 +101,22 @@ def test_a_small_picture_gets_a_manifest_and_no_watermark(
     assert read_claims(signed)[0].receipt == read_claims(plain)[0].receipt
     (created,) = credentials.actions(signed.read_bytes(), "png")
     assert created["action"] == "c2pa.created"
+
+
+def test_a_signed_clip_is_made_again_from_its_file(
+    credentials: Credentials, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = save_checkpoint(CASES["AnimateDiff-Lightning"], tmp_path / "clips")
+    for file_format in ("mp4", "gif", "webm"):
+        clip = tmp_path / f"clip.{file_format}"
+        more = ["--frames", "2", "--provenance", "c2pa", *credentials.arguments]
+        assert main(command(folder, clip, *more)) == 0
+        if file_format == "webm":
+            assert "webm files have no C2PA manifest; png, webp, jpeg, gif, mp4 have one" in capsys.readouterr().err
+        else:
+            assert credentials.actions(clip.read_bytes(), file_format)[0]["action"] == "c2pa.created"
+        if file_format != "gif":
+            assert main(["--verify", str(clip), "--checkpoint", str(folder)]) == 0
 
 
 def test_a_changed_pixel_breaks_the_manifest(folder: Path, credentials: Credentials, tmp_path: Path) -> None:
