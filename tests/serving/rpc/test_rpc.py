@@ -421,7 +421,7 @@ def raw_request(*inputs: Any, raws: list[bytes]) -> Any:
 
 NOTHING = open_inference_pb2.InferParameter()
 INT64_SEED = tensor("seed", "INT64")
-NEGATIVE_SEED = tensor("seed", "INT64", int64_contents=[-1])
+NEGATIVE_SEED = tensor("seed", "INT64", int64_contents=[-2])
 HUGE_SEED = tensor("seed", "UINT64", uint64_contents=[2**64 - 1])
 
 

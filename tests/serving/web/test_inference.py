@@ -146,7 +146,7 @@ def error_of(answer: httpx.Response, status: int = 400) -> str:
         body(PROMPT_TENSOR | {"shape": [1, 1]}),
         body(PROMPT_TENSOR | {"shape": []}),
         body(PROMPT_TENSOR, PROMPT_TENSOR),
-        body(PROMPT_TENSOR, tensor("seed", "INT64", -1)),
+        body(PROMPT_TENSOR, tensor("seed", "INT64", -2)),
         body(PROMPT_TENSOR, tensor("num_inference_steps", "INT32", 9)),
         body(PROMPT_TENSOR | {"parameters": {"shared_memory_region": "x"}}),
         body(PROMPT_TENSOR, outputs=[{"name": "x"}]),
