@@ -72,7 +72,7 @@ class GRPCTarget:
             "strength": request.strength,
         }
         if request.strength is not None:
-            fields["image"] = encode_image(request.given_pixels(), "png")
+            fields["image"] = [encode_image(request.given_pixels(), "png")]
         return {name: value for name, value in fields.items() if value is not None}
 
 

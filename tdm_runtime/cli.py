@@ -18,9 +18,9 @@ from tdm_runtime.backends import BACKENDS, PRECISIONS, PROVIDER_NAMES, TORCH_BAC
 from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT, open_checkpoint
 from tdm_runtime.checkpoint.recipe import Adapter, Recipe
 from tdm_runtime.checkpoint.stock.text_precision import TEXT_PRECISIONS, TextConfig
-from tdm_runtime.edit import Edit, default_strength
+from tdm_runtime.edit import Edit, GivenPicture, default_strength
 from tdm_runtime.errors import BackendError, CheckpointError, TDMError, shown
-from tdm_runtime.media.given_picture import read_mask, read_picture, to_edit
+from tdm_runtime.media.given_picture import are_references, read_mask, read_picture, to_edit
 from tdm_runtime.media.image_file import ImageFormat, describe_parameters, encode_image
 from tdm_runtime.media.made_file import FileFormat, encode_made
 from tdm_runtime.media.provenance import Provenance, ProvenanceConfig, ProvenanceKind
@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
     if output is not None and not output.resolve().parent.is_dir():
         parser.error(f"the folder of {output} does not exist")
-    if given.image is None and (given.mask or given.strength is not None):
+    if not given.image and (given.mask or given.strength is not None):
         parser.error("--mask and --strength are about --image, which is missing")
     if output is not None and output.is_file() and not given.force:
         parser.error(f"the output {output} exists; choose another name, or replace it with --force")
@@ -105,7 +105,12 @@ def _parser() -> argparse.ArgumentParser:
         "--decoder", choices=get_args(DecoderName), default="full", help="tiny is cheaper (%(default)s)"
     )
     parser.add_argument(
-        "--image", type=Path, help="picture to edit; it is scaled to --size, by default the nearest size that is made"
+        "--image",
+        action="append",
+        default=[],
+        type=Path,
+        help="picture to edit, scaled to --size, by default the nearest size that is made. Without --strength and "
+        "--mask, FLUX.2 reads it as a reference; for several references, give --image several times",
     )
     parser.add_argument(
         "--mask", type=Path, help="where --image changes: transparent there or, if it is opaque, white there"
@@ -114,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
         "--strength",
         type=float,
         help="how much of --image is made anew, above 0 to 1: of K steps the last ceil(K strength) run "
-        f"({default_strength(False)}, with --mask {default_strength(True)})",
+        f"({default_strength(False)}, with --mask {default_strength(True)}; FLUX.2 reads references instead)",
     )
     parser.add_argument(
         "--previews", action="store_true", help="also write the picture that each step but the last expects"
@@ -143,8 +148,9 @@ def make_picture(given: argparse.Namespace) -> int:
     formats: Mapping[str, FileFormat] = FORMATS if recipe.frames is None else CLIP_FORMATS
     if output.suffix.lower() not in formats:
         raise ValueError(f"the output is {output}; {recipe.name} makes {made}: {', '.join(formats)}")
-    picture = None if given.image is None else read_picture(given.image.read_bytes())
-    width, height = _size(given, recipe, picture)
+    pictures = [read_picture(file.read_bytes()) for file in given.image]
+    references = _references(recipe, pictures, given.strength is not None or given.mask is not None)
+    width, height = _size(given, recipe, pictures, references)
     params = SamplingParams(
         prompt=given.prompt,
         seed=secrets.randbelow(MAX_SEED + 1) if given.seed is None else given.seed,
@@ -155,8 +161,9 @@ def make_picture(given: argparse.Namespace) -> int:
         guidance_scale=given.guidance,
         frames=recipe.default_frames if given.frames is None else given.frames,
         fps=given.fps,
-        edit=_edit(given, picture, width, height),
+        edit=None if references else _edit(given, pictures, width, height),
         prompt_syntax=given.prompt_syntax,
+        references=references,
     )
     previews: dict[Path, Pixels] = {}
 
@@ -198,7 +205,7 @@ def verify(given: argparse.Namespace) -> int:
             a backend that cannot run here.
     """
     file, checkpoint, text = given.verify, given.checkpoint, backend_config(given).text
-    picture = None if given.image is None else read_picture(given.image.read_bytes())
+    pictures = [read_picture(file.read_bytes()) for file in given.image]
     status = 0
     for claim in read_claims(file):
         receipt = claim.receipt
@@ -215,36 +222,56 @@ def verify(given: argparse.Namespace) -> int:
                 f"the receipt is of {shown(receipt.model)} {receipt.digest[:12]} and {checkpoint} is "
                 f"{model.recipe.name} {model.digest[:12]}; name its folder with --checkpoint"
             )
-        edit = _edit(given, picture, receipt.width, receipt.height, receipt.strength)
-        problem = claim.check(generate(model, receipt.to_params(edit)))
+        references = _references(model.recipe, pictures, receipt.strength is not None)
+        edit = None if references else _edit(given, pictures, receipt.width, receipt.height, receipt.strength)
+        problem = claim.check(generate(model, receipt.to_params(edit, references)))
         said = "reproduced" if problem is None else f"not reproduced: {problem}"
         print(f"{file}: seed {receipt.seed}, {receipt.num_inference_steps} steps on {receipt.backend}, {said}")
         status = status or int(problem is not None)
     return status
 
 
-def _size(given: argparse.Namespace, recipe: Recipe, picture: Image.Image | None) -> tuple[int, int]:
-    """Return width and height in pixels: the size asked for, or of an edit the size nearest to the given picture."""
+def _size(
+    given: argparse.Namespace, recipe: Recipe, pictures: Sequence[Image.Image], references: Sequence[GivenPicture]
+) -> tuple[int, int]:
+    """Return width and height in pixels: the size asked for, or of an edit the size nearest to the first picture."""
     if given.size is not None:
         return parse_size(given.size)
-    return recipe.native_sizes[0] if picture is None else recipe.nearest_size(*picture.size)
+    sizes = [one.size for one in references or pictures]
+    return recipe.nearest_size(*sizes[0]) if sizes else recipe.native_sizes[0]
+
+
+def _references(recipe: Recipe, pictures: Sequence[Image.Image], starts_from_one: bool) -> tuple[GivenPicture, ...]:
+    """Return the pictures of --image as references; none where the model starts from the picture.
+
+    Args, Raises:
+        see `are_references`.
+    """
+    if not pictures or not are_references(len(pictures), recipe, starts_from_one):
+        return ()
+    assert recipe.references is not None
+    return tuple(map(recipe.references.fitted, pictures))
 
 
 def _edit(
-    given: argparse.Namespace, picture: Image.Image | None, width: int, height: int, strength: float | None = None
+    given: argparse.Namespace,
+    pictures: Sequence[Image.Image],
+    width: int,
+    height: int,
+    strength: float | None = None,
 ) -> Edit | None:
     """Return the edit of --image, --mask and --strength in a size, in pixels; None without --image.
 
     Args:
-        picture: that of --image.
+        pictures: those of --image.
         strength: of a receipt; None takes that of the command.
     """
-    if picture is None:
+    if not pictures:
         return None
     mask = None if given.mask is None else read_mask(given.mask.read_bytes())
     if strength is None:
         strength = given.strength if given.strength is not None else default_strength(mask is not None)
-    return to_edit(picture, strength, width, height, mask)
+    return to_edit(pictures[0], strength, width, height, mask)
 
 
 def _model_of(receipt: Receipt, checkpoint: Path, config: BackendConfig, adapters: Sequence[Adapter]) -> LoadedModel:

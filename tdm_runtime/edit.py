@@ -1,9 +1,10 @@
-"""`Edit`: a given picture that a sample starts from, in place of pure noise, and where it may change."""
+"""Given pictures: `Edit` is one that a sample starts from, in place of pure noise; references are read beside it."""
 
 from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -27,25 +28,109 @@ def default_strength(has_mask: bool) -> float:
 
 
 @dataclass(frozen=True)
-class Edit:
-    """A picture to start from, and where it may change. Two edits are equal if their contents are.
+class GivenPicture:
+    """A picture that a client gives. Two are equal if their contents are."""
+
+    pixels: NDArray[np.uint8] = field(compare=False, repr=False)
+    """uint8 [H, W, 3]; of an `Edit` in the size of the picture to make."""
+    picture_key: str = field(init=False)
+    """sha256 of the pixels, and the size: what the latents depend on."""
+
+    def __post_init__(self) -> None:
+        digest, (width, height) = hashlib.sha256(self.pixels.tobytes()).hexdigest(), self.size
+        object.__setattr__(self, "picture_key", f"{digest} {width}x{height}")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height, in pixels."""
+        height, width, _ = self.pixels.shape
+        return width, height
+
+    def to_tensor(self) -> Tensor:
+        """Return the picture as an encoder reads it, float32 [3, H, W] in [-1, 1]."""
+        return torch.from_numpy(self.pixels.transpose(2, 0, 1).astype(np.float32) / 127.5 - 1.0)
+
+
+def digest_of(references: Sequence[GivenPicture]) -> str:
+    """Return the sha256 of reference pictures, in their order."""
+    return hashlib.sha256("\n".join(one.picture_key for one in references).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class ReferenceRule:
+    """Which reference pictures a model reads, and how they are fitted."""
+
+    max_pictures: int
+    max_pixels: int
+    """Largest area; larger pictures are scaled down to it."""
+    multiple: int
+    """Sides are cropped to multiples of it, in pixels."""
+    min_side: int
+    """Shortest side that a picture may have before it is fitted, in pixels."""
+    max_ratio: int
+    """Largest ratio of the sides."""
+
+    def fitted(self, picture: Image.Image) -> GivenPicture:
+        """Return a picture as the model reads it: at most `max_pixels`, then the middle of it.
+
+        Args:
+            picture: RGB.
+
+        Raises:
+            InvalidRequestError: the picture is too small or too narrow.
+        """
+        width, height = picture.size
+        if min(width, height) < self.min_side or max(width, height) > self.max_ratio * min(width, height):
+            raise InvalidRequestError(
+                f"a reference picture is {width}x{height}; its sides must be at least {self.min_side} pixels and at "
+                f"most {self.max_ratio}:1, scale or crop it",
+                param="image",
+            )
+        if width * height > self.max_pixels:
+            scale = math.sqrt(self.max_pixels / (width * height))
+            width, height = int(width * scale), int(height * scale)
+            picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+        left, top = width % self.multiple // 2, height % self.multiple // 2
+        box = (left, top, left + width - width % self.multiple, top + height - height % self.multiple)
+        return GivenPicture(np.array(picture.crop(box)))
+
+    def check(self, references: Sequence[GivenPicture]) -> None:
+        """Check reference pictures that were fitted.
+
+        Raises:
+            InvalidRequestError: there are too many, or one was not fitted.
+        """
+        if len(references) > self.max_pictures:
+            raise InvalidRequestError(
+                f"image holds {len(references)} pictures; at most {self.max_pictures} references are read, send fewer",
+                param="image",
+            )
+        for width, height in (one.size for one in references):
+            if height % self.multiple or width % self.multiple or not 0 < width * height <= self.max_pixels:
+                raise InvalidRequestError(
+                    f"a reference picture is {width}x{height}; its sides must be multiples of {self.multiple} with at "
+                    f"most {self.max_pixels} pixels in all, use `ReferenceRule.fitted`",
+                    param="image",
+                )
+
+
+@dataclass(frozen=True)
+class Edit(GivenPicture):
+    """A picture to start from, and where it may change.
 
     Raises:
         InvalidRequestError: the strength is outside its range, or mask and picture have different sizes.
     """
 
-    pixels: NDArray[np.uint8] = field(compare=False, repr=False)
-    """The given picture, uint8 [H, W, 3], in the size of the picture to make."""
     strength: float
     """0 < strength <= 1: how much of the picture is made anew. Of K steps the last ceil(K strength) run."""
     mask: NDArray[np.uint8] | None = field(default=None, compare=False, repr=False)
     """uint8 [H, W]; the picture changes where it is at least `MASKED`. None changes all of it."""
     digest: str = field(init=False)
     """sha256 of picture and mask."""
-    picture_digest: str = field(init=False, compare=False)
-    """sha256 of the picture alone."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not isinstance(self.strength, int | float) or not 0.0 < self.strength <= 1.0:
             raise InvalidRequestError(
                 f"strength is {shown(self.strength)}; it must be above 0, which keeps the picture, and at most 1",
@@ -55,7 +140,6 @@ class Edit:
             sizes = [f"{shape[1]}x{shape[0]}" for shape in (self.mask.shape, self.pixels.shape)]
             raise InvalidRequestError(f"the mask is {sizes[0]} and the picture {sizes[1]}; send one size", param="mask")
         content = hashlib.sha256(self.pixels.tobytes())
-        object.__setattr__(self, "picture_digest", content.hexdigest())
         if self.mask is not None:
             content.update(self.mask.tobytes())
         object.__setattr__(self, "digest", content.hexdigest())
@@ -63,10 +147,6 @@ class Edit:
     def num_steps(self, num_inference_steps: int) -> int:
         """Return how many of K steps really run, 1..K."""
         return max(1, math.ceil(num_inference_steps * self.strength - 1e-9))
-
-    def to_tensor(self) -> Tensor:
-        """Return the picture as an encoder reads it, float32 [3, H, W] in [-1, 1]."""
-        return torch.from_numpy(self.pixels.transpose(2, 0, 1).astype(np.float32) / 127.5 - 1.0)
 
     def kept_latents(self, height: int, width: int) -> Tensor | None:
         """Return float32 [1, h, w]: 1 for each latent none of whose pixels may change; None without a mask."""

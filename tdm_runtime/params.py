@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 from tdm_runtime.checkpoint.frame_rule import MAX_FRAMES
 from tdm_runtime.checkpoint.recipe import MAX_FPS, MAX_GUIDANCE_SCALE, Recipe
-from tdm_runtime.edit import Edit
+from tdm_runtime.edit import Edit, GivenPicture, digest_of
 from tdm_runtime.errors import InvalidRequestError, shown
 
 DecoderName = Literal["full", "tiny"]
@@ -58,6 +58,20 @@ class SamplingParams:
     """"a1111" reads weights and BREAK in the prompt (`families.prompt_weights`), for CLIP; "plain" reads words."""
     edit: Edit | None = None
     """Picture to start from; None starts from noise alone."""
+    references: tuple[GivenPicture, ...] = ()
+    """Pictures that the denoiser reads beside the prompt, fitted by the model's `ReferenceRule`. With them, no edit."""
+
+    @property
+    def given_pictures(self) -> tuple[GivenPicture, ...]:
+        """All pictures that are encoded before the first step."""
+        return self.references if self.edit is None else (self.edit,)
+
+    @property
+    def edit_digest(self) -> str | None:
+        """sha256 of the given pictures and a mask; None for a picture that starts from noise alone."""
+        if self.edit is not None:
+            return self.edit.digest
+        return digest_of(self.references) if self.references else None
 
     @property
     def num_steps(self) -> int:
@@ -166,6 +180,12 @@ class SamplingParams:
             )
 
     def _check_edit(self, recipe: Recipe) -> None:
+        if self.references and self.edit is not None:
+            raise InvalidRequestError("edit and references are both given; a picture has one of them", param="image")
+        if self.references and recipe.references is None:
+            raise InvalidRequestError(f"{recipe.name} reads no reference pictures; leave them out", param="image")
+        if recipe.references is not None:
+            recipe.references.check(self.references)
         if self.edit is None:
             return
         if recipe.frames is not None:
@@ -174,7 +194,7 @@ class SamplingParams:
             raise InvalidRequestError(
                 f"noise_angle is {self.noise_angle}; an edit starts from the noise at angle 0", param="noise_angle"
             )
-        height, width, _ = self.edit.pixels.shape
+        width, height = self.edit.size
         if (width, height) != (self.width, self.height):
             raise InvalidRequestError(
                 f"the given picture is {width}x{height}; scale it to the size to make, {self.width}x{self.height}",

@@ -69,12 +69,13 @@ def to_usage(model: LoadedModel, pictures: Sequence[Picture]) -> Usage:
     """Return the number of tokens that were read and of latent positions that were made."""
     first = pictures[0]
     text_tokens = min(first.prompt.num_tokens, first.prompt.max_tokens)
+    image_tokens = sum(math.prod(shape[1:]) for shape in model.reference_shapes(first.params))
     output_tokens = math.prod(model.latent_shape(first.params)[1:]) * len(pictures)
     return Usage(
-        input_tokens=text_tokens,
-        input_tokens_details=InputTokenDetails(text_tokens=text_tokens),
+        input_tokens=text_tokens + image_tokens,
+        input_tokens_details=InputTokenDetails(text_tokens, image_tokens),
         output_tokens=output_tokens,
-        total_tokens=text_tokens + output_tokens,
+        total_tokens=text_tokens + image_tokens + output_tokens,
     )
 
 

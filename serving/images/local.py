@@ -318,6 +318,7 @@ def _card(served: Served) -> ModelCard:
         decoders=list(model.decoders),
         guidance_scale=recipe.guidance_scale,
         lora_scale=recipe.lora_scale,
+        max_references=recipe.references.max_pictures if recipe.references and model.reads_references else 0,
         backend=model.backend,
         parity_psnr_db={steps: round(found.psnr_db, 1) for steps, found in model.parity.items()},
         digest=model.digest,

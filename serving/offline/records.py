@@ -61,14 +61,14 @@ def key_of(order: ImageOrder, digest: str) -> str:
     """Return the hash of all that determines a picture's file, but its backend, which the receipt names."""
     (params,), encoding = order.pictures, order.encoding
     facts = [
-        {one.name: getattr(params, one.name) for one in fields(params) if one.name != "edit"},
+        {one.name: getattr(params, one.name) for one in fields(params) if one.name not in ("edit", "references")},
         order.model,
         digest,
         order.delivery.strict,
         [encoding.output_format, encoding.compression, encoding.metadata],
     ]
-    if params.edit is not None:
-        facts.append([params.edit.digest, params.edit.strength])
+    if params.edit_digest is not None:
+        facts.append([params.edit_digest, None if params.edit is None else params.edit.strength])
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

@@ -40,7 +40,6 @@ AS_THEY_ARE = (
     "num_frames",
     "seconds",
     "fps",
-    "image",
     "mask",
     "strength",
 )
@@ -59,6 +58,8 @@ def fields_of(request: pb.GenerateRequest | pb.GenerateVideoRequest) -> dict[str
     refuse_unknown(request)
     known = request.DESCRIPTOR.fields_by_name
     fields = {name: getattr(request, name) for name in AS_THEY_ARE if name in known and request.HasField(name)}
+    if isinstance(request, pb.GenerateRequest) and request.image:
+        fields["image"] = list(request.image)
     if request.HasField("size"):
         refuse_unknown(request.size)
         fields["size"] = f"{request.size.width}x{request.size.height}"

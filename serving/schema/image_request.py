@@ -16,7 +16,7 @@ from serving.schema.order import DeliveryOptions, ImageEncoding, ImageOrder, Res
 from serving.schema.parsing import nullable, parse_body, validate
 from serving.schema.prompt_tags import with_lora
 from tdm_runtime.checkpoint.recipe import MAX_GUIDANCE_SCALE, Recipe
-from tdm_runtime.edit import Edit
+from tdm_runtime.edit import Edit, GivenPicture
 from tdm_runtime.media.image_file import ImageFormat
 from tdm_runtime.params import (
     MAX_LORA_SCALE,
@@ -171,9 +171,13 @@ class ImageRequest(BaseModel):
         if self.prompt_syntax == "plain":
             yield from prompt_warnings(self.prompt)
 
-    def _edit(self, width: int, height: int) -> Edit | None:
+    def _edit(self, recipe: Recipe, width: int, height: int) -> Edit | None:
         """Return the picture to start from, in the size to make, in pixels; None starts from noise."""
         return None
+
+    def _references(self, recipe: Recipe) -> tuple[GivenPicture, ...]:
+        """Return the pictures that the model reads beside the prompt."""
+        return ()
 
     def _guidance(self, recipe: Recipe) -> float | None:
         """Return the guidance scale. 0 and 1 both mean none, which a model without an input for it always does."""
@@ -183,7 +187,6 @@ class ImageRequest(BaseModel):
         self, recipe: Recipe, default_seed: int | None, frames: int | None, fps: int | None
     ) -> tuple[SamplingParams, ...]:
         width, height = self._size(recipe)
-        edit = self._edit(width, height)
         seed = default_seed if self.seed is None else self.seed
         if seed is None:
             seed = secrets.randbelow(MAX_SEED + 1)
@@ -201,8 +204,9 @@ class ImageRequest(BaseModel):
             lora_scale=self.lora_scale,
             frames=frames,
             fps=fps,
-            edit=edit,
+            edit=self._edit(recipe, width, height),
             prompt_syntax=self.prompt_syntax,
+            references=self._references(recipe),
         )
         first.check_against(recipe)
         return tuple(replace(first, seed=(seed + n) % (MAX_SEED + 1)) for n in range(self.n))

@@ -38,6 +38,8 @@ class ModelCard:
     """Default of a request's guidance_scale; None where guidance is distilled into the weights."""
     lora_scale: float | None = None
     """Default of a request's lora_scale; None for a model that is no LoRA on a base."""
+    max_references: int = 0
+    """Most reference pictures of an edit; 0 for a model that reads none."""
     backend: str
     """Backend and precision that run the model, such as "openvino bf16"."""
     parity_psnr_db: dict[int, float]

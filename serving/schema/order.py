@@ -64,9 +64,9 @@ class ImageOrder:
     def cost(self) -> float:
         """What the order takes of a quota, in megapixel-steps; with an open step count, the most it can take.
 
-        Each frame of a clip counts as a picture.
+        Each frame of a clip and each reference count as a picture of their size.
         """
-        return sum(one.width * one.height * (one.frames or 1) * one.num_steps for one in self.pictures) / 1e6
+        return sum(_pixels(one) * one.num_steps for one in self.pictures) / 1e6
 
     def warned(self, *warnings: str) -> ImageOrder:
         """Return the same order with further warnings."""
@@ -83,3 +83,9 @@ class ImageOrder:
     def within(self, latency_budget_ms: float) -> ImageOrder:
         """Return the same order with a latency budget, in milliseconds."""
         return replace(self, delivery=replace(self.delivery, latency_budget_ms=latency_budget_ms))
+
+
+def _pixels(params: SamplingParams) -> int:
+    """Return the number of pixels that each step works on."""
+    references = sum(width * height for width, height in (one.size for one in params.references))
+    return params.width * params.height * (params.frames or 1) + references

@@ -42,7 +42,7 @@ def to_job_request(plan: PlannedClip, request: VideoRequest) -> dict[str, Any]:
     order, num_frames, fps = plan
     sampling = asdict(order.pictures[0])
     del sampling["noise_angle"]  # each frame of a walk has its own
-    del sampling["edit"]
+    del sampling["edit"], sampling["references"]
     seconds = int(request.seconds) if request.seconds is not None else max(1, round(num_frames / fps))
     kept = {"strict": request.strict, "output_format": request.output_format}
     return {"sampling": sampling, "seconds": seconds, "num_frames": num_frames, "fps": fps, **kept}

@@ -49,11 +49,18 @@ class Interface:
     output: TensorSpec
     further_outputs: tuple[TensorSpec, ...] = ()
     """Outputs after the first: what a decoder of clips keeps for its next part."""
+    optional_inputs: tuple[TensorSpec, ...] = ()
+    """Further inputs, which a call brings all or none of. Only torch runs them; compiled programs have none."""
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
         """All outputs, in order."""
         return (self.output, *self.further_outputs)
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """Names of all inputs, in order, the optional ones last."""
+        return tuple(spec.name for spec in (*self.inputs, *self.optional_inputs))
 
     @property
     def size_names(self) -> tuple[str, ...]:

@@ -39,7 +39,7 @@ class TorchBackend:
         self.device = device
         self._dtype = dtype
         self._threads = threads
-        self._names = [spec.name for spec in interface.inputs] if interface else None
+        self._names = interface.input_names if interface else ()
         self._kept_float32 = interface.kept_float32 if interface else {"timesteps"}  # bfloat16 rounds 999 to 1000
         module = module.to(device=device, dtype=dtype).eval()
         # In 16 bits channels last is several times faster than the default. 5-D weights of videos have no such order.
@@ -55,14 +55,16 @@ class TorchBackend:
         return self._run(self._cast(inputs))
 
     def _run(self, inputs: Sequence[Tensor]) -> Tensor:
-        if self._names is None:
-            output = self._module(*inputs)
+        if self._names:
+            output = self._module(**dict(zip(self._names[: len(inputs)], inputs, strict=True)))
         else:
-            output = self._module(**dict(zip(self._names, inputs, strict=True)))
+            output = self._module(*inputs)
         return output.float() if output.is_floating_point() else output
 
     def _cast(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        names = self._names or ["timesteps" if tensor is not None and tensor.ndim == 1 else "" for tensor in inputs]
+        names = self._names[: len(inputs)] or [
+            "timesteps" if tensor is not None and tensor.ndim == 1 else "" for tensor in inputs
+        ]
         return [
             tensor.to(self._dtype)
             if tensor is not None and tensor.is_floating_point() and name not in self._kept_float32

@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 from tdm_runtime.checkpoint.file_hashes import parse_hashes
 from tdm_runtime.checkpoint.frame_rule import FrameRule, parse_frame_rule
 from tdm_runtime.checkpoint.size_rule import SizeRule, parse_size_rule
+from tdm_runtime.edit import ReferenceRule
 from tdm_runtime.errors import RecipeError
 from tdm_runtime.sampling.schedule import (
     DiffusionSchedule,
@@ -116,6 +117,8 @@ class Recipe:
     """Numbers of frames that clips may have; None for a model that makes pictures."""
     fps: int | None = None
     """Frames per second of a clip whose request names none; None for a model that makes pictures."""
+    references: ReferenceRule | None = None
+    """Rule of reference pictures, by the family; None for a model that reads none. No field of the file."""
 
     @property
     def default_frames(self) -> int | None:
@@ -237,7 +240,7 @@ def parse_recipe(raw: Any) -> Recipe:
             f"format is {raw.get('format')!r}, this version reads {RECIPE_FORMAT}; "
             "install the version that the checkpoint was made for"
         )
-    known = {f.name for f in fields(Recipe)} - {"lora_scale"} | {"format"}
+    known = {f.name for f in fields(Recipe)} - {"lora_scale", "references"} | {"format"}
     if unknown := sorted(set(raw) - known):
         raise RecipeError(f"unknown fields {unknown}; this version knows {sorted(known)}")
     if missing := sorted(known - OPTIONAL_FIELDS - set(raw)):

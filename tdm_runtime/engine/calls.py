@@ -88,12 +88,13 @@ class ModelCalls:
             prompts = text_encoder.encode_all([sample.model.prompt_key(sample.params) for sample in readers])
             for sample, prompt in zip(readers, prompts, strict=True):
                 sample.prompt = prompt
-                sample.conditioning = sample.model.conditioning(prompt, sample.params)
         return [None] * len(samples)
 
     def _prepared(self, samples: Sequence[Sample]) -> list[TDMError | None]:
         self._encoded([sample for sample in samples if sample.prompt is None])
         for sample in samples:
+            assert sample.prompt is not None
+            sample.conditioning = sample.model.conditioning(sample.prompt, sample.params)
             start = sample.model.start(sample.params)
             sample.noise, sample.known = start.noise, start.known
             sample.latents = start.latents(sample.table)
@@ -130,7 +131,7 @@ class ModelCalls:
 def _pictures_encoded(samples: Sequence[Sample]) -> list[TDMError | None]:
     encoder = samples[0].model.encoder  # samples of one lane share their base
     assert encoder is not None
-    encoder.encode_all([sample.params.edit for sample in samples if sample.params.edit is not None])
+    encoder.encode_all([picture for sample in samples for picture in sample.params.given_pictures])
     return [None] * len(samples)
 
 

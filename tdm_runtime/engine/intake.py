@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 from tdm_runtime.engine.delivery import Delivery
@@ -25,6 +27,14 @@ def call_kind(model: LoadedModel, stage: str, shape: tuple[int, ...] = ()) -> Ki
         return Kind(stage, shape, model.name)
     is_shared = stage.startswith("decode") or stage == "encode_image"
     return Kind(stage, shape, model.base if is_shared else f"{model.base} with LoRAs")
+
+
+def joined(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """Return the shape of one row with as many latents as several shapes have; a single shape stays as it is.
+
+    Latents and references of a step cost about as much as latents alone of this size.
+    """
+    return shapes[0] if len(shapes) == 1 else (shapes[0][0], 1, sum(math.prod(shape[1:]) for shape in shapes))
 
 
 class Intake:
@@ -50,7 +60,9 @@ class Intake:
         model.check(params)
         shape, order = model.latent_shape(params), next(self._order)
         open_counts = delivery.open_step_counts(params, model.recipe.step_counts)
-        edit, encoder = params.edit, model.encoder
+        edit, references = params.edit, model.reference_shapes(params)
+        unknown = [] if model.encoder is None else [*map(model.encoder.expect, params.given_pictures)]
+        encoded = [*itertools.compress(references or [shape], unknown)]
         open_steps = sorted({count if edit is None else edit.num_steps(count) for count in open_counts})
         key = model.prompt_key(params)
         is_alone = delivery.strict and not model.is_batch_invariant
@@ -60,7 +72,7 @@ class Intake:
         decodes = model.decoders[params.decoder].calls(shape)
         cut = order if decodes.number > 1 else alone
         sample = Sample(
-            denoise=Lane(call_kind(model, "denoise", shape), alone),
+            denoise=Lane(call_kind(model, "denoise", joined([shape, *references])), alone, references),
             decode=Lane(call_kind(model, f"decode:{params.decoder}", decodes.shape), cut),
             decodes_left=decodes.number,
             steps_left=params.num_steps,
@@ -69,8 +81,8 @@ class Intake:
             open_counts=open_counts,
             needs_text=model.text_encoder.expect(key),
             text=call_kind(model, "text"),
-            needs_image=edit is not None and encoder is not None and encoder.expect(edit),
-            image=call_kind(model, "encode_image", shape),
+            needs_image=bool(encoded),
+            image=call_kind(model, "encode_image", joined(encoded or [shape])),
             preview=call_kind(model, f"decode:{model.preview_decoder}", preview_shape(shape)),
             previews_left=delivery.num_previews,
             model=model,

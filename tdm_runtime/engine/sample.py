@@ -32,7 +32,7 @@ class Timings:
     """Time spent waiting: before the first call and between calls."""
     text_ms: float = 0.0
     image_ms: float = 0.0
-    """Time of encoding a given picture."""
+    """Time of encoding given pictures."""
     steps_ms: list[float] = field(default_factory=list)
     decode_ms: float = 0.0
     waits_ms: list[float] = field(default_factory=list)
@@ -100,7 +100,7 @@ class Sample(Work):
     decoding: Iterator[Pixels | None] | None = None
     """Its decode, once begun, where it takes more than one call."""
     conditioning: Conditioning | None = None
-    """What the denoiser reads of prompt and size; None until the first step is due."""
+    """What the denoiser reads of prompt, size and references; None until the first step is due."""
     timings: Timings = field(default_factory=Timings)
 
     @property
@@ -114,10 +114,9 @@ class Sample(Work):
         return self.model.text_encoder, self.model.prompt_key(self.params)
 
     @property
-    def picture_key(self) -> tuple[PictureEncoder | None, str | None]:
-        """What the latents of its given picture depend on: edits of one key share them."""
-        edit = self.params.edit
-        return self.model.encoder, None if edit is None else edit.picture_digest
+    def picture_key(self) -> tuple[PictureEncoder | None, tuple[str, ...]]:
+        """What the latents of its given pictures depend on: edits of one key share them."""
+        return self.model.encoder, tuple(one.picture_key for one in self.params.given_pictures)
 
     @property
     def step_index(self) -> int:

@@ -11,14 +11,17 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from tdm_runtime.edit import GivenPicture
 from tdm_runtime.engine.delivery import Delivery
 from tdm_runtime.engine.engine import DiffusionEngine
-from tdm_runtime.engine.intake import call_kind
+from tdm_runtime.engine.intake import call_kind, joined
 from tdm_runtime.families.conditioning import Conditioning
 from tdm_runtime.model.decoder import Decoder
 from tdm_runtime.model.encoder import PictureEncoder
@@ -95,6 +98,10 @@ def _learn_costs(engine: DiffusionEngine, model: LoadedModel) -> None:
         params = SamplingParams(PROMPT, 0, steps, width, height, frames=frames)
         shape = model.latent_shape(params)
         spent_s += _learn(engine, call_kind(model, "denoise", shape), _denoise(engine, model, params))
+        if model.reads_references and (width, height) == model.recipe.native_sizes[0]:
+            params = replace(params, references=(GivenPicture(np.zeros((height, width, 3), np.uint8)),))
+            kind = call_kind(model, "denoise", joined([shape, *model.reference_shapes(params)]))
+            spent_s += _learn(engine, kind, _denoise(engine, model, params))
         for name, decoder in model.decoders.items():
             calls = decoder.calls(shape)
             kind = call_kind(model, f"decode:{name}", calls.shape)

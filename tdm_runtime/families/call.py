@@ -14,6 +14,9 @@ ADAPTERS = "adapters"
 LORA_FACTORS = "lora_factors"
 """Input of a denoiser that LoRAs share: a factor on what each sample's LoRA adds, float32 [B]."""
 
+REFERENCES = ("reference_tokens", "reference_positions")
+"""Inputs of a denoiser that reads reference pictures; see `Conditioning`."""
+
 
 def denoiser_arguments(
     names: Sequence[str],
@@ -27,7 +30,8 @@ def denoiser_arguments(
     """Return the tensors of one denoiser call in the order of its interface.
 
     Args:
-        names: Inputs of the denoiser's `Interface`, in order.
+        names: Inputs of the denoiser's `Interface`, in order. References, which come last, are left out where the
+            prompt has none.
         latents: [B, C, H, W], of clips [B, C, F, H, W].
         timesteps: float32 [B].
         step_counts: K of each sample, int64 [B]. None calls a torch denoiser without K, as a teacher is called.
@@ -39,6 +43,8 @@ def denoiser_arguments(
     """
     known = {"latents": latents, "timesteps": timesteps, "step_counts": step_counts}
     known |= {ADAPTERS: adapters, LORA_FACTORS: lora_factors}
+    if prompt.reference_tokens is None:
+        names = [name for name in names if name not in REFERENCES]
     arguments = tuple(known[name] if name in known else getattr(prompt, name, None) for name in names)
     for name, argument in zip(names, arguments, strict=True):
         if argument is None and name != "step_counts":

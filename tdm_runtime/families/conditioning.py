@@ -22,6 +22,10 @@ class Conditioning:
     """[B, 6]: original height, width, crop top, left, target height, width, in pixels; SDXL."""
     guidance: Tensor | None = None
     """[B], guidance scale that the model was distilled to read, such as 3.5; FLUX.1-dev, SANA-Sprint, LCM."""
+    reference_tokens: Tensor | None = None
+    """[B, N, C], latents of the reference pictures, one token each; FLUX.2."""
+    reference_positions: Tensor | None = None
+    """int64 [B, N, axes], positions of these tokens. They are the same in every sample of a call."""
 
     def __len__(self) -> int:
         return len(self.prompt_embeds)
@@ -31,9 +35,10 @@ class Conditioning:
         prompt_embeds, *rest = self.tensors()
         return Conditioning(prompt_embeds[index], *(None if t is None else t[index] for t in rest))
 
-    def tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    def tensors(self) -> tuple[Tensor, *tuple[Tensor | None, ...]]:
         """Return the fields in the order of a denoiser's `forward`."""
-        return self.prompt_embeds, self.pooled_prompt_embeds, self.attention_mask, self.time_ids, self.guidance
+        rest = (self.pooled_prompt_embeds, self.attention_mask, self.time_ids, self.guidance)
+        return self.prompt_embeds, *rest, self.reference_tokens, self.reference_positions
 
     @classmethod
     def cat(cls, first: Conditioning, second: Conditioning) -> Conditioning:

@@ -90,6 +90,8 @@ class Denoiser(nn.Module, ABC):
         attention_mask: Tensor | None = None,
         time_ids: Tensor | None = None,
         guidance: Tensor | None = None,
+        reference_tokens: Tensor | None = None,
+        reference_positions: Tensor | None = None,
     ) -> Tensor:
         """Predict the model output.
 
@@ -98,7 +100,8 @@ class Denoiser(nn.Module, ABC):
             timesteps: whole or fractional, [B].
             step_counts: [B], the K of each sample; unread if the model has no input for it. With None the model
                 runs without K, exactly as it was pretrained; teachers are called so.
-            prompt_embeds, pooled_prompt_embeds, attention_mask, time_ids, guidance: see `Conditioning`.
+            prompt_embeds, pooled_prompt_embeds, attention_mask, time_ids, guidance, reference_tokens,
+                reference_positions: see `Conditioning`.
 
         Returns:
             Model output of the latents' shape, of the recipe's prediction type.
@@ -106,7 +109,8 @@ class Denoiser(nn.Module, ABC):
         Raises:
             ValueError: the model reads a part of the conditioning that is None.
         """
-        prompt = Conditioning(prompt_embeds, pooled_prompt_embeds, attention_mask, time_ids, guidance)
+        texts = (prompt_embeds, pooled_prompt_embeds, attention_mask, time_ids, guidance)
+        prompt = Conditioning(*texts, reference_tokens, reference_positions)
         return self.predict(latents, timesteps, self._embedded(step_counts), prompt)
 
     @abstractmethod
@@ -136,6 +140,9 @@ class Denoiser(nn.Module, ABC):
                 *(batched(name, dtype, shape) for name, (dtype, shape) in self.conditioning_inputs(tokens).items()),
             ),
             batched("model_output", "float32", latents),
+            optional_inputs=tuple(
+                batched(name, dtype, shape) for name, (dtype, shape) in self.optional_inputs().items()
+            ),
         )
 
     def conditioning_inputs(self, tokens: int | str) -> Mapping[str, tuple[DType, Sequence[int | str]]]:
@@ -146,6 +153,10 @@ class Denoiser(nn.Module, ABC):
         Args:
             tokens: see `interface`.
         """
+        return {}
+
+    def optional_inputs(self) -> Mapping[str, tuple[DType, Sequence[int | str]]]:
+        """Return what only some calls bring, as `conditioning_inputs` does: reference pictures."""
         return {}
 
     def read_guidance(self) -> None:

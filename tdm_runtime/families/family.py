@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from tdm_runtime.edit import ReferenceRule
 from tdm_runtime.errors import CheckpointError
 from tdm_runtime.families.conditioning import Conditioning
 from tdm_runtime.families.denoiser import Denoiser
@@ -97,6 +98,8 @@ class Family(ABC):
     """Names of the VAE classes in diffusers: the full one, then tiny ones with the same latents."""
     decoder: ClassVar[type[DecoderModule]] = DecoderModule
     """Module that decodes latents with any of these VAEs."""
+    references: ClassVar[ReferenceRule | None] = None
+    """Rule of the reference pictures that the denoiser reads; None where it reads none."""
 
     def is_denoiser(self, model: Any) -> bool:
         """Return whether a diffusers model is this family's denoiser."""
@@ -181,6 +184,15 @@ class Family(ABC):
         mean, std = encoded_by(vae, pixels)
         scaling = LatentScaling.of(vae.config)
         return scaling.from_vae(mean), scaling.std_from_vae(std)
+
+    def reference_tokens(self, latents: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return `Conditioning.reference_tokens` and `reference_positions` of one sample. Only families with
+        `references` have it.
+
+        Args:
+            latents: those of each picture, [C, h, w].
+        """
+        raise NotImplementedError(f"{self.name} reads no reference pictures")
 
     def tokenizer(self, encoders: TextEncoders) -> Any:
         """Return the tokenizer of the text encoder that reads the most: the last one that the pipeline has."""

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from tdm_runtime.checkpoint.recipe import Recipe
 from tdm_runtime.edit import Edit
 from tdm_runtime.errors import InvalidRequestError
 
@@ -81,6 +82,27 @@ def to_edit(picture: Image.Image, strength: float, width: int, height: int, mask
     if mask is not None:
         pixels_of_mask = np.array(mask.resize((width, height), Image.Resampling.NEAREST))
     return Edit(np.array(scaled), strength, pixels_of_mask)
+
+
+def are_references(count: int, recipe: Recipe, starts_from_one: bool) -> bool:
+    """Return whether given pictures are references: the model reads them, and it does not start from one.
+
+    Args:
+        count: number of pictures.
+        starts_from_one: whether the request has a strength or a mask.
+
+    Raises:
+        InvalidRequestError: there is none, or more than the model takes.
+    """
+    rule = None if starts_from_one else recipe.references
+    most = 1 if rule is None else rule.max_pictures
+    if 1 <= count <= most:
+        return rule is not None
+    takes = f"{recipe.name} reads at most {most} references" if rule else f"{recipe.name} starts from one picture"
+    remedy = f"send {'one' if most == 1 else 'fewer' if count else 'at least one'}"
+    if rule is None and recipe.references is not None:
+        remedy += ", or leave strength and mask out for references"
+    raise InvalidRequestError(f"image holds {count} pictures; {takes}, {remedy}", param="image")
 
 
 def distorts(picture: Image.Image, width: int, height: int) -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 import pydantic
 from PIL import Image, UnidentifiedImageError
 
-from tdm_runtime.edit import Edit
+from tdm_runtime.edit import Edit, GivenPicture
 from tdm_runtime.errors import InvalidRequestError
 from tdm_runtime.media.image_file import RECEIPT_CHUNK
 from tdm_runtime.media.video_file import is_video, read_receipt
@@ -65,26 +65,23 @@ class Receipt:
     strength: float | None = None
     """See `Edit`; None for a picture that started from noise."""
     edit_sha256: str | None = None
-    """`Edit.digest` of the given picture and its mask, in the size that was made."""
+    """`SamplingParams.edit_digest` of the given pictures."""
     watermark: Watermark | None = None
     """Watermark that the pixels have; None without one."""
+    references: tuple[str, ...] = ()
+    """Size of each reference picture as the model read it, "WxH"; empty without any."""
 
-    def to_params(self, edit: Edit | None = None) -> SamplingParams:
+    def to_params(self, edit: Edit | None = None, references: tuple[GivenPicture, ...] = ()) -> SamplingParams:
         """Return the parameters that make the picture again.
 
         Args:
             edit: Picture that the receipt's one started from.
+            references: Reference pictures of the receipt, fitted by the model's rule.
 
         Raises:
             InvalidRequestError: a value outside its limits, or the given picture is missing or another one.
         """
-        if self.edit_sha256 != (None if edit is None else edit.digest):
-            wanted = "starts from noise" if self.edit_sha256 is None else f"starts from {self.edit_sha256[:12]}"
-            given = "none was given" if edit is None else f"{edit.digest[:12]} was given"
-            raise InvalidRequestError(
-                f"the receipt's picture {wanted} and {given}; give its own picture and mask with --image and --mask"
-            )
-        return SamplingParams(
+        params = SamplingParams(
             prompt=self.prompt,
             seed=self.seed,
             num_inference_steps=self.num_inference_steps,
@@ -97,7 +94,15 @@ class Receipt:
             frames=self.frames,
             edit=edit,
             prompt_syntax=self.prompt_syntax,
+            references=references,
         )
+        if self.edit_sha256 != params.edit_digest:
+            wanted = "starts from noise" if self.edit_sha256 is None else f"starts from {self.edit_sha256[:12]}"
+            given = "none was given" if params.edit_digest is None else f"{params.edit_digest[:12]} was given"
+            raise InvalidRequestError(
+                f"the receipt's picture {wanted} and {given}; give its own pictures and mask with --image and --mask"
+            )
+        return params
 
     def to_json(self) -> str:
         return _ADAPTER.dump_json(self).decode()
@@ -135,8 +140,9 @@ def receipt_of(
         prompt_syntax=params.prompt_syntax,
         threads=model.threads if _depends_on_threads(model, params) else None,
         strength=None if params.edit is None else params.edit.strength,
-        edit_sha256=None if params.edit is None else params.edit.digest,
+        edit_sha256=params.edit_digest,
         watermark=watermark,
+        references=tuple(f"{width}x{height}" for width, height in (one.size for one in params.references)),
     )
 
 

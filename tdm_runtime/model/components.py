@@ -6,6 +6,7 @@ Backends run them and exporters compile them. An `Interface` states what goes in
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -68,7 +69,7 @@ def load_programs(
     """
     module, interface = load_component(checkpoint, name, dtype)
     if not isinstance(module, ClipDecoderModule):
-        return {name: (module, interface)}
+        return {name: (module, replace(interface, optional_inputs=()))}
     parts = [ClipPart(module, kind) for kind in module.kinds]
     return {f"{name}_{part.kind.name}": (part, part.interface()) for part in parts}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tdm_runtime.backends import Backend
-from tdm_runtime.edit import Edit
+from tdm_runtime.edit import GivenPicture
 from tdm_runtime.model.decoder import MAX_CALL_PIXELS
 
 CACHED_PICTURES = 32
@@ -43,25 +43,27 @@ class PictureEncoder:
         """Whether pictures share calls. They do not where their bits would depend on their company."""
         return self.backend.is_batch_invariant
 
-    def expect(self, edit: Edit) -> bool:
+    def expect(self, picture: GivenPicture) -> bool:
         """Return whether a picture has to be encoded."""
-        return edit.picture_digest not in self._cache
+        return picture.picture_key not in self._cache
 
-    def encode_all(self, edits: Sequence[Edit]) -> list[EncodedPicture]:
-        """Return the latents of pictures of one size. Those that are not cached share calls."""
-        by_digest = {edit.picture_digest: edit for edit in edits}
-        found = {digest: known for digest in by_digest if (known := self._cache.get(digest)) is not None}
-        missing = [digest for digest in by_digest if digest not in found]
-        if missing:
-            pixels = torch.stack([by_digest[digest].to_tensor() for digest in missing])
+    def encode_all(self, pictures: Sequence[GivenPicture]) -> list[EncodedPicture]:
+        """Return the latents of pictures. Those of one size that are not cached share calls."""
+        by_key = {picture.picture_key: picture for picture in pictures}
+        found = {key: known for key in by_key if (known := self._cache.get(key)) is not None}
+        by_size: defaultdict[tuple[int, ...], list[str]] = defaultdict(list)
+        for key in (key for key in by_key if key not in found):
+            by_size[by_key[key].pixels.shape].append(key)
+        for missing in by_size.values():
+            pixels = torch.stack([by_key[key].to_tensor() for key in missing])
             latents = self.encode(pixels.to(self.backend.device))
-            found |= {digest: EncodedPicture(*one.chunk(2)) for digest, one in zip(missing, latents, strict=True)}
-        for digest in by_digest:
-            self._cache[digest] = found[digest]
-            self._cache.move_to_end(digest)
+            found |= {key: EncodedPicture(*one.chunk(2)) for key, one in zip(missing, latents, strict=True)}
+        for key in by_key:
+            self._cache[key] = found[key]
+            self._cache.move_to_end(key)
         while len(self._cache) > CACHED_PICTURES:
             self._cache.popitem(last=False)
-        return [found[edit.picture_digest] for edit in edits]
+        return [found[picture.picture_key] for picture in pictures]
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Return [B, 2C, h, w], means then standard deviations, for pixels [B, 3, H, W] in [-1, 1]."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -159,13 +160,13 @@ def _assembled(
     else:
         text_encoder = _text_encoder(checkpoint, device, text)
     return LoadedModel(
-        recipe=checkpoint.recipe,
+        recipe=replace(checkpoint.recipe, references=checkpoint.family.references),
         digest=checkpoint.digest,
         backend=backend,
         text_encoder=text_encoder,
         family=checkpoint.family,
         denoiser=denoiser,
-        denoiser_inputs=tuple(spec.name for spec in interface.inputs),
+        denoiser_inputs=interface.input_names,
         decoders=decoders,
         encoder=encoder,
         geometry=checkpoint.geometry,

@@ -13,7 +13,7 @@ from tdm_runtime.backends import Backend
 from tdm_runtime.checkpoint.manifest import PictureParity
 from tdm_runtime.checkpoint.recipe import Recipe
 from tdm_runtime.errors import InvalidRequestError
-from tdm_runtime.families.call import denoiser_arguments
+from tdm_runtime.families.call import REFERENCES, denoiser_arguments
 from tdm_runtime.families.conditioning import Conditioning
 from tdm_runtime.families.family import Family
 from tdm_runtime.families.latent_space import LatentGeometry
@@ -86,6 +86,15 @@ class LoadedModel:
         """Shape of a request's latents: [C, H, W], of a clip [C, F, H, W]."""
         return self.geometry.latent_shape(params.width, params.height, params.frames or 1)
 
+    @property
+    def reads_references(self) -> bool:
+        """Whether its backend reads the reference pictures that the family takes."""
+        return set(REFERENCES) <= set(self.denoiser_inputs)
+
+    def reference_shapes(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        """Shape of the latents of each reference picture, [C, h, w]."""
+        return tuple(self.geometry.latent_shape(*one.size, 1) for one in params.references)
+
     def noise(self, params: SamplingParams, first_draw: int = 0, step_draw: int = 1) -> SeedNoise:
         """Return the noise of a request, in the shape of its latents. Draws are those of `SeedNoise`."""
         return SeedNoise(
@@ -150,6 +159,11 @@ class LoadedModel:
         scale = self.recipe.guidance_scale if params.guidance_scale is None else params.guidance_scale
         if scale is not None:
             found = replace(found, guidance=torch.tensor([float(scale)], device=device))
+        if params.references:
+            assert self.encoder is not None, "models that make pictures have an encoder"
+            latents = [one.mean.to(device) for one in self.encoder.encode_all(params.references)]
+            tokens, positions = self.family.reference_tokens(latents)
+            found = replace(found, reference_tokens=tokens, reference_positions=positions)
         return found
 
     def embedding(self, params: SamplingParams) -> PromptEmbedding:
@@ -164,9 +178,15 @@ class LoadedModel:
         """Check that this model serves a request.
 
         Raises:
-            InvalidRequestError: a step count, size, decoder or prompt syntax that it does not have.
+            InvalidRequestError: a step count, size, decoder, prompt syntax or reference pictures that it does not have.
         """
         params.check_against(self.recipe)
+        if params.references and not self.reads_references:
+            raise InvalidRequestError(
+                f"the references of {self.name} are read by torch, and it runs on {self.backend}: send strength to "
+                "start from the picture, or run the model with --backend torch",
+                param="image",
+            )
         if params.decoder not in self.decoders:
             raise InvalidRequestError(
                 f"decoder is {params.decoder!r}; {self.name} has {', '.join(self.decoders)}", param="decoder"

@@ -138,13 +138,13 @@ class AdapterBank:
         self.name = f"torch {'bf16' if dtype == torch.bfloat16 else 'fp32'}"
         self.backend = TorchBackend(module, device, dtype, threads, interface)
         """Runs the module with the LoRAs of `layers.during`."""
-        self.inputs = (*(spec.name for spec in interface.inputs), ADAPTERS, LORA_FACTORS)
+        self.inputs = (ADAPTERS, LORA_FACTORS, *interface.input_names)
         """Names of the inputs, in order."""
         self.layers = LoraLayers(module.get_submodule("model"), dtype)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         """Run the module with the tensors of `inputs`."""
-        *usual, adapters, factors = inputs
+        adapters, factors, *usual = inputs
         samples = {number: (adapters == number).nonzero()[:, 0] for number in set(adapters.tolist())}
         with self.layers.during({number: (indices, factors[indices]) for number, indices in samples.items()}):
             return self.backend(*usual)

@@ -215,9 +215,10 @@ def _padded(prompt: Conditioning, tokens: int) -> Conditioning:
     missing = tokens - prompt.prompt_embeds.shape[1]
     if missing == 0:
         return prompt
-    embeds, pooled, mask, *rest = prompt.tensors()
+    mask = prompt.attention_mask
     assert mask is not None, "a family whose prompts differ in length has a mask"
-    return Conditioning(functional.pad(embeds, (0, 0, 0, missing)), pooled, functional.pad(mask, (0, missing)), *rest)
+    embeds = functional.pad(prompt.prompt_embeds, (0, 0, 0, missing))
+    return replace(prompt, prompt_embeds=embeds, attention_mask=functional.pad(mask, (0, missing)))
 
 
 class TextEncoder:

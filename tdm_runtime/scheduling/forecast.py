@@ -33,6 +33,7 @@ def choose(ordered: Sequence[Item], costs: CostModel, capacity: int) -> list[Ite
     if readers := [item for item in batch if item.needs_text]:
         return readers[: costs.batch_size(readers[0].text, min(capacity, len(readers)))]
     if editors := [item for item in batch if item.needs_image]:
+        editors = [item for item in editors if item.image == editors[0].image]
         return editors[: costs.batch_size(editors[0].image, min(capacity, len(editors)))]
     return batch
 

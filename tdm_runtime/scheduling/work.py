@@ -27,11 +27,13 @@ class Lane(NamedTuple):
     kind: Kind
     alone: int | None = None
     """Unique number of a sample that shares no call; None for the others."""
+    references: tuple[tuple[int, ...], ...] = ()
+    """Shapes of the latents of reference pictures, which are the same in every sample of a call."""
 
 
 @dataclass(eq=False, kw_only=True)
 class Work:
-    """A sample as the scheduler sees it: a prompt and a given picture unless they are cached, denoiser steps, then a
+    """A sample as the scheduler sees it: a prompt and given pictures unless they are cached, denoiser steps, then a
     decode in calls."""
 
     denoise: Lane
@@ -62,7 +64,7 @@ class Work:
     text: Kind = TEXT
     """Kind of that call."""
     needs_image: bool = False
-    """Whether a given picture must be encoded before its first step, after its prompt. That is a call of its own."""
+    """Whether given pictures must be encoded before its first step, after its prompt. That is a call of its own."""
     image: Kind = NO_CALL
     """Kind of that call."""
     preview: Kind = NO_CALL

@@ -73,11 +73,11 @@ class GenerateRequest(_message.Message):
     output_compression: int
     metadata: bool
     lora_scale: float
-    image: bytes
+    image: _containers.RepeatedScalarFieldContainer[bytes]
     mask: bytes
     strength: float
     prompt_syntax: str
-    def __init__(self, prompt: _Optional[str] = ..., model: _Optional[str] = ..., n: _Optional[int] = ..., size: _Optional[_Union[Size, _Mapping]] = ..., seed: _Optional[int] = ..., num_inference_steps: _Optional[int] = ..., auto_steps: _Optional[_Union[AutoSteps, _Mapping]] = ..., latency_budget_ms: _Optional[float] = ..., strict: _Optional[bool] = ..., decoder: _Optional[_Union[Decoder, str]] = ..., guidance_scale: _Optional[float] = ..., negative_prompt: _Optional[str] = ..., output_format: _Optional[_Union[OutputFormat, str]] = ..., output_compression: _Optional[int] = ..., metadata: _Optional[bool] = ..., lora_scale: _Optional[float] = ..., image: _Optional[bytes] = ..., mask: _Optional[bytes] = ..., strength: _Optional[float] = ..., prompt_syntax: _Optional[str] = ...) -> None: ...
+    def __init__(self, prompt: _Optional[str] = ..., model: _Optional[str] = ..., n: _Optional[int] = ..., size: _Optional[_Union[Size, _Mapping]] = ..., seed: _Optional[int] = ..., num_inference_steps: _Optional[int] = ..., auto_steps: _Optional[_Union[AutoSteps, _Mapping]] = ..., latency_budget_ms: _Optional[float] = ..., strict: _Optional[bool] = ..., decoder: _Optional[_Union[Decoder, str]] = ..., guidance_scale: _Optional[float] = ..., negative_prompt: _Optional[str] = ..., output_format: _Optional[_Union[OutputFormat, str]] = ..., output_compression: _Optional[int] = ..., metadata: _Optional[bool] = ..., lora_scale: _Optional[float] = ..., image: _Optional[_Iterable[bytes]] = ..., mask: _Optional[bytes] = ..., strength: _Optional[float] = ..., prompt_syntax: _Optional[str] = ...) -> None: ...
 
 class GenerateStreamRequest(_message.Message):
     __slots__ = ("picture", "partial_images", "draft")
@@ -276,7 +276,7 @@ class Timings(_message.Message):
     def __init__(self, queue_ms: _Optional[float] = ..., text_ms: _Optional[float] = ..., steps_ms: _Optional[_Iterable[float]] = ..., decode_ms: _Optional[float] = ..., encode_ms: _Optional[float] = ..., total_ms: _Optional[float] = ..., image_ms: _Optional[float] = ...) -> None: ...
 
 class Receipt(_message.Message):
-    __slots__ = ("model", "digest", "prompt", "seed", "num_inference_steps", "width", "height", "decoder", "backend", "bucket", "is_strict", "pixels_sha256", "guidance_scale", "lora_scale", "frames", "threads", "strength", "edit_sha256", "prompt_syntax", "watermark")
+    __slots__ = ("model", "digest", "prompt", "seed", "num_inference_steps", "width", "height", "decoder", "backend", "bucket", "is_strict", "pixels_sha256", "guidance_scale", "lora_scale", "frames", "threads", "strength", "edit_sha256", "prompt_syntax", "watermark", "references")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
@@ -297,6 +297,7 @@ class Receipt(_message.Message):
     EDIT_SHA256_FIELD_NUMBER: _ClassVar[int]
     PROMPT_SYNTAX_FIELD_NUMBER: _ClassVar[int]
     WATERMARK_FIELD_NUMBER: _ClassVar[int]
+    REFERENCES_FIELD_NUMBER: _ClassVar[int]
     model: str
     digest: str
     prompt: str
@@ -317,7 +318,8 @@ class Receipt(_message.Message):
     edit_sha256: str
     prompt_syntax: str
     watermark: str
-    def __init__(self, model: _Optional[str] = ..., digest: _Optional[str] = ..., prompt: _Optional[str] = ..., seed: _Optional[int] = ..., num_inference_steps: _Optional[int] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., decoder: _Optional[str] = ..., backend: _Optional[str] = ..., bucket: _Optional[_Iterable[int]] = ..., is_strict: _Optional[bool] = ..., pixels_sha256: _Optional[str] = ..., guidance_scale: _Optional[float] = ..., lora_scale: _Optional[float] = ..., frames: _Optional[int] = ..., threads: _Optional[int] = ..., strength: _Optional[float] = ..., edit_sha256: _Optional[str] = ..., prompt_syntax: _Optional[str] = ..., watermark: _Optional[str] = ...) -> None: ...
+    references: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, model: _Optional[str] = ..., digest: _Optional[str] = ..., prompt: _Optional[str] = ..., seed: _Optional[int] = ..., num_inference_steps: _Optional[int] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., decoder: _Optional[str] = ..., backend: _Optional[str] = ..., bucket: _Optional[_Iterable[int]] = ..., is_strict: _Optional[bool] = ..., pixels_sha256: _Optional[str] = ..., guidance_scale: _Optional[float] = ..., lora_scale: _Optional[float] = ..., frames: _Optional[int] = ..., threads: _Optional[int] = ..., strength: _Optional[float] = ..., edit_sha256: _Optional[str] = ..., prompt_syntax: _Optional[str] = ..., watermark: _Optional[str] = ..., references: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ListModelsRequest(_message.Message):
     __slots__ = ()
@@ -330,7 +332,7 @@ class ListModelsResponse(_message.Message):
     def __init__(self, models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("id", "created", "sizes", "step_counts", "default_steps", "decoders", "backend", "parity_psnr_db", "digest", "family", "recipe", "size_rule", "guidance_scale", "lora_scale", "frames", "fps")
+    __slots__ = ("id", "created", "sizes", "step_counts", "default_steps", "decoders", "backend", "parity_psnr_db", "digest", "family", "recipe", "size_rule", "guidance_scale", "lora_scale", "frames", "fps", "max_references")
     class ParityPsnrDbEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -354,6 +356,7 @@ class Model(_message.Message):
     LORA_SCALE_FIELD_NUMBER: _ClassVar[int]
     FRAMES_FIELD_NUMBER: _ClassVar[int]
     FPS_FIELD_NUMBER: _ClassVar[int]
+    MAX_REFERENCES_FIELD_NUMBER: _ClassVar[int]
     id: str
     created: int
     sizes: _containers.RepeatedScalarFieldContainer[str]
@@ -370,7 +373,8 @@ class Model(_message.Message):
     lora_scale: float
     frames: FrameRule
     fps: int
-    def __init__(self, id: _Optional[str] = ..., created: _Optional[int] = ..., sizes: _Optional[_Iterable[str]] = ..., step_counts: _Optional[_Iterable[int]] = ..., default_steps: _Optional[int] = ..., decoders: _Optional[_Iterable[str]] = ..., backend: _Optional[str] = ..., parity_psnr_db: _Optional[_Mapping[int, float]] = ..., digest: _Optional[str] = ..., family: _Optional[str] = ..., recipe: _Optional[str] = ..., size_rule: _Optional[_Union[SizeRule, _Mapping]] = ..., guidance_scale: _Optional[float] = ..., lora_scale: _Optional[float] = ..., frames: _Optional[_Union[FrameRule, _Mapping]] = ..., fps: _Optional[int] = ...) -> None: ...
+    max_references: int
+    def __init__(self, id: _Optional[str] = ..., created: _Optional[int] = ..., sizes: _Optional[_Iterable[str]] = ..., step_counts: _Optional[_Iterable[int]] = ..., default_steps: _Optional[int] = ..., decoders: _Optional[_Iterable[str]] = ..., backend: _Optional[str] = ..., parity_psnr_db: _Optional[_Mapping[int, float]] = ..., digest: _Optional[str] = ..., family: _Optional[str] = ..., recipe: _Optional[str] = ..., size_rule: _Optional[_Union[SizeRule, _Mapping]] = ..., guidance_scale: _Optional[float] = ..., lora_scale: _Optional[float] = ..., frames: _Optional[_Union[FrameRule, _Mapping]] = ..., fps: _Optional[int] = ..., max_references: _Optional[int] = ...) -> None: ...
 
 class FrameRule(_message.Message):
     __slots__ = ("default", "step", "max_frames")
