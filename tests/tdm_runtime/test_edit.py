@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tdm_runtime.edit import Edit
+from tdm_runtime.edit import Edit, GivenPicture, digest_of
 from tdm_runtime.errors import InvalidRequestError
 
 GREY = np.full((16, 24, 3), 90, np.uint8)
@@ -54,7 +54,10 @@ def test_edits_are_equal_if_their_contents_are() -> None:
     same, masked, other = Edit(GREY.copy(), 0.5), Edit(GREY, 0.5, mask), Edit(GREY + np.uint8(1), 0.5)
     assert Edit(GREY, 0.5) == same and hash(Edit(GREY, 0.5)) == hash(same)
     assert len({same, masked, other, Edit(GREY, 0.6)}) == 4
-    assert masked.picture_digest == same.picture_digest != other.picture_digest
+    assert masked.picture_key == same.picture_key != other.picture_key
+    tall = GivenPicture(np.full((24, 16, 3), 90, np.uint8))  # the same bytes
+    assert GivenPicture(GREY).picture_key == same.picture_key != tall.picture_key
+    assert digest_of([tall, same]) != digest_of([same, tall]) != digest_of([same])
 
 
 def test_mask_and_picture_must_have_one_size() -> None:

@@ -9,12 +9,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tdm_runtime.checkpoint.folder import open_checkpoint
+from tdm_runtime.checkpoint.lora.lora_file import read_lora
+from tdm_runtime.checkpoint.recipe import Adapter
 from tdm_runtime.cli import main as tdm_generate
 from tdm_runtime.edit import Edit, GivenPicture
 from tdm_runtime.errors import InvalidRequestError
+from tdm_runtime.model.artifacts import BackendConfig
+from tdm_runtime.model.choice import load_model
 from tdm_runtime.model.loaded_model import LoadedModel
+from tdm_runtime.model.lora import LoraBase
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.pipeline import generate
+from tests.lora_files import draw_weights, write_diffusers
 from tests.reference_pictures import CASE, fitted, picture_of, pictures_of, save_attentive
 from tests.stock_pictures import HEIGHT, MIN_PSNR_DB, SEED, WIDTH, load_fp32, psnr_db, run_generate, stock_picture
 
@@ -89,6 +96,20 @@ def test_an_edit_by_strength_starts_from_the_picture_as_before(
     expected = generate(klein, SamplingParams(PROMPT, SEED, 4, WIDTH, HEIGHT, edit=edit))
     assert np.array_equal(np.asarray(Image.open(output)), expected)
     assert run_generate(folder, PROMPT, 4, *given, *given, "--strength", "0.5", "-o", str(output), "--force") == 2
+
+
+def test_a_lora_that_is_added_at_run_time_reads_references_as_the_merged_one(
+    stock: Any, klein: LoadedModel, folder: Path, tmp_path: Path
+) -> None:
+    file, pictures = write_diffusers(stock, tmp_path, draw_weights(stock, "flux2", 1)), pictures_of(((64, 80),))
+    merged = load_model(folder, BackendConfig("torch", "fp32", threads=1, device="cpu"), adapters=[Adapter(str(file))])
+    checkpoint = open_checkpoint(folder)
+    base = LoraBase(checkpoint, klein, threads=1)
+    added = base.attach(base.prepare("added", [(read_lora(file, checkpoint.family), 1.0)]))
+    ours = made(added, 2, pictures)
+    assert psnr_db(ours, made(merged, 2, pictures)) >= MIN_PSNR_DB
+    for model, other in ((added, []), (klein, pictures)):
+        assert psnr_db(ours, made(model, 2, other)) < MIN_PSNR_DB - 10
 
 
 def test_references_that_the_model_does_not_read_are_refused(klein: LoadedModel) -> None:
