@@ -90,7 +90,7 @@ def test_the_official_client_edits_as_json_and_grpc_do(
     ).model_dump()
     fields = {"image": encoded(picture), "mask": f"data:image/png;base64,{encoded(mask)}", "strength": 0.5}
     by_json = edit(http, **fields)
-    by_grpc = images.Generate(pb.GenerateRequest(**PROMPT, image=picture, mask=mask, strength=0.5))  # type: ignore[arg-type]
+    by_grpc = images.Generate(pb.GenerateRequest(**PROMPT, image=[picture], mask=mask, strength=0.5))  # type: ignore[arg-type]
     assert np.array_equal(answer_pixels(official), answer_pixels(by_json))
     assert np.array_equal(answer_pixels(official), pixels_of(by_grpc.images[0].content))
     (made,) = by_json["data"]
@@ -151,8 +151,8 @@ def test_an_idempotency_key_gets_the_same_answer_once(http: httpx.Client, pictur
     [
         ({}, "image", "image is required"),
         ({"image": None}, "image", "image is required"),
-        ({"image": []}, "image", "image holds 0 pictures; one is edited, send one"),
-        ({"image": ["AA==", "AA=="]}, "image", "image holds 2 pictures; one is edited, send one"),
+        ({"image": []}, "image", "image holds 0 pictures; tdm-emoji starts from one picture, send one"),
+        ({"image": ["AA==", "AA=="]}, "image", "image holds 2 pictures; tdm-emoji starts from one picture, send one"),
         ({"image": "https://example.com/x.png"}, "image", "no address is fetched, send the bytes"),
         ({"image": "file:///etc/passwd"}, "image", "no address is fetched, send the bytes"),
         ({"image": "no base64!"}, "image", "image is no base64"),
@@ -205,6 +205,6 @@ def test_variations_name_what_makes_them(http: httpx.Client) -> None:
 
 def test_grpc_refuses_a_damaged_picture(images: images_pb2_grpc.ImageServiceStub) -> None:
     with pytest.raises(grpc.RpcError) as refused:
-        images.Generate(pb.GenerateRequest(prompt="a fox", image=b"not a picture"))
+        images.Generate(pb.GenerateRequest(prompt="a fox", image=[b"not a picture"]))
     assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
     assert "image is no file of PNG" in refused.value.details()
