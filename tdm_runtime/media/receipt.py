@@ -43,7 +43,7 @@ class Receipt:
     backend: str
     """Backend and precision, such as "openvino bf16"."""
     bucket: tuple[int, ...]
-    """Latent shape, [C, H, W] or [C, F, H, W]; samples of one shape can share calls."""
+    """Latent shape, [C, H, W] or [C, F, H, W]; samples of one shape and `references` can share calls."""
     is_strict: bool
     """Whether the picture has the same bits alone and in any batch, on this backend."""
     pixels_sha256: str

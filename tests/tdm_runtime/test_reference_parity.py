@@ -15,8 +15,10 @@ from tdm_runtime.checkpoint.recipe import Adapter
 from tdm_runtime.cli import main as tdm_generate
 from tdm_runtime.edit import Edit, GivenPicture
 from tdm_runtime.errors import InvalidRequestError
+from tdm_runtime.families.call import REFERENCES
 from tdm_runtime.model.artifacts import BackendConfig
 from tdm_runtime.model.choice import load_model
+from tdm_runtime.model.components import load_programs
 from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.model.lora import LoraBase
 from tdm_runtime.params import SamplingParams
@@ -110,6 +112,11 @@ def test_a_lora_that_is_added_at_run_time_reads_references_as_the_merged_one(
     assert psnr_db(ours, made(merged, 2, pictures)) >= MIN_PSNR_DB
     for model, other in ((added, []), (klein, pictures)):
         assert psnr_db(ours, made(model, 2, other)) < MIN_PSNR_DB - 10
+
+
+def test_compiled_programs_have_no_input_for_references(klein: LoadedModel, folder: Path) -> None:
+    ((_, interface),) = load_programs(open_checkpoint(folder), "denoiser").values()
+    assert {*klein.denoiser_inputs} - {*interface.input_names} == {*REFERENCES}
 
 
 def test_references_that_the_model_does_not_read_are_refused(klein: LoadedModel) -> None:

@@ -17,7 +17,10 @@ from PIL import Image
 
 from serving.rpc.protos import images_pb2 as pb
 from serving.rpc.protos import images_pb2_grpc
+from serving.schema.order import ImageOrder
 from tdm_runtime.cli import main as tdm_generate
+from tdm_runtime.edit import GivenPicture
+from tdm_runtime.params import SamplingParams
 from tests.reference_pictures import picture_of
 from tests.serving.images.conftest import Served
 
@@ -94,6 +97,11 @@ def test_a_strength_or_a_mask_starts_from_the_picture(http: httpx.Client) -> Non
     for fields, strength in (({"strength": 0.5}, 0.5), ({"mask": mask}, 1.0)):
         receipt = made(http, image=encoded(FILES[:1]), **fields)["data"][0]["receipt"]
         assert receipt["strength"] == strength and receipt["references"] == []
+
+
+def test_references_count_in_quotas_as_pictures_of_their_size() -> None:
+    picture = SamplingParams("a fox", 0, 4, 100, 100, references=(GivenPicture(np.zeros((50, 200, 3), np.uint8)),) * 2)
+    assert ImageOrder("klein", (picture,)).cost == pytest.approx(0.12)
 
 
 def test_auto_steps_and_a_budget_take_references(http: httpx.Client) -> None:

@@ -110,6 +110,23 @@ def test_each_reference_is_encoded_once(counted: tuple[LoadedModel, Counting, Co
             assert (made.timings.image_ms > 0) == (encoded > 0)
 
 
+def test_samples_that_miss_other_references_do_not_share_an_encoding(
+    counted: tuple[LoadedModel, Counting, Counting],
+) -> None:
+    """The cost of the call is learned for what it encodes."""
+    model, encoder, _ = counted
+    known, *missing = fitted(model, pictures_of(((64, 64),) * 4))
+    assert model.encoder is not None
+    model.encoder.encode_all([known])
+    engine, plain = DiffusionEngine(model), params_of(model, steps=1)
+    futures = [engine.submit(replace(plain, references=both)) for both in (tuple(missing[:2]), (known, missing[2]))]
+    with engine:
+        for future in futures:
+            future.result(TIMEOUT_S)
+    assert {kind.shape for kind in engine.costs._measured if kind.stage == "encode_image"} == {(16, 1, 32), (16, 4, 4)}
+    assert sum(shapes[0][0] for shapes in encoder.shapes) == 4
+
+
 def test_pictures_of_equal_bytes_and_other_sizes_keep_their_latents_apart(klein: LoadedModel) -> None:
     assert klein.encoder is not None
     black = [Edit(np.zeros((*sides, 3), np.uint8), 0.5) for sides in ((64, 96), (96, 64))]
