@@ -255,7 +255,7 @@ def test_a_bank_mixes_loras_of_any_family_in_a_call(family: str, tmp_path: Path)
     bank = AdapterBank(denoiser_for(pipeline.components[part]), interface, torch.device("cpu"), None)
     for number, loras in enumerate(together):
         bank.layers.add(number, bank.layers.updates(part, loras))
-    mixed = bank(*arguments, torch.arange(3), torch.ones(3))
+    mixed = bank(torch.arange(3), torch.ones(3), *arguments)
 
     for number, loras in enumerate(together):
         denoiser = denoiser_for(tiny_pipeline(family).components[part])
