@@ -40,6 +40,7 @@ class TorchBackend:
         self._dtype = dtype
         self._threads = threads
         self._names = interface.input_names if interface else ()
+        self._most_usual = len(interface.inputs) if interface else None
         self._kept_float32 = interface.kept_float32 if interface else {"timesteps"}  # bfloat16 rounds 999 to 1000
         module = module.to(device=device, dtype=dtype).eval()
         # In 16 bits channels last is several times faster than the default. 5-D weights of videos have no such order.
@@ -52,13 +53,17 @@ class TorchBackend:
     def __call__(self, *inputs: Tensor) -> Tensor:
         if self._threads is not None and torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)
-        return self._run(self._cast(inputs))
+        given = self._cast(inputs)
+        if self._most_usual is not None and len(given) > self._most_usual:
+            return self._called(self.module, given)  # references have any size: a program for each would take minutes
+        return self._run(given)
 
     def _run(self, inputs: Sequence[Tensor]) -> Tensor:
-        if self._names:
-            output = self._module(**dict(zip(self._names[: len(inputs)], inputs, strict=True)))
-        else:
-            output = self._module(*inputs)
+        return self._called(self._module, inputs)
+
+    def _called(self, module: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Tensor:
+        names = self._names[: len(inputs)]
+        output = module(**dict(zip(names, inputs, strict=True))) if names else module(*inputs)
         return output.float() if output.is_floating_point() else output
 
     def _cast(self, inputs: Sequence[Tensor]) -> list[Tensor]:
