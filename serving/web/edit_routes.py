@@ -64,6 +64,7 @@ def add_edit_routes(app: FastAPI, services: Services) -> None:
 
 def _form_schema(schema: dict[str, Any]) -> dict[str, Any]:
     """Return the schema of a form: its pictures are files."""
-    file = {"type": "string", "format": "binary"}
-    files = {name: {**file, "description": schema["properties"][name]["description"]} for name in FILES}
+    file: dict[str, Any] = {"type": "string", "format": "binary"}
+    kinds = {"image": {"anyOf": [file, {"type": "array", "items": file}]}, "mask": file}
+    files = {name: {**kinds[name], "description": schema["properties"][name]["description"]} for name in FILES}
     return {**schema, "properties": {**schema["properties"], **files}}
