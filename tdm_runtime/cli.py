@@ -254,11 +254,7 @@ def _references(recipe: Recipe, pictures: Sequence[Image.Image], starts_from_one
 
 
 def _edit(
-    given: argparse.Namespace,
-    pictures: Sequence[Image.Image],
-    width: int,
-    height: int,
-    strength: float | None = None,
+    given: argparse.Namespace, pictures: Sequence[Image.Image], width: int, height: int, strength: float | None = None
 ) -> Edit | None:
     """Return the edit of --image, --mask and --strength in a size, in pixels; None without --image.
 

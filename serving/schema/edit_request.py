@@ -19,14 +19,7 @@ from serving.schema.parsing import parse_picture_body, validate
 from serving.schema.prompt_tags import with_lora
 from tdm_runtime.checkpoint.recipe import Recipe
 from tdm_runtime.edit import Edit, GivenPicture, ReferenceRule, default_strength
-from tdm_runtime.media.given_picture import (
-    are_references,
-    distorts,
-    has_transparency,
-    read_mask,
-    read_picture,
-    to_edit,
-)
+from tdm_runtime.media.given_picture import are_references, distorts, has_transparency, read_mask, read_picture, to_edit
 from tdm_runtime.media.image_file import ImageFormat
 
 DATA_URL = re.compile(r"data:[\w.+/-]*(;[\w=-]+)*;base64,")
