@@ -20,7 +20,7 @@ from tdm_runtime.checkpoint.recipe import Adapter, Recipe
 from tdm_runtime.checkpoint.stock.text_precision import TEXT_PRECISIONS, TextConfig
 from tdm_runtime.edit import Edit, GivenPicture, default_strength
 from tdm_runtime.errors import BackendError, CheckpointError, TDMError, shown
-from tdm_runtime.media.given_picture import are_references, read_mask, read_picture, to_edit
+from tdm_runtime.media.given_picture import read_mask, read_picture, to_edit, to_references
 from tdm_runtime.media.image_file import ImageFormat, describe_parameters, encode_image
 from tdm_runtime.media.made_file import FileFormat, encode_made
 from tdm_runtime.media.provenance import Provenance, ProvenanceConfig, ProvenanceKind
@@ -149,7 +149,7 @@ def make_picture(given: argparse.Namespace) -> int:
     if output.suffix.lower() not in formats:
         raise ValueError(f"the output is {output}; {recipe.name} makes {made}: {', '.join(formats)}")
     pictures = [read_picture(file.read_bytes()) for file in given.image]
-    references = _references(recipe, pictures, given.strength is not None or given.mask is not None)
+    references = to_references(pictures, recipe, given.strength is not None or given.mask is not None)
     width, height = _size(given, recipe, pictures, references)
     params = SamplingParams(
         prompt=given.prompt,
@@ -222,7 +222,7 @@ def verify(given: argparse.Namespace) -> int:
                 f"the receipt is of {shown(receipt.model)} {receipt.digest[:12]} and {checkpoint} is "
                 f"{model.recipe.name} {model.digest[:12]}; name its folder with --checkpoint"
             )
-        references = _references(model.recipe, pictures, receipt.strength is not None)
+        references = to_references(pictures, model.recipe, receipt.strength is not None)
         edit = None if references else _edit(given, pictures, receipt.width, receipt.height, receipt.strength)
         problem = claim.check(generate(model, receipt.to_params(edit, references)))
         said = "reproduced" if problem is None else f"not reproduced: {problem}"
@@ -239,18 +239,6 @@ def _size(
         return parse_size(given.size)
     sizes = [one.size for one in references or pictures]
     return recipe.nearest_size(*sizes[0]) if sizes else recipe.native_sizes[0]
-
-
-def _references(recipe: Recipe, pictures: Sequence[Image.Image], starts_from_one: bool) -> tuple[GivenPicture, ...]:
-    """Return the pictures of --image as references; none where the model starts from the picture.
-
-    Args, Raises:
-        see `are_references`.
-    """
-    if not pictures or not are_references(len(pictures), recipe, starts_from_one):
-        return ()
-    assert recipe.references is not None
-    return tuple(map(recipe.references.fitted, pictures))
 
 
 def _edit(

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from tdm_runtime.checkpoint.recipe import Recipe
-from tdm_runtime.edit import Edit
+from tdm_runtime.edit import Edit, GivenPicture
 from tdm_runtime.errors import InvalidRequestError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
@@ -103,6 +103,18 @@ def are_references(count: int, recipe: Recipe, starts_from_one: bool) -> bool:
     if rule is None and recipe.references is not None:
         remedy += ", or leave strength and mask out for references"
     raise InvalidRequestError(f"image holds {count} pictures; {takes}, {remedy}", param="image")
+
+
+def to_references(pictures: Sequence[Image.Image], recipe: Recipe, starts_from_one: bool) -> tuple[GivenPicture, ...]:
+    """Return RGB pictures as the model reads them; none where it starts from the picture.
+
+    Raises:
+        InvalidRequestError: see `are_references` and `ReferenceRule.fitted`.
+    """
+    if not pictures or not are_references(len(pictures), recipe, starts_from_one):
+        return ()
+    assert recipe.references is not None
+    return tuple(map(recipe.references.fitted, pictures))
 
 
 def distorts(picture: Image.Image, width: int, height: int) -> bool:

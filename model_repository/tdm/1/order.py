@@ -13,9 +13,9 @@ from PIL import Image
 
 from tdm_runtime import InvalidRequestError, SamplingParams
 from tdm_runtime.checkpoint.recipe import Recipe
-from tdm_runtime.edit import Edit, default_strength
+from tdm_runtime.edit import Edit, GivenPicture, default_strength
 from tdm_runtime.errors import shown
-from tdm_runtime.media.given_picture import read_mask, read_picture, to_edit
+from tdm_runtime.media.given_picture import read_mask, read_picture, to_edit, to_references
 from tdm_runtime.media.image_file import ImageFormat
 from tdm_runtime.media.made_file import FileFormat
 from tdm_runtime.params import MAX_SEED, PromptSyntax, parse_size
@@ -67,7 +67,9 @@ def read_order(inputs: Mapping[str, NDArray[np.generic] | NDArray[np.object_]], 
         raise InvalidRequestError(message, param="negative_prompt")
     steps = numbers.get("num_inference_steps", 0)
     picture = read_picture(files["image"]) if "image" in files else None
-    width, height = _size(texts.get("size") or "auto", recipe, picture)
+    starts_from_one = "mask" in files or "strength" in numbers
+    references = to_references([] if picture is None else [picture], recipe, starts_from_one)
+    width, height = _size(texts.get("size") or "auto", recipe, references[0] if references else picture)
     params = SamplingParams(
         prompt=texts["prompt"],
         seed=numbers.get("seed", secrets.randbelow(MAX_SEED + 1)),
@@ -77,7 +79,8 @@ def read_order(inputs: Mapping[str, NDArray[np.generic] | NDArray[np.object_]], 
         guidance_scale=numbers.get("guidance_scale"),
         frames=_frames(numbers.get("num_frames"), recipe),
         fps=numbers.get("fps") or None,
-        edit=_edit(picture, files.get("mask"), numbers.get("strength"), width, height),
+        edit=None if references else _edit(picture, files.get("mask"), numbers.get("strength"), width, height),
+        references=references,
         prompt_syntax=cast(PromptSyntax, texts.get("prompt_syntax") or SamplingParams.prompt_syntax),
     )
     params.check_against(recipe)
@@ -91,7 +94,7 @@ def read_order(inputs: Mapping[str, NDArray[np.generic] | NDArray[np.object_]], 
     )
 
 
-def _size(text: str, recipe: Recipe, picture: Image.Image | None) -> tuple[int, int]:
+def _size(text: str, recipe: Recipe, picture: Image.Image | GivenPicture | None) -> tuple[int, int]:
     """Return width and height in pixels; "auto" is the size nearest to the given picture's."""
     if text != "auto":
         return parse_size(text)
