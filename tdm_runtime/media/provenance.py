@@ -89,7 +89,9 @@ class Provenance:
             return content
         is_marked = self.watermark_of(params.width, params.height) is not None
         return self._signer.sign(
-            content, MIME_TYPES[file_format], _manifest(params.edit is not None, is_marked, receipt)
+            content,
+            MIME_TYPES[file_format],
+            _manifest(params.edit is not None, is_marked, receipt, len(params.references)),
         )
 
     def warnings(self, width: int, height: int, file_format: str) -> list[str]:
@@ -102,7 +104,9 @@ class Provenance:
         return lacking
 
 
-def _manifest(is_edit: bool = False, is_marked: bool = False, receipt: Receipt | None = None) -> dict[str, Any]:
+def _manifest(
+    is_edit: bool = False, is_marked: bool = False, receipt: Receipt | None = None, num_references: int = 0
+) -> dict[str, Any]:
     """Return a manifest as the C2PA library defines it in JSON."""
     agent = {"name": "tdm-serve", "version": package_version()}
     manifest: dict[str, Any] = {"claim_generator_info": [agent]}
@@ -119,6 +123,9 @@ def _manifest(is_edit: bool = False, is_marked: bool = False, receipt: Receipt |
     else:
         source = f"{SOURCE_TYPE}trainedAlgorithmicMedia"
         actions = [{"action": "c2pa.created", "digitalSourceType": source, "softwareAgent": agent}]
+        if labels := [f"reference {n}" for n in range(1, num_references + 1)]:
+            manifest["ingredients"] = [{"title": name, "relationship": "inputTo", "label": name} for name in labels]
+            actions[0]["parameters"] = {"ingredientIds": labels}
     if is_marked:
         actions.append({"action": "c2pa.watermarked.unbound", "softwareAgent": agent})
     manifest["assertions"] = [{"label": "c2pa.actions.v2", "data": {"actions": actions}}]

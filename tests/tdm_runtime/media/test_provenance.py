@@ -12,9 +12,13 @@ from PIL import Image
 
 from serving.command.cli import main as tdm_serve
 from tdm_runtime.cli import main
+from tdm_runtime.edit import GivenPicture
+from tdm_runtime.media.image_file import encode_image
+from tdm_runtime.media.provenance import Provenance, ProvenanceConfig
 from tdm_runtime.media.receipt import Claim, pixels_sha256, read_claims
 from tdm_runtime.media.watermark import MESSAGE, METHOD, with_watermark
 from tdm_runtime.model.decoder import Pixels
+from tdm_runtime.params import SamplingParams
 from tests.stock_checkpoints import CASES, save_checkpoint
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
@@ -87,6 +91,16 @@ def test_a_watermarked_picture_is_signed_and_made_again_from_its_file(
         assert (opened["action"], edited["action"]) == ("c2pa.opened", "c2pa.edited")
         assert edited["digitalSourceType"].endswith("/compositeWithTrainedAlgorithmicMedia")
     assert credentials.manifest(files[3].read_bytes(), "jpeg")["ingredients"][0]["relationship"] == "parentOf"
+
+
+def test_references_are_ingredients_of_a_created_picture(credentials: Credentials) -> None:
+    provenance = Provenance(ProvenanceConfig(("c2pa",), credentials.cert, credentials.key))
+    pixels = np.zeros((64, 64, 3), np.uint8)
+    params = SamplingParams("a fox", 0, 1, 64, 64, references=(GivenPicture(pixels), GivenPicture(pixels + 1)))
+    signed = provenance.signed(encode_image(pixels, "png"), "png", params)
+    assert [one["relationship"] for one in credentials.manifest(signed, "png")["ingredients"]] == ["inputTo"] * 2
+    (created,) = credentials.actions(signed, "png")
+    assert created["action"] == "c2pa.created" and len(created["parameters"]["ingredients"]) == 2
 
 
 def test_a_small_picture_gets_a_manifest_and_no_watermark(
