@@ -57,7 +57,7 @@ class Receipt:
     frames: int | None = None
     """Number of frames of a clip; None for a picture."""
     threads: int | None = None
-    """CPU threads of a call of the model, where the last bits depend on them: clips that torch makes on a CPU. None
+    """CPU threads of a call of the model, where the last bits depend on them: what torch makes on a CPU. None
     elsewhere, if the caller decided, and in receipts that are older than this field."""
     prompt_syntax: PromptSyntax = "plain"
     """See `SamplingParams`."""
@@ -138,7 +138,7 @@ def receipt_of(
         lora_scale=None if model.recipe.lora_scale is None else model.lora_factor(params),
         frames=params.frames,
         prompt_syntax=params.prompt_syntax,
-        threads=model.threads if _depends_on_threads(model, params) else None,
+        threads=model.threads if _depends_on_threads(model) else None,
         strength=None if params.edit is None else params.edit.strength,
         edit_sha256=params.edit_digest,
         watermark=watermark,
@@ -146,9 +146,9 @@ def receipt_of(
     )
 
 
-def _depends_on_threads(model: LoadedModel, params: SamplingParams) -> bool:
-    """Whether the number of threads changes the last bits: torch splits the sums of a clip's layers by it."""
-    return params.frames is not None and model.backend.startswith("torch") and model.denoiser.device.type == "cpu"
+def _depends_on_threads(model: LoadedModel) -> bool:
+    """Whether the number of threads changes the last bits: on a CPU torch splits the sums of large layers by it."""
+    return model.backend.startswith("torch") and model.denoiser.device.type == "cpu"
 
 
 def pixels_sha256(pixels: Pixels) -> str:
@@ -193,8 +193,8 @@ class Claim:
     def _doubt(self) -> str:
         """Return why equal bits cannot be expected; empty if they can."""
         receipt = self.receipt
-        if receipt.frames is not None and receipt.backend.startswith("torch") and receipt.threads is None:
-            return ", which names no number of threads: the last bits of a clip on a CPU depend on it"
+        if receipt.backend.startswith("torch") and receipt.threads is None:
+            return ", which names no number of threads: on a CPU the last bits depend on it"
         return ""
 
 

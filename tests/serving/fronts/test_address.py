@@ -18,6 +18,7 @@ from serving.web.http_front import HTTPFront
 from tests.serving.conftest import RunningServer, free_port
 from tests.serving.killing import processes
 
+MAX_MESSAGE_BYTES = 2**20
 HEAD = b"POST / HTTP/1.1\r\nHost: a\r\n"
 
 
@@ -31,7 +32,7 @@ def converse(app: ASGIApp, client: Client) -> None:
 
     async def run() -> None:
         port = free_port()
-        started = await HTTPFront.start(app, "127.0.0.1", port)
+        started = await HTTPFront.start(app, "127.0.0.1", port, MAX_MESSAGE_BYTES)
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         async with asyncio.timeout(20):
             await client(reader, writer)
@@ -133,7 +134,7 @@ def test_closing_waits_for_open_answers_and_refuses_new_connections() -> None:
             await end_answer(send)
 
         port = free_port()
-        started = await HTTPFront.start(app, "127.0.0.1", port)
+        started = await HTTPFront.start(app, "127.0.0.1", port, MAX_MESSAGE_BYTES)
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(HEAD + b"Content-Length: 0\r\n\r\n")
         await waiting.wait()
