@@ -76,7 +76,7 @@ def _stages(completed: Sequence[Record]) -> dict[str, dict[str, float]]:
                 samples.setdefault(stage, []).append(ms)
     # Answers of few steps name "decode" before others name "step 4", so the order is fixed here.
     steps = sorted((stage for stage in samples if stage.startswith("step ")), key=lambda stage: int(stage[5:]))
-    order = ["queue", "text", *steps, "decode", "encode", "engine hand-over", "http", "grpc", "round trip"]
+    order = ["queue", "text", "image", *steps, "decode", "encode", "engine hand-over", "http", "grpc", "round trip"]
     return {
         stage: {f"p{p:g}": float(np.percentile(samples[stage], p)) for p in STAGE_PERCENTILES}
         for stage in order
