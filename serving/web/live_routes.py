@@ -19,7 +19,7 @@ from serving.arrival import arrive
 from serving.errors import APIError, invalid
 from serving.fronts.edge import admit, note_error, reading_pictures, recorded, request_id_of, too_many
 from serving.fronts.services import Services
-from serving.schema.edit_request import edit_order_from_fields
+from serving.schema.edit_request import edit_order_from_fields, is_edit
 from serving.schema.image_request import order_from_fields
 from serving.schema.image_response import to_edit_event, to_event
 from serving.schema.order import ImageOrder
@@ -165,12 +165,12 @@ class Live:
             caller = admit(services, self._authorization, is_status=False)  # the key may have been withdrawn
             await services.turnstile.passed()
             with reading_pictures(services):
-                order, is_edit = await asyncio.to_thread(self._order, body)
+                order, changes_picture = await asyncio.to_thread(self._order, body)
             caller.spend(order.cost)
             parts = await services.images.stream(order)
             async with aclosing(parts):  # type: ignore[type-var]
                 async for part in parts:
-                    event = to_edit_event(part) if is_edit else to_event(part)
+                    event = to_edit_event(part) if changes_picture else to_event(part)
                     await self._send(event.model_dump(mode="json"), number, received_s)
             self.num_made += 1
         except WebSocketDisconnect:
@@ -187,7 +187,7 @@ class Live:
         """Return the order of a message, and whether it changes a given picture."""
         fields = picture_fields(body) | {"stream": True}
         recipe_of = self._services.images.recipe
-        if fields.get("image") is None:
+        if not is_edit({name for name, value in fields.items() if value is not None}):
             return order_from_fields(fields, recipe_of, self._seed), False
         return edit_order_from_fields(fields, recipe_of, default_seed=self._seed), True
 

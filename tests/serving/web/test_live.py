@@ -121,6 +121,7 @@ def test_previews_come_before_the_picture(server: RunningServer) -> None:
         ("[]", "invalid_json", "send an object"),
         (json.dumps(PROMPT | {"steps": 4}), "unknown_parameter", "num_inference_steps"),
         (json.dumps(PROMPT | {"n": 2}), "invalid_value", "one picture"),
+        (json.dumps(PROMPT | {"strength": 0.5}), "missing_required_parameter", "image is required"),
         (json.dumps(PROMPT | {"image": "https://example.com/a.png"}), "invalid_value", "no address is fetched"),
         (
             json.dumps(PROMPT | {"num_inference_steps": "auto", "latency_budget_ms": 0.1}),
