@@ -582,7 +582,7 @@ def test_the_picture_follows_a_stroke_and_undo_takes_it_back(page: Page, live: l
     while len(live) < 3:
         page.mouse.move(box["x"] + 40 + len(live) * 20, box["y"] + 60, steps=5)
     assert all(body["partial_images"] == 0 for body in live), "previews would only delay the next picture"
-    expect(page.locator("#receipt-fields")).to_contain_text("edit_sha256")
+    expect(page.locator("#facts")).to_contain_text("3 of 4 steps")
     page.mouse.up()
     drawn = canvas.evaluate("canvas => canvas.toDataURL()")
     expect(page.locator("#frame")).to_have_attribute("aria-busy", "false")
@@ -608,7 +608,7 @@ def test_a_file_is_opened_and_the_copied_commands_name_it(page: Page, tmp_path: 
     Image.new("RGB", (200, 100), (0, 128, 0)).save(tmp_path / "green.png")
     page.get_by_role("button", name="Draw or open a picture").click()
     page.locator("#drawing-file").set_input_files(tmp_path / "green.png")
-    expect(page.locator("#receipt-fields")).to_contain_text("edit_sha256")
+    expect(page.locator("#facts")).to_contain_text("3 of 4 steps")
     curl, python = copied(page, "copy-curl"), copied(page, "copy-python")
     assert "/v1/images/edits" in curl and "-F image=@given.png" in curl and "base64" not in curl
     assert 'client.images.edit(\n    image=open("given.png", "rb"),' in python
