@@ -3,6 +3,7 @@ import { getKey, SERVER, ServerError } from "./server.js";
 
 const URL_OF_LIVE = `${SERVER.replace(/^http/, "ws")}/v1/images/live`;
 const KEY_PROTOCOL = "openai-insecure-api-key.";
+const PROTOCOL = "realtime"; // the server takes it, as a browser wants one of those that it offers
 
 export class Live {
   // `onPicture` receives what `makePicture` resolves to, `onPreview` {request, previews} and `onError` a ServerError.
@@ -41,7 +42,7 @@ export class Live {
 
   open() {
     const key = getKey();
-    const socket = (this.socket = new WebSocket(URL_OF_LIVE, key ? [`${KEY_PROTOCOL}${key}`] : []));
+    const socket = (this.socket = new WebSocket(URL_OF_LIVE, key ? [PROTOCOL, `${KEY_PROTOCOL}${key}`] : []));
     let wasOpen = false;
     this.sent.clear();
     this.numSent = 0;

@@ -591,6 +591,13 @@ def test_the_picture_follows_a_stroke_and_undo_takes_it_back(page: Page, live: l
     assert canvas.evaluate("canvas => canvas.toDataURL()") == blank
 
 
+def test_a_browser_with_a_key_opens_the_live_connection(page: Page, live: list[dict[str, Any]]) -> None:
+    page.evaluate("sessionStorage.setItem('tdm-api-key', 'tdm-some-key')")
+    page.get_by_role("button", name="Draw or open a picture").click()
+    expect(page.locator("#facts")).to_contain_text("3 of 4 steps")
+    assert live, "nothing was asked over HTTP in its place"
+
+
 def test_a_drawing_is_followed_without_websockets_too(page: Page) -> None:
     page.evaluate("""() => {
         window.WebSocket = class extends EventTarget {
