@@ -253,9 +253,7 @@ def _edit(
     if not pictures:
         return None
     mask = None if given.mask is None else read_mask(given.mask.read_bytes())
-    if strength is None:
-        strength = given.strength if given.strength is not None else default_strength(mask is not None)
-    return to_edit(pictures[0], strength, width, height, mask)
+    return to_edit(pictures[0], given.strength if strength is None else strength, width, height, mask)
 
 
 def _model_of(receipt: Receipt, checkpoint: Path, config: BackendConfig, adapters: Sequence[Adapter]) -> LoadedModel:

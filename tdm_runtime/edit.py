@@ -37,8 +37,13 @@ class GivenPicture:
     """sha256 of the pixels, and the size: what the latents depend on."""
 
     def __post_init__(self) -> None:
-        digest, (width, height) = hashlib.sha256(self.pixels.tobytes()).hexdigest(), self.size
-        object.__setattr__(self, "picture_key", f"{digest} {width}x{height}")
+        self._set_key()
+
+    def _set_key(self) -> hashlib._Hash:
+        """Set `picture_key`. Returns the hash of the pixels."""
+        content, (width, height) = hashlib.sha256(self.pixels.tobytes()), self.size
+        object.__setattr__(self, "picture_key", f"{content.hexdigest()} {width}x{height}")
+        return content
 
     @property
     def size(self) -> tuple[int, int]:
@@ -130,7 +135,6 @@ class Edit(GivenPicture):
     """sha256 of picture and mask."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if not isinstance(self.strength, int | float) or not 0.0 < self.strength <= 1.0:
             raise InvalidRequestError(
                 f"strength is {shown(self.strength)}; it must be above 0, which keeps the picture, and at most 1",
@@ -139,7 +143,7 @@ class Edit(GivenPicture):
         if self.mask is not None and self.mask.shape != self.pixels.shape[:2]:
             sizes = [f"{shape[1]}x{shape[0]}" for shape in (self.mask.shape, self.pixels.shape)]
             raise InvalidRequestError(f"the mask is {sizes[0]} and the picture {sizes[1]}; send one size", param="mask")
-        content = hashlib.sha256(self.pixels.tobytes())
+        content = self._set_key()
         if self.mask is not None:
             content.update(self.mask.tobytes())
         object.__setattr__(self, "digest", content.hexdigest())

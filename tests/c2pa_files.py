@@ -1,4 +1,4 @@
-"""A certificate that signs C2PA manifests in tests, and the official reader of manifests."""
+"""A certificate that signs C2PA manifests in tests, and the official readers of manifests and watermarks."""
 
 from __future__ import annotations
 
@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import c2pa
+import numpy as np
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from imwatermark import WatermarkDecoder
 
 from tdm_runtime.media.provenance import MIME_TYPES, RECEIPT_LABEL
+from tdm_runtime.media.watermark import MESSAGE, METHOD
+from tdm_runtime.model.decoder import Pixels
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,12 @@ def assertion(manifest: dict[str, Any], label: str) -> dict[str, Any]:
 
 def receipt_in(manifest: dict[str, Any]) -> dict[str, Any]:
     return dict(json.loads(assertion(manifest, RECEIPT_LABEL)["receipt"]))
+
+
+def message_in(pixels: Pixels) -> bytes:
+    """Return what their own decoder reads in pixels, uint8 [H, W, 3]."""
+    found: bytes = WatermarkDecoder("bytes", 8 * len(MESSAGE)).decode(np.ascontiguousarray(pixels[..., ::-1]), METHOD)
+    return found
 
 
 def write_credentials(folder: Path) -> Credentials:

@@ -83,8 +83,7 @@ class EditRequest(ImageRequest):
         if self._rule(recipe) is not None:
             return None
         mask = None if self.mask is None else read_mask(bytes_of(self.mask, "mask"))
-        strength = default_strength(mask is not None) if self.strength is None else self.strength
-        return to_edit(self._picture, strength, width, height, mask)
+        return to_edit(self._picture, self.strength, width, height, mask)
 
     def _warnings(self, recipe: Recipe) -> Iterator[str]:
         yield from super()._warnings(recipe)

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from tdm_runtime.checkpoint.recipe import Recipe
-from tdm_runtime.edit import Edit, GivenPicture
+from tdm_runtime.edit import Edit, GivenPicture, default_strength
 from tdm_runtime.errors import InvalidRequestError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
@@ -62,12 +62,14 @@ def has_transparency(content: bytes) -> bool:
         return _least_alpha(picture) < 255  # decodes only what may be transparent
 
 
-def to_edit(picture: Image.Image, strength: float, width: int, height: int, mask: Image.Image | None = None) -> Edit:
+def to_edit(
+    picture: Image.Image, strength: float | None, width: int, height: int, mask: Image.Image | None = None
+) -> Edit:
     """Scale a picture and its mask to the size to make.
 
     Args:
         picture: RGB.
-        strength: see `Edit`.
+        strength: see `Edit`; None takes `default_strength`.
         width, height: in pixels.
         mask: mode L, in the size of the picture.
 
@@ -77,6 +79,8 @@ def to_edit(picture: Image.Image, strength: float, width: int, height: int, mask
     if mask is not None and mask.size != picture.size:
         sizes = [f"{one.width}x{one.height}" for one in (mask, picture)]
         raise InvalidRequestError(f"the mask is {sizes[0]} and the picture {sizes[1]}; send one size", param="mask")
+    if strength is None:
+        strength = default_strength(mask is not None)
     scaled = picture.resize((width, height), Image.Resampling.LANCZOS)
     pixels_of_mask = None
     if mask is not None:

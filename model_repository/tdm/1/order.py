@@ -13,7 +13,7 @@ from PIL import Image
 
 from tdm_runtime import InvalidRequestError, SamplingParams
 from tdm_runtime.checkpoint.recipe import Recipe
-from tdm_runtime.edit import Edit, GivenPicture, default_strength
+from tdm_runtime.edit import Edit, GivenPicture
 from tdm_runtime.errors import shown
 from tdm_runtime.media.given_picture import read_mask, read_picture, to_edit, to_references
 from tdm_runtime.media.image_file import ImageFormat
@@ -110,7 +110,7 @@ def _edit(
             raise InvalidRequestError("mask and strength are about image, which is missing; send it", param="image")
         return None
     mask = None if mask_file is None else read_mask(mask_file)
-    return to_edit(picture, default_strength(mask is not None) if strength is None else strength, width, height, mask)
+    return to_edit(picture, strength, width, height, mask)
 
 
 def _file_format(text: str, recipe: Recipe) -> FileFormat | None:

@@ -25,9 +25,7 @@ from tests.tiny_checkpoint import write_tiny_checkpoint
 pytest.importorskip("c2pa", exc_type=ImportError)
 pytest.importorskip("imwatermark", exc_type=ImportError)
 
-from imwatermark import WatermarkDecoder
-
-from tests.c2pa_files import Credentials, receipt_in, write_credentials
+from tests.c2pa_files import Credentials, message_in, receipt_in, write_credentials
 
 LARGE = "256x256"
 
@@ -41,11 +39,6 @@ def credentials(tmp_path_factory: pytest.TempPathFactory) -> Credentials:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tiny checkpoint of pictures with and without room for a watermark."""
     return write_tiny_checkpoint(tmp_path_factory.mktemp("large") / "checkpoint", ((16, 16), (256, 256)))
-
-
-def message_in(pixels: Pixels) -> bytes:
-    found: bytes = WatermarkDecoder("bytes", 8 * len(MESSAGE)).decode(np.ascontiguousarray(pixels[..., ::-1]), METHOD)
-    return found
 
 
 def read(file: Path) -> Pixels:
