@@ -268,12 +268,13 @@ class DiffusionEngine:
         while True:
             with self._wake:
                 tasks, self._tasks = self._tasks, []
-                if not tasks and len(self._scheduler):
+                wait_s = self._scheduler.wait_s(time.monotonic()) if len(self._scheduler) else None
+                if not tasks and wait_s == 0.0:
                     return True
-                if not tasks and self._is_closing:
+                if not tasks and self._is_closing and wait_s is None:
                     return False
                 if not tasks:
-                    self._wake.wait()
+                    self._wake.wait(wait_s)
             for task in tasks:
                 task()
             self._free_s = time.monotonic()
@@ -373,6 +374,7 @@ class DiffusionEngine:
             left = [s for s, out in zip(batch, outcomes, strict=True) if s.advance() or isinstance(out, TDMError)]
             for sample in left:
                 self._scheduler.remove(sample)
+                self._scheduler.answered(sample, ended_s)
             if is_step:
                 self.stats.steps += 1
                 self.stats.sample_steps += len(batch)

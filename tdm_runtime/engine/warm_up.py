@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -32,12 +33,11 @@ from tdm_runtime.scheduling.cost_model import MIN_GAIN, Kind
 
 logger = logging.getLogger(__name__)
 
-PASSES = 3
+PASSES = 5
 """Number of times that all sizes are measured, one after the other."""
-ROUNDS = 5
-"""Most calls of one size in a pass."""
-PASS_S = 0.1
-"""Seconds after which a pass over one size ends, even before `ROUNDS` calls."""
+PASS_S = 0.05
+"""Seconds of calls of one size in a pass, at least one call. It is the same for all sizes, so that a busy moment of the
+machine is as likely to hit one as another: single calls would favour small sizes."""
 KIND_S = 4.0
 """Seconds for the measured calls of one kind. Batches that would take longer are not measured and never made: one
 sample of such a model keeps the machine busy."""
@@ -163,45 +163,47 @@ def _learn(engine: DiffusionEngine, kind: Kind, call: Callable[[int], object], c
     Returns:
         The seconds of the measured calls, about `KIND_S` at most unless a single sample takes longer.
     """
-    times_s: dict[int, list[float]] = {}
-    size, without_gain = 1, 0
+    least_s: dict[int, float] = {}
+    spent_s, size, without_gain = 0.0, 1, 0
+
+    def measure(size: int) -> None:
+        nonlocal spent_s
+        times_s = _times(engine, call, size)
+        spent_s += sum(times_s)
+        least_s[size] = min(least_s.get(size, math.inf), sum(times_s) / len(times_s))
+
     while size <= (capacity or engine.config.max_batch_size) and without_gain < 2:
-        if times_s and _spent(times_s) + 2 * min(times_s[size // 2]) > KIND_S:
+        if least_s and spent_s + 2 * least_s[size // 2] > KIND_S:
             break
         try:
             _seconds(engine, call, size)  # the first call may compile
-            times_s[size] = _times(engine, call, size)
+            measure(size)
         except (torch.OutOfMemoryError, MemoryError):
             if size == 1:
                 raise
             break
-        without_gain = 0 if _fastest(times_s) == size else without_gain + 1
+        without_gain = 0 if _fastest(least_s) == size else without_gain + 1
         size *= 2
     for _ in range(PASSES - 1):  # several passes, so that a slow moment of the machine does not hit one size alone
-        for size, seen_s in times_s.items():
-            if _spent(times_s) + min(seen_s) < KIND_S:
-                seen_s += _times(engine, call, size)
-    for size, seen_s in times_s.items():
-        engine.observe(kind, size, min(seen_s) + BOOKKEEPING_S)  # real calls teach the usual slowness
-    engine.limit(kind, max(times_s))
-    return _spent(times_s)
+        for size in least_s:
+            if spent_s + least_s[size] < KIND_S:
+                measure(size)
+    for size, seconds in least_s.items():
+        engine.observe(kind, size, seconds + BOOKKEEPING_S)  # real calls teach the usual slowness
+    engine.limit(kind, max(least_s))
+    return spent_s
 
 
-def _spent(times_s: Mapping[int, Sequence[float]]) -> float:
-    return sum(map(sum, times_s.values()))
-
-
-def _fastest(times_s: Mapping[int, Sequence[float]]) -> int:
+def _fastest(seconds: Mapping[int, float]) -> int:
     """Return the smallest size whose samples a second are within `MIN_GAIN` of the best."""
-    rates = {size: size / min(seen_s) for size, seen_s in times_s.items()}
+    rates = {size: size / seconds[size] for size in seconds}
     return next(size for size, rate in rates.items() if rate * (1 + MIN_GAIN) >= max(rates.values()))
 
 
 def _times(engine: DiffusionEngine, call: Callable[[int], object], size: int) -> list[float]:
-    """Return the seconds of several calls of one size."""
+    """Return the seconds of the calls of one size in a pass."""
     times_s: list[float] = []
-    ends_s = time.monotonic() + PASS_S
-    while len(times_s) < ROUNDS and (not times_s or time.monotonic() < ends_s):
+    while sum(times_s) < PASS_S:
         times_s.append(_seconds(engine, call, size))
     return times_s
 

@@ -7,14 +7,20 @@ from __future__ import annotations
 
 import copy
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 WEIGHT = 0.1
 """EMA weight of the latest call in the machine's speed."""
 SLOW_WEIGHT = 0.02
-"""EMA weight of the latest call in the relative cost of its batch size."""
+"""EMA weight of the latest call in the relative cost of its batch size, once many calls of that size were made."""
+WARM_UP_CALLS = 10
+"""Calls that the measurement of a batch size at warm-up counts for: the n-th call after it weighs 1 / (n + this)."""
+TRIAL_CALLS = 50
+"""Calls of a kind after which the next larger batch size is tried again."""
+TRIAL_LOSS = 0.2
+"""Share of the throughput that a trial may cost by what is known of its size."""
 MAX_SURPRISE = 4.0
 """Cap on the duration of a call, as a multiple of the expected one. A stall of the machine is no cost of the model."""
 MIN_GAIN = 0.05
@@ -72,16 +78,23 @@ class Estimate:
     """Most samples in a call; None: not known yet."""
     best: dict[int, int] = field(default_factory=dict)
     """Cache: samples that could share a call -> samples that should. Cleared by the next observation."""
+    counts: Counter[int] = field(default_factory=Counter)
+    """Batch size -> calls made with it, the measurement at warm-up included."""
+    latest: dict[int, int] = field(default_factory=dict)
+    """Batch size -> number of the latest call made with it."""
 
     def observe(self, size: int, seconds: float, now_s: float, is_calm: bool) -> None:
         """Learn from a call that ended at `now_s`."""
         self.best.clear()
         self.mood, self.seen_s = self.mood_at(now_s), now_s
+        self.counts[size] += 1
+        self.latest[size] = self.counts.total()
         if size not in self.seconds:
             self.seconds[size] = seconds / self.mood.slowness
             return
         pace = seconds / self.seconds[size]
-        change = 1 + SLOW_WEIGHT * (min(MAX_SURPRISE, pace / self.mood.slowness) - 1)
+        weight = max(SLOW_WEIGHT, 1 / (self.counts[size] + WARM_UP_CALLS))
+        change = 1 + weight * (min(MAX_SURPRISE, pace / self.mood.slowness) - 1)
         self.mood = _learned(self.mood, pace)
         if is_calm:
             self.calm = _learned(self.calm, pace)
@@ -124,11 +137,26 @@ class Estimate:
         sizes in several calls. Without a limit, a size above the largest measured one is assumed to cost as much as
         that, so that it is tried.
         """
-        at_most = min(available, self.limit or available)
-        sizes = [size for size in sorted(self.seconds) if size <= at_most] if self.limit else range(1, at_most + 1)
-        rates = {n: n / max(1e-9, self.usual(min(n, max(self.seconds)))) for n in sizes} or {at_most: 1.0}
+        rates = self._rates(available)
         enough = max(rates.values()) * (1 - MIN_GAIN)
         return next(size for size, rate in rates.items() if rate >= enough)
+
+    def trial_size(self, available: int) -> int | None:
+        """Return the next larger size if it is due for a trial, or None.
+
+        A size that was measured in a slow moment would otherwise not be used, and never be seen to be good.
+        """
+        rates, size = self._rates(available), self.batch_size(available)
+        larger = min((n for n in rates if n > size), default=None)
+        if larger is None or rates[larger] < (1 - TRIAL_LOSS) * rates[size]:
+            return None
+        return larger if self.counts.total() - self.latest.get(larger, 0) >= TRIAL_CALLS else None
+
+    def _rates(self, available: int) -> dict[int, float]:
+        """Return samples a second of the sizes that may be taken, ascending."""
+        at_most = min(available, self.limit or available)
+        sizes = [size for size in sorted(self.seconds) if size <= at_most] if self.limit else range(1, at_most + 1)
+        return {n: n / max(1e-9, self.usual(min(n, max(self.seconds)))) for n in sizes} or {at_most: 1.0}
 
 
 def _learned(mood: Mood, pace: float) -> Mood:
@@ -232,3 +260,7 @@ class CostModel:
         if available not in estimate.best:
             estimate.best[available] = estimate.batch_size(available)
         return estimate.best[available]
+
+    def trial_size(self, kind: Kind, available: int) -> int | None:
+        """Return a larger size that is due for a trial, or None. Sizes that were never measured are not tried."""
+        return self._estimates[kind].trial_size(available) if kind in self._measured else None

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tdm_runtime.scheduling.cost_model import HALF_LIFE_S, MAX_SURPRISE, CostModel, Kind
+from tdm_runtime.scheduling.cost_model import HALF_LIFE_S, MAX_SURPRISE, TRIAL_CALLS, CostModel, Kind
 
 STEP = Kind("denoise", (4, 8, 8))
 
@@ -171,3 +171,36 @@ def test_repeated_storms_do_not_accumulate() -> None:
     costs, now_s = after(([(1, 4.0, QUICK_S, False)] * 30 + [(1, 4.0, 1.0, False)]) * 20)
     costs.pass_time(now_s + 1.0)
     assert costs.seconds(STEP) == pytest.approx(QUICK_S, rel=0.01)
+
+
+def test_a_size_that_was_measured_in_a_slow_moment_is_tried_until_it_is_known_to_be_good() -> None:
+    true_s = {1: 1.0, 2: 1.5, 4: 2.5, 8: 4.5}
+    costs = learned(true_s | {8: 1.15 * true_s[8]})
+    costs.limit(STEP, 8)
+    assert costs.batch_size(STEP, 8) == 4
+    made = [0, 0]
+    for n in range(2000):
+        tried = costs.trial_size(STEP, 8)
+        size = tried or costs.batch_size(STEP, 8)
+        made[n // 1000] += size == 8
+        costs.observe(STEP, size, true_s[size], float(n))
+    assert costs.batch_size(STEP, 8) == 8
+    assert made[1] > 900
+
+
+def test_a_size_that_is_known_to_be_bad_is_seldom_tried_and_a_hopeless_one_never() -> None:
+    for factor, most in ((1.1, 1000 // TRIAL_CALLS + 1), (2.0, 0)):
+        costs = learned({1: 1.0, 2: factor * 2.0})
+        costs.limit(STEP, 2)
+        tried = 0
+        for n in range(1000):
+            size = costs.trial_size(STEP, 2) or costs.batch_size(STEP, 2)
+            tried += size == 2
+            costs.observe(STEP, size, factor * 2.0 if size == 2 else 1.0, float(n))
+        assert (tried > 0) == (most > 0)
+        assert tried <= most
+
+
+def test_sizes_that_were_never_measured_are_not_tried() -> None:
+    assert CostModel().trial_size(STEP, 8) is None
+    assert learned({1: 1.0}).trial_size(Kind("denoise", (4, 16, 16)), 8) is None

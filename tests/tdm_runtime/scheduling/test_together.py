@@ -1,0 +1,223 @@
+"""Samples of clients that ask again as soon as they are answered travel together; others join between steps."""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections.abc import Iterator
+from itertools import count
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tdm_runtime.scheduling.cost_model import CostModel
+from tdm_runtime.scheduling.demand import Returns
+from tdm_runtime.scheduling.forecast import call_seconds
+from tdm_runtime.scheduling.scheduler import RETURN_WINDOW, StepScheduler
+from tdm_runtime.scheduling.work import TEXT
+from tests.tdm_runtime.scheduling.test_scheduler import Request, request
+
+K = 4
+UNLOADED_S = K * 1.0 + 0.9 + 0.1
+"""Seconds of a sample without load."""
+
+
+def shared_costs(fixed: float = 0.45) -> CostModel:
+    """Return costs like those of the embedded model: a batch of 4 takes 2.6 times as long as one sample.
+
+    Args:
+        fixed: Share of a call that does not depend on its samples.
+    """
+    costs = CostModel()
+    sample = request(0)
+    for size in range(1, 9):
+        costs.observe(sample.denoise.kind, size, fixed + (1 - fixed) * size, 0.0)
+        costs.observe(sample.decode.kind, size, 0.9 * (fixed / 2 + (1 - fixed / 2) * size), 0.0)
+        costs.observe(TEXT, size, 0.09 + 0.01 * size, 0.0)
+    return costs
+
+
+class Traffic:
+    """A simulated engine with its clients: calls take their known time, and a wait ends when somebody arrives."""
+
+    def __init__(self) -> None:
+        self.scheduler: StepScheduler[Request] = StepScheduler(shared_costs(), 8)
+        self.now_s = 0.0
+        self.done: list[Request] = []
+        self.batches: list[list[Request]] = []
+        """Samples of each denoiser call."""
+        self.mixed: list[list[Request]] = []
+        """Samples of the denoiser calls that samples at different steps shared."""
+        self.waited_s = 0.0
+        self._arrivals: list[tuple[float, int, Request]] = []
+        self._orders = count()
+
+    def ask(self, at_s: float, steps: int = K, budget_s: float | None = None) -> Request:
+        item = request(next(self._orders), steps=steps, now_s=at_s, budget_s=budget_s)
+        heapq.heappush(self._arrivals, (at_s, item.urgency[1], item))
+        return item
+
+    def calls(self) -> Iterator[list[Request]]:
+        """Make calls for as long as there is work. Yield the finished samples of each."""
+        while self._arrivals or len(self.scheduler):
+            if not len(self.scheduler):
+                self.now_s = max(self.now_s, self._arrivals[0][0])
+            self._admit()
+            wait_s = self.scheduler.wait_s(self.now_s)
+            if wait_s:
+                until_s = min([self.now_s + wait_s, *(at_s for at_s, _, _ in self._arrivals[:1])])
+                self.waited_s += until_s - self.now_s
+                self.now_s = until_s
+                continue
+            yield self._call()
+
+    def _admit(self) -> None:
+        while self._arrivals and self._arrivals[0][0] <= self.now_s:
+            at_s, _, item = heapq.heappop(self._arrivals)
+            self.scheduler.admit([item], at_s)
+
+    def _call(self) -> list[Request]:
+        batch = self.scheduler.schedule(self.now_s)
+        if batch[0].is_prepared and batch[0].steps_left:
+            self.batches.append(batch)
+            if len({item.steps_left for item in batch}) > 1:
+                self.mixed.append(batch)
+        self.now_s += call_seconds(batch, self.scheduler.costs)
+        self._admit()  # requests arrive while the call runs
+        self.scheduler.end_call()
+        finished = [item for item in batch if item.advance()]
+        for item in finished:
+            item.done_s = self.now_s
+            self.scheduler.remove(item)
+            self.scheduler.answered(item, self.now_s)
+        self.done += finished
+        return finished
+
+
+def closed_loop(traffic: Traffic, clients: int, pictures: int, delay_s: float = 0.2, spread_s: float = 0.05) -> None:
+    """Run clients that ask again a moment after each answer, first at different times."""
+    for client in range(clients):
+        traffic.ask(1.7 * client)
+    for finished in traffic.calls():
+        for n, _ in enumerate(finished):
+            if len(traffic.done) < pictures:
+                traffic.ask(traffic.now_s + delay_s + spread_s * n)
+
+
+@pytest.mark.parametrize("clients", [2, 3, 4])
+def test_clients_that_return_at_once_find_each_other(clients: int) -> None:
+    traffic = Traffic()
+    closed_loop(traffic, clients, pictures=40 * clients)
+    assert not any(batch[0].urgency[1] > 10 * clients for batch in traffic.mixed)
+    settled = traffic.batches[len(traffic.batches) // 2 : -2 * K]
+    assert {len(batch) for batch in settled} == {clients}
+
+
+def test_travelling_together_makes_more_pictures_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    together = Traffic()
+    closed_loop(together, 4, pictures=200)
+    monkeypatch.setattr("tdm_runtime.scheduling.scheduler.ALIKE", 10**9)
+    joining = Traffic()
+    closed_loop(joining, 4, pictures=200)
+    assert joining.waited_s == 0.0
+    assert together.now_s < 0.95 * joining.now_s
+
+
+def test_a_client_that_is_alone_never_waits() -> None:
+    traffic = Traffic()
+    closed_loop(traffic, 1, pictures=100)
+    assert traffic.waited_s == 0.0
+    assert all(len(batch) == 1 for batch in traffic.batches)
+
+
+def test_no_wait_is_longer_than_the_window_if_clients_stop_returning() -> None:
+    traffic = Traffic()
+    closed_loop(traffic, 4, pictures=100)
+    late = traffic.ask(traffic.now_s + 0.2)
+    assert late in [item for finished in traffic.calls() for item in finished]
+    assert late.done_s is not None
+    assert late.done_s - late.urgency[0] <= 0  # its deadline without a promise
+    assert traffic.waited_s < 100 * RETURN_WINDOW * UNLOADED_S
+    sent_s = traffic.now_s + 0.2
+    for_long = traffic.ask(sent_s)
+    list(traffic.calls())
+    assert for_long.done_s is not None
+    assert for_long.done_s - sent_s <= (1 + RETURN_WINDOW) * UNLOADED_S + 0.1
+
+
+@pytest.mark.parametrize("load", [0.5, 0.9])
+def test_samples_that_come_at_random_join_between_steps_and_never_wait(load: float) -> None:
+    draws, traffic, at_s = random.Random(1), Traffic(), 0.0
+    for _ in range(400):
+        at_s += draws.expovariate(load / UNLOADED_S)
+        traffic.ask(at_s)
+    list(traffic.calls())
+    assert len(traffic.done) == 400
+    assert traffic.waited_s == 0.0
+    assert traffic.mixed
+
+
+def test_nobody_waits_beside_a_promise() -> None:
+    traffic = Traffic()
+    closed_loop(traffic, 3, pictures=100)
+    waited_s = traffic.waited_s
+    assert waited_s > 0
+    promised = traffic.ask(traffic.now_s + 0.05, budget_s=2 * UNLOADED_S)
+    for n in range(3):
+        traffic.ask(traffic.now_s + 0.1 + 0.1 * n)
+    list(traffic.calls())
+    assert promised.done_s is not None and promised.done_s <= promised.asked_s
+    assert any(promised in batch for batch in traffic.mixed)
+
+
+def test_clients_with_different_step_counts_join_between_steps() -> None:
+    traffic, steps = Traffic(), random.Random(0)
+    for _ in range(4):
+        traffic.ask(0.0)
+    for finished in traffic.calls():
+        for _ in finished:
+            if len(traffic.done) < 200:
+                traffic.ask(traffic.now_s + 0.2, steps=steps.choice([1, 2, 4]))
+    assert traffic.waited_s == 0.0
+
+
+@pytest.mark.parametrize(
+    ("fixed", "here", "waits"), [(0.45, 4, True), (0.05, 4, False), (0.05, 1, True), (0.0, 1, False)]
+)
+def test_the_wait_is_worth_the_calls_that_it_saves(fixed: float, here: int, waits: bool) -> None:
+    scheduler: StepScheduler[Request] = StepScheduler(shared_costs(fixed), 8)
+    for n in range(60):
+        item = request(n, steps=K, now_s=10.0 * n)
+        scheduler.admit([item], 10.0 * n)
+        scheduler.remove(item)
+        scheduler.answered(item, 10.0 * n + 9.99)
+    for _ in range(7):
+        scheduler.answered(item, 600.0)
+    scheduler.admit([request(100 + n, steps=K, now_s=600.0) for n in range(here)], 600.0)
+    assert (scheduler.wait_s(600.0) > 0) is waits
+
+
+@given(answers=st.lists(st.floats(0.0, 10.0), min_size=1), delay_s=st.floats(0.0, 1.0))
+def test_who_is_expected_is_never_more_than_who_was_answered(answers: list[float], delay_s: float) -> None:
+    returns = Returns()
+    for at_s in sorted(answers):
+        returns.answered(at_s)
+    expected, wait_s = returns.expected(max(answers) + delay_s, window_s=0.5)
+    assert 0 <= expected <= len(answers)
+    assert wait_s <= 0.5
+
+
+def test_a_share_of_clients_that_leave_is_seen() -> None:
+    returns = Returns()
+    for n in range(60):
+        returns.answered(float(n))
+        returns.arrived(n + 0.1, window_s=0.5)
+    assert returns.are_usual
+    assert returns.expected(60.0, 0.5) == (0, 0.0)
+    returns.answered(60.0)
+    assert returns.expected(60.0, 0.5) == (1, pytest.approx(0.1, abs=0.01))
+    for n in range(61, 65):
+        returns.answered(float(n))  # nobody comes back
+    assert not returns.are_usual or returns.expected(70.0, 0.5) == (0, 0.0)
+    assert not returns.are_usual
