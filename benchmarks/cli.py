@@ -5,6 +5,7 @@ tdm-bench throughput --max-concurrency 1,4,16           closed loop
 tdm-bench server --request-rate 20 --goodput e2el:200   open loop, Poisson arrivals
 tdm-bench offline                                       everything at once
 tdm-bench compare                                       this server and other servers
+tdm-bench turns                                         servers in turns of seconds, with ratios and their spread
 tdm-bench backends                                      backends and the stock pipeline
 tdm-bench live --strength 0.5                           pictures that follow a drawing
 tdm-bench start                                         time to the first picture, idle CPU, memory
@@ -27,7 +28,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks import backends, compare, live, options, plots, soak, start
+from benchmarks import backends, compare, live, options, plots, soak, start, turns
 from benchmarks.grpc_target import grpc_target
 from benchmarks.load import Recording, closed_loop, open_loop
 from benchmarks.machine import environment, environment_json
@@ -84,6 +85,8 @@ def main(arguments: list[str] | None = None) -> int:
             return start.main(arguments[1:])
         case ["soak"]:
             return soak.main(arguments[1:])
+        case ["turns"]:
+            return turns.main(arguments[1:])
     parser = build_parser()
     given = parser.parse_args(arguments)
     try:
@@ -112,6 +115,7 @@ def build_parser() -> options.Parser:
     server = modes.add_parser("server", help="open loop: requests arrive on a schedule")
     offline = modes.add_parser("offline", help="everything at once")
     modes.add_parser("compare", help="this server and other servers; see `tdm-bench compare --help`", add_help=False)
+    modes.add_parser("turns", help="servers in turns of seconds; see `tdm-bench turns --help`", add_help=False)
     modes.add_parser(
         "backends", help="backends and the stock pipeline; see `tdm-bench backends --help`", add_help=False
     )

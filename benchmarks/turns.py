@@ -1,0 +1,182 @@
+"""`tdm-bench turns`: several servers in turns of seconds, so that a machine whose speed changes treats them alike.
+
+All contenders are started once. In each round each has its turn, while the processes of all others are suspended. A
+table gives the median and the range over the rounds, and the ratio to the first contender, round by round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import options
+from benchmarks.compare import is_busy
+from benchmarks.contenders import ENGINE, PEERS, NotRunError, all_contenders, running
+from benchmarks.load import Recording, closed_loop
+from benchmarks.machine import environment, environment_json
+from benchmarks.peers.environment import DEFAULT_FOLDER, interpreter_in
+from benchmarks.phases import STEPS, Plan
+from benchmarks.report import figures, markdown_table, write_json
+from benchmarks.targets import EngineTarget, OpenAITarget, Target, http_session, running_engine
+from tdm_runtime.checkpoint.folder import open_checkpoint
+from tdm_runtime.cli import backend_config
+from tdm_runtime.errors import TDMError
+from tdm_runtime.model.choice import load_model
+
+Rounds = dict[str, dict[int, list[Mapping[str, float]]]]
+"""Contender -> requests in flight -> figures of each round: pictures a second, and p50 and p99 in milliseconds."""
+FIGURES = ("pictures_per_s", "p50_ms", "p99_ms")
+
+
+@dataclass
+class Suspended:
+    """Processes of one contender, which can be stopped and continued."""
+
+    processes: Sequence[Any]
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """Let the processes run inside the block only."""
+        self.resume()
+        try:
+            yield
+        finally:
+            self.suspend()
+
+    def resume(self) -> None:
+        """Let the processes run."""
+        self._each("resume")
+
+    def suspend(self) -> None:
+        """Stop the processes."""
+        self._each("suspend")
+
+    def _each(self, method: str) -> None:
+        import psutil
+
+        for process in self.processes:
+            with suppress(psutil.NoSuchProcess):
+                getattr(process, method)()
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command. Returns the exit status."""
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    try:
+        backend_config(given)
+        names = {one.name for one in all_contenders()} | {ENGINE}
+        if unknown := [name for name in given.contenders if name not in names]:
+            raise ValueError(f"there is no contender {unknown[0]!r}; choose from {', '.join(sorted(names))}")
+        plan = Plan(open_checkpoint(given.checkpoint).recipe.native_sizes[0], given.seed)
+        if is_busy():
+            print("the machine is busy; the figures will not be reliable", file=sys.stderr)
+        found = _measured(given, plan)
+    except (ValueError, OSError, TDMError, NotRunError) as error:
+        parser.error(str(error))
+    print(f"{environment()}; {given.rounds} rounds of {given.turn_s:g} s, K = {STEPS}\n")
+    print(to_markdown(found))
+    if given.output is not None:
+        write_json(given.output, {"environment": environment_json(), "turn_s": given.turn_s, "rounds": found})
+    return 0
+
+
+def _measured(given: argparse.Namespace, plan: Plan) -> Rounds:
+    with ExitStack() as stack:
+        targets = {name: _started(name, given, stack) for name in given.contenders}
+        found: Rounds = {name: {number: [] for number in given.max_concurrency} for name in targets}
+        for round_number in range(given.rounds + 1):
+            for number in given.max_concurrency:
+                for name, (address, suspended) in targets.items():
+                    with suspended.awake():
+                        turn = asyncio.run(_turn(address, plan, number, given.turn_s))
+                    if round_number:  # the first round warms up
+                        found[name][number].append(turn)
+            print(f"round {round_number} of {given.rounds}", file=sys.stderr, flush=True)
+        return found
+
+
+def _started(name: str, given: argparse.Namespace, stack: ExitStack) -> tuple[Callable[[], Any] | str, Suspended]:
+    """Start a contender. Return its address, or its target in this process, and its processes, suspended."""
+    if name == ENGINE:
+        engine = stack.enter_context(running_engine(load_model(given.checkpoint, backend_config(given))))
+        return lambda: EngineTarget(engine), Suspended([])
+    import psutil
+
+    ours = ["--checkpoint", str(given.checkpoint), "--backend", given.backend, "--threads", str(given.threads)]
+    python = interpreter_in(DEFAULT_FOLDER) if name.startswith(PEERS) else sys.executable
+    theirs = ["--checkpoint", str(given.checkpoint)]
+    contender = next(one for one in all_contenders(ours, theirs, python) if one.name == name)
+    before = set(psutil.Process().children(recursive=True))
+    address = stack.enter_context(running(contender, given.logs))
+    suspended = Suspended(sorted(set(psutil.Process().children(recursive=True)) - before, key=lambda one: one.pid))
+    stack.callback(suspended.resume)  # a server that is suspended could not stop
+    suspended.suspend()
+    print(f"{name} runs", file=sys.stderr, flush=True)
+    return address, suspended
+
+
+async def _turn(
+    address: Callable[[], Target] | str, plan: Plan, concurrency: int, turn_s: float
+) -> Mapping[str, float]:
+    """Keep requests in flight for a turn. Return its figures."""
+    recording, requests = Recording(), plan.workload(STEPS).requests()
+    if isinstance(address, str):
+        async with http_session() as session:
+            await closed_loop(OpenAITarget(session, address), requests, concurrency, recording, turn_s)
+    else:
+        await closed_loop(address(), requests, concurrency, recording, turn_s)
+    seen = figures(recording)
+    if seen["failed"] or not seen["completed"]:
+        raise NotRunError(f"{address}: {seen['failed']} requests failed: {seen['errors']}")
+    return dict(zip(FIGURES, (seen["request_throughput"], seen["median_e2el_ms"], seen["p99_e2el_ms"]), strict=True))
+
+
+def to_markdown(found: Rounds) -> str:
+    """Return a table: one row for each contender and number of requests in flight."""
+    first = next(iter(found))
+    rows = []
+    for number in found[first]:
+        base = [turn["pictures_per_s"] for turn in found[first][number]]
+        for name, turns in found.items():
+            columns = {figure: [turn[figure] for turn in turns[number]] for figure in FIGURES}
+            ratios = [base_s / own_s for base_s, own_s in zip(base, columns["pictures_per_s"], strict=True)]
+            rows.append([str(number), name, *map(_spread, columns.values()), _spread(ratios, 2)])
+    header = ["in flight", "contender", "pictures/s", "p50, ms", "p99, ms", f"{first} / this, pictures/s"]
+    return markdown_table(header, rows)
+
+
+def _spread(values: Sequence[float], digits: int = 1) -> str:
+    """Return the median and the range of values."""
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def _parser() -> options.Parser:
+    parser = options.Parser(
+        prog="tdm-bench turns", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "contenders",
+        nargs="*",
+        default=["tdm-serve", "litserve_batch ours", ENGINE],
+        help="contenders as in `tdm-bench compare`, ours first (%(default)s)",
+    )
+    parser.add_argument("--rounds", type=options.positive_int, default=5, help="measured rounds (%(default)s)")
+    parser.add_argument("--turn-s", type=options.positive_float, default=4.0, help="seconds of a turn (%(default)g)")
+    parser.add_argument(
+        "--max-concurrency", type=options.int_list, default=(1, 4, 16), help="requests in flight, a comma list (1,4,16)"
+    )
+    parser.add_argument("--seed", type=options.whole_number, default=0, help="seed of the requests (%(default)s)")
+    parser.add_argument(
+        "--logs", type=Path, default=Path("runs/turns"), help="folder of the servers' output (%(default)s)"
+    )
+    parser.add_argument("--output", type=Path, help="JSON file for the figures of each turn")
+    options.add_engine_arguments(parser)
+    return parser
