@@ -32,7 +32,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 def _open(host: str, port: int, share: bool) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio turns off Nagle's algorithm only for sockets that name their protocol; with it an answer takes 40 ms longer.
+    # asyncio turns off Nagle's algorithm only for sockets that name their protocol. With it answers take 40 ms longer.
     opened = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of a dead replica linger for a minute
     opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, share)
