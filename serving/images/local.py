@@ -50,6 +50,8 @@ SWITCH_S = 1e-4
 engine's thread gives it up at every operation on tensors and must soon get it back, even beside a busy event loop."""
 HAND_OVER = Kind("hand-over")
 """Time from the engine's thread to the event loop, which may be busy with other requests."""
+CALLS, ENCODING, FAILED = "calls", "encoding", "failed"
+"""Causes of a missed latency budget, beside the hand-over."""
 CALM_CALLS = 3
 """Calls of a kind that are measured before the first request."""
 SMALL_PIXELS = 3 * 128 * 128
@@ -63,6 +65,8 @@ class Submitted:
     order: ImageOrder
     model: LoadedModel
     futures: Sequence[Future[Picture]]
+    delivery: Delivery
+    """What the engine was told, with the parts of the latency budget that are not its own."""
     arrived_s: float
     """Time of arrival, monotonic."""
     submitted_s: float
@@ -211,7 +215,7 @@ class ImageService:
         delivery = self._delivery(order, waited_s, on_preview)
         now_s = time.monotonic()
         futures = self.engine.submit_all(order.pictures, delivery, model)
-        submitted = Submitted(order, model, futures, now_s - waited_s, now_s)
+        submitted = Submitted(order, model, futures, delivery, now_s - waited_s, now_s)
         if order.delivery.latency_budget_ms is not None:
             self.metrics.budgets_promised.inc()
         return submitted
@@ -247,7 +251,7 @@ class ImageService:
                 pictures = await asyncio.gather(*map(asyncio.wrap_future, submitted.futures))
         except Exception:
             if budget_ms is not None:
-                self.metrics.budgets_missed.inc()
+                self.metrics.budgets_missed.labels(FAILED).inc()
             raise
         finally:
             submitted.cancel()  # no effect on finished pictures
@@ -270,9 +274,10 @@ class ImageService:
         slowest = max((picture.timings for picture in pictures), key=lambda t: t.queue_ms + sum(t.steps_ms))
         waited_ms = 1e3 * (submitted.submitted_s - submitted.arrived_s)
         timings = to_timings(slowest, waited_ms, encode_ms, total_ms)
-        budget_kept = None if budget_ms is None else total_ms <= budget_ms
+        late = late_by(submitted.delivery, 1e3 * (made_s - submitted.submitted_s), 1e3 * (handed_s - made_s), total_ms)
+        budget_kept = None if budget_ms is None else late is None
         if not is_background:
-            self.metrics.observe_request(timings, budget_kept)
+            self.metrics.observe_request(timings, budget_kept, late)
         if (span := current_span()) is not None:
             span.record_stages(slowest, encode_ms, total_ms)
             _trace(model, [picture.params for picture in pictures])
@@ -291,8 +296,28 @@ class ImageService:
             timings=timings,
             predicted_ms=max(picture.predicted_ms for picture in pictures) + waited_ms + encode_ms,
             latency_budget_kept=budget_kept,
+            late_by=late,
             warnings=[*order.warnings, *to_warnings(pictures[0].prompt), *lacking],
         )
+
+
+def late_by(delivery: Delivery, calls_ms: float, hand_over_ms: float, total_ms: float) -> str | None:
+    """Return what made an answer late: the part that took the most beyond its share of the budget. None: in time.
+
+    Args:
+        calls_ms: from submission to pixels.
+        hand_over_ms: from pixels to the event loop.
+        total_ms: from arrival to the encoded answer.
+    """
+    budget_ms = delivery.latency_budget_ms
+    if budget_ms is None or total_ms <= budget_ms:
+        return None
+    beyond_ms = {
+        CALLS: calls_ms - (budget_ms - delivery.elapsed_ms - delivery.hand_over_ms - delivery.encoding_ms),
+        HAND_OVER.stage: hand_over_ms - delivery.hand_over_ms,
+        ENCODING: total_ms - delivery.elapsed_ms - calls_ms - hand_over_ms - delivery.encoding_ms,
+    }
+    return max(beyond_ms, key=lambda cause: beyond_ms[cause])
 
 
 def _stretched(pixels: Pixels, width: int, height: int) -> Pixels:

@@ -103,7 +103,7 @@ class RemoteImages:
         with self._counted(order):
             answer = await self._tried_twice(order)
         if not order.delivery.is_background:
-            self._metrics.observe_request(answer.timings, answer.latency_budget_kept)
+            self._metrics.observe_request(answer.timings, answer.latency_budget_kept, answer.late_by)
         for image in answer.images:
             self._metrics.steps_used.labels(image.num_inference_steps).inc()
         return answer

@@ -75,6 +75,8 @@ class ImageAnswer:
     """Prediction of `timings.total_ms` when the first step was due."""
     latency_budget_kept: bool | None
     """Whether the answer was in time; None without a latency budget."""
+    late_by: str | None
+    """What took the most beyond its share of the budget: calls, hand-over or encoding. None: the answer was in time."""
     warnings: list[str]
 
     @property

@@ -47,7 +47,9 @@ class ServerMetrics:
         self.not_finite = self._counter("tdm_nan", "Requests whose model output was NaN or infinite.")
         self.budgets_promised = self._counter("tdm_budgets_promised", "Requests accepted with a latency budget.")
         self.budgets_kept = self._counter("tdm_budgets_kept", "Requests answered within their latency budget.")
-        self.budgets_missed = self._counter("tdm_budgets_missed", "Requests with a budget that came late or failed.")
+        self.budgets_missed = self._counter(
+            "tdm_budgets_missed", "Requests with a budget that came late or failed, by cause.", "cause"
+        )
         self.batch_size = Histogram(
             "tdm_batch_size", "Samples in a denoiser call.", registry=self.registry, buckets=BATCH_SIZES
         )
@@ -69,14 +71,21 @@ class ServerMetrics:
         self.batch_size.observe(size)
         self.step_seconds.observe(seconds)
 
-    def observe_request(self, timings: ImageTimings, budget_kept: bool | None) -> None:
-        """Count one answered request. `budget_kept` is None if it had no latency budget."""
+    def observe_request(self, timings: ImageTimings, budget_kept: bool | None, late_by: str | None) -> None:
+        """Count one answered request.
+
+        Args:
+            budget_kept: None if it had no latency budget.
+            late_by: what made it late, see `ImageAnswer.late_by`.
+        """
         for name, histogram in self.stages.items():
             if name != "image_ms" or timings.image_ms:
                 histogram.observe(getattr(timings, name) / 1e3)
         self.denoise_seconds.observe(sum(timings.steps_ms) / 1e3)
-        if budget_kept is not None:
-            (self.budgets_kept if budget_kept else self.budgets_missed).inc()
+        if budget_kept:
+            self.budgets_kept.inc()
+        elif late_by is not None:
+            self.budgets_missed.labels(late_by).inc()
 
     def observe_answer(self, method: str, route: str, status: int | str) -> None:
         """Count one request of any front, answered or not.

@@ -13,7 +13,7 @@ from tdm_runtime.model.loaded_model import LoadedModel
 METRICS = {
     "tdm_batch_size": ("histogram", set()),
     "tdm_budgets_kept": ("counter", set()),
-    "tdm_budgets_missed": ("counter", set()),
+    "tdm_budgets_missed": ("counter", {"cause"}),
     "tdm_budgets_promised": ("counter", set()),
     "tdm_cancelled": ("counter", set()),
     "tdm_decode_seconds": ("histogram", set()),
@@ -59,7 +59,8 @@ def used_metrics(model: LoadedModel) -> ServerMetrics:
     metrics.watch_engine(DiffusionEngine(model), lambda: [model])
     metrics.watch_live(lambda: 1, 2)
     metrics.watch_requests(lambda: 1, 2)
-    metrics.observe_request(TIMINGS, budget_kept=True)
+    metrics.observe_request(TIMINGS, True, None)
+    metrics.observe_request(TIMINGS, False, "calls")
     metrics.observe_answer("POST", "/v1/images/generations", 200)
     metrics.rejected.labels("queue_full").inc()
     metrics.steps_used.labels(2).inc()
