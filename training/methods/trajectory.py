@@ -67,9 +67,17 @@ class Coordinates:
 
     def to_clean(self, x: Tensor, output: Tensor, timesteps: Tensor) -> Tensor:
         """Compute x_0 from a model output, in float32."""
-        columns = denoise_columns(self.prediction_type, self.schedule.levels(timesteps.double().cpu().numpy()))
-        p, q = (level_columns(column, x) for column in columns)
+        p, q = self._denoise_columns(x, timesteps)
         return p * x.float() + q * output.float()
+
+    def to_output(self, x: Tensor, clean: Tensor, timesteps: Tensor) -> Tensor:
+        """Compute the model output whose estimate of x_0 is `clean`, in float32."""
+        p, q = self._denoise_columns(x, timesteps)
+        return (clean.float() - p * x.float()) / q
+
+    def _denoise_columns(self, x: Tensor, timesteps: Tensor) -> list[Tensor]:
+        columns = denoise_columns(self.prediction_type, self.schedule.levels(timesteps.double().cpu().numpy()))
+        return [level_columns(column, x) for column in columns]
 
     def kernel(self, tau: Tensor, start: Tensor, like: Tensor) -> ForwardKernel:
         """Return the kernel q(x_tau | x_start)."""
