@@ -9,7 +9,7 @@ Any clip model:  tdm-train vbench --checkpoint DIR --output DIR       VBench's s
 Your own model:  tdm-train embed --base DIR --prompts FILE --output DIR
                  tdm-train distill --preset sd15 --base DIR --embeddings DIR --output DIR
                  tdm-train preset sd15                every setting with its value, as TOML
-The method:      tdm-train proof                      proof on a mixture whose scores are exact
+The method:      tdm-train proof [mixture|gaussian|colours]   cases with a known answer
 """
 
 from __future__ import annotations
@@ -84,8 +84,18 @@ def _parser() -> argparse.ArgumentParser:
     ablate.add_argument("--variants", nargs="+", help="rows to run; by default all")
     ablate.add_argument("--print", action="store_true", help="print the table of the finished rows")
 
-    proof = commands.add_parser("proof", help="distil every variant on a Gaussian mixture")
+    proof = commands.add_parser("proof", help="distil cases with a known answer, and print a table")
+    proof.add_argument(
+        "case",
+        nargs="?",
+        choices=("mixture", "gaussian", "colours"),
+        default="mixture",
+        help="mixture: variants on Gaussians in the plane. gaussian: where each target of the fake score leaves an "
+        "inner step. colours: a tiny flow transformer, trained and distilled",
+    )
+    proof.add_argument("--flow", action="store_true", help="in the coordinates of a flow; colours always are")
     proof.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    proof.add_argument("--variants", nargs="+", default=[], help="rows of the mixture's table; by default all")
 
     preset = commands.add_parser("preset", help="print a preset with every setting, as TOML")
     preset.add_argument("name", choices=sorted(PRESETS))
@@ -306,9 +316,14 @@ def _ablate(given: argparse.Namespace) -> None:
 
 
 def _proof(given: argparse.Namespace) -> None:
-    from training.mixture import print_proof
+    from training.proofs import print_colours, print_gaussian, print_mixture
 
-    print_proof(given.seeds)
+    if given.case == "mixture":
+        print_mixture(given.seeds, is_flow=given.flow, names=given.variants)
+    elif given.case == "gaussian":
+        print_gaussian(given.seeds, is_flow=given.flow)
+    else:
+        print_colours(given.seeds)
 
 
 def _preset(given: argparse.Namespace) -> None:

@@ -21,7 +21,7 @@ Method = Literal["tdm", "lcm"]
 Interval = Literal["disjoint", "reverse", "full"]
 Rollout = Literal["ode", "stochastic"]
 StepConditionFor = Literal["both", "student", "none"]
-FakeTarget = Literal["importance", "importance_exact", "clean", "trajectory_score"]
+FakeTarget = Literal["importance", "importance_exact", "unweighted", "clean", "trajectory_score"]
 GeneratorLoss = Literal["pseudo_huber", "elementwise_pseudo_huber", "normalised_l2", "fisher"]
 Matching = Literal["noisy", "clean"]
 
@@ -83,8 +83,9 @@ class DistillConfig:
     fake_target: FakeTarget = "importance"
     """Loss of the fake score.
 
-    importance: Eq. (7) near x_m, with tempered weights. importance_exact: the same with the exact ratio, for few
-    dimensions. clean: Eq. (7) from clean samples, Table 5's "w/o Importance Sampling".
+    importance: Eq. (7) near x_m, with tempered weights. importance_exact: the same with the paper's exact ratio, for
+    few dimensions. unweighted: the same with weight 1. clean: Eq. (7) from clean samples, Table 5's "w/o Importance
+    Sampling".
     trajectory_score: score matching against q(x_tau | x_m). It is not in the paper.
     """
     fake_updates: int = 1

@@ -1,23 +1,22 @@
 """A case with a known answer: a Gaussian mixture in the plane, whose scores are exact at every timestep.
 
-The teacher is the mixture's posterior mean E[x_0 | x_t]. Student and fake score are the same plus a
-small network that starts at zero. So the distance that remains after distillation comes from the
-method and not from the teacher. Latents are [B, 2, 1, 1]; there are no prompts.
+The teacher is the mixture's posterior mean E[x_0 | x_t], in the coordinates of a diffusion model or of a flow.
+Student and fake score are the same plus a small network that starts at zero. So the distance that remains after
+distillation comes from the method and not from the teacher. Latents are [B, 2, 1, 1]; there are no prompts.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from statistics import mean
 
 import torch
 from torch import Tensor, nn
 
 from tdm_runtime.families.conditioning import Conditioning
 from tdm_runtime.families.step_condition import embed_step_count
-from tdm_runtime.sampling.schedule import DiffusionSchedule
+from tdm_runtime.sampling.schedule import DiffusionSchedule, FlowSchedule
 from training.config import DistillConfig
 from training.methods.roles import SeparateRoles
 from training.methods.trajectory import Coordinates, places_at, roll_out
@@ -25,7 +24,9 @@ from training.pretrained.presets import as_dmd2
 from training.run.distill import Distiller, Run
 from training.run.loop import step_generator
 
-COORDINATES = Coordinates(DiffusionSchedule(beta_schedule="squaredcos_cap_v2"), "sample")
+DIFFUSION = Coordinates(DiffusionSchedule(beta_schedule="squaredcos_cap_v2"), "sample")
+FLOW = Coordinates(FlowSchedule(shift=3.0), "flow_prediction")
+"""Coordinates of SD3, Z-Image and Wan: a velocity, and timesteps shifted by 3."""
 CONDITION_DIM = 32
 HIDDEN = 128
 PROJECTIONS = 64
@@ -69,11 +70,11 @@ def ring(components: int = 6, radius: float = 1.3, std: float = 0.12) -> Mixture
 
 
 class MixtureDenoiser(nn.Module):
-    """The exact posterior mean plus a correction that starts at zero. K enters as in the real models."""
+    """The exact output plus a correction that starts at zero. K enters as in the real models."""
 
-    def __init__(self, mixture: Mixture) -> None:
+    def __init__(self, mixture: Mixture, coordinates: Coordinates = DIFFUSION) -> None:
         super().__init__()
-        self.mixture = mixture
+        self.mixture, self.coordinates = mixture, coordinates
         self.first = nn.Linear(2 + 2 * 8, HIDDEN)
         self.cond_proj = nn.Linear(CONDITION_DIM, HIDDEN, bias=False)
         self.rest = nn.Sequential(nn.SiLU(), nn.Linear(HIDDEN, HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, HIDDEN), nn.SiLU())
@@ -83,16 +84,16 @@ class MixtureDenoiser(nn.Module):
         nn.init.zeros_(self.last.bias)
 
     def forward(self, latents: Tensor, timesteps: Tensor, step_counts: Tensor | None, *_: Tensor | None) -> Tensor:
-        """Return the estimate of x_0, [B, 2, 1, 1]."""
+        """Return the estimate of x_0, or a flow's velocity noise - x_0, [B, 2, 1, 1]."""
         x = latents.flatten(1)
-        alphas, sigmas = (level.flatten(1) for level in COORDINATES.levels(timesteps, latents))
-        exact = self.mixture.posterior_mean(x, alphas, sigmas)
+        alphas, sigmas = (level.flatten(1) for level in self.coordinates.levels(timesteps, latents))
+        exact = self.mixture.posterior_mean(x, alphas, sigmas).view_as(latents)
         angles = (timesteps / 1000.0)[:, None] * (math.pi * 2.0 ** torch.arange(8))
         hidden = self.first(torch.cat([x, angles.sin(), angles.cos()], 1))
         if step_counts is not None:
             hidden = hidden + self.cond_proj(embed_step_count(step_counts, CONDITION_DIM))
-        estimate: Tensor = exact + self.last(self.rest(hidden))
-        return estimate.view_as(latents)
+        correction: Tensor = self.last(self.rest(hidden))
+        return self.coordinates.to_output(latents, exact, timesteps) + correction.view_as(latents)
 
 
 class NoPrompts:
@@ -126,12 +127,12 @@ DEFAULT = DistillConfig(
 """Settings of TDM-unify on the mixture."""
 
 
-def build_distiller(config: DistillConfig, mixture: Mixture | None = None) -> Distiller:
+def build_distiller(config: DistillConfig, coordinates: Coordinates = DIFFUSION) -> Distiller:
     """Return a distillation of the mixture, before its first iteration."""
     torch.manual_seed(config.seed)
-    mixture = mixture or ring()
-    roles = SeparateRoles(MixtureDenoiser(mixture), COORDINATES, precision=config.precision)
-    return Distiller(Run(roles, COORDINATES, NoPrompts(mixture), (2, 1, 1), config))
+    mixture = ring()
+    roles = SeparateRoles(MixtureDenoiser(mixture, coordinates), coordinates, precision=config.precision)
+    return Distiller(Run(roles, coordinates, NoPrompts(mixture), (2, 1, 1), config))
 
 
 def sliced_wasserstein(first: Tensor, second: Tensor) -> float:
@@ -176,16 +177,16 @@ def measure(distiller: Distiller, step_count: int, seed: int = 10_000) -> Distan
                 conditioning,
                 with_k=distiller.config.student_receives_k,
             ).x
-        alphas, sigmas = COORDINATES.levels(places.timestep, data)
+        alphas, sigmas = distiller.run.coordinates.levels(places.timestep, data)
         inner.append(sliced_wasserstein(x, alphas * data + sigmas * torch.randn(data.shape, generator=generator)))
     shares = mixture.nearest(final).bincount(minlength=len(mixture.weights)) / SAMPLES
     modes = 0.5 * float((shares - mixture.weights).abs().sum())
     return Distances(sliced_wasserstein(final, data), sum(inner) / max(1, len(inner)), modes)
 
 
-def prove(config: DistillConfig = DEFAULT) -> dict[int, Distances]:
+def prove(config: DistillConfig = DEFAULT, coordinates: Coordinates = DIFFUSION) -> dict[int, Distances]:
     """Distil the mixture, and return the distances of every K."""
-    distiller = build_distiller(config)
+    distiller = build_distiller(config, coordinates)
     for step in range(config.steps):
         distiller.train_step(step, step_generator(config.seed, "mixture", step))
     return {k: measure(distiller, k) for k in config.step_counts}
@@ -197,6 +198,7 @@ VARIANTS: Mapping[str, DistillConfig] = {
     "without K": replace(DEFAULT, step_condition_for="none"),
     "no importance sampling": replace(DEFAULT, fake_target="clean"),
     "exact importance weights": replace(DEFAULT, fake_target="importance_exact"),
+    "weight 1": replace(DEFAULT, fake_target="unweighted"),
     "trajectory score": replace(DEFAULT, fake_target="trajectory_score"),
     "reverse intervals": replace(DEFAULT, interval="reverse"),
     "plain L2, DMD normalisation": replace(DEFAULT, generator_loss="normalised_l2"),
@@ -204,15 +206,4 @@ VARIANTS: Mapping[str, DistillConfig] = {
     "Fisher divergence": replace(DEFAULT, generator_loss="fisher", student_learning_rate=2e-4, fake_updates=2),
     "DMD2": replace(as_dmd2(DEFAULT), fake_updates=5),
 }
-"""The method, and variants that the paper reports as worse."""
-
-
-def print_proof(seeds: Sequence[int] = (0, 1, 2), step_counts: Sequence[int] = (1, 2, 3, 4)) -> None:
-    """Distil every variant, and print the means over seeds as a Markdown table."""
-    columns = " | ".join(f"K = {k}" for k in step_counts)
-    print(f"| variant | {columns} | inner steps, K = 4 | modes lost, K = 4 |\n|{'---|' * (len(step_counts) + 3)}")
-    for name, config in {"at the start (the teacher at K steps)": replace(DEFAULT, steps=0), **VARIANTS}.items():
-        found = [prove(replace(config, seed=seed)) for seed in seeds]
-        data = " | ".join(f"{mean(d[k].data for d in found):.2f}" for k in step_counts)
-        inner, modes = (mean(getattr(d[4], field) for d in found) for field in ("trajectory", "modes"))
-        print(f"| {name} | {data} | {inner:.2f} | {modes:.2f} |", flush=True)
+"""The method, and variants of it."""

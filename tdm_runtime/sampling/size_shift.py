@@ -59,8 +59,8 @@ class SizeShift:
         slope = (self.max_shift - self.base_shift) / (self.max_tokens - self.base_tokens)
         return self.base_shift + slope * (tokens - self.base_tokens)
 
-    def shifted(self, sigmas: Array, mu: float) -> Array:
-        """Shift sigmas in (0, 1].
+    def shift_at(self, mu: float) -> float:
+        """Return the shift of a flow schedule for mu.
 
         Raises:
             RecipeError: mu gives no shift, which a linear curve can.
@@ -68,6 +68,15 @@ class SizeShift:
         shift = math.exp(mu) if self.curve == "exponential" else mu
         if shift <= 0:
             raise RecipeError(f"the shift of this size is {shift:g}; it must be above 0: raise base_shift")
+        return shift
+
+    def shifted(self, sigmas: Array, mu: float) -> Array:
+        """Shift sigmas in (0, 1].
+
+        Raises:
+            RecipeError: mu gives no shift.
+        """
+        shift = self.shift_at(mu)
         return self.stretched(shift * sigmas / (1.0 + (shift - 1.0) * sigmas))
 
     def stretched(self, sigmas: Array) -> Array:

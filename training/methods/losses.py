@@ -85,27 +85,37 @@ def importance_weight(
 def fake_score_loss(kernel: ForwardKernel, denoised: Tensor, x_0: Tensor, weight: Tensor) -> Tensor:
     """Return the denoising loss of the fake score, Eq. (7), with importance weights. Scalar.
 
-    omega_tau = 1 + min(SNR, 5) is the v-prediction weight, clipped at the clean end (Hang et al. 2023).
-
     Args:
         denoised: The fake score's estimate of x_0 at (x_tau, tau, K).
         x_0: The student's clean estimate, without gradient.
         weight: Weights [B] from `importance_weight`, or ones.
     """
-    snr = (kernel.alpha_tau / kernel.sigma_tau).square().flatten()
-    loss: Tensor = (weight * (1.0 + snr.clamp_max(SNR_CLIP)) * per_sample((denoised - x_0).square())).mean()
+    loss: Tensor = (weight * omega(kernel) * per_sample((denoised - x_0).square())).mean()
     return loss
 
 
-def trajectory_score_loss(kernel: ForwardKernel, denoised: Tensor, x_tau: Tensor, noise: Tensor) -> Tensor:
+def omega(kernel: ForwardKernel) -> Tensor:
+    """Return omega_tau = 1 + min(SNR, 5), the v-prediction weight clipped at the clean end (Hang et al. 2023), [B]."""
+    return 1.0 + (kernel.alpha_tau / kernel.sigma_tau).square().flatten().clamp_max(SNR_CLIP)
+
+
+def trajectory_score_loss(kernel: ForwardKernel, denoised: Tensor, x_m: Tensor, noise: Tensor) -> Tensor:
     """Return the denoising score matching loss for q(x_tau | x_m) (Vincent 2011). Scalar. It is not in the paper.
 
-    Its optimum is the score of the diffused trajectory distribution p_{theta, tau | t_i} that Eq. (5)
-    needs. The optimum of Eq. (7) is the score of diffused clean samples. The target score is -noise / beta.
-    With the weight beta^2 the loss is the error in units of noise, and it stays finite as beta goes to 0.
+    Its optimum is the score of the diffused trajectory distribution p_{theta, tau | t_i} that Eq. (5) needs. The
+    score of q(x_tau | x_m) is -noise / beta. Written as an estimate of x_0 it is
+
+        target = x_m / alpha_m - alpha_tau sigma_m^2 / (alpha_m^2 beta) noise.
+
+    The weight is omega_tau / (1 + v). v = (sigma_m sigma_tau / (alpha_m beta))^2 is the variance of target - x_0 if the
+    noise in x_m is independent of x_0, so the loss stays finite as beta goes to 0. At the clean end v is 0, the target
+    is x_0, and the loss is Eq. (7).
     """
-    score = -(x_tau - kernel.alpha_tau * denoised) / kernel.sigma_tau**2
-    return (kernel.beta * score + noise).square().mean()
+    to_clean = kernel.sigma_m / kernel.alpha_m
+    beta_target_error = kernel.beta * (denoised - x_m / kernel.alpha_m) + kernel.alpha_tau * to_clean**2 * noise
+    norm = (kernel.beta**2 + (to_clean * kernel.sigma_tau) ** 2).sqrt()
+    loss: Tensor = (omega(kernel) * per_sample((beta_target_error / norm).square())).mean()
+    return loss
 
 
 # ---- the generator -------------------------------------------------------------------------------

@@ -90,9 +90,9 @@ class TDM:
         x_tau = diffuse(origin, forward.noise)
         denoised = self.roles.fake(x_tau, forward.tau, batch.conditioning, self.step_counts_for(batch, "fake"))
         if target == "trajectory_score":
-            return trajectory_score_loss(kernel, denoised, x_tau, forward.noise)
+            return trajectory_score_loss(kernel, denoised, sample.x_m, forward.noise)
         weight = torch.ones(len(x_tau), device=x_tau.device)
-        if target != "clean":
+        if target in ("importance", "importance_exact"):
             exact = target == "importance_exact"
             weight = importance_weight(kernel, x_tau, sample.x_0, forward.noise, exact=exact)
         return fake_score_loss(kernel, denoised, sample.x_0, weight)

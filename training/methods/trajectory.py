@@ -8,7 +8,7 @@ t_{m+1} and ends at t_m. "Eq." refers to the TDM paper.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import get_args
 
 import numpy as np
@@ -17,7 +17,13 @@ from torch import Tensor
 
 from tdm_runtime.errors import RecipeError
 from tdm_runtime.families.conditioning import Conditioning
-from tdm_runtime.sampling.schedule import DiffusionSchedule, FlowSchedule, TeacherSchedule
+from tdm_runtime.sampling.schedule import (
+    DiffusionSchedule,
+    FlowSchedule,
+    TeacherSchedule,
+    flow_timesteps,
+    spaced_timesteps,
+)
 from tdm_runtime.sampling.solvers import DeterministicSolver, Solver
 from tdm_runtime.sampling.step_table import PredictionType, StepTable, build_step_table, denoise_columns
 from training.methods.losses import ForwardKernel
@@ -38,6 +44,16 @@ class Coordinates:
 
     schedule: TeacherSchedule
     prediction_type: PredictionType
+    shifts: Mapping[int, float] = field(default_factory=dict)
+    """K -> shift of the timesteps of K steps, where it may differ from that of the flow schedule (FLUX.2)."""
+
+    def even_timesteps(self, step_count: int) -> tuple[float, ...]:
+        """Return t_i = T i / K, falling, without the clean end. In a flow it is even before the shift."""
+        schedule = self.schedule
+        if isinstance(schedule, FlowSchedule):
+            shifted = replace(schedule, shift=self.shifts.get(step_count, schedule.shift))
+            return tuple(flow_timesteps(shifted, step_count).tolist())
+        return tuple(spaced_timesteps("trailing", step_count, schedule.num_train_timesteps).tolist())
 
     @property
     def clean_end(self) -> float:
@@ -51,9 +67,17 @@ class Coordinates:
 
     def to_clean(self, x: Tensor, output: Tensor, timesteps: Tensor) -> Tensor:
         """Compute x_0 from a model output, in float32."""
-        columns = denoise_columns(self.prediction_type, self.schedule.levels(timesteps.double().cpu().numpy()))
-        p, q = (level_columns(column, x) for column in columns)
+        p, q = self._denoise_columns(x, timesteps)
         return p * x.float() + q * output.float()
+
+    def to_output(self, x: Tensor, clean: Tensor, timesteps: Tensor) -> Tensor:
+        """Compute the model output whose estimate of x_0 is `clean`, in float32."""
+        p, q = self._denoise_columns(x, timesteps)
+        return (clean.float() - p * x.float()) / q
+
+    def _denoise_columns(self, x: Tensor, timesteps: Tensor) -> list[Tensor]:
+        columns = denoise_columns(self.prediction_type, self.schedule.levels(timesteps.double().cpu().numpy()))
+        return [level_columns(column, x) for column in columns]
 
     def kernel(self, tau: Tensor, start: Tensor, like: Tensor) -> ForwardKernel:
         """Return the kernel q(x_tau | x_start)."""

@@ -7,7 +7,7 @@ by the pipeline itself, so text encoders and denoiser are never in memory togeth
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,16 @@ from typing import Any
 import diffusers
 import torch
 
+from tdm_runtime.checkpoint.stock.flow_schedule import size_shift_of
+from tdm_runtime.checkpoint.stock.pipeline_call import PIPELINE_CALLS
 from tdm_runtime.checkpoint.stock.pipeline_folder import check_loaded, family_of, load_text_encoders, read_json
 from tdm_runtime.errors import CheckpointError, RecipeError
 from tdm_runtime.families import Conditioning, Denoiser, Family, denoiser_for
 from tdm_runtime.families.latent_space import LatentGeometry
 from tdm_runtime.sampling.schedule import DiffusionSchedule, FlowSchedule, TeacherSchedule
+from tdm_runtime.sampling.size_shift import SizeShift
 from tdm_runtime.sampling.step_table import PREDICTION_TYPES, PredictionType
+from training.methods.trajectory import Coordinates
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,19 @@ class BaseModel:
     prediction_type: PredictionType
     geometry: LatentGeometry
     """Rule for the shape of the latents."""
+    size_shift: SizeShift | None = None
+    """Rule that shifts the noise schedule, a flow with shift 1, by the size of the picture; None for most."""
+
+    def coordinates_at(self, width: int, height: int, step_counts: Sequence[int]) -> Coordinates:
+        """Return noise schedule and prediction type at a size in pixels.
+
+        FLUX.2's shift also depends on the step count: its noise schedule takes that of the most steps.
+        """
+        rule, schedule = self.size_shift, self.noise_schedule
+        if rule is None or not isinstance(schedule, FlowSchedule):
+            return Coordinates(schedule, self.prediction_type)
+        shifts = {k: rule.shift_at(rule.mu_of(k, width, height)) for k in step_counts}
+        return Coordinates(replace(schedule, shift=shifts[max(step_counts)]), self.prediction_type, shifts)
 
 
 def load_base_model(folder: Path) -> BaseModel:
@@ -44,7 +61,7 @@ def load_base_model(folder: Path) -> BaseModel:
         RecipeError: its scheduler has a setting that training cannot follow.
     """
     family = family_of(folder)
-    noise_schedule, prediction_type = _read_noise_schedule(folder / "scheduler")
+    noise_schedule, prediction_type, size_shift = _read_noise_schedule(folder / "scheduler", family)
     vae = read_json(folder / "vae" / "config.json")
     try:
         family.spatial_compression(vae)
@@ -58,7 +75,7 @@ def load_base_model(folder: Path) -> BaseModel:
             f"{folder}: the vae has {channels} latent channels and the {family.denoiser_folder} "
             f"{geometry.channels}; they are not of one model, restore the folder from its source"
         )
-    return BaseModel(family, denoiser, noise_schedule, prediction_type, geometry)
+    return BaseModel(family, denoiser, noise_schedule, prediction_type, geometry, size_shift)
 
 
 def load_denoiser_model(folder: Path, class_name: str) -> Any:
@@ -78,7 +95,7 @@ def load_denoiser_model(folder: Path, class_name: str) -> Any:
     return model.float().eval()
 
 
-def _read_noise_schedule(folder: Path) -> tuple[TeacherSchedule, PredictionType]:
+def _read_noise_schedule(folder: Path, family: Family) -> tuple[TeacherSchedule, PredictionType, SizeShift | None]:
     """Build our schedule from a diffusers scheduler. Its class fills in defaults that its config leaves out."""
     file = folder / "scheduler_config.json"
     name = str(read_json(file).get("_class_name"))
@@ -90,27 +107,33 @@ def _read_noise_schedule(folder: Path) -> tuple[TeacherSchedule, PredictionType]
     except Exception as error:  # diffusers raises many kinds; a user can do the same about all of them
         raise RecipeError(f"{file} is refused by {name} ({error}); correct it or use another base model") from error
     config = scheduler.config
-    for setting in ("trained_betas", "use_dynamic_shifting", "shift_terminal", "invert_sigmas"):
+    for setting in ("trained_betas", "shift_terminal", "invert_sigmas"):
         if config.get(setting):
             raise RecipeError(
                 f"{file}: {setting} is {config[setting]!r}, which training cannot follow; remove it, "
                 "if the model was trained without it, or use another base model"
             )
     try:
-        return _flow_schedule(scheduler) or _diffusion_schedule(scheduler)
+        return _flow_schedule(scheduler, family) or (*_diffusion_schedule(scheduler), None)
     except RecipeError as error:
         raise RecipeError(f"{file}: {error}; use a base model with a schedule that training knows") from None
 
 
-def _flow_schedule(scheduler: Any) -> tuple[FlowSchedule, PredictionType] | None:
-    config = scheduler.config
-    if type(scheduler).__name__.startswith("FlowMatch"):
+def _flow_schedule(scheduler: Any, family: Family) -> tuple[FlowSchedule, PredictionType, SizeShift | None] | None:
+    config, size_shift = scheduler.config, None
+    is_dynamic, is_euler = config.get("use_dynamic_shifting"), type(scheduler).__name__.startswith("FlowMatch")
+    if is_dynamic and not is_euler:
+        raise RecipeError("use_dynamic_shifting is true, which training follows for FlowMatchEulerDiscreteScheduler")
+    if is_dynamic:
+        size_shift, shift = size_shift_of(config, PIPELINE_CALLS[family.name]), 1.0
+    elif is_euler:
         shift = config.shift
     elif config.get("use_flow_sigmas"):
         shift = config.flow_shift
     else:
         return None
-    return FlowSchedule(shift=shift, num_train_timesteps=config.num_train_timesteps), "flow_prediction"
+    schedule = FlowSchedule(shift=shift, num_train_timesteps=config.num_train_timesteps)
+    return schedule, "flow_prediction", size_shift
 
 
 def _diffusion_schedule(scheduler: Any) -> tuple[DiffusionSchedule, PredictionType]:

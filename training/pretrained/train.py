@@ -34,6 +34,8 @@ from training.run.plot import SampleGrid, plot_log
 from training.run.processes import Processes
 
 CONFIG_FILE = "config.toml"
+STEPS_OF_TEACHERS = (50,)
+"""Step count whose shift a fine-tuned teacher is trained with, where a shift depends on it (FLUX.2)."""
 MODEL_FOLDER = "model"
 """Folder of the student in the folder of its run, which also has the training state."""
 GRID_PROMPTS = 4
@@ -112,12 +114,13 @@ def build_backbone_distiller(
 
 
 def coordinates_of(base: BaseModel, config: DistillConfig) -> Coordinates:
-    """Return the base's noise schedule and prediction type; the shift of a flow is the config's.
+    """Return the base's noise schedule and prediction type at the config's size; a flow_shift replaces a flow's shift.
 
     Raises:
         ConfigError: the config sets a flow's shift for a diffusion model, or LCM for a flow.
     """
-    schedule = base.noise_schedule
+    coordinates = base.coordinates_at(config.width, config.height, config.step_counts)
+    schedule = coordinates.schedule
     is_flow = isinstance(schedule, FlowSchedule)
     if config.flow_shift and not is_flow:
         raise ConfigError(
@@ -127,8 +130,8 @@ def coordinates_of(base: BaseModel, config: DistillConfig) -> Coordinates:
     if config.method == "lcm" and is_flow:
         raise ConfigError(f"method 'lcm' knows diffusion schedules, {base.family.name} is a flow; set method to tdm")
     if isinstance(schedule, FlowSchedule) and config.flow_shift:
-        schedule = replace(schedule, shift=config.flow_shift)
-    return Coordinates(schedule, base.prediction_type)
+        return Coordinates(replace(schedule, shift=config.flow_shift), base.prediction_type)
+    return coordinates
 
 
 def build_roles(
@@ -182,7 +185,7 @@ def finetune_backbone(folder: Path, base_folder: Path, embeddings_folder: Path, 
     processes = Processes()
     base, prompts = load_base_model(base_folder), EmbeddedPrompts(embeddings_folder, config.seed)
     prompts.require(base, prompts.index.width, prompts.index.height)
-    coordinates = Coordinates(base.noise_schedule, base.prediction_type)
+    coordinates = base.coordinates_at(prompts.index.width, prompts.index.height, STEPS_OF_TEACHERS)
     if config.gradient_checkpointing:
         base.denoiser.model.enable_gradient_checkpointing()
     denoiser = base.denoiser.to(processes.device)

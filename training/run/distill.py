@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from tdm_runtime.families.conditioning import Conditioning
-from tdm_runtime.sampling.schedule import FlowSchedule, flow_timesteps, spaced_timesteps
 from training.config import ConfigError, DistillConfig
 from training.methods.adversarial import Adversary, build_discriminator
 from training.methods.batch import Batch, PromptSource, draw, part_of
@@ -43,12 +42,7 @@ def trajectories_of(config: DistillConfig, coordinates: Coordinates) -> Trajecto
 
 def timesteps_of(config: DistillConfig, coordinates: Coordinates, step_count: int) -> tuple[float, ...]:
     """Return the timesteps of K steps, falling."""
-    if step_count in config.timesteps:
-        return config.timesteps[step_count]
-    schedule = coordinates.schedule
-    if isinstance(schedule, FlowSchedule):
-        return tuple(flow_timesteps(schedule, step_count).tolist())
-    return tuple(spaced_timesteps("trailing", step_count, schedule.num_train_timesteps).tolist())
+    return config.timesteps.get(step_count) or coordinates.even_timesteps(step_count)
 
 
 @dataclass(frozen=True)

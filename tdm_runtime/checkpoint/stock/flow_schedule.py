@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from tdm_runtime.checkpoint.sampling_fields import Sampling, lists_of
-from tdm_runtime.checkpoint.stock.pipeline_call import ScheduleRequest
-from tdm_runtime.checkpoint.stock.scheduler_config import SchedulerConfig
+from tdm_runtime.checkpoint.stock.pipeline_call import PipelineCall, ScheduleRequest
+from tdm_runtime.checkpoint.stock.scheduler_config import SchedulerConfig, Settings
 from tdm_runtime.errors import RecipeError
 from tdm_runtime.sampling.schedule import Array, FlowSchedule, TrigFlowSchedule, as_array
 from tdm_runtime.sampling.size_shift import SizeShift
@@ -32,7 +32,7 @@ def flow_match_euler_sampling(config: SchedulerConfig, request: ScheduleRequest)
     if is_dynamic:
         for setting in ("use_karras_sigmas", "use_exponential_sigmas"):
             config.require(setting, False)
-        size_shift = _size_shift(config, request, terminal)
+        size_shift = size_shift_of(config.settings, request.call, terminal)
         sigmas = unshifted
     else:
         sigmas = {k: _static_sigmas(config, schedule, s, terminal) for k, s in unshifted.items()}
@@ -62,10 +62,18 @@ def _static_sigmas(config: SchedulerConfig, schedule: FlowSchedule, sigmas: Arra
     return shifted
 
 
-def _size_shift(config: SchedulerConfig, request: ScheduleRequest, terminal: float | None) -> SizeShift:
-    if request.call.mu is None:
+def size_shift_of(config: Settings, call: PipelineCall, terminal: float | None = None) -> SizeShift:
+    """Return the shift by size of a FlowMatchEulerDiscreteScheduler with `use_dynamic_shifting`.
+
+    Args:
+        config: its config, with the class's defaults.
+
+    Raises:
+        RecipeError: the pipeline gives no mu, or a number cannot be followed.
+    """
+    if call.mu is None:
         raise RecipeError("use_dynamic_shifting is true, but this pipeline gives no mu; set it to false")
-    if request.call.mu == "flux2":
+    if call.mu == "flux2":
         return SizeShift("flux2", curve=config["time_shift_type"], terminal=terminal)
     return SizeShift(
         mu="tokens",

@@ -49,12 +49,29 @@ def test_an_importance_weight_is_clipped_at_20_and_at_a_twentieth() -> None:
     assert importance_weight(kernel, x_tau, far, noise).item() == pytest.approx(0.05)
 
 
-def test_the_trajectory_scores_loss_is_the_squared_error_in_units_of_noise() -> None:
-    """beta * score + noise, with score = -(x_tau - alpha_tau x_0) / sigma_tau^2."""
+def test_the_trajectory_scores_loss_is_the_squared_error_of_the_score_of_x_tau_given_x_m() -> None:
+    """Errors of the score beside -noise / beta, as errors of x_0; beta^2 = .6, v = (.3 * .8 / .9)^2 / .6 = .1185."""
     kernel, noise = kernel_of(0.6, 0.8, 0.9, 0.3), normal(4, *SHAPE, seed=1)
     x_tau = kernel.diffuse(X_M, noise)
-    error = noise - math.sqrt(0.6) * (x_tau - 0.6 * X_0) / 0.64
-    assert trajectory_score_loss(kernel, X_0, x_tau, noise).item() == pytest.approx(error.square().mean().item())
+    score_error = noise / math.sqrt(0.6) - (x_tau - 0.6 * X_0) / 0.64
+    error = 0.64 / 0.6 * score_error
+    weight = (1 + (0.6 / 0.8) ** 2) / (1 + (0.3 * 0.8 / 0.9) ** 2 / 0.6)
+    expected = weight * error.square().mean().item()
+    assert trajectory_score_loss(kernel, X_0, X_M, noise).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_trajectory_scores_loss_is_equation_7_at_the_last_step() -> None:
+    kernel, noise = kernel_of(0.6, 0.8, 1.0, 0.0), normal(4, *SHAPE, seed=1)
+    loss = trajectory_score_loss(kernel, X_M, X_0, noise)
+    assert loss.item() == pytest.approx(fake_score_loss(kernel, X_M, X_0, torch.ones(4)).item())
+
+
+def test_the_trajectory_scores_loss_is_finite_where_tau_meets_t_m() -> None:
+    noise = normal(4, *SHAPE, seed=1)
+    loss = trajectory_score_loss(kernel_of(0.9, 0.3, 0.9, 0.3001), X_0, X_M, noise)
+    assert 0 < loss.item() < 100
+    pure_noise = trajectory_score_loss(kernel_of(0.0, 1.0, 0.9, 0.1), X_0, X_M, noise)
+    assert math.isfinite(pure_noise.item())
 
 
 def test_dmds_norm_is_the_mean_gap_of_each_sample_without_gradient() -> None:
@@ -66,7 +83,7 @@ def test_dmds_norm_is_the_mean_gap_of_each_sample_without_gradient() -> None:
 
 def weights_by_hand(target: str, x_tau: Tensor, tau: Tensor, m: Tensor, noise: Tensor) -> Tensor:
     (alpha, sigma), (alpha_m, sigma_m) = levels(tau), levels(m)
-    if target == "clean":
+    if target in ("clean", "unweighted"):
         return torch.ones(4)
     scale = alpha / alpha_m
     from_m, from_clean = (scale * X_M, (sigma**2 - (scale * sigma_m) ** 2).sqrt()), (alpha * X_0, sigma)
@@ -78,7 +95,7 @@ def weights_by_hand(target: str, x_tau: Tensor, tau: Tensor, m: Tensor, noise: T
 
 
 @pytest.mark.parametrize("condition_for", ["both", "student"])
-@pytest.mark.parametrize("target", ["importance", "importance_exact", "clean", "trajectory_score"])
+@pytest.mark.parametrize("target", ["importance", "importance_exact", "unweighted", "clean", "trajectory_score"])
 def test_the_fake_score_learns_equation_7_at_x_tau(target: str, condition_for: str) -> None:
     method = method_of(replace(CONFIG, fake_target=target, step_condition_for=condition_for))  # type: ignore[arg-type]
     batch = batch_of(method)
@@ -90,11 +107,13 @@ def test_the_fake_score_learns_equation_7_at_x_tau(target: str, condition_for: s
     x_tau = alpha * X_0 + sigma * forward.noise if target == "clean" else scale * X_M + beta * forward.noise
     k = batch.places.step_counts if condition_for == "both" else None
     estimate = known(FAKE, x_tau, forward.tau, batch.conditioning, k)
+    omega = 1 + (alpha / sigma).square().flatten().clamp_max(5.0)
     if target == "trajectory_score":
-        expected = (forward.noise - beta * (x_tau - alpha * estimate) / sigma**2).square().mean()
+        error = estimate - (x_tau - sigma**2 * forward.noise / beta) / alpha
+        share = 1 / (1 + (sigma_m * sigma / (alpha_m * beta)).square().flatten())
+        expected = (share * omega * error.square().flatten(1).mean(1)).mean()
     else:
         weight = weights_by_hand(target, x_tau, forward.tau, m, forward.noise)
-        omega = 1 + (alpha / sigma).square().flatten().clamp_max(5.0)
         expected = (weight * omega * (estimate - X_0).square().flatten(1).mean(1)).mean()
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
     loss.backward()

@@ -161,7 +161,8 @@ def test_flow_sigmas_of_a_dpm_solver_are_followed(sd_copy: Path) -> None:
     ("scheduler", "changes", "message"),
     [
         ("PNDMScheduler", {"trained_betas": [0.1, 0.2]}, r"trained_betas is \[0.1, 0.2\]"),
-        ("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True}, "use_dynamic_shifting is True"),
+        ("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True}, "use_dynamic_shifting is true, but"),
+        ("UniPCMultistepScheduler", {"use_dynamic_shifting": True, "use_flow_sigmas": True}, "training follows for Fl"),
         ("DDPMScheduler", {"beta_schedule": "sigmoid"}, "beta_schedule is 'sigmoid'; it must be one of linear"),
         ("DDPMScheduler", {"beta_schedule": "square"}, "is refused by DDPMScheduler"),
         ("PNDMScheduler", {"prediction_type": "noise"}, "prediction_type is 'noise'; it must be epsilon"),
