@@ -199,9 +199,10 @@ def test_one_roles_gradient_reaches_its_weights_while_the_other_is_active(lora: 
     assert all(gradients["student"]) and not any(gradients["fake"])
 
 
-def test_a_base_without_input_for_k_gets_adapters_alone() -> None:
+def test_a_base_without_input_for_k_gets_adapters_alone(recwarn: pytest.WarningsRecorder) -> None:
     base = tiny_base(FAMILY)
     roles = LoraRoles(base.denoiser, COORDINATES, rank=2, alpha=2.0, targets=["to_v"])
+    assert not recwarn.list, "peft warns about a second adapter, which is meant here"
     assert roles.student.precision == "bf16"
     names = [name for name, _ in roles.module("student").named_parameters()]
     assert names and all("to_v" in name for name in names)
