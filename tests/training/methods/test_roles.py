@@ -170,6 +170,7 @@ def test_a_role_has_its_adapters_and_its_projection_of_k_and_nothing_else(lora: 
     assert [name.replace("student", "fake") for name in names["student"]] == names["fake"]
     assert sum("cond_proj" in name for name in names["student"]) == 1
     trained = {p for role in ("student", "fake") for p in lora.module(role).parameters()}  # type: ignore[arg-type]
+    assert all(p.requires_grad for p in trained), "optimizers take the parameters that require gradients"
     lora.activate("student")
     assert {p for p in lora.base.parameters() if p.requires_grad} == trained
     assert lora.teacher.precision == lora.student.precision == lora.fake.precision == "fp32"
