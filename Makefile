@@ -1,7 +1,7 @@
 # make serve   install everything and start the server with the playground on 127.0.0.1:8000
 # make triton  install everything and start tritonserver with the model repository on its usual ports of 127.0.0.1
 # make test    install everything and run the tests, in TEST_PROCESSES processes, then those of a real tritonserver
-# make mutants change the code of training/methods in small ways and count the changes that its tests notice, in about an hour
+# make mutants change the code of training/methods in small ways and count the changes that its tests notice, in less than an hour
 # make check   check format, lint, types and import contracts
 # make gpu     run the tests and measurements that need a GPU, in 12 minutes; results are in build/gpu
 # make format  format the code and fix what ruff can fix
