@@ -112,6 +112,7 @@ def test_separate_roles_are_copies_that_train_and_a_teacher_that_does_not() -> N
         assert module.gain.requires_grad and module.gain.item() == pytest.approx(0.9)
     assert roles.module("student") is not roles.module("fake")
     assert roles.teacher.precision == roles.student.precision == roles.fake.precision == "bf16"
+    assert CleanEstimator(base, COORDINATES).precision == "bf16"
 
 
 def test_a_student_of_its_own_leaves_the_fake_score_at_the_base() -> None:
