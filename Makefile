@@ -1,6 +1,7 @@
 # make serve   install everything and start the server with the playground on 127.0.0.1:8000
 # make triton  install everything and start tritonserver with the model repository on its usual ports of 127.0.0.1
 # make test    install everything and run the tests, in TEST_PROCESSES processes, then those of a real tritonserver
+# make mutants change the code of training/methods in small ways and count the changes that its tests notice, in less than an hour
 # make check   check format, lint, types and import contracts
 # make gpu     run the tests and measurements that need a GPU, in 12 minutes; results are in build/gpu
 # make format  format the code and fix what ruff can fix
@@ -19,11 +20,12 @@ TDM_CHECKPOINT ?=
 TRITON_ARGS ?=
 TRITON := build/triton
 KSERVE := build/kserve
+MUTMUT := build/mutmut
 TEST_PROCESSES ?= 2
 TEST_ARGS ?=
 export RAY_USAGE_STATS_ENABLED = 0
 
-.PHONY: serve triton test check gpu format protos clean
+.PHONY: serve triton test mutants check gpu format protos clean
 
 serve: $(VENV)/.installed
 	$(BIN)/tdm-serve $(SERVE_ARGS)
@@ -35,6 +37,9 @@ triton: $(TRITON)/.installed
 test: $(VENV)/.installed-dev $(TRITON)/.installed-dev $(KSERVE)/.installed
 	$(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder $(TEST_ARGS)
 	$(TRITON)/bin/python -m pytest tests/model_repository
+
+mutants: $(MUTMUT)/.installed
+	$(MUTMUT)/bin/python tests/mutants/run.py --processes $(TEST_PROCESSES)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
@@ -90,6 +95,14 @@ $(KSERVE)/.installed: $(VENV)/.installed-dev deploy/kserve/requirements.txt
 	$(call find_project_after,$(KSERVE))
 	$(KSERVE)/bin/python -m pip install --quiet --disable-pip-version-check --no-warn-conflicts --no-compile \
 		--requirement deploy/kserve/requirements.txt
+	touch $@
+
+# The test runner of `make mutants` and what it brings along.
+$(MUTMUT)/.installed: $(VENV)/.installed-dev tests/mutants/requirements.txt
+	$(BIN)/python -m venv --without-pip $(MUTMUT)
+	$(call find_project_after,$(MUTMUT))
+	$(MUTMUT)/bin/python -m pip install --quiet --disable-pip-version-check --no-warn-conflicts --no-compile \
+		--requirement tests/mutants/requirements.txt
 	touch $@
 
 clean:

@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from tdm_runtime.families import denoiser_for
 from tests.tiny_models import TINY_SHAPES, tiny_conditioning
 from tests.training.methods.known import (
     CONFIG,
@@ -108,6 +110,22 @@ def test_the_head_reads_normalised_features_through_silu() -> None:
     normed = (features - flat.mean(1).view(2, 1, 1, 1)) / (flat.var(1, correction=0) + norm.eps).sqrt().view(2, 1, 1, 1)
     assert (conv.in_channels, conv.out_channels, conv.kernel_size) == (32, 1, (1, 1))
     torch.testing.assert_close(activation(norm(features)), normed * normed.sigmoid(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_head_reads_the_deepest_features() -> None:
+    """A UNet of three levels of different widths, as real ones have: the middle has the width of the last."""
+    unet = UNet2DConditionModel(
+        block_out_channels=(4, 8, 12),
+        down_block_types=("DownBlock2D",) * 3,
+        up_block_types=("UpBlock2D",) * 3,
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=4,
+        cross_attention_dim=8,
+    )
+    discriminator = build_discriminator(denoiser_for(unet))
+    prompts = torch.zeros(2, 3, 8)
+    assert discriminator(normal(2, 4, 16, 16, seed=0), torch.tensor([500.0, 20.0]), None, prompts).shape == (2, 1, 4, 4)
 
 
 def test_only_a_unet_has_the_encoder() -> None:

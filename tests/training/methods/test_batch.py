@@ -35,8 +35,8 @@ class Numbered:
         return torch.tensor([float(n) for n in numbers]).view(-1, 1, 1, 1)
 
 
-def drawn(rollout: str = "ode", seed: int = 0) -> Draws:
-    config = replace(SMALL, rollout=rollout)  # type: ignore[arg-type]
+def drawn(rollout: str = "ode", seed: int = 0, interval: str = "disjoint") -> Draws:
+    config = replace(SMALL, rollout=rollout, interval=interval)  # type: ignore[arg-type]
     return draw(config, TRAJECTORIES, SHAPE, torch.Generator().manual_seed(seed))
 
 
@@ -54,8 +54,8 @@ def test_an_iteration_draws_numbers_for_every_sample_and_update() -> None:
     assert len({tuple(forward.tau.tolist()) for forward in forwards}) == 4
 
 
-@pytest.mark.parametrize("rollout", ["ode", "stochastic"])
-def test_an_iteration_is_a_function_of_its_generator(rollout: str) -> None:
+@pytest.mark.parametrize(("rollout", "interval"), [("ode", "disjoint"), ("ode", "full"), ("stochastic", "reverse")])
+def test_an_iteration_is_a_function_of_its_generator(rollout: str, interval: str) -> None:
     """Every number, the noise of a stochastic rollout too."""
 
     def numbers(draws: Draws) -> list[Tensor]:
@@ -68,7 +68,7 @@ def test_an_iteration_is_a_function_of_its_generator(rollout: str) -> None:
             *([] if draws.renoise is None else [draws.renoise]),
         ]
 
-    first, second, other = (numbers(drawn(rollout, seed)) for seed in (5, 5, 6))
+    first, second, other = (numbers(drawn(rollout, seed, interval)) for seed in (5, 5, 6))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert not torch.equal(first[-1], other[-1])
 
@@ -110,7 +110,8 @@ def test_the_full_interval_begins_above_t_m_if_noisy_samples_are_matched(coordin
     noisy = tau_of(SMALL)
     assert bool((noisy > places.next_timestep).all())
     last = noisy[places.row == 3]
-    assert (last.min().item(), noisy.max().item()) == (pytest.approx(20, abs=9), pytest.approx(991, abs=1))
+    assert last.min().item() == pytest.approx(20, abs=9)
+    assert 990 < noisy.max().item() <= 991, "above 980 the interval is the timestep after t_m"
     for config in (replace(SMALL, matching="clean"), replace(SMALL, method="lcm")):
         tau = tau_of(config)
         assert (tau.min().item(), tau.max().item()) == (pytest.approx(20, abs=5), pytest.approx(979, abs=2))

@@ -49,6 +49,17 @@ def test_an_importance_weight_is_clipped_at_20_and_at_a_twentieth() -> None:
     assert importance_weight(kernel, x_tau, far, noise).item() == pytest.approx(0.05)
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_sample_has_the_same_weight_alone_as_in_a_batch(exact: bool) -> None:
+    kernel, noise = kernel_of(0.6, 0.8, 0.9, 0.3), normal(4, *SHAPE, seed=1)
+    x_tau = kernel.diffuse(X_M, noise)
+    together = importance_weight(kernel, x_tau, X_0, noise, exact=exact)
+    alone = [
+        importance_weight(kernel, *(t[n : n + 1] for t in (x_tau, X_0, noise)), exact=exact) for n in range(len(noise))
+    ]
+    torch.testing.assert_close(torch.cat(alone), together)
+
+
 def test_the_trajectory_scores_loss_is_the_squared_error_of_the_score_of_x_tau_given_x_m() -> None:
     """Errors of the score beside -noise / beta, as errors of x_0; beta^2 = .6, v = (.3 * .8 / .9)^2 / .6 = .1185."""
     kernel, noise = kernel_of(0.6, 0.8, 0.9, 0.3), normal(4, *SHAPE, seed=1)

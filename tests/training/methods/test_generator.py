@@ -25,6 +25,7 @@ from tests.training.methods.known import (
 )
 from training.methods.losses import elementwise_pseudo_huber, fisher_divergence, normalised_l2, pseudo_huber
 from training.methods.tdm import StudentSample
+from training.methods.trajectory import places_at
 
 X_0, X_M = normal(4, *SHAPE, seed=5), normal(4, *SHAPE, seed=6)
 DIMS = math.prod(SHAPE)
@@ -118,3 +119,17 @@ def test_the_students_step_is_ddims(matching: str, condition_for: str) -> None:
     assert torch.equal(sample.timestep, expected)
     assert sample.x_m.requires_grad and not sample.detach().x_m.requires_grad and not sample.detach().x_0.requires_grad
     torch.testing.assert_close(sample.detach().x_0, x_0)
+
+
+@pytest.mark.parametrize("solver", ["ddim", "dpmsolver++"])
+def test_the_students_step_continues_its_rollout(solver: str) -> None:
+    """x_m is where a rollout of one step more ends. A solver of second order reads x_0 of the step before."""
+    method = method_of(replace(CONFIG, solver=solver))  # type: ignore[arg-type]
+    k, row = torch.tensor([4, 4, 4, 3]), torch.tensor([0, 1, 2, 1])
+    here, further = (
+        replace(batch_of(method), places=places_at(method.trajectories, k, row + steps)) for steps in (0, 1)
+    )
+    sample = method.student_step(here, method.roll_out(here))
+    end = method.roll_out(further)
+    torch.testing.assert_close(sample.x_m, end.x)
+    torch.testing.assert_close(sample.x_0, end.previous)

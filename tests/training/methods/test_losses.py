@@ -249,9 +249,15 @@ def test_tau_stays_inside_its_interval_and_reaches_both_ends(interval: str, last
 
 
 def test_min_tau_gap_keeps_tau_above_t_m_by_the_gap() -> None:
+    """The start of the step is left of an interval that is shorter than the gap."""
     places = draw_places(TRAJECTORIES, 20000, torch.Generator().manual_seed(2))
-    tau = draw_tau(replace(CONFIG, min_tau_gap=40), COORDINATES, places, torch.Generator().manual_seed(3))
-    assert bool((tau > places.next_timestep + 40).all() and (tau <= places.timestep).all())
+    length = places.timestep - places.next_timestep
+    for gap in (40, 249, 300):
+        tau = draw_tau(replace(CONFIG, min_tau_gap=gap), COORDINATES, places, torch.Generator().manual_seed(3))
+        longer = length > gap
+        assert bool((tau > places.next_timestep + gap)[longer].all() and (tau <= places.timestep).all())
+        assert torch.equal(tau[~longer], places.timestep[~longer])
+        assert tau[longer].min().item() - gap == pytest.approx(0, abs=2)
 
 
 def test_flow_intervals_are_uniform_before_the_shift() -> None:

@@ -112,6 +112,7 @@ def test_separate_roles_are_copies_that_train_and_a_teacher_that_does_not() -> N
         assert module.gain.requires_grad and module.gain.item() == pytest.approx(0.9)
     assert roles.module("student") is not roles.module("fake")
     assert roles.teacher.precision == roles.student.precision == roles.fake.precision == "bf16"
+    assert CleanEstimator(base, COORDINATES).precision == "bf16"
 
 
 def test_a_student_of_its_own_leaves_the_fake_score_at_the_base() -> None:
@@ -170,6 +171,7 @@ def test_a_role_has_its_adapters_and_its_projection_of_k_and_nothing_else(lora: 
     assert [name.replace("student", "fake") for name in names["student"]] == names["fake"]
     assert sum("cond_proj" in name for name in names["student"]) == 1
     trained = {p for role in ("student", "fake") for p in lora.module(role).parameters()}  # type: ignore[arg-type]
+    assert all(p.requires_grad for p in trained), "optimizers take the parameters that require gradients"
     lora.activate("student")
     assert {p for p in lora.base.parameters() if p.requires_grad} == trained
     assert lora.teacher.precision == lora.student.precision == lora.fake.precision == "fp32"
@@ -199,9 +201,10 @@ def test_one_roles_gradient_reaches_its_weights_while_the_other_is_active(lora: 
     assert all(gradients["student"]) and not any(gradients["fake"])
 
 
-def test_a_base_without_input_for_k_gets_adapters_alone() -> None:
+def test_a_base_without_input_for_k_gets_adapters_alone(recwarn: pytest.WarningsRecorder) -> None:
     base = tiny_base(FAMILY)
     roles = LoraRoles(base.denoiser, COORDINATES, rank=2, alpha=2.0, targets=["to_v"])
+    assert not recwarn.list, "peft warns about a second adapter, which is meant here"
     assert roles.student.precision == "bf16"
     names = [name for name, _ in roles.module("student").named_parameters()]
     assert names and all("to_v" in name for name in names)

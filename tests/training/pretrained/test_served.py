@@ -70,11 +70,15 @@ CASES = [(family, kind) for family in PICTURES for kind in KINDS]
 CASES += [("stable_diffusion", kind) for kind in EXTRA]
 CASES += [("sd3", kind) for kind in EXTRA if "LCM" not in kind]
 QUICK = {("stable_diffusion", kind) for kind in ("LoRA, without K", *EXTRA)} | {
+    ("sdxl", "LoRA"),
+    ("pixart", "whole"),
     ("sd3", "LoRA"),
+    ("flux", "LoRA, without K"),
     ("flux2", "whole"),
     ("z_image", "LoRA"),
 }
-"""Cases of every test run; the others are `slow`. `EXTRA` has whole UNets with and without K, and a LoRA with K."""
+"""Cases of every test run, at least one of each family; the others are `slow`. `EXTRA` has whole UNets with and without
+K, and a LoRA with K."""
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +100,10 @@ def workplace(
         return made[family]
 
     return places
+
+
+def test_every_test_run_compares_a_picture_of_each_family() -> None:
+    assert {family for family, _ in QUICK & set(CASES)} == set(PICTURES)
 
 
 @pytest.mark.parametrize(
