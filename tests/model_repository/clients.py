@@ -68,28 +68,32 @@ class Stream:
         self._model = model
         self._arrived: queue.Queue[tuple[Any, Any]] = queue.Queue()
         self._answers: dict[str, Answer] = {}
+        self.unfinished: set[str] = set()
+        """Ids of requests whose last response has not been received."""
         client.start_stream(lambda result, error: self._arrived.put((result, error)))
 
     def send(self, fields: Mapping[str, Any], request_id: str = "only") -> None:
         """Send a request without waiting for its answer."""
         self._answers[request_id] = Answer()
+        self.unfinished.add(request_id)
         inputs = tensors(fields)
         self.client.async_stream_infer(self._model, inputs, request_id=request_id, enable_empty_final_response=True)
 
     def receive(self) -> dict[str, Answer]:
         """Wait for the last response to each request sent. Returns request id -> answer."""
-        unfinished = set(self._answers)
-        while unfinished:
+        while self.unfinished:
             result, error = self._arrived.get(timeout=ANSWER_TIMEOUT_S)
             if error is not None:
-                assert len(unfinished) == 1, "an error names no request: send one at a time where errors are expected"
-                self._answers[unfinished.pop()].error = error
+                assert len(self.unfinished) == 1, (
+                    "an error names no request: send one at a time where errors are expected"
+                )
+                self._answers[self.unfinished.pop()].error = error
                 continue
             response = result.get_response()
             if response.outputs:
                 self._answers[response.id].responses.append(values_of(result))
             if response.parameters["triton_final_response"].bool_param:
-                unfinished.remove(response.id)
+                self.unfinished.remove(response.id)
         return self._answers
 
 
@@ -104,12 +108,13 @@ def values_of(result: Any) -> dict[str, Any]:
 
 @contextmanager
 def stream_to(address: str, model: str = "tdm") -> Iterator[Stream]:
-    """Open a stream to a model."""
+    """Open a stream to a model. At the end it is closed, or cancelled if requests are unfinished."""
     client = triton_grpc.InferenceServerClient(address)
+    stream = Stream(client, model)
     try:
-        yield Stream(client, model)
+        yield stream
     finally:
-        client.stop_stream(cancel_requests=True)
+        client.stop_stream(cancel_requests=bool(stream.unfinished))
         client.close()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,11 +24,7 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def triton(
     tiny_checkpoint: Path, clip_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[TritonServer]:
-    """Server of the tiny checkpoint, and of clips as `clips` and `clips_http`. It must exit with 0 on SIGTERM.
-
-    Open defect: now and then the process of `clips` outlives its unloading, and tritonserver gives up after 30 s. That
-    is a warning here until its cause is known.
-    """
+    """Server of the tiny checkpoint, and of clips as `clips` and `clips_http`. It must exit with 0 on SIGTERM."""
     folder = tmp_path_factory.mktemp("triton")
     (folder / "words").write_text(f"{WORD}\n")
     parameters = {
@@ -51,11 +46,7 @@ def triton(
         yield server
     finally:
         status = server.stop()
-    said = server.log.read_text(errors="replace")
-    if status != 0 and "Exit timeout expired" in said:
-        warnings.warn("tritonserver did not stop in time: a model stayed alive", stacklevel=1)
-    else:
-        assert status == 0, said[-2000:]
+    assert status == 0, server.log.read_text(errors="replace")[-2000:]
 
 
 @pytest.fixture(scope="session")

@@ -172,7 +172,7 @@ class TritonPythonModel:
             picture = done.result()
             for pixels in frames_of(picture.params, picture.pixels):
                 self._safety.check_picture(pixels)
-            sender.send(self._answer(order, picture), flags=FINAL)
+            _send_last(sender, self._answer(order, picture))
         except Exception as error:
             _refuse(sender, error, is_from_model)
 
@@ -238,7 +238,18 @@ def _refuse(sender: Any, error: Exception, is_from_model: bool) -> None:
     if is_from_model:
         message = f"{code}: {message}"
     answer = pb_utils.TritonError(message, getattr(pb_utils.TritonError, code))
-    sender.send(pb_utils.InferenceResponse(error=answer), flags=FINAL)
+    _send_last(sender, pb_utils.InferenceResponse(error=answer))
+
+
+def _send_last(sender: Any, response: Any) -> None:
+    """Send the last response; to a client that has left only the end.
+
+    Triton's gRPC front keeps a response that it cannot deliver, and with it the model, which then is never unloaded.
+    """
+    if sender.is_cancelled():
+        sender.send(flags=FINAL)
+    else:
+        sender.send(response, flags=FINAL)
 
 
 def _message_and_code(error: Exception) -> tuple[str, str]:
