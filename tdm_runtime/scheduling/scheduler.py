@@ -330,7 +330,7 @@ class StepScheduler(Generic[Item]):
         than those calls. It is 0 if two equal groups cost hardly more than one, because they alternate and the engine
         never pauses; beside a promise; and for a client that is alone.
         """
-        if not self._travels_together or any(item.has_started for item in self._live.values()):
+        if not self._joining or not self._travels_together or any(item.has_started for item in self._live.values()):
             return 0.0
         first, here = min(self._live.values(), key=lambda item: item.urgency), len(self._live)
         expected, wait_s = self._returns.expected(now_s, RETURN_WINDOW * first.seconds_left(self.costs))
@@ -365,17 +365,22 @@ class StepScheduler(Generic[Item]):
         )
 
     def _choice(self) -> list[Item]:
+        ordered = self._ready()
+        return choose(ordered, self.costs, self.capacity) if ordered else []
+
+    def _ready(self) -> list[Item]:
+        """Return the samples that may take the next call, most urgent first."""
         ordered = self.live()
         if self._travels_together:
-            ordered = [item for item in ordered if item.has_started] or ordered
-        return choose(ordered, self.costs, self.capacity) if ordered else []
+            return [item for item in ordered if item.has_started] or ordered
+        return ordered
 
     def _tried(self, batch: list[Item]) -> list[Item]:
         """Return the batch, or a larger one if its size is due for a trial and nothing is promised."""
         if not batch[0].is_prepared or any(item.promised_s < NEVER_S for item in self._live.values()):
             return batch
         lane = batch[0].lane
-        mates = [item for item in self.live() if item.lane == lane and item.is_prepared and not item.open_steps]
+        mates = [item for item in self._ready() if item.lane == lane and item.is_prepared and not item.open_steps]
         size = self.costs.trial_size(lane.kind, min(self.capacity, len(mates)))
         return mates[:size] if size is not None and size > len(batch) else batch
 

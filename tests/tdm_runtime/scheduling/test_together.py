@@ -198,6 +198,22 @@ def test_the_wait_is_worth_the_calls_that_it_saves(fixed: float, here: int, wait
     assert (scheduler.wait_s(600.0) > 0) is waits
 
 
+def test_whole_request_batching_never_waits() -> None:
+    scheduler: StepScheduler[Request] = StepScheduler(shared_costs(), 8, joining=False)
+    for n in range(3):
+        scheduler.answered(request(n, steps=K), 0.0)
+    scheduler.admit([request(9, steps=K)], 0.0)
+    assert scheduler.wait_s(0.0) == 0.0
+
+
+def test_a_trial_of_a_larger_batch_takes_no_newcomer_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tdm_runtime.scheduling.cost_model.TRIAL_CALLS", 1)
+    monkeypatch.setattr("tdm_runtime.scheduling.cost_model.MIN_GAIN", 0.3)  # half of the clients make a good batch
+    traffic = Traffic()
+    closed_loop(traffic, 4, pictures=200)
+    assert not any(batch[0].urgency[1] > 60 for batch in traffic.mixed)
+
+
 @given(answers=st.lists(st.floats(0.0, 10.0), min_size=1), delay_s=st.floats(0.0, 1.0))
 def test_who_is_expected_is_never_more_than_who_was_answered(answers: list[float], delay_s: float) -> None:
     returns = Returns()
@@ -216,7 +232,8 @@ def test_a_share_of_clients_that_leave_is_seen() -> None:
     assert returns.are_usual
     assert returns.expected(60.0, 0.5) == (0, 0.0)
     returns.answered(60.0)
-    assert returns.expected(60.0, 0.5) == (1, pytest.approx(0.1, abs=0.01))
+    expected, wait_s = returns.expected(60.0, 0.5)
+    assert expected == 1 and wait_s == pytest.approx(0.1, abs=0.01)
     for n in range(61, 65):
         returns.answered(float(n))  # nobody comes back
     assert not returns.are_usual or returns.expected(70.0, 0.5) == (0, 0.0)
