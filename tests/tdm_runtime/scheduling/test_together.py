@@ -41,7 +41,8 @@ def shared_costs(fixed: float = 0.45) -> CostModel:
 class Traffic:
     """A simulated engine with its clients: calls take their known time, and a wait ends when somebody arrives."""
 
-    def __init__(self) -> None:
+    def __init__(self, needs_text: bool = True) -> None:
+        self._needs_text = needs_text
         self.scheduler: StepScheduler[Request] = StepScheduler(shared_costs(), 8)
         self.now_s = 0.0
         self.done: list[Request] = []
@@ -55,6 +56,7 @@ class Traffic:
 
     def ask(self, at_s: float, steps: int = K, budget_s: float | None = None) -> Request:
         item = request(next(self._orders), steps=steps, now_s=at_s, budget_s=budget_s)
+        item.needs_text = self._needs_text
         heapq.heappush(self._arrivals, (at_s, item.urgency[1], item))
         return item
 
@@ -182,11 +184,13 @@ def test_clients_with_different_step_counts_join_between_steps() -> None:
     assert traffic.waited_s == 0.0
 
 
+@pytest.mark.parametrize("joining", [True, False])
 @pytest.mark.parametrize(
     ("fixed", "here", "waits"), [(0.45, 4, True), (0.05, 4, False), (0.05, 1, True), (0.0, 1, False)]
 )
-def test_the_wait_is_worth_the_calls_that_it_saves(fixed: float, here: int, waits: bool) -> None:
-    scheduler: StepScheduler[Request] = StepScheduler(shared_costs(fixed), 8)
+def test_the_wait_is_worth_the_calls_that_it_saves(fixed: float, here: int, waits: bool, joining: bool) -> None:
+    """Whole-request batching never waits."""
+    scheduler: StepScheduler[Request] = StepScheduler(shared_costs(fixed), 8, joining)
     for n in range(60):
         item = request(n, steps=K, now_s=10.0 * n)
         scheduler.admit([item], 10.0 * n)
@@ -195,21 +199,13 @@ def test_the_wait_is_worth_the_calls_that_it_saves(fixed: float, here: int, wait
     for _ in range(7):
         scheduler.answered(item, 600.0)
     scheduler.admit([request(100 + n, steps=K, now_s=600.0) for n in range(here)], 600.0)
-    assert (scheduler.wait_s(600.0) > 0) is waits
-
-
-def test_whole_request_batching_never_waits() -> None:
-    scheduler: StepScheduler[Request] = StepScheduler(shared_costs(), 8, joining=False)
-    for n in range(3):
-        scheduler.answered(request(n, steps=K), 0.0)
-    scheduler.admit([request(9, steps=K)], 0.0)
-    assert scheduler.wait_s(0.0) == 0.0
+    assert (scheduler.wait_s(600.0) > 0) is (waits and joining)
 
 
 def test_a_trial_of_a_larger_batch_takes_no_newcomer_along(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tdm_runtime.scheduling.cost_model.TRIAL_CALLS", 1)
     monkeypatch.setattr("tdm_runtime.scheduling.cost_model.MIN_GAIN", 0.3)  # half of the clients make a good batch
-    traffic = Traffic()
+    traffic = Traffic(needs_text=False)
     closed_loop(traffic, 4, pictures=200)
     assert not any(batch[0].urgency[1] > 60 for batch in traffic.mixed)
 
