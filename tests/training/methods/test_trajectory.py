@@ -13,6 +13,7 @@ from torch import Tensor
 from tdm_runtime.errors import RecipeError
 from tdm_runtime.families.conditioning import Conditioning
 from tdm_runtime.sampling.schedule import DiffusionSchedule, FlowSchedule
+from tdm_runtime.sampling.step_table import PredictionType
 from tests.training.methods.known import (
     CONFIG,
     COORDINATES,
@@ -222,3 +223,23 @@ def test_a_rollout_gives_k_by_default() -> None:
     roll_out(watched, TRAJECTORIES, torch.zeros(1, *SHAPE), places, PROMPTS[:1])
     assert [k.tolist() for k in received if k is not None] == [[2]]
     assert column(torch.ones(2)).shape == (2, 1, 1, 1)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample", "flow_prediction"])
+def test_an_output_gives_its_estimate_and_an_estimate_its_output(prediction_type: PredictionType) -> None:
+    schedule = FLOW.schedule if prediction_type == "flow_prediction" else COORDINATES.schedule
+    coordinates, timesteps = Coordinates(schedule, prediction_type), torch.tensor([999.0, 400.0, 20.0])
+    x, output = normal(3, *SHAPE, seed=1), normal(3, *SHAPE, seed=2)
+    clean = coordinates.to_clean(x, output, timesteps)
+    found = coordinates.to_output(x.double(), clean.double(), timesteps)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, output, rtol=1e-3, atol=1e-3)
+
+
+def test_timesteps_are_even_before_the_shift_of_their_step_count() -> None:
+    assert Coordinates(DiffusionSchedule(), "epsilon").even_timesteps(4) == (999, 749, 499, 249)
+    short = FlowSchedule(shift=1.0, num_train_timesteps=100)
+    assert Coordinates(short, "flow_prediction").even_timesteps(4) == (100, 75, 50, 25)
+    of_four = Coordinates(FlowSchedule(shift=3.0), "flow_prediction", {4: 2.0})
+    assert of_four.even_timesteps(2) == pytest.approx((1000, 750))  # 3 / 2 over 1 + 2 / 2
+    assert of_four.even_timesteps(4) == pytest.approx((1000, 1000 * 6 / 7, 1000 * 2 / 3, 400))
