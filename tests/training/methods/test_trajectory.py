@@ -238,6 +238,8 @@ def test_an_output_gives_its_estimate_and_an_estimate_its_output(prediction_type
 
 def test_timesteps_are_even_before_the_shift_of_their_step_count() -> None:
     assert Coordinates(DiffusionSchedule(), "epsilon").even_timesteps(4) == (999, 749, 499, 249)
+    few = DiffusionSchedule(num_train_timesteps=100)
+    assert Coordinates(few, "epsilon").even_timesteps(4) == (99, 74, 49, 24)
     short = FlowSchedule(shift=1.0, num_train_timesteps=100)
     assert Coordinates(short, "flow_prediction").even_timesteps(4) == (100, 75, 50, 25)
     of_four = Coordinates(FlowSchedule(shift=3.0), "flow_prediction", {4: 2.0})
