@@ -20,10 +20,11 @@ from collections.abc import Collection, Sequence
 from typing import Generic, TypeVar
 
 from tdm_runtime.errors import DeadlineError, InvalidRequestError, TDMError
-from tdm_runtime.scheduling.cost_model import MIN_GAIN, CostModel, Kind
-from tdm_runtime.scheduling.demand import MovingRate, Returns
+from tdm_runtime.scheduling.cost_model import CostModel, Kind
+from tdm_runtime.scheduling.demand import MovingRate
 from tdm_runtime.scheduling.forecast import MARGIN, Forecast, call_seconds, choose, forecast
-from tdm_runtime.scheduling.work import NEVER_S, TOLERANCE_S, Lane, Urgency, Work
+from tdm_runtime.scheduling.together import Together
+from tdm_runtime.scheduling.work import NEVER_S, TOLERANCE_S, Urgency, Work
 
 Item = TypeVar("Item", bound=Work)
 DEMAND_WINDOW = 20
@@ -38,10 +39,6 @@ MIN_RETURN_S = 1e-3
 """Shortest time to retry that a refusal names."""
 MAX_RETURN_S = 5.0
 """Upper bound on how far times to retry are spread. Earlier refused clients may never return."""
-RETURN_WINDOW = 0.5
-"""Time in which an answered client counts as returning, in unloaded times of a sample."""
-ALIKE = 8
-"""Requests of one lane and step count in a row after which samples travel together."""
 MAX_LOAD = 0.7
 """Load at which "auto" step counts stay at their smallest, as a share of the machine's time in its best batches. The
 rest is for chance, smaller batches, and work outside the model."""
@@ -101,11 +98,7 @@ class StepScheduler(Generic[Item]):
         """Time at which all refused requests are served if each retries at the time it was given, monotonic."""
         self._open_demand = MovingRate()
         """Samples a second, from requests with an "auto" step count."""
-        self._returns = Returns()
-        self._latest_like: tuple[Lane, int] | None = None
-        """Lane and step count of the latest accepted sample."""
-        self._num_alike = 0
-        """Number of samples in a row with that lane and step count."""
+        self._together = Together(costs, capacity)
 
     def __len__(self) -> int:
         return len(self._live)
@@ -155,7 +148,7 @@ class StepScheduler(Generic[Item]):
         for item in items:
             assert item.urgency not in self._live, "urgency must be unique"
             self._live[item.urgency] = item
-            self._note_return(item, now_s)
+            self._together.arrived(item, now_s)
 
     def _is_trial(self, items: Sequence[Item], now_s: float, least_s: float) -> bool:
         """Whether samples are accepted as a trial: the engine was idle for a while, and at best they are in time.
@@ -197,19 +190,9 @@ class StepScheduler(Generic[Item]):
         """Return the window in which demand is counted, as seen from this sample."""
         return max(MIN_WINDOW_S, DEMAND_WINDOW * item.seconds_left(self.costs))
 
-    def _note_return(self, item: Item, now_s: float) -> None:
-        """Note an accepted sample: it may be of a client that was just answered, and it may be like the one before."""
-        if item.is_background:
-            return
-        self._returns.arrived(now_s, RETURN_WINDOW * item.seconds_left(self.costs))
-        like = (item.denoise, len(item.open_steps) or item.steps_left)
-        self._num_alike = self._num_alike + 1 if like == self._latest_like else 1
-        self._latest_like = like
-
     def answered(self, item: Item, now_s: float) -> None:
         """Note that a sample was finished. Its client may ask again at once."""
-        if not item.is_background:
-            self._returns.answered(now_s)
+        self._together.answered(item, now_s)
 
     def remove(self, item: Item) -> None:
         """Remove a finished, failed or cancelled sample."""
@@ -324,45 +307,8 @@ class StepScheduler(Generic[Item]):
         self._running = []
 
     def wait_s(self, now_s: float) -> float:
-        """Return the seconds for which the next call should wait, because clients are about to return.
-
-        Samples that start together make fewer calls than two groups of them. The wait is worth it if it takes less time
-        than those calls. It is 0 if two equal groups cost hardly more than one, because they alternate and the engine
-        never pauses; beside a promise; and for a client that is alone.
-        """
-        if not self._joining or not self._travels_together or any(item.has_started for item in self._live.values()):
-            return 0.0
-        first, here = min(self._live.values(), key=lambda item: item.urgency), len(self._live)
-        expected, wait_s = self._returns.expected(now_s, RETURN_WINDOW * first.seconds_left(self.costs))
-        everyone, half = here + expected, (here + expected) // 2
-        if not expected or everyone > self.capacity:
-            return 0.0
-        all_s = self._group_s(first, everyone)
-        if wait_s > self._group_s(first, here) + self._group_s(first, expected) - all_s:
-            return 0.0
-        halves_s = self._group_s(first, half) + self._group_s(first, everyone - half)
-        return max(0.0, wait_s) if here < half or halves_s > (1 + MIN_GAIN) * all_s else 0.0
-
-    def _group_s(self, item: Item, size: int) -> float:
-        """Return the seconds of the steps and decodes of `size` samples that start together."""
-        calls = ((item.denoise.kind, item.steps_left), (item.decode.kind, item.decodes_left))
-        return sum(number * self.costs.seconds(kind, size) for kind, number in calls)
-
-    @property
-    def _travels_together(self) -> bool:
-        """Whether newcomers wait until all that have started are done, to start together.
-
-        Clients that ask again as soon as they are answered then find each other: their samples share all calls. If
-        clients come at random, if requests differ, or beside a promise, samples join between steps.
-        """
-        if not self._joining:
-            return True
-        if not self._returns.are_usual or self._num_alike < ALIKE:
-            return False
-        return all(
-            item.promised_s == NEVER_S and not item.open_steps and not item.is_background
-            for item in self._live.values()
-        )
+        """Return the seconds for which the next call should wait, see `Together.wait_s`."""
+        return self._together.wait_s(self.live(), now_s) if self._joining else 0.0
 
     def _choice(self) -> list[Item]:
         ordered = self._ready()
@@ -371,7 +317,7 @@ class StepScheduler(Generic[Item]):
     def _ready(self) -> list[Item]:
         """Return the samples that may take the next call, most urgent first."""
         ordered = self.live()
-        if self._travels_together:
+        if not self._joining or self._together.applies_to(ordered):
             return [item for item in ordered if item.has_started] or ordered
         return ordered
 

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tdm_runtime.scheduling.cost_model import CostModel
-from tdm_runtime.scheduling.demand import Returns
 from tdm_runtime.scheduling.forecast import call_seconds
-from tdm_runtime.scheduling.scheduler import RETURN_WINDOW, StepScheduler
+from tdm_runtime.scheduling.scheduler import StepScheduler
+from tdm_runtime.scheduling.together import RETURN_WINDOW, Returns
 from tdm_runtime.scheduling.work import TEXT
 from tests.tdm_runtime.scheduling.test_scheduler import Request, request
 
@@ -119,7 +119,7 @@ def test_clients_that_return_at_once_find_each_other(clients: int) -> None:
 def test_travelling_together_makes_more_pictures_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
     together = Traffic()
     closed_loop(together, 4, pictures=200)
-    monkeypatch.setattr("tdm_runtime.scheduling.scheduler.ALIKE", 10**9)
+    monkeypatch.setattr("tdm_runtime.scheduling.together.ALIKE", 10**9)
     joining = Traffic()
     closed_loop(joining, 4, pictures=200)
     assert joining.waited_s == 0.0
