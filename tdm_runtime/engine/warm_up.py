@@ -36,8 +36,9 @@ logger = logging.getLogger(__name__)
 PASSES = 5
 """Number of times that all sizes are measured, one after the other."""
 PASS_S = 0.05
-"""Seconds of calls of one size in a pass, at least one call. It is the same for all sizes, so that a busy moment of the
-machine is as likely to hit one as another: single calls would favour small sizes."""
+"""Most seconds of calls of one size in a pass, apart from a single call that takes longer. A pass gives all sizes the
+time of a call of the largest one: single calls would favour small sizes, which a busy moment of the machine hits less
+often."""
 KIND_S = 4.0
 """Seconds for the measured calls of one kind. Batches that would take longer are not measured and never made: one
 sample of such a model keeps the machine busy."""
@@ -168,7 +169,7 @@ def _learn(engine: DiffusionEngine, kind: Kind, call: Callable[[int], object], c
 
     def measure(size: int) -> None:
         nonlocal spent_s
-        times_s = _times(engine, call, size)
+        times_s = _times(engine, call, size, min(PASS_S, max(least_s.values(), default=0.0)))
         spent_s += sum(times_s)
         least_s[size] = min(least_s.get(size, math.inf), sum(times_s) / len(times_s))
 
@@ -200,10 +201,10 @@ def _fastest(seconds: Mapping[int, float]) -> int:
     return next(size for size, rate in rates.items() if rate * (1 + MIN_GAIN) >= max(rates.values()))
 
 
-def _times(engine: DiffusionEngine, call: Callable[[int], object], size: int) -> list[float]:
-    """Return the seconds of the calls of one size in a pass."""
+def _times(engine: DiffusionEngine, call: Callable[[int], object], size: int, pass_s: float) -> list[float]:
+    """Return the seconds of the calls of one size in a pass of `pass_s`, at least one."""
     times_s: list[float] = []
-    while sum(times_s) < PASS_S:
+    while not times_s or sum(times_s) < pass_s:
         times_s.append(_seconds(engine, call, size))
     return times_s
 

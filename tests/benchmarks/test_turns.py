@@ -11,14 +11,24 @@ import psutil
 import pytest
 
 from benchmarks.cli import main
+from benchmarks.contenders import Contender
 from benchmarks.turns import Suspended
 
+SMALL_SERVER = "tests.benchmarks.small_server"
 COUNT = "n = 0\nwhile True:\n    n += 1"
 
 
 def test_contenders_take_turns(
     tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    peer = Contender(
+        "fastapi_lock ours",
+        SMALL_SERVER,
+        ("--backend", "ours", "--checkpoint", str(tiny_checkpoint)),
+        "/health",
+        "ours",
+    )
+    monkeypatch.setattr("benchmarks.turns.all_contenders", lambda *_: [peer])
     monkeypatch.setattr("benchmarks.turns.interpreter_in", lambda folder: sys.executable)
     flags = ["--checkpoint", str(tiny_checkpoint), "--backend", "torch", "--threads", "1", "--logs", str(tmp_path)]
     flags += ["--rounds", "2", "--turn-s", "0.2", "--max-concurrency", "1,2", "--output", str(tmp_path / "turns.json")]
