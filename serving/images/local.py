@@ -24,7 +24,7 @@ from serving.images.catalog import Catalog, Served, load_base
 from serving.schema.answers import ImageAnswer, PartialAnswer
 from serving.schema.models import ModelCard
 from serving.schema.order import ImageEncoding, ImageOrder
-from serving.telemetry.metrics import ServerMetrics
+from serving.telemetry.metrics import CALLS, ENCODING, FAILED, ServerMetrics
 from serving.telemetry.tracing import current_span
 from tdm_runtime.checkpoint.recipe import Recipe
 from tdm_runtime.checkpoint.stock.text_precision import TextPool
@@ -50,8 +50,6 @@ SWITCH_S = 1e-4
 engine's thread gives it up at every operation on tensors and must soon get it back, even beside a busy event loop."""
 HAND_OVER = Kind("hand-over")
 """Time from the engine's thread to the event loop, which may be busy with other requests."""
-CALLS, ENCODING, FAILED = "calls", "encoding", "failed"
-"""Causes of a missed latency budget, beside the hand-over."""
 CALM_CALLS = 3
 """Calls of a kind that are measured before the first request."""
 SMALL_PIXELS = 3 * 128 * 128

@@ -31,6 +31,10 @@ SHORT_DIGEST = 12
 """Number of characters of a digest in labels: enough to tell checkpoints apart on a graph."""
 
 
+CALLS, HAND_OVER, ENCODING, FAILED = LATE_CAUSES = ("calls", "hand-over", "encoding", "failed")
+"""Causes of a missed latency budget: what took the most beyond its share of it, or that the picture failed."""
+
+
 class ServerMetrics:
     """Metrics that /metrics shows."""
 
@@ -50,6 +54,8 @@ class ServerMetrics:
         self.budgets_missed = self._counter(
             "tdm_budgets_missed", "Requests with a budget that came late or failed, by cause.", "cause"
         )
+        for cause in LATE_CAUSES:  # the series exist before the first miss
+            self.budgets_missed.labels(cause)
         self.batch_size = Histogram(
             "tdm_batch_size", "Samples in a denoiser call.", registry=self.registry, buckets=BATCH_SIZES
         )
