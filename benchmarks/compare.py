@@ -116,7 +116,7 @@ def _earlier(given: argparse.Namespace) -> Results:
     return earlier
 
 
-def _server_arguments(given: argparse.Namespace) -> list[str]:
+def server_arguments(given: argparse.Namespace) -> list[str]:
     """Return the server arguments that match the engine in this process."""
     arguments = ["--checkpoint", str(given.checkpoint), "--backend", given.backend, "--threads", str(given.threads)]
     if given.provider is not None:
@@ -149,7 +149,7 @@ class Comparison:
         self._config = config
         self._plan = plan
         peer_arguments = [] if given.checkpoint == DEFAULT_CHECKPOINT else ["--checkpoint", str(given.checkpoint)]
-        contenders = all_contenders(_server_arguments(given), peer_arguments, _peers_python(given))
+        contenders = all_contenders(server_arguments(given), peer_arguments, _peers_python(given))
         self._contenders = {contender.name: contender for contender in contenders}
         about = {"environment": environment_json(), "plan": asdict(plan)}
         self.results: Results = {"measured": {}, **earlier, **about}

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import options
-from benchmarks.compare import is_busy
+from benchmarks.compare import is_busy, server_arguments
 from benchmarks.contenders import ENGINE, PEERS, NotRunError, all_contenders, running
 from benchmarks.load import Recording, closed_loop
 from benchmarks.machine import environment, environment_json
@@ -110,10 +110,9 @@ def _started(name: str, given: argparse.Namespace, stack: ExitStack) -> tuple[Ca
         return lambda: EngineTarget(engine), Suspended([])
     import psutil
 
-    ours = ["--checkpoint", str(given.checkpoint), "--backend", given.backend, "--threads", str(given.threads)]
     python = interpreter_in(DEFAULT_FOLDER) if name.startswith(PEERS) else sys.executable
     theirs = ["--checkpoint", str(given.checkpoint)]
-    contender = next(one for one in all_contenders(ours, theirs, python) if one.name == name)
+    contender = next(one for one in all_contenders(server_arguments(given), theirs, python) if one.name == name)
     before = set(psutil.Process().children(recursive=True))
     address = stack.enter_context(running(contender, given.logs))
     suspended = Suspended(sorted(set(psutil.Process().children(recursive=True)) - before, key=lambda one: one.pid))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tdm_runtime.families.conditioning import Conditioning
-from tdm_runtime.sampling.schedule import DiffusionSchedule, FlowSchedule
+from tdm_runtime.sampling.schedule import DiffusionSchedule
 from training.config import DistillConfig, FakeTarget
 from training.methods.batch import Batch, Forward
 from training.methods.roles import Guided, SeparateRoles
@@ -25,7 +25,6 @@ from training.run.distill import trajectories_of
 STD = 0.6
 """Standard deviation of the data."""
 DIFFUSION = Coordinates(DiffusionSchedule(), "sample")
-FLOW = Coordinates(FlowSchedule(shift=3.0), "flow_prediction")
 TAUS = 20
 """Timesteps tau, evenly spaced over the step's interval."""
 ELEMENTS = 20_000

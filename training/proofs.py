@@ -50,7 +50,7 @@ def print_mixture(seeds: Sequence[int], *, is_flow: bool = False, names: Sequenc
 
 def print_gaussian(seeds: Sequence[int], *, is_flow: bool = False) -> None:
     """Print where each target of the fake score leaves an inner step."""
-    coordinates = gaussian.FLOW if is_flow else gaussian.DIFFUSION
+    coordinates = mixture.FLOW if is_flow else gaussian.DIFFUSION
     truth = gaussian.inner_step("clean", 1, 0, coordinates).true_variance
     _print_row(f"fake_target (true variance {truth:.3f})", [f"d = {d}" for d in DIMENSIONS], is_head=True)
     for target in gaussian.TARGETS:

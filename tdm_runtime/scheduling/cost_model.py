@@ -263,4 +263,5 @@ class CostModel:
 
     def trial_size(self, kind: Kind, available: int) -> int | None:
         """Return a larger size that is due for a trial, or None. Sizes that were never measured are not tried."""
-        return self._estimates[kind].trial_size(available) if kind in self._measured else None
+        estimate = self._estimates.get(kind)
+        return estimate.trial_size(available) if estimate is not None and estimate.seconds else None

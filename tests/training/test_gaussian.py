@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from training.config import FakeTarget
-from training.gaussian import DIFFUSION, FLOW, inner_step
+from training.gaussian import DIFFUSION, inner_step
 from training.methods.trajectory import Coordinates
+from training.mixture import FLOW
 
 
 def excess(target: FakeTarget, coordinates: Coordinates = DIFFUSION, dimensions: int = 16) -> float:
