@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tdm_runtime.backends import BackendName, Precision
 from tdm_runtime.backends import openvino as openvino_backend
-from tdm_runtime.backends.openvino import OpenVINOBackend, has_bf16, precision_hint
+from tdm_runtime.backends.openvino import OpenVINOBackend, has_bf16, parts_of, precision_hint
 from tdm_runtime.checkpoint.folder import open_checkpoint
 from tdm_runtime.engine.engine import DiffusionEngine, EngineConfig
 from tdm_runtime.errors import BackendError
@@ -136,6 +136,24 @@ def test_later_calls_do_not_overwrite_outputs_or_inputs(tiny_checkpoint: Path, t
     assert torch.equal(backend(*one), kept)
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "threads", "parts"),
+    [(1, 2, 1), (2, 2, 2), (8, 2, 2), (8, 1, 1), (2, 16, 2), (8, 16, 4), (8, 6, 2), (8, 3, 1)],
+)
+def test_parts_of_a_batch_share_the_threads_evenly(batch_size: int, threads: int, parts: int) -> None:
+    assert parts_of(batch_size, threads) == parts
+
+
+def test_each_part_of_a_batch_has_a_stream_of_threads(tiny_artifacts: Path) -> None:
+    backend = OpenVINOBackend(tiny_artifacts / "decoder.xml", "fp32", threads=2)
+    for batch_size, parts in ((1, 1), (4, 2)):
+        backend(torch.zeros(batch_size, 4, 2, 3))
+        *_, program = backend._programs.values()
+        compiled = program._requests[0].get_compiled_model()
+        assert len(program._requests) == parts == compiled.get_property("NUM_STREAMS")
+        assert compiled.inputs[0].shape[0] == batch_size // parts
+
+
 # -- precision of layers that are not quantised -----------------------------------------------------
 
 
@@ -179,7 +197,7 @@ def test_threads_are_pinned_only_if_a_call_takes_all_cores(
     backend = OpenVINOBackend(tiny_artifacts / "decoder.xml", "fp32", threads)
     backend(torch.zeros(1, 4, 2, 3))
     (program,) = backend._programs.values()
-    assert program._request.get_compiled_model().get_property("ENABLE_CPU_PINNING") == is_pinned
+    assert program._requests[0].get_compiled_model().get_property("ENABLE_CPU_PINNING") == is_pinned
 
 
 def test_an_unreadable_model_file_is_refused(tiny_artifacts: Path, tmp_path: Path) -> None:
