@@ -1,4 +1,4 @@
-"""Cost model: how long calls take. Warm-up and every call teach it; what load taught fades while no call is made.
+"""Cost model: how long calls take. Warm-up and every call teach it; what load taught fades while the engine is idle.
 
 It uses no tensors and has no clock: every time is an argument, monotonic.
 """
@@ -26,12 +26,15 @@ MAX_SURPRISE = 4.0
 MIN_GAIN = 0.05
 """Share by which throughput must rise for a batch to grow."""
 HALF_LIFE_S = 0.25
-"""Time without a call of a kind after which half of what load taught about it is forgotten.
+"""Idle time after which half of what load taught about a kind of call is forgotten.
 
-The remaining part is 0.5^(t / half-life)^2. After a tenth of a half-life it is 99 %, so a busy engine forgets nothing
-between two calls. After a second it is 0.002 %, so a client that comes a second after a burst finds no trace of it."""
+The remaining part is 0.5^(t / half-life)^2. After a second it is 0.002 %, so a client that comes a second after a burst
+finds no trace of it."""
+AWAY_HALF_LIFE_S = 10.0
+"""The same for the time since a call of the kind while the engine makes other calls. Under load that time is no sign of
+less load: a large batch takes long, and the calls of other kinds come in between."""
 HALF_LIFE_CALLS = 20
-"""The half-life in calls, used if it is longer than `HALF_LIFE_S`. Slow calls are far apart under load too."""
+"""Both half-lives in calls, used where that is longer. Slow calls are far apart under load too."""
 
 
 class Kind(NamedTuple):
@@ -54,6 +57,14 @@ class Mood(NamedTuple):
     """Mean absolute deviation of calls from their expected duration, as a share of it."""
 
 
+class Clock(NamedTuple):
+    """A time, and how long the engine has been idle up to it."""
+
+    now_s: float
+    """Monotonic."""
+    idle_s: float
+
+
 @dataclass
 class Estimate:
     """Estimate for one kind of call: the relative cost of its batch sizes, and the present speed of the machine.
@@ -61,7 +72,7 @@ class Estimate:
     The two are kept apart because the speed of a machine changes. A size that happened to run in a slow minute would
     otherwise look bad, would not be used, and would never be seen to be good.
 
-    Load changes the speed too. What calls under load teach fades, while no call is made, to what calm calls taught.
+    Load changes the speed too. What calls under load teach fades to what calm calls taught.
     """
 
     seconds: dict[int, float] = field(default_factory=dict)
@@ -72,8 +83,8 @@ class Estimate:
     """Speed that calm calls taught; never above `mood`."""
     least: float = 1.0
     """Smallest slowness that `calm` ever had."""
-    seen_s: float = 0.0
-    """End of the last call, monotonic."""
+    seen: Clock = Clock(0.0, 0.0)
+    """End of the last call."""
     limit: int | None = None
     """Most samples in a call; None: not known yet."""
     best: dict[int, int] = field(default_factory=dict)
@@ -83,10 +94,10 @@ class Estimate:
     latest: dict[int, int] = field(default_factory=dict)
     """Batch size -> number of the latest call made with it."""
 
-    def observe(self, size: int, seconds: float, now_s: float, is_calm: bool) -> None:
-        """Learn from a call that ended at `now_s`."""
+    def observe(self, size: int, seconds: float, clock: Clock, is_calm: bool) -> None:
+        """Learn from a call that ended at `clock`."""
         self.best.clear()
-        self.mood, self.seen_s = self.mood_at(now_s), now_s
+        self.mood, self.seen = self.mood_at(clock), clock
         self.counts[size] += 1
         self.latest[size] = self.counts.total()
         if size not in self.seconds:
@@ -105,11 +116,12 @@ class Estimate:
         self.calm = Mood(*map(min, self.calm, self.mood))
         self.least = min(self.least, self.calm.slowness)
 
-    def mood_at(self, now_s: float) -> Mood:
-        """Return the mood at `now_s` if no call is made until then. A clock that goes back changes nothing."""
-        smallest_s = self.seconds[min(self.seconds)] if self.seconds else 0.0
-        half_life_s = max(HALF_LIFE_S, HALF_LIFE_CALLS * self.least * smallest_s)
-        left = math.pow(0.5, (max(0.0, now_s - self.seen_s) / half_life_s) ** 2)
+    def mood_at(self, clock: Clock) -> Mood:
+        """Return the mood at `clock` if no call of this kind is made until then. A clock may go back."""
+        calls_s = HALF_LIFE_CALLS * self.least * self.seconds[min(self.seconds)] if self.seconds else 0.0
+        idle = max(0.0, clock.idle_s - self.seen.idle_s) / max(HALF_LIFE_S, calls_s)
+        away = max(0.0, clock.now_s - self.seen.now_s) / max(AWAY_HALF_LIFE_S, calls_s)
+        left = math.pow(0.5, idle**2 + away**2)
         slowness = self.calm.slowness * math.pow(self.mood.slowness / self.calm.slowness, left)
         return Mood(slowness, self.calm.deviation + left * (self.mood.deviation - self.calm.deviation))
 
@@ -186,8 +198,20 @@ class CostModel:
     def __init__(self) -> None:
         self._estimates: defaultdict[Kind, Estimate] = defaultdict(Estimate)
         self._now_s = 0.0
+        self._busy_until = Clock(0.0, 0.0)
+        """Latest time at which a call ended or began."""
+        self._is_running = False
+        """Whether a call runs."""
         self._moods: dict[Kind, Mood] = {}
         """Cache of the moods at `_now_s`; a forecast reads them often."""
+
+    def began(self, now_s: float) -> None:
+        """Note that the engine began a call."""
+        self._busy_until, self._is_running = self._clock_at(now_s), True
+
+    def ended(self) -> None:
+        """Note that the engine's call ended. Its duration is observed next."""
+        self._is_running = False
 
     def observe(self, kind: Kind, size: int, seconds: float, now_s: float, is_calm: bool = False) -> None:
         """Learn from one call, which ended at `now_s`.
@@ -195,11 +219,18 @@ class CostModel:
         Args:
             is_calm: Whether no other request was present or arrived during the call.
         """
-        self._estimates[kind].observe(size, seconds, now_s, is_calm)
+        began = self._clock_at(now_s - seconds)
+        self._busy_until = Clock(max(now_s, self._busy_until.now_s), began.idle_s)
+        self._estimates[kind].observe(size, seconds, self._busy_until, is_calm)
         self.pass_time(now_s)
 
+    def _clock_at(self, now_s: float) -> Clock:
+        """Return the time, and how long the engine has been idle if it made no other call until then."""
+        idle_s = 0.0 if self._is_running else max(0.0, now_s - self._busy_until.now_s)
+        return Clock(now_s, self._busy_until.idle_s + idle_s)
+
     def pass_time(self, now_s: float) -> None:
-        """Set the time to `now_s`. What load taught fades while no calls are made."""
+        """Set the time to `now_s`. What load taught fades with it."""
         self._now_s = now_s
         self._moods = {}
 
@@ -248,7 +279,7 @@ class CostModel:
 
     def _mood(self, kind: Kind) -> Mood:
         if (mood := self._moods.get(kind)) is None:
-            mood = self._moods[kind] = self._estimates[kind].mood_at(self._now_s)
+            mood = self._moods[kind] = self._estimates[kind].mood_at(self._clock_at(self._now_s))
         return mood
 
     def batch_size(self, kind: Kind, available: int) -> int:

@@ -298,6 +298,7 @@ class StepScheduler(Generic[Item]):
         if batch[0].is_prepared:
             self._predict([item for item in batch if not item.has_started], now_s)
         self._running = batch
+        self.costs.began(now_s)
         self._called_s = now_s
         self._running_until_s = now_s + call_seconds(batch, self.costs)
         return batch
@@ -305,6 +306,7 @@ class StepScheduler(Generic[Item]):
     def end_call(self) -> None:
         """Note that the call ended and that its samples advanced or left."""
         self._running = []
+        self.costs.ended()
 
     def wait_s(self, now_s: float) -> float:
         """Return the seconds for which the next call should wait, see `Together.wait_s`."""

@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tdm_runtime.scheduling.cost_model import HALF_LIFE_S, MAX_SURPRISE, TRIAL_CALLS, CostModel, Kind
+from tdm_runtime.scheduling.cost_model import (
+    AWAY_HALF_LIFE_S,
+    HALF_LIFE_S,
+    MAX_SURPRISE,
+    TRIAL_CALLS,
+    CostModel,
+    Kind,
+)
 
 STEP = Kind("denoise", (4, 8, 8))
 
@@ -150,6 +157,22 @@ def test_a_busy_engine_forgets_nothing_between_calls() -> None:
     costs, now_s = after([(1, 3.0, QUICK_S, False)] * 60)
     assert costs.seconds(STEP) == pytest.approx(3 * QUICK_S, rel=0.02)
     assert costs.at(now_s + HALF_LIFE_S / 10).seconds(STEP) == pytest.approx(3 * QUICK_S, rel=0.03)
+
+
+def test_calls_of_other_kinds_in_between_make_the_engine_forget_little() -> None:
+    """A batch of many samples takes long, so under load the calls of one kind are far apart."""
+    decode = Kind("decode:full", STEP.shape)
+    costs, now_s = after([])
+    costs.observe(decode, 32, 0.2, now_s)
+    for _ in range(60):
+        for kind, size, usual_s in ((STEP, 1, QUICK_S), (decode, 32, 0.2), (decode, 32, 0.2)):
+            costs.began(now_s)
+            now_s += 3 * usual_s
+            costs.ended()
+            costs.observe(kind, size, 3 * usual_s, now_s)
+    costs.began(now_s)
+    assert costs.at(now_s + 0.6).seconds(STEP) == pytest.approx(3 * QUICK_S, rel=0.15), "while a call runs"
+    assert costs.at(now_s + 4 * AWAY_HALF_LIFE_S).seconds(STEP) == pytest.approx(QUICK_S, rel=0.01), "not for ever"
 
 
 def test_slow_calls_are_remembered_for_longer() -> None:
