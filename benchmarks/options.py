@@ -152,6 +152,11 @@ def int_list(text: str) -> tuple[int, ...]:
     return tuple(map(positive_int, text.split(",")))
 
 
+def positive_list(text: str) -> tuple[float, ...]:
+    """Parse a comma list of numbers above 0."""
+    return tuple(map(positive_float, text.split(",")))
+
+
 def step_list(text: str) -> tuple[Steps, ...]:
     """Parse a comma list of step counts or "auto"."""
     return tuple("auto" if part == "auto" else positive_int(part) for part in text.split(","))

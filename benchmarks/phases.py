@@ -129,7 +129,8 @@ def slo_of(peer: dict[str, Any]) -> float:
 async def peer_within_slo(base_url: str, peer: dict[str, Any], plan: Plan) -> list[Figures]:
     """Measure a peer at a fixed step count, with one result per scenario."""
     return [
-        await _scenario(base_url, peer, plan, scenario, plan.workload(STEPS), warm_up=True) for scenario in SCENARIOS
+        await scenario_within_slo(base_url, peer, plan, scenario, plan.workload(STEPS), warm_up=True)
+        for scenario in SCENARIOS
     ]
 
 
@@ -139,15 +140,21 @@ async def ours_within_slo(base_url: str, peer: dict[str, Any], plan: Plan) -> tu
     auto, fixed = [], []
     for scenario in SCENARIOS:
         asked = plan.workload("auto", budget_ms=budget_ms)
-        auto.append(await _scenario(base_url, peer, plan, scenario, asked, warm_up=True))
+        auto.append(await scenario_within_slo(base_url, peer, plan, scenario, asked, warm_up=True))
         asked = plan.workload(STEPS, budget_ms=budget_ms)
-        fixed.append(await _scenario(base_url, peer, plan, scenario, asked, warm_up=False))
+        fixed.append(await scenario_within_slo(base_url, peer, plan, scenario, asked, warm_up=False))
     return auto, fixed
 
 
-async def _scenario(
+async def scenario_within_slo(
     base_url: str, peer: dict[str, Any], plan: Plan, scenario: Scenario, workload: Workload, warm_up: bool
 ) -> Figures:
+    """Measure requests that arrive at random, at a share of what the peer makes, within its SLO.
+
+    Args:
+        peer: Its "throughput" in pictures a second and "unloaded_ms".
+        warm_up: Whether a short closed loop comes first.
+    """
     rate = scenario.load * float(peer["throughput"])
     arrivals = arrivals_within(plan.arrivals_s, rate, scenario.burstiness, plan.seed)
     recording = Recording()
