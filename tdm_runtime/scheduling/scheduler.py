@@ -21,7 +21,7 @@ from typing import Generic, TypeVar
 
 from tdm_runtime.errors import DeadlineError, InvalidRequestError, TDMError
 from tdm_runtime.scheduling.cost_model import CostModel, Kind
-from tdm_runtime.scheduling.demand import MovingRate
+from tdm_runtime.scheduling.demand import Demand, MovingRate
 from tdm_runtime.scheduling.forecast import MARGIN, Forecast, call_seconds, choose, forecast
 from tdm_runtime.scheduling.together import Together
 from tdm_runtime.scheduling.work import NEVER_S, TOLERANCE_S, Urgency, Work
@@ -92,11 +92,13 @@ class StepScheduler(Generic[Item]):
         """Arrival of that request, monotonic."""
         self._called_s = -NEVER_S
         """Start of the last call, monotonic."""
-        self._settled_demand = MovingRate()
+        self._busy = MovingRate()
+        """Share of the time in which calls ran."""
+        self._settled_demand = Demand()
         """Seconds of work a second, from requests with a fixed step count."""
         self._returns_s = 0.0
         """Time at which all refused requests are served if each retries at the time it was given, monotonic."""
-        self._open_demand = MovingRate()
+        self._open_demand = Demand()
         """Samples a second, from requests with an "auto" step count."""
         self._together = Together(costs, capacity)
 
@@ -169,22 +171,17 @@ class StepScheduler(Generic[Item]):
             item.share_no_call()
 
     def _note_demand(self, items: Sequence[Item], now_s: float) -> None:
-        """Count requests as demand, refused ones too, unless they find the engine idle.
-
-        Otherwise a lone client that asks again as soon as it is answered would count as load: fewer steps let it ask
-        more often, and that would keep its steps few.
-        """
-        if not self._live:
-            return
+        """Count requests as demand, refused ones too."""
+        is_busy = bool(self._live)
         for item in items:
             if item.is_background:
                 continue
             window_s = self._window_s(item)
             if item.open_steps:
-                self._open_demand.add(1, now_s, window_s)
+                self._open_demand.add(1, is_busy, now_s, window_s)
             else:
                 work_s = item.seconds_shared(self.costs, item.steps_left, self.capacity)
-                self._settled_demand.add(work_s, now_s, window_s)
+                self._settled_demand.add(work_s, is_busy, now_s, window_s)
 
     def _window_s(self, item: Item) -> float:
         """Return the window in which demand is counted, as seen from this sample."""
@@ -300,7 +297,9 @@ class StepScheduler(Generic[Item]):
         self._running = batch
         self.costs.began(now_s)
         self._called_s = now_s
-        self._running_until_s = now_s + call_seconds(batch, self.costs)
+        seconds = call_seconds(batch, self.costs)
+        self._busy.add(seconds, now_s, self._window_s(batch[0]))
+        self._running_until_s = now_s + seconds
         return batch
 
     def end_call(self) -> None:
@@ -340,8 +339,9 @@ class StepScheduler(Generic[Item]):
         """
         others = [other for other in self._live.values() if other is not item]
         window_s = self._window_s(item)
-        settled = self._settled_demand.per_second(now_s, window_s)
-        rate = self._open_demand.per_second(now_s, window_s, less=1)
+        busy = min(1.0, self._busy.per_second(now_s, window_s))
+        settled = self._settled_demand.per_second(now_s, window_s, busy)
+        rate = self._open_demand.per_second(now_s, window_s, busy, less=1)
         best = item.open_steps[0]
         for steps in item.open_steps[1:]:
             load = settled + rate * item.seconds_shared(self.costs, steps, self.capacity)
