@@ -116,8 +116,8 @@ class InceptionNetwork:
         weight = self._state[f"{name}.conv.weight"]
         padding = (0, 0) if name in UNPADDED else (weight.shape[2] // 2, weight.shape[3] // 2)
         x = F.conv2d(x, weight, stride=UNPADDED.get(name, 1), padding=padding)
-        moments_and_affine = [self._state[f"{name}.bn.{part}"] for part in BATCH_NORM]
-        return F.relu(F.batch_norm(x, *moments_and_affine, eps=1e-3))
+        mean, variance, scale, shift = (self._state[f"{name}.bn.{part}"] for part in BATCH_NORM)
+        return F.relu(F.batch_norm(x, mean, variance, scale, shift, eps=1e-3))
 
 
 BATCH_NORM = ("running_mean", "running_var", "weight", "bias")

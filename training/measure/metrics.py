@@ -83,8 +83,8 @@ def _distances(first: Features, second: Features) -> Features:
 
 def _covariance_factor(features: Features) -> Features:
     """Return R [min(N, D), D] with R^T R = the covariance."""
-    factor: Features = np.linalg.qr((features - features.mean(0)) / np.sqrt(len(features) - 1), mode="r")
-    return factor
+    centred = (features - features.mean(0)) / np.sqrt(len(features) - 1)
+    return np.asarray(np.linalg.qr(centred, mode="r"), dtype=np.float64)
 
 
 def _check_pair(first: Features, second: Features, least: int) -> None:
