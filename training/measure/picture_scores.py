@@ -121,6 +121,8 @@ def measure_pictures(
     if len(missing) > len(SCORERS):
         raise FileNotFoundError("no scorer has its weights:\n" + "\n".join(missing.values()))
     if pictures is not None:
+        if steps is not None:
+            raise ValueError("--steps is for the pictures of a checkpoint; leave it out with --pictures")
         files = given_files(pictures, prompts, IMAGE_SUFFIXES)
     else:
         assert checkpoint is not None, "the command names one of both"

@@ -73,29 +73,28 @@ def make_study(
     rng.shuffle(order)
     firsts = ["a", "b"] * (len(order) // 2) + [rng.choice("ab")] * (len(order) % 2)
     rng.shuffle(firsts)
-    media = page.parent / "media"
-    media.mkdir(parents=True, exist_ok=True)
-    hashed, pairs = hashlib.sha256(), []
+    contents: dict[str, bytes] = {}
+    pairs = []
     for number, first in zip(order, firsts, strict=True):
         pair: dict[str, Any] = {"prompt": prompts[number]}
         kinds = []
         for position, name in (("first", first), ("second", "b" if first == "a" else "a")):
             content, suffix = without_metadata(files[name][number])
-            file = f"{rng.getrandbits(64):016x}{suffix}"
-            (media / file).write_bytes(content)
-            hashed.update(content)
-            pair[position] = f"media/{file}"
+            pair[position] = f"media/{rng.getrandbits(64):016x}{suffix}"
+            contents[pair[position]] = content
             kinds.append(is_video(content))
         if len(set(kinds)) > 1:
             raise ValueError(f"a and b of {prompts[number]!r} are a video and a picture file; give one kind")
         pairs.append(pair | {"video": kinds[0]})
-    shown = {"questions": list(questions or [QUESTION]), "pairs": pairs}
-    hashed.update(json.dumps(shown).encode())
-    study = hashed.hexdigest()[:16]
+    shown = {"questions": list(dict.fromkeys(questions or [QUESTION])), "pairs": pairs}
+    study = hashlib.sha256(b"".join([json.dumps(shown).encode(), *contents.values()])).hexdigest()[:16]
     key = {
         "study": study, "seed": drawn, "a": _described(a), "b": _described(b), "questions": shown["questions"],
         "pairs": [{"prompt": prompts[n], "first": first} for n, first in zip(order, firsts, strict=True)],
     }  # fmt: skip
+    (page.parent / "media").mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        (page.parent / name).write_bytes(content)
     write_whole(output / "key.json", json.dumps(key, indent=2, ensure_ascii=False).encode())
     embedded = json.dumps({"id": study, **shown}).replace("<", "\\u003c")  # a prompt must not end the script
     write_whole(page, TEMPLATE.read_text(encoding="utf-8").replace(PLACEHOLDER, embedded, 1).encode())
