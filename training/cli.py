@@ -5,7 +5,9 @@ Embedded model:  tdm-train emoji                      every stage, from glyphs t
                  tdm-train score | wrong-k | tiny-vae | grid | ablate     measurements
 Embedded clip model: tdm-train emoji-video [stage]    every stage or one, from the embedded picture model
                  tdm-train score-video                scores of student and teacher, and a contact sheet
-Any clip model:  tdm-train vbench --checkpoint DIR --output DIR       VBench's scores, by its own package
+Any model:       tdm-train measure --checkpoint DIR --prompts FILE --weights DIR --output DIR     scores of pictures
+                 tdm-train vbench --checkpoint DIR --output DIR       VBench's scores of clips, by its own package
+                 tdm-train user-study make | tally    a page that asks people which of two is better, and its count
 Your own model:  tdm-train embed --base DIR --prompts FILE --output DIR
                  tdm-train distill --preset sd15 --base DIR --embeddings DIR --output DIR
                  tdm-train preset sd15                every setting with its value, as TOML
@@ -27,6 +29,7 @@ from tdm_runtime.checkpoint.folder import CLIP_CHECKPOINT, DEFAULT_CHECKPOINT
 from tdm_runtime.checkpoint.folder_files import TINY_VAE
 from tdm_runtime.errors import TDMError
 from training.config import config_as_toml, load_config
+from training.measure.commands import MEASURE_COMMANDS, add_measure_commands
 from training.methods.precision import fastest_precision
 from training.pretrained.presets import PRESETS, STATE_GB
 from training.run.finetune import FinetuneConfig
@@ -75,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.choices["grid"].add_argument("--output", type=Path, default=Path("grid.png"))
 
     _add_video(commands)
-    _add_vbench(commands)
+    add_measure_commands(commands)
 
     ablate = commands.add_parser("ablate", help="the paper's ablations on the emoji model")
     ablate.add_argument("--run", type=Path, default=DEFAULT_RUN)
@@ -143,19 +146,6 @@ def _add_video(commands: Any) -> None:
     for command in (video, score):
         command.add_argument("--run", type=Path, default=DEFAULT_VIDEO_RUN, help="working folder (%(default)s)")
         command.add_argument("--checkpoint", type=Path, default=CLIP_CHECKPOINT)
-
-
-def _add_vbench(commands: Any) -> None:
-    vbench = commands.add_parser("vbench", help="make VBench's clips and score them with its own package")
-    vbench.add_argument("--checkpoint", type=Path, default=CLIP_CHECKPOINT)
-    vbench.add_argument("--output", type=Path, required=True, help="folder of clips and scores; a killed run resumes")
-    vbench.add_argument("--dimensions", nargs="+", help="dimensions to score; by default all that the prompts allow")
-    vbench.add_argument("--prompts", type=Path, help="text file, one prompt a line, instead of VBench's own suite")
-    vbench.add_argument("--clips", type=int, default=5, help="clips of each prompt (%(default)s)")
-    vbench.add_argument("--steps", type=int, help="steps of each clip; by default the most of the checkpoint")
-    vbench.add_argument("--seed", type=int, default=0, help="seed that each clip's own is drawn from (%(default)s)")
-    vbench.add_argument("--python", default=sys.executable, help="interpreter that has the package (this one)")
-    vbench.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
 
 
 def _emoji(given: argparse.Namespace) -> None:
@@ -270,22 +260,6 @@ def _score_video(given: argparse.Namespace) -> None:
         print_video_scores(given.checkpoint, given.run, given.clips, fastest_precision())
 
 
-def _vbench(given: argparse.Namespace) -> None:
-    from training.measure.vbench import run_vbench
-
-    run_vbench(
-        given.output,
-        given.checkpoint,
-        given.dimensions,
-        given.prompts,
-        clips_per_prompt=given.clips,
-        steps=given.steps,
-        seed=given.seed,
-        python=given.python,
-        device=given.device,
-    )
-
-
 def _wrong_k(given: argparse.Namespace) -> None:
     from training.emoji.report.scores import print_wrong_step_counts
 
@@ -379,7 +353,6 @@ _COMMANDS: Mapping[str, Callable[[argparse.Namespace], None]] = {
     "emoji-video": _emoji_video,
     "score": _score,
     "score-video": _score_video,
-    "vbench": _vbench,
     "wrong-k": _wrong_k,
     "tiny-vae": _tiny_vae,
     "grid": _grid,
@@ -390,6 +363,7 @@ _COMMANDS: Mapping[str, Callable[[argparse.Namespace], None]] = {
     "encode": _encode,
     "finetune": _finetune,
     "distill": _distill,
+    **MEASURE_COMMANDS,
 }
 
 

@@ -25,13 +25,12 @@ def frechet_distance(first: Features, second: Features) -> float:
         ValueError: The shapes do not fit.
     """
     _check_pair(first, second, least=2)
-    c1, c2 = (np.atleast_2d(np.cov(features, rowvar=False)) for features in (first, second))
-    # The product inside the root is symmetric, unlike C1 C2, so its eigenvalues are real and stable.
-    root = _square_root(c1)
-    eigenvalues = np.linalg.eigvalsh(root @ c2 @ root)
-    overlap = np.sqrt(np.clip(eigenvalues, 0.0, None)).sum()
+    # With C = R^T R, the last trace is the sum of the singular values of R1 R2^T: no root of a product of covariances,
+    # which is nearly singular, and little work for few pictures.
+    r1, r2 = (_covariance_factor(features) for features in (first, second))
+    overlap = np.linalg.norm(r1 @ r2.T, "nuc")
     gap = first.mean(0) - second.mean(0)
-    return max(0.0, float(gap @ gap + np.trace(c1) + np.trace(c2) - 2.0 * overlap))
+    return max(0.0, float(gap @ gap + (r1**2).sum() + (r2**2).sum() - 2.0 * overlap))
 
 
 def diversity(features: Features) -> float:
@@ -82,11 +81,10 @@ def _distances(first: Features, second: Features) -> Features:
     return distances
 
 
-def _square_root(covariance: Features) -> Features:
-    """Return the symmetric root of a symmetric matrix. Eigenvalues that rounding made negative count as 0."""
-    values, vectors = np.linalg.eigh(covariance)
-    root: Features = (vectors * np.sqrt(np.clip(values, 0.0, None))) @ vectors.T
-    return root
+def _covariance_factor(features: Features) -> Features:
+    """Return R [min(N, D), D] with R^T R = the covariance."""
+    centred = (features - features.mean(0)) / np.sqrt(len(features) - 1)
+    return np.asarray(np.linalg.qr(centred, mode="r"), dtype=np.float64)
 
 
 def _check_pair(first: Features, second: Features, least: int) -> None:

@@ -22,15 +22,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from tqdm import tqdm
-
-from tdm_runtime.media.made_file import encode_made
-from tdm_runtime.media.receipt import receipt_of
 from tdm_runtime.model.choice import load_model
 from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.params import SamplingParams
-from tdm_runtime.pipeline import generate
 from tdm_runtime.whole_file import write_whole
+from training.measure.samples import keep_settings, make_missing, sample_seed
 
 CLIPS_PER_PROMPT = 5
 """Clips that VBench reads for each prompt of its suite."""
@@ -233,46 +229,16 @@ def make_clips(output: Path, model: LoadedModel, settings: ClipSettings, prompts
         ValueError: The folder holds clips of other settings.
         InvalidRequestError: The checkpoint refuses a prompt or a setting.
     """
-    folder = output / "clips"
-    folder.mkdir(parents=True, exist_ok=True)
-    _keep_settings(output / "clips.json", settings)
-    params = [
-        SamplingParams(
-            prompt, clip_seed(settings.seed, prompt, index), settings.num_inference_steps,
+    keep_settings(output / "clips.json", asdict(settings))
+    wanted = {
+        f"{prompt}-{index}.mp4": SamplingParams(
+            prompt, sample_seed(settings.seed, prompt, index), settings.num_inference_steps,
             settings.width, settings.height, frames=settings.frames, fps=settings.fps,
         )
         for prompt in prompts
         for index in range(each)
-    ]  # fmt: skip
-    names = [f"{prompt}-{index}.mp4" for prompt in prompts for index in range(each)]
-    wanted = [(name, one) for name, one in zip(names, params, strict=True) if not (folder / name).is_file()]
-    for _, one in wanted[:1]:
-        one.check_against(model.recipe)
-    for name, one in tqdm(wanted, "clips", disable=None):
-        pixels = generate(model, one)
-        receipt = receipt_of(model, one, pixels, is_strict=True)
-        partial = output / "clip.part"  # a long prompt leaves no room in the name for such a mark
-        partial.write_bytes(encode_made(model, one, pixels, "mp4", receipt=receipt))
-        partial.replace(folder / name)
-    return len(wanted)
-
-
-def clip_seed(seed: int, prompt: str, index: int) -> int:
-    """Return the seed of a clip, 32 bits. It does not depend on the other clips of a run."""
-    digest = hashlib.sha256(json.dumps([seed, prompt, index]).encode()).digest()
-    return int.from_bytes(digest[:4], "little")
-
-
-def _keep_settings(file: Path, settings: ClipSettings) -> None:
-    wanted = asdict(settings)
-    if not file.is_file():
-        write_whole(file, json.dumps(wanted, indent=2).encode())
-        return
-    found = json.loads(file.read_bytes())
-    for name, value in wanted.items():
-        if found.get(name) != value:
-            message = f"{file} says {name} = {found.get(name)!r} and this run has {value!r}"
-            raise ValueError(f"{message}; scores of mixed clips mean nothing: name another output folder")
+    }  # fmt: skip
+    return make_missing(output / "clips", model, wanted, "mp4")
 
 
 # -- VBench's package ------------------------------------------------------------------------------
