@@ -85,7 +85,8 @@ class Readings:
         """Return the share of the known parts, bool [glyphs, 9], that is named in each picture, [N]; NaN if none is."""
         counted = known[self.asked]
         named, count = (self.parts_right & counted).sum(axis=1), counted.sum(axis=1)
-        return np.divide(named, count, out=np.full(len(count), np.nan), where=count > 0)
+        found: NDArray[np.float64] = np.divide(named, count, out=np.full(len(count), np.nan), where=count > 0)
+        return found
 
 
 def form_of(glyph: Glyph) -> str:
