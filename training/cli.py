@@ -2,7 +2,7 @@
 
 Embedded model:  tdm-train emoji                      every stage, from glyphs to a checkpoint to serve
                  tdm-train emoji teacher              one stage; a killed stage resumes exactly
-                 tdm-train score | wrong-k | tiny-vae | grid | ablate     measurements
+                 tdm-train score | glyphs | wrong-k | tiny-vae | grid | ablate     measurements
 Embedded clip model: tdm-train emoji-video [stage]    every stage or one, from the embedded picture model
                  tdm-train score-video                scores of student and teacher, and a contact sheet
 Any model:       tdm-train measure --checkpoint DIR --prompts FILE --weights DIR --output DIR     scores of pictures
@@ -66,16 +66,20 @@ def _parser() -> argparse.ArgumentParser:
     emoji.add_argument("--seed", type=int, default=0)
     for name, help_text in (
         ("score", "table of scores of the checkpoint and its teacher"),
+        ("glyphs", "tables of the glyphs that can be read, of the worst ones and of what they are taken for"),
         ("wrong-k", "table of the checkpoint when its K is wrong or missing"),
         ("tiny-vae", "table of scores of the tiny and the full autoencoder"),
         ("grid", "picture of samples, prompts down and samplers across"),
     ):
         commands.add_parser(name, help=help_text)
-    for name in ("emoji", "score", "wrong-k", "tiny-vae", "grid"):
+    for name in ("emoji", "score", "glyphs", "wrong-k", "tiny-vae", "grid"):
         command = commands.choices[name]
         command.add_argument("--run", type=Path, default=DEFAULT_RUN, help="working folder (%(default)s)")
         command.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT)
     commands.choices["grid"].add_argument("--output", type=Path, default=Path("grid.png"))
+    commands.choices["glyphs"].add_argument("--sheet", type=Path, help="file for a picture of the worst glyphs")
+    commands.choices["glyphs"].add_argument("--seeds", type=int, default=8, help="pictures of a glyph (%(default)s)")
+    commands.choices["glyphs"].add_argument("--damaged", action="store_true", help="read damaged students too")
 
     _add_video(commands)
     add_measure_commands(commands)
@@ -186,26 +190,17 @@ def _tiny_autoencoder(given: argparse.Namespace) -> None:
     from training.emoji.stages.tiny_autoencoder import TinyAutoencoderConfig, train_tiny_autoencoder
 
     config = TinyAutoencoderConfig()
-    train_tiny_autoencoder(
-        given.run / "tiny-autoencoder",
-        given.run / "decoder",
-        given.run / "teacher",
-        given.run / "student",
-        replace(config, loop=_loop(config.loop, given)),
-    )
+    run: Path = given.run
+    folders = run / "tiny-autoencoder", run / "decoder", run / "teacher", run / "student"
+    train_tiny_autoencoder(*folders, replace(config, loop=_loop(config.loop, given)))
 
 
 def _publish(given: argparse.Namespace) -> None:
     from training.emoji.stages.publish import publish
 
-    tiny = given.run / "tiny-autoencoder"
-    publish(
-        given.checkpoint,
-        given.run / "decoder",
-        given.run / "teacher",
-        given.run / "student",
-        tiny if (tiny / TINY_VAE).is_dir() else None,
-    )
+    run: Path = given.run
+    tiny = run / "tiny-autoencoder" if (run / "tiny-autoencoder" / TINY_VAE).is_dir() else None
+    publish(given.checkpoint, run / "decoder", run / "teacher", run / "student", tiny)
 
 
 def _emoji_video(given: argparse.Namespace) -> None:
@@ -249,6 +244,12 @@ def _score(given: argparse.Namespace) -> None:
     from training.emoji.report.scores import print_scores
 
     print_scores(given.checkpoint, given.run)
+
+
+def _glyphs(given: argparse.Namespace) -> None:
+    from training.emoji.report.legibility import print_legibility
+
+    print_legibility(given.checkpoint, given.run, given.sheet, damaged=given.damaged, seeds=given.seeds)
 
 
 def _score_video(given: argparse.Namespace) -> None:
@@ -352,6 +353,7 @@ _COMMANDS: Mapping[str, Callable[[argparse.Namespace], None]] = {
     "emoji": _emoji,
     "emoji-video": _emoji_video,
     "score": _score,
+    "glyphs": _glyphs,
     "score-video": _score_video,
     "wrong-k": _wrong_k,
     "tiny-vae": _tiny_vae,

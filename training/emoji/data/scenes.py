@@ -115,7 +115,7 @@ def sample_scene(glyphs: tuple[Glyph, ...], seed: int, index: int, *, held_out: 
 
 def _draw_scene(glyphs: tuple[Glyph, ...], rng: random.Random) -> Scene:
     background = "white" if rng.random() < 0.3 else rng.choice(sorted(BACKGROUNDS))
-    jitter = (rng.uniform(-0.015, 0.015), rng.uniform(-0.015, 0.015), rng.uniform(0.96, 1.04))
+    jitter = sample_jitter(rng)
     if rng.random() < 0.4:
         relations: tuple[Relation, ...] = ("left of", "right of", "above", "below")
         pair = tuple(rng.sample(glyphs, 2))
@@ -128,6 +128,11 @@ def _draw_scene(glyphs: tuple[Glyph, ...], rng: random.Random) -> Scene:
         return replace(scene, size="big")
     places: tuple[Place, ...] = ("center", "left", "right", "top", "bottom")
     return replace(scene, size="small", place=rng.choice(places))
+
+
+def sample_jitter(rng: random.Random) -> tuple[float, ...]:
+    """Draw a shift and a scale, as in `Scene.jitter`."""
+    return rng.uniform(-0.015, 0.015), rng.uniform(-0.015, 0.015), rng.uniform(0.96, 1.04)
 
 
 def caption(scene: Scene, rng: random.Random | None = None) -> str:

@@ -28,6 +28,7 @@ from training.methods.precision import autocast
 TEACHER_STEPS = (1, 2, 4, 25)
 TEACHER_GUIDANCE = 3.0
 BATCH_SIZE = 64
+STUDENT = "student"
 
 Sampler = Callable[[Sequence[str], int], list[Pixels]]
 """(prompts, first_seed) -> pictures, uint8 [H, W, 3]. Picture n has the seed first_seed + n."""
@@ -112,12 +113,17 @@ def teacher_of(run: Path) -> Teacher | None:
 def samplers(model: LoadedModel, teacher: Teacher | None) -> dict[str, Sampler]:
     """Return samplers by name: the student at every step count, and the teacher at `TEACHER_STEPS`."""
     found: dict[str, Sampler] = {
-        f"student, K = {steps}": partial(_student, model, steps) for steps in model.recipe.step_counts
+        student_name(steps): partial(_student, model, steps) for steps in model.recipe.step_counts
     }
     if teacher is not None:
         for steps in TEACHER_STEPS:
             found[teacher_name(steps)] = partial(_teacher, teacher, steps)
     return found
+
+
+def student_name(steps: int) -> str:
+    """Return the name of the student in `samplers`."""
+    return f"{STUDENT}, K = {steps}"
 
 
 def teacher_name(steps: int) -> str:
