@@ -174,7 +174,7 @@ Z_IMAGE = DistillConfig(
 
 Demo: the rank and alpha of TDM-R1's LoRA for Z-Image-Turbo; its timesteps 1000, 900, 750 and 500 are the default here
 if the base has shift 3, as Turbo has. diffusers: the guidance; its pipeline's default of 5 counts
-from 0 and ours from 1. Ours: the rest. For Z-Image-Turbo, which was distilled without guidance, set guidance_scale to 1.
+from 0 and ours from 1. Ours: the rest. Z-Image-Turbo was distilled without guidance: set guidance_scale to 1 for it.
 """
 
 FLUX_DEV = replace(Z_IMAGE, guidance_scale=1.0)
