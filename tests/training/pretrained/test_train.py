@@ -297,7 +297,10 @@ def test_sdxl_stage_two_starts_from_stage_one_with_a_fresh_fake_score(
     workplace: Callable[[str], tuple[Path, Path]], tmp_path: Path
 ) -> None:
     base, embeddings = workplace("sdxl")
-    config = replace(PRESETS["sdxl-512"], **TINY, lora_rank=0, student_learning_rate=1e-3, fake_learning_rate=1e-3)
+    all_weights = {"lora_rank": 0, "student_learning_rate": 1e-3, "fake_learning_rate": 1e-3}
+    config = replace(
+        PRESETS["sdxl-512"], **TINY, **all_weights, teacher_prediction="any"
+    )  # the tiny base has v_prediction
     train_backbone(tmp_path / "one", base, embeddings, config)
     second = build_backbone_distiller(base, embeddings, config, tmp_path / "one" / "model")
     pretrained = dict(load_base_model(base).denoiser.named_parameters())
