@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from export.accelerator_report import Report, Row, saved_report, table
-from export.architectures import REAL_SIZES, RealSize
 from export.onnx_export import export_onnx
 from export.real_sizes import module_of
 from export.tensorrt_build import TIMING_CACHE, build_plan, require_gpus
@@ -37,6 +36,7 @@ from tdm_runtime.backends.machine import TOOLS, gpu_architecture, installed
 from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT, open_checkpoint
 from tdm_runtime.checkpoint.recipe import load_recipe
 from tdm_runtime.errors import BackendError
+from tdm_runtime.families.architectures import REAL_SIZES, RealSize
 from tdm_runtime.families.call import denoiser_arguments
 from tdm_runtime.families.conditioning import Conditioning
 from tdm_runtime.model.components import load_component

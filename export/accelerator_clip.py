@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from export.architectures import REAL_SIZES, RealSize, random_model
 from export.real_sizes import module_of
 from tdm_runtime.backends.pytorch import TorchBackend
 from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT
 from tdm_runtime.checkpoint.recipe import load_recipe
 from tdm_runtime.families import FAMILIES, decoder_for
+from tdm_runtime.families.architectures import REAL_SIZES, RealSize, random_model
 from tdm_runtime.families.call import denoiser_arguments
 from tdm_runtime.families.conditioning import Conditioning
 from tdm_runtime.families.latent_space import ClipDecoderModule, ClipParts

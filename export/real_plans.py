@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter
 
-from export.architectures import REAL_SIZES, RealSize
 from export.errors import ExportError
 from export.onnx_export import export_onnx
 from export.real_sizes import module_of
 from export.tensorrt_build import MAX_BATCH, build_plan, size_ranges
 from tdm_runtime.backends.interface import Interface
+from tdm_runtime.families.architectures import REAL_SIZES, RealSize
 
 Figures = dict[str, Any]
 RESULTS_FILE = "plans.jsonl"

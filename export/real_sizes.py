@@ -24,7 +24,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from export.architectures import REAL_SIZES, STOCK_TEXT, RealSize, random_model
 from export.onnx_export import export_onnx
 from export.openvino_build import write_ir
 from tdm_runtime.backends.interface import Interface
@@ -38,6 +37,7 @@ from tdm_runtime.checkpoint.recipe import RECIPE_FILE, Recipe, load_recipe
 from tdm_runtime.checkpoint.stock.implied_recipe import implied_recipe
 from tdm_runtime.checkpoint.stock.pipeline_folder import MODEL_INDEX
 from tdm_runtime.families import FAMILIES, Family, decoder_for, denoiser_for
+from tdm_runtime.families.architectures import REAL_SIZES, STOCK_TEXT, RealSize, random_model
 from tdm_runtime.families.latent_space import ClipDecoderModule, ClipPart
 from tdm_runtime.model.components import TextEncoderModule
 

@@ -8,9 +8,9 @@ Embedded clip model: tdm-train emoji-video [stage]    every stage or one, from t
 Any model:       tdm-train measure --checkpoint DIR --prompts FILE --weights DIR --output DIR     scores of pictures
                  tdm-train vbench --checkpoint DIR --output DIR       VBench's scores of clips, by its own package
                  tdm-train user-study make | tally    a page that asks people which of two is better, and its count
-Your own model:  tdm-train embed --base DIR --prompts FILE --output DIR
-                 tdm-train distill --preset sd15 --base DIR --embeddings DIR --output DIR
+Your own model:  tdm-train distill --preset sd15 --base DIR --prompts FILE --output DIR
                  tdm-train preset sd15                every setting with its value, as TOML
+                 tdm-train plan --preset sd15         memory at the model's published size
 The method:      tdm-train proof [mixture|gaussian|colours]   cases with a known answer
 """
 
@@ -24,15 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from tdm_runtime.checkpoint.folder import CLIP_CHECKPOINT, DEFAULT_CHECKPOINT
 from tdm_runtime.checkpoint.folder_files import TINY_VAE
 from tdm_runtime.errors import TDMError
-from training.config import config_as_toml, load_config
 from training.measure.commands import MEASURE_COMMANDS, add_measure_commands
 from training.methods.precision import fastest_precision
-from training.pretrained.presets import PRESETS, STATE_GB
-from training.run.finetune import FinetuneConfig
+from training.pretrained.commands import COMMANDS, add_commands
 from training.run.loop import LoopConfig
 
 EMOJI_STAGES = ("autoencoder", "teacher", "decoder", "student", "tiny-autoencoder", "publish")
@@ -47,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(given.threads)
     try:
         _COMMANDS[given.command](given)
-    except (TDMError, ValueError, FileNotFoundError) as error:
+    except (TDMError, ValueError, OSError, SafetensorError) as error:  # the last two: files, also on a full disk
         print(f"tdm-train: {error}", file=sys.stderr)
         return 2
     return 0
@@ -104,37 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     proof.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     proof.add_argument("--variants", nargs="+", default=[], help="rows of the mixture's table; by default all")
 
-    preset = commands.add_parser("preset", help="print a preset with every setting, as TOML")
-    preset.add_argument("name", choices=sorted(PRESETS))
-
-    embed = commands.add_parser("embed", help="encode the prompts of a file once")
-    embed.add_argument("--prompts", type=Path, required=True, help='JSONL file, {"prompt": ...} on each line')
-    encode = commands.add_parser(
-        "encode", help="encode a picture or clip for each prompt, for methods that learn from data"
-    )
-    encode.add_argument("--images", type=Path, required=True, help='folder, or JSONL file with "image" on each line')
-    for command in (embed, encode):
-        command.add_argument("--base", type=Path, required=True, help="diffusers folder of the base model")
-        command.add_argument("--output", type=Path, required=True, help="folder of the embeddings")
-        command.add_argument("--preset", choices=sorted(PRESETS), required=True, help="preset that sets the size")
-        command.add_argument("--config", type=Path, help="TOML file of the run, if it changes size or frames")
-
-    finetune = commands.add_parser("finetune", help="fine-tune a teacher before its distillation (TDM-unify-SFT)")
-    finetune.add_argument("--base", type=Path, required=True, help="diffusers folder of the teacher")
-    finetune.add_argument("--embeddings", type=Path, required=True, help="folder that `embed` and `encode` wrote")
-    finetune.add_argument("--output", type=Path, required=True, help="folder of the run; the result is base/ in it")
-    finetune.add_argument("--steps", type=int, default=FinetuneConfig.steps)
-    finetune.add_argument("--learning-rate", type=float, default=FinetuneConfig.learning_rate)
-
-    distil = commands.add_parser("distill", help="distil a diffusers model")
-    distil.add_argument("--preset", choices=sorted(PRESETS), required=True)
-    distil.add_argument("--config", type=Path, help="TOML file of settings that differ from the preset")
-    distil.add_argument("--base", type=Path, required=True, help="diffusers folder of the teacher")
-    distil.add_argument("--embeddings", type=Path, required=True, help="folder that `embed` wrote")
-    distil.add_argument(
-        "--student", type=Path, help="folder of a student to start from: model/ of an earlier run, or an LCM"
-    )
-    distil.add_argument("--output", type=Path, required=True, help="folder of the run; the result is model/ in it")
+    add_commands(commands)
     return parser
 
 
@@ -301,40 +270,6 @@ def _proof(given: argparse.Namespace) -> None:
         print_colours(given.seeds)
 
 
-def _preset(given: argparse.Namespace) -> None:
-    print(f"# {STATE_GB[given.name]:g} GB of weights, gradients and optimizers on each GPU, before activations")
-    print(config_as_toml(PRESETS[given.name]), end="")
-
-
-def _embed(given: argparse.Namespace) -> None:
-    from training.pretrained.prompts import embed_prompts
-
-    config = load_config(PRESETS[given.preset], given.config)
-    embed_prompts(given.base, given.prompts, given.output, config.width, config.height)
-
-
-def _encode(given: argparse.Namespace) -> None:
-    from training.pretrained.latents import encode_latents
-
-    config = load_config(PRESETS[given.preset], given.config)
-    encode_latents(given.base, given.images, given.output, config.width, config.height, config.frames)
-
-
-def _finetune(given: argparse.Namespace) -> None:
-    from training.pretrained.train import finetune_backbone
-
-    config = FinetuneConfig(steps=given.steps, learning_rate=given.learning_rate)
-    finetune_backbone(given.output, given.base, given.embeddings, config)
-
-
-def _distill(given: argparse.Namespace) -> None:
-    from training.pretrained.train import train_backbone
-
-    config = load_config(PRESETS[given.preset], given.config)
-    model = train_backbone(given.output, given.base, given.embeddings, config, student_folder=given.student)
-    print(f"the student is {model}")
-
-
 _EMOJI: Mapping[str, Callable[[argparse.Namespace], None]] = {
     "autoencoder": _autoencoder,
     "teacher": _teacher,
@@ -360,12 +295,8 @@ _COMMANDS: Mapping[str, Callable[[argparse.Namespace], None]] = {
     "grid": _grid,
     "ablate": _ablate,
     "proof": _proof,
-    "preset": _preset,
-    "embed": _embed,
-    "encode": _encode,
-    "finetune": _finetune,
-    "distill": _distill,
     **MEASURE_COMMANDS,
+    **COMMANDS,
 }
 
 

@@ -24,6 +24,7 @@ StepConditionFor = Literal["both", "student", "none"]
 FakeTarget = Literal["importance", "importance_exact", "unweighted", "clean", "trajectory_score"]
 GeneratorLoss = Literal["pseudo_huber", "elementwise_pseudo_huber", "normalised_l2", "fisher"]
 Matching = Literal["noisy", "clean"]
+TeacherPrediction = Literal["any", "epsilon", "v_prediction", "flow_prediction", "sample"]
 
 
 _NOT_NEGATIVE = (
@@ -36,6 +37,14 @@ _NOT_NEGATIVE = (
     "lora_alpha",
     "flow_shift",
 )
+
+
+MAY_CHANGE = frozenset(
+    {"steps", "accumulation", "precision", "base_precision", "gradient_checkpointing", "guidance_scale", "clip_norm"}
+    | {"student_learning_rate", "fake_learning_rate", "discriminator_learning_rate", "warmup_steps", "final_lr_share"}
+    | {"save_every_s", "log_every", "grid_every"}
+)
+"""Fields that a resumed run may change. Its saved state was made with the others, or holds them (betas)."""
 
 
 class ConfigError(TDMError):
@@ -98,6 +107,8 @@ class DistillConfig:
     """
     matching: Matching = "noisy"
     """Samples that are matched. noisy: x_{t_i} (TDM). clean: clean estimates (Table 7)."""
+    teacher_prediction: TeacherPrediction = "any"
+    """Prediction type that the base must have. any: whatever its scheduler_config.json says."""
     guidance_scale: float = 3.5
     """Guidance of the teacher. The student learns it and runs without guidance."""
     adversarial_weight: float = 0.0
@@ -122,6 +133,10 @@ class DistillConfig:
     lora_alpha: float = 0.0
     """Alpha of the adapters. 0 takes the rank."""
     precision: Precision = "bf16"
+    """Number format of the denoiser's calls. bf16 is autocast: trained weights stay float32."""
+    base_precision: Precision = "fp32"
+    """Number format in which the base of LoRA adapters is held. Under precision bf16, bf16 takes half the memory and
+    gives the same results as fp32."""
     gradient_checkpointing: bool = False
     """Whether the backward pass computes activations again, which saves memory and takes time."""
 
@@ -183,6 +198,11 @@ class DistillConfig:
                 "generator_loss 'fisher' backpropagates through teacher and fake score, and LoRA adapters share one "
                 f"model with the student; set lora_rank (now {self.lora_rank}) to 0"
             )
+        if self.base_precision == "bf16" and not (self.lora_rank and self.precision == "bf16"):
+            raise ConfigError(
+                f"base_precision 'bf16' is for LoRA adapters in precision bf16; set lora_rank (now {self.lora_rank}) "
+                f"above 0 and precision (now {self.precision}) to bf16, or base_precision to fp32"
+            )
         if self.method == "lcm" and self.lora_rank:
             raise ConfigError(f"method 'lcm' trains whole copies; set lora_rank (now {self.lora_rank}) to 0")
 
@@ -235,6 +255,19 @@ def load_config(preset: DistillConfig, file: Path | None) -> DistillConfig:
         return with_changes(preset, raw)
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from None
+
+
+def check_resume(there: DistillConfig, config: DistillConfig, folder: Path) -> None:
+    """Check that a run which `folder` holds may go on with a config.
+
+    Raises:
+        ConfigError: it changes a field that is not in `MAY_CHANGE`.
+    """
+    names = [f.name for f in fields(config) if f.name not in MAY_CHANGE]
+    differing = [n for n in names if getattr(there, n) != getattr(config, n)]
+    if differing:
+        shown = ", ".join(f"{n} {getattr(there, n)!r} (now {getattr(config, n)!r})" for n in differing)
+        raise ConfigError(f"{folder} was begun with {shown}; resume with the same, or give another --output")
 
 
 def with_changes(preset: DistillConfig, raw: Mapping[str, Any]) -> DistillConfig:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from export.architectures import REAL_SIZES
 from export.real_plans import PROGRAMS, bounded, build_stage, export_stage, main, table
+from tdm_runtime.families.architectures import REAL_SIZES
 
 
 def test_the_stages_of_a_small_decoder_build_a_plan(tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ from diffusers import StableDiffusionPipeline
 
 from benchmarks.backends import stock_arguments, stock_pipeline
 from export import real_sizes
-from export.architectures import REAL_SIZES, STOCK_TEXT, empty_model, random_model
 from export.real_sizes import RESULTS_FILE, main, table, write_random
 from tdm_runtime.checkpoint.folder import open_checkpoint
+from tdm_runtime.families.architectures import REAL_SIZES, STOCK_TEXT, empty_model, random_model
 from tdm_runtime.model.load import load_with_torch
 from tdm_runtime.model.similarity import psnr_db
 from tdm_runtime.params import SamplingParams

@@ -73,6 +73,11 @@ def test_a_file_changes_only_the_fields_in_it(tmp_path: Path) -> None:
         ("[timesteps]\nfour = [1.0]", "timesteps is .*four.*; it must be a table from step count to"),
         ('[timesteps]\n1 = ["999"]', "timesteps is .*'999'.*; it must be a table from step count to"),
         ("[timesteps]\n2 = [999.0]", r"timesteps is \{2: \(999.0,\)\}; it must be 2 timesteps for 2 steps"),
+        (
+            'base_precision = "bf16"',
+            r"base_precision 'bf16' is for LoRA .* set lora_rank \(now 0\) above 0 and precision",
+        ),
+        ('base_precision = "bf16"\nlora_rank = 4\nprecision = "fp32"', r"precision \(now fp32\) to bf16"),
         ('generator_loss = "fisher"\nlora_rank = 4', r"generator_loss 'fisher' .* set lora_rank \(now 4\) to 0"),
         ('method = "lcm"\nlora_rank = 4', r"method 'lcm' trains whole copies; set lora_rank \(now 4\) to 0"),
         ("adversarial_weight = 0.1\nlora_rank = 4", r"adversarial_weight needs .* set lora_rank \(now 4\) or"),
@@ -105,11 +110,11 @@ def test_presets_have_the_numbers_of_the_papers_appendix_d() -> None:
         for name, config in PRESETS.items()
     }
     assert rates["sd15"] == rates["sd15-4step"] == (2e-6, 2e-5, 256, 3.5)
-    assert rates["sdxl-512"] == rates["sdxl-1024"] == (1e-4, 4e-4, 64, 8.0)  # LoRA; all weights: 1e-6, 5e-6
-    assert rates["pixart"] == rates["pixart-1024"] == (2e-6, 2e-5, 32, 3.5)
+    assert rates["sdxl-512"] == rates["sdxl"] == (1e-4, 4e-4, 64, 8.0)  # LoRA; all weights: 1e-6, 5e-6
+    assert rates["pixart-alpha"] == rates["pixart-alpha-1024"] == (2e-6, 2e-5, 32, 3.5)
     steps = {name: config.steps for name, config in PRESETS.items()}
-    assert (steps["sd15"], steps["sd15-4step"], steps["pixart"]) == (20_000, 3_000, 500)
-    assert steps["sdxl-512"] == steps["sdxl-1024"] == 1_000
+    assert (steps["sd15"], steps["sd15-4step"], steps["pixart-alpha"]) == (20_000, 3_000, 500)
+    assert steps["sdxl-512"] == steps["sdxl"] == 1_000
     for config in PRESETS.values():
         assert config.betas == (0.0, 0.999) and config.clip_norm == 1.0 and config.final_lr_share == 1.0
         assert config.step_condition_for == ("both" if len(config.step_counts) > 1 else "none")

@@ -73,13 +73,16 @@ def tiny_base(family: str) -> BaseModel:
     return BaseModel(FAMILIES[family], denoiser, *NOISE[family], geometry)
 
 
-def tiny_distiller(family: str, config: DistillConfig, *, has_latents: bool = False) -> Distiller:
-    """Return a distillation before its first iteration."""
+def tiny_distiller(
+    family: str, config: DistillConfig, *, has_latents: bool = False, latent_shape: tuple[int, ...] | None = None
+) -> Distiller:
+    """Return a distillation before its first iteration, by default of latents of `TINY_SHAPES`."""
     base, processes = tiny_base(family), Processes()
     coordinates = coordinates_of(base, config)
     roles = build_roles(base, coordinates, config, processes.device)
     prompts = TinyPrompts(family, has_latents=has_latents)
-    return Distiller(Run(roles, coordinates, prompts, TINY_SHAPES[family], config), processes)
+    shape = latent_shape or TINY_SHAPES[family]
+    return Distiller(Run(roles, coordinates, prompts, shape, config), processes)
 
 
 def iterate(distiller: Distiller, count: int) -> list[dict[str, float]]:

@@ -32,12 +32,14 @@ class CleanEstimator:
     precision: Precision = "bf16"
     before: Callable[[], None] = lambda: None
     """Function that runs before each call. It chooses the adapter if roles share a model."""
+    needs_autocast: bool = False
+    """Whether the denoiser holds weights in bf16 and so runs in autocast on every device."""
 
     def __call__(self, x: Tensor, timesteps: Tensor, conditioning: Conditioning, step_counts: Tensor | None) -> Tensor:
         """Return estimates of x_0, float32, shaped as x. With `step_counts` None the denoiser receives no K."""
         self.before()
         counts = None if step_counts is None else step_counts.to(x.device)
-        with autocast(x.device, self.precision):
+        with autocast(x.device, self.precision, always=self.needs_autocast):
             output = self.denoiser(x, timesteps.to(x.device, torch.float32), counts, *conditioning.tensors())
         return self.coordinates.to_clean(x, output, timesteps)
 
@@ -145,7 +147,17 @@ class LoraRoles:
         targets: Sequence[str] = ATTENTION_PROJECTIONS,
         *,
         precision: Precision = "bf16",
+        base_precision: Precision = "fp32",
     ) -> None:
+        """Put two adapters on `base`.
+
+        Args:
+            rank, alpha: Of both adapters, which are float32.
+            targets: Ends of the names of the linear layers that get adapters.
+            precision: Of the calls.
+            base_precision: How the frozen layers are held. bf16 halves their memory and changes no result of calls in
+                bf16, which would round the same weights at each call.
+        """
         self.base = base
         base.requires_grad_(False)
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights=True)
@@ -160,9 +172,13 @@ class LoraRoles:
             base.timestep_embedding.cond_proj = self._projection
             self._projection.requires_grad_(True)
         self._adapters = {role: self._collect(role) for role in ("student", "fake")}
-        self.teacher = CleanEstimator(base, coordinates, precision, self._switch_off)
-        self.student = CleanEstimator(base, coordinates, precision, lambda: self.activate("student"))
-        self.fake = CleanEstimator(base, coordinates, precision, lambda: self.activate("fake"))
+        is_half = base_precision == "bf16"
+        if is_half:
+            for weight in weights_for_bf16(base):
+                weight.data = weight.data.to(torch.bfloat16)
+        self.teacher = CleanEstimator(base, coordinates, precision, self._switch_off, is_half)
+        self.student = CleanEstimator(base, coordinates, precision, lambda: self.activate("student"), is_half)
+        self.fake = CleanEstimator(base, coordinates, precision, lambda: self.activate("fake"), is_half)
 
     def _collect(self, role: str) -> nn.ParameterDict:
         """Return the role's parameters by their names in the base. A ParameterDict allows no dots, so they become /."""
@@ -188,3 +204,17 @@ class LoraRoles:
     def _switch_off(self) -> None:
         for layer in self._layers:
             layer.enable_adapters(False)
+
+
+def weights_for_bf16(base: Denoiser) -> list[nn.Parameter]:
+    """Return the weights of a base that may be held in bf16: those of layers that autocast computes in bf16.
+
+    Norms, embeddings, adapters and the small layers that read the timestep stay float32.
+    """
+    layers = [
+        module
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and ".lora_" not in name
+    ]
+    small = set(base.timestep_embedding.modules())
+    return [weight for layer in layers if layer not in small for weight in layer.parameters()]

@@ -3,11 +3,12 @@
 A LoRA's folder is small: its recipe names the base, which must stay where it is in relation to this folder.
 
     tdm_recipe.json                      `base`, `adapters`, and how to sample the student
+    README.md                            model card
     pytorch_lora_weights.safetensors     (step_condition.safetensors)
 
 A folder of whole weights is a pipeline folder: the base's parts, linked or copied, and the student's denoiser.
 
-    tdm_recipe.json, model_index.json
+    tdm_recipe.json, model_index.json, README.md
     unet|transformer/                    (step_condition.safetensors beside it)
     vae/, text_encoder/, tokenizer/, scheduler/, ...
 """
@@ -33,6 +34,7 @@ from tdm_runtime.families import Denoiser, family_of_model
 from tdm_runtime.sampling.solvers import Solver
 from training.config import DistillConfig
 from training.methods.trajectory import Coordinates
+from training.pretrained.model_card import CARD_FILE, model_card
 from training.pretrained.student_files import LORA_FILE, denoiser_of, part_name, save_student
 from training.run.distill import Distiller, timesteps_of
 
@@ -55,8 +57,8 @@ def save_model(distiller: Distiller, base_folder: Path, folder: Path, name: str)
     )
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
+    base = os.path.relpath(base_folder.resolve(), folder.resolve())
     if config.lora_rank:
-        base = os.path.relpath(base_folder.resolve(), folder.resolve())
         recipe = replace(recipe, base=base, adapters=(Adapter(LORA_FILE),))
     else:
         link_pipeline(base_folder, partial, without=part_name(denoiser))
@@ -67,6 +69,8 @@ def save_model(distiller: Distiller, base_folder: Path, folder: Path, name: str)
         files = weight_hashes(partial)
     recipe = replace(recipe, files=files)
     (partial / RECIPE_FILE).write_text(recipe.to_json(), encoding="utf-8")
+    card = model_card(config, recipe, family_of_model(denoiser.model), base)
+    (partial / CARD_FILE).write_text(card, encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 

@@ -21,6 +21,7 @@ SD15 = DistillConfig(
     student_learning_rate=2e-6,
     fake_learning_rate=2e-5,
     guidance_scale=3.5,
+    teacher_prediction="epsilon",
 )
 """TDM-unify on Stable Diffusion 1.5, all weights, 512 pixels. Paper: every number."""
 
@@ -33,6 +34,7 @@ SD15_LORA = replace(
     accumulation=2,
     lora_rank=64,
     lora_alpha=64.0,
+    base_precision="bf16",
     student_learning_rate=1e-4,
     fake_learning_rate=4e-4,
 )
@@ -49,8 +51,10 @@ SDXL_512 = DistillConfig(
     accumulation=8,
     step_counts=(4,),
     step_condition_for="none",
+    teacher_prediction="epsilon",
     lora_rank=64,
     lora_alpha=64.0,
+    base_precision="bf16",
     student_learning_rate=1e-4,
     fake_learning_rate=4e-4,
     guidance_scale=8.0,
@@ -78,6 +82,7 @@ PIXART_512 = DistillConfig(
     student_learning_rate=2e-6,
     fake_learning_rate=2e-5,
     guidance_scale=3.5,
+    teacher_prediction="epsilon",
 )
 """4 steps on PixArt-alpha, all weights, 512 pixels. Paper: every number."""
 
@@ -90,11 +95,13 @@ SD3 = DistillConfig(
     accumulation=8,
     step_counts=(4,),
     step_condition_for="none",
+    teacher_prediction="flow_prediction",
     guidance_scale=7.0,
     student_learning_rate=1e-4,
     fake_learning_rate=4e-4,
     lora_rank=32,
     lora_alpha=64.0,
+    base_precision="bf16",
     gradient_checkpointing=True,
     width=1024,
     height=1024,
@@ -113,11 +120,13 @@ COGVIDEOX_2B = DistillConfig(
     step_counts=(4,),
     timesteps={4: (999.0, 856.0, 665.0, 399.0)},
     step_condition_for="none",
+    teacher_prediction="v_prediction",
     guidance_scale=6.0,
     student_learning_rate=1e-4,
     fake_learning_rate=4e-4,
     lora_rank=64,
     lora_alpha=64.0,
+    base_precision="bf16",
     gradient_checkpointing=True,
     width=720,
     height=480,
@@ -127,12 +136,12 @@ COGVIDEOX_2B = DistillConfig(
 
 Demo: the timesteps (even spacing makes worse video), size and frames, and a learning rate near 1e-4 for LoRA.
 diffusers: the guidance, which is its pipeline's default. Ours: the rest.
-The denoiser's 1.7 billion weights are 6.8 GB in float32. The activations of 17,550 tokens were not measured.
 """
 
 WAN_1_3B = replace(
     COGVIDEOX_2B,
     timesteps={},
+    teacher_prediction="flow_prediction",
     guidance_scale=5.0,
     width=832,
     height=480,
@@ -142,7 +151,43 @@ WAN_1_3B = replace(
 """4 steps on Wan 2.1 1.3B, LoRA, flow matching, 81 frames of 832x480. The paper has no numbers for it.
 
 diffusers: guidance, size, frames, and the shift for 480 lines. Ours: the rest, as for CogVideoX.
-The denoiser's 1.4 billion weights are 5.7 GB in float32. The activations of 32,760 tokens were not measured.
+"""
+
+Z_IMAGE = DistillConfig(
+    steps=3_000,
+    batch_size=32,
+    accumulation=16,
+    step_counts=(4,),
+    step_condition_for="none",
+    teacher_prediction="flow_prediction",
+    guidance_scale=6.0,
+    student_learning_rate=1e-4,
+    fake_learning_rate=4e-4,
+    lora_rank=32,
+    lora_alpha=64.0,
+    base_precision="bf16",
+    gradient_checkpointing=True,
+    width=1024,
+    height=1024,
+)
+"""4 steps on Z-Image, LoRA, flow matching. The paper has no numbers for it.
+
+Demo: the rank and alpha of TDM-R1's LoRA for Z-Image-Turbo; its timesteps 1000, 900, 750 and 500 are the default here
+if the base has shift 3, as Turbo has. diffusers: the guidance; its pipeline's default of 5 counts
+from 0 and ours from 1. Ours: the rest. Z-Image-Turbo was distilled without guidance: set guidance_scale to 1 for it.
+"""
+
+FLUX_DEV = replace(Z_IMAGE, guidance_scale=1.0)
+"""4 steps on FLUX.1 [dev], LoRA, flow matching, shifted by the size. The paper has no numbers for it.
+
+Teacher and student read the guidance that the embeddings hold, 3.5, so the teacher needs no second call: guidance_scale
+is 1. Ours: everything, as for Z-Image.
+"""
+
+FLUX2_KLEIN_BASE_4B = replace(Z_IMAGE, guidance_scale=4.0)
+"""4 steps on FLUX.2 [klein] Base 4B, LoRA, flow matching, shifted by size and step count. The paper has no numbers.
+
+diffusers: the guidance, which is its pipeline's default. Ours: the rest, as for Z-Image.
 """
 
 PRESETS: Mapping[str, DistillConfig] = {
@@ -150,30 +195,34 @@ PRESETS: Mapping[str, DistillConfig] = {
     "sd15-4step": SD15_4STEP,
     "sd15-lora": SD15_LORA,
     "sdxl-512": SDXL_512,
-    "sdxl-1024": SDXL_1024,
-    "pixart": PIXART_512,
-    "pixart-1024": PIXART_1024,
-    "sd3": SD3,
+    "sdxl": SDXL_1024,
+    "pixart-alpha": PIXART_512,
+    "pixart-alpha-1024": PIXART_1024,
+    "sd3-medium": SD3,
+    "flux-dev": FLUX_DEV,
+    "flux2-klein-base-4b": FLUX2_KLEIN_BASE_4B,
+    "z-image": Z_IMAGE,
     "cogvideox-2b": COGVIDEOX_2B,
     "wan-1.3b": WAN_1_3B,
 }
 """Name on the command line -> preset."""
 
-MAX_STATE_GB = 60.0
-"""Most that the state of a preset takes, so that a GPU of 80 GB has room for activations."""
-STATE_GB: Mapping[str, float] = {
-    "sd15": 36.1,
-    "sd15-4step": 36.1,
-    "sd15-lora": 5.6,
-    "sdxl-512": 18.7,
-    "sdxl-1024": 18.7,
-    "pixart": 25.7,
-    "pixart-1024": 25.7,
-    "sd3": 12.8,
-    "cogvideox-2b": 11.2,
-    "wan-1.3b": 10.2,
+PUBLISHED_BASES: Mapping[str, str] = {
+    "sd15": "sd15",
+    "sd15-4step": "sd15",
+    "sd15-lora": "sd15",
+    "sdxl-512": "sdxl",
+    "sdxl": "sdxl",
+    "pixart-alpha": "pixart",
+    "pixart-alpha-1024": "pixart",
+    "sd3-medium": "sd3",
+    "flux-dev": "flux-dev",
+    "flux2-klein-base-4b": "flux2-klein-base-4b",
+    "z-image": "z-image",
+    "cogvideox-2b": "cogvideox-2b",
+    "wan-1.3b": "wan-1.3b",
 }
-"""Preset -> GB of weights, gradients and optimizers on one GPU (`memory.state_bytes`), before activations."""
+"""Preset -> model whose published size `tdm-train plan` takes (`training.pretrained.plan.PUBLISHED`)."""
 
 
 def as_dmd2(config: DistillConfig) -> DistillConfig:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from itertools import islice
@@ -36,6 +38,8 @@ EMPTY_FILE = "empty.safetensors"
 INDEX_FORMAT = 1
 SMALL_FILE = 2**20
 """Files up to this size, in bytes, go into the fingerprint of the text encoders whole; larger ones with their size."""
+MAX_CHARACTERS = 20_000
+"""Longest prompt of a file. Text encoders read at most 512 tokens of it."""
 
 StoredType = Literal["fp16", "bf16", "fp32"]
 STORED_TYPES: Mapping[StoredType, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -82,6 +86,10 @@ def _parse_row(place: str, line: bytes) -> PromptRow:
     prompt = raw.get("prompt") if isinstance(raw, dict) else None
     if not isinstance(prompt, str) or not prompt.strip():
         raise PromptError(f"{place} has no prompt: {_shown(line)}; {remedy}")
+    if len(prompt) > MAX_CHARACTERS:
+        raise PromptError(
+            f"{place} has {len(prompt)} characters; at most {MAX_CHARACTERS} are read, shorten the prompt"
+        )
     image = raw.get("image")
     if image is not None and not isinstance(image, str):
         raise PromptError(f"{place}: image is {image!r}; it must be a path, relative to the file")
@@ -231,6 +239,22 @@ def embed_prompts(
         bar.update(len(shard))
     bar.close()
     return index
+
+
+def embed_once(base_folder: Path, prompt_file: Path, output_folder: Path, width: int, height: int) -> None:
+    """Encode a prompt file in the first of the processes that train together; the others wait for the files.
+
+    They have not met yet: an encoding may take longer than processes wait for each other. Arguments and errors are
+    those of `embed_prompts`.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        embed_prompts(base_folder, prompt_file, output_folder, width, height)
+        return
+    while True:
+        with suppress(PromptError):
+            EmbeddedPrompts(output_folder, seed=0)
+            return
+        time.sleep(1)
 
 
 def _settle_index(folder: Path, index: EmbeddingIndex) -> None:

@@ -14,7 +14,8 @@ import torch
 from tdm_runtime.families import Denoiser
 from tdm_runtime.model.decoder import torch_decoder
 from tdm_runtime.sampling.schedule import FlowSchedule
-from training.config import ConfigError, DistillConfig, config_as_toml
+from tdm_runtime.whole_file import write_whole
+from training.config import ConfigError, DistillConfig, check_resume, config_as_toml, load_config
 from training.methods.roles import CleanEstimator, LoraRoles, Roles, SeparateRoles
 from training.methods.trajectory import Coordinates
 from training.pretrained.base_model import BaseModel, load_base_model
@@ -30,6 +31,7 @@ from training.pretrained.student_files import (
 )
 from training.run.distill import Distiller, Run, distill
 from training.run.finetune import FinetuneConfig, finetune
+from training.run.loop import STATE_FILE
 from training.run.plot import SampleGrid, plot_log
 from training.run.processes import Processes
 
@@ -66,10 +68,12 @@ def train_backbone(
         TDMError: base, embeddings, config and student do not fit together; the message names what does not fit.
         TrainingDivergedError: the loss or a weight is not finite; the state in `folder` is from before that.
     """
+    if (folder / STATE_FILE).is_file() and (folder / CONFIG_FILE).is_file():
+        check_resume(load_config(DistillConfig(), folder / CONFIG_FILE), config, folder)
     distiller = build_backbone_distiller(base_folder, embeddings_folder, config, student_folder)
     if distiller.processes.is_main:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG_FILE).write_text(config_as_toml(config), encoding="utf-8")
+        write_whole(folder / CONFIG_FILE, config_as_toml(config).encode())
     grid = sample_grid(folder, base_folder, distiller) if config.grid_every else None
     distill(folder, distiller, None if grid is None else grid.draw)
     if distiller.processes.is_main:
@@ -117,8 +121,13 @@ def coordinates_of(base: BaseModel, config: DistillConfig) -> Coordinates:
     """Return the base's noise schedule and prediction type at the config's size; a flow_shift replaces a flow's shift.
 
     Raises:
-        ConfigError: the config sets a flow's shift for a diffusion model, or LCM for a flow.
+        ConfigError: the config wants another prediction type, a flow's shift for a diffusion model, or LCM for a flow.
     """
+    if config.teacher_prediction not in ("any", base.prediction_type):
+        raise ConfigError(
+            f"teacher_prediction is {config.teacher_prediction} and the base, a {base.family.name}, has "
+            f"{base.prediction_type}; use the base of the preset, or set teacher_prediction in --config to the base's"
+        )
     coordinates = base.coordinates_at(config.width, config.height, config.step_counts)
     schedule = coordinates.schedule
     is_flow = isinstance(schedule, FlowSchedule)
@@ -155,8 +164,8 @@ def build_roles(
         require_step_condition(student, config, f"the student in {student_folder}")
         student = student.to(device)
     require_step_condition(denoiser, config, "the base model")
-    denoiser = denoiser.to(device)
     if not config.lora_rank:
+        denoiser = denoiser.to(device)
         roles = SeparateRoles(denoiser, coordinates, student=student, precision=config.precision)
         if config.gradient_checkpointing:
             for role in ("student", "fake"):
@@ -164,8 +173,15 @@ def build_roles(
         return roles
     targets = base.family.lora_targets
     shared = LoraRoles(
-        denoiser, coordinates, config.lora_rank, config.adapter_alpha, targets, precision=config.precision
+        denoiser,
+        coordinates,
+        config.lora_rank,
+        config.adapter_alpha,
+        targets,
+        precision=config.precision,
+        base_precision=config.base_precision,
     )
+    denoiser.to(device)  # only now, as a base in bf16 is half as large
     if student_folder is not None:
         load_adapter(shared, student_folder, config)
     if config.gradient_checkpointing:

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import sys
 import time
 import zlib
@@ -33,6 +34,10 @@ MIB = 2**20
 
 class TrainingDivergedError(TDMError):
     """A loss or gradient is NaN or infinite. The last state on disk is older and finite."""
+
+
+class StateNotSavedError(TDMError):
+    """The state of a run cannot be written. The one from before is kept."""
 
 
 class LoopSettings(Protocol):
@@ -253,7 +258,15 @@ def _save_state(folder: Path, trainable: Trainable, step: int) -> None:
         "optimizers": {name: optimizer.state_dict() for name, optimizer in trainable.optimizers.items()},
     }
     partial = folder / f"{STATE_FILE}.partial"
-    torch.save(state, partial)
+    try:
+        torch.save(state, partial)
+    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
+        partial.unlink(missing_ok=True)
+        free = shutil.disk_usage(folder).free / MIB
+        raise StateNotSavedError(
+            f"{folder / STATE_FILE} cannot be written after iteration {step}: {str(error).splitlines()[0]}; {free:.0f} "
+            "MiB are free there. The state from before is kept: make room and run again to resume from it"
+        ) from None
     os.replace(partial, folder / STATE_FILE)
 
 

@@ -7,6 +7,7 @@ output where the runtime has merged its weights, so some levels round apart.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -35,9 +36,10 @@ from tdm_runtime.pipeline import generate
 from tdm_runtime.sampling.noise import SeedNoise
 from tests.tiny_pipelines import build_pipeline
 from tests.training.tiny_runs import LORA, NOISE, UNIFY
-from training.config import DistillConfig
+from training.config import DistillConfig, load_config
 from training.pretrained.base_model import encode_prompts
 from training.pretrained.latents import encode_latents, load_latent_encoder
+from training.pretrained.model_card import CARD_FILE
 from training.pretrained.presets import as_dmd2, as_lcm
 from training.pretrained.prompts import embed_prompts
 from training.pretrained.student_files import LORA_FILE
@@ -201,7 +203,7 @@ def test_a_second_run_in_a_folder_replaces_the_model(
     train_backbone(tmp_path / "run", *workplace("pixart"), WHOLE)
     (tmp_path / "run" / "state.pt").unlink()
     model = train_backbone(tmp_path / "run", *workplace("pixart"), KINDS["LoRA, without K"])
-    assert sorted(file.name for file in model.iterdir()) == [LORA_FILE, RECIPE_FILE]
+    assert sorted(file.name for file in model.iterdir()) == sorted([CARD_FILE, LORA_FILE, RECIPE_FILE])
 
 
 @pytest.mark.parametrize("kind", ["whole", "LoRA"])
@@ -214,6 +216,59 @@ def test_a_student_of_clips_is_served_with_the_frames_of_its_training(
     width, height = recipe.native_sizes[0]
     params = SamplingParams("a fox", 1, recipe.default_steps, width, height, frames=9)
     assert generate(load_model(model, device="cpu"), params).shape == (9, height, width, 3)
+
+
+# ---- the model card ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        ("stable_diffusion", "LoRA, without K"),
+        ("z_image", "LoRA, without K"),
+        pytest.param("sd3", "whole, without K", marks=pytest.mark.slow),
+        pytest.param("flux", "LoRA, without K", marks=pytest.mark.slow),
+        pytest.param("flux2", "whole, without K", marks=pytest.mark.slow),
+        pytest.param("sdxl", "LoRA, without K", marks=pytest.mark.slow),
+        pytest.param("pixart", "whole, without K", marks=pytest.mark.slow),
+    ],
+)
+def test_the_cards_lines_for_stock_diffusers_make_the_served_picture(
+    workplace: Callable[[str], tuple[Path, Path]],
+    family: str,
+    kind: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder, embeddings = workplace(family)
+    shutil.copytree(folder, tmp_path / "base")
+    if family in ("sd3", "flux", "z_image"):  # their stock pipelines read the shift of the latents
+        vae = tmp_path / "base" / "vae" / "config.json"
+        vae.write_text(json.dumps({**json.loads(vae.read_text()), "shift_factor": 0.1}))
+    config = replace(KINDS[kind], flow_shift=6.0 if family == "sd3" else 0.0)
+    model = train_backbone(tmp_path / "run", tmp_path / "base", embeddings, config)
+    card = (model / CARD_FILE).read_text()
+    assert "Luo et al. 2025" in card and "| step counts K | 1, 2, 4 |" in card and "tdm-serve --model run=." in card
+    program = card.split("```python\n")[1].split("```")[0]
+    if family == "pixart":  # the tiny model is below the sizes of its bins
+        program = program.replace("width=", "use_resolution_binning=False, width=")
+    monkeypatch.chdir(model)
+    made: dict[str, Any] = {}
+    exec(program, made)
+    assert psnr_db(np.asarray(made["picture"]) / 255.0, picture(model, 4, tmp_path, capsys) / 255.0) >= 40
+
+
+def test_a_card_of_a_student_that_stock_pipelines_cannot_sample_says_so(
+    workplace: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    reads_k = (train_backbone(tmp_path / "k", *workplace("pixart"), WHOLE) / CARD_FILE).read_text()
+    assert "give the model no K" in reads_k and "```python" not in reads_k and "which the model reads" in reads_k
+    dmd2 = train_backbone(tmp_path / "dmd2", *workplace("pixart"), replace(as_dmd2(WHOLE), fake_updates=1))
+    assert "DMD2 (Yin et al. 2024)" in (dmd2 / CARD_FILE).read_text()
+    settings = tmp_path / "settings.toml"
+    settings.write_text((dmd2 / CARD_FILE).read_text().split("```toml\n")[1].split("```")[0])
+    assert load_config(DistillConfig(), settings) == replace(as_dmd2(WHOLE), fake_updates=1)
 
 
 # ---- pictures ------------------------------------------------------------------------------------

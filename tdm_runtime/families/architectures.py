@@ -1,4 +1,4 @@
-"""Published architectures as data, and models of them with random weights, to try exports on."""
+"""Published architectures as data, and models of them with random weights, to try exports and plan training."""
 
 from __future__ import annotations
 
@@ -184,6 +184,14 @@ _SANA_SPRINT = {
     "qk_norm": "rms_norm_across_heads",
     "timestep_scale": 1000.0,
 }
+
+_FLUX2_KLEIN_4B = {
+    "num_layers": 5,
+    "num_single_layers": 20,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 7680,
+    "guidance_embeds": False,
+}
 _LATENTS_512 = {"batch": 1, "height": 64, "width": 64}
 _LATENTS_1024 = {"batch": 1, "height": 128, "width": 128}
 _LATENTS_VIDEO = {"batch": 1, "frames": 13, "height": 60, "width": 90}
@@ -248,6 +256,15 @@ STOCK_TEXT: Mapping[str, Mapping[str, RealSize]] = {
     },
 }
 """Model -> folder -> text encoder that runs in its stock pipeline. SD3 comes without its T5."""
+
+
+TEACHERS: Mapping[str, RealSize] = {
+    "flux-dev": RealSize("FluxTransformer2DModel", {"guidance_embeds": True}, _LATENTS_1024, 512),
+    "flux2-klein-base-4b": RealSize("Flux2Transformer2DModel", _FLUX2_KLEIN_4B, _LATENTS_1024, 512),
+    "z-image": RealSize("ZImageTransformer2DModel", {}, _LATENTS_1024, 512),
+}
+"""Denoisers that are too large to be exported on a usual machine; training plans their memory. FLUX.1 and Z-Image are
+their classes' own defaults."""
 
 
 def random_model(component: RealSize, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
