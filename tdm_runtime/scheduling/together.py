@@ -1,6 +1,7 @@
-"""Samples that travel together, because their clients ask again as soon as they are answered. No tensors.
+"""Samples that travel together, because they are alike. No tensors.
 
-Samples that start together share all their calls; samples that overlap by chance share some of their steps.
+Samples that start together share all their calls; samples that overlap by chance share some of their steps. For clients
+that ask again as soon as they are answered the next call may wait.
 """
 
 from __future__ import annotations
@@ -105,10 +106,11 @@ class Together:
     def applies_to(self, live: Sequence[Work]) -> bool:
         """Whether newcomers wait until all that have started are done, to start together.
 
-        Clients that ask again as soon as they are answered then find each other. If clients come at random, if requests
-        differ, or beside a promise, samples join between steps.
+        Alike samples that start together share every call. Those that join between steps share only their steps: each
+        arrival adds a text call and a decode, which delay all others. If requests differ, or beside a promise, samples
+        join between steps, because a group would last as long as its longest member.
         """
-        if not self._returns.are_usual or self._num_alike < ALIKE:
+        if self._num_alike < ALIKE:
             return False
         return all(item.promised_s == NEVER_S and not item.open_steps and not item.is_background for item in live)
 
@@ -122,7 +124,7 @@ class Together:
         Args:
             live: At least one sample, most urgent first.
         """
-        if not self.applies_to(live) or any(item.has_started for item in live):
+        if not self._returns.are_usual or not self.applies_to(live) or any(item.has_started for item in live):
             return 0.0
         first, here = live[0], len(live)
         expected, wait_s = self._returns.expected(now_s, RETURN_WINDOW * first.seconds_left(self._costs))

@@ -1,10 +1,11 @@
-"""Samples of clients that ask again as soon as they are answered travel together; others join between steps."""
+"""Alike samples travel together, and the engine waits for clients that return; others join between steps."""
 
 from __future__ import annotations
 
 import heapq
 import random
-from collections.abc import Iterator
+import statistics
+from collections.abc import Iterable, Iterator
 from itertools import count
 
 import pytest
@@ -23,15 +24,18 @@ UNLOADED_S = K * 1.0 + 0.9 + 0.1
 """Seconds of a sample without load."""
 
 
-def shared_costs(fixed: float = 0.45) -> CostModel:
+def shared_costs(fixed: float = 0.45, sizes: Iterable[int] = range(1, 9)) -> CostModel:
     """Return costs like those of the embedded model: a batch of 4 takes 2.6 times as long as one sample.
 
     Args:
         fixed: Share of a call that does not depend on its samples.
+        sizes: Batch sizes up to 8; a call has one of them.
     """
     costs = CostModel()
     sample = request(0)
-    for size in range(1, 9):
+    for kind in (sample.denoise.kind, sample.decode.kind, TEXT):
+        costs.limit(kind, 8)
+    for size in sizes:
         costs.observe(sample.denoise.kind, size, fixed + (1 - fixed) * size, 0.0)
         costs.observe(sample.decode.kind, size, 0.9 * (fixed / 2 + (1 - fixed / 2) * size), 0.0)
         costs.observe(TEXT, size, 0.09 + 0.01 * size, 0.0)
@@ -41,9 +45,9 @@ def shared_costs(fixed: float = 0.45) -> CostModel:
 class Traffic:
     """A simulated engine with its clients: calls take their known time, and a wait ends when somebody arrives."""
 
-    def __init__(self, needs_text: bool = True) -> None:
+    def __init__(self, needs_text: bool = True, costs: CostModel | None = None, joining: bool = True) -> None:
         self._needs_text = needs_text
-        self.scheduler: StepScheduler[Request] = StepScheduler(shared_costs(), 8)
+        self.scheduler: StepScheduler[Request] = StepScheduler(costs or shared_costs(), 8, joining)
         self.now_s = 0.0
         self.done: list[Request] = []
         self.batches: list[list[Request]] = []
@@ -148,16 +152,40 @@ def test_no_wait_is_longer_than_the_window_if_clients_stop_returning() -> None:
     assert for_long.done_s - sent_s <= (1 + RETURN_WINDOW) * UNLOADED_S + 0.1
 
 
-@pytest.mark.parametrize("load", [0.5, 0.9])
-def test_samples_that_come_at_random_join_between_steps_and_never_wait(load: float) -> None:
-    draws, traffic, at_s = random.Random(1), Traffic(), 0.0
-    for _ in range(400):
-        at_s += draws.expovariate(load / UNLOADED_S)
-        traffic.ask(at_s)
+def median_s(steps: list[int], fixed: float, load: float, joining: bool = True) -> float:
+    """Return the median time of 600 requests that come at random, and check that the engine never waited for one.
+
+    Args:
+        steps: Step counts that requests draw.
+        fixed: See `shared_costs`.
+        load: Share of what the engine makes of K steps in batches of 8.
+    """
+    costs, sample = shared_costs(fixed, sizes=(1, 2, 4, 8)), request(0)
+    draws, traffic, at_s, asked = random.Random(1), Traffic(costs=costs, joining=joining), 0.0, {}
+    group_s = K * costs.seconds(sample.denoise.kind, 8) + costs.seconds(sample.decode.kind, 8) + costs.seconds(TEXT, 8)
+    for _ in range(600):
+        at_s += draws.expovariate(load * 8 / group_s)
+        asked[traffic.ask(at_s, steps=draws.choice(steps))] = at_s
     list(traffic.calls())
-    assert len(traffic.done) == 400
-    assert traffic.waited_s == 0.0
-    assert traffic.mixed
+    assert len(traffic.done) == 600 and traffic.waited_s == 0.0
+    return statistics.median(item.done_s - since_s for item, since_s in asked.items() if item.done_s is not None)
+
+
+@pytest.mark.parametrize(("fixed", "most"), [(0.45, 0.95), (0.9, 0.7)])
+def test_alike_requests_that_come_at_random_are_sooner_done_if_they_start_together(
+    fixed: float, most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together_s = median_s([K], fixed, load=0.9)
+    monkeypatch.setattr("tdm_runtime.scheduling.together.ALIKE", 10**9)
+    assert together_s < most * median_s([K], fixed, load=0.9)
+
+
+@pytest.mark.parametrize(("fixed", "most"), [(0.45, 1.0), (0.9, 0.6)])
+def test_requests_with_different_step_counts_are_sooner_done_if_they_join_between_steps(
+    fixed: float, most: float
+) -> None:
+    steps = [1, 2, 3, 4]
+    assert median_s(steps, fixed, load=0.9) < most * median_s(steps, fixed, load=0.9, joining=False)
 
 
 def test_nobody_waits_beside_a_promise() -> None:
