@@ -18,10 +18,10 @@ const OUTPUT_FORMAT = "png"; // the only format of pictures that holds a receipt
 const CLIP_FORMAT = "webp"; // loses nothing, and repeats without a player
 const wantsStills = matchMedia("(prefers-reduced-motion: reduce)");
 const EXAMPLES = [
-  "a red heart left of a butterfly",
-  "a small cat at the top on yellow",
+  "a red heart left of an avocado",
+  "a small strawberry at the top on yellow",
   "a big pizza on a black background",
-  "a rocket above the crescent moon on purple",
+  "a rocket above the earth globe on purple",
 ];
 const SHORTCUTS = [
   ["/", "write a prompt (Escape leaves it)", () => byId("prompt").select()],

@@ -16,11 +16,11 @@ TARGET = Path("docs/playground.png")
 SIZE = {"width": 1200, "height": 1240}
 SETTINGS = "#prompt=a+red+heart&seed=7&num_inference_steps=auto&latency_budget_ms=250"
 PROMPTS = [
-    "a red heart left of a butterfly on a blue background",
+    "a red heart left of an avocado on a blue background",
     "a big pizza on a black background",
-    "a small cat at the top on yellow",
-    "a fox right of a cactus on a green background",
-    "a rocket above the crescent moon on a purple background",
+    "a small strawberry at the top on yellow",
+    "a fox right of a penguin on a green background",
+    "a rocket above the earth globe on a purple background",
 ]
 
 
