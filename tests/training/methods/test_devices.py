@@ -30,7 +30,7 @@ META = torch.device("meta")
 def without_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch has no autocast for `meta`."""
     for module in (roles, denoising, adversarial):
-        monkeypatch.setattr(module, "autocast", lambda *_: nullcontext())
+        monkeypatch.setattr(module, "autocast", lambda *_, **__: nullcontext())
 
 
 def known_on_device(gain: float) -> nn.Module:
