@@ -153,23 +153,7 @@ WAN_1_3B = replace(
 diffusers: guidance, size, frames, and the shift for 480 lines. Ours: the rest, as for CogVideoX.
 """
 
-Z_IMAGE = DistillConfig(
-    steps=3_000,
-    batch_size=32,
-    accumulation=16,
-    step_counts=(4,),
-    step_condition_for="none",
-    teacher_prediction="flow_prediction",
-    guidance_scale=6.0,
-    student_learning_rate=1e-4,
-    fake_learning_rate=4e-4,
-    lora_rank=32,
-    lora_alpha=64.0,
-    base_precision="bf16",
-    gradient_checkpointing=True,
-    width=1024,
-    height=1024,
-)
+Z_IMAGE = replace(SD3, accumulation=16, guidance_scale=6.0, flow_shift=0.0)
 """4 steps on Z-Image, LoRA, flow matching. The paper has no numbers for it.
 
 Demo: the rank and alpha of TDM-R1's LoRA for Z-Image-Turbo; its timesteps 1000, 900, 750 and 500 are the default here

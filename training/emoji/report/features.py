@@ -6,7 +6,6 @@ is. With the last two, the Frechet distance rises when pictures become soft or n
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +13,16 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tdm_runtime.model.decoder import Pixels
 from training.emoji.data.glyphs import load_glyphs
 from training.emoji.data.scenes import BACKGROUNDS, Scene, sample_scene
+from training.emoji.report.networks import load_network, train_network
 from training.emoji.stages.autoencoder import SceneRenderer, to_pixels
 from training.measure.metrics import Features
 from training.methods.precision import autocast
-from training.run.loop import LoopConfig, Trainable, descend, learning_rate_at, run_loop, set_learning_rate, update_ema
+from training.run.loop import LoopConfig
 
 STAGE = "features"
 FEATURES_FILE = Path(__file__).with_name("features.safetensors")
@@ -175,37 +174,20 @@ def train_features(folder: Path, config: FeatureConfig = FeatureConfig()) -> Non
     torch.manual_seed(config.loop.seed)
     renderer, targets = SceneRenderer(config.loop.seed), SceneTargets()
     model = FeatureNetwork(len(renderer.glyphs))
-    average = copy.deepcopy(model).requires_grad_(False)
-    # Faster; the average, which is saved, keeps the usual format.
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-2)
 
-    def train_step(step: int, generator: torch.Generator) -> dict[str, float]:
-        set_learning_rate(optimizer, learning_rate_at(step, config.loop.steps, config.learning_rate))
+    def loss_of(step: int, generator: torch.Generator) -> Tensor:
         indices = range(step * config.batch_size, (step + 1) * config.batch_size)
         scenes = [sample_scene(renderer.glyphs, renderer.seed, index) for index in indices]
         pixels, degrees = corrupt(renderer.pixels(indices), generator)
         with autocast():
             reading = model.read(pixels)
-        loss = reading_loss(reading, targets.of(scenes, degrees), config.corruption_weight)
-        norm = descend(optimizer, loss)
-        update_ema(average, model, step, config.ema_decay)
-        return {"loss": loss.item(), "grad_norm": norm}
+        return reading_loss(reading, targets.of(scenes, degrees), config.corruption_weight)
 
-    def evaluate(_: int) -> dict[str, float]:
+    def evaluate(average: FeatureNetwork) -> dict[str, float]:
         accuracy = held_out_accuracy(average, renderer)
         return {"glyphs": accuracy.glyphs, "background": accuracy.background, "layout": accuracy.layout}
 
-    run_loop(
-        folder,
-        STAGE,
-        config.loop,
-        Trainable({"model": model, "average": average}, {"model": optimizer}),
-        train_step,
-        evaluate=evaluate,
-        evaluate_every=500,
-    )
-    save_file({name: tensor.half() for name, tensor in average.state_dict().items()}, folder / FEATURES_FILE.name)
+    train_network(folder / FEATURES_FILE.name, STAGE, model, config, loss_of, evaluate, evaluate_every=500)
 
 
 def load_features(file: Path = FEATURES_FILE) -> FeatureNetwork:
@@ -214,14 +196,8 @@ def load_features(file: Path = FEATURES_FILE) -> FeatureNetwork:
     Raises:
         FileNotFoundError: The file is missing. The message says how to make it.
     """
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"{file} is missing; run training.emoji.report.features.train_features(folder) "
-            f"and copy {FEATURES_FILE.name} from that folder"
-        )
-    network = FeatureNetwork(len(load_glyphs()))
-    network.load_state_dict({name: tensor.float() for name, tensor in load_file(file).items()})
-    return network.eval().requires_grad_(False)
+    trainer = "training.emoji.report.features.train_features"
+    return load_network(FeatureNetwork(len(load_glyphs())), file, trainer, FEATURES_FILE.name)
 
 
 @torch.no_grad()

@@ -6,7 +6,6 @@ picture. In most of its training it sees only a window of the glyph, and in half
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -15,17 +14,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tdm_runtime.model.decoder import Pixels
 from training.emoji.data.glyphs import load_glyphs
 from training.emoji.data.scenes import Placement, Scene, render, sample_scene
 from training.emoji.report.features import corrupt
+from training.emoji.report.networks import load_network, train_network
 from training.emoji.report.score import load_atlas, placed_box
 from training.emoji.stages.autoencoder import to_pixels
 from training.methods.precision import autocast, fastest_precision
-from training.run.loop import LoopConfig, Trainable, descend, learning_rate_at, run_loop, set_learning_rate, update_ema
+from training.run.loop import LoopConfig
 
 STAGE = "reader"
 READER_FILE = Path(__file__).with_name("reader.safetensors")
@@ -147,22 +146,15 @@ def train_reader(folder: Path, config: ReaderConfig = ReaderConfig()) -> None:
     torch.manual_seed(config.loop.seed)
     drawn = DrawnCuts(config.loop.seed)
     model = GlyphReader(len(drawn.glyphs))
-    average = copy.deepcopy(model).requires_grad_(False)
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=1e-2)
     precision = fastest_precision()
 
-    def train_step(step: int, generator: torch.Generator) -> dict[str, float]:
-        set_learning_rate(optimizer, learning_rate_at(step, config.loop.steps, config.learning_rate))
+    def loss_of(step: int, generator: torch.Generator) -> Tensor:
         cuts, numbers = drawn.of(range(step * config.batch_size, (step + 1) * config.batch_size))
         with autocast(precision=precision):
             logits = model(disguise(cuts, config, generator))
-        loss = F.cross_entropy(logits.float(), numbers)
-        norm = descend(optimizer, loss)
-        update_ema(average, model, step, config.ema_decay)
-        return {"loss": loss.item(), "grad_norm": norm}
+        return F.cross_entropy(logits.float(), numbers)
 
-    def evaluate(_: int) -> dict[str, float]:
+    def evaluate(average: GlyphReader) -> dict[str, float]:
         cuts, numbers = drawn.of(range(256), held_out=True)
         in_parts = average(parts(without_colours(cuts)).flatten(0, 1)).argmax(1).view(-1, 9) == numbers[:, None]
         return {
@@ -170,16 +162,7 @@ def train_reader(folder: Path, config: ReaderConfig = ReaderConfig()) -> None:
             "parts": float(in_parts.float().mean()),
         }
 
-    run_loop(
-        folder,
-        STAGE,
-        config.loop,
-        Trainable({"model": model, "average": average}, {"model": optimizer}),
-        train_step,
-        evaluate=evaluate,
-        evaluate_every=250,
-    )
-    save_file({name: tensor.half() for name, tensor in average.state_dict().items()}, folder / READER_FILE.name)
+    train_network(folder / READER_FILE.name, STAGE, model, config, loss_of, evaluate, evaluate_every=250)
 
 
 def load_reader(file: Path = READER_FILE) -> GlyphReader:
@@ -188,14 +171,8 @@ def load_reader(file: Path = READER_FILE) -> GlyphReader:
     Raises:
         FileNotFoundError: The file is missing. The message says how to make it.
     """
-    if not file.is_file():
-        raise FileNotFoundError(
-            f"{file} is missing; run training.emoji.report.reader.train_reader(folder) "
-            f"and copy {READER_FILE.name} from that folder"
-        )
-    network = GlyphReader(len(load_glyphs()))
-    network.load_state_dict({name: tensor.float() for name, tensor in load_file(file).items()})
-    return network.eval().requires_grad_(False)
+    trainer = "training.emoji.report.reader.train_reader"
+    return load_network(GlyphReader(len(load_glyphs())), file, trainer, READER_FILE.name)
 
 
 def _convolution(channels: int, outputs: int, stride: int = 1) -> tuple[nn.Module, ...]:
