@@ -259,12 +259,13 @@ def _print_worst(
 ) -> list[int]:
     """Print the worst glyphs of the student, over all step counts. Return their numbers, the worst first."""
     glyphs, columns = load_glyphs(), {**served, THROUGH_AUTOENCODER: ceiling}
-    overall = np.nanmean([one.by_glyph(kind) for one in served.values() for kind in range(2)], axis=0)
+    shares = {name: [one.by_glyph(kind) for kind in range(2)] for name, one in columns.items()}
+    overall = np.nanmean([share for name in served for share in shares[name]], axis=0)
     confused = sum((one.confusions(known) for one in served.values()), Counter[tuple[int, int]]())
     worst = [int(n) for n in np.argsort(overall, kind="stable")[:WORST]]
     print(f"\n| glyph (alone / in a pair) | {' | '.join(columns)} | parts taken for |\n|{'---|' * (len(columns) + 2)}")
     for n in worst:
-        cells = [" / ".join(f"{one.by_glyph(kind)[n]:.2f}" for kind in range(2)) for one in columns.values()]
+        cells = [" / ".join(f"{share[n]:.2f}" for share in both) for both in shares.values()]
         cells = [cell.replace("nan", "-") for cell in cells]
         taken = Counter({wrong: count for (asked, wrong), count in confused.items() if asked == n})
         names = ", ".join(glyphs[wrong].name for wrong, _ in taken.most_common(3))
