@@ -26,6 +26,7 @@ from tdm_runtime.media.given_picture import to_edit
 from tdm_runtime.media.image_file import encode_image
 from tdm_runtime.model.loaded_model import LoadedModel
 from tdm_runtime.params import SamplingParams
+from tdm_runtime.scheduling.cost_model import CostModel
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 ROUTE = "/v1/images/generations"
@@ -69,9 +70,15 @@ class Target(Protocol):
 
 
 @contextmanager
-def running_engine(model: LoadedModel, config: EngineConfig = EngineConfig()) -> Iterator[DiffusionEngine]:
-    """Start an engine and warm it up as a server does, so that it knows the cost of its calls."""
-    with DiffusionEngine(model, config) as engine:
+def running_engine(
+    model: LoadedModel, config: EngineConfig = EngineConfig(), costs: CostModel | None = None
+) -> Iterator[DiffusionEngine]:
+    """Start an engine and warm it up as a server does, so that it knows the cost of its calls.
+
+    Args:
+        costs: Its cost model, without any costs; None makes one.
+    """
+    with DiffusionEngine(model, config, costs=costs) as engine:
         warm_up(engine)
         yield engine
 

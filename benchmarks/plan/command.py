@@ -18,7 +18,7 @@ from benchmarks.load import Recording, open_loop
 from benchmarks.machine import environment
 from benchmarks.plan.cost_table import CostTable, read_table
 from benchmarks.plan.fleet import Fleet, Policy, Result, Route, Simulation
-from benchmarks.plan.profile import profile
+from benchmarks.plan.profile import RecordedCosts, profile
 from benchmarks.plots import plot_goodput
 from benchmarks.report import figures, markdown_table, write_json
 from benchmarks.targets import EngineTarget, running_engine
@@ -87,8 +87,9 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
 def run_profile(given: argparse.Namespace) -> int:
     """Run `tdm-bench profile`. Returns the exit status."""
     try:
-        with running_engine(load_model(given.checkpoint, backend_config(given))) as engine:
-            table = profile(engine, given.duration_s, given.base_url)
+        model, costs = load_model(given.checkpoint, backend_config(given)), RecordedCosts()
+        with running_engine(model, costs=costs) as engine:
+            table = profile(engine, costs, given.duration_s, given.base_url)
     except (TDMError, ConnectionError) as error:
         print(f"tdm-bench profile: {error}", file=sys.stderr)
         return options.USAGE_ERROR
@@ -300,9 +301,9 @@ def _ms(value: float | None) -> str:
 def validate(given: argparse.Namespace) -> str:
     """Run the same arrivals on the engine in this process and in the simulation. Returns a Markdown table."""
     rows = []
-    model = load_model(given.checkpoint, backend_config(given))
-    with running_engine(model) as engine:
-        table = profile(engine, given.duration_s)
+    model, costs = load_model(given.checkpoint, backend_config(given)), RecordedCosts()
+    with running_engine(model, costs=costs) as engine:
+        table = profile(engine, costs, given.duration_s)
         slo_ms = _slo_ms(given, [table])
         for load in VALIDATED_LOADS:
             rate = load * table.capacity()

@@ -58,6 +58,9 @@ class CostTable:
     """Seconds that a picture takes from the calls of others: admission, noise, its file, a client on the same cores."""
     deviation: Seconds = 0.0
     """Mean absolute deviation of a call from its cost, as a share of it."""
+    paces: tuple[Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)], ...] = ()
+    """Durations of calls in a row under load, as multiples of their costs. Simulated calls take them in this order, so
+    that slow moments last. Empty: a log-normal distribution with `deviation`."""
     usd_per_hour: Seconds | None = None
     """Price of one replica; None if it is not known."""
     default_steps: int = 0

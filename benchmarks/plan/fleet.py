@@ -97,7 +97,11 @@ class _Task(Work):
 class _Replica:
     """One engine: a scheduler, what it believes of the costs, and at most one running call."""
 
-    def __init__(self, tables: Sequence[CostTable], fleet: Fleet) -> None:
+    def __init__(self, tables: Sequence[CostTable], fleet: Fleet, first_call: int) -> None:
+        """
+        Args:
+            first_call: Place in the tables' `paces` at which this replica begins.
+        """
         config = fleet.engine
         if fleet.policy == "fifo":
             config = replace(config, max_batch_size=1, patience=1.0)
@@ -109,6 +113,15 @@ class _Replica:
         self.running: list[_Task] = []
         self.is_stopping = False
         self.is_lost = False
+        self._num_calls = itertools.count(first_call)
+
+    def pace(self, table: CostTable, rng: np.random.Generator) -> float:
+        """Return the duration of the next call as a multiple of its cost."""
+        if table.paces:
+            return table.paces[next(self._num_calls) % len(table.paces)]
+        # The mean of |pace - 1| is the deviation, and that of the pace is 1, while deviations are small.
+        sigma = table.deviation * math.sqrt(math.pi / 2)
+        return math.exp(rng.normal(0.0, sigma) - sigma**2 / 2)
 
     def admit(self, task: _Task, now_s: float) -> None:
         """Accept a request.
@@ -256,10 +269,7 @@ class Simulation:
                 task.steps_taken = task.steps_left
                 overhead_s += task.asked.table.overhead_s
         kind = batch[0].call_kind
-        # The mean of |chance - 1| is the deviation, and that of chance is 1, while deviations are small.
-        sigma = batch[0].asked.table.deviation * math.sqrt(math.pi / 2)
-        chance = math.exp(self._rng.normal(0.0, sigma) - sigma**2 / 2)
-        seconds = self._truth.seconds(kind, len(batch)) * chance
+        seconds = self._truth.seconds(kind, len(batch)) * replica.pace(batch[0].asked.table, self._rng)
         began_s = now_s + overhead_s
         self._at(began_s + seconds, partial(self._end_call, replica, began_s))
 
@@ -281,7 +291,7 @@ class Simulation:
     # -- replicas -----------------------------------------------------------------------------
 
     def _add_replica(self, now_s: float) -> None:
-        replica = _Replica(self._tables, self._fleet)
+        replica = _Replica(self._tables, self._fleet, int(self._rng.integers(1 << 32)))
         self._replicas.append(replica)
         self._all.append(replica)
         if rate := self._fleet.failures_per_hour / 3600:

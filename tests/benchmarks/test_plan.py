@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from dataclasses import replace
@@ -13,13 +14,14 @@ from benchmarks.cli import main
 from benchmarks.plan.command import read_trace
 from benchmarks.plan.cost_table import TABLES, CostTable, SizeCosts, read_table
 from benchmarks.plan.fleet import Fleet, Result, Simulation
-from benchmarks.plan.profile import profile
+from benchmarks.plan.profile import RecordedCosts, paces_of, profile
 from benchmarks.report import figures
 from benchmarks.targets import running_engine
 from benchmarks.workload import Steps, Workload, arrivals_within
 from tdm_runtime.engine.engine import EngineConfig
 from tdm_runtime.model.artifacts import BackendConfig
 from tdm_runtime.model.choice import load_model
+from tdm_runtime.scheduling.cost_model import Kind
 
 TABLE = CostTable(
     name="tiny",
@@ -76,6 +78,16 @@ def test_slow_calls_make_a_lone_request_late_by_their_deviation() -> None:
     pictures = [one for one in times if one > LONE_S / 2]
     assert 0.97 * LONE_S < sum(pictures) / len(pictures) < 1.1 * LONE_S
     assert max(pictures) > 1.05 * LONE_S > 0.95 * LONE_S > min(pictures)
+
+
+def test_simulated_calls_take_the_measured_paces_in_their_order() -> None:
+    """A request has six calls and the paces change after six, so any two requests in a row take the same time."""
+    table = replace(TABLE, paces=(0.5,) * 6 + (1.5,) * 6)
+    result = Simulation([table], Fleet()).run([5.0 * n for n in range(40)], Workload(steps=(4,)).requests())
+    calls_s = [record.e2el_s - 0.005 for record in result.recording.records]
+    pairs = [first + second for first, second in itertools.pairwise(calls_s)]
+    assert pairs == pytest.approx([2 * (LONE_S - 0.005)] * len(pairs))
+    assert max(calls_s) > 1.05 * min(calls_s)
 
 
 @pytest.mark.parametrize("route", ["least-work", "two-choices", "round-robin"])
@@ -202,11 +214,19 @@ def test_a_wrong_line_of_a_trace_is_refused_with_its_number(line: str, tmp_path:
         read_trace(tmp_path / "trace", 500)
 
 
+def test_paces_are_multiples_of_the_mean_of_calls_of_one_kind_and_size() -> None:
+    step, text = Kind("denoise"), Kind("text")
+    calls = [(step, 1, 1.0), (step, 2, 5.0), (text, 1, 4.0), (step, 1, 3.0)]
+    assert paces_of(calls) == [0.5, 1.0, 1.0, 1.5]
+
+
 def test_a_profile_has_the_costs_that_the_engine_learned(tiny_checkpoint: Path, tmp_path: Path) -> None:
     model = load_model(tiny_checkpoint, BackendConfig("torch", threads=1, device="cpu"))
-    with running_engine(model) as engine:
-        table = profile(engine, 0.6)
+    recorded = RecordedCosts()
+    with running_engine(model, costs=recorded) as engine:
+        table = profile(engine, recorded, 0.6)
     (costs,) = list(table.sizes.values())[:1]
+    assert len(table.paces) > 20
     assert table.step_counts == model.recipe.step_counts
     assert all(seconds > 0 for seconds in (costs.denoise_s[1], costs.decode_s[1], table.text_s[1], table.encode_s))
     table.write(tmp_path / "costs.json")

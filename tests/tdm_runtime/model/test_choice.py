@@ -107,6 +107,20 @@ def test_a_choice_is_remembered(tiny_checkpoint: Path, one_build: Path) -> None:
     assert json.loads((one_build / CHOICE_FILE).read_text()) == kept
 
 
+@pytest.mark.parametrize(("kept_ms", "is_measured"), [(2.1, False), (2.8, False), (2.9, True), (501.0, False)])
+def test_a_choice_of_a_busy_moment_is_measured_again(
+    kept_ms: float, is_measured: bool, tiny_checkpoint: Path, one_build: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A picture takes 2 ms now. Above half a second models are not checked."""
+    load_model(tiny_checkpoint, auto(one_build))
+    kept = json.loads((one_build / CHOICE_FILE).read_text())
+    kept["picture_ms"] = dict.fromkeys(kept["picture_ms"], kept_ms)
+    (one_build / CHOICE_FILE).write_text(json.dumps(kept))
+    monkeypatch.setattr("tdm_runtime.model.choice.picture_seconds", lambda model, rounds=1: 2e-3)
+    model = load_model(tiny_checkpoint, auto(one_build))
+    assert milliseconds(model.choice, model.backend) == pytest.approx(2.0 if is_measured else kept_ms, rel=0.01)
+
+
 @pytest.mark.parametrize("change", ["machine", "features", "garbage", "request", "parity"])
 def test_a_change_of_machine_request_or_parity_measures_again(
     tiny_checkpoint: Path, one_build: Path, change: str, monkeypatch: pytest.MonkeyPatch
