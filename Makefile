@@ -89,21 +89,21 @@ $(TRITON)/.installed: $(VENV)/.installed deploy/triton/requirements.txt
 $(TRITON)/.installed-dev: $(TRITON)/.installed $(VENV)/.installed-dev
 	touch $@
 
-# KServe's client wants older packages than the project, too. pip installs only those that differ.
+# An environment whose packages come before the project's. pip installs only those that differ.
+define install_before_project
+	$(BIN)/python -m venv --without-pip $(1)
+	$(call find_project_after,$(1))
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check --no-warn-conflicts --no-compile --requirement $(2)
+	touch $(1)/.installed
+endef
+
+# KServe's client wants older packages than the project, too.
 $(KSERVE)/.installed: $(VENV)/.installed-dev deploy/kserve/requirements.txt
-	$(BIN)/python -m venv --without-pip $(KSERVE)
-	$(call find_project_after,$(KSERVE))
-	$(KSERVE)/bin/python -m pip install --quiet --disable-pip-version-check --no-warn-conflicts --no-compile \
-		--requirement deploy/kserve/requirements.txt
-	touch $@
+	$(call install_before_project,$(KSERVE),deploy/kserve/requirements.txt)
 
 # The test runner of `make mutants` and what it brings along.
 $(MUTMUT)/.installed: $(VENV)/.installed-dev tests/mutants/requirements.txt
-	$(BIN)/python -m venv --without-pip $(MUTMUT)
-	$(call find_project_after,$(MUTMUT))
-	$(MUTMUT)/bin/python -m pip install --quiet --disable-pip-version-check --no-warn-conflicts --no-compile \
-		--requirement tests/mutants/requirements.txt
-	touch $@
+	$(call install_before_project,$(MUTMUT),tests/mutants/requirements.txt)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

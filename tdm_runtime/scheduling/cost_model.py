@@ -13,6 +13,12 @@ from typing import NamedTuple
 
 WEIGHT = 0.1
 """EMA weight of the latest call in the machine's speed."""
+SHIFT_WEIGHT = 0.3
+"""The same while calls are slower than their deviation explains, up to `MAX_SHIFT`: load has come."""
+SHIFT_DEVIATIONS = 2.0
+"""Mean absolute deviations that chance explains."""
+MAX_SHIFT = 0.5
+"""Share of the expected duration. Load seldom slows calls more; what does is a stall."""
 SLOW_WEIGHT = 0.02
 """EMA weight of the latest call in the relative cost of its batch size, once many calls of that size were made."""
 WARM_UP_CALLS = 10
@@ -106,7 +112,7 @@ class Estimate:
         pace = seconds / self.seconds[size]
         weight = max(SLOW_WEIGHT, 1 / (self.counts[size] + WARM_UP_CALLS))
         change = 1 + weight * (min(MAX_SURPRISE, pace / self.mood.slowness) - 1)
-        self.mood = _learned(self.mood, pace)
+        self.mood = _learned(self.mood, pace, 0.0 if is_calm else self._shift(pace))
         if is_calm:
             self.calm = _learned(self.calm, pace)
         self.seconds[size] *= change
@@ -115,6 +121,13 @@ class Estimate:
             self.least /= change
         self.calm = Mood(*map(min, self.calm, self.mood))
         self.least = min(self.least, self.calm.slowness)
+
+    def _shift(self, pace: float) -> float:
+        """Return the least change of the slowness after a call that is slower than chance explains, or 0."""
+        surprise = pace / self.mood.slowness - 1
+        if surprise < SHIFT_DEVIATIONS * self.mood.deviation:
+            return 0.0
+        return SHIFT_WEIGHT * min(MAX_SHIFT, surprise)
 
     def mood_at(self, clock: Clock) -> Mood:
         """Return the mood at `clock` if no call of this kind is made until then. A clock may go back."""
@@ -171,10 +184,14 @@ class Estimate:
         return {n: n / max(1e-9, self.usual(min(n, max(self.seconds)))) for n in sizes} or {at_most: 1.0}
 
 
-def _learned(mood: Mood, pace: float) -> Mood:
-    """Return the mood after a call that took `pace` times the `seconds` of its size."""
+def _learned(mood: Mood, pace: float, least: float = -1.0) -> Mood:
+    """Return the mood after a call that took `pace` times the `seconds` of its size.
+
+    Args:
+        least: Least change of the slowness, as a share of it.
+    """
     surprise = min(MAX_SURPRISE, pace / mood.slowness) - 1
-    slowness = mood.slowness * (1 + WEIGHT * surprise)
+    slowness = mood.slowness * (1 + max(least, WEIGHT * surprise))
     return Mood(slowness, mood.deviation + WEIGHT * (abs(surprise) - mood.deviation))
 
 
