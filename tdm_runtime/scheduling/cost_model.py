@@ -13,12 +13,6 @@ from typing import NamedTuple
 
 WEIGHT = 0.1
 """EMA weight of the latest call in the machine's speed."""
-SHIFT_WEIGHT = 0.3
-"""The same while calls are slower than their deviation explains, up to `MAX_SHIFT`: load has come."""
-SHIFT_DEVIATIONS = 2.0
-"""Mean absolute deviations that chance explains."""
-MAX_SHIFT = 0.5
-"""Share of the expected duration. Load seldom slows calls more; what does is a stall."""
 SLOW_WEIGHT = 0.02
 """EMA weight of the latest call in the relative cost of its batch size, once many calls of that size were made."""
 WARM_UP_CALLS = 10
@@ -29,6 +23,9 @@ TRIAL_LOSS = 0.2
 """Share of the throughput that a trial may cost by what is known of its size."""
 MAX_SURPRISE = 4.0
 """Cap on the duration of a call, as a multiple of the expected one. A stall of the machine is no cost of the model."""
+CROWD = 8
+"""Samples present from which on the speed is remembered by their number. It does not fade: so many requests keep the
+processor busy beside the calls, each time they come."""
 MIN_GAIN = 0.05
 """Share by which throughput must rise for a batch to grow."""
 HALF_LIFE_S = 0.25
@@ -89,6 +86,8 @@ class Estimate:
     """Speed that calm calls taught; never above `mood`."""
     least: float = 1.0
     """Smallest slowness that `calm` ever had."""
+    crowded: dict[int, Mood] = field(default_factory=dict)
+    """Bits of the number of samples present -> speed after the last call beside so many."""
     seen: Clock = Clock(0.0, 0.0)
     """End of the last call."""
     limit: int | None = None
@@ -100,10 +99,10 @@ class Estimate:
     latest: dict[int, int] = field(default_factory=dict)
     """Batch size -> number of the latest call made with it."""
 
-    def observe(self, size: int, seconds: float, clock: Clock, is_calm: bool) -> None:
-        """Learn from a call that ended at `clock`."""
+    def observe(self, size: int, seconds: float, clock: Clock, present: int, is_calm: bool) -> None:
+        """Learn from a call that ended at `clock`, while so many samples were present."""
         self.best.clear()
-        self.mood, self.seen = self.mood_at(clock), clock
+        self.mood, self.seen = self.mood_at(clock, present), clock
         self.counts[size] += 1
         self.latest[size] = self.counts.total()
         if size not in self.seconds:
@@ -112,7 +111,9 @@ class Estimate:
         pace = seconds / self.seconds[size]
         weight = max(SLOW_WEIGHT, 1 / (self.counts[size] + WARM_UP_CALLS))
         change = 1 + weight * (min(MAX_SURPRISE, pace / self.mood.slowness) - 1)
-        self.mood = _learned(self.mood, pace, 0.0 if is_calm else self._shift(pace))
+        self.mood = _learned(self.mood, pace)
+        if present >= CROWD:
+            self.crowded[present.bit_length()] = self.mood
         if is_calm:
             self.calm = _learned(self.calm, pace)
         self.seconds[size] *= change
@@ -122,21 +123,19 @@ class Estimate:
         self.calm = Mood(*map(min, self.calm, self.mood))
         self.least = min(self.least, self.calm.slowness)
 
-    def _shift(self, pace: float) -> float:
-        """Return the least change of the slowness after a call that is slower than chance explains, or 0."""
-        surprise = pace / self.mood.slowness - 1
-        if surprise < SHIFT_DEVIATIONS * self.mood.deviation:
-            return 0.0
-        return SHIFT_WEIGHT * min(MAX_SHIFT, surprise)
+    def mood_at(self, clock: Clock, present: int) -> Mood:
+        """Return the mood at `clock` beside so many samples, if no call of this kind is made until then.
 
-    def mood_at(self, clock: Clock) -> Mood:
-        """Return the mood at `clock` if no call of this kind is made until then. A clock may go back."""
+        A clock may go back.
+        """
         calls_s = HALF_LIFE_CALLS * self.least * self.seconds[min(self.seconds)] if self.seconds else 0.0
         idle = max(0.0, clock.idle_s - self.seen.idle_s) / max(HALF_LIFE_S, calls_s)
         away = max(0.0, clock.now_s - self.seen.now_s) / max(AWAY_HALF_LIFE_S, calls_s)
         left = math.pow(0.5, idle**2 + away**2)
         slowness = self.calm.slowness * math.pow(self.mood.slowness / self.calm.slowness, left)
-        return Mood(slowness, self.calm.deviation + left * (self.mood.deviation - self.calm.deviation))
+        faded = Mood(slowness, self.calm.deviation + left * (self.mood.deviation - self.calm.deviation))
+        known = [level for level in self.crowded if level <= present.bit_length()]
+        return Mood(*map(max, faded, self.crowded[max(known)])) if known and present >= CROWD else faded
 
     def usual(self, size: int) -> float:
         """Return the seconds at a `slowness` of 1.
@@ -184,14 +183,10 @@ class Estimate:
         return {n: n / max(1e-9, self.usual(min(n, max(self.seconds)))) for n in sizes} or {at_most: 1.0}
 
 
-def _learned(mood: Mood, pace: float, least: float = -1.0) -> Mood:
-    """Return the mood after a call that took `pace` times the `seconds` of its size.
-
-    Args:
-        least: Least change of the slowness, as a share of it.
-    """
+def _learned(mood: Mood, pace: float) -> Mood:
+    """Return the mood after a call that took `pace` times the `seconds` of its size."""
     surprise = min(MAX_SURPRISE, pace / mood.slowness) - 1
-    slowness = mood.slowness * (1 + max(least, WEIGHT * surprise))
+    slowness = mood.slowness * (1 + WEIGHT * surprise)
     return Mood(slowness, mood.deviation + WEIGHT * (abs(surprise) - mood.deviation))
 
 
@@ -215,6 +210,8 @@ class CostModel:
     def __init__(self) -> None:
         self._estimates: defaultdict[Kind, Estimate] = defaultdict(Estimate)
         self._now_s = 0.0
+        self._present = 0
+        """Samples present at that time."""
         self._busy_until = Clock(0.0, 0.0)
         """Latest time at which a call ended or began."""
         self._is_running = False
@@ -238,7 +235,7 @@ class CostModel:
         """
         began = self._clock_at(now_s - seconds)
         self._busy_until = Clock(max(now_s, self._busy_until.now_s), began.idle_s)
-        self._estimates[kind].observe(size, seconds, self._busy_until, is_calm)
+        self._estimates[kind].observe(size, seconds, self._busy_until, self._present, is_calm)
         self.pass_time(now_s)
 
     def _clock_at(self, now_s: float) -> Clock:
@@ -246,9 +243,14 @@ class CostModel:
         idle_s = 0.0 if self._is_running else max(0.0, now_s - self._busy_until.now_s)
         return Clock(now_s, self._busy_until.idle_s + idle_s)
 
-    def pass_time(self, now_s: float) -> None:
-        """Set the time to `now_s`. What load taught fades with it."""
+    def pass_time(self, now_s: float, present: int | None = None) -> None:
+        """Set the time to `now_s`. What load taught fades with it.
+
+        Args:
+            present: Samples accepted and not finished, or about to be accepted; None: as before.
+        """
         self._now_s = now_s
+        self._present = self._present if present is None else present
         self._moods = {}
 
     def at(self, now_s: float) -> CostModel:
@@ -296,7 +298,7 @@ class CostModel:
 
     def _mood(self, kind: Kind) -> Mood:
         if (mood := self._moods.get(kind)) is None:
-            mood = self._moods[kind] = self._estimates[kind].mood_at(self._clock_at(self._now_s))
+            mood = self._moods[kind] = self._estimates[kind].mood_at(self._clock_at(self._now_s), self._present)
         return mood
 
     def batch_size(self, kind: Kind, available: int) -> int:

@@ -133,7 +133,7 @@ class StepScheduler(Generic[Item]):
             DeadlineError: A promise of these samples, or an earlier one, would be broken now.
             InvalidRequestError: The budget is too small even without load.
         """
-        self.costs.pass_time(now_s)
+        self.costs.pass_time(now_s, len(self._live) + len(items))
         self._latest, self._arrived_s = {item.urgency[1] for item in items}, now_s
         self._note_demand(items, now_s)
         margin = MARGIN if self._live else 0.0
@@ -281,7 +281,7 @@ class StepScheduler(Generic[Item]):
 
         For samples that take their first step it also fixes the step count and predicts the end.
         """
-        self.costs.pass_time(now_s)
+        self.costs.pass_time(now_s, len(self._live))
         self.end_call()
         self._give_up([item for item in self._live.values() if item.promised_s < now_s])
         batch = self._choice()

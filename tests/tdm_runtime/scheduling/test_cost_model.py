@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from tdm_runtime.scheduling.cost_model import (
     AWAY_HALF_LIFE_S,
+    CROWD,
     HALF_LIFE_S,
     MAX_SURPRISE,
     TRIAL_CALLS,
@@ -194,6 +195,24 @@ def test_repeated_storms_do_not_accumulate() -> None:
     costs, now_s = after(([(1, 4.0, QUICK_S, False)] * 30 + [(1, 4.0, 1.0, False)]) * 20)
     costs.pass_time(now_s + 1.0)
     assert costs.seconds(STEP) == pytest.approx(QUICK_S, rel=0.01)
+
+
+@pytest.mark.parametrize("storms", [1, 20])
+def test_calls_beside_many_samples_cost_what_they_cost_beside_as_many_the_last_time(storms: int) -> None:
+    costs, now_s = after([])
+    for _ in range(storms):
+        now_s += 60.0
+        costs.pass_time(now_s, 2 * CROWD)
+        for number in range(30):
+            now_s += 1.5 * QUICK_S
+            costs.observe(STEP, 1, (1.7 if number % 2 else 1.3) * QUICK_S, now_s)
+        now_s += 60.0
+        costs.pass_time(now_s, 1)
+        costs.observe(STEP, 1, QUICK_S, now_s, is_calm=True)
+    for present, slowness in ((CROWD - 1, 1.0), (CROWD, 1.0), (2 * CROWD, 1.5), (64 * CROWD, 1.5)):
+        costs.pass_time(now_s, present)
+        assert costs.seconds(STEP) == pytest.approx(slowness * QUICK_S, rel=0.05)
+    assert costs.deviation(STEP) == pytest.approx(0.13, abs=0.04)
 
 
 def test_a_size_that_was_measured_in_a_slow_moment_is_tried_until_it_is_known_to_be_good() -> None:
