@@ -64,6 +64,12 @@ def no_artifacts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
 
 
+@pytest.fixture
+def two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two cores, so that there are thread counts to choose from."""
+    monkeypatch.setattr("tdm_runtime.model.choice.cores", lambda: 2)
+
+
 def auto(folder: Path | None, precision: Precision | None = None, threads: int = 1) -> BackendConfig:
     return BackendConfig("auto", precision, threads, folder, device="cpu")
 
@@ -146,6 +152,7 @@ def test_a_choice_that_cannot_be_kept_still_loads(tiny_checkpoint: Path, one_bui
     assert load_model(tiny_checkpoint, auto(one_build)).choice
 
 
+@pytest.mark.usefixtures("two_cores")
 def test_auto_never_chooses_a_build_with_poor_pictures(tiny_checkpoint: Path, folder: Path) -> None:
     """The choice says why. The build still runs if it is requested by name."""
     write_builds(folder, tiny_checkpoint, openvino_fp32=parity(MIN_PSNR_DB - 0.1), onnxruntime_fp32=parity(20))
@@ -222,18 +229,19 @@ def test_auto_refuses_a_damaged_build(tiny_checkpoint: Path, folder: Path) -> No
     assert f"{folder / 'denoiser.bin'} is damaged or missing; run `tdm-export" in refusal(tiny_checkpoint, auto(folder))
 
 
+@pytest.mark.usefixtures("two_cores")
 def test_threads_0_measures_only_the_requested_backend(tiny_checkpoint: Path, folder: Path) -> None:
     """It is measured with all cores and with fewer. Other backends are not."""
     model = load_model(tiny_checkpoint, BackendConfig("openvino", threads=0, artifacts=folder))
     assert re.fullmatch(r"openvino fp32 with \d+ threads?, \S+ ms a picture", model.choice)
 
 
+@pytest.mark.usefixtures("two_cores")
 @pytest.mark.parametrize(("one_thread_s", "threads"), [(0.92, 2), (0.9, 1)])
 def test_fewer_threads_must_be_a_tenth_faster(
     tiny_checkpoint: Path, one_build: Path, one_thread_s: float, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both counts make whole batches in turns. The clock is replaced, the calls are made."""
-    monkeypatch.setattr("tdm_runtime.model.choice.cores", lambda: 2)
     compared = []
 
     def seconds(calls: Sequence[Callable[[], object]], rounds: int, limit_s: float) -> list[float]:
