@@ -326,7 +326,7 @@ def table(runs: dict[str, list[Run]], steps: int) -> str:
         first_s = statistics.median(run.first_s for run in done)
         peak = max(run.peak_gib for run in done)
         lines.append(
-            [name, f"{medians[name]:.1f}", f"{p90:.1f}", f"{cpu_s:.2f}", *ratios, f"{first_s:.1f}", f"{peak:.2f}"]
+            [name, f"{medians[name]:.1f}", f"{p90:.1f}", f"{cpu_s:.3g}", *ratios, f"{first_s:.1f}", f"{peak:.2f}"]
         )
     return "\n".join(_row(cells) for cells in lines)
 

@@ -20,6 +20,8 @@ from tdm_runtime.media.image_file import encode_image
 GenAIPrecision = Literal["fp32", "bf16", "int8"]
 CONVERTED = Path("build/genai")
 """Folder of converted checkpoints, each in a folder with its fingerprint and weights."""
+TRACED_SIDE = 16
+"""Height and width of the latents that are traced. Programs take any; tracing large ones takes minutes."""
 KNOWN_BETAS = ("linear", "scaled_linear")
 """Beta schedules that GenAI computes; it reads any other one as a list."""
 
@@ -119,7 +121,7 @@ def _programs(stock: Any) -> dict[str, tuple[nn.Module, dict[str, torch.Tensor]]
     """Return each model's folder, module and example inputs, which have the names that GenAI sets."""
     config = stock.unet.config
     tokens, embedding = stock.text_encoder.config.max_position_embeddings, stock.text_encoder.config.hidden_size
-    latents = torch.zeros(2, config.in_channels, config.sample_size, config.sample_size)
+    latents = torch.zeros(2, config.in_channels, TRACED_SIDE, TRACED_SIDE)
     denoiser = {
         "sample": latents,
         "timestep": torch.tensor([1]),
