@@ -1,10 +1,12 @@
-"""Time one picture or clip at a time, text to PNG or MP4 bytes, on our backends and on the stock diffusers pipeline.
+"""Time one picture or clip at a time, text to PNG or MP4 bytes: our backends, the stock diffusers pipeline and others.
 
     .venv/bin/tdm-export && .venv/bin/python -m benchmarks.backends
     .venv/bin/python -m benchmarks.backends FOLDER --contenders stock-fp32 stock-bf16 openvino:bf16
+    .venv/bin/python -m benchmarks.backends --contenders openvino:bf16 openvino-genai:bf16
 
 Each contender runs in its own process, one after the other. Every round runs all contenders again, so that
-changes in the machine's speed affect all of them alike.
+changes in the machine's speed affect all of them alike. `openvino-genai` and `sd-cpp` (stable-diffusion.cpp) have
+environments of their own, which are made where they are missing.
 """
 
 from __future__ import annotations
@@ -23,7 +25,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from benchmarks.contenders import NotRunError
 from benchmarks.machine import machine
+from benchmarks.peers.environment import GENAI_EXTRA, SDCPP_EXTRA, interpreter_of
+from benchmarks.peers.refusal import CANNOT_RUN
 from tdm_runtime.backends import BackendName, Precision
 from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT, Checkpoint, open_checkpoint
 from tdm_runtime.checkpoint.recipe import Recipe
@@ -34,6 +39,11 @@ if TYPE_CHECKING:
     import torch
 
 STOCK = ("stock-fp32", "stock-bf16")
+GENAI, SDCPP = "openvino-genai", "sd-cpp"
+EXTRAS = {GENAI: GENAI_EXTRA, SDCPP: SDCPP_EXTRA}
+"""Contender without its precision -> extra of the environment that it needs."""
+PRECISIONS = {GENAI: ("bf16", "fp32", "int8"), SDCPP: ("fp16", "q8_0")}
+"""Contender -> its precisions, the default first."""
 SUBJECTS = ("apple", "cat", "rocket", "pizza", "penguin", "tree", "guitar", "house")
 COLOURS = ("red", "blue", "green", "yellow", "purple", "pink", "black", "white")
 
@@ -56,7 +66,7 @@ class Run:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command. Returns the exit status."""
+    """Run the command. Returns the exit status: 1 if a contender could not be measured."""
     parser = argparse.ArgumentParser(prog="benchmarks.backends", description=str(__doc__).partition("\n")[0])
     parser.add_argument(
         "checkpoint", type=Path, nargs="?", default=DEFAULT_CHECKPOINT, help="checkpoint folder (%(default)s)"
@@ -64,7 +74,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--contenders",
         nargs="+",
-        help=f"{', '.join(STOCK)}, or backend[:precision][:tiny]; default: both, torch:fp32, auto and auto:tiny",
+        help=f"{', '.join(STOCK)}, backend[:precision][:tiny], {GENAI}[:bf16|fp32|int8], {SDCPP}[:fp16|q8_0]; "
+        "default: both stock ones, torch:fp32, auto and auto:tiny",
     )
     parser.add_argument("--frames", type=int, help="frames of a clip (default: the recipe's)")
     parser.add_argument("--steps", type=int, default=4, help="num_inference_steps (%(default)s)")
@@ -75,25 +86,59 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3, help="rounds over all contenders (%(default)s)")
     parser.add_argument("--artifacts", type=Path, help="folder written by tdm-export (default: its cache)")
     parser.add_argument("--only", help=argparse.SUPPRESS)
+    parser.add_argument("--prepare", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
+    if given.prepare:
+        _prepare(given)
+        return 0
     if given.only:
         print(json.dumps(asdict(measure(given.only, given))))
         return 0
     contenders = given.contenders or [*STOCK, "torch:fp32", "auto"]
     if given.contenders is None and open_checkpoint(given.checkpoint).has_tiny_vae:
         contenders.append("auto:tiny")
-    runs: dict[str, list[Run]] = {name: [] for name in contenders}
-    for _ in range(given.rounds):
-        for name in contenders:
-            runs[name].append(_in_a_process(name, given))
-            print(f"{name}: {runs[name][-1]}", file=sys.stderr, flush=True)
+    for name in contenders:
+        kind, _, precision = name.partition(":")
+        if kind in PRECISIONS and precision not in ("", *PRECISIONS[kind]):
+            parser.error(f"{kind} has no precision {precision!r}; choose from {', '.join(PRECISIONS[kind])}")
+    runs, not_run = _measured(contenders, given)
     print(machine())
-    print(table(runs, given.steps))
-    return 0
+    if runs:
+        print(table(runs, given.steps))
+    for name, reason in not_run.items():
+        print(f"- {name}: not run: {reason}")
+    return int(bool(not_run))
 
 
-def _in_a_process(name: str, given: argparse.Namespace) -> Run:
-    command = [sys.executable, "-m", "benchmarks.backends", str(given.checkpoint), "--only", name]
+def _measured(contenders: Sequence[str], given: argparse.Namespace) -> tuple[dict[str, list[Run]], dict[str, str]]:
+    """Return the runs of each contender that could be measured, and for each other one why not."""
+    runs: dict[str, list[Run]] = {name: [] for name in contenders}
+    not_run: dict[str, str] = {}
+    for round_number in range(given.rounds + 1):
+        for name in contenders:
+            if name in not_run:
+                continue
+            try:
+                if round_number:
+                    runs[name].append(Run(**json.loads(_in_a_process(name, given).splitlines()[-1])))
+                    print(f"{name}: {runs[name][-1]}", file=sys.stderr, flush=True)
+                elif name.partition(":")[0] in EXTRAS:
+                    _in_a_process(name, given, "--prepare")
+            except (NotRunError, OSError) as error:
+                not_run[name] = str(error)
+                print(f"{name}: not run: {error}", file=sys.stderr, flush=True)
+    return {name: done for name, done in runs.items() if done}, not_run
+
+
+def _in_a_process(name: str, given: argparse.Namespace, *flags: str) -> str:
+    """Return what the process of a contender prints.
+
+    Raises:
+        NotRunError: it failed.
+        OSError: its environment cannot be made.
+    """
+    python = interpreter_of(EXTRAS.get(name.partition(":")[0], ""))
+    command = [python, "-m", "benchmarks.backends", str(given.checkpoint), "--only", name, *flags]
     command += ["--steps", str(given.steps), "--pictures", str(given.pictures)]
     command += ["--warm-up", str(given.warm_up)]
     if given.frames:
@@ -101,14 +146,32 @@ def _in_a_process(name: str, given: argparse.Namespace) -> Run:
     if given.artifacts:
         command += ["--artifacts", str(given.artifacts)]
     quiet = {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"}
-    answer = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True, env=os.environ | quiet)
-    return Run(**json.loads(answer.stdout.splitlines()[-1]))
+    ended = subprocess.run(command, capture_output=True, text=True, env=os.environ | quiet)
+    print(ended.stderr, file=sys.stderr, end="")
+    if ended.returncode:
+        last = (ended.stderr.strip().splitlines() or ["it printed nothing"])[-1]
+        raise NotRunError(last if ended.returncode == CANNOT_RUN else f"it ended with {ended.returncode}: {last}")
+    return ended.stdout
+
+
+def _prepare(given: argparse.Namespace) -> None:
+    """Write the checkpoint as another project reads it; a later process finds it."""
+    kind, _, precision = given.only.partition(":")
+    checkpoint = open_checkpoint(given.checkpoint)
+    if kind == GENAI:
+        from benchmarks.peers.genai import converted_folder
+
+        converted_folder(checkpoint, "int8" if precision == "int8" else "fp16")
+    else:
+        from benchmarks.peers.sd_cpp import readable_folder
+
+        readable_folder(checkpoint)
 
 
 def measure(name: str, given: argparse.Namespace) -> Run:
     """Time one contender in this process."""
     started_s = time.perf_counter()
-    make = stock(given, name) if name in STOCK else ours(given, name)
+    make = _maker(given, name)
     texts = prompts()
     make(next(texts), 0)
     first_s = time.perf_counter() - started_s
@@ -123,6 +186,20 @@ def measure(name: str, given: argparse.Namespace) -> Run:
     cpu_s = (time.process_time() - cpu_started_s) / given.pictures
     peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return Run(first_s, pictures_ms, cpu_s, peak_kib / 2**20)
+
+
+def _maker(given: argparse.Namespace, name: str) -> MakeFile:
+    kind, _, precision = name.partition(":")
+    if kind == GENAI:
+        from benchmarks.peers.genai import GenAIPipeline, GenAIPrecision
+
+        pipeline = GenAIPipeline(given.checkpoint, cast(GenAIPrecision, precision or PRECISIONS[GENAI][0]))
+        return lambda prompt, seed: pipeline.make([prompt], [seed], given.steps)[0]
+    if kind == SDCPP:
+        from benchmarks.peers.sd_cpp import SDCppType, sd_cpp
+
+        return sd_cpp(given.checkpoint, cast(SDCppType, precision or PRECISIONS[SDCPP][0]), given.steps)
+    return stock(given, name) if name in STOCK else ours(given, name)
 
 
 def prompts() -> Iterator[str]:
@@ -249,7 +326,7 @@ def table(runs: dict[str, list[Run]], steps: int) -> str:
         first_s = statistics.median(run.first_s for run in done)
         peak = max(run.peak_gib for run in done)
         lines.append(
-            [name, f"{medians[name]:.1f}", f"{p90:.1f}", f"{cpu_s:.2f}", *ratios, f"{first_s:.1f}", f"{peak:.2f}"]
+            [name, f"{medians[name]:.1f}", f"{p90:.1f}", f"{cpu_s:.3g}", *ratios, f"{first_s:.1f}", f"{peak:.2f}"]
         )
     return "\n".join(_row(cells) for cells in lines)
 

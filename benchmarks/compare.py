@@ -17,10 +17,10 @@ from typing import Any
 
 from benchmarks import compare_plots, compare_tables, options, phases
 from benchmarks.compare_tables import PEER_KINDS, Results, best_peer
-from benchmarks.contenders import ENGINE, OURS, PEERS, Contender, NotRunError, all_contenders, running
+from benchmarks.contenders import ENGINE, OURS, Contender, NotRunError, all_contenders, running
 from benchmarks.machine import environment, environment_json
 from benchmarks.overhead import overhead
-from benchmarks.peers.environment import DEFAULT_FOLDER, interpreter_in
+from benchmarks.peers.environment import FOLDER, interpreter_of
 from benchmarks.phases import STEPS, NothingMeasuredError, Plan
 from benchmarks.quality import quality_per_step_count
 from benchmarks.report import write_json
@@ -82,7 +82,7 @@ def _parser() -> options.Parser:
     )
     parser.add_argument(
         "--peers-python",
-        help=f"interpreter of an environment with the peers' packages (default: one that is made in {DEFAULT_FOLDER})",
+        help=f"interpreter of an environment with the peers' packages (default: those that are made in {FOLDER})",
     )
     parser.add_argument(
         "--seed", type=options.whole_number, default=0, help="seed of schedules and requests (%(default)s)"
@@ -128,19 +128,6 @@ def server_arguments(given: argparse.Namespace) -> list[str]:
     return [*arguments, "--allow-fallback"] if given.allow_fallback else arguments
 
 
-def _peers_python(given: argparse.Namespace) -> str:
-    """Return the interpreter of the peers. Without the environment they run in this one, as far as they can."""
-    if given.peers_python is not None:
-        return str(given.peers_python)
-    if given.contenders is not None and not any(name.startswith(PEERS) for name in given.contenders):
-        return sys.executable
-    try:
-        return interpreter_in(DEFAULT_FOLDER)
-    except OSError as error:
-        _say(str(error))
-        return sys.executable
-
-
 class Comparison:
     """The phases, one after the other. Each result is saved at once, so that a later failure loses nothing."""
 
@@ -149,7 +136,7 @@ class Comparison:
         self._config = config
         self._plan = plan
         peer_arguments = [] if given.checkpoint == DEFAULT_CHECKPOINT else ["--checkpoint", str(given.checkpoint)]
-        contenders = all_contenders(server_arguments(given), peer_arguments, _peers_python(given))
+        contenders = all_contenders(server_arguments(given), peer_arguments)
         self._contenders = {contender.name: contender for contender in contenders}
         about = {"environment": environment_json(), "plan": asdict(plan)}
         self.results: Results = {"measured": {}, **earlier, **about}
@@ -229,7 +216,9 @@ class Comparison:
         return {**found, "given": contender.backend} if contender.is_peer else found
 
     def _running(self, contender: Contender) -> Any:
-        return running(contender, self._given.output / "logs")
+        is_given = contender.extra and self._given.peers_python is not None
+        python = self._given.peers_python if is_given else interpreter_of(contender.extra)
+        return running(contender, self._given.output / "logs", python=python)
 
     def _within_slo(self) -> dict[str, Any]:
         return {kind: self._against(best_peer(self._measured(), *backends)) for kind, backends in PEER_KINDS.items()}

@@ -32,11 +32,11 @@ def draw(results: Results, folder: Path) -> None:
 
 
 def _shown(measured: Mapping[str, Any]) -> list[str]:
-    """Return the contenders of the plots: ours, every peer with our backend, the best peer with the stock pipeline."""
+    """Return the contenders of the plots: ours, every peer with our backend, the best peer with each other one."""
     names = [name for name in (OURS, ENGINE) if name in measured]
     names += [name for name, found in measured.items() if found.get("given") == "ours"]
-    stock = best_peer(measured, *PEER_KINDS["the stock pipeline"])
-    return names if stock is None else [*names, stock]
+    others = [best_peer(measured, *backends) for backends in PEER_KINDS.values() if backends != ("ours",)]
+    return names + [name for name in others if name is not None]
 
 
 def _sweep(found: Mapping[str, Any]) -> list[plots.Load]:

@@ -13,8 +13,12 @@ from benchmarks.report import Figures, cell, markdown_table
 BEGIN = "<!-- tdm-bench compare: begin -->"
 END = "<!-- tdm-bench compare: end -->"
 
-PEER_KINDS = {"the stock pipeline": ("stock-fp32", "stock-bf16"), "our backend": ("ours",)}
-"""Kinds of peers. Against "our backend" only the server differs; against "the stock pipeline" the backend does too."""
+PEER_KINDS = {
+    "the stock pipeline": ("stock-fp32", "stock-bf16"),
+    "OpenVINO GenAI": ("openvino-genai",),
+    "our backend": ("ours",),
+}
+"""Kinds of peers. Against "our backend" only the server differs; against the others the backend does too."""
 
 Results = dict[str, Any]
 """Phase -> its result, or {"error": message} if it failed."""

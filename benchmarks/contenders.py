@@ -15,15 +15,19 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-PEERS = ("fastapi_lock", "litserve_batch", "ray_batch", "bentoml_service")
+from benchmarks.peers.environment import GENAI_EXTRA, PEERS_EXTRA
+from benchmarks.peers.refusal import CANNOT_RUN
+
+PEERS = {"fastapi_lock": "", "litserve_batch": PEERS_EXTRA, "ray_batch": "", "bentoml_service": PEERS_EXTRA}
+"""Peer -> extra of the environment that it needs; empty for this one."""
 PEER_BACKENDS = ("stock-fp32", "stock-bf16", "ours")
+GENAI_PEERS = ("fastapi_lock", "litserve_batch")
+"""Peers that also run with OpenVINO GenAI: GenAI makes no batches of different prompts, so others would be alike."""
 OURS = "tdm-serve"
 ENGINE = "engine in process"
 
 START_TIMEOUT_S = 240.0
 STOP_TIMEOUT_S = 40.0
-MISSING_DEPENDENCY = 3
-"""Exit status of a contender with a missing package; its last line on stderr names the package."""
 
 
 class NotRunError(Exception):
@@ -40,25 +44,25 @@ class Contender:
     ready_route: str
     """Route that answers 200 once the server can make pictures."""
     backend: str
-    """Backend the server runs: stock-fp32, stock-bf16 or ours."""
-    python: str = sys.executable
+    """Backend the server runs: stock-fp32, stock-bf16, openvino-genai or ours."""
+    extra: str = ""
+    """Extra of the environment that it needs; empty for this one."""
 
     @property
     def is_peer(self) -> bool:
         return self.name != OURS
 
 
-def all_contenders(
-    our_arguments: Sequence[str] = (), peer_arguments: Sequence[str] = (), peers_python: str = sys.executable
-) -> list[Contender]:
-    """Return our server, then every peer with every backend.
+def all_contenders(our_arguments: Sequence[str] = (), peer_arguments: Sequence[str] = ()) -> list[Contender]:
+    """Return our server, then every peer with every backend that it has.
 
     Args:
         our_arguments: command-line arguments of our server, without the port.
         peer_arguments: command-line arguments of every peer, without port and backend.
-        peers_python: interpreter of an environment with the peers' packages.
     """
     ours = Contender(OURS, "serving.command.cli", tuple(our_arguments), "/ready", "ours")
+    pairs = [(name, backend, extra) for name, extra in PEERS.items() for backend in PEER_BACKENDS]
+    pairs += [(name, "openvino-genai", GENAI_EXTRA) for name in GENAI_PEERS]
     peers = [
         Contender(
             f"{name} {backend}",
@@ -66,20 +70,22 @@ def all_contenders(
             ("--backend", backend, *peer_arguments),
             "/health",
             backend,
-            peers_python,
+            extra,
         )
-        for name in PEERS
-        for backend in PEER_BACKENDS
+        for name, backend, extra in pairs
     ]
     return [ours, *peers]
 
 
 @contextmanager
-def running(contender: Contender, logs: Path, start_timeout_s: float = START_TIMEOUT_S) -> Iterator[str]:
+def running(
+    contender: Contender, logs: Path, start_timeout_s: float = START_TIMEOUT_S, python: str = sys.executable
+) -> Iterator[str]:
     """Start a contender, yield its base URL, and always stop it at the end.
 
     Args:
         logs: folder for the contender's output.
+        python: interpreter of the environment that the contender needs.
 
     Raises:
         NotRunError: the contender ended, or was not ready in time.
@@ -87,7 +93,7 @@ def running(contender: Contender, logs: Path, start_timeout_s: float = START_TIM
     logs.mkdir(parents=True, exist_ok=True)
     log = logs / f"{contender.name.replace(' ', '-')}.log"
     port = _free_port()
-    command = [contender.python, "-m", contender.module, "--port", str(port), *contender.arguments]
+    command = [python, "-m", contender.module, "--port", str(port), *contender.arguments]
     quiet = {"PYTHONUNBUFFERED": "1", "DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}
     with log.open("wb") as stream:
         process = subprocess.Popen(
@@ -111,7 +117,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path, tim
     while time.monotonic() < deadline_s:
         if (status := process.poll()) is not None:
             lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it printed nothing"]
-            raise NotRunError(lines[-1] if status == MISSING_DEPENDENCY else f"it ended with {status}: {lines[-1]}")
+            raise NotRunError(lines[-1] if status == CANNOT_RUN else f"it ended with {status}: {lines[-1]}")
         try:
             with urllib.request.urlopen(url, timeout=5) as answer:
                 if answer.status == 200:

@@ -20,10 +20,10 @@ from typing import Any
 
 from benchmarks import options
 from benchmarks.compare import is_busy, server_arguments
-from benchmarks.contenders import ENGINE, OURS, PEERS, NotRunError, all_contenders, running
+from benchmarks.contenders import ENGINE, OURS, NotRunError, all_contenders, running
 from benchmarks.load import Recording, closed_loop
 from benchmarks.machine import environment, environment_json
-from benchmarks.peers.environment import DEFAULT_FOLDER, interpreter_in
+from benchmarks.peers.environment import interpreter_of
 from benchmarks.phases import STEPS, Plan, Scenario, scenario_within_slo, slo_of
 from benchmarks.report import figures, markdown_table, write_json
 from benchmarks.targets import EngineTarget, OpenAITarget, Target, http_session, running_engine
@@ -157,11 +157,10 @@ def _started(name: str, given: argparse.Namespace, stack: ExitStack) -> tuple[Ca
         return lambda: EngineTarget(engine), Suspended([])
     import psutil
 
-    python = interpreter_in(DEFAULT_FOLDER) if name.startswith(PEERS) else sys.executable
     theirs = ["--checkpoint", str(given.checkpoint)]
-    contender = next(one for one in all_contenders(server_arguments(given), theirs, python) if one.name == name)
+    contender = next(one for one in all_contenders(server_arguments(given), theirs) if one.name == name)
     before = set(psutil.Process().children(recursive=True))
-    address = stack.enter_context(running(contender, given.logs))
+    address = stack.enter_context(running(contender, given.logs, python=interpreter_of(contender.extra)))
     suspended = Suspended(sorted(set(psutil.Process().children(recursive=True)) - before, key=lambda one: one.pid))
     stack.callback(suspended.resume)  # a server that is suspended could not stop
     suspended.suspend()

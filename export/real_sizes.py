@@ -74,10 +74,13 @@ STOCK_FOLDERS: Mapping[str, StockFolder] = {
 WRITTEN = ("sd15", *STOCK_FOLDERS)
 
 
-def write_random(model: str, folder: Path) -> None:
+def write_random(model: str, folder: Path, pixels: int | None = None) -> None:
     """Write a checkpoint of full size with random weights, float16 on disk.
 
     Tokenizers are those of the embedded checkpoint. sd15 has its scheduler, recipe and input for K too.
+
+    Args:
+        pixels: width and height of its native size; the published one where it is absent.
 
     Raises:
         CheckpointError: the written checkpoint cannot be served.
@@ -103,8 +106,8 @@ def write_random(model: str, folder: Path) -> None:
         shutil.copytree(DEFAULT_CHECKPOINT / "scheduler", folder / "scheduler", dirs_exist_ok=True)
         shutil.copy(DEFAULT_CHECKPOINT / MODEL_INDEX, folder)
         recipe = load_recipe(DEFAULT_CHECKPOINT)
-    latents, pixels = REAL_SIZES[model]["decoder"].sizes, 8
-    size = (pixels * latents["width"], pixels * latents["height"])
+    latents = REAL_SIZES[model]["decoder"].sizes
+    size = (pixels, pixels) if pixels else (8 * latents["width"], 8 * latents["height"])
     recipe = replace(recipe, name=f"{model}-random", native_sizes=(size,), files=weight_hashes(folder))
     (folder / RECIPE_FILE).write_text(recipe.to_json(), encoding="utf-8")
     open_checkpoint(folder)
@@ -351,6 +354,9 @@ def main(arguments: list[str] | None = None) -> int:
         metavar=("MODEL", "DIR"),
         help=f"write a checkpoint with random weights; MODEL is {', '.join(WRITTEN)}",
     )
+    parser.add_argument(
+        "--pixels", type=int, help="width and height of that checkpoint's pictures (the published ones)"
+    )
     parser.add_argument("--component", help=argparse.SUPPRESS)
     parser.add_argument("--stage", choices=STAGES, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
@@ -359,7 +365,7 @@ def main(arguments: list[str] | None = None) -> int:
     if given.checkpoint:
         if given.checkpoint[0] not in WRITTEN:
             parser.error(f"--checkpoint cannot write {given.checkpoint[0]}; it writes {', '.join(WRITTEN)}")
-        write_random(given.checkpoint[0], Path(given.checkpoint[1]))
+        write_random(given.checkpoint[0], Path(given.checkpoint[1]), given.pixels)
         return 0
     if given.output is None:
         parser.error("give --output DIR or --checkpoint MODEL DIR")

@@ -14,6 +14,7 @@ routes, so that one load generator can measure all of them:
 | `ray_batch` | yes | Ray Serve's `@serve.batch` |
 | `bentoml_service` | yes | BentoML's adaptive batching |
 
-Each peer has three backends: `stock-fp32` and `stock-bf16` are the diffusers pipeline; `ours` is the backend of
-`tdm-serve` in a plain loop. With `ours`, only the scheduling differs from `tdm-serve`.
+Each peer has these backends: `stock-fp32` and `stock-bf16` are the diffusers pipeline, `openvino-genai` is OpenVINO
+GenAI's, and `ours` is the backend of `tdm-serve` in a plain loop. With `ours`, only the scheduling differs from
+`tdm-serve`.
 """

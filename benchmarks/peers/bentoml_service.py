@@ -14,8 +14,9 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
-from benchmarks.peers.command import PeerConfig, exit_without, parse_arguments
+from benchmarks.peers.command import PeerConfig, parse_arguments
 from benchmarks.peers.pipelines import MAX_BATCH_SIZE, Job, OneThread, PeerBackend, load_pipeline
+from benchmarks.peers.refusal import exit_without
 from benchmarks.peers.wire import ImageRequest, image_answer
 
 # BentoML reads these when it is imported: no usage reports, and a model store apart from the user's own.

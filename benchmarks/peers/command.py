@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 from benchmarks.peers.pipelines import PEER_BACKENDS, PeerBackend
 from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT
-
-MISSING_DEPENDENCY = 3
-"""Exit status if a package is missing."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +29,3 @@ def parse_arguments(name: str, arguments: Sequence[str] | None = None) -> PeerCo
     parser.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT, help="checkpoint folder (%(default)s)")
     given = parser.parse_args(arguments)
     return PeerConfig(given.port, given.backend, given.checkpoint.resolve())
-
-
-def exit_without(package: str) -> NoReturn:
-    """Name the missing package on stderr and exit."""
-    print(f"{package} is not installed; `pip install {package}` in an environment of its own", file=sys.stderr)
-    sys.exit(MISSING_DEPENDENCY)

@@ -13,8 +13,9 @@ from functools import partial
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 
-from benchmarks.peers.command import PeerConfig, exit_without, parse_arguments
+from benchmarks.peers.command import PeerConfig, parse_arguments
 from benchmarks.peers.pipelines import OneThread, load_pipeline
+from benchmarks.peers.refusal import exit_without
 from benchmarks.peers.wire import ImageRequest, image_answer
 
 try:

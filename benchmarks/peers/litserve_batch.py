@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.command import PeerConfig, exit_without, parse_arguments
+from benchmarks.peers.command import PeerConfig, parse_arguments
 from benchmarks.peers.pipelines import MAX_BATCH_SIZE, Job, PeerBackend, Pipeline, load_pipeline, make_grouped
+from benchmarks.peers.refusal import exit_without
 from benchmarks.peers.wire import ImageRequest, image_answer
 
 try:

@@ -1,4 +1,4 @@
-"""Pipelines of the peers: the stock diffusers pipeline, or this runtime's backend in a plain loop."""
+"""Pipelines of the peers: the stock diffusers pipeline, OpenVINO GenAI's, or this runtime's backend in a plain loop."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tdm_runtime.params import SamplingParams
 from tdm_runtime.sampling.noise import SeedNoise
 from tdm_runtime.sampling.sampler import solve
 
-PeerBackend = Literal["stock-fp32", "stock-bf16", "ours"]
+PeerBackend = Literal["stock-fp32", "stock-bf16", "openvino-genai", "ours"]
 PEER_BACKENDS: tuple[PeerBackend, ...] = get_args(PeerBackend)
 
 MAX_BATCH_SIZE = 8
@@ -131,6 +131,10 @@ def load_pipeline(backend: PeerBackend, checkpoint: Path, max_batch_size: int) -
         model = load_model(checkpoint, BackendConfig("auto", threads=0))
         print(f"backend: {model.choice or model.backend}", flush=True)
         pipeline = OurPipeline(model)
+    elif backend == "openvino-genai":
+        from benchmarks.peers.genai import GenAIPipeline
+
+        pipeline = GenAIPipeline(checkpoint, "bf16")
     else:
         pipeline = StockPipeline(checkpoint, torch.bfloat16 if backend == "stock-bf16" else torch.float32)
     steps = open_checkpoint(checkpoint).recipe.default_steps

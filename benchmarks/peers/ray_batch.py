@@ -17,8 +17,9 @@ from pathlib import Path
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 
-from benchmarks.peers.command import PeerConfig, exit_without, parse_arguments
+from benchmarks.peers.command import PeerConfig, parse_arguments
 from benchmarks.peers.pipelines import MAX_BATCH_SIZE, Job, PeerBackend, load_pipeline, make_grouped
+from benchmarks.peers.refusal import exit_without
 from benchmarks.peers.wire import ImageRequest, image_answer
 
 # Ray reads these when it is imported, here and in its processes: no usage reports, and a token for its own ports.

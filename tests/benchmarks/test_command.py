@@ -147,6 +147,25 @@ def test_compare_writes_its_tables_between_the_markers(tiny_checkpoint: Path, tm
     assert (tmp_path / "out" / "quality.png").is_file()
 
 
+def test_a_peer_whose_environment_cannot_be_made_is_listed_as_not_run(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    asked: list[str] = []
+
+    def interpreter_of(extra: str) -> str:
+        asked.append(extra)
+        raise OSError("openvino-genai cannot be installed into build/peers-genai: there is no network")
+
+    monkeypatch.setattr("benchmarks.compare.interpreter_of", interpreter_of)
+    command = ["compare", "--quick", "--checkpoint", str(tiny_checkpoint), *TORCH, "--output", str(tmp_path)]
+    command += ["--only", "contenders", "--contenders", "litserve_batch openvino-genai", "engine in process"]
+    assert main(command) == 0
+    assert asked == ["peers-genai"]
+    said = capsys.readouterr().out
+    assert "- litserve_batch openvino-genai: not run: openvino-genai cannot be installed into" in said
+    assert "| engine in process |" in said
+
+
 def test_a_contender_is_started_measured_and_stopped(tiny_checkpoint: Path, tmp_path: Path):
     arguments = ("--backend", "ours", "--checkpoint", str(tiny_checkpoint))
     contender = Contender("a peer", SMALL_SERVER, arguments, "/health", "ours")

@@ -88,6 +88,12 @@ def test_one_thread_loads_and_runs_in_the_same_thread() -> None:
     assert threads[0] != threading.get_ident()
 
 
+def test_an_environment_of_an_unknown_extra_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="the installed tdm-serve has no extra 'absent'; install it again"):
+        interpreter_in(tmp_path / "absent", "absent")
+    assert not (tmp_path / "absent").exists()
+
+
 @pytest.fixture(scope="module")
 def peers_python(tmp_path_factory: pytest.TempPathFactory) -> str:
     return interpreter_in(tmp_path_factory.mktemp("peers"))

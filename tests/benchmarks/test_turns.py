@@ -30,7 +30,6 @@ def test_contenders_take_turns(
         "ours",
     )
     monkeypatch.setattr("benchmarks.turns.all_contenders", lambda *_: [peer])
-    monkeypatch.setattr("benchmarks.turns.interpreter_in", lambda folder: sys.executable)
     flags = ["--checkpoint", str(tiny_checkpoint), "--backend", "torch", "--threads", "1", "--logs", str(tmp_path)]
     flags += ["--rounds", "2", "--turn-s", "0.2", "--max-concurrency", "1,2", "--output", str(tmp_path / "turns.json")]
     flags += ["--loads", "0.5,2"]
