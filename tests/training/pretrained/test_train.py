@@ -26,7 +26,7 @@ from tests.training.tiny_runs import LORA, NOISE, UNIFY, iterate, tiny_base, tin
 from training.config import ConfigError, DistillConfig
 from training.methods.roles import LoraRoles, SeparateRoles
 from training.pretrained.base_model import load_base_model
-from training.pretrained.presets import PRESETS, as_dmd2, as_lcm
+from training.pretrained.presets import PRESETS, as_dmd2, as_lcm, as_tcd
 from training.pretrained.prompts import embed_prompts
 from training.pretrained.student_files import LORA_FILE, STEP_CONDITION_FILE, load_student, read_tensors, save_student
 from training.pretrained.train import (
@@ -111,6 +111,9 @@ VARIANTS: dict[str, DistillConfig] = {
     "DMD2": replace(as_dmd2(UNIFY), fake_updates=2),
     "DMD2, adapters": replace(as_dmd2(LORA), fake_updates=2),
     "LCM": as_lcm(UNIFY),
+    "LCM, adapters": as_lcm(LORA),
+    "TCD": as_tcd(UNIFY),
+    "TCD, adapters": as_tcd(LORA),
 }
 
 
