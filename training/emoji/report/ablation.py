@@ -29,7 +29,7 @@ from training.run.loop import step_generator
 MEASURED_STEPS = (1, 2, 4)
 TEACHER = "teacher"
 """Folder of the teacher in the run, and name of its result."""
-BUDGET = replace(EMOJI, steps=60, batch_size=6, warmup_steps=5, ema_decay=0.95)
+BUDGET = replace(EMOJI, steps=40, batch_size=6, warmup_steps=4, ema_decay=0.9)
 FIXED = replace(BUDGET, step_counts=(4,), step_condition_for="none")
 LCM = replace(as_lcm(FIXED), student_learning_rate=3e-4)
 LORA = replace(FIXED, lora_rank=16, student_learning_rate=1e-3, fake_learning_rate=2e-3)

@@ -23,10 +23,10 @@ from training.measure.metrics import diversity, frechet_distance
 from training.methods.roles import CleanEstimator, Guided
 from training.methods.trajectory import CleanEstimate, Trajectories, build_trajectories, sample
 
-PICTURES = 128
-DIVERSE_PROMPTS, DIVERSE_SEEDS = 8, 4
+PICTURES = 96
+DIVERSE_PROMPTS, DIVERSE_SEEDS = 6, 4
 TEACHER_STEPS = 25
-CALL = 64
+CALL = 48
 """Samples of one call of a denoiser or decoder."""
 
 
@@ -48,7 +48,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Sampler:
-    """Sampler that takes K steps of an estimate, 64 samples at a time."""
+    """Sampler that takes K steps of an estimate, `CALL` samples at a time."""
 
     estimate: CleanEstimate
     trajectories: Trajectories
