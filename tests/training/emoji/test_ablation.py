@@ -17,7 +17,7 @@ from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT
 from tests.training.run.killed import needs_font
 from training.emoji.data.scenes import caption, sample_scene
 from training.emoji.data.text import build_text_encoder
-from training.emoji.report import ablation, judge
+from training.emoji.report import ablation, ablation_table, judge
 from training.emoji.report.ablation import (
     TEACHER,
     VARIANTS,
@@ -55,7 +55,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Train every variant for one iteration of two samples, and measure it on a few pictures."""
     for name, value in SMALL.items():
         monkeypatch.setattr(judge, name, value)
-    for module in (judge, ablation):
+    for module in (judge, ablation, ablation_table):
         monkeypatch.setattr(module, "TEACHER_STEPS", 3)
     variants = {
         name: replace(variant, config=replace(variant.config, steps=1, batch_size=2))
@@ -75,7 +75,7 @@ def test_every_kind_of_row_is_measured_and_printed(
     print_ablation(tmp_path)
     main, moved, orderings = capsys.readouterr().out.split("\n\n")
     rows = [line.split(" | ")[0].removeprefix("| ") for line in main.splitlines()]
-    assert {"4 steps, LCM: deterministic", "teacher, guidance 3", "teacher-sft, guidance 3"} <= set(rows)
+    assert {"4 steps, LCM: deterministic", "teacher, guidance 3", "teacher, 3 steps"} <= set(rows)
     assert rows.count("4 steps, LCM") == 1
     assert {"| 4 steps, TDM-LoRA", "| 4 steps, TCD-LoRA: stochastic"} <= {r.split(" | ")[0] for r in moved.splitlines()}
     assert "| Fig. 8: TDM repairs that LCM | " in orderings
@@ -162,7 +162,12 @@ def test_captions_belong_to_the_latents_at_every_seed(run: Path) -> None:
 
 def result(name: str, seed: int, frechet: float) -> Result:
     return Result(
-        name, seed, 1.0, 1, {"4": Measured(1.0, 20.0, frechet, 1.0, 1.0)}, {"teacher-sft": {"4": 2 * frechet}}
+        name,
+        seed,
+        1.0,
+        1,
+        {"4": Measured(1.0, 20.0, frechet, 4.0 - 0.5 * frechet, 1.0)},
+        {"teacher-sft": {"4": 2 * frechet}},
     )
 
 
@@ -179,7 +184,7 @@ def test_an_ordering_compares_equal_seeds_and_needs_an_interval_without_zero(
         (tmp_path / f"{n}.json").write_text(json.dumps(asdict(row)))
     print_ablation(tmp_path)
     out = capsys.readouterr().out
-    assert "| Table 8: Fisher divergence | -0.50 ± 0.00 | 2 | the other way round |" in out
+    assert "| Table 8: Fisher divergence | -0.50 ± 0.00 | the other way round | 0.25 ± 0.00 | reproduces | 2 |" in out
     assert "1.10 ± 0.25" in next(line for line in out.splitlines() if line.startswith("| TDM, 4 steps"))
     assert Side("TDM, 4 steps", base="teacher-sft").of(rows) == {0: 2.0, 1: 2.2, 2: 2.4}
 

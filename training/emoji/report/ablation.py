@@ -157,13 +157,16 @@ def _measure_moved(distiller: Distiller, run: Path, judge: Judge, base: str, nam
 
 
 def measure_teacher(base: str, judge_of: Callable[[str], Judge], folder: Path) -> Result:
-    """Measure a guided teacher, or read its result if there is one."""
+    """Measure a guided teacher, or read its result if there is one. Another base is measured at 4 steps only."""
     file = folder / f"{base}-0.json"
     if file.is_file():
         return read_result(file)
     judge = judge_of(base)
-    steps = (*MEASURED_STEPS, TEACHER_STEPS)
-    return _kept(Result(base, 0, 0.0, 0, {str(k): judge.measure(judge.teacher(k)) for k in steps}), file)
+    steps = MEASURED_STEPS if base == TEACHER else (4,)
+    measured = {str(k): judge.measure(judge.teacher(k)) for k in steps}
+    if base == TEACHER:
+        measured[str(TEACHER_STEPS)] = judge.measure_teacher()
+    return _kept(Result(base, 0, 0.0, 0, measured), file)
 
 
 def _kept(result: Result, file: Path) -> Result:

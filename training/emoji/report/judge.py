@@ -103,7 +103,8 @@ class Judge:
             self.prompts.empty(),
             EMOJI.guidance_scale,
         )
-        self.reference = features_of(self.network, self._teachers_pictures(folder / f"pictures-{PICTURES}.npy"))
+        self.teachers_pictures = self._teachers_pictures(folder / f"pictures-{PICTURES}.npy")
+        self.reference = features_of(self.network, self.teachers_pictures)
         self.drawn = features_of(self.network, [self.scorer.draw(scene) for scene in self.scenes])
 
     def _teachers_pictures(self, file: Path) -> list[Pixels]:
@@ -128,7 +129,13 @@ class Judge:
 
     def measure(self, sampler: Sampler) -> Measured:
         """Measure one sampler."""
-        pictures = self.pictures(sampler(self.noise, self.conditioning))
+        return self._measured(sampler, self.pictures(sampler(self.noise, self.conditioning)))
+
+    def measure_teacher(self) -> Measured:
+        """Measure the teacher at 25 steps."""
+        return self._measured(self.teacher(TEACHER_STEPS), self.teachers_pictures)
+
+    def _measured(self, sampler: Sampler, pictures: list[Pixels]) -> Measured:
         repeated = self.pictures(sampler(self.noise[: len(self.repeated)], self.repeated))
         score, features = self.scorer.score(pictures, self.scenes), features_of(self.network, pictures)
         spread = features_of(self.network, repeated).reshape(DIVERSE_PROMPTS, DIVERSE_SEEDS, -1)
