@@ -177,7 +177,7 @@ def test_an_ordering_compares_equal_seeds_and_needs_an_interval_without_zero(
     assert verdict([2.0, 2.1, 1.9]) == "reproduces"
     assert verdict([-2.0, -2.1, -1.9]) == "the other way round"
     assert verdict([2.0, -1.0, 0.5]) == "within noise"
-    assert verdict([2.0]) == "within noise"
+    assert verdict([2.0]) == "one seed"
     rows = [result("TDM, 4 steps", seed, 1.0 + 0.1 * seed) for seed in (0, 1, 2)]
     rows += [result("4 steps, Fisher divergence", seed, 1.5 + 0.1 * seed) for seed in (0, 1)]
     for n, row in enumerate(rows):

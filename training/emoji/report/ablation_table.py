@@ -198,6 +198,8 @@ def _print_orderings(results: Sequence[Result]) -> None:
 
 def verdict(differences: Sequence[float]) -> str:
     """Return whether an ordering reproduces, from worse - better of each seed."""
+    if len(differences) < 2:
+        return "one seed"
     middle, width = mean(differences), half_width(differences)
     if abs(middle) <= width:
         return "within noise"
