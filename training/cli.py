@@ -35,6 +35,8 @@ from training.pretrained.commands import COMMANDS, add_commands
 from training.run.loop import LoopConfig
 
 EMOJI_STAGES = ("autoencoder", "teacher", "decoder", "student", "tiny-autoencoder", "publish")
+RESTORED_TEACHER = "teacher-from-checkpoint"
+"""Stage that stands in for `autoencoder` and `teacher`."""
 VIDEO_STAGES = ("clips", "teacher", "student", "publish")
 DEFAULT_RUN = Path("runs/emoji")
 DEFAULT_VIDEO_RUN = Path("runs/emoji-video")
@@ -60,7 +62,13 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     emoji = commands.add_parser("emoji", help="make the embedded checkpoint, or run one of its stages")
-    emoji.add_argument("stage", nargs="?", choices=EMOJI_STAGES, help="stage to run; by default all in order")
+    emoji.add_argument(
+        "stage",
+        nargs="?",
+        choices=(*EMOJI_STAGES, RESTORED_TEACHER),
+        help=f"stage to run; by default all in order but {RESTORED_TEACHER}, which makes a teacher of --checkpoint in "
+        "minutes, for ablations",
+    )
     emoji.add_argument("--steps", type=int, help="iterations, instead of the default of the stage")
     emoji.add_argument("--seed", type=int, default=0)
     for name, help_text in (
@@ -83,12 +91,15 @@ def _parser() -> argparse.ArgumentParser:
     _add_video(commands)
     add_measure_commands(commands)
 
-    ablate = commands.add_parser("ablate", help="the paper's ablations on the emoji model")
+    ablate = commands.add_parser(
+        "ablate",
+        help="the paper's ablations on the emoji model; a --run without a teacher gets one of the embedded checkpoint",
+    )
     ablate.add_argument("--run", type=Path, default=DEFAULT_RUN)
     ablate.add_argument("--output", type=Path, default=Path("runs/ablation"))
-    ablate.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    ablate.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     ablate.add_argument("--variants", nargs="+", help="rows to run; by default all")
-    ablate.add_argument("--print", action="store_true", help="print the table of the finished rows")
+    ablate.add_argument("--print", action="store_true", help="print the tables of the finished rows and the orderings")
 
     proof = commands.add_parser("proof", help="distil cases with a known answer, and print a table")
     proof.add_argument(
@@ -139,6 +150,13 @@ def _teacher(given: argparse.Namespace) -> None:
 
     config = TeacherConfig()
     train_teacher(given.run / "teacher", given.run / "autoencoder", replace(config, loop=_loop(config.loop, given)))
+
+
+def _restored_teacher(given: argparse.Namespace) -> None:
+    from training.emoji.stages.bases import RESTORED, restore_teacher
+
+    config = replace(RESTORED, seed=given.seed, steps=given.steps or RESTORED.steps)
+    restore_teacher(given.run, given.checkpoint, config)
 
 
 def _decoder(given: argparse.Namespace) -> None:
@@ -249,12 +267,13 @@ def _grid(given: argparse.Namespace) -> None:
 
 
 def _ablate(given: argparse.Namespace) -> None:
-    from training.emoji.report.ablation import VARIANTS, print_ablation, run_ablation
+    from training.emoji.report.ablation import VARIANTS, run_ablation
+    from training.emoji.report.ablation_table import print_ablation
 
     if unknown := sorted(set(given.variants or ()) - set(VARIANTS)):
         raise ValueError(f"unknown variants {unknown}; known are {list(VARIANTS)}")
     if given.print:
-        print_ablation(given.run, given.output)
+        print_ablation(given.output)
     else:
         run_ablation(given.run, given.output, given.seeds, given.variants or tuple(VARIANTS))
 
@@ -273,6 +292,7 @@ def _proof(given: argparse.Namespace) -> None:
 _EMOJI: Mapping[str, Callable[[argparse.Namespace], None]] = {
     "autoencoder": _autoencoder,
     "teacher": _teacher,
+    RESTORED_TEACHER: _restored_teacher,
     "decoder": _decoder,
     "student": _student,
     "tiny-autoencoder": _tiny_autoencoder,

@@ -17,7 +17,7 @@ from tdm_runtime.errors import TDMError
 from tdm_runtime.sampling.solvers import DeterministicSolver
 from training.methods.precision import Precision
 
-Method = Literal["tdm", "lcm"]
+Method = Literal["tdm", "lcm", "tcd"]
 Interval = Literal["disjoint", "reverse", "full"]
 Rollout = Literal["ode", "stochastic"]
 StepConditionFor = Literal["both", "student", "none"]
@@ -56,8 +56,8 @@ class DistillConfig:
     """Settings of a distillation. Defaults are the paper's method; sizes and rates come from a preset."""
 
     method: Method = "tdm"
-    """tdm: Algorithm 1. lcm: a baseline (Luo et al. 2023). The baseline DMD2 is tdm with other settings, see
-    `presets.as_dmd2`."""
+    """tdm: Algorithm 1. lcm, tcd: baselines (Luo et al. 2023; Zheng et al. 2024). The baseline DMD2 is tdm with other
+    settings, see `presets.as_dmd2`."""
     steps: int = 3000
     """Optimizer iterations of the student."""
     batch_size: int = 32
@@ -169,7 +169,7 @@ class DistillConfig:
     @property
     def needs_latents(self) -> bool:
         """Whether the method learns from real latents."""
-        return self.method == "lcm" or self.adversarial_weight > 0
+        return self.method != "tdm" or self.adversarial_weight > 0
 
     @property
     def adapter_alpha(self) -> float:
@@ -203,8 +203,6 @@ class DistillConfig:
                 f"base_precision 'bf16' is for LoRA adapters in precision bf16; set lora_rank (now {self.lora_rank}) "
                 f"above 0 and precision (now {self.precision}) to bf16, or base_precision to fp32"
             )
-        if self.method == "lcm" and self.lora_rank:
-            raise ConfigError(f"method 'lcm' trains whole copies; set lora_rank (now {self.lora_rank}) to 0")
 
 
 def check_shared_fields(values: Mapping[str, Any]) -> None:

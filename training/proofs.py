@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from statistics import mean, stdev
 from typing import get_args
 
 from training import colours, gaussian, mixture
 from training.config import DistillConfig, FakeTarget
+from training.measure.intervals import interval
 
 DIMENSIONS = (1, 16, 1000)
 """Dimensions of the Gaussian case."""
 START = "at the start (the teacher at K steps)"
-STUDENT_T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
-"""Quantile of Student's t for a 95% interval, for 2 to 10 seeds; more seeds have less."""
 
 
 def print_mixture(seeds: Sequence[int], *, is_flow: bool = False, names: Sequence[str] = ()) -> None:
@@ -72,16 +69,6 @@ def print_colours(seeds: Sequence[int], names: Sequence[FakeTarget] = get_args(F
             for teacher, seed in zip(teachers, seeds, strict=True)
         ]
         _print_row(name, [*(interval([colours.distance(s.sample, k) for s in students]) for k in counts), ""])
-
-
-def interval(values: Sequence[float], digits: int = 2) -> str:
-    """Return the mean of one number a seed, with the half-width of its 95% interval by Student's t."""
-    if not all(map(math.isfinite, values)):
-        return "not finite"
-    if len(values) == 1:
-        return f"{values[0]:.{digits}f}"
-    width = STUDENT_T_95[min(len(values), 10) - 2] * stdev(values) / len(values) ** 0.5
-    return f"{mean(values):.{digits}f} ± {width:.{digits}f}"
 
 
 def _print_row(name: str, cells: Sequence[str], *, is_head: bool = False) -> None:

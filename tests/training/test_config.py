@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 
 from training.config import ConfigError, DistillConfig, config_as_toml, load_config, with_changes
-from training.pretrained.presets import PRESETS, as_dmd2, as_lcm
+from training.pretrained.presets import PRESETS, as_dmd2, as_lcm, as_tcd
 
 VARIANTS = {
     **PRESETS,
     "default": DistillConfig(),
     "DMD2": as_dmd2(PRESETS["sd15"]),
     "LCM": as_lcm(PRESETS["sd15"]),
+    "TCD, adapters": as_tcd(PRESETS["sd15-lora"]),
     "not a default": replace(
         DistillConfig(),
         timesteps={2: (999.0, 400.5), 1: (999.0,)},
@@ -51,7 +52,7 @@ def test_a_file_changes_only_the_fields_in_it(tmp_path: Path) -> None:
         ("batch_size = 0", "batch_size is 0; it must be at least 1"),
         ("gradient_checkpointing = 1", "gradient_checkpointing is 1; it must be of type bool"),
         ("accumulation = 3", "accumulation is 3; it must be a divisor of batch_size, 32"),
-        ('method = "tmd"', "method is 'tmd'; it must be one of tdm, lcm"),
+        ('method = "tmd"', "method is 'tmd'; it must be one of tdm, lcm, tcd"),
         ('step_condition_for = "teacher"', "step_condition_for is 'teacher'; it must be one of both, student, none"),
         ('solver = "heun"', "solver is 'heun'; it must be one of ddim, euler, dpmsolver"),
         ('precision = "fp16"', "precision is 'fp16'; it must be one of bf16, fp32"),
@@ -79,7 +80,6 @@ def test_a_file_changes_only_the_fields_in_it(tmp_path: Path) -> None:
         ),
         ('base_precision = "bf16"\nlora_rank = 4\nprecision = "fp32"', r"precision \(now fp32\) to bf16"),
         ('generator_loss = "fisher"\nlora_rank = 4', r"generator_loss 'fisher' .* set lora_rank \(now 4\) to 0"),
-        ('method = "lcm"\nlora_rank = 4', r"method 'lcm' trains whole copies; set lora_rank \(now 4\) to 0"),
         ("adversarial_weight = 0.1\nlora_rank = 4", r"adversarial_weight needs .* set lora_rank \(now 4\) or"),
         ("batch_size = ", "is not TOML"),
         ("batch_size = \xff", "is not TOML"),
@@ -120,11 +120,17 @@ def test_presets_have_the_numbers_of_the_papers_appendix_d() -> None:
         assert config.step_condition_for == ("both" if len(config.step_counts) > 1 else "none")
 
 
-def test_as_dmd2_sets_its_fields_and_keeps_the_learning_rate_and_as_lcm_rejects_lora() -> None:
+def test_as_dmd2_sets_its_fields_and_keeps_the_learning_rate() -> None:
     config = as_dmd2(PRESETS["sd15"])
     assert (config.fake_updates, config.interval, config.matching) == (10, "full", "clean")
     assert config.step_condition_for == "none"
     assert (config.rollout, config.generator_loss, config.fake_target) == ("stochastic", "normalised_l2", "clean")
     assert config.student_learning_rate == PRESETS["sd15"].student_learning_rate
-    with pytest.raises(ConfigError, match="method 'lcm' trains whole copies"):
-        as_lcm(PRESETS["sd15-lora"])
+
+
+def test_lcm_and_tcd_learn_from_latents_without_k_and_only_lcm_samples_with_noise() -> None:
+    lcm, tcd = as_lcm(PRESETS["sd15"]), as_tcd(PRESETS["sd15"])
+    assert (lcm.needs_latents, tcd.needs_latents, PRESETS["sd15"].needs_latents) == (True, True, False)
+    assert (lcm.samples_with_noise, tcd.samples_with_noise) == (True, False)
+    assert not lcm.student_receives_k and not tcd.student_receives_k
+    assert replace(tcd, method="lcm") == lcm

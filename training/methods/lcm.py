@@ -1,7 +1,8 @@
-"""Latent consistency distillation (Luo et al. 2023), a baseline and the start of Fig. 8.
+"""Consistency distillation, two baselines: LCM (Luo et al. 2023), the start of Fig. 8, and TCD (Zheng et al. 2024).
 
-The loss makes f(x, t) = c_skip(t) x + c_out(t) x_0(x, t) equal at both ends of a teacher's step, Eq. (10).
-The method needs real latents, and its sampler is stochastic.
+LCM makes f(x, t) = c_skip(t) x + c_out(t) x_0(x, t) equal at both ends of a teacher's step, Eq. (10). Its sampler is
+stochastic. TCD makes f(x, t, s), the DDIM step from t to s with x_0(x, t), equal there for every s, so that steps of
+a deterministic sampler are right too. Both need real latents.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from tdm_runtime.families.conditioning import Conditioning
 from training.methods.batch import Batch
-from training.methods.losses import consistency_loss, consistency_scalings
+from training.methods.losses import consistency_loss, consistency_scalings, like_levels
 from training.methods.roles import CleanEstimator, Guided
 from training.methods.trajectory import Coordinates
 
@@ -34,8 +35,41 @@ class ConsistencyFunction:
 
 
 @dataclass(frozen=True)
+class TeacherStep:
+    """A teacher's guided DDIM step from diffused data."""
+
+    x_high: Tensor
+    high: Tensor
+    """Timesteps where the step starts, [B]."""
+    x_low: Tensor
+    """Sample that the teacher's step reaches, without gradient."""
+    low: Tensor
+    """Timesteps where the step ends, [B]."""
+
+
+def ddim_step(coordinates: Coordinates, x: Tensor, x_0: Tensor, start: Tensor, end: Tensor) -> Tensor:
+    """Step from timesteps `start` to `end` [B] along the noise that x and x_0 imply. A step of no length returns x."""
+    (alpha, sigma), (alpha_end, sigma_end) = (coordinates.levels(t, x) for t in (start, end))
+    moved = alpha_end * x_0 + sigma_end / sigma * (x - alpha * x_0)
+    return torch.where(like_levels((start == end).to(x.device), x), x, moved)
+
+
+def teacher_step(teacher: Guided, coordinates: Coordinates, batch: Batch) -> TeacherStep:
+    """Diffuse the batch's latents to the grid's timestep at or above tau, and take the teacher's step from there."""
+    assert batch.latents is not None, "the distiller refuses a source without latents"
+    skip = (coordinates.schedule.max_timestep + 1) // GRID
+    high = ((batch.generator.tau + skip) // skip * skip - 1).clamp_max(coordinates.schedule.max_timestep)
+    low = (high - skip).clamp_min(coordinates.clean_end)
+    alphas, sigmas = coordinates.levels(high, batch.latents)
+    x_high = alphas * batch.latents + sigmas * batch.generator.noise
+    with torch.no_grad():
+        x_low = ddim_step(coordinates, x_high, teacher(x_high, high, batch.conditioning), high, low)
+    return TeacherStep(x_high, high, x_low, low)
+
+
+@dataclass(frozen=True)
 class LCM:
-    """Latent consistency distillation with a teacher, a student and the student's average as target."""
+    """Latent consistency distillation. The target is the student's average, or the student itself for LoRA."""
 
     teacher: Guided
     student: ConsistencyFunction
@@ -44,22 +78,36 @@ class LCM:
 
     def loss(self, batch: Batch) -> Tensor:
         """Return the loss, Eq. (10), between diffused data x_t and the teacher's guided DDIM step from there."""
-        assert batch.latents is not None, "the distiller refuses a source without latents"
-        skip = (self.coordinates.schedule.max_timestep + 1) // GRID
-        high = ((batch.generator.tau + skip) // skip * skip - 1).clamp_max(self.coordinates.schedule.max_timestep)
-        low = (high - skip).clamp_min(self.coordinates.clean_end)
-        alphas, sigmas = self.coordinates.levels(high, batch.latents)
-        x_high = alphas * batch.latents + sigmas * batch.generator.noise
+        step = teacher_step(self.teacher, self.coordinates, batch)
         with torch.no_grad():
-            x_low = self._teacher_step(x_high, high, low, batch.conditioning)
-            target = self.target(x_low, low, batch.conditioning, None)
-        return consistency_loss(self.student(x_high, high, batch.conditioning, None), target)
+            target = self.target(step.x_low, step.low, batch.conditioning, None)
+        return consistency_loss(self.student(step.x_high, step.high, batch.conditioning, None), target)
 
-    def _teacher_step(self, x: Tensor, high: Tensor, low: Tensor, conditioning: Conditioning) -> Tensor:
-        """Take a DDIM step from `high` to `low`."""
-        x_0 = self.teacher(x, high, conditioning)
-        (alpha_high, sigma_high), (alpha_low, sigma_low) = (self.coordinates.levels(t, x) for t in (high, low))
-        return alpha_low * x_0 + sigma_low / sigma_high * (x - alpha_high * x_0)
+
+@dataclass(frozen=True)
+class TCD:
+    """Trajectory consistency distillation with first-order steps. The target is chosen as in `LCM`."""
+
+    teacher: Guided
+    student: CleanEstimator
+    target: CleanEstimator
+    coordinates: Coordinates
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Return the loss between f(x, t, s) at both ends of the teacher's step (Zheng et al. 2024, algorithm 1).
+
+        s is uniform between the clean end and the lower end. Its random number is the tau of the fake score, which the
+        method does not use otherwise.
+        """
+        step, clean_end = teacher_step(self.teacher, self.coordinates, batch), self.coordinates.clean_end
+        share = batch.fake[0].tau / self.coordinates.schedule.max_timestep
+        end = clean_end + (share * (step.low - clean_end)).round()
+        with torch.no_grad():
+            target = self._step(self.target, step.x_low, step.low, end, batch)
+        return consistency_loss(self._step(self.student, step.x_high, step.high, end, batch), target)
+
+    def _step(self, estimate: CleanEstimator, x: Tensor, start: Tensor, end: Tensor, batch: Batch) -> Tensor:
+        return ddim_step(self.coordinates, x, estimate(x, start, batch.conditioning, None), start, end)
 
 
 def averaged(student: CleanEstimator, average: torch.nn.Module) -> CleanEstimator:

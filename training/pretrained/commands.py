@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from training.config import DistillConfig, config_as_toml, load_config
-from training.pretrained.presets import PRESETS, PUBLISHED_BASES, as_dmd2, as_lcm
+from training.pretrained.presets import PRESETS, PUBLISHED_BASES, as_dmd2, as_lcm, as_tcd
 from training.run.finetune import FinetuneConfig
 
 _METHODS: Mapping[str, Callable[[DistillConfig], DistillConfig]] = {
     "tdm": lambda config: config,
     "dmd2": as_dmd2,
     "lcm": as_lcm,
+    "tcd": as_tcd,
 }
 
 

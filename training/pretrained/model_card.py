@@ -13,6 +13,7 @@ _METHODS = {
     "TDM": "Trajectory Distribution Matching (Luo et al. 2025)",
     "DMD2": "DMD2 (Yin et al. 2024)",
     "LCM": "latent consistency distillation (Luo et al. 2023)",
+    "TCD": "trajectory consistency distillation (Zheng et al. 2024)",
 }
 _GUIDANCE_OFF = {"z_image": 0.0}
 """Family -> guidance_scale at which its stock pipeline calls the model once; 1 for the others."""
@@ -29,7 +30,7 @@ def model_card(config: DistillConfig, recipe: Recipe, family: Family, base: str)
     weights = f"LoRA of rank {config.lora_rank}, which needs its base" if config.lora_rank else "whole"
     rows = [
         ("base", f"`{base}`, family {family.name}"),
-        ("method", _METHODS["LCM" if config.method == "lcm" else "DMD2" if config.samples_with_noise else "TDM"]),
+        ("method", _METHODS["DMD2" if config.rollout == "stochastic" else config.method.upper()]),
         ("weights", weights),
         ("step counts K", f"{counts}{', which the model reads' if config.student_receives_k else ''}"),
         ("timesteps", timesteps),

@@ -229,9 +229,13 @@ def as_dmd2(config: DistillConfig) -> DistillConfig:
 
 
 def as_lcm(config: DistillConfig) -> DistillConfig:
-    """Return the same run by latent consistency distillation (Luo et al. 2023), on real latents and all weights.
-
-    Raises:
-        ConfigError: the config trains LoRA adapters.
-    """
+    """Return the same run by latent consistency distillation (Luo et al. 2023), on real latents."""
     return replace(config, method="lcm", interval="full", step_condition_for="none", adversarial_weight=0.0)
+
+
+def as_tcd(config: DistillConfig) -> DistillConfig:
+    """Return the same run by trajectory consistency distillation (Zheng et al. 2024), on real latents.
+
+    The student is sampled with gamma 0, which is DDIM.
+    """
+    return replace(as_lcm(config), method="tcd")

@@ -121,7 +121,8 @@ def coordinates_of(base: BaseModel, config: DistillConfig) -> Coordinates:
     """Return the base's noise schedule and prediction type at the config's size; a flow_shift replaces a flow's shift.
 
     Raises:
-        ConfigError: the config wants another prediction type, a flow's shift for a diffusion model, or LCM for a flow.
+        ConfigError: the config wants another prediction type, a flow's shift for a diffusion model, or LCM or TCD for
+            a flow.
     """
     if config.teacher_prediction not in ("any", base.prediction_type):
         raise ConfigError(
@@ -136,8 +137,10 @@ def coordinates_of(base: BaseModel, config: DistillConfig) -> Coordinates:
             f"flow_shift is {config.flow_shift:g} and the base is {base.family.name}, a diffusion model; "
             "set flow_shift to 0"
         )
-    if config.method == "lcm" and is_flow:
-        raise ConfigError(f"method 'lcm' knows diffusion schedules, {base.family.name} is a flow; set method to tdm")
+    if config.method != "tdm" and is_flow:
+        raise ConfigError(
+            f"method '{config.method}' knows diffusion schedules, {base.family.name} is a flow; set method to tdm"
+        )
     if isinstance(schedule, FlowSchedule) and config.flow_shift:
         return Coordinates(replace(schedule, shift=config.flow_shift), base.prediction_type)
     return coordinates

@@ -16,7 +16,7 @@ from tdm_runtime.families.conditioning import Conditioning
 from training.config import ConfigError, DistillConfig
 from training.methods.adversarial import Adversary, build_discriminator
 from training.methods.batch import Batch, PromptSource, draw, part_of
-from training.methods.lcm import LCM, ConsistencyFunction, averaged
+from training.methods.lcm import LCM, TCD, ConsistencyFunction, averaged
 from training.methods.roles import CleanEstimator, Guided, Roles
 from training.methods.tdm import TDM, StudentSample
 from training.methods.trajectory import CleanEstimate, Coordinates, Start, Trajectories, build_trajectories, sample
@@ -88,7 +88,7 @@ class Distiller:
             part_of(draws, part, self.run.prompts, first, self.device, has_latents=self.config.needs_latents)
             for part in self.parts
         ]
-        numbers = self._lcm_turn(batches) if self.config.method == "lcm" else self._tdm_turns(batches)
+        numbers = self._tdm_turns(batches) if self.config.method == "tdm" else self._consistency_turn(batches)
         update_ema(self.average, self.roles.module("student"), step, self.config.ema_decay)
         return {name: self.processes.mean(value) for name, value in numbers.items()}
 
@@ -117,8 +117,8 @@ class Distiller:
             )
         return loss
 
-    def _lcm_turn(self, batches: Sequence[Batch]) -> dict[str, float]:
-        return self._turn("student", (self._lcm.loss(batch) for batch in batches))
+    def _consistency_turn(self, batches: Sequence[Batch]) -> dict[str, float]:
+        return self._turn("student", (self._consistency.loss(batch) for batch in batches))
 
     def _turn(self, role: str, losses: Iterator[Tensor]) -> dict[str, float]:
         """Update one role. Return its loss and gradient norm."""
@@ -169,19 +169,17 @@ class Distiller:
 
     def _require_latents(self) -> None:
         if self.run.prompts.latents(range(1)) is None:
-            needs = "method 'lcm'" if self.config.method == "lcm" else "adversarial_weight above 0"
+            needs = "adversarial_weight above 0" if self.config.method == "tdm" else f"method '{self.config.method}'"
             raise ConfigError(f"{needs} learns from real latents, and the prompts have none; give a set with latents")
 
     @cached_property
-    def _lcm(self) -> LCM:
+    def _consistency(self) -> LCM | TCD:
         student = self.roles.student
         assert isinstance(student, CleanEstimator)
-        return LCM(
-            self.real,
-            ConsistencyFunction(student),
-            ConsistencyFunction(averaged(student, self.average)),
-            self.run.coordinates,
-        )
+        target = student if self.config.lora_rank else averaged(student, self.average)
+        if self.config.method == "tcd":
+            return TCD(self.real, student, target, self.run.coordinates)
+        return LCM(self.real, ConsistencyFunction(student), ConsistencyFunction(target), self.run.coordinates)
 
     def _set_learning_rates(self, step: int) -> None:
         config = self.config

@@ -1,4 +1,4 @@
-"""Latent consistency distillation: the teacher's step and the loss, against cases with known answers."""
+"""Consistency distillation (LCM, TCD): the teacher's step and the losses, against cases with known answers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.training.methods.known import (
     normal,
 )
 from training.methods.batch import Batch, Forward
-from training.methods.lcm import LCM, ConsistencyFunction, averaged
+from training.methods.lcm import LCM, TCD, ConsistencyFunction, averaged, ddim_step, teacher_step
 from training.methods.losses import consistency_loss, consistency_scalings
 from training.methods.roles import CleanEstimator, Guided
 
@@ -77,12 +77,15 @@ def test_a_consistency_function_mixes_sample_and_estimate() -> None:
 
 def test_the_teachers_step_moves_a_sample_along_its_own_noise() -> None:
     """With data of one point, x = alpha point + sigma noise at every timestep of the teacher's path."""
-    point, noise, batch = normal(1, *SHAPE, seed=0), normal(4, *SHAPE, seed=1), batch_at([9.0] * 4)
+    point, noise = normal(1, *SHAPE, seed=0), normal(4, *SHAPE, seed=1)
     high, low = torch.tensor([999, 519, 39, 19]), torch.tensor([979, 499, 19, -1])
     (alpha_high, sigma_high), (alpha_low, sigma_low) = levels(high), levels(low)
-    lcm = lcm_of(OnePoint(point))
-    found = lcm._teacher_step(alpha_high * point + sigma_high * noise, high, low, batch.conditioning)
-    torch.testing.assert_close(found, alpha_low * point + sigma_low * noise, rtol=1e-4, atol=1e-4)
+    given = replace(batch_at([999.0, 519.0, 39.0, 19.0]), latents=point.expand(4, *SHAPE))
+    given = replace(given, generator=Forward(given.generator.tau, noise))
+    step = teacher_step(Guided(estimator(OnePoint(point)), EMPTY, 2.5), COORDINATES, given)
+    assert (step.high.tolist(), step.low.tolist()) == (high.tolist(), low.tolist())
+    torch.testing.assert_close(step.x_high, alpha_high * point + sigma_high * noise, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(step.x_low, alpha_low * point + sigma_low * noise, rtol=1e-4, atol=1e-4)
 
 
 def test_the_loss_is_equation_10_between_the_ends_of_a_guided_step() -> None:
@@ -108,6 +111,57 @@ def test_the_loss_is_equation_10_between_the_ends_of_a_guided_step() -> None:
     loss.backward()  # type: ignore[no-untyped-call]
     student, target = lcm.student.estimate.denoiser, lcm.target.estimate.denoiser
     assert student.gain.grad is not None and target.gain.grad is None
+
+
+def test_a_ddim_step_by_hand() -> None:
+    """To the clean end it is x_0, of no length it is x, and between it keeps x_0 and scales the noise down."""
+    x, x_0 = torch.full((3, 1, 1, 1), 2.0), torch.full((3, 1, 1, 1), 0.5)
+    start, end = torch.tensor([600, 600, 600]), torch.tensor([-1, 600, 200])
+    (alpha, sigma), (alpha_end, sigma_end) = levels(start), levels(end)
+    found = ddim_step(COORDINATES, x, x_0, start, end).flatten()
+    noise = (2.0 - alpha[2] * 0.5) / sigma[2]
+    assert found[:2].tolist() == [0.5, 2.0]
+    torch.testing.assert_close(found[2], (alpha_end[2] * 0.5 + sigma_end[2] * noise).squeeze())
+    clean = torch.tensor([-1, -1, -1])
+    assert torch.equal(ddim_step(COORDINATES, x, x_0, clean, clean), x)
+
+
+def tcd_of(teacher: nn.Module, student: nn.Module, target: nn.Module) -> TCD:
+    return TCD(Guided(estimator(teacher), EMPTY, 2.5), estimator(student), estimator(target), COORDINATES)
+
+
+def test_the_loss_of_tcd_is_between_steps_to_a_common_end() -> None:
+    """The end lies a share of the way from the clean end to the lower end of the teacher's step."""
+    batch = batch_at([1.0, 20.0, 499.0, 999.0])
+    batch = replace(batch, fake=(Forward(torch.tensor([999.0, 0.0, 333.0, 666.0]), batch.noise),))
+    high, low, end = (
+        torch.tensor([19, 39, 499, 999]),
+        torch.tensor([-1, 19, 479, 979]),
+        torch.tensor([-1, -1, 159, 652]),
+    )
+    tcd, prompts = tcd_of(KnownDenoiser(0.9), KnownDenoiser(0.5), KnownDenoiser(0.7)), batch.conditioning
+    step = teacher_step(tcd.teacher, COORDINATES, batch)
+    (alpha_high, sigma_high), (alpha_low, sigma_low), (alpha_end, sigma_end) = (levels(t) for t in (high, low, end))
+    ours = known(0.5, step.x_high, high, prompts)
+    ours = alpha_end * ours + sigma_end * (step.x_high - alpha_high * ours) / sigma_high
+    theirs = known(0.7, step.x_low, low, prompts)
+    theirs = alpha_end * theirs + sigma_end * (step.x_low - alpha_low * theirs) / sigma_low
+    theirs[0] = step.x_low[0]  # the teacher's step ends at the clean end
+    squared = (ours - theirs).square().flatten(1).sum(1)
+    c = 0.00054 * math.sqrt(math.prod(SHAPE))
+    loss = tcd.loss(batch)
+    torch.testing.assert_close(loss, ((squared + c**2).sqrt() - c).mean(), rtol=1e-4, atol=1e-5)
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert tcd.student.denoiser.gain.grad is not None and tcd.target.denoiser.gain.grad is None
+
+
+def test_a_student_that_knows_the_data_has_no_loss_of_tcd_and_one_that_errs_has() -> None:
+    """With data of one point every step of the teacher's path is right, whatever its end."""
+    point = normal(1, *SHAPE, seed=0)
+    batch = replace(batch_at([60.0, 300.0, 700.0, 999.0]), latents=point.expand(4, *SHAPE))
+    right, wrong = OnePoint(point), OnePoint(point + 1.0)
+    assert tcd_of(right, right, right).loss(batch) < 1e-3
+    assert tcd_of(right, wrong, right).loss(batch) > 0.1
 
 
 def test_the_target_of_the_loss_has_no_gradient() -> None:

@@ -40,7 +40,7 @@ from training.config import DistillConfig, load_config
 from training.pretrained.base_model import encode_prompts
 from training.pretrained.latents import encode_latents, load_latent_encoder
 from training.pretrained.model_card import CARD_FILE
-from training.pretrained.presets import as_dmd2, as_lcm
+from training.pretrained.presets import as_dmd2, as_lcm, as_tcd
 from training.pretrained.prompts import embed_prompts
 from training.pretrained.student_files import LORA_FILE
 from training.pretrained.train import build_backbone_distiller, train_backbone
@@ -66,11 +66,13 @@ EXTRA = {
     "LoRA, timesteps of its own": replace(ADAPTER, timesteps={2: (999.0, 399.0), 4: (999.0, 856.0, 665.0, 399.0)}),
     "whole, DMD2": replace(as_dmd2(WHOLE), fake_updates=1),
     "whole, LCM": as_lcm(WHOLE),
+    "LoRA, LCM": as_lcm(ADAPTER),
+    "LoRA, TCD": as_tcd(ADAPTER),
 }
 PICTURES = [family for family in NOISE if not FAMILIES[family].makes_clips]
 CASES = [(family, kind) for family in PICTURES for kind in KINDS]
 CASES += [("stable_diffusion", kind) for kind in EXTRA]
-CASES += [("sd3", kind) for kind in EXTRA if "LCM" not in kind]
+CASES += [("sd3", kind) for kind in EXTRA if "LCM" not in kind and "TCD" not in kind]
 QUICK = {("stable_diffusion", kind) for kind in ("LoRA, without K", *EXTRA)} | {
     ("sdxl", "LoRA"),
     ("pixart", "whole"),

@@ -26,8 +26,8 @@ from tests.training.tiny_runs import LORA, NOISE, UNIFY, iterate, tiny_base, tin
 from training.config import ConfigError, DistillConfig
 from training.methods.roles import LoraRoles, SeparateRoles
 from training.pretrained.base_model import load_base_model
-from training.pretrained.presets import PRESETS, as_dmd2, as_lcm
-from training.pretrained.prompts import embed_prompts
+from training.pretrained.presets import PRESETS, as_dmd2, as_lcm, as_tcd
+from training.pretrained.prompts import PromptError, embed_prompts
 from training.pretrained.student_files import LORA_FILE, STEP_CONDITION_FILE, load_student, read_tensors, save_student
 from training.pretrained.train import (
     GRID_PROMPTS,
@@ -111,6 +111,9 @@ VARIANTS: dict[str, DistillConfig] = {
     "DMD2": replace(as_dmd2(UNIFY), fake_updates=2),
     "DMD2, adapters": replace(as_dmd2(LORA), fake_updates=2),
     "LCM": as_lcm(UNIFY),
+    "LCM, adapters": as_lcm(LORA),
+    "TCD": as_tcd(UNIFY),
+    "TCD, adapters": as_tcd(LORA),
 }
 
 
@@ -311,6 +314,35 @@ def test_sdxl_stage_two_starts_from_stage_one_with_a_fresh_fake_score(
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in expected), role
     iterate(second, 1)
+
+
+def test_sdxl_trains_in_the_two_stages_of_its_presets(
+    workplace: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    """The adapter of 512 pixels goes on at 1024, each an eighth here, with a new adapter of the fake score."""
+    base, embeddings = workplace("sdxl")
+    changes: dict[str, Any] = {**TINY, "lora_rank": 4, "lora_alpha": 4.0, "teacher_prediction": "any"}
+    one, two = (
+        replace(PRESETS[name], **changes | {"width": PRESETS[name].width // 8, "height": PRESETS[name].height // 8})
+        for name in ("sdxl-512", "sdxl")
+    )
+    model = train_backbone(tmp_path / "one", base, embeddings, one)
+    embed_prompts(base, embeddings.parent / "prompts.jsonl", tmp_path / "embeddings", two.width, two.height)
+    with pytest.raises(PromptError, match="holds embeddings for 64x64 pixels, the config trains 128x128"):
+        train_backbone(tmp_path / "two", base, embeddings, two, student_folder=model)
+    second = build_backbone_distiller(base, tmp_path / "embeddings", two, model)
+    saved, adapters = read_tensors(model / LORA_FILE), (second.roles.module(role) for role in ("student", "fake"))
+    ups = [{n: p for n, p in adapter.named_parameters() if "lora_B" in n} for adapter in adapters]
+    assert sum(tensor.square().sum() for name, tensor in saved.items() if "lora_B" in name) > 0
+    torch.testing.assert_close(
+        sorted(float(p.norm()) for p in ups[0].values()),
+        sorted(float(tensor.norm()) for name, tensor in saved.items() if "lora_B" in name),
+    )
+    assert not any(p.any() for p in ups[1].values())
+    final = train_backbone(tmp_path / "two", base, tmp_path / "embeddings", two, student_folder=model)
+    recipe, trained = load_recipe(final), read_tensors(final / LORA_FILE)
+    assert recipe.native_sizes == ((128, 128),) and set(recipe.timesteps) == {4}
+    assert any(not torch.equal(trained[name], saved[name]) for name in saved)
 
 
 TINY: dict[str, Any] = {

@@ -43,19 +43,22 @@ EMOJI = DistillConfig(
 )
 """Settings of the embedded checkpoint's distillation."""
 LATENT_SHAPE = (4, 16, 16)
+LATENTS_SEED = 0
+"""Stream of the scenes whose latents the teacher learned."""
 
 
 class ScenePrompts:
     """Captions of training scenes, encoded by the teacher's text encoder. The wording varies with the number."""
 
-    def __init__(self, teacher_folder: Path, seed: int, latents_file: Path | None = None) -> None:
+    def __init__(self, teacher_folder: Path, seed: int, latents_file: Path | None = None, first: int = 0) -> None:
         """Load tokenizer and text encoder.
 
         Args:
             seed: Stream of scenes.
             latents_file: Latents of that stream's scenes, [N, 4, 16, 16], for methods that learn from data.
+            first: Number of the scene that prompt 0 describes.
         """
-        self.glyphs, self.seed = load_glyphs(), seed
+        self.glyphs, self.seed, self.first = load_glyphs(), seed, first
         self.tokenizer = CLIPTokenizer.from_pretrained(teacher_folder / "tokenizer")
         self.text_encoder = CLIPTextModel.from_pretrained(teacher_folder / "text_encoder").eval().requires_grad_(False)
         self._latents = None if latents_file is None else np.load(latents_file, mmap_mode="r")
@@ -82,12 +85,13 @@ class ScenePrompts:
         return torch.from_numpy(self._latents[[self._scene(n) for n in numbers]].astype(np.float32))
 
     def _scene(self, number: int) -> int:
-        return number if self._latents is None else number % len(self._latents)
+        scene = self.first + number
+        return scene if self._latents is None else scene % len(self._latents)
 
 
 def load_denoiser(folder: Path) -> UNetDenoiser:
     """Load an emoji UNet in float32, with the attention that trains fastest on a CPU."""
-    unet = UNet2DConditionModel.from_pretrained(folder)
+    unet = UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.float32)
     unet.set_attn_processor(AttnProcessor())
     return UNetDenoiser(unet)
 
@@ -103,7 +107,8 @@ def build_distiller(
     """Return a distillation of the emoji teacher, before its first iteration.
 
     Args:
-        latents_file: See `ScenePrompts`.
+        latents_file: Latents of stream `LATENTS_SEED`, which prompts then come from. The seed of the config decides the
+            first scene. By default the config's seed is the stream, and there are no latents.
         student_folder: UNet that the student starts from instead of the teacher (an LCM, Fig. 8).
     """
     processes = processes or Processes()
@@ -115,7 +120,11 @@ def build_distiller(
     else:
         student = None if student_folder is None else load_denoiser(student_folder).to(processes.device)
         roles = SeparateRoles(teacher, COORDINATES, student=student, precision=config.precision)
-    prompts = ScenePrompts(teacher_folder, config.seed, latents_file)
+    if latents_file is None:
+        prompts = ScenePrompts(teacher_folder, config.seed)
+    else:
+        first = config.seed * config.steps * config.batch_size
+        prompts = ScenePrompts(teacher_folder, LATENTS_SEED, latents_file, first)
     return Distiller(Run(roles, COORDINATES, prompts, LATENT_SHAPE, config), processes)
 
 
