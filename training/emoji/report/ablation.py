@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tdm_runtime.checkpoint.folder import DEFAULT_CHECKPOINT
 from tdm_runtime.sampling.solvers import DeterministicSolver
+from tdm_runtime.whole_file import write_whole
 from training.config import DistillConfig
 from training.emoji.report.judge import TEACHER_STEPS, Judge, Measured, Sampler
 from training.emoji.stages.bases import BASES, CURATED_BASE, finetune_teacher, restore_teacher
@@ -171,7 +172,7 @@ def measure_teacher(base: str, judge_of: Callable[[str], Judge], folder: Path) -
 
 def _kept(result: Result, file: Path) -> Result:
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(asdict(result), indent=1), encoding="utf-8")
+    write_whole(file, json.dumps(asdict(result), indent=1).encode())
     return result
 
 
