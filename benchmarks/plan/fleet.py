@@ -240,7 +240,7 @@ class Simulation:
             encoding_s=table.encode_s,
         )
         budget_s = 1e-3 * request.latency_budget_ms if request.latency_budget_ms and is_ours else None
-        replica.costs.pass_time(now_s)
+        replica.costs.pass_time(now_s, len(replica.scheduler) + 1)
         task.set_deadlines(replica.costs, now_s, budget_s, replica.config.patience, replica.config.auto_stretch)
         if open_steps:
             task.steps_left = open_steps[0]

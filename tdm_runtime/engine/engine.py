@@ -146,7 +146,7 @@ class DiffusionEngine:
     def call_seconds(self, kind: Kind) -> float:
         """Return the seconds that a promise allows for a call of one sample; 0 for a kind that was never measured."""
         with self._wake:
-            self.costs.pass_time(time.monotonic())
+            self.costs.pass_time(time.monotonic(), len(self._scheduler) + 1)
             return self.costs.seconds(kind)
 
     def observe(self, kind: Kind, size: int, seconds: float) -> None:
@@ -206,7 +206,7 @@ class DiffusionEngine:
         """Accept several pictures, or none if one of them does not fit. Arguments and errors are those of `submit`."""
         now_s = time.monotonic()
         with self._wake:
-            self.costs.pass_time(now_s)
+            self.costs.pass_time(now_s, len(self._scheduler) + len(requests))
         wanted = [self._intake.sample(model or self.model, params, delivery, now_s) for params in requests]
         made: list[tuple[Sample, Picture]] = []
         with self._wake:

@@ -236,27 +236,26 @@ class CostModel:
         began = self._clock_at(now_s - seconds)
         self._busy_until = Clock(max(now_s, self._busy_until.now_s), began.idle_s)
         self._estimates[kind].observe(size, seconds, self._busy_until, self._present, is_calm)
-        self.pass_time(now_s)
+        self.pass_time(now_s, self._present)
 
     def _clock_at(self, now_s: float) -> Clock:
         """Return the time, and how long the engine has been idle if it made no other call until then."""
         idle_s = 0.0 if self._is_running else max(0.0, now_s - self._busy_until.now_s)
         return Clock(now_s, self._busy_until.idle_s + idle_s)
 
-    def pass_time(self, now_s: float, present: int | None = None) -> None:
+    def pass_time(self, now_s: float, present: int = 1) -> None:
         """Set the time to `now_s`. What load taught fades with it.
 
         Args:
-            present: Samples accepted and not finished, or about to be accepted; None: as before.
+            present: Samples accepted and not finished, with those that are about to be accepted.
         """
-        self._now_s = now_s
-        self._present = self._present if present is None else present
+        self._now_s, self._present = now_s, present
         self._moods = {}
 
     def at(self, now_s: float) -> CostModel:
         """Return these costs at another time, if no call is made until then."""
         other = copy.copy(self)
-        other.pass_time(now_s)
+        other.pass_time(now_s, self._present)
         return other
 
     def least(self) -> CostModel:

@@ -213,6 +213,8 @@ def test_calls_beside_many_samples_cost_what_they_cost_beside_as_many_the_last_t
         costs.pass_time(now_s, present)
         assert costs.seconds(STEP) == pytest.approx(slowness * QUICK_S, rel=0.05)
     assert costs.deviation(STEP) == pytest.approx(0.13, abs=0.04)
+    costs.pass_time(now_s)
+    assert costs.seconds(STEP) == pytest.approx(QUICK_S, rel=0.05), "a lone sample after the storm"
 
 
 def test_a_size_that_was_measured_in_a_slow_moment_is_tried_until_it_is_known_to_be_good() -> None:
