@@ -33,10 +33,10 @@ SHARD = 24
 
 
 def finished(folder: Path) -> set[bytes]:
-    """Return the keys of the pictures that an unfinished run has recorded."""
+    """Return the keys of the pictures that an unfinished run has recorded; a running one may hide some for a moment."""
     keys = set[bytes]()
-    for file in [*folder.glob(".tdm-render/*s/*.jsonl"), *folder.glob(".tdm-render/done.jsonl")]:
-        with contextlib.suppress(FileNotFoundError):  # the run has just moved on
+    with contextlib.suppress(FileNotFoundError):  # the run has just removed a file, or a folder that glob() walks
+        for file in [*folder.glob(".tdm-render/*s/*.jsonl"), *folder.glob(".tdm-render/done.jsonl")]:
             keys.update(re.findall(rb'"key": "(\w+)".*\n', file.read_bytes()))
     return keys
 
