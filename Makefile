@@ -21,7 +21,7 @@ TRITON_ARGS ?=
 TRITON := build/triton
 KSERVE := build/kserve
 MUTMUT := build/mutmut
-TEST_PROCESSES ?= 2
+TEST_PROCESSES ?= 3
 TEST_ARGS ?=
 export RAY_USAGE_STATS_ENABLED = 0
 

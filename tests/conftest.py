@@ -31,19 +31,28 @@ from tests.tiny_checkpoint import write_tiny_checkpoint
 
 TINY_PROMPTS = PROMPTS[:2]
 """Prompts that the artifacts of the tiny checkpoint are verified with."""
-ONE_AT_A_TIME = {"benchmarks", "contracts", "deploy", "gpu", "serving"}
-"""Folders of the tests that start servers, measure or need the GPU."""
+ONE_AT_A_TIME = (
+    "contracts",
+    "deploy",
+    "gpu",
+    "serving",
+    *(f"benchmarks/test_{name}" for name in ("live", "soak", "start", "turns")),
+)
+"""Beginnings of the paths, below `tests`, of the tests that start servers or need the GPU."""
+BESIDE = ("serving/offline", "serving/schema")
+"""Of these paths, those whose tests need neither."""
 
 
 class Groups(LoadFileScheduling):
     """Groups of tests for pytest-xdist, which runs each group in one process. Every file is one.
 
-    The folders of `ONE_AT_A_TIME` are one group together: their tests share one server and never run beside each other.
+    The paths of `ONE_AT_A_TIME` are one group together: their tests share one server and never run beside each other.
     """
 
     def _split_scope(self, nodeid: str) -> str:
-        file = super()._split_scope(nodeid)
-        return "one at a time" if ONE_AT_A_TIME & set(Path(file).parts[:2]) else file
+        file: str = super()._split_scope(nodeid)
+        path = file.removeprefix("tests/")
+        return "one at a time" if path.startswith(ONE_AT_A_TIME) and not path.startswith(BESIDE) else file
 
 
 def pytest_configure() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -118,10 +119,10 @@ class ModelCalls:
         model_output = denoise([s.model for s in samples], latents, rows[:, 0], step_counts, prompt, factors)
         noise = _fresh_noise(samples, steps, device)
         latents, denoised = apply_step(rows, latents, model_output, previous, noise, before)
-        is_finite = torch.isfinite(latents.flatten(1).sum(1)).tolist()
+        sums = latents.flatten(1).sum(1).tolist()
         return [
             (sample.after_step(latents[n]), denoised[n])
-            if is_finite[n]
+            if math.isfinite(sums[n])
             else NotFiniteError("the model produced NaN or infinity; no picture was made")
             for n, sample in enumerate(samples)
         ]

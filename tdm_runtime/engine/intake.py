@@ -113,7 +113,7 @@ class Intake:
         params = replace(sample.params, num_inference_steps=1)
         delivery = replace(sample.delivery, min_inference_steps=None, num_previews=0)
         draft = self.sample(sample.model, params, delivery, sample.submitted_s)
-        draft.draft_of = sample
+        draft.draft_of, sample.held = sample, []
         sample.unseen_steps = 1  # the draft shows the first step better than a preview
         deadline_s, (_, earlier), (_, later) = sample.urgency[0], sample.urgency, draft.urgency
         draft.urgency, sample.urgency = (deadline_s, earlier), (deadline_s, later)

@@ -88,18 +88,32 @@ class Replies:
                 self._count(outcome if is_wanted else None)
             if isinstance(outcome, Picture):
                 self._results.put(sample.model.digest, outcome)
+        if sample.draft_of is not None:
+            self._show_draft(sample.draft_of, outcome)
         if not is_wanted:
             return
         if isinstance(outcome, TDMError):
             sample.future.set_exception(outcome)
-            return
-        if sample.draft_of is not None:
-            self.show(sample.draft_of, Preview(outcome.params, outcome.pixels, 1, is_draft=True))
-        sample.future.set_result(outcome)
+        else:
+            sample.future.set_result(outcome)
+
+    def _show_draft(self, sample: Sample, outcome: Picture | TDMError) -> None:
+        """Show the draft of a sample, unless it failed, and then the previews that waited for it.
+
+        A sample may share a second step with others while its draft waits to be decoded.
+        """
+        held, sample.held = sample.held or [], None
+        if isinstance(outcome, Picture):
+            self.show(sample, Preview(outcome.params, outcome.pixels, 1, is_draft=True))
+        for preview in held:
+            self.show(sample, preview)
 
     def show(self, sample: Sample, preview: Preview) -> None:
-        """Hand a preview to the listener of a sample, unless the sample is answered already."""
+        """Hand a preview to the listener of a sample, unless the sample is answered already. A draft goes first."""
         if sample.delivery.on_preview is None or sample.future.done():
+            return
+        if sample.held is not None:
+            sample.held.append(preview)
             return
         try:
             sample.delivery.on_preview(preview)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from tdm_runtime.engine.delivery import Delivery
+from tdm_runtime.engine.delivery import Delivery, Preview
 from tdm_runtime.families.conditioning import Conditioning
 from tdm_runtime.model.decoder import Pixels
 from tdm_runtime.model.encoder import PictureEncoder
@@ -86,6 +86,8 @@ class Sample(Work):
     """Step counts K to choose from, ascending; empty without a choice."""
     draft_of: Sample | None = None
     """The sample whose one-step draft this is; None for a picture."""
+    held: list[Preview] | None = None
+    """Previews that wait until its draft was shown; None if no draft is due."""
     latents: Tensor | None = None
     """[C, H, W] or [C, F, H, W]; None until the first step is due."""
     denoised: Tensor | None = None

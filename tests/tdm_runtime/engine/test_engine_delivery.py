@@ -264,8 +264,14 @@ def test_a_draft_is_the_picture_of_one_step_and_comes_first(engine: DiffusionEng
     assert engine.stats.finished == 1, "a draft does not count as a picture"
 
 
-def test_previews_begin_with_the_second_step_beside_a_draft(engine: DiffusionEngine) -> None:
+@pytest.mark.parametrize("is_alone", [True, False])
+def test_previews_begin_with_the_second_step_after_a_draft(engine: DiffusionEngine, is_alone: bool) -> None:
+    """Beside a more urgent picture, the second step is taken before the draft is decoded."""
     shown: list[Preview] = []
+    if not is_alone:
+        engine.submit(replace(PARAMS, seed=2))
+        while not engine.stats.steps:
+            engine.step()
     engine.submit(PARAMS, Delivery(on_preview=shown.append, draft=True, num_previews=3))
     run_dry(engine)
     assert [(preview.is_draft, preview.num_steps_taken) for preview in shown] == [(True, 1), (False, 2), (False, 3)]
