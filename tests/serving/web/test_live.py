@@ -217,7 +217,8 @@ def test_keys_come_as_a_header_or_a_subprotocol_and_a_stopping_server_says_so(
 ) -> None:
     key, keys = draw_key(), tmp_path / "keys.json"
     save_keys(keys, [APIKey("ada", hash_key(key), requests_per_minute=2)])
-    arguments = ["--checkpoint", str(tiny_checkpoint), "--backend", "torch", "--api-keys", str(keys)]
+    small = ["--backend", "torch", "--threads", "1", "--max-batch-size", "1"]
+    arguments = ["--checkpoint", str(tiny_checkpoint), *small, "--api-keys", str(keys)]
     server = start_server(tmp_path / "log", *arguments)
     try:
         assert status_of(server) == 401

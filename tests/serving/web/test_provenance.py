@@ -45,7 +45,7 @@ def signing_server(
     folder: Path, credentials: Credentials, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RunningServer]:
     log = tmp_path_factory.mktemp("signing") / "log"
-    torch = ["--checkpoint", str(folder), "--backend", "torch", "--threads", "1", "--max-batch-size", "2"]
+    torch = ["--checkpoint", str(folder), "--backend", "torch", "--threads", "1", "--max-batch-size", "1"]
     running = start_server(log, *torch, "--provenance", "c2pa,watermark", *credentials.arguments)
     yield running
     assert running.stop() == 0, running.log.read_text()[-2000:]

@@ -65,12 +65,12 @@ class Ordering:
 
 ORDERINGS = (
     *(
-        Ordering(f"Table 5: K as an input, {k} steps", Side("TDM-unify", k), Side("unify, without K", k))
+        Ordering(f"Table 5: K as an input, K = {k}", Side("TDM-unify", k), Side("unify, without K", k))
         for k in ("1", "2", "4")
     ),
     *(
         Ordering(
-            f"Table 5: surrogate loss, {k} steps", Side("TDM-unify", k), Side("unify, no surrogate (L2, DMD norm)", k)
+            f"Table 5: surrogate loss, K = {k}", Side("TDM-unify", k), Side("unify, no surrogate (L2, DMD norm)", k)
         )
         for k in ("1", "2", "4")
     ),
