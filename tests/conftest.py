@@ -32,7 +32,6 @@ from tests.tiny_checkpoint import write_tiny_checkpoint
 TINY_PROMPTS = PROMPTS[:2]
 """Prompts that the artifacts of the tiny checkpoint are verified with."""
 ONE_AT_A_TIME = (
-    "contracts",
     "deploy",
     "gpu",
     "serving",
