@@ -101,6 +101,7 @@ def test_a_rater_clicks_to_the_end_and_the_tally_equals_the_clicks(
         clicks[page.locator("#question").inner_text()].append(wanted)
         choice = "tie" if wanted == "t" else ("first", "second")[sides_here.index(wanted)]
         if number == 3:  # reads itself again where it was
+            assert [len(json.loads(state)["answers"]) for state in page.evaluate("Object.values(localStorage)")] == [3]
             page.reload()
             page.get_by_role("button", name="Go on").click()
             shown_sides(page)
