@@ -163,15 +163,15 @@ def kill(given: argparse.Namespace, folder: Path) -> int:
         with subprocess.Popen(_command(given, source, out), stderr=subprocess.DEVNULL) as running:
             began = wanted = None
             while running.poll() is None:
-                finished = _finished(out)
+                finished = len(finished_keys(out))
                 if began is None or finished < began:  # the start of a run gathers what is there
                     began, wanted = finished, draw.randrange(given.pictures // (given.kills + 1))
                 if wanted is not None and finished >= began + max(1, wanted):
                     break
                 time.sleep(1e-3 * draw.uniform(1, 20))
             os.kill(running.pid, signal.SIGKILL)
-        print(f"kill {number + 1}: {_finished(out)} pictures finished", file=sys.stderr, flush=True)
-    finished = _finished(out)
+        print(f"kill {number + 1}: {len(finished_keys(out))} pictures finished", file=sys.stderr, flush=True)
+    finished = len(finished_keys(out))
     last = subprocess.run(_command(given, source, out), check=True, stdout=subprocess.PIPE, text=True)
     ids = Counter(json.loads(line)["id"] for line in (out / "manifest.jsonl").read_bytes().splitlines())
     checks = {
@@ -184,14 +184,13 @@ def kill(given: argparse.Namespace, folder: Path) -> int:
     return 0 if all(checks.values()) else 1
 
 
-def _finished(out: Path) -> int:
-    """Return the number of pictures whose entries a run has written."""
-    files = [*out.glob(".tdm-render/*s/*.jsonl"), *out.glob(".tdm-render/done.jsonl")]
+def finished_keys(out: Path) -> set[bytes]:
+    """Return the keys of the pictures that an unfinished run has recorded; a running one may hide some for a moment."""
     keys = set[bytes]()
-    for file in files:
-        with contextlib.suppress(FileNotFoundError):  # the run has just moved on
+    with contextlib.suppress(FileNotFoundError):  # the run has just removed a file, or a folder that glob() walks
+        for file in [*out.glob(".tdm-render/*s/*.jsonl"), *out.glob(".tdm-render/done.jsonl")]:
             keys.update(re.findall(rb'"key": "(\w+)".*\n', file.read_bytes()))
-    return len(keys)
+    return keys
 
 
 def _hashes(out: Path) -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import random
@@ -16,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from benchmarks.render import finished_keys
 from serving.config import ModelSource, ServerConfig
 from serving.images.local import ImageService
 from serving.offline.chunk import ChunkRenderer
@@ -32,20 +32,11 @@ NUMBER = 120
 SHARD = 24
 
 
-def finished(folder: Path) -> set[bytes]:
-    """Return the keys of the pictures that an unfinished run has recorded; a running one may hide some for a moment."""
-    keys = set[bytes]()
-    with contextlib.suppress(FileNotFoundError):  # the run has just removed a file, or a folder that glob() walks
-        for file in [*folder.glob(".tdm-render/*s/*.jsonl"), *folder.glob(".tdm-render/done.jsonl")]:
-            keys.update(re.findall(rb'"key": "(\w+)".*\n', file.read_bytes()))
-    return keys
-
-
 def kill_after(folder: Path, checkpoint: Path, number: int, *arguments: object) -> None:
     """Start a run, and kill it when it has finished a number of pictures more."""
     running = start(checkpoint, *arguments)
-    before, deadline_s = len(finished(folder)), time.monotonic() + 240
-    while running.poll() is None and time.monotonic() < deadline_s and len(finished(folder)) < before + number:
+    before, deadline_s = len(finished_keys(folder)), time.monotonic() + 240
+    while running.poll() is None and time.monotonic() < deadline_s and len(finished_keys(folder)) < before + number:
         time.sleep(0.002)
     os.kill(running.pid, signal.SIGKILL)
     assert running.wait() == -signal.SIGKILL, "the run ended before it was killed"
@@ -64,7 +55,7 @@ def test_killed_runs_continue_to_the_same_bytes(
         assert not (out / "manifest.jsonl").exists()
         for file in out.glob("*.png"):
             assert file.read_bytes().endswith(b"IEND\xaeB\x60\x82"), "a torn picture"
-    recorded, written = len(finished(out)), len(list(out.rglob("*.png")))
+    recorded, written = len(finished_keys(out)), len(list(out.rglob("*.png")))
     assert recorded >= max(10, written - 1), "pictures on the disk would be made again"
     capsys.readouterr()
     assert render(source, "-o", out, *options) == 1
@@ -159,7 +150,7 @@ def test_ray_gives_the_same_output_and_survives_a_lost_actor(
     victim, deadline_s = None, time.monotonic() + 240
     while victim is None and running.poll() is None and time.monotonic() < deadline_s:
         time.sleep(0.05)
-        if len(finished(out)) > 30:
+        if len(finished_keys(out)) > 30:
             workers = [p for p in psutil.Process(running.pid).children(recursive=True) if "Worker" in p.name()]
             victim = next((p for p in workers if "MapWorker" in " ".join(p.cmdline())), None)
     assert victim is not None, running.communicate()[1][-3000:]
