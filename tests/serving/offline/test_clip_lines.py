@@ -14,13 +14,14 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
+from benchmarks.render import finished_keys
 from tdm_runtime.media.receipt import pixels_sha256, read_claims
 from tdm_runtime.media.video_file import read_frames
 from tdm_runtime.model.choice import load_model
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.pipeline import generate
 from tests.serving.offline.conftest import Render, hashes, manifest, start, write_lines
-from tests.serving.offline.test_resume import finished, kill_after
+from tests.serving.offline.test_resume import kill_after
 from tests.stock_checkpoints import CASES, save_checkpoint
 
 IMAGES, VIDEOS = "/v1/images/generations", "/v1/videos/generations"
@@ -127,7 +128,7 @@ def test_stopped_runs_and_runs_on_ray_have_the_bytes_of_a_whole_one(
     assert render(source, "-o", tmp_path / "whole", *options) == 0
     if how == "killed":
         kill_after(out, tiny_checkpoint, 7, source, "-o", out, *options)
-        recorded = len(finished(out))
+        recorded = len(finished_keys(out))
         assert recorded >= 7
         assert render(source, "-o", out, *options) == 0
     else:
