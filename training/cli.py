@@ -83,6 +83,9 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.choices[name]
         command.add_argument("--run", type=Path, default=DEFAULT_RUN, help="working folder (%(default)s)")
         command.add_argument("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT)
+    commands.choices["score"].add_argument(
+        "--repetitions", type=int, default=1, help="with other scenes and noise; several give intervals (%(default)s)"
+    )
     commands.choices["grid"].add_argument("--output", type=Path, default=Path("grid.png"))
     commands.choices["glyphs"].add_argument("--sheet", type=Path, help="file for a picture of the worst glyphs")
     commands.choices["glyphs"].add_argument("--seeds", type=int, default=8, help="pictures of a glyph (%(default)s)")
@@ -230,7 +233,7 @@ def _loop(loop: LoopConfig, given: argparse.Namespace) -> LoopConfig:
 def _score(given: argparse.Namespace) -> None:
     from training.emoji.report.scores import print_scores
 
-    print_scores(given.checkpoint, given.run)
+    print_scores(given.checkpoint, given.run, repetitions=given.repetitions)
 
 
 def _glyphs(given: argparse.Namespace) -> None:

@@ -196,6 +196,8 @@ def _growth(measured: Kind, kind: Kind) -> float:
     The estimate is high on purpose: a larger size pays for attention too, which grows with its square, and a smaller
     one keeps its fixed costs.
     """
+    if measured == kind:
+        return 1.0
     ratio = math.prod(kind.shape) / math.prod(measured.shape)
     return float(ratio**1.5 if ratio > 1 else ratio**0.5)
 
@@ -302,7 +304,7 @@ class CostModel:
 
     def batch_size(self, kind: Kind, available: int) -> int:
         """Return how many of `available` samples should share a call, the fewest at about the highest throughput."""
-        measured = self._nearest(kind)
+        measured = self._nearest(kind) if available > 1 else None
         if measured is None:
             return available
         estimate = self._estimates[measured]

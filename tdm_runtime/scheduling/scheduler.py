@@ -324,7 +324,9 @@ class StepScheduler(Generic[Item]):
 
     def _tried(self, batch: list[Item]) -> list[Item]:
         """Return the batch, or a larger one if its size is due for a trial and nothing is promised."""
-        if not batch[0].is_prepared or any(item.promised_s < NEVER_S for item in self._live.values()):
+        if len(batch) == len(self._live) or not batch[0].is_prepared:
+            return batch
+        if any(item.promised_s < NEVER_S for item in self._live.values()):
             return batch
         lane = batch[0].lane
         mates = [item for item in self._ready() if item.lane == lane and item.is_prepared and not item.open_steps]

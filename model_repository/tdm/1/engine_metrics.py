@@ -29,8 +29,8 @@ class EngineMetrics:
         self._lock = threading.Lock()
         """Metrics that two threads touch at once crash the server."""
         family = pb_utils.MetricFamily
-        wanted = [(name, help, family.COUNTER) for name, (_, help) in COUNTERS.items()]
-        wanted.append((LIVE, "Pictures accepted and not yet answered", family.GAUGE))
+        wanted = [(LIVE, "Pictures accepted and not yet answered", family.GAUGE)]
+        wanted += [(name, help, family.COUNTER) for name, (_, help) in COUNTERS.items()]
         try:
             self._families = {name: family(name=name, description=help, kind=kind) for name, help, kind in wanted}
         except pb_utils.TritonModelException as error:
@@ -41,10 +41,14 @@ class EngineMetrics:
         """Their values. Asking Triton for them, or setting what has not changed, costs a message to the server."""
 
     def update(self) -> None:
-        """Bring the metrics up to date."""
+        """Bring the metrics up to date.
+
+        The number of live pictures is read last and shown first, so that none is ever shown as live and as finished.
+        """
         with self._lock:
+            values = {name: getattr(self._engine.stats, field) for name, (field, _) in COUNTERS.items()}
+            values[LIVE] = self._engine.num_live
             for name, metric in self._metrics.items():
-                value = self._engine.num_live if name == LIVE else getattr(self._engine.stats, COUNTERS[name][0])
-                if change := value - self._shown[name]:
+                if change := values[name] - self._shown[name]:
                     metric.increment(change)
-                    self._shown[name] = value
+                    self._shown[name] = values[name]

@@ -6,7 +6,8 @@ repository. Compare them at equal picture counts only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -21,10 +22,13 @@ from training.emoji.data.scenes import Scene, caption, sample_scene
 from training.emoji.report.features import FeatureNetwork, features_of, load_features
 from training.emoji.report.samplers import TEACHER_STEPS, Sampler, pictures_with_k, samplers, teacher_name, teacher_of
 from training.emoji.report.score import Score, Scorer, scoring_scenes
+from training.measure.intervals import interval
 from training.measure.metrics import Features, coverage, diversity, frechet_distance
 
 DIVERSITY_PROMPTS = 16
 DIVERSITY_SEEDS = 8
+NOISE_SEEDS = 10**4
+"""Seeds of a repetition, more than it has pictures."""
 
 
 @dataclass(frozen=True)
@@ -44,17 +48,23 @@ class Measures:
 class Yardstick:
     """Scenes whose captions samplers receive, and the scorer and network that measure the pictures."""
 
-    def __init__(self, count: int, features: FeatureNetwork) -> None:
-        """Draw `count` scenes of the training distribution and `count` held-out ones."""
+    def __init__(self, count: int, features: FeatureNetwork, repetition: int = 0) -> None:
+        """Draw `count` scenes of the training distribution and `count` held-out ones.
+
+        Args:
+            repetition: Each has other scenes, and other noise for the samplers.
+        """
         self.scorer, self.network = Scorer(), features
-        self.seen, self.unseen = scoring_scenes(count), scoring_scenes(count, held_out=True)
-        drawn = [self.scorer.draw(scene) for held_out in (False, True) for scene in drawn_scenes(count, held_out)]
+        self._first_seed = repetition * NOISE_SEEDS
+        scenes_seed = 1 + repetition
+        self.seen, self.unseen = (scoring_scenes(count, held_out=h, seed=scenes_seed) for h in (False, True))
+        drawn = [self.scorer.draw(scene) for h in (False, True) for scene in drawn_scenes(count, h, scenes_seed)]
         self.drawn_features = features_of(features, drawn)
         """Features of the same scenes as drawn for training, with jitter, [2 * count, 128]."""
 
     def measure(self, sample: Sampler) -> Measures:
         """Measure one sampler on every scene, and its diversity on several seeds of some scenes."""
-        seen, unseen = (sample([caption(s) for s in scenes], 0) for scenes in (self.seen, self.unseen))
+        seen, unseen = (sample([caption(s) for s in scenes], self._first_seed) for scenes in (self.seen, self.unseen))
         return Measures(
             self.scorer.score(seen, self.seen),
             self.scorer.score(unseen, self.unseen),
@@ -68,55 +78,60 @@ class Yardstick:
 
     def _diversity(self, sample: Sampler) -> float:
         captions = [caption(scene) for scene in self.seen[:DIVERSITY_PROMPTS]]
-        pictures = sample([text for text in captions for _ in range(DIVERSITY_SEEDS)], 10**6)
+        pictures = sample([text for text in captions for _ in range(DIVERSITY_SEEDS)], 10**6 + self._first_seed)
         features = features_of(self.network, pictures)
         return diversity(features.reshape(len(captions), DIVERSITY_SEEDS, -1))
 
 
-def drawn_scenes(count: int, held_out: bool) -> list[Scene]:
+def drawn_scenes(count: int, held_out: bool, seed: int = 1) -> list[Scene]:
     """Return the scenes of `scoring_scenes` with jitter, as in training."""
     glyphs = load_glyphs()
-    return [sample_scene(glyphs, 1, index, held_out=held_out) for index in range(count)]
+    return [sample_scene(glyphs, seed, index, held_out=held_out) for index in range(count)]
 
 
-def measure_samplers(found: Mapping[str, Sampler], yardstick: Yardstick) -> dict[str, Measures]:
-    """Measure every sampler. Return the measurements by name."""
-    return {name: yardstick.measure(sample) for name, sample in found.items()}
-
-
-def print_scores(checkpoint: Path, run: Path, count: int = 250) -> None:
+def print_scores(checkpoint: Path, run: Path, count: int = 250, repetitions: int = 1) -> None:
     """Print the scores as a Markdown table, with rows of the teacher if `run` holds it.
 
     Args:
         count: Number of scenes of the training distribution, and of held-out ones.
+        repetitions: Measurements with other scenes and noise. Several give means with 95% intervals.
 
     Raises:
         FileNotFoundError: The feature network is not trained.
     """
-    yardstick = Yardstick(count, load_features())
-    measured = measure_samplers(samplers(load_model(checkpoint), teacher_of(run)), yardstick)
-    teacher = measured.get(teacher_name(TEACHER_STEPS[-1]))
+    found, network = samplers(load_model(checkpoint), teacher_of(run)), load_features()
+    rows: dict[str, list[tuple[float, ...]]] = {name: [] for name in found}
+    for repetition in range(repetitions):
+        yardstick = Yardstick(count, network, repetition)
+        measured = {name: yardstick.measure(sample) for name, sample in found.items()}
+        teacher = measured.get(teacher_name(TEACHER_STEPS[-1]))
+        for name, one in measured.items():
+            rows[name].append(_values(one, yardstick, teacher))
     print(
         "| sampler | adherence | held out | PSNR to drawing, dB | Frechet distance to drawings "
         f"| to teacher, {TEACHER_STEPS[-1]} steps | coverage | diversity |\n|---|---|---|---|---|---|---|---|"
     )
-    for name, found in measured.items():
-        print(_score_row(name, found, yardstick, teacher))
+    for name, values in rows.items():
+        columns = zip(zip(*values, strict=True), DIGITS, strict=True)
+        cells = ("-" if math.isnan(column[0]) else interval(column, digits) for column, digits in columns)
+        print(f"| {name} | {' | '.join(cells)} |")
 
 
-def _score_row(name: str, found: Measures, yardstick: Yardstick, teacher: Measures | None) -> str:
-    to_teacher = None if teacher is None or teacher is found else frechet_distance(found.features, teacher.features)
-    cells = (
-        name,
-        f"{found.seen.adherence:.3f}",
-        f"{found.unseen.adherence:.3f}",
-        f"{(found.seen.psnr_db + found.unseen.psnr_db) / 2:.2f}",
-        f"{yardstick.to_drawn(found.features):.2f}",
-        "-" if to_teacher is None else f"{to_teacher:.2f}",
-        f"{coverage(yardstick.drawn_features, found.features):.2f}",
-        f"{found.diversity:.2f}",
+DIGITS = (3, 3, 2, 2, 2, 2, 2)
+"""Decimal places of the columns of `_values`."""
+
+
+def _values(found: Measures, yardstick: Yardstick, teacher: Measures | None) -> tuple[float, ...]:
+    """Return one row of the table; NaN where there is no distance to the teacher."""
+    return (
+        found.seen.adherence,
+        found.unseen.adherence,
+        (found.seen.psnr_db + found.unseen.psnr_db) / 2,
+        yardstick.to_drawn(found.features),
+        math.nan if teacher is None or teacher is found else frechet_distance(found.features, teacher.features),
+        coverage(yardstick.drawn_features, found.features),
+        found.diversity,
     )
-    return f"| {' | '.join(cells)} |"
 
 
 @dataclass(frozen=True)
