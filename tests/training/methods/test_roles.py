@@ -15,6 +15,7 @@ from tests.tiny_models import TINY_SHAPES, tiny_conditioning
 from tests.training.methods.known import COORDINATES, EMPTY, SHAPE, KnownDenoiser, known, levels, normal
 from tests.training.tiny_runs import tiny_base
 from training.methods.losses import guided
+from training.methods.precision import Precision
 from training.methods.roles import CleanEstimator, Guided, LoraRoles, RoleProjection, SeparateRoles
 from training.methods.trajectory import Coordinates
 
@@ -209,6 +210,37 @@ def test_a_base_without_input_for_k_gets_adapters_alone(recwarn: pytest.Warnings
     names = [name for name, _ in roles.module("student").named_parameters()]
     assert names and all("to_v" in name for name in names)
     roles.activate("fake")
+
+
+def half_lora(base_precision: Precision) -> LoraRoles:
+    """Return roles that compute in bf16, with adapters that are not zero."""
+    base = tiny_base(FAMILY)
+    base.denoiser.add_step_condition(8)
+    roles = LoraRoles(base.denoiser, COORDINATES, rank=2, alpha=6.0, precision="bf16", base_precision=base_precision)
+    torch.manual_seed(0)
+    for role in ("student", "fake"):
+        for parameter in roles.module(role).parameters():  # type: ignore[arg-type]
+            nn.init.normal_(parameter, std=0.3)
+    return roles
+
+
+def test_a_base_in_bf16_gives_every_role_the_bits_of_one_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    expected = outputs(half_lora("fp32"))
+    for has_instructions in (True, False):  # without them a float32 base computes in float32
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has_instructions: has)
+        found = outputs(half_lora("bf16"))
+        assert all(torch.equal(found[role], expected[role]) for role in expected)
+    assert not torch.equal(expected["student"], expected["fake"])
+
+
+def test_a_base_in_bf16_keeps_small_layers_norms_and_adapters_in_float32() -> None:
+    roles = half_lora("bf16")
+    types = {name: p.dtype for name, p in roles.base.named_parameters()}
+    halved = {name for name, dtype in types.items() if dtype == torch.bfloat16}
+    kept = ("lora_", "norm", "time_embedding", "cond_proj")
+    assert halved == {name for name in types if not any(part in name for part in kept)}
+    assert {p.dtype for p in half_lora("fp32").base.parameters()} == {torch.float32}
 
 
 def test_a_projection_of_k_has_weights_for_each_role() -> None:
