@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, final
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from tdm_runtime.families.conditioning import Conditioning
 from tdm_runtime.families.denoiser import Denoiser
@@ -14,7 +14,7 @@ from tdm_runtime.families.family import Family, NativeClip, TextEncoders
 from tdm_runtime.families.latent_space import Cache, ClipDecoderModule, LatentGeometry, PartKind
 from tdm_runtime.families.prompt_weights import Chunk
 from tdm_runtime.families.stable_diffusion import StableDiffusion
-from tdm_runtime.families.unet import UNetDenoiser
+from tdm_runtime.families.unet import MANY_UPSAMPLERS, UNetDenoiser
 
 MOTION_ADAPTER = "motion_adapter"
 """Folder of motion modules that are kept beside a UNet of pictures."""
@@ -102,3 +102,8 @@ class AnimateDiff(Family):
 
     def encode_chunks(self, chunks: Sequence[Chunk], encoders: TextEncoders) -> Conditioning:
         return StableDiffusion().encode_chunks(chunks, encoders)
+
+    def replacement(self, part: nn.Module) -> tuple[str, Any] | None:
+        from diffusers import UNetMotionModel
+
+        return ("num_upsamplers", MANY_UPSAMPLERS) if isinstance(part, UNetMotionModel) else None

@@ -17,7 +17,7 @@ from tdm_runtime.families.prompt_weights import Chunk
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
-_MANY_UPSAMPLERS = 30
+MANY_UPSAMPLERS = 30
 """Number of upsamplers that torch.export sees. A UNet doubles sizes that are multiples of 2**upsamplers and passes all
 other sizes on. A program that was traced with a multiple would fail at the others; no size is a multiple of 2**30, so
 every size is passed on."""
@@ -92,7 +92,7 @@ class UNetFamily(Family):
     def replacement(self, part: nn.Module) -> tuple[str, Any] | None:
         from diffusers import UNet2DConditionModel
 
-        return ("num_upsamplers", _MANY_UPSAMPLERS) if isinstance(part, UNet2DConditionModel) else None
+        return ("num_upsamplers", MANY_UPSAMPLERS) if isinstance(part, UNet2DConditionModel) else None
 
 
 def clip_states(encoders: TextEncoders, number: int, chunks: Sequence[Chunk]) -> Any:

@@ -24,6 +24,7 @@ from export.traceable import traceable
 from tdm_runtime.backends.interface import Interface, TensorSpec
 from tdm_runtime.errors import CheckpointError
 from tdm_runtime.families import FAMILIES, DecoderModule, Denoiser, decoder_for, denoiser_for
+from tdm_runtime.families.unet import MANY_UPSAMPLERS
 from tdm_runtime.model.components import TextEncoderModule
 from tests.tiny_models import (
     TEXT_TOKENS,
@@ -212,6 +213,15 @@ class TestTraceable:
             with traceable(denoiser):
                 actual = ask_torch(denoiser, interface, inputs)
             assert_close(actual, expected)
+
+    @pytest.mark.parametrize("variant", VARIANTS)
+    def test_upsampling_follows_every_size(self, variant: str) -> None:
+        """A traced UNet doubles its sizes, and is wrong where a level had an odd one, unless it passes sizes on."""
+        denoiser, _ = denoiser_of(variant)
+        with traceable(denoiser):
+            counts = [part.num_upsamplers for part in denoiser.modules() if hasattr(part, "num_upsamplers")]
+        assert bool(counts) == (variant in ("stable_diffusion", "sdxl", "animatediff", "animatediff-levels"))
+        assert all(count == MANY_UPSAMPLERS for count in counts)
 
     @pytest.mark.parametrize("variant", VARIANTS)
     def test_changes_what_the_family_states_and_restores_it_afterwards(self, variant: str) -> None:
