@@ -21,6 +21,7 @@ from serving.arrival import since_arrival_s
 from serving.config import ServerConfig
 from serving.images.assembly import encoding_kind, to_images, to_partial, to_timings, to_usage, to_warnings
 from serving.images.catalog import Catalog, Served, load_base
+from serving.images.thread_watch import ThreadWatch
 from serving.schema.answers import ImageAnswer, PartialAnswer
 from serving.schema.models import ModelCard
 from serving.schema.order import ImageEncoding, ImageOrder
@@ -97,6 +98,7 @@ class ImageService:
         except BaseException:
             self.engine.close()
             raise
+        self._watch = ThreadWatch(self.engine, [base.checkpoint for base in bases], config.backend)
         metrics.watch_engine(self.engine, lambda: [served.model for served in self.catalog.served()])
         gc.freeze()  # models and programs live as long as the process; collections need not look through them
 
@@ -139,6 +141,7 @@ class ImageService:
 
     def close(self) -> None:
         """Finish all accepted pictures, then stop."""
+        self._watch.close()
         self.catalog.close()
         self.engine.close()
 

@@ -222,14 +222,83 @@ def _with_best_threads(
         The candidate with the best count, and the seconds of one picture with it.
     """
     candidates = [chosen, *(replace(chosen, threads=threads) for threads in fewer)]
+    models, pictures = _with_threads(artifacts, device, candidates, seconds)
+    best = _best_threads(least_seconds_of(pictures, ROUNDS, THREADS_S))
+    return (candidates[best], picture_seconds(models[best])) if best else (chosen, seconds)
+
+
+def _with_threads(
+    artifacts: Artifacts, device: str | None, candidates: Sequence[Candidate], seconds: float
+) -> tuple[list[LoadedModel], list[Callable[[], object]]]:
+    """Return the model of each candidate, and a function that makes a batch of pictures with it.
+
+    Args:
+        seconds: of a picture.
+    """
     batch = max(1, min(THREADS_BATCH, int(THREADS_CALL_S / seconds)))
     models = [artifacts.load(one.backend, one.precision, one.threads, device) for one in candidates]
-    all_cores_s, *fewer_s = least_seconds_of([_picture(model, batch) for model in models], ROUNDS, THREADS_S)
+    return models, [_picture(model, batch) for model in models]
+
+
+def _best_threads(seconds: Sequence[float]) -> int:
+    """Return the index of the best thread count. The first is that of all cores; a smaller one must be much faster."""
+    all_cores_s, *fewer_s = seconds
     fewest_s = min(fewer_s)
-    if fewest_s * FEW_THREADS_GAIN > all_cores_s:
-        return chosen, seconds
-    best = 1 + fewer_s.index(fewest_s)
-    return candidates[best], picture_seconds(models[best])
+    return 0 if fewest_s * FEW_THREADS_GAIN > all_cores_s else 1 + fewer_s.index(fewest_s)
+
+
+class ThreadCheck:
+    """Compares the thread count of a kept choice with the others again, in short rounds, while a server is idle."""
+
+    def __init__(self, artifacts: Artifacts, config: BackendConfig, choice: Choice, counts: Sequence[int]) -> None:
+        """Load the model with each thread count, and compile what the rounds call.
+
+        Args:
+            counts: Thread counts, that of all cores first.
+        """
+        self._file, self._choice = artifacts.folder / CHOICE_FILE, choice
+        self._candidates = [replace(choice.chosen, threads=threads) for threads in counts]
+        seconds = 1e-3 * choice.picture_ms[choice.chosen.name]
+        self._models, self._pictures = _with_threads(artifacts, config.device, self._candidates, seconds)
+        self._least_s = [float("inf")] * len(counts)
+        for picture in self._pictures:
+            picture()
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, config: BackendConfig) -> ThreadCheck | None:
+        """Return the check of the choice that is kept for a checkpoint, or None where there is nothing to compare.
+
+        Models on torch are not compared: a second thread that calls it would keep workers of its own.
+        """
+        artifacts = Artifacts.find(checkpoint, config)
+        counts, choice = _thread_counts(config.threads, checkpoint), _read_choice(artifacts.folder / CHOICE_FILE)
+        if len(counts) == 1 or choice is None or choice.machine != _machine(artifacts, config):
+            return None
+        is_slow = 1e-3 * choice.picture_ms[choice.chosen.name] > FEW_THREADS_BELOW_S
+        return None if is_slow or choice.chosen.backend in TORCH_BACKENDS else cls(artifacts, config, choice, counts)
+
+    @torch.inference_mode()
+    def round(self) -> None:
+        """Make a batch of pictures with each thread count, `THREADS_CALL_S` seconds each at most."""
+        for index, picture in enumerate(self._pictures):
+            started_s = time.monotonic()
+            picture()
+            self._least_s[index] = min(self._least_s[index], time.monotonic() - started_s)
+
+    def better(self) -> str | None:
+        """Return a sentence about a better thread count, which is kept for the next start; None if there is none."""
+        best, chosen = _best_threads(self._least_s), self._choice.chosen
+        if self._candidates[best] == chosen:
+            return None
+        times = self._least_s[self._candidates.index(chosen)] / self._least_s[best]
+        picture_ms = {**self._choice.picture_ms, chosen.name: 1e3 * picture_seconds(self._models[best], CHECK_ROUNDS)}
+        changed = replace(self._choice, chosen=self._candidates[best], picture_ms=picture_ms)
+        with contextlib.suppress(OSError):
+            write_whole(self._file, _ADAPTER.dump_json(changed, indent=2))
+        return (
+            f"{chosen.name} runs with {chosen.threads} threads, but {changed.chosen.threads} are {times:.2f} times as "
+            "fast now; the next start uses them"
+        )
 
 
 def _candidates(artifacts: Artifacts, config: BackendConfig) -> Iterator[tuple[BackendName, Precision]]:

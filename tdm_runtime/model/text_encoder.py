@@ -259,7 +259,7 @@ class TextEncoder:
         size = max(1, len(missing)) if self.encoder.is_batch_invariant else 1
         for start in range(0, len(missing), size):
             part = missing[start : start + size]
-            tokenized = [self._expected.pop(key) if key in self._expected else self._tokenize(key) for key in part]
+            tokenized = [self._tokenized(key) for key in part]
             found |= zip(part, self.encoder.encode(tokenized), strict=True)
         for key in keys:
             self._cache[key] = found[key]
@@ -274,6 +274,10 @@ class TextEncoder:
         """Return the key of a prompt, without what its embedding does not depend on."""
         factor = lora_factor if self._reads_lora_factor else 1.0
         return PromptKey(prompt, factor, syntax, max_chunks if syntax == "a1111" else 1)
+
+    def _tokenized(self, key: PromptKey) -> TokenizedPrompt:
+        expected: TokenizedPrompt | None = self._expected.pop(key, None)  # another thread may have just dropped it
+        return self._tokenize(key) if expected is None else expected
 
     def _tokenize(self, key: PromptKey) -> TokenizedPrompt:
         return replace(self.encoder.tokenize(key), lora_factor=key.lora_factor)

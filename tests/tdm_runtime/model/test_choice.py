@@ -19,7 +19,7 @@ from tdm_runtime.checkpoint.folder import open_checkpoint
 from tdm_runtime.checkpoint.manifest import MANIFEST_FILE, PictureParity, default_artifacts, load_manifest
 from tdm_runtime.errors import ArtifactError, BackendError
 from tdm_runtime.model.artifacts import Artifacts, BackendConfig
-from tdm_runtime.model.choice import CHOICE_FILE, MIN_PSNR_DB, load_model
+from tdm_runtime.model.choice import CHOICE_FILE, MIN_PSNR_DB, ThreadCheck, load_model
 from tdm_runtime.model.local_parity import LocalParity
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.pipeline import generate
@@ -409,3 +409,54 @@ def test_only_the_default_folder_can_miss_artifacts(
     for has_bf16 in (True, False):  # "auto" would otherwise run torch for ever on a CPU that cannot run the build
         monkeypatch.setattr("tdm_runtime.checkpoint.manifest.has_bf16", lambda has_bf16=has_bf16: has_bf16)
         assert is_missing(BackendConfig("auto")) == (not has_bf16 and not torch.cuda.is_available())
+
+
+# -- in service ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kept", "milliseconds_of", "better"),
+    [
+        (1, {2: 10.0, 1: 20.0}, 2),
+        (2, {2: 20.0, 1: 10.0}, 1),
+        (1, {2: 10.0, 1: 9.0}, None),
+        (1, {2: 10.0, 1: 9.5}, 2),  # fewer threads must be 1.1 times as fast
+        (2, {2: 10.0, 1: 10.0}, None),
+    ],
+)
+def test_a_thread_count_is_checked_again_in_service_and_kept_for_the_next_start(
+    kept: int,
+    milliseconds_of: Mapping[int, float],
+    better: int | None,
+    tiny_checkpoint: Path,
+    one_build: Path,
+    two_cores: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config, file = auto(one_build, threads=0), one_build / CHOICE_FILE
+    load_model(tiny_checkpoint, config)
+    before = json.loads(file.read_text())
+    before["chosen"] = {"backend": "onnxruntime", "precision": "fp32", "threads": kept}
+    file.write_text(json.dumps(before))
+    check = ThreadCheck.of(open_checkpoint(tiny_checkpoint), config)
+    assert check is not None
+    clock = iter(np.cumsum([0.0, milliseconds_of[2], 0.0, milliseconds_of[1]]) / 1e3)
+    with monkeypatch.context() as patch:
+        patch.setattr("tdm_runtime.model.choice.time.monotonic", lambda: float(next(clock)))
+        check.round()
+    sentence, after = check.better(), json.loads(file.read_text())
+    assert after["chosen"]["threads"] == (better or kept)
+    if better is None:
+        assert sentence is None and after == before
+    else:
+        assert sentence is not None and f"with {kept} threads, but {better} are" in sentence
+        assert load_model(tiny_checkpoint, config).choice.startswith(f"onnxruntime fp32 with {better} thread")
+
+
+def test_nothing_is_checked_where_the_threads_are_named_or_nothing_is_kept(
+    tiny_checkpoint: Path, one_build: Path, two_cores: None
+) -> None:
+    checkpoint = open_checkpoint(tiny_checkpoint)
+    assert ThreadCheck.of(checkpoint, auto(one_build, threads=0)) is None, "nothing was chosen yet"
+    load_model(tiny_checkpoint, auto(one_build, threads=1))
+    assert ThreadCheck.of(checkpoint, auto(one_build, threads=1)) is None
