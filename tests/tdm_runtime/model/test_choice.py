@@ -414,43 +414,38 @@ def test_only_the_default_folder_can_miss_artifacts(
 # -- in service ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("kept", "milliseconds_of", "better"),
-    [
-        (1, {2: 10.0, 1: 20.0}, 2),
-        (2, {2: 20.0, 1: 10.0}, 1),
-        (1, {2: 10.0, 1: 9.0}, None),
-        (1, {2: 10.0, 1: 9.5}, 2),  # fewer threads must be 1.1 times as fast
-        (2, {2: 10.0, 1: 10.0}, None),
-    ],
-)
+SECONDS_IN_SERVICE: Mapping[tuple[int, float, float], int] = {
+    (1, 1.0, 2.0): 2,
+    (2, 2.0, 1.0): 1,
+    (1, 1.0, 0.9): 1,
+    (1, 1.0, 0.95): 2,  # fewer threads must be 1.1 times as fast
+    (2, 1.0, 1.0): 2,
+}
+"""Kept thread count, seconds of a batch on both cores and on one -> the better count."""
+
+
 def test_a_thread_count_is_checked_again_in_service_and_kept_for_the_next_start(
-    kept: int,
-    milliseconds_of: Mapping[int, float],
-    better: int | None,
-    tiny_checkpoint: Path,
-    one_build: Path,
-    two_cores: None,
-    monkeypatch: pytest.MonkeyPatch,
+    tiny_checkpoint: Path, one_build: Path, two_cores: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, file = auto(one_build, threads=0), one_build / CHOICE_FILE
     load_model(tiny_checkpoint, config)
-    before = json.loads(file.read_text())
-    before["chosen"] = {"backend": "onnxruntime", "precision": "fp32", "threads": kept}
-    file.write_text(json.dumps(before))
-    check = ThreadCheck.of(open_checkpoint(tiny_checkpoint), config)
-    assert check is not None
-    clock = iter(np.cumsum([0.0, milliseconds_of[2], 0.0, milliseconds_of[1]]) / 1e3)
-    with monkeypatch.context() as patch:
-        patch.setattr("tdm_runtime.model.choice.time.monotonic", lambda: float(next(clock)))
-        check.round()
-    sentence, after = check.better(), json.loads(file.read_text())
-    assert after["chosen"]["threads"] == (better or kept)
-    if better is None:
-        assert sentence is None and after == before
-    else:
-        assert sentence is not None and f"with {kept} threads, but {better} are" in sentence
-        assert load_model(tiny_checkpoint, config).choice.startswith(f"onnxruntime fp32 with {better} thread")
+    for (kept, both_s, one_s), better in SECONDS_IN_SERVICE.items():
+        before = json.loads(file.read_text())
+        before["chosen"] = {"backend": "onnxruntime", "precision": "fp32", "threads": kept}
+        file.write_text(json.dumps(before))
+        check = ThreadCheck.of(open_checkpoint(tiny_checkpoint), config)
+        assert check is not None
+        clock = iter((0.0, both_s, 10.0, 10.0 + one_s))
+        with monkeypatch.context() as patch:
+            patch.setattr("tdm_runtime.model.choice.time.monotonic", lambda clock=clock: next(clock))
+            check.round()
+        sentence, after = check.better(), json.loads(file.read_text())
+        assert after["chosen"]["threads"] == better
+        if better == kept:
+            assert sentence is None and after == before
+        else:
+            assert sentence is not None and f"with {kept} threads, but {better} are" in sentence
+    assert load_model(tiny_checkpoint, config).choice.startswith("onnxruntime fp32 with 2 threads")
 
 
 def test_nothing_is_checked_where_the_threads_are_named_or_nothing_is_kept(
