@@ -65,6 +65,9 @@ class Candidate:
     def name(self) -> str:
         return f"{self.backend} {self.precision}"
 
+    def __str__(self) -> str:
+        return f"{self.name} with {self.threads} thread{'s' if self.threads > 1 else ''}"
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -81,9 +84,8 @@ class Choice:
         others = [f"{name} {ms:.3g} ms" for name, ms in self.picture_ms.items() if name != self.chosen.name]
         others += [f"{name} not considered: {why}" for name, why in self.excluded.items()]
         compared = f" ({'; '.join(others)})" if others else ""
-        threads = f"{self.chosen.threads} thread{'s' if self.chosen.threads > 1 else ''}"
         ms = self.picture_ms[self.chosen.name]
-        return f"{self.chosen.name} with {threads}, {ms:.3g} ms a picture{compared}"
+        return f"{self.chosen}, {ms:.3g} ms a picture{compared}"
 
 
 _ADAPTER = pydantic.TypeAdapter(Choice)
@@ -296,8 +298,8 @@ class ThreadCheck:
         with contextlib.suppress(OSError):
             write_whole(self._file, _ADAPTER.dump_json(changed, indent=2))
         return (
-            f"{chosen.name} runs with {chosen.threads} threads, but {changed.chosen.threads} are {times:.2f} times as "
-            "fast now; the next start uses them"
+            f"it runs on {chosen}, and with {changed.chosen.threads} it is {times:.2f} times as fast now; the next start "
+            "uses them"
         )
 
 

@@ -19,7 +19,7 @@ from tdm_runtime.model.artifacts import BackendConfig
 from tdm_runtime.model.choice import load_model
 from tdm_runtime.params import SamplingParams
 
-SENTENCE = "openvino fp32 runs with 1 threads, but 2 are 1.50 times as fast now; the next start uses them"
+SENTENCE = "it runs on openvino fp32 with 1 thread, and with 2 it is 1.50 times as fast now; the next start uses them"
 
 
 class FakeCheck:
