@@ -298,8 +298,8 @@ class ThreadCheck:
         with contextlib.suppress(OSError):
             write_whole(self._file, _ADAPTER.dump_json(changed, indent=2))
         return (
-            f"it runs on {chosen}, and with {changed.chosen.threads} it is {times:.2f} times as fast now; the next start "
-            "uses them"
+            f"it runs on {chosen}, and with {changed.chosen.threads} it is {times:.2f} times as fast now; "
+            "the next start uses them"
         )
 
 
