@@ -64,5 +64,6 @@ def test_the_clip_and_the_training_write_their_figures(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2000)  # a little more than the command may take
 def test_the_parts_run_on_a_cpu_with_tiny_models(tmp_path: Path) -> None:
     assert main(["--output", str(tmp_path), "--device", "cpu", "--tiny", "--minutes", "30"]) == 0
