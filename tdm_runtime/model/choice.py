@@ -80,12 +80,16 @@ class Choice:
     excluded: Mapping[str, str]
     """Candidate -> reason why it was not measured."""
 
+    @property
+    def picture_s(self) -> float:
+        """Seconds of a picture of the chosen candidate."""
+        return 1e-3 * self.picture_ms[self.chosen.name]
+
     def __str__(self) -> str:
         others = [f"{name} {ms:.3g} ms" for name, ms in self.picture_ms.items() if name != self.chosen.name]
         others += [f"{name} not considered: {why}" for name, why in self.excluded.items()]
         compared = f" ({'; '.join(others)})" if others else ""
-        ms = self.picture_ms[self.chosen.name]
-        return f"{self.chosen}, {ms:.3g} ms a picture{compared}"
+        return f"{self.chosen}, {1e3 * self.picture_s:.3g} ms a picture{compared}"
 
 
 _ADAPTER = pydantic.TypeAdapter(Choice)
@@ -144,8 +148,7 @@ def _loaded(checkpoint: Checkpoint, config: BackendConfig) -> LoadedModel:
                 return model
         choice = passing.submit(_measured, artifacts, config, machine).result()
     if artifacts.manifest is not None:
-        with contextlib.suppress(OSError):  # a read-only folder: every start measures again
-            write_whole(kept, _ADAPTER.dump_json(choice, indent=2))
+        _keep_choice(kept, choice)
     return _chosen(artifacts, config, choice)
 
 
@@ -156,8 +159,13 @@ def _chosen(artifacts: Artifacts, config: BackendConfig, choice: Choice) -> Load
 
 def _was_busy(choice: Choice, model: LoadedModel) -> bool:
     """Whether other work kept the machine busy when this choice was measured: the model is much faster now."""
-    known_s = 1e-3 * choice.picture_ms[choice.chosen.name]
+    known_s = choice.picture_s
     return known_s <= FEW_THREADS_BELOW_S and picture_seconds(model, CHECK_ROUNDS) < known_s / BUSY
+
+
+def _keep_choice(file: Path, choice: Choice) -> None:
+    with contextlib.suppress(OSError):  # a read-only folder: every start measures again
+        write_whole(file, _ADAPTER.dump_json(choice, indent=2))
 
 
 def _read_choice(file: Path) -> Choice | None:
@@ -260,8 +268,7 @@ class ThreadCheck:
         """
         self._file, self._choice = artifacts.folder / CHOICE_FILE, choice
         self._candidates = [replace(choice.chosen, threads=threads) for threads in counts]
-        seconds = 1e-3 * choice.picture_ms[choice.chosen.name]
-        self._models, self._pictures = _with_threads(artifacts, config.device, self._candidates, seconds)
+        self._models, self._pictures = _with_threads(artifacts, config.device, self._candidates, choice.picture_s)
         self._least_s = [float("inf")] * len(counts)
         for picture in self._pictures:
             picture()
@@ -276,16 +283,15 @@ class ThreadCheck:
         counts, choice = _thread_counts(config.threads, checkpoint), _read_choice(artifacts.folder / CHOICE_FILE)
         if len(counts) == 1 or choice is None or choice.machine != _machine(artifacts, config):
             return None
-        is_slow = 1e-3 * choice.picture_ms[choice.chosen.name] > FEW_THREADS_BELOW_S
-        return None if is_slow or choice.chosen.backend in TORCH_BACKENDS else cls(artifacts, config, choice, counts)
+        if choice.picture_s > FEW_THREADS_BELOW_S or choice.chosen.backend in TORCH_BACKENDS:
+            return None
+        return cls(artifacts, config, choice, counts)
 
     @torch.inference_mode()
     def round(self) -> None:
         """Make a batch of pictures with each thread count, `THREADS_CALL_S` seconds each at most."""
         for index, picture in enumerate(self._pictures):
-            started_s = time.monotonic()
-            picture()
-            self._least_s[index] = min(self._least_s[index], time.monotonic() - started_s)
+            self._least_s[index] = min(self._least_s[index], _seconds(picture))
 
     def better(self) -> str | None:
         """Return a sentence about a better thread count, which is kept for the next start; None if there is none."""
@@ -295,8 +301,7 @@ class ThreadCheck:
         times = self._least_s[self._candidates.index(chosen)] / self._least_s[best]
         picture_ms = {**self._choice.picture_ms, chosen.name: 1e3 * picture_seconds(self._models[best], CHECK_ROUNDS)}
         changed = replace(self._choice, chosen=self._candidates[best], picture_ms=picture_ms)
-        with contextlib.suppress(OSError):
-            write_whole(self._file, _ADAPTER.dump_json(changed, indent=2))
+        _keep_choice(self._file, changed)
         return (
             f"it runs on {chosen}, and with {changed.chosen.threads} it is {times:.2f} times as fast now; "
             "the next start uses them"
@@ -411,11 +416,16 @@ def least_seconds_of(calls: Sequence[Callable[[], object]], rounds: int, limit_s
     fewest, ends_s = [float("inf")] * len(calls), time.monotonic() + limit_s
     for _ in range(rounds):
         for index, call in enumerate(calls):
-            started_s = time.monotonic()
-            call()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            fewest[index] = min(fewest[index], time.monotonic() - started_s)
+            fewest[index] = min(fewest[index], _seconds(call))
         if time.monotonic() > ends_s:
             break
     return fewest
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    """Return the seconds of one call."""
+    started_s = time.monotonic()
+    call()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.monotonic() - started_s

@@ -304,8 +304,7 @@ class CostModel:
 
     def batch_size(self, kind: Kind, available: int) -> int:
         """Return how many of `available` samples should share a call, the fewest at about the highest throughput."""
-        measured = self._nearest(kind) if available > 1 else None
-        if measured is None:
+        if available <= 1 or (measured := self._nearest(kind)) is None:
             return available
         estimate = self._estimates[measured]
         if available not in estimate.best:

@@ -312,7 +312,7 @@ class StepScheduler(Generic[Item]):
         return self._together.wait_s(self.live(), now_s) if self._joining else 0.0
 
     def _choice(self) -> list[Item]:
-        if len(self._live) == 1:
+        if len(self._live) == 1:  # the usual case of a lone client: nothing to choose
             return [*self._live.values()]
         ordered = self._ready()
         return choose(ordered, self.costs, self.capacity) if ordered else []

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,6 +61,14 @@ def start_server(log: Path, *arguments: str) -> RunningServer:
             time.sleep(0.3)
     process.kill()
     pytest.fail(f"tdm-serve was not ready within {START_TIMEOUT_S} s:\n{log.read_text()[-2000:]}")
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    """Wait until a condition holds, for half a minute at most."""
+    deadline_s = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline_s, "it does not come about"
+        time.sleep(0.02)
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from tdm_runtime.errors import BackendError
 from tdm_runtime.model.artifacts import BackendConfig
 from tdm_runtime.model.choice import load_model
 from tdm_runtime.params import SamplingParams
+from tests.serving.conftest import wait_until
 
 SENTENCE = "it runs on openvino fp32 with 1 thread, and with 2 it is 1.50 times as fast now; the next start uses them"
 
@@ -61,20 +62,13 @@ def watch(
         one.close()
 
 
-def wait_for(condition: Callable[[], object]) -> None:
-    deadline_s = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.01)
-
-
 def test_a_better_count_is_found_on_the_engines_thread_and_logged(
     engine: DiffusionEngine, watch: Callable[[object], ThreadWatch], caplog: pytest.LogCaptureFixture
 ) -> None:
     check = FakeCheck(engine)
     with caplog.at_level(logging.WARNING, thread_watch.logger.name):
         watch(lambda checkpoint, config: check)
-        wait_for(lambda: caplog.messages)
+        wait_until(lambda: caplog.messages)
     assert check.rounds == [("diffusion-engine", 0)] * thread_watch.ROUNDS
     assert [message.partition(": ")[2] for message in caplog.messages] == [SENTENCE]
 
@@ -85,10 +79,10 @@ def test_a_check_waits_until_no_picture_is_asked_for_any_more(
     check = FakeCheck(engine)
     futures = [engine.submit(SamplingParams("a cat", seed, 4, 16, 16)) for seed in range(60)]
     watch(lambda checkpoint, config: check)
-    wait_for(lambda: futures[-2].done())
+    wait_until(lambda: futures[-2].done())
     submitted_s = time.monotonic()
     engine.submit(SamplingParams("a cat", 60, 4, 16, 16)).result()
-    wait_for(lambda: check.rounds)
+    wait_until(lambda: check.rounds)
     assert time.monotonic() - submitted_s >= thread_watch.IDLE_S
     assert check.rounds[0] == ("diffusion-engine", 0)
     assert engine.stats.finished == 61
@@ -102,7 +96,7 @@ def test_a_check_that_fails_is_logged_and_the_server_goes_on(
 
     with caplog.at_level(logging.WARNING, thread_watch.logger.name):
         watch(broken)
-        wait_for(lambda: caplog.messages)
+        wait_until(lambda: caplog.messages)
     assert "could not be checked: no memory" in caplog.text
     assert engine.submit(SamplingParams("a cat", 1, 1, 16, 16)).result().pixels.shape == (16, 16, 3)
 

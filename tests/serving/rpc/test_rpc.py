@@ -41,7 +41,7 @@ from serving.schema.video_request import VideoGenerationRequest
 from serving.telemetry.metrics import ServerMetrics
 from tdm_runtime.model.artifacts import BackendConfig
 from tests.ports import free_port
-from tests.serving.conftest import RunningServer
+from tests.serving.conftest import RunningServer, wait_until
 
 Code = grpc.StatusCode
 PROTOS = Path(images_pb2_grpc.__file__).parent
@@ -81,13 +81,6 @@ def metric(http: httpx.Client, name: str) -> float:
     """Return the sum of a metric over its labels."""
     values = re.findall(rf"^{name}(?:{{[^}}]*}})? (\S+)$", http.get("/metrics").text, re.MULTILINE)
     return sum(map(float, values))
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline_s, "it does not come about"
-        time.sleep(0.02)
 
 
 # -- tdm.images.v1.ImageService --------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The table of scores, on drawn scenes in place of a model's pictures."""
+"""The table of scores, with noise in place of a model's pictures."""
 
 from __future__ import annotations
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -130,12 +128,17 @@ LATENTS = normal(2, *TINY_SHAPES[FAMILY], seed=0)
 TEXTS = tiny_conditioning(FAMILY, 2)
 
 
-@pytest.fixture
-def lora() -> Iterator[LoraRoles]:
+def lora_roles(precision: Precision, base_precision: Precision = "fp32") -> LoraRoles:
+    """Return two untrained adapters on a tiny model with an input for K."""
     base = tiny_base(FAMILY)
     base.denoiser.add_step_condition(8)
     coordinates = Coordinates(base.noise_schedule, base.prediction_type)  # type: ignore[arg-type]
-    yield LoraRoles(base.denoiser, coordinates, rank=2, alpha=6.0, precision="fp32")
+    return LoraRoles(base.denoiser, coordinates, rank=2, alpha=6.0, precision=precision, base_precision=base_precision)
+
+
+@pytest.fixture
+def lora() -> LoraRoles:
+    return lora_roles("fp32")
 
 
 @torch.no_grad()
@@ -214,9 +217,7 @@ def test_a_base_without_input_for_k_gets_adapters_alone(recwarn: pytest.Warnings
 
 def half_lora(base_precision: Precision) -> LoraRoles:
     """Return roles that compute in bf16, with adapters that are not zero."""
-    base = tiny_base(FAMILY)
-    base.denoiser.add_step_condition(8)
-    roles = LoraRoles(base.denoiser, COORDINATES, rank=2, alpha=6.0, precision="bf16", base_precision=base_precision)
+    roles = lora_roles("bf16", base_precision)
     torch.manual_seed(0)
     for role in ("student", "fake"):
         for parameter in roles.module(role).parameters():  # type: ignore[arg-type]
