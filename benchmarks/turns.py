@@ -3,7 +3,8 @@
 All contenders are started once. In each round each has its turn, while the processes of all others are suspended. A
 table gives the median and the range over the rounds, and the ratio to the first contender, round by round. With --loads
 each server also answers requests that arrive at random, at shares of what the best peer makes: tdm-serve with "auto"
-steps and a latency budget, a peer at a fixed step count.
+steps and a latency budget, a peer at a fixed step count. CPU time is that of all processes of a server; that of the
+engine in process contains its client.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import asyncio
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -33,10 +35,11 @@ from tdm_runtime.errors import TDMError
 from tdm_runtime.model.choice import load_model
 
 Rounds = dict[str, dict[int, list[Mapping[str, float]]]]
-"""Contender -> requests in flight -> figures of each round: pictures a second, and p50 and p99 in milliseconds."""
+"""Contender -> requests in flight -> figures of each round: pictures a second, p50 and p99 in milliseconds, and
+milliseconds of CPU time a picture, of all the contender's processes."""
 Loads = dict[str, dict[float, list[Mapping[str, float]]]]
 """Server -> load -> figures of each round: share of the requests in time, p99 in milliseconds, mean step count."""
-FIGURES = ("pictures_per_s", "p50_ms", "p99_ms")
+FIGURES = ("pictures_per_s", "p50_ms", "p99_ms", "cpu_ms")
 LOAD_FIGURES = ("goodput_share", "p99_e2el_ms", "mean_steps_used")
 Started = Mapping[str, tuple[Callable[[], Any] | str, "Suspended"]]
 """Contender -> its address, or its target in this process, and its processes."""
@@ -47,6 +50,19 @@ class Suspended:
     """Processes of one contender, which can be stopped and continued."""
 
     processes: Sequence[Any]
+
+    def cpu_s(self) -> float:
+        """Return the CPU seconds of the processes so far; without processes those of this one."""
+        if not self.processes:
+            return time.process_time()
+        import psutil
+
+        spent_s = 0.0
+        for process in self.processes:
+            with suppress(psutil.NoSuchProcess):
+                times = process.cpu_times()
+                spent_s += times.user + times.system
+        return spent_s
 
     @contextmanager
     def awake(self) -> Iterator[None]:
@@ -111,7 +127,7 @@ def _closed_loops(started: Started, given: argparse.Namespace, plan: Plan) -> Ro
         for number in given.max_concurrency:
             for name, (address, suspended) in started.items():
                 with suspended.awake():
-                    turn = asyncio.run(_turn(address, plan, number, given.turn_s))
+                    turn = asyncio.run(_turn(address, plan, number, given.turn_s, suspended.cpu_s))
                 if round_number:  # the first round warms up
                     found[name][number].append(turn)
         print(f"round {round_number} of {given.rounds}", file=sys.stderr, flush=True)
@@ -169,10 +185,10 @@ def _started(name: str, given: argparse.Namespace, stack: ExitStack) -> tuple[Ca
 
 
 async def _turn(
-    address: Callable[[], Target] | str, plan: Plan, concurrency: int, turn_s: float
+    address: Callable[[], Target] | str, plan: Plan, concurrency: int, turn_s: float, cpu_s: Callable[[], float]
 ) -> Mapping[str, float]:
     """Keep requests in flight for a turn. Return its figures."""
-    recording, requests = Recording(), plan.workload(STEPS).requests()
+    recording, requests, before_s = Recording(), plan.workload(STEPS).requests(), cpu_s()
     if isinstance(address, str):
         async with http_session() as session:
             await closed_loop(OpenAITarget(session, address), requests, concurrency, recording, turn_s)
@@ -181,7 +197,9 @@ async def _turn(
     seen = figures(recording)
     if seen["failed"] or not seen["completed"]:
         raise NotRunError(f"{address}: {seen['failed']} requests failed: {seen['errors']}")
-    return dict(zip(FIGURES, (seen["request_throughput"], seen["median_e2el_ms"], seen["p99_e2el_ms"]), strict=True))
+    cpu_ms = 1e3 * (cpu_s() - before_s) / seen["completed"]
+    found = (seen["request_throughput"], seen["median_e2el_ms"], seen["p99_e2el_ms"], cpu_ms)
+    return dict(zip(FIGURES, found, strict=True))
 
 
 def to_markdown(found: Rounds) -> str:
@@ -194,7 +212,7 @@ def to_markdown(found: Rounds) -> str:
             columns = {figure: [turn[figure] for turn in turns[number]] for figure in FIGURES}
             ratios = [base_s / own_s for base_s, own_s in zip(base, columns["pictures_per_s"], strict=True)]
             rows.append([str(number), name, *map(_spread, columns.values()), _spread(ratios, 2)])
-    header = ["in flight", "contender", "pictures/s", "p50, ms", "p99, ms", f"{first} / this, pictures/s"]
+    header = ["in flight", "contender", "pictures/s", "p50, ms", "p99, ms", "CPU ms a picture", f"{first} / this"]
     return markdown_table(header, rows)
 
 

@@ -55,6 +55,12 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `tdm-bench plan`."""
     parser.add_argument("costs", nargs="+", help="cost table: file of `tdm-bench profile`, or a published one by name")
     parser.add_argument("--shares", type=_floats, help="share of each table in the requests (equal)")
+    parser.add_argument(
+        "--further-sample",
+        type=options.positive_float,
+        metavar="SHARE",
+        help="what each further sample of a call costs, as a share of the first (the table's own)",
+    )
     load = parser.add_mutually_exclusive_group()
     load.add_argument("--request-rate", type=options.rate_list, help="requests/s; a comma list runs a sweep")
     load.add_argument("--load", type=_floats, default=(1.0,), help="the same as a share of the fleet's capacity (1)")
@@ -106,6 +112,8 @@ def run_plan(given: argparse.Namespace) -> int:
         ValueError: A flag, a table or the trace is wrong.
     """
     tables = [read_table(name) for name in given.costs]
+    if given.further_sample:
+        tables = [table.with_further_samples(given.further_sample) for table in tables]
     if given.shares is not None and len(given.shares) != len(tables):
         raise ValueError(f"--shares has {len(given.shares)} values for {len(tables)} tables; give one for each")
     for table in tables:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -119,6 +119,15 @@ class CostTable:
             size = _parsed(name)
             yield self.denoise(size), costs.denoise_s
             yield self.decode(size), costs.decode_s
+
+    def with_further_samples(self, share: float) -> CostTable:
+        """Return the table of a machine on which each further sample of a call costs this share of the first."""
+
+        def scaled(seconds: BatchSeconds) -> BatchSeconds:
+            return {n: seconds[1] * (1 + share * (n - 1)) for n in seconds}
+
+        sizes = {name: SizeCosts(scaled(costs.denoise_s), scaled(costs.decode_s)) for name, costs in self.sizes.items()}
+        return replace(self, sizes=sizes, text_s=scaled(self.text_s))
 
     def write(self, file: Path) -> None:
         """Write the table as JSON."""

@@ -87,7 +87,7 @@ class DiffusionEngine:
         self._scheduler: StepScheduler[Sample] = StepScheduler(self.costs, config.max_batch_size, config.joining)
         self._calls = ModelCalls(self._ask_for_fewer_than)
         self._intake = Intake(self.costs, config.patience, config.auto_stretch)
-        self._tasks: list[Callable[[], None]] = []
+        self._tasks: list[tuple[Callable[[], None], Future[None]]] = []
         self._wake = threading.Condition()
         """Lock of all state above that changes, and of the samples' places in the queue."""
         self._replies = Replies(self.stats, config.result_cache_bytes, self._wake)
@@ -164,21 +164,13 @@ class DiffusionEngine:
         """Run a task between two calls, on the thread that runs the model, and wait for it.
 
         Raises:
-            RuntimeError: The engine was not started, or is stopping.
+            RuntimeError: The engine was not started, is stopping, or its thread died before the task's turn.
         """
         done: Future[None] = Future()
-
-        def run() -> None:
-            try:
-                task()
-                done.set_result(None)
-            except BaseException as error:
-                done.set_exception(error)
-
         with self._wake:
             if not self.is_healthy:
                 raise RuntimeError("the engine's thread is not running; start it first")
-            self._tasks.append(run)
+            self._tasks.append((task, done))
             self._wake.notify()
         done.result()
 
@@ -261,6 +253,8 @@ class DiffusionEngine:
             logger.exception("the engine's thread died")
             with self._wake:
                 self._failure = error
+            for _, done in self._tasks:
+                done.set_exception(RuntimeError("the engine's thread died"))
             self._replies.fail_all("the engine stopped unexpectedly; retry on another replica")
 
     def _wait_for_work(self) -> bool:
@@ -275,8 +269,12 @@ class DiffusionEngine:
                     return False
                 if not tasks:
                     self._wake.wait(wait_s)
-            for task in tasks:
-                task()
+            for task, done in tasks:
+                try:
+                    task()
+                    done.set_result(None)
+                except BaseException as error:
+                    done.set_exception(error)
             self._free_s = time.monotonic()
 
     def _schedule(self, now_s: float) -> list[Sample]:

@@ -53,6 +53,13 @@ def test_a_lone_request_takes_the_sum_of_its_calls() -> None:
     assert TABLE.unloaded_s() == pytest.approx(LONE_S)
 
 
+def test_further_samples_cost_the_share_that_is_asked_for() -> None:
+    table = TABLE.with_further_samples(0.5)
+    assert table.sizes["64x64"].denoise_s == pytest.approx({1: 0.010, 2: 0.015, 4: 0.025})
+    assert table.text_s == pytest.approx({1: 0.002, 4: 0.005})
+    assert table.unloaded_s() == TABLE.unloaded_s()
+
+
 @pytest.mark.parametrize("overhead_s", [0.0, 0.02])
 def test_at_saturation_a_replica_makes_its_capacity(overhead_s: float) -> None:
     """Each picture takes its share of calls of the best size: 4 prompts, 4 steps, 2 decodes."""

@@ -636,6 +636,24 @@ def test_when_the_thread_dies_every_waiting_request_fails(tiny_model: LoadedMode
     engine.close()
 
 
+def test_when_the_thread_dies_a_waiting_task_fails(tiny_model: LoadedModel) -> None:
+    taken, ready = threading.Event(), threading.Event()
+
+    def die(size: int, seconds: float) -> None:
+        taken.set()
+        assert ready.wait(TIMEOUT_S)
+        raise RuntimeError("the observer failed")
+
+    engine = DiffusionEngine(tiny_model, EngineConfig(), die)
+    engine.start()
+    engine.submit(request_for(tiny_model, 0, 1))
+    assert taken.wait(TIMEOUT_S)
+    threading.Timer(0.2, ready.set).start()  # the thread is in a call, and dies after the task was given to it
+    with pytest.raises(RuntimeError, match="thread died"):
+        engine.run_on_thread(lambda: None)
+    engine.close()
+
+
 def test_every_request_is_answered_exactly_once_in_a_storm(tiny_model: LoadedModel) -> None:
     """Four threads submit, cancel at random and meet failures."""
     model, _ = observed(tiny_model, spoil_marked)

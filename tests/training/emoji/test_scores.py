@@ -55,3 +55,8 @@ def test_the_first_repetition_has_the_scenes_of_the_published_table() -> None:
     first, second = (scores.Yardstick(3, network, repetition) for repetition in (0, 1))
     assert first.seen == scores.scoring_scenes(3) and first.unseen == scores.scoring_scenes(3, held_out=True)
     assert first.seen != second.seen and first.unseen != second.unseen
+
+
+def test_no_repetition_is_refused() -> None:
+    with pytest.raises(ValueError, match="--repetitions is 0; it must be at least 1"):
+        scores.print_scores(Path(), Path(), repetitions=0)

@@ -97,8 +97,11 @@ def print_scores(checkpoint: Path, run: Path, count: int = 250, repetitions: int
         repetitions: Measurements with other scenes and noise. Several give means with 95% intervals.
 
     Raises:
+        ValueError: `repetitions` is below 1.
         FileNotFoundError: The feature network is not trained.
     """
+    if repetitions < 1:
+        raise ValueError(f"--repetitions is {repetitions}; it must be at least 1")
     found, network = samplers(load_model(checkpoint), teacher_of(run)), load_features()
     rows: dict[str, list[tuple[float, ...]]] = {name: [] for name in found}
     for repetition in range(repetitions):
