@@ -82,6 +82,8 @@ def forecast(
     now_s: float,
     watched: Collection[Urgency] = (),
     margin: float = MARGIN,
+    *,
+    together: bool = False,
 ) -> Forecast:
     """Run the scheduler ahead of time, on copies, until every promise and every watched sample is decided.
 
@@ -94,13 +96,15 @@ def forecast(
         now_s: When the first call begins, monotonic.
         watched: Samples to follow beside those with a promise.
         margin: Reserve in mean absolute deviations.
+        together: Whether newcomers wait until all that have started are done.
     """
     finish_s: dict[Urgency, float] = {}
     variance = 0.0
     open_ends = {work.urgency for work in works if work.promised_s < NEVER_S or work.urgency in watched}
     live = sorted((work.copy() for work in works), key=lambda work: work.urgency) if open_ends else []
     while open_ends:
-        batch = choose(live, costs, capacity)
+        ready = [work for work in live if work.has_started] if together else []
+        batch = choose(ready or live, costs, capacity)
         seconds = call_seconds(batch, costs)
         now_s += seconds
         variance += (costs.deviation(batch[0].call_kind) * seconds) ** 2

@@ -43,6 +43,10 @@ MAX_LOAD = 0.7
 """Load at which "auto" step counts stay at their smallest, as a share of the machine's time in its best batches. The
 rest is for chance, smaller batches, and work outside the model."""
 
+MOST_GROUPED = 0.5
+"""Share of the time to a promise in which a sample must be done, so that newcomers wait and start together. The rest
+is for requests to come, which lengthen the next group."""
+
 
 def _counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
@@ -61,6 +65,15 @@ def _at_least(seconds: float) -> str:
 def _trial_pause_s(least_s: float) -> float:
     """Return the seconds from the last call to a trial. They keep the share of time spent on trials small."""
     return max(TRIAL_S, TRIAL_TIMES * least_s)
+
+
+def _leaves_room(ahead: Forecast, items: Sequence[Work], now_s: float) -> bool:
+    """Whether groups that start together, as forecast, would keep all promises and leave room for requests to come."""
+    return ahead.broken is None and all(
+        ahead.finish_s.get(item.urgency, now_s) - now_s <= MOST_GROUPED * (item.promised_s - now_s)
+        for item in items
+        if item.promised_s < NEVER_S
+    )
 
 
 class StepScheduler(Generic[Item]):
@@ -101,6 +114,8 @@ class StepScheduler(Generic[Item]):
         self._open_demand = Demand()
         """Samples a second, from requests with an "auto" step count."""
         self._together = Together(costs, capacity)
+        self._is_grouped = False
+        """Whether newcomers wait, in the present call, until all that have started are done."""
 
     def __len__(self) -> int:
         return len(self._live)
@@ -138,6 +153,9 @@ class StepScheduler(Generic[Item]):
         self._note_demand(items, now_s)
         margin = MARGIN if self._live else 0.0
         ahead = self._ahead(now_s, items, margin=margin)
+        if ahead.broken is not None and self._joining and self._together.applies_to(self.live(), items):
+            in_groups = self._ahead(now_s, items, margin=margin, together=True)
+            ahead = in_groups if _leaves_room(in_groups, [*self.live(), *items], now_s) else ahead
         if ahead.broken is not None and self._give_up_lost(now_s):
             ahead = self._ahead(now_s, items, margin=margin)
         if ahead.broken is not None:
@@ -284,6 +302,7 @@ class StepScheduler(Generic[Item]):
         self.costs.pass_time(now_s, len(self._live))
         self.end_call()
         self._give_up([item for item in self._live.values() if item.promised_s < now_s])
+        self._is_grouped = self._starts_together(now_s)
         batch = self._choice()
         while unsettled := [item for item in batch if item.open_steps and item.is_prepared]:
             for item in unsettled:
@@ -320,9 +339,16 @@ class StepScheduler(Generic[Item]):
     def _ready(self) -> list[Item]:
         """Return the samples that may take the next call, most urgent first."""
         ordered = self.live()
-        if not self._joining or self._together.applies_to(ordered):
-            return [item for item in ordered if item.has_started] or ordered
-        return ordered
+        return ([item for item in ordered if item.has_started] if self._is_grouped else []) or ordered
+
+    def _starts_together(self, now_s: float) -> bool:
+        """Whether newcomers wait until all that have started are done, now that no call runs."""
+        if not self._joining:
+            return True
+        live = self.live()
+        if not self._together.applies_to(live):
+            return False
+        return _leaves_room(forecast(live, self.costs, self.capacity, now_s, together=True), live, now_s)
 
     def _tried(self, batch: list[Item]) -> list[Item]:
         """Return the batch, or a larger one if its size is due for a trial and nothing is promised."""
@@ -362,7 +388,7 @@ class StepScheduler(Generic[Item]):
         """Predict when samples finish."""
         if not items:
             return
-        finish_s = self._ahead(now_s, watched={item.urgency for item in items}).finish_s
+        finish_s = self._ahead(now_s, watched={item.urgency for item in items}, together=self._is_grouped).finish_s
         for item in items:
             alone_s = now_s + item.seconds_left(self.costs)
             item.predicted_s = finish_s.get(item.urgency, alone_s)
@@ -370,7 +396,13 @@ class StepScheduler(Generic[Item]):
     # -- promises -----------------------------------------------------------------------------
 
     def _ahead(
-        self, now_s: float, added: Sequence[Work] = (), watched: Collection[Urgency] = (), margin: float = MARGIN
+        self,
+        now_s: float,
+        added: Sequence[Work] = (),
+        watched: Collection[Urgency] = (),
+        margin: float = MARGIN,
+        *,
+        together: bool = False,
     ) -> Forecast:
         """Forecast the live samples and those added, from the end of the running call."""
         works: list[Work] = [*added]
@@ -379,7 +411,7 @@ class StepScheduler(Generic[Item]):
             if item not in self._running or not work.advance():
                 works.append(work)
         starts_s = max(now_s, self._running_until_s) if self._running else now_s
-        return forecast(works, self.costs, self.capacity, starts_s, watched, margin)
+        return forecast(works, self.costs, self.capacity, starts_s, watched, margin, together=together)
 
     def _give_up_lost(self, now_s: float) -> bool:
         """Give up promises that are expected to be missed even without new samples: calls were slower than predicted.

@@ -72,6 +72,11 @@ class Returns:
             self._share -= RETURN_WEIGHT * self._share
 
 
+def _like(item: Work) -> tuple[Lane, int]:
+    """Return what alike samples have in common, before their first step."""
+    return item.denoise, len(item.open_steps) or item.steps_left
+
+
 class Together:
     """Whether newcomers wait until all that have started are done, and the next call for clients that return."""
 
@@ -94,25 +99,28 @@ class Together:
         if item.is_background:
             return
         self._returns.arrived(now_s, RETURN_WINDOW * item.seconds_left(self._costs))
-        like = (item.denoise, len(item.open_steps) or item.steps_left)
-        self._num_alike = self._num_alike + 1 if like == self._latest_like else 1
-        self._latest_like = like
+        self._num_alike = self._num_alike + 1 if _like(item) == self._latest_like else 1
+        self._latest_like = _like(item)
 
     def answered(self, item: Work, now_s: float) -> None:
         """Note that a sample was finished."""
         if not item.is_background:
             self._returns.answered(now_s)
 
-    def applies_to(self, live: Sequence[Work]) -> bool:
-        """Whether newcomers wait until all that have started are done, to start together.
+    def applies_to(self, live: Sequence[Work], arriving: Sequence[Work] = ()) -> bool:
+        """Whether newcomers should wait until all that have started are done, if no promise forbids it.
 
         Alike samples that start together share every call. Those that join between steps share only their steps: each
-        arrival adds a text call and a decode, which delay all others. If requests differ, or beside a promise, samples
-        join between steps, because a group would last as long as its longest member.
+        arrival adds a text call and a decode, which delay all others. If requests differ, samples join between steps,
+        because a group would last as long as its longest member.
+
+        Args:
+            live: Live samples.
+            arriving: Samples that were not accepted yet.
         """
-        if self._num_alike < ALIKE:
+        if self._num_alike < ALIKE or any(_like(item) != self._latest_like for item in arriving):
             return False
-        return all(item.promised_s == NEVER_S and not item.open_steps and not item.is_background for item in live)
+        return not any(item.open_steps or item.is_background for item in [*live, *arriving])
 
     def wait_s(self, live: Sequence[Work], now_s: float) -> float:
         """Return the seconds for which the next call should wait, because clients are about to return.
@@ -124,7 +132,9 @@ class Together:
         Args:
             live: At least one sample, most urgent first.
         """
-        if not self._returns.are_usual or not self.applies_to(live) or any(item.has_started for item in live):
+        if not self._returns.are_usual or not self.applies_to(live):
+            return 0.0
+        if any(item.has_started or item.promised_s < NEVER_S for item in live):
             return 0.0
         first, here = live[0], len(live)
         expected, wait_s = self._returns.expected(now_s, RETURN_WINDOW * first.seconds_left(self._costs))

@@ -147,6 +147,7 @@ class Work:
             needs_image=self.needs_image,
             image=self.image,
             is_background=self.is_background,
+            has_started=self.has_started,
             preview=self.preview,
             previews_left=self.previews_left,
             unseen_steps=self.unseen_steps,

@@ -5,18 +5,19 @@ from __future__ import annotations
 import heapq
 import random
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import count
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tdm_runtime.errors import DeadlineError
 from tdm_runtime.scheduling.cost_model import CostModel
 from tdm_runtime.scheduling.forecast import call_seconds
 from tdm_runtime.scheduling.scheduler import StepScheduler
 from tdm_runtime.scheduling.together import RETURN_WINDOW, Returns
-from tdm_runtime.scheduling.work import TEXT
+from tdm_runtime.scheduling.work import TEXT, TOLERANCE_S
 from tests.tdm_runtime.scheduling.test_scheduler import Request, request
 
 K = 4
@@ -178,6 +179,52 @@ def test_alike_requests_that_come_at_random_are_sooner_done_if_they_start_togeth
     together_s = median_s([K], fixed, load=0.9)
     monkeypatch.setattr("tdm_runtime.scheduling.together.ALIKE", 10**9)
     assert together_s < most * median_s([K], fixed, load=0.9)
+
+
+def promised(fixed: float, load: float, times: tuple[float, float], count: int = 400) -> tuple[Traffic, list[Request]]:
+    """Send alike requests at random, each with a budget. Return the traffic and the refused requests.
+
+    Args:
+        fixed: See `shared_costs`.
+        load: Share of what the engine makes in batches of 8.
+        times: Least and largest budget, in times of a sample without load.
+    """
+    draws, traffic, at_s, refused = random.Random(2), Traffic(costs=shared_costs(fixed, (1, 2, 4, 8))), 0.0, []
+    costs, sample = traffic.scheduler.costs, request(0)
+    group_s = K * costs.seconds(sample.denoise.kind, 8) + costs.seconds(sample.decode.kind, 8) + costs.seconds(TEXT, 8)
+    admit = traffic.scheduler.admit
+
+    def admit_or_refuse(items: Sequence[Request], now_s: float) -> None:
+        try:
+            admit(items, now_s)
+        except DeadlineError:
+            refused.extend(items)
+
+    traffic.scheduler.admit = admit_or_refuse  # type: ignore[method-assign]
+    for _ in range(count):
+        at_s += draws.expovariate(load * 8 / group_s)
+        traffic.ask(at_s, budget_s=draws.uniform(*times) * UNLOADED_S)
+    list(traffic.calls())
+    return traffic, refused
+
+
+def test_alike_requests_with_ample_budgets_start_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At full load all are accepted that start together, and some are refused that join between steps."""
+    together, refused = promised(0.9, 1.0, (12, 12))
+    assert len(together.done) == 400 and not refused
+    monkeypatch.setattr("tdm_runtime.scheduling.together.ALIKE", 10**9)
+    _, refused = promised(0.9, 1.0, (12, 12))
+    assert len(refused) > 20
+
+
+@pytest.mark.parametrize("fixed", [0.1, 0.45, 0.9])
+@pytest.mark.parametrize("load", [0.6, 1.2])
+def test_every_accepted_budget_of_alike_requests_is_kept(fixed: float, load: float) -> None:
+    """Newcomers wait for those that started only while that breaks no promise, of either."""
+    traffic, refused = promised(fixed, load, (1.3, 10))
+    assert len(traffic.done) + len(refused) == 400 and len(traffic.done) > 100
+    assert traffic.scheduler.num_late == 0
+    assert all(item.done_s is not None and item.done_s <= item.promised_s + TOLERANCE_S for item in traffic.done)
 
 
 @pytest.mark.parametrize(("fixed", "most"), [(0.45, 1.0), (0.9, 0.6)])
