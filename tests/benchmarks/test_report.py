@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from benchmarks.compare_tables import BEGIN, END, write_between_markers
 from benchmarks.load import Record, Recording
+from benchmarks.machine import READS, read_ms
 from benchmarks.report import figures, stage_table, terminal_table
 from benchmarks.targets import Outcome
 from benchmarks.workload import Request
@@ -81,3 +82,10 @@ def test_a_page_without_markers_is_refused_and_unchanged(tmp_path: Path, text: s
     with pytest.raises(ValueError, match="lacks the lines"):
         write_between_markers(page, "tables\n")
     assert page.read_text() == text
+
+
+def test_memory_is_read_after_the_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses_s: list[float] = []
+    monkeypatch.setattr("benchmarks.machine.time.sleep", pauses_s.append)
+    assert read_ms(0.3) > 0
+    assert pauses_s == [0.3] * (READS + 1)
