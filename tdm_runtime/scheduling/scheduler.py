@@ -23,7 +23,7 @@ from tdm_runtime.errors import DeadlineError, InvalidRequestError, TDMError
 from tdm_runtime.scheduling.cost_model import CostModel, Kind
 from tdm_runtime.scheduling.demand import Demand, MovingRate
 from tdm_runtime.scheduling.forecast import MARGIN, Forecast, call_seconds, choose, forecast
-from tdm_runtime.scheduling.together import Together
+from tdm_runtime.scheduling.together import Together, leaves_room
 from tdm_runtime.scheduling.work import NEVER_S, TOLERANCE_S, Urgency, Work
 
 Item = TypeVar("Item", bound=Work)
@@ -43,10 +43,6 @@ MAX_LOAD = 0.7
 """Load at which "auto" step counts stay at their smallest, as a share of the machine's time in its best batches. The
 rest is for chance, smaller batches, and work outside the model."""
 
-MOST_GROUPED = 0.5
-"""Share of the time to a promise in which a sample must be done, so that newcomers wait and start together. The rest
-is for requests to come, which lengthen the next group."""
-
 
 def _counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
@@ -65,15 +61,6 @@ def _at_least(seconds: float) -> str:
 def _trial_pause_s(least_s: float) -> float:
     """Return the seconds from the last call to a trial. They keep the share of time spent on trials small."""
     return max(TRIAL_S, TRIAL_TIMES * least_s)
-
-
-def _leaves_room(ahead: Forecast, items: Sequence[Work], now_s: float) -> bool:
-    """Whether groups that start together, as forecast, would keep all promises and leave room for requests to come."""
-    return ahead.broken is None and all(
-        ahead.finish_s.get(item.urgency, now_s) - now_s <= MOST_GROUPED * (item.promised_s - now_s)
-        for item in items
-        if item.promised_s < NEVER_S
-    )
 
 
 class StepScheduler(Generic[Item]):
@@ -155,7 +142,7 @@ class StepScheduler(Generic[Item]):
         ahead = self._ahead(now_s, items, margin=margin)
         if ahead.broken is not None and self._joining and self._together.applies_to(self.live(), items):
             in_groups = self._ahead(now_s, items, margin=margin, together=True)
-            ahead = in_groups if _leaves_room(in_groups, [*self.live(), *items], now_s) else ahead
+            ahead = in_groups if leaves_room(in_groups, [*self.live(), *items], now_s) else ahead
         if ahead.broken is not None and self._give_up_lost(now_s):
             ahead = self._ahead(now_s, items, margin=margin)
         if ahead.broken is not None:
@@ -302,7 +289,7 @@ class StepScheduler(Generic[Item]):
         self.costs.pass_time(now_s, len(self._live))
         self.end_call()
         self._give_up([item for item in self._live.values() if item.promised_s < now_s])
-        self._is_grouped = self._starts_together(now_s)
+        self._is_grouped = len(self._live) > 1 and self._starts_together(now_s)
         batch = self._choice()
         while unsettled := [item for item in batch if item.open_steps and item.is_prepared]:
             for item in unsettled:
@@ -348,7 +335,7 @@ class StepScheduler(Generic[Item]):
         live = self.live()
         if not self._together.applies_to(live):
             return False
-        return _leaves_room(forecast(live, self.costs, self.capacity, now_s, together=True), live, now_s)
+        return leaves_room(forecast(live, self.costs, self.capacity, now_s, together=True), live, now_s)
 
     def _tried(self, batch: list[Item]) -> list[Item]:
         """Return the batch, or a larger one if its size is due for a trial and nothing is promised."""

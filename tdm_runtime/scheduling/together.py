@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from tdm_runtime.scheduling.cost_model import MIN_GAIN, CostModel
+from tdm_runtime.scheduling.forecast import Forecast
 from tdm_runtime.scheduling.work import NEVER_S, Lane, Work
 
 RETURN_WEIGHT = 0.1
@@ -23,6 +24,9 @@ RETURN_WINDOW = 0.5
 """Time in which an answered client counts as returning, in unloaded times of a sample."""
 ALIKE = 8
 """Requests of one lane and step count in a row after which samples travel together."""
+MOST_GROUPED = 0.5
+"""Share of the time to a promise in which a sample must be done, so that newcomers wait and start together. The rest
+is for requests to come, which lengthen the next group."""
 
 
 class Returns:
@@ -75,6 +79,15 @@ class Returns:
 def _like(item: Work) -> tuple[Lane, int]:
     """Return what alike samples have in common, before their first step."""
     return item.denoise, len(item.open_steps) or item.steps_left
+
+
+def leaves_room(ahead: Forecast, items: Sequence[Work], now_s: float) -> bool:
+    """Whether groups that start together, as forecast, would keep all promises and leave room for requests to come."""
+    return ahead.broken is None and all(
+        ahead.finish_s.get(item.urgency, now_s) - now_s <= MOST_GROUPED * (item.promised_s - now_s)
+        for item in items
+        if item.promised_s < NEVER_S
+    )
 
 
 class Together:

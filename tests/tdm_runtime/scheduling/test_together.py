@@ -153,6 +153,12 @@ def test_no_wait_is_longer_than_the_window_if_clients_stop_returning() -> None:
     assert for_long.done_s - sent_s <= (1 + RETURN_WINDOW) * UNLOADED_S + 0.1
 
 
+def full_group_s(costs: CostModel) -> float:
+    """Return the seconds of eight samples of K steps that start together."""
+    sample = request(0)
+    return K * costs.seconds(sample.denoise.kind, 8) + costs.seconds(sample.decode.kind, 8) + costs.seconds(TEXT, 8)
+
+
 def median_s(steps: list[int], fixed: float, load: float, joining: bool = True) -> float:
     """Return the median time of 600 requests that come at random, and check that the engine never waited for one.
 
@@ -161,9 +167,9 @@ def median_s(steps: list[int], fixed: float, load: float, joining: bool = True) 
         fixed: See `shared_costs`.
         load: Share of what the engine makes of K steps in batches of 8.
     """
-    costs, sample = shared_costs(fixed, sizes=(1, 2, 4, 8)), request(0)
+    costs = shared_costs(fixed, sizes=(1, 2, 4, 8))
     draws, traffic, at_s, asked = random.Random(1), Traffic(costs=costs, joining=joining), 0.0, {}
-    group_s = K * costs.seconds(sample.denoise.kind, 8) + costs.seconds(sample.decode.kind, 8) + costs.seconds(TEXT, 8)
+    group_s = full_group_s(costs)
     for _ in range(600):
         at_s += draws.expovariate(load * 8 / group_s)
         asked[traffic.ask(at_s, steps=draws.choice(steps))] = at_s
@@ -190,8 +196,7 @@ def promised(fixed: float, load: float, times: tuple[float, float], count: int =
         times: Least and largest budget, in times of a sample without load.
     """
     draws, traffic, at_s, refused = random.Random(2), Traffic(costs=shared_costs(fixed, (1, 2, 4, 8))), 0.0, []
-    costs, sample = traffic.scheduler.costs, request(0)
-    group_s = K * costs.seconds(sample.denoise.kind, 8) + costs.seconds(sample.decode.kind, 8) + costs.seconds(TEXT, 8)
+    group_s = full_group_s(traffic.scheduler.costs)
     admit = traffic.scheduler.admit
 
     def admit_or_refuse(items: Sequence[Request], now_s: float) -> None:
