@@ -12,6 +12,7 @@ from pathlib import Path
 
 from torch import nn
 
+from export.earlier import Earlier
 from export.errors import ExportError
 from export.onnx_export import OPSET, export_onnx
 from export.openvino_build import write_int8_ir, write_ir
@@ -54,8 +55,13 @@ class BuildPlan:
         return rounds * programs + int8
 
 
-def build_artifacts(checkpoint: Checkpoint, plan: BuildPlan, folder: Path, announce: Announce) -> Manifest:
+def build_artifacts(
+    checkpoint: Checkpoint, plan: BuildPlan, folder: Path, announce: Announce, *, anew: bool = False
+) -> Manifest:
     """Build everything into `folder`. The folder is replaced only after every build succeeded.
+
+    Args:
+        anew: whether intact files that are there already are built again.
 
     Raises:
         ExportError: a component cannot be built, or the folder cannot be replaced.
@@ -66,6 +72,7 @@ def build_artifacts(checkpoint: Checkpoint, plan: BuildPlan, folder: Path, annou
             from export.tensorrt_build import require_gpus
 
             require_gpus(precision, plan.gpus)
+    earlier = None if anew else Earlier.found(folder, checkpoint)
     with _replacing(folder) as partial:
         interfaces: dict[str, Interface] = {}
         onnx: dict[str, Mapping[str, str]] = {}
@@ -74,7 +81,8 @@ def build_artifacts(checkpoint: Checkpoint, plan: BuildPlan, folder: Path, annou
             for name, (module, interface) in programs.items():
                 _check_one_model(checkpoint, module)
                 announce(f"{name}: PyTorch to ONNX")
-                export_onnx(module, interface, partial / f"{name}.onnx", title=name)
+                if earlier is None or not earlier.onnx(name, interface, partial):
+                    export_onnx(module, interface, partial / f"{name}.onnx", title=name)
                 interfaces[name] = interface
                 onnx[name] = _hashed(partial, f"{name}.onnx", f"{name}.onnx.data")
             del programs, module
@@ -90,7 +98,7 @@ def build_artifacts(checkpoint: Checkpoint, plan: BuildPlan, folder: Path, annou
             builds=(),
         )
         for target in plan.targets:
-            builds = _builds(checkpoint, manifest, target, plan, partial, announce)
+            builds = _builds(checkpoint, manifest, target, plan, partial, announce, earlier)
             manifest = replace(manifest, builds=(*manifest.builds, *builds))
         manifest.save(partial)
     return manifest
@@ -110,18 +118,28 @@ def _check_one_model(checkpoint: Checkpoint, module: nn.Module) -> None:
 
 
 def _builds(
-    checkpoint: Checkpoint, manifest: Manifest, target: Target, plan: BuildPlan, folder: Path, announce: Announce
+    checkpoint: Checkpoint,
+    manifest: Manifest,
+    target: Target,
+    plan: BuildPlan,
+    folder: Path,
+    announce: Announce,
+    earlier: Earlier | None,
 ) -> Sequence[Build]:
-    """Build one target; TensorRT gives a build for each GPU."""
+    """Build one target, or take it over; TensorRT gives a build for each GPU."""
     match target:
         case ("onnxruntime", "fp32"):
             components = {name: BuiltComponent(files) for name, files in manifest.onnx.items()}
             package = "onnxruntime-gpu" if installed(["onnxruntime-gpu"]) else "onnxruntime"
             return [Build("onnxruntime", "fp32", components, installed([package]))]
         case ("openvino", "bf16" | "fp32" as precision):
-            return [Build("openvino", precision, _ir(manifest, folder, announce), installed(["openvino"]))]
+            return [Build("openvino", precision, _ir(manifest, folder, announce, earlier), installed(["openvino"]))]
         case ("openvino", "int8"):
-            components = dict(_ir(manifest, folder, announce))
+            components = dict(_ir(manifest, folder, announce, earlier))
+            if earlier and (kept := earlier.builds(*target, folder)):
+                for what in ("pictures for int8 calibration", *(f"{name}: int8" for name in _quantised(checkpoint))):
+                    announce(what)
+                return kept
             half = Build("openvino", "fp32", components, installed(["openvino"]))
             announce("pictures for int8 calibration")
             calls = component_calls(checkpoint, manifest, half, folder, plan.calibration)
@@ -131,9 +149,16 @@ def _builds(
                 components[name] = BuiltComponent(_hashed(folder, f"{name}.int8.xml", f"{name}.int8.bin"))
             return [Build("openvino", "int8", components, installed(["openvino"]))]
         case ("tensorrt", precision):
-            from export.tensorrt_build import build_tensorrt
+            from export.tensorrt_build import build_tensorrt, require_gpus
 
-            return build_tensorrt(checkpoint, manifest, precision, folder, announce, plan.gpus)
+            gpus = require_gpus(precision, plan.gpus)
+            kept = [build for build in earlier.builds(*target, folder) if build.gpu in gpus] if earlier else []
+            missing = tuple(gpu for gpu in gpus if gpu not in {build.gpu for build in kept})
+            if missing:
+                return [*kept, *build_tensorrt(checkpoint, manifest, precision, folder, announce, missing)]
+            for name in manifest.onnx:
+                announce(f"{name}: ONNX to TensorRT {precision}")
+            return kept
     backend, precision = target
     raise ExportError(f"{backend} has no {precision} build; `tdm-export --help` lists the builds")
 
@@ -144,13 +169,14 @@ def _quantised(checkpoint: Checkpoint) -> Mapping[str, int]:
     return denoiser if checkpoint.family.makes_clips else denoiser | {"decoder": 3}
 
 
-def _ir(manifest: Manifest, folder: Path, announce: Announce) -> Mapping[str, BuiltComponent]:
-    """Write the OpenVINO IR of every program, once for all precisions except int8."""
+def _ir(manifest: Manifest, folder: Path, announce: Announce, earlier: Earlier | None) -> Mapping[str, BuiltComponent]:
+    """Write the OpenVINO IR of every program, or take it over, once for all precisions except int8."""
     components = {}
     for name in manifest.onnx:
         if not (folder / f"{name}.xml").is_file():
             announce(f"{name}: ONNX to OpenVINO")
-            write_ir(folder / f"{name}.onnx", folder / f"{name}.xml")
+            if earlier is None or not earlier.ir(name, folder):
+                write_ir(folder / f"{name}.onnx", folder / f"{name}.xml")
         components[name] = BuiltComponent(_hashed(folder, f"{name}.xml", f"{name}.bin"))
     return components
 

@@ -50,7 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
                 print("its parity was measured on another CPU; `--verify` measures it on this one")
             manifest = known
         else:
-            manifest = _built(checkpoint, folder, *_and_those_there(checkpoint, folder, targets, given.gpu), prompts)
+            wanted = _and_those_there(checkpoint, folder, targets, given.gpu)
+            manifest = _built(checkpoint, folder, *wanted, prompts, anew=given.force)
     except TDMError as error:
         print(f"tdm-export: {error}", file=sys.stderr)
         return USAGE_ERROR
@@ -90,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--verify", action="store_true", help="build nothing; measure the existing builds again")
     parser.add_argument("--prompts", type=Path, help="file with one prompt per line, instead of the built-in prompts")
-    parser.add_argument("--force", action="store_true", help="build again even if everything is up to date")
+    parser.add_argument("--force", action="store_true", help="build everything again, also what is up to date")
     return parser
 
 
@@ -172,13 +173,19 @@ def _up_to_date(checkpoint: Checkpoint, folder: Path, targets: Targets, gpus: tu
 
 
 def _built(
-    checkpoint: Checkpoint, folder: Path, targets: Targets, gpus: tuple[str, ...], prompts: tuple[str, ...] | None
+    checkpoint: Checkpoint,
+    folder: Path,
+    targets: Targets,
+    gpus: tuple[str, ...],
+    prompts: tuple[str, ...] | None,
+    *,
+    anew: bool,
 ) -> Manifest:
     from export.build import BuildPlan, build_artifacts
 
     plan = BuildPlan(targets, gpus=gpus)
     with _progress(plan.steps(checkpoint)) as announce:
-        manifest = build_artifacts(checkpoint, plan, folder, announce)
+        manifest = build_artifacts(checkpoint, plan, folder, announce, anew=anew)
     return _verified(checkpoint, manifest, folder, prompts)
 
 

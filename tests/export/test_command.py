@@ -7,11 +7,14 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from export.cli import main
+from export.errors import ExportError
+from export.onnx_export import export_onnx
 from tdm_runtime.backends import BackendName, Precision
 from tdm_runtime.checkpoint.file_hashes import file_sha256
 from tdm_runtime.checkpoint.folder import open_checkpoint
@@ -134,8 +137,50 @@ def picture(checkpoint: Path, backend: BackendName, artifacts: Path) -> Pixels:
     return generate(model, SamplingParams("a red apple", 5, 4, 24, 16))
 
 
+@pytest.fixture
+def exported(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Titles of the programs that are exported to ONNX within the test."""
+    titles: list[str] = []
+
+    def spy(*arguments: Any, title: str, **settings: Any) -> None:
+        titles.append(title)
+        export_onnx(*arguments, title=title, **settings)
+
+    monkeypatch.setattr("export.build.export_onnx", spy)
+    return titles
+
+
+def test_a_further_build_takes_over_what_is_there(
+    run: Run, folder: Path, tiny_checkpoint: Path, exported: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = manifest_in(folder, tiny_checkpoint)
+    before = state(folder)
+    replace(manifest, builds=tuple(build for build in manifest.builds if build.backend != "onnxruntime")).save(folder)
+    for made in ("write_ir", "write_int8_ir"):
+        monkeypatch.delattr(f"export.build.{made}")  # a call of either would fail
+    run("--backend", "onnxruntime")
+    assert exported == []
+    assert [build.name for build in manifest_in(folder, tiny_checkpoint).builds] == [
+        build.name for build in manifest.builds
+    ]
+    after = state(folder)
+    assert before.pop(MANIFEST_FILE) != after.pop(MANIFEST_FILE)  # the parities were measured again
+    assert after == before
+
+
+def test_force_exports_again(
+    folder: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*arguments: Any, title: str) -> None:
+        raise ExportError(f"{title} is exported again")
+
+    monkeypatch.setattr("export.build.export_onnx", stop)
+    says = refusal(capsys, str(tiny_checkpoint), "--output", str(folder), "--backend", "onnxruntime", "--force")
+    assert says == "text_encoder is exported again"
+
+
 def test_a_damaged_artifact_is_built_again_with_all_earlier_builds(
-    run: Run, folder: Path, tiny_checkpoint: Path, tiny_artifacts: Path
+    run: Run, folder: Path, tiny_checkpoint: Path, tiny_artifacts: Path, exported: list[str]
 ) -> None:
     kept: tuple[tuple[BackendName, Precision], ...] = (("openvino", "fp32"), ("onnxruntime", "fp32"))
     builds = tuple(build_in(folder, tiny_checkpoint, *target) for target in kept)
@@ -144,6 +189,7 @@ def test_a_damaged_artifact_is_built_again_with_all_earlier_builds(
         stream.write(b"\0\1\2\3")
     (folder / CHOICE_FILE).write_text("{}")
     assert "up to date" not in run("--backend", "onnxruntime")
+    assert exported == ["denoiser"]
     built = manifest_in(folder, tiny_checkpoint)
     assert [(build.backend, build.precision) for build in built.builds] == list(kept)
     assert all(build.pictures for build in built.builds)

@@ -238,26 +238,32 @@ def test_a_plan_is_tuned_for_the_first_size() -> None:
     assert size_ranges(decoder, [(64, 64)], 1) == {"batch": (1, 1, 1), "height": (64, 64, 64), "width": (64, 64, 64)}
 
 
-def test_the_batch_is_bounded_so_that_no_tensor_is_too_large(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def decoder_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny decoder of Stable Diffusion as an ONNX file."""
+    decoder, file = DecoderModule(build_vae("stable_diffusion")), tmp_path_factory.mktemp("decoder") / "decoder.onnx"
+    export_onnx(decoder, decoder.interface(), file, title="decoder")
+    return file
+
+
+def test_the_batch_is_bounded_so_that_no_tensor_is_too_large(decoder_file: Path) -> None:
     """SDXL's decoder has 256 channels at 1024x1024: eight samples are 2^31 numbers, one more than TensorRT takes.
 
     The tiny decoder has 4 channels at full size, so a side 8 times as long has as many.
     """
-    decoder, file = DecoderModule(build_vae("stable_diffusion")), tmp_path / "decoder.onnx"
-    export_onnx(decoder, decoder.interface(), file, title="decoder")
     sides = {"height": (1024, 1024, 1024), "width": (1024, 1024, 1024)}
-    bounded = bounded_batch(file, {"batch": (1, 8, 8), **sides})
+    bounded = bounded_batch(decoder_file, {"batch": (1, 8, 8), **sides})
     assert bounded == {"batch": (1, 7, 7), **sides}
 
     def most(batch: int) -> int:
         values = {"batch": batch, "height": 1024, "width": 1024}
-        return max(elements(shape, values) for _, shape in tensor_shapes(file))
+        return max(elements(shape, values) for _, shape in tensor_shapes(decoder_file))
 
     assert most(7) <= MAX_ELEMENTS < most(8)
-    assert bounded_batch(file, SIZES) == SIZES
+    assert bounded_batch(decoder_file, SIZES) == SIZES
     too_large = {name: (8192, 8192, 8192) for name in sides}
     with pytest.raises(ExportError, match=r"has more than 2147483647 elements at .*; export smaller sizes"):
-        bounded_batch(file, {"batch": (1, 1, 1), **too_large})
+        bounded_batch(decoder_file, {"batch": (1, 1, 1), **too_large})
 
 
 def test_no_context_is_a_sentence(tmp_path: Path) -> None:
@@ -284,12 +290,10 @@ def test_precision_of_reads_the_precision_of_the_file(tmp_path: Path) -> None:
         assert precision_of(file) == precision
 
 
-def test_cast_last_moves_the_cast_to_the_end_and_keeps_the_pixels(tmp_path: Path) -> None:
+def test_cast_last_moves_the_cast_to_the_end_and_keeps_the_pixels(decoder_file: Path) -> None:
     """TensorRT supports uint8 only at an output."""
-    decoder = DecoderModule(build_vae("stable_diffusion"))
-    interface = decoder.interface()
-    before, after = tmp_path / "before.onnx", tmp_path / "after.onnx"
-    export_onnx(decoder, interface, before, title="decoder")
+    interface = DecoderModule(build_vae("stable_diffusion")).interface()
+    before, after = decoder_file, decoder_file.with_name("after.onnx")
     model = onnx.load(before, load_external_data=False)
     cast_last(model)
     assert model.graph.node[-1].op_type == "Cast"
