@@ -21,9 +21,9 @@ def write_tiny_checkpoint(folder: Path, sizes: Sequence[tuple[int, int]] = ((16,
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         unet = UNet2DConditionModel(
-            block_out_channels=(8,),  # one level, because tests export it often
-            down_block_types=("CrossAttnDownBlock2D",),
-            up_block_types=("CrossAttnUpBlock2D",),
+            block_out_channels=(8, 16),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
             layers_per_block=1,
             norm_num_groups=4,
             attention_head_dim=2,
@@ -36,7 +36,6 @@ def write_tiny_checkpoint(folder: Path, sizes: Sequence[tuple[int, int]] = ((16,
             block_out_channels=(8, 8),
             norm_num_groups=4,
             latent_channels=4,
-            mid_block_add_attention=False,
         )
         text_model = CLIPTextModel(
             CLIPTextConfig(

@@ -340,7 +340,7 @@ def test_a_row_is_repeated_along_its_own_axis(tmp_path: Path) -> None:
 
 class TestDtypes:
     def test_float16_weights_between_float32_tensors(self, tmp_path: Path) -> None:
-        denoiser, interface = denoiser_of("pixart")
+        denoiser, interface = denoiser_of("sdxl")
         before = {name: weight.clone() for name, weight in denoiser.state_dict().items()}
         half = export(denoiser, interface, tmp_path / "denoiser.onnx", torch.float16)
         assert half.weight_types() == {onnx.TensorProto.FLOAT16}
