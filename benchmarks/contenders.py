@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -10,12 +11,13 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.peers.environment import GENAI_EXTRA, PEERS_EXTRA
+from benchmarks.peers.pipelines import OUR_ARGUMENTS
 from benchmarks.peers.refusal import CANNOT_RUN
 
 PEERS = {"fastapi_lock": "", "litserve_batch": PEERS_EXTRA, "ray_batch": "", "bentoml_service": PEERS_EXTRA}
@@ -47,6 +49,8 @@ class Contender:
     """Backend the server runs: stock-fp32, stock-bf16, openvino-genai or ours."""
     extra: str = ""
     """Extra of the environment that it needs; empty for this one."""
+    variables: Mapping[str, str] = field(default_factory=dict)
+    """Environment variables of its processes beside ours."""
 
     @property
     def is_peer(self) -> bool:
@@ -54,7 +58,7 @@ class Contender:
 
 
 def all_contenders(our_arguments: Sequence[str] = (), peer_arguments: Sequence[str] = ()) -> list[Contender]:
-    """Return our server, then every peer with every backend that it has.
+    """Return our server, then every peer with every backend that it has. With `ours` it runs what our server runs.
 
     Args:
         our_arguments: command-line arguments of our server, without the port.
@@ -71,6 +75,7 @@ def all_contenders(our_arguments: Sequence[str] = (), peer_arguments: Sequence[s
             "/health",
             backend,
             extra,
+            {OUR_ARGUMENTS: shlex.join(our_arguments)},
         )
         for name, backend, extra in pairs
     ]
@@ -101,7 +106,7 @@ def running(
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=stream,
-            env=os.environ | quiet,
+            env={**os.environ, **quiet, **contender.variables},
             start_new_session=True,  # Ctrl-C reaches only us; leftover child processes can be killed as a group
         )
     try:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import io
+import os
+import shlex
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tdm_runtime.checkpoint.folder import open_checkpoint
+from tdm_runtime.model.artifacts import BackendConfig
 from tdm_runtime.model.decoder import Pixels
 from tdm_runtime.model.loaded_model import LoadedModel, denoise
 from tdm_runtime.model.text_encoder import stacked
@@ -23,6 +27,8 @@ from tdm_runtime.sampling.sampler import solve
 PeerBackend = Literal["stock-fp32", "stock-bf16", "openvino-genai", "ours"]
 PEER_BACKENDS: tuple[PeerBackend, ...] = get_args(PeerBackend)
 
+OUR_ARGUMENTS = "TDM_BENCH_OUR_ARGUMENTS"
+"""Environment variable with the arguments of our server, whose backend the peers with `ours` run too."""
 MAX_BATCH_SIZE = 8
 """Largest batch of the peers that batch. Stock fp32 at 4 steps on 2 cores takes 81, 51, 48 and 35 ms per picture in
 batches of 1, 2, 4 and 8; larger batches double the latency and gain little."""
@@ -71,6 +77,7 @@ class OurPipeline:
 
     def __init__(self, model: LoadedModel) -> None:
         self._model = model
+        self.backend = model.backend
 
     def make(self, prompts: Sequence[str], seeds: Sequence[int], steps: int) -> list[bytes]:
         from tdm_runtime.media.image_file import encode_image
@@ -118,6 +125,16 @@ def make_grouped(pipeline: Pipeline, jobs: Sequence[Job]) -> list[bytes]:
     return [pictures[index] for index in range(len(jobs))]
 
 
+def our_backend() -> BackendConfig:
+    """Return the backend of our server, by the arguments in `OUR_ARGUMENTS`; without them it is "auto"."""
+    from tdm_runtime.cli import add_backend_arguments, backend_config
+
+    parser = argparse.ArgumentParser()
+    add_backend_arguments(parser)
+    given, _ = parser.parse_known_args(shlex.split(os.environ.get(OUR_ARGUMENTS, "")))
+    return backend_config(given)
+
+
 def load_pipeline(backend: PeerBackend, checkpoint: Path, max_batch_size: int) -> Pipeline:
     """Load a pipeline and warm it up with every batch size that can occur.
 
@@ -125,10 +142,9 @@ def load_pipeline(backend: PeerBackend, checkpoint: Path, max_batch_size: int) -
     """
     pipeline: Pipeline
     if backend == "ours":
-        from tdm_runtime.model.artifacts import BackendConfig
         from tdm_runtime.model.choice import load_model
 
-        model = load_model(checkpoint, BackendConfig("auto", threads=0))
+        model = load_model(checkpoint, our_backend())
         print(f"backend: {model.choice or model.backend}", flush=True)
         pipeline = OurPipeline(model)
     elif backend == "openvino-genai":

@@ -17,8 +17,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.contenders import all_contenders
 from benchmarks.peers.environment import interpreter_in
-from benchmarks.peers.pipelines import Job, OneThread, StockPipeline, generate_batch, make_grouped
+from benchmarks.peers.pipelines import (
+    Job,
+    OneThread,
+    OurPipeline,
+    StockPipeline,
+    generate_batch,
+    load_pipeline,
+    make_grouped,
+    our_backend,
+)
+from tdm_runtime.model.artifacts import BackendConfig
 from tdm_runtime.model.choice import load_model
 from tdm_runtime.params import SamplingParams
 from tdm_runtime.pipeline import generate
@@ -38,6 +49,19 @@ class Echo:
     def make(self, prompts: Sequence[str], seeds: Sequence[int], steps: int) -> list[bytes]:
         self.calls.append((list(prompts), list(seeds), steps))
         return [f"{prompt} {seed} {steps}".encode() for prompt, seed in zip(prompts, seeds, strict=True)]
+
+
+def test_a_peer_with_our_backend_runs_what_our_server_runs(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By default both choose alike; with arguments for our server, only a peer that reads them is comparable."""
+    arguments = ["--checkpoint", str(tiny_checkpoint), "--backend", "torch", "--precision", "bf16", "--threads", "1"]
+    peers = [one for one in all_contenders(arguments, ["--checkpoint", str(tiny_checkpoint)]) if one.is_peer]
+    for name, value in peers[0].variables.items():
+        monkeypatch.setenv(name, value)
+    assert our_backend() == BackendConfig("torch", "bf16", threads=1)
+    pipeline = load_pipeline("ours", tiny_checkpoint, 1)
+    assert isinstance(pipeline, OurPipeline) and pipeline.backend == "torch bf16"
 
 
 @pytest.mark.parametrize("steps", [1, 4])
