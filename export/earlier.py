@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +10,10 @@ from export.onnx_export import OPSET
 from tdm_runtime.backends import BackendName, Precision
 from tdm_runtime.backends.interface import Interface
 from tdm_runtime.backends.machine import TOOLS, installed
-from tdm_runtime.checkpoint.file_hashes import file_sha256
 from tdm_runtime.checkpoint.folder import Checkpoint
-from tdm_runtime.checkpoint.manifest import Build, BuiltComponent, Manifest, load_manifest
+from tdm_runtime.checkpoint.manifest import Build, BuiltComponent, Manifest, is_intact, load_manifest
 from tdm_runtime.errors import ArtifactError
+from tdm_runtime.whole_file import link_or_copy
 
 Files = Mapping[str, str]
 """File name -> sha256."""
@@ -61,15 +59,11 @@ class Earlier:
     def _taken(self, files: Files, to: Path) -> bool:
         """Link files into another folder if all are intact. Return whether they are."""
         there = {self.folder / name: sha256 for name, sha256 in files.items()}
-        if not there or any(not file.is_file() or file_sha256(file) != sha256 for file, sha256 in there.items()):
+        if not there or not all(is_intact(file, sha256) for file, sha256 in there.items()):
             return False
         for file in there:
-            if (to / file.name).exists():
-                continue
-            try:
-                os.link(file, to / file.name)
-            except OSError:  # a file system without links
-                shutil.copy2(file, to / file.name)
+            if not (to / file.name).exists():
+                link_or_copy(file, to / file.name)
         return True
 
 

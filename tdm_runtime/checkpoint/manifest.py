@@ -178,8 +178,13 @@ def check_build(manifest: Manifest, build: Build, folder: Path, checkpoint: Chec
         )
     for component in build.components.values():
         for name, expected in component.files.items():
-            if not (folder / name).is_file() or file_sha256(folder / name) != expected:
+            if not is_intact(folder / name, expected):
                 raise ArtifactError(f"{folder / name} is damaged or missing; run `{remedy}`")
+
+
+def is_intact(file: Path, sha256: str) -> bool:
+    """Return whether a file is there and has this hash."""
+    return file.is_file() and file_sha256(file) == sha256
 
 
 def kernel_choice(build: Build) -> tuple[str, ...]:

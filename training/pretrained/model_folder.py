@@ -18,7 +18,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from tdm_runtime.checkpoint.stock.implied_recipe import native_clip
 from tdm_runtime.checkpoint.stock.pipeline_folder import MODEL_INDEX, read_json
 from tdm_runtime.families import Denoiser, family_of_model
 from tdm_runtime.sampling.solvers import Solver
+from tdm_runtime.whole_file import link_or_copy
 from training.config import DistillConfig
 from training.methods.trajectory import Coordinates
 from training.pretrained.model_card import CARD_FILE, model_card
@@ -95,11 +95,9 @@ def link_pipeline(base_folder: Path, folder: Path, without: str) -> None:
     parts = {name for name in (*index, TINY_VAE) if (base_folder / name).is_dir()} - {without}
     pickles = shutil.ignore_patterns(*(f"*{suffix}" for suffix in PICKLE_SUFFIXES))
     for part in sorted(parts):
-        shutil.copytree(
-            base_folder / part, folder / part, ignore=pickles, copy_function=_link_or_copy, dirs_exist_ok=True
-        )
+        shutil.copytree(base_folder / part, folder / part, ignore=pickles, copy_function=_take_over, dirs_exist_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    _link_or_copy(str(base_folder / MODEL_INDEX), str(folder / MODEL_INDEX))
+    _take_over(str(base_folder / MODEL_INDEX), str(folder / MODEL_INDEX))
 
 
 def _solver(config: DistillConfig) -> Solver:
@@ -123,11 +121,10 @@ def _clip(denoiser: Denoiser, base_folder: Path, config: DistillConfig) -> dict[
     return {"frames": replace(rule, default=rule.nearest(config.frames)), "fps": fps}
 
 
-def _link_or_copy(source: str, target: str) -> None:
+def _take_over(source: str, target: str) -> None:
     """Link weights, which are gigabytes, if the file system can; copy everything else."""
     Path(target).unlink(missing_ok=True)
     if source.endswith(".safetensors"):
-        with suppress(OSError):
-            os.link(os.path.realpath(source), target)
-            return
-    shutil.copy2(source, target)
+        link_or_copy(Path(source), Path(target))
+    else:
+        shutil.copy2(source, target)
