@@ -165,7 +165,7 @@ def _learn(engine: DiffusionEngine, kind: Kind, call: Callable[[int], object], c
         The seconds of the measured calls, about `KIND_S` at most unless a single sample takes longer.
     """
     least_s: dict[int, float] = {}
-    spent_s, size, without_gain = 0.0, 1, 0
+    spent_s, size, is_sure = 0.0, 1, False
 
     def measure(size: int) -> None:
         nonlocal spent_s
@@ -173,7 +173,14 @@ def _learn(engine: DiffusionEngine, kind: Kind, call: Callable[[int], object], c
         spent_s += sum(times_s)
         least_s[size] = min(least_s.get(size, math.inf), sum(times_s) / len(times_s))
 
-    while size <= (capacity or engine.config.max_batch_size) and without_gain < 2:
+    def measure_again() -> None:
+        """Measure all sizes in several passes, so that a slow moment of the machine does not hit one size alone."""
+        for _ in range(PASSES - 1):
+            for size in least_s:
+                if spent_s + least_s[size] < KIND_S:
+                    measure(size)
+
+    while size <= (capacity or engine.config.max_batch_size):
         if least_s and spent_s + 2 * least_s[size // 2] > KIND_S:
             break
         try:
@@ -183,12 +190,14 @@ def _learn(engine: DiffusionEngine, kind: Kind, call: Callable[[int], object], c
             if size == 1:
                 raise
             break
-        without_gain = 0 if _fastest(least_s) == size else without_gain + 1
+        if 4 * _fastest(least_s) <= size and not is_sure:
+            is_sure = True
+            measure_again()
+        if 4 * _fastest(least_s) <= size:
+            break
         size *= 2
-    for _ in range(PASSES - 1):  # several passes, so that a slow moment of the machine does not hit one size alone
-        for size in least_s:
-            if spent_s + least_s[size] < KIND_S:
-                measure(size)
+    if not is_sure:
+        measure_again()
     for size, seconds in least_s.items():
         engine.observe(kind, size, seconds + BOOKKEEPING_S)  # real calls teach the usual slowness
     engine.limit(kind, max(least_s))

@@ -26,7 +26,7 @@ MAX_SURPRISE = 4.0
 CROWD = 8
 """Samples present from which on the speed is remembered by their number. It does not fade: so many requests keep the
 processor busy beside the calls, each time they come."""
-MIN_GAIN = 0.05
+MIN_GAIN = 0.03
 """Share by which throughput must rise for a batch to grow."""
 HALF_LIFE_S = 0.25
 """Idle time after which half of what load taught about a kind of call is forgotten.
