@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import get_args
@@ -19,14 +20,14 @@ import torch
 
 from serving.arrival import since_arrival_s
 from serving.config import ServerConfig
+from serving.images.accounting import account, accounted
 from serving.images.assembly import encoding_kind, to_images, to_partial, to_timings, to_usage, to_warnings
 from serving.images.catalog import Catalog, Served, load_base
 from serving.images.thread_watch import ThreadWatch
 from serving.schema.answers import ImageAnswer, PartialAnswer
 from serving.schema.models import ModelCard
 from serving.schema.order import ImageEncoding, ImageOrder
-from serving.telemetry.metrics import CALLS, ENCODING, FAILED, ServerMetrics
-from serving.telemetry.tracing import current_span
+from serving.telemetry.metrics import CALLS, ENCODING, ServerMetrics
 from tdm_runtime.checkpoint.recipe import Recipe
 from tdm_runtime.checkpoint.stock.text_precision import TextPool
 from tdm_runtime.engine.delivery import Delivery, Preview
@@ -176,7 +177,8 @@ class ImageService:
             GenerationError: a picture failed.
             TimeoutError: not done within `request_timeout_s`; background work has no limit.
         """
-        return await self._finish(self._submit(order, None))
+        with self._accounted(order):
+            return await self._finish(self._submit(order, None))
 
     async def stream(self, order: ImageOrder) -> AsyncIterator[PartialAnswer | ImageAnswer]:
         """Make one picture and send previews of it.
@@ -198,28 +200,30 @@ class ImageService:
     async def _events(
         self, submitted: Submitted, previews: asyncio.Queue[Preview | None]
     ) -> AsyncIterator[PartialAnswer | ImageAnswer]:
-        limit_s = None if submitted.order.delivery.is_background else self.config.request_timeout_s
-        try:
-            index = 0
-            while (preview := await asyncio.wait_for(previews.get(), limit_s)) is not None:
-                yield await asyncio.to_thread(self._partial, preview, index, submitted.order)
-                index += 1
-            yield await self._finish(submitted)
-        finally:
-            submitted.cancel()
+        order = submitted.order
+        limit_s = None if order.delivery.is_background else self.config.request_timeout_s
+        with self._accounted(order):
+            try:
+                index = 0
+                while (preview := await asyncio.wait_for(previews.get(), limit_s)) is not None:
+                    yield await asyncio.to_thread(self._partial, preview, index, order)
+                    index += 1
+                answer = await self._finish(submitted)
+            finally:
+                submitted.cancel()
+        yield answer
+
+    def _accounted(self, order: ImageOrder) -> AbstractContextManager[None]:
+        return accounted(order, self.catalog.find(order.model).model.backend, self.metrics)
 
     def _submit(self, order: ImageOrder, on_preview: Callable[[Preview], None] | None) -> Submitted:
         self._safety.check_prompt(order.pictures[0].prompt)
         model = self.catalog.find(order.model).model
-        _trace(model, order.pictures)
         waited_s = since_arrival_s()
         delivery = self._delivery(order, waited_s, on_preview)
         now_s = time.monotonic()
         futures = self.engine.submit_all(order.pictures, delivery, model)
-        submitted = Submitted(order, model, futures, delivery, now_s - waited_s, now_s)
-        if order.delivery.latency_budget_ms is not None:
-            self.metrics.budgets_promised.inc()
-        return submitted
+        return Submitted(order, model, futures, delivery, now_s - waited_s, now_s)
 
     def _delivery(self, order: ImageOrder, waited_s: float, on_preview: Callable[[Preview], None] | None) -> Delivery:
         """Return the engine's view of an order. Of its latency budget, encoding and hand-over take a part."""
@@ -250,10 +254,6 @@ class ImageService:
         try:
             async with asyncio.timeout(None if is_background else self.config.request_timeout_s):
                 pictures = await asyncio.gather(*map(asyncio.wrap_future, submitted.futures))
-        except Exception:
-            if budget_ms is not None:
-                self.metrics.budgets_missed.labels(FAILED).inc()
-            raise
         finally:
             submitted.cancel()  # no effect on finished pictures
         handed_s = time.monotonic()
@@ -276,17 +276,9 @@ class ImageService:
         waited_ms = 1e3 * (submitted.submitted_s - submitted.arrived_s)
         timings = to_timings(slowest, waited_ms, encode_ms, total_ms)
         late = late_by(submitted.delivery, 1e3 * (made_s - submitted.submitted_s), 1e3 * (handed_s - made_s), total_ms)
-        budget_kept = None if budget_ms is None else late is None
-        if not is_background:
-            self.metrics.observe_request(timings, budget_kept, late)
-        if (span := current_span()) is not None:
-            span.record_stages(slowest, encode_ms, total_ms)
-            _trace(model, [picture.params for picture in pictures])
-        for picture in pictures:
-            self.metrics.steps_used.labels(picture.params.num_inference_steps).inc()
         width, height, file_format = pictures[0].params.width, pictures[0].params.height, order.encoding.output_format
         lacking = self._provenance.warnings(width, height, file_format)
-        return ImageAnswer(
+        answer = ImageAnswer(
             created=int(time.time()),
             model=model.name,
             images=images,
@@ -295,11 +287,14 @@ class ImageService:
             height=height,
             usage=to_usage(model, pictures),
             timings=timings,
+            waits_ms=slowest.waits_ms,
             predicted_ms=max(picture.predicted_ms for picture in pictures) + waited_ms + encode_ms,
-            latency_budget_kept=budget_kept,
+            latency_budget_kept=None if budget_ms is None else late is None,
             late_by=late,
             warnings=[*order.warnings, *to_warnings(pictures[0].prompt), *lacking],
         )
+        account(order, answer, self.metrics)
+        return answer
 
 
 def late_by(delivery: Delivery, calls_ms: float, hand_over_ms: float, total_ms: float) -> str | None:
@@ -349,19 +344,4 @@ def _card(served: Served) -> ModelCard:
         parity_psnr_db={steps: round(found.psnr_db, 1) for steps, found in model.parity.items()},
         digest=model.digest,
         base=model.base,
-    )
-
-
-def _trace(model: LoadedModel, params: Sequence[SamplingParams]) -> None:
-    """Describe the request in its span, if it is traced."""
-    if (span := current_span()) is None:
-        return
-    span.set(
-        {
-            "tdm.model": model.name,
-            "tdm.backend": model.backend,
-            "tdm.num_inference_steps": max(one.num_inference_steps for one in params),
-            "tdm.size": f"{params[0].width}x{params[0].height}",
-            "tdm.n": len(params),
-        }
     )

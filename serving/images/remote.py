@@ -19,6 +19,7 @@ from ray.serve.handle import DeploymentHandle
 
 from serving.arrival import since_arrival_s
 from serving.errors import APIError, from_exception, not_ready, unknown_model
+from serving.images.accounting import account, accounted
 from serving.schema.answers import ImageAnswer, PartialAnswer
 from serving.schema.models import ModelCard
 from serving.schema.order import ImageOrder
@@ -102,10 +103,7 @@ class RemoteImages:
         """See `ImageService.generate`."""
         with self._counted(order):
             answer = await self._tried_twice(order)
-        if not order.delivery.is_background:
-            self._metrics.observe_request(answer.timings, answer.latency_budget_kept, answer.late_by)
-        for image in answer.images:
-            self._metrics.steps_used.labels(image.num_inference_steps).inc()
+        account(order, answer, self._metrics)
         return answer
 
     async def stream(self, order: ImageOrder) -> AsyncIterator[PartialAnswer | ImageAnswer]:
@@ -131,7 +129,9 @@ class RemoteImages:
                         if num_skipped:
                             num_skipped -= 1
                             continue
-                        yield _unwrapped(part)
+                        if isinstance(made := _unwrapped(part), ImageAnswer):
+                            account(order, made, self._metrics)
+                        yield made
                         num_sent += 1
                     return
                 except RayError as error:
@@ -151,10 +151,10 @@ class RemoteImages:
 
         Raises:
             APIError: 503, the request was sent as often as allowed.
-            TaskCancelledError: the client left.
+            CancelledError: the client left.
         """
         if isinstance(error, TaskCancelledError):
-            raise error
+            raise asyncio.CancelledError from error
         logger.warning("an engine was lost (%s)", type(error).__name__)
         if attempt == TRIES - 1:
             raise not_ready("the engines that worked on this request were lost; send it again") from error
@@ -164,7 +164,8 @@ class RemoteImages:
     def _counted(self, order: ImageOrder) -> Iterator[None]:
         self._num_live += len(order.pictures)
         try:
-            yield
+            with accounted(order, self.model_card(order.model).backend, self._metrics):
+                yield
         finally:
             self._num_live -= len(order.pictures)
 

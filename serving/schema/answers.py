@@ -71,6 +71,8 @@ class ImageAnswer:
     height: int
     usage: Usage
     timings: ImageTimings
+    waits_ms: list[float]
+    """Parts of `timings.queue_ms` in the engine, see `engine.sample.Timings`. Empty for a picture from the cache."""
     predicted_ms: float
     """Prediction of `timings.total_ms` when the first step was due."""
     latency_budget_kept: bool | None

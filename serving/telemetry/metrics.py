@@ -88,10 +88,19 @@ class ServerMetrics:
             if name != "image_ms" or timings.image_ms:
                 histogram.observe(getattr(timings, name) / 1e3)
         self.denoise_seconds.observe(sum(timings.steps_ms) / 1e3)
-        if budget_kept:
+        if budget_kept is None:
+            return
+        self.budgets_promised.inc()
+        if late_by is None:
             self.budgets_kept.inc()
-        elif late_by is not None:
+        else:
             self.budgets_missed.labels(late_by).inc()
+
+    def observe_unanswered(self, *, has_failed: bool) -> None:
+        """Count a request with a latency budget that was accepted, and failed or lost its client."""
+        self.budgets_promised.inc()
+        if has_failed:
+            self.budgets_missed.labels(FAILED).inc()
 
     def observe_answer(self, method: str, route: str, status: int | str) -> None:
         """Count one request of any front, answered or not.

@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from serving.config import ServerConfig
-from tdm_runtime.engine.sample import Timings
+from serving.schema.answers import ImageTimings
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
@@ -75,11 +75,13 @@ class RequestSpan:
         if status >= FIRST_SERVER_ERROR:
             self._span.set_status(Status(StatusCode.ERROR))
 
-    def record_stages(self, timings: Timings, encode_ms: float, total_ms: float) -> None:
-        """Add the stages of a request that ends now. Gaps between them are time spent waiting for other calls.
+    def record_stages(self, timings: ImageTimings, waits_ms: Sequence[float], elapsed_ms: float) -> None:
+        """Add the stages of a request. Gaps between them are time spent waiting for other calls.
 
         Args:
-            timings: timings of the slowest picture. They are empty for a picture from the cache.
+            timings: timings of the slowest picture.
+            waits_ms: its waits, see `ImageAnswer.waits_ms`.
+            elapsed_ms: time since the request arrived.
         """
         if not self._span.is_recording():
             return
@@ -87,16 +89,16 @@ class RequestSpan:
 
         parent = set_span_in_context(self._span)
         now_ns = time.time_ns()
-        for name, start_ms, duration_ms, attributes in _stages(timings, encode_ms, total_ms):
-            start_ns = now_ns - int(1e6 * (total_ms - start_ms))
+        for name, start_ms, duration_ms, attributes in _stages(timings, waits_ms):
+            start_ns = now_ns - int(1e6 * (elapsed_ms - start_ms))
             span = self._tracer.start_span(name, parent, attributes=attributes, start_time=start_ns)
             span.end(start_ns + int(1e6 * duration_ms))
 
 
-def _stages(timings: Timings, encode_ms: float, total_ms: float) -> Iterator[tuple[str, float, float, dict[str, int]]]:
+def _stages(timings: ImageTimings, waits_ms: Sequence[float]) -> Iterator[tuple[str, float, float, dict[str, int]]]:
     """Yield name, start, duration and attributes of each stage, in milliseconds from the start of the request."""
-    if timings.waits_ms:
-        first_wait_ms, *step_waits_ms, decode_wait_ms = timings.waits_ms
+    if waits_ms:
+        first_wait_ms, *step_waits_ms, decode_wait_ms = waits_ms
         yield "queue", 0.0, first_wait_ms, {}
         yield "text", first_wait_ms, timings.text_ms, {}
         at_ms = first_wait_ms + timings.text_ms
@@ -107,7 +109,7 @@ def _stages(timings: Timings, encode_ms: float, total_ms: float) -> Iterator[tup
             yield "denoise", at_ms + wait_ms, step_ms, {"tdm.step": number}
             at_ms += wait_ms + step_ms
         yield "decode", at_ms + decode_wait_ms, timings.decode_ms, {}
-    yield "encode", total_ms - encode_ms, encode_ms, {}
+    yield "encode", timings.total_ms - timings.encode_ms, timings.encode_ms, {}
 
 
 class Tracing:

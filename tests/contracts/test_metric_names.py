@@ -61,6 +61,7 @@ def used_metrics(model: LoadedModel) -> ServerMetrics:
     metrics.watch_requests(lambda: 1, 2)
     metrics.observe_request(TIMINGS, True, None)
     metrics.observe_request(TIMINGS, False, "calls")
+    metrics.observe_unanswered(has_failed=True)
     metrics.observe_answer("POST", "/v1/images/generations", 200)
     metrics.rejected.labels("queue_full").inc()
     metrics.steps_used.labels(2).inc()

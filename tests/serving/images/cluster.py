@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -25,6 +26,8 @@ ANSWERS_BEFORE = 2
 """Answers that each client gets before a node is killed."""
 ANSWERS_AFTER = 5
 """Answers that each client gets after it."""
+EXPORT_S = 20.0
+"""Longest time until the spans of answered requests are in the trace file; the SDK writes them every five seconds."""
 
 
 def main(checkpoint: Path, port: int) -> None:
@@ -39,6 +42,7 @@ def main(checkpoint: Path, port: int) -> None:
     from tdm_runtime.engine.engine import EngineConfig
     from tdm_runtime.model.artifacts import BackendConfig
 
+    trace_file = Path(tempfile.mkdtemp()) / "spans.jsonl"
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     workers = [cluster.add_node(num_cpus=2) for _ in range(2)]
     ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=bool(os.environ.get("SHOW_LOGS")))
@@ -49,13 +53,15 @@ def main(checkpoint: Path, port: int) -> None:
         max_replicas=2,
         engine=EngineConfig(max_batch_size=4),  # a short warm-up
         backend=BackendConfig("torch", threads=1),
+        trace_file=trace_file,
     )
     serve.start(
         http_options={"host": "127.0.0.1", "port": port, "location": "HeadOnly"}, logging_config=ray_logging("text")
     )
     serve.run(build_application(config), name="images", route_prefix="/")
     wrong = wrong_answers(port)
-    print(json.dumps({"wrong": wrong} | under_load(cluster, workers, f"http://127.0.0.1:{port}")), flush=True)
+    loaded = under_load(cluster, workers, f"http://127.0.0.1:{port}")
+    print(json.dumps({"wrong": wrong, "spans": spans(trace_file)} | loaded), flush=True)
     ray.shutdown()
     cluster.shutdown()
 
@@ -86,7 +92,7 @@ def under_load(cluster: object, workers: list[object], url: str) -> dict[str, ob
                 if left < 0:
                     return
                 seed = (seed + NUM_CLIENTS) % 30
-                body = {"prompt": "a cat", "seed": seed, "n": 2, "num_inference_steps": 4}
+                body = {"prompt": "a cat", "seed": seed, "n": 2, "num_inference_steps": 4, "latency_budget_ms": 6e4}
                 answer = client.post("/v1/images/generations", json=body)
                 seen[str(answer.status_code)] += 1
                 if answer.status_code == 200:
@@ -106,9 +112,18 @@ def under_load(cluster: object, workers: list[object], url: str) -> dict[str, ob
     cluster.remove_node(lost, allow_graceful=False)  # type: ignore[attr-defined]
     for client in clients:
         client.join()
-    metrics = httpx.get(f"{url}/metrics").text
-    retried = next(line for line in metrics.splitlines() if line.startswith("tdm_retried_total"))
-    return {"statuses": seen, "retried": float(retried.split()[1]), "num_seeds": len(pictures)}
+    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    values = {name: float(value) for name, _, value in (line.partition(" ") for line in lines if line[0] != "#")}
+    counted = {name: values[f"tdm_{name}_total"] for name in ("retried", "budgets_promised", "budgets_kept")}
+    return {"statuses": seen, "num_seeds": len(pictures)} | counted
+
+
+def spans(trace_file: Path) -> list[str]:
+    """Return the names of all kinds of spans, once some have been written."""
+    ends_s = time.monotonic() + EXPORT_S
+    while not (written := trace_file.read_text().splitlines()) and time.monotonic() < ends_s:
+        time.sleep(0.1)
+    return sorted({json.loads(line)["name"] for line in written})
 
 
 def processes_of(node: object) -> list[psutil.Process]:

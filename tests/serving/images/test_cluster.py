@@ -32,6 +32,12 @@ def test_killing_a_node_loses_no_request(said: dict[str, Any]) -> None:
     assert 1 <= said["retried"] <= cluster.NUM_CLIENTS  # each request at the dead node, once
 
 
+def test_the_ingress_counts_and_traces_what_the_engines_made(said: dict[str, Any]) -> None:
+    num_answered = said["statuses"]["200"]
+    assert said["budgets_promised"] == said["budgets_kept"] == num_answered
+    assert {"queue", "text", "denoise", "decode", "encode"} < set(said["spans"])
+
+
 def test_rays_proxy_answers_a_request_that_offers_an_upgrade_once(said: dict[str, Any]) -> None:
     """The conversations of `test_upgrade.py`."""
     assert said["wrong"] == {}

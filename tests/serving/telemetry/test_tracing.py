@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -16,17 +17,20 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import SpanKind, StatusCode
 
 from serving.config import ServerConfig
+from serving.schema.answers import ImageTimings
 from serving.telemetry.tracing import Tracing, current_span, request_span
-from tdm_runtime.engine.sample import Timings
 
 TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
 HEADERS = {"traceparent": f"00-{TRACE_ID}-b7ad6b7169203331-01", "tracestate": "vendor=1"}
-TIMINGS = Timings(queue_ms=9.0, text_ms=2.0, steps_ms=[3.0, 4.0], decode_ms=5.0, waits_ms=[1.0, 0.0, 6.0, 2.0])
+TIMINGS = ImageTimings(queue_ms=9.0, text_ms=2.0, steps_ms=[3.0, 4.0], decode_ms=5.0, encode_ms=2.0, total_ms=26.0)
+"""The total has another millisecond, of handing over."""
+WAITS_MS = [1.0, 0.0, 6.0, 2.0]
 OFF = """
 import sys
 from serving.web.app import build_app
 from serving.fronts.services import Services
 from serving.config import ServerConfig
+from serving.schema.answers import ImageTimings
 from serving.telemetry.tracing import Tracing, current_span, request_span
 with request_span(Tracing.start(ServerConfig()), {}, "POST") as span:
     assert span is None and current_span() is None
@@ -54,15 +58,14 @@ def test_the_sdk_is_not_imported_while_tracing_is_off() -> None:
 
 
 def test_stages_have_their_times_and_gaps_are_waits(tracing: Tracing, exporter: InMemorySpanExporter) -> None:
-    total_ms = TIMINGS.total_ms + 2.0 + 1.0  # two of encoding, one of handing over
     with request_span(tracing, {}, "POST") as span:
         assert span is not None
-        span.record_stages(TIMINGS, encode_ms=2.0, total_ms=total_ms)
+        span.record_stages(TIMINGS, WAITS_MS, TIMINGS.total_ms)
     *stages, _ = sorted(spans(tracing, exporter), key=lambda span: span.kind == SpanKind.SERVER)
     start_ns = stages[0].start_time or 0
     found = [(s.name, ((s.start_time or 0) - start_ns) / 1e6, ((s.end_time or 0) - start_ns) / 1e6) for s in stages]
     assert [name for name, _, _ in found] == ["queue", "text", "denoise", "denoise", "decode", "encode"]
-    expected = [(0, 1), (1, 3), (3, 6), (12, 16), (18, 23), (total_ms - 2, total_ms)]
+    expected = [(0, 1), (1, 3), (3, 6), (12, 16), (18, 23), (TIMINGS.total_ms - 2, TIMINGS.total_ms)]
     assert [times for _, *times in found] == [pytest.approx(times, abs=0.01) for times in expected]
     assert [s.attributes for s in stages if s.name == "denoise"] == [{"tdm.step": 1}, {"tdm.step": 2}]
 
@@ -70,7 +73,7 @@ def test_stages_have_their_times_and_gaps_are_waits(tracing: Tracing, exporter: 
 def test_a_picture_from_the_cache_has_only_the_encode_stage(tracing: Tracing, exporter: InMemorySpanExporter) -> None:
     with request_span(tracing, {}, "POST") as span:
         assert span is not None
-        span.record_stages(Timings(), encode_ms=2.0, total_ms=3.0)
+        span.record_stages(replace(TIMINGS, total_ms=3.0), [], 3.0)
     assert {span.name for span in spans(tracing, exporter)} == {"POST", "encode"}
 
 
@@ -96,7 +99,7 @@ def test_a_broken_traceparent_begins_a_trace_of_its_own(
 def test_a_caller_can_turn_sampling_off(tracing: Tracing, exporter: InMemorySpanExporter) -> None:
     with request_span(tracing, {"traceparent": f"00-{TRACE_ID}-b7ad6b7169203331-00"}, "POST") as span:
         assert span is not None
-        span.record_stages(TIMINGS, 1.0, 20.0)
+        span.record_stages(TIMINGS, WAITS_MS, 20.0)
     assert spans(tracing, exporter) == []
 
 
@@ -159,7 +162,7 @@ def test_a_collector_receives_the_spans(collector: Collector) -> None:
     with request_span(tracing, HEADERS, "POST /v1/images/generations") as span:
         assert span is not None
         span.set({"tdm.n": 3})
-        span.record_stages(TIMINGS, 1.0, 20.0)
+        span.record_stages(TIMINGS, WAITS_MS, 20.0)
     assert tracing is not None
     tracing.close()
     ((path, sent),) = collector.received
