@@ -106,12 +106,12 @@ def main(arguments: list[str]) -> int:
         with ExitStack() as stack:
             started = {name: _started(name, given, stack) for name in given.contenders}
             found = _closed_loops(started, given, plan)
+            print(f"{environment()}; {given.rounds} rounds of {given.turn_s:g} s, K = {STEPS}\n")
+            print(to_markdown(found), flush=True)  # the loads take minutes more
             peer = best_peer(found)
             loads = _open_loops(started, given, plan, peer) if given.loads else {}
     except (ValueError, OSError, TDMError, NotRunError) as error:
         parser.error(str(error))
-    print(f"{environment()}; {given.rounds} rounds of {given.turn_s:g} s, K = {STEPS}\n")
-    print(to_markdown(found))
     if loads:
         print(f"\nSLO {slo_of(peer):.0f} ms; load 1 is {peer['throughput']:.1f} pictures/s, of {peer['name']}\n")
         print(loads_to_markdown(loads))
