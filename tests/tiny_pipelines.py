@@ -242,7 +242,7 @@ def wan_vae(**changes: Any) -> AutoencoderKLWan:
 
 
 def flux2_vae() -> AutoencoderKLFlux2:
-    vae = AutoencoderKLFlux2(block_out_channels=(4, 4, 4, 4), norm_num_groups=2, latent_channels=4)
+    vae = AutoencoderKLFlux2(block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2, latent_channels=4)
     draw = torch.Generator().manual_seed(0)
     vae.bn.running_mean.normal_(generator=draw)
     vae.bn.running_var.uniform_(0.5, 2.0, generator=draw)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
+import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -164,24 +164,26 @@ def _learn(engine: DiffusionEngine, kind: Kind, call: Callable[[int], object], c
     Returns:
         The seconds of the measured calls, about `KIND_S` at most unless a single sample takes longer.
     """
-    least_s: dict[int, float] = {}
-    spent_s, size, is_sure = 0.0, 1, False
+    passes: list[dict[int, float]] = [{}]
+    spent_s, size, sure_of = 0.0, 1, 0
 
     def measure(size: int) -> None:
         nonlocal spent_s
-        times_s = _times(engine, call, size, min(PASS_S, max(least_s.values(), default=0.0)))
+        times_s = _times(engine, call, size, min(PASS_S, max(_costs(passes).values(), default=0.0)))
         spent_s += sum(times_s)
-        least_s[size] = min(least_s.get(size, math.inf), sum(times_s) / len(times_s))
+        passes[-1][size] = sum(times_s) / len(times_s)
 
     def measure_again() -> None:
-        """Measure all sizes in several passes, so that a slow moment of the machine does not hit one size alone."""
+        nonlocal sure_of
+        sure_of = max(passes[0])
         for _ in range(PASSES - 1):
-            for size in least_s:
-                if spent_s + least_s[size] < KIND_S:
+            passes.append({})
+            for size, seconds in _costs(passes).items():
+                if spent_s + seconds < KIND_S:
                     measure(size)
 
     while size <= (capacity or engine.config.max_batch_size):
-        if least_s and spent_s + 2 * least_s[size // 2] > KIND_S:
+        if size > 1 and spent_s + 2 * _costs(passes)[size // 2] > KIND_S:
             break
         try:
             _seconds(engine, call, size)  # the first call may compile
@@ -190,18 +192,34 @@ def _learn(engine: DiffusionEngine, kind: Kind, call: Callable[[int], object], c
             if size == 1:
                 raise
             break
-        if 4 * _fastest(least_s) <= size and not is_sure:
-            is_sure = True
+        if 4 * _fastest(_costs(passes)) <= size and not sure_of:  # or was it a slow moment?
             measure_again()
-        if 4 * _fastest(least_s) <= size:
+            passes = [_costs(passes)]
+        if 4 * _fastest(_costs(passes)) <= size:
             break
         size *= 2
-    if not is_sure:
+    if sure_of < max(passes[0]):
         measure_again()
-    for size, seconds in least_s.items():
+    costs = _costs(passes)
+    for size, seconds in costs.items():
         engine.observe(kind, size, seconds + BOOKKEEPING_S)  # real calls teach the usual slowness
-    engine.limit(kind, max(least_s))
+    engine.limit(kind, max(costs))
     return spent_s
+
+
+def _costs(passes: Sequence[Mapping[int, float]]) -> dict[int, float]:
+    """Return the seconds of a call of each size, ascending, from passes that measured the sizes one after the other.
+
+    The smallest size has its least time. Each further size has the time of the one before it times the median, over the
+    passes, of how much longer it took: a moment in which the machine is slow, or fast, hits two neighbours alike.
+    """
+    costs: dict[int, float] = {}
+    for size in sorted(passes[0]):
+        before = size // 2
+        longer = [each[size] / each[before] for each in passes if before in each and size in each]
+        least_s = min(each[size] for each in passes if size in each)
+        costs[size] = costs[before] * statistics.median(longer) if longer else least_s
+    return costs
 
 
 def _fastest(seconds: Mapping[int, float]) -> int:

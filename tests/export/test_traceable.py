@@ -128,8 +128,9 @@ def export(module: nn.Module, interface: Interface, file: Path, dtype: torch.dty
     return Exported(module, interface, file)
 
 
-SLOW = {"cogvideox", "cogvideox-5b", "animatediff", "animatediff-levels", "flux-dev", "pixart-1024"}
-"""Variants of clips, which take long to export, and of families that are exported anyway; `TestTraceable` has all."""
+SLOW = {"cogvideox", "cogvideox-5b", "animatediff", "animatediff-levels", "flux-dev", "pixart-1024", "sdxl"}
+"""Variants of clips, which take long to export, and of families that are exported anyway, as SDXL is in `TestDtypes`;
+`TestTraceable` has all."""
 
 
 @pytest.fixture(

@@ -46,12 +46,12 @@ class CountingEngine:
 def learned_size(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """Return a function that warms up and returns the size of a call when 32 samples wait."""
 
-    def learn(seconds: Callable[[int], float], slow_until_s: float = 0.0, slowness: float = 1.0) -> int:
+    def learn(seconds: Callable[[int], float], begins_s: float = 0.0, ends_s: float = 0.0, factor: float = 1.0) -> int:
         clock, engine = Clock(), CountingEngine()
         monkeypatch.setattr(warm_up, "time", clock)
 
         def call(size: int) -> None:
-            clock.now_s += seconds(size) * (slowness if size > 1 and clock.now_s < slow_until_s else 1.0)
+            clock.now_s += seconds(size) * (factor if begins_s <= clock.now_s < ends_s else 1.0)
 
         warm_up._learn(cast_engine(engine), STEP, call)
         return engine.costs.batch_size(STEP, 32)
@@ -73,7 +73,9 @@ def test_sizes_grow_while_they_make_more_samples_a_second(learned_size: Callable
     assert learned_size(lambda size: 0.01 * max(1.0, size / 4)) == 4
 
 
-@pytest.mark.parametrize("slow_until_s", [0.2, 0.5])
-def test_a_slow_moment_does_not_end_the_growth(learned_size: Callable[..., int], slow_until_s: float) -> None:
-    """Larger sizes first look as if they gave nothing; measured again, they do."""
-    assert learned_size(fixed_cost, slow_until_s, 1.8) == 16
+@pytest.mark.parametrize("begins_s", [0.01, 0.03, 0.06, 0.1, 0.15])
+@pytest.mark.parametrize(("lasts_s", "factor"), [(0.1, 1.8), (0.2, 1.8), (0.05, 0.6), (0.1, 0.6)])
+def test_a_slow_or_fast_moment_of_the_machine_changes_no_size(
+    learned_size: Callable[..., int], begins_s: float, lasts_s: float, factor: float
+) -> None:
+    assert learned_size(fixed_cost, begins_s, begins_s + lasts_s, factor) == 16
