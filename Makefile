@@ -23,6 +23,8 @@ KSERVE := build/kserve
 MUTMUT := build/mutmut
 TEST_PROCESSES ?= 3
 TEST_ARGS ?=
+# Python compiles what it imports, a small part of these packages.
+PIP_OPTIONS := --quiet --disable-pip-version-check --no-compile
 export RAY_USAGE_STATS_ENABLED = 0
 
 .PHONY: serve triton test mutants check gpu format protos clean
@@ -62,16 +64,16 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.torch: $(BIN)/python
-	$(BIN)/pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) torch==2.13.0
+	$(BIN)/pip install $(PIP_OPTIONS) $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) torch==2.13.0
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	$(BIN)/pip install $(PIP_OPTIONS) --editable .
 	touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
-	touch $@
+$(VENV)/.installed-dev: $(VENV)/.torch pyproject.toml
+	$(BIN)/pip install $(PIP_OPTIONS) --editable '.[dev]'
+	touch $(VENV)/.installed $@
 
 # Lets an environment find the project's packages after its own.
 define find_project_after
@@ -82,7 +84,7 @@ endef
 # tritonserver and its clients want older packages than the project, which this environment finds after its own.
 $(TRITON)/.installed: $(VENV)/.installed deploy/triton/requirements.txt
 	$(BIN)/python -m venv $(TRITON)
-	$(TRITON)/bin/pip install --quiet --disable-pip-version-check --requirement deploy/triton/requirements.txt
+	$(TRITON)/bin/pip install $(PIP_OPTIONS) --requirement deploy/triton/requirements.txt
 	$(call find_project_after,$(TRITON))
 	touch $@
 
@@ -93,7 +95,7 @@ $(TRITON)/.installed-dev: $(TRITON)/.installed $(VENV)/.installed-dev
 define install_before_project
 	$(BIN)/python -m venv --without-pip $(1)
 	$(call find_project_after,$(1))
-	$(1)/bin/python -m pip install --quiet --disable-pip-version-check --no-warn-conflicts --no-compile --requirement $(2)
+	$(1)/bin/python -m pip install $(PIP_OPTIONS) --no-warn-conflicts --requirement $(2)
 	touch $(1)/.installed
 endef
 
