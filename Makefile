@@ -73,7 +73,7 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.installed-dev: $(VENV)/.torch pyproject.toml
 	$(BIN)/pip install $(PIP_OPTIONS) --editable '.[dev]'
-	touch $(VENV)/.installed $@
+	touch $(VENV)/.installed $@  # it has the project, too
 
 # Lets an environment find the project's packages after its own.
 define find_project_after

@@ -10,9 +10,7 @@ from serving.errors import from_exception
 from serving.schema.answers import ImageAnswer
 from serving.schema.order import ImageOrder
 from serving.telemetry.metrics import ServerMetrics
-from serving.telemetry.tracing import current_span
-
-FIRST_SERVER_ERROR = 500
+from serving.telemetry.tracing import FIRST_SERVER_ERROR, current_span
 
 
 @contextlib.contextmanager
@@ -33,13 +31,16 @@ def accounted(order: ImageOrder, backend: str, metrics: ServerMetrics) -> Iterat
                 "tdm.n": len(order.pictures),
             }
         )
+    has_budget = order.delivery.latency_budget_ms is not None
     try:
         yield
-    except BaseException as error:  # also those that end a request whose client leaves
-        has_failed = isinstance(error, Exception)
-        is_refused = has_failed and from_exception(error).status < FIRST_SERVER_ERROR  # type: ignore[arg-type]
-        if order.delivery.latency_budget_ms is not None and not is_refused:
-            metrics.observe_unanswered(has_failed=has_failed)
+    except Exception as error:
+        if has_budget and from_exception(error).status >= FIRST_SERVER_ERROR:  # others are refusals
+            metrics.observe_unanswered(has_failed=True)
+        raise
+    except BaseException:  # its client left
+        if has_budget:
+            metrics.observe_unanswered(has_failed=False)
         raise
 
 

@@ -9,7 +9,6 @@ import itertools
 import json
 import os
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -30,7 +29,7 @@ EXPORT_S = 20.0
 """Longest time until the spans of answered requests are in the trace file; the SDK writes them every five seconds."""
 
 
-def main(checkpoint: Path, port: int) -> None:
+def main(checkpoint: Path, port: int, trace_file: Path) -> None:
     """Print the results of the clients as JSON."""
     prepare_environment()
     import ray
@@ -42,7 +41,6 @@ def main(checkpoint: Path, port: int) -> None:
     from tdm_runtime.engine.engine import EngineConfig
     from tdm_runtime.model.artifacts import BackendConfig
 
-    trace_file = Path(tempfile.mkdtemp()) / "spans.jsonl"
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     workers = [cluster.add_node(num_cpus=2) for _ in range(2)]
     ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=bool(os.environ.get("SHOW_LOGS")))
@@ -138,4 +136,4 @@ def is_replica_in(processes: list[psutil.Process]) -> bool:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

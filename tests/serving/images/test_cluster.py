@@ -16,9 +16,10 @@ from tests.serving.images import cluster
 
 
 @pytest.fixture(scope="module")
-def said(tiny_checkpoint: Path) -> dict[str, Any]:
+def said(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the clients of one cluster saw."""
-    command = [sys.executable, "-m", "tests.serving.images.cluster", str(tiny_checkpoint), str(free_port())]
+    given = (str(tiny_checkpoint), str(free_port()), str(tmp_path_factory.mktemp("cluster") / "spans.jsonl"))
+    command = [sys.executable, "-m", "tests.serving.images.cluster", *given]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert ended.returncode == 0, ended.stderr[-3000:]
     sys.stderr.write(ended.stderr[-3000:])

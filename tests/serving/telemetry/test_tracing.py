@@ -30,7 +30,6 @@ import sys
 from serving.web.app import build_app
 from serving.fronts.services import Services
 from serving.config import ServerConfig
-from serving.schema.answers import ImageTimings
 from serving.telemetry.tracing import Tracing, current_span, request_span
 with request_span(Tracing.start(ServerConfig()), {}, "POST") as span:
     assert span is None and current_span() is None

@@ -47,20 +47,17 @@ def learned_size(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """Return a function that warms up and returns the size of a call when 32 samples wait."""
 
     def learn(seconds: Callable[[int], float], begins_s: float = 0.0, ends_s: float = 0.0, factor: float = 1.0) -> int:
-        clock, engine = Clock(), CountingEngine()
+        clock = Clock()
+        engine: Any = CountingEngine()
         monkeypatch.setattr(warm_up, "time", clock)
 
         def call(size: int) -> None:
             clock.now_s += seconds(size) * (factor if begins_s <= clock.now_s < ends_s else 1.0)
 
-        warm_up._learn(cast_engine(engine), STEP, call)
+        warm_up._learn(engine, STEP, call)
         return engine.costs.batch_size(STEP, 32)
 
     return learn
-
-
-def cast_engine(engine: CountingEngine) -> Any:
-    return engine
 
 
 def fixed_cost(size: int) -> float:
